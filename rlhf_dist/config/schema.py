@@ -1,0 +1,257 @@
+"""Every key of a config, with its type, default and meaning. Imports without torch.
+
+A section is a frozen dataclass; a class of the package gets its own section and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """The tiny Qwen2-shaped model that is made from a seed when `model.path` is `tiny`."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 4
+    """head_dim = hidden_size / heads; the CPU engine accepts 32, 64, 80, 96, 112, 128 and larger."""
+    max_positions: int = 512
+    """Longest prompt plus response, tokens."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = "tiny"
+    """`tiny`, a Hugging Face directory or hub name, or a run directory (its newest checkpoint)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["auto", "segmented", "flash_attention_2"] = "auto"
+    """auto: flash_attention_2 on a GPU that has it, else segmented (PyTorch's own attention, sequence by sequence)."""
+    gradient_checkpointing: bool = False
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A built-in procedural task: endless, seeded, with checkable answers."""
+
+    name: Literal["arithmetic", "reverse", "sort", "count"] = "reverse"
+    min_length: int = 3
+    """Letters in a word (reverse, sort, count) or digits of a number (arithmetic)."""
+    max_length: int = 6
+    train_size: int = 20000
+    """Prompts in one epoch."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: Literal["task", "jsonl", "parquet", "dataset", "gsm8k"] = "task"
+    path: str = ""
+    """Training prompts: a file, or a directory written by `datasets.save_to_disk`. Unused by `task`."""
+    eval_path: str = ""
+    """Held-out prompts, the same format. Empty: the last `eval.prompts` rows of `path` are held out."""
+    prompt_key: str = "prompt"
+    """Column with the question's text; ignored when a row has `messages_key`."""
+    messages_key: str = "messages"
+    """Column with a list of {role, content}."""
+    answer_key: str = "answer"
+    """Column with the answer; empty: the data has none."""
+    response_key: str = "response"
+    """Column with the demonstration, for `sft`."""
+    system: str = ""
+    """A system turn put before every prompt."""
+    chat: bool = True
+    """Render with the model's chat template; false: the prompt's text as it is."""
+    shuffle: bool = True
+    task: TaskConfig = field(default_factory=TaskConfig)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    workers: int = 1
+    cpus: int = 0
+    """CPU threads of a worker; 0: an equal share."""
+    tensor_parallel: int = 1
+    """GPUs of a worker."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    stop: list[str] = field(default_factory=list)
+    max_prompt_tokens: int = 256
+    """Longer prompts are dropped, counted as data/dropped_prompt_too_long."""
+    max_response_tokens: int = 128
+    max_concurrent: int = 256
+    """Sequences decoded at once by a worker."""
+    kv_cache_gib: float = 1.0
+    """Memory for the key-value cache on a CPU."""
+    gpu_memory_utilization: float = 0.85
+    """Share of a GPU's memory for weights and cache."""
+    enforce_eager: bool = True
+    """false: compiled decoding, faster per token, slower to start."""
+    timeout_s: float = 600.0
+    """Limit for one batch of rollouts."""
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    kind: Literal["exact", "number", "regex", "function"] = "exact"
+    weight: float = 1.0
+    pattern: str = ""
+    """kind regex: reward 1 where it matches the whole response (Python syntax, dot matches newlines)."""
+    function: str = ""
+    """kind function: `package.module:function`, called with (prompts, responses, answers), lists of strings; returns as many numbers."""
+    timeout_s: float = 30.0
+    """kind function: limit for one call."""
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    rewards: dict[str, RewardSpec] = field(default_factory=lambda: {"exact": RewardSpec()})
+    """Name -> reward; the total is their weighted sum."""
+    timeout_s: float = 120.0
+    """Limit for scoring one prompt group."""
+
+
+@dataclass(frozen=True)
+class AlgoConfig:
+    name: Literal["grpo", "dr_grpo"] = "grpo"
+    group_size: int = 8
+    """Samples per prompt."""
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    """DAPO's clip-higher uses 0.28."""
+    dual_clip: float = 0.0
+    """0: off; usual value 3."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 1e-6
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 10
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up; linear and cosine fall to `final_lr_share` of lr at the last step."""
+    final_lr_share: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    ranks: int = 1
+    cpus: int = 0
+    """CPU threads of a rank; 0: an equal share."""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO 0, 1, 2 or 3."""
+    micro_batch_tokens: int = 2048
+    """Tokens packed into one forward pass; a longer sequence goes alone."""
+    updates_per_batch: int = 1
+    """Optimizer steps on each batch of rollouts: the batch's groups are cut into so many mini-batches."""
+    logprob_chunk_tokens: int = 1024
+    """Tokens whose logits are held at once."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    timeout_s: float = 600.0
+    """Limit for one update."""
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    transport: Literal["shared_memory"] = "shared_memory"
+    bucket_mib: int = 64
+    timeout_s: float = 120.0
+    """Limit for one push to all workers."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    steps: int = 100
+    """Training steps (batches of rollouts)."""
+    prompts_per_step: int = 16
+    max_policy_lag: int = 0
+    """Published versions by which generation may run ahead; 0: generate and learn in turn."""
+    logprob_diff_limit: float = 1e-3
+    """Largest difference between rollout and learner logprobs before a warning."""
+    checkpoint_every: int = 50
+    """Steps; 0: only at the end."""
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    prompts: int = 128
+    """Held-out prompts."""
+    every: int = 20
+    """Steps; 0: only before and after."""
+    samples: int = 4
+    """Sampled responses per prompt for pass@k, k = samples; 0: greedy only."""
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised start on demonstrations (response-only loss) or plain text (language modelling)."""
+
+    steps: int = 300
+    batch_size: int = 64
+    """Sequences per optimizer step, over all ranks."""
+    objective: Literal["response", "text"] = "response"
+    """response: loss on the demonstration's tokens only; text: on every token of `data.response_key`."""
+    wrong_share: float = 0.0
+    """Built-in tasks: share of demonstrations whose response is the input copied unchanged, so that RL has something to teach."""
+    max_tokens: int = 512
+    """Longer demonstrations are dropped and counted."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
+    log_every: int = 10
+    eval_every: int = 100
+    """Steps between passes over the held-out demonstrations; 0: only at the end."""
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    address: Literal["auto", "local"] = "auto"
+    """auto: the cluster in RAY_ADDRESS (set inside a Ray job), else a local one; local: always a local one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    colocate: bool = True
+    """Rollout workers and learner ranks take turns on the same CPUs or GPUs; false: each has its own."""
+    start_timeout_s: float = 300.0
+    """Limit for engines to be ready."""
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online when a wandb key is present, else offline."""
+    project: str = "rlhf-dist"
+    entity: str = ""
+    samples: int = 8
+    """Rows of the sample table (prompt, response, rewards)."""
+    samples_every: int = 10
+    """Steps between sample tables; 0: none."""
+    progress: Literal["auto", "rich", "plain"] = "auto"
+    """auto: a live display in a terminal, plain lines elsewhere."""
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "run"
+    """The run directory is `output/name`."""
+    output: str = "runs"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

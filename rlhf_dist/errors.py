@@ -1,0 +1,53 @@
+"""One exception family.
+
+Exceptions take plain strings only, so that they pickle across Ray processes.
+`InputError` means that what the user gave is wrong (exit code 2); `RunError` that a run which had started failed (exit code 1).
+"""
+
+
+class RlhfError(ValueError):
+    """Base of everything this package raises on purpose: one message that says what, where and the way out."""
+
+
+class InputError(RlhfError):
+    """What the user gave is wrong: a config key, a file, a line. Exit code 2."""
+
+
+class ConfigError(InputError):
+    """A config key has a wrong name, type or value, or two keys contradict each other."""
+
+
+class DataError(InputError):
+    """A data file is missing or has a bad line; the message starts with `file:line`."""
+
+
+class ModelError(InputError):
+    """A model directory lacks something, or an engine refuses the model's shape."""
+
+
+class ResourceError(InputError):
+    """The machine or the cluster lacks what the config asks for: CPUs, GPUs, disk."""
+
+
+class RunError(RlhfError):
+    """A run that had started failed. Exit code 1; what was saved can be resumed."""
+
+
+class ActorTimeout(RunError):
+    """Another process did not answer in time; the message names it, the call and the limit."""
+
+
+class ActorLost(RunError):
+    """Another process died; the message names it, the call and its log."""
+
+
+class RewardError(RunError):
+    """A reward raised, timed out, or returned the wrong number of values or a value that is not finite."""
+
+
+class WeightSyncError(RunError):
+    """A rollout worker did not prove that it holds the published weights."""
+
+
+class DiskError(RunError):
+    """A file of the run could not be written; the message names the file and the reason."""

@@ -1,0 +1,181 @@
+"""The records that cross rooms: Prompt -> Rollout -> Experience -> Batch -> Credit -> StepReport.
+
+Frozen and slotted. Sequences are ragged: flat arrays plus `offsets`, so that nothing is padded between processes.
+Arrays are numpy: Ray ships them without a copy on one machine, and the config and the CLI need no torch to import this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Handle = Any
+"""A reference to a record that stays where it was made (a Ray object reference), opaque to the loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """`system`, `user` or `assistant`."""
+    content: str
+    """The text of the turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question to the policy. Made by `data`, sampled `group_size` times by a rollout worker."""
+
+    uid: str
+    """Names this issue of the prompt, once in a run: `EPOCH/INDEX` in training, `eval/INDEX` held out."""
+    messages: tuple[Message, ...]
+    """The conversation so far; never empty, the last turn is the user's."""
+    answer: str
+    """What a rule compares with; empty when the data has none."""
+    source: str
+    """Where it came from: the task's name or the file's; shown in tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample; made from the `rollout` section, or greedy for evaluation."""
+
+    n: int
+    """Samples per prompt."""
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    top_k: int
+    """0 is off."""
+    max_tokens: int
+    """Response tokens at most."""
+    stop: tuple[str, ...]
+    """Strings that end a response."""
+    seed: int | None
+    """None: the engine's own stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One prompt group as sampled. Made by a rollout worker; stays in the object store."""
+
+    prompt: Prompt
+    prompt_tokens: np.ndarray
+    """int32 [P]; shared by the group's samples."""
+    tokens: np.ndarray
+    """int32 [N]; the responses one after another, the end token included when it was sampled."""
+    offsets: np.ndarray
+    """int64 [n + 1]; sample i is tokens[offsets[i]:offsets[i + 1]]."""
+    logprobs: np.ndarray
+    """float32 [N]; log-probability of each token under the distribution it was drawn from (temperature and cuts included)."""
+    versions: np.ndarray
+    """int32 [N]; the weight version that sampled each token."""
+    finish_reasons: tuple[str, ...]
+    """n of `stop` (ended by itself) or `length` (cut at max_tokens)."""
+    texts: tuple[str, ...]
+    """n decoded responses, special tokens left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutHead:
+    """What the controller needs of a `Rollout`: everything but the tokens."""
+
+    uid: str
+    prompt_length: int
+    """Tokens."""
+    lengths: np.ndarray
+    """int64 [n]; response tokens."""
+    finish_reasons: tuple[str, ...]
+    oldest_version: int
+    """Lowest weight version among the tokens."""
+    newest_version: int
+    worker: str
+    """Which worker made it, for messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedPrompt:
+    """A prompt that gave no rollout, and why. Counted and shown, never silent."""
+
+    uid: str
+    reason: str
+    """One of a few short fixed words (`prompt_too_long`), used as a counter's name."""
+    detail: str
+    """The sentence for a person: the length and the limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The rewards of one prompt group."""
+
+    total: np.ndarray
+    """float32 [n]; weighted sum of the components."""
+    components: Mapping[str, np.ndarray]
+    """Name of each reward -> float32 [n], before its weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """A rollout with its scores: what the learner learns from."""
+
+    prompt: Prompt
+    head: RolloutHead
+    scores: Scores
+    rollout: Handle
+    """Reference to the `Rollout`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The experiences of one training step, by rows (one row is one sample). No tokens, only references to them."""
+
+    rollouts: tuple[Handle, ...]
+    """G references to `Rollout`s, in the order of the groups."""
+    groups: np.ndarray
+    """int64 [B]; row -> group."""
+    samples: np.ndarray
+    """int64 [B]; row -> sample within its group."""
+    prompt_lengths: np.ndarray
+    """int64 [B] tokens."""
+    response_lengths: np.ndarray
+    """int64 [B] tokens."""
+    scores: np.ndarray
+    """float32 [B]."""
+    oldest_version: int
+    newest_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """How much each row is to be encouraged."""
+
+    advantages: np.ndarray
+    """float32 [B]; spread over the row's response tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """A rollout worker's proof that it loaded a version."""
+
+    worker: str
+    version: int
+    names: tuple[str, ...]
+    """Parameters received, in order."""
+    hashes: tuple[str, ...]
+    """xxh3-128 of each bucket as received, hashed before it was loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one training step did."""
+
+    step: int
+    """Optimizer step of the run, from 1."""
+    version: int
+    """Weight version published after it."""
+    metrics: Mapping[str, float]
+    """Metric name -> value, ready for the sinks."""
