@@ -191,6 +191,8 @@ class EvalConfig:
     """Steps; 0: only before and after."""
     samples: int = 4
     """Sampled responses per prompt for pass@k, k = samples; 0: greedy only."""
+    solved_at: float = 1.0
+    """A response counts as solved when its total reward is at least this."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,8 @@ class SftConfig:
     log_every: int = 10
     eval_every: int = 100
     """Steps between passes over the held-out demonstrations; 0: only at the end."""
+    checkpoint_every: int = 0
+    """Steps; 0: only at the end."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""Log-probabilities and entropies of tokens, without ever holding the logits of a long batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rlhf_dist.algo.masking import at_least_float32
+from rlhf_dist.errors import ConfigError
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target token and the entropy of the distribution it is drawn from, both in nats.
+
+        logprob = log softmax(z / T)[target]        entropy = -sum_v p_v log p_v,  p = softmax(z / T)
+
+    Args:
+        logits: [..., V] any float dtype; the maths is float32 (float64 for float64 input). -inf: cannot be drawn.
+        targets: [...] integer token ids below V.
+        temperature: of the sampler, so that the result compares with the rollout's logprobs; above 0.
+
+    Returns:
+        (logprobs [...], entropy [...]). The entropy is a statistic: it carries no gradient.
+    """
+    if not temperature > 0:
+        raise ConfigError(f"temperature is {temperature}: log-probabilities need one above 0; 1.0 is the plain softmax")
+    scaled = at_least_float32(logits)
+    if temperature != 1.0:
+        scaled = scaled / temperature
+    log_softmax = torch.log_softmax(scaled, dim=-1)
+    logprobs = log_softmax.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
+    # Last, because the recomputation in a checkpoint's backward stops before it: nothing here is saved for a gradient.
+    with torch.no_grad():
+        # -inf is made finite because its share, 0 x -inf, is 0 and not NaN.
+        finite = log_softmax.clamp(min=torch.finfo(log_softmax.dtype).min)
+        entropy = -log_softmax.exp().mul_(finite).sum(dim=-1)
+    return logprobs, entropy
+
+
+def chunked_logprobs(
+    hidden_ND: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets_N: Tensor,
+    temperature: float,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs(head(hidden_ND), targets_N, temperature)` with the logits of at most `chunk` tokens held at once.
+
+    Also in backward: each chunk is a checkpoint whose logits are made again there (not if there is only one chunk).
+
+    Args:
+        hidden_ND: [N, D] last hidden states; N may be 0.
+        head: [n, D] -> logits [n, V], for n <= chunk; free of randomness, because backward calls it a second time.
+        targets_N: [N] integer token ids.
+        temperature: see `token_logprobs`.
+        chunk: tokens, at least 1.
+
+    Returns:
+        (logprobs [N] with gradient to the hidden states and the head, entropy [N] without), nats.
+    """
+    if chunk < 1:
+        raise ConfigError(f"the logprob chunk is {chunk} tokens: give 1 or more")
+
+    def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logprobs(head(hidden), targets, temperature)
+
+    recompute = torch.is_grad_enabled() and len(hidden_ND) > chunk
+    parts: list[tuple[Tensor, Tensor]] = []
+    for hidden, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
+        if recompute:
+            part = checkpoint(of_chunk, hidden, targets, use_reentrant=False, preserve_rng_state=False)
+            assert isinstance(part, tuple)
+            parts.append(part)
+        else:
+            parts.append(of_chunk(hidden, targets))
+    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])

@@ -1,0 +1,78 @@
+"""What the commands that take a config have in common: their arguments, loading with checks, the dry run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from rlhf_dist.errors import InputError
+
+if TYPE_CHECKING:
+    from rlhf_dist.cluster.placement import Machine
+    from rlhf_dist.config.schema import Config
+
+Command = Literal["train", "sft", "eval"]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong command line is an `InputError` as any other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}\n{self.format_usage().strip()}")
+
+
+def config_parser(name: str, description: str) -> Parser:
+    """`rlhf-dist NAME CONFIG.yaml [key=value ...]`, options in any place."""
+    usage = f"rlhf-dist {name} CONFIG.yaml [key=value ...] [options]"
+    parser = Parser(prog=f"rlhf-dist {name}", usage=usage, description=description, allow_abbrev=False)
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml, key=value", help="config, then keys to set over it")
+    return parser
+
+
+def add_dry_run(parser: Parser) -> None:
+    """The `--dry-run` option."""
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, start nothing")
+
+
+def add_resume(parser: Parser) -> None:
+    """The `--resume` option."""
+    parser.add_argument("--resume", action="store_true", help="go on from the run directory's newest checkpoint")
+
+
+def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """Options and words in any order."""
+    return parser.parse_intermixed_args(list(argv))
+
+
+def load_checked(words: Sequence[str], name: str, command: Command) -> Config:
+    """The config that `words` (file, overrides) give, after all checks. Raises `InputError`."""
+    from rlhf_dist.config.checks import check
+    from rlhf_dist.config.load import load
+
+    if not words or ("=" in words[0] and not Path(words[0]).exists()):
+        shipped = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
+        there = f"; there is {', '.join(shipped)}" if shipped else ""
+        raise InputError(f"{name} needs a config file first: rlhf-dist {name} CONFIG.yaml [key=value ...]{there}")
+    config = load(Path(words[0]), words[1:])
+    check(config, command)
+    return config
+
+
+def plan_lines(config: Config, machine: Machine, command: Command) -> list[str]:
+    """The plan of `command` on `machine`, for a reader. Raises `ResourceError` where it does not fit."""
+    from rlhf_dist.cluster.placement import describe, place
+
+    machine_line = f"machine: {machine.cpus} CPUs, {machine.gpus} GPUs"
+    return [machine_line, *describe(place(config, machine, command), config)]
+
+
+def print_dry_run(config: Config, command: Command) -> int:
+    """Print the resolved config as YAML and the plan on this machine as comments below it; returns the exit code."""
+    from rlhf_dist.cluster.placement import local_machine
+    from rlhf_dist.config.load import to_yaml
+
+    lines = plan_lines(config, local_machine(), command)
+    print(to_yaml(config) + "\n".join(f"# {line}" for line in lines))
+    return 0

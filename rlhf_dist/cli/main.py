@@ -1,0 +1,82 @@
+"""`rlhf-dist COMMAND ...`: finds the command, turns errors into one message and an exit code.
+
+0 done, 1 a run failed, 2 bad input, 130 stopped from the keyboard. Nothing heavy is imported before a config has
+parsed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import shlex
+import sys
+from collections.abc import Sequence
+
+from rlhf_dist import __version__
+from rlhf_dist.errors import InputError, RlhfError
+
+COMMANDS = {
+    "train": ("train", "reinforcement learning: generate, score, update, push the weights, repeat"),
+    "sft": ("sft", "supervised start: train on demonstrations or on plain text"),
+    "eval": ("evaluate", "greedy accuracy and pass@k of a model on held-out prompts"),
+    "plan": ("plan", "show who would get which CPUs and GPUs, and the arithmetic of the batches"),
+    "bench": ("bench", "run one of the benchmarks of a checkout"),
+}
+"""Command -> its module in this folder, and what it does."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; an unexpected exception keeps its traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except KeyboardInterrupt:
+        return _fail(_stopped(words), 130)
+    except InputError as error:
+        return _fail(str(error), 2)
+    except RlhfError as error:
+        return _fail(str(error), 1)
+
+
+def _dispatch(words: list[str]) -> int:
+    first = words[0] if words else ""
+    if first in ("-h", "--help"):
+        print(_help())
+        return 0
+    if first == "--version":
+        print(f"rlhf-dist {__version__}")
+        return 0
+    if not first:
+        raise InputError(f"name a command\n\n{_help()}")
+    if first not in COMMANDS:
+        close = difflib.get_close_matches(first, COMMANDS, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"the commands are {', '.join(COMMANDS)}"
+        raise InputError(f"`{first}` is no command; {hint}")
+    module = importlib.import_module(f"rlhf_dist.cli.{COMMANDS[first][0]}")
+    return module.run(words[1:])
+
+
+def _help() -> str:
+    lines = [f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: rlhf-dist COMMAND CONFIG.yaml [key=value ...]",
+            "       rlhf-dist COMMAND --help | --version | --help",
+            "",
+            *lines,
+            "",
+            "key=value sets one key of the config over what the file says, as in loop.steps=20.",
+        ]
+    )
+
+
+def _stopped(words: Sequence[str]) -> str:
+    if words and words[0] in ("train", "sft"):
+        again = shlex.join(["rlhf-dist", *words, *([] if "--resume" in words else ["--resume"])])
+        return f"stopped from the keyboard; what was saved is kept, go on with `{again}`"
+    return "stopped from the keyboard"
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"rlhf-dist: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,27 @@
+"""`rlhf-dist train`: a reinforcement learning run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlhf_dist.cli import arguments
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train as the config says; the algorithm is `algo.name`."""
+    parser = arguments.config_parser(
+        "train", "Reinforcement learning of a policy; the algorithm is the config's algo.name."
+    )
+    arguments.add_resume(parser)
+    arguments.add_dry_run(parser)
+    args = arguments.parse(parser, argv)
+    config = arguments.load_checked(args.words, "train", "train")
+    if args.dry_run:
+        return arguments.print_dry_run(config, "train")
+    from rlhf_dist.cluster import session
+
+    session.prepare(config.cluster)
+    from rlhf_dist.cluster import build
+
+    build.train(config, resume=args.resume)
+    return 0

@@ -1,0 +1,167 @@
+"""Scatter, await, gather: every wait on another process goes through `gather` or `fetch`, has a limit and names whom it waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.exceptions import RayActorError, RayTaskError
+
+from rlhf_dist.errors import ActorLost, ActorTimeout, RlhfError, RunError, WeightSyncError
+from rlhf_dist.learner.policy import Shard
+from rlhf_dist.telemetry.metrics import MetricSums
+from rlhf_dist.types import DroppedPrompt, Handle, Prompt, Receipt, RolloutHead, Sampling, Scores
+from rlhf_dist.weights.receipts import Announcement, receipt_problem
+
+def gather(calls: Mapping[str, Any], what: str, timeout_s: float) -> dict[str, Any]:
+    """Wait for one answer from each: name of the process -> its call.
+
+    Raises `ActorTimeout` naming those who did not answer, `ActorLost` naming one that died, or what the call raised.
+    """
+    start = time.monotonic()
+    pending = {call: name for name, call in calls.items()}
+    answers: dict[str, Any] = {}
+    while pending:
+        left = timeout_s - (time.monotonic() - start)
+        if left <= 0:
+            names = ", ".join(pending.values())
+            raise ActorTimeout(f"{names} did not finish '{what}' in {timeout_s:g} s")
+        done, _ = ray.wait(list(pending), num_returns=1, timeout=left)
+        for call in done:
+            name = pending.pop(call)
+            answers[name] = fetch(call, name, what, timeout_s)
+    return {name: answers[name] for name in calls}
+
+
+def fetch(call: Any, name: str, what: str, timeout_s: float) -> Any:
+    """The answer of a call that is done, with the errors of the other process in this one's words."""
+    try:
+        return ray.get(call, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise ActorTimeout(f"{name} did not hand over the answer of '{what}' in {timeout_s:g} s") from None
+    except RayTaskError as error:
+        if isinstance(error.cause, RlhfError):
+            raise error.cause from None
+        raise RunError(f"{name} failed in '{what}': {type(error.cause).__name__}: {error.cause}\n{error}") from None
+    except RayActorError as error:
+        # The last line is the error itself where the actor's own code raised it, and Ray's reason otherwise.
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ActorLost(f"{name} died during '{what}': {reason}; its log: logs/{log_name(name)} in the run directory") from None
+
+
+def log_name(actor: str) -> str:
+    """File name of an actor's log in the run directory's `logs`."""
+    return f"{actor.replace(' ', '-')}.log"
+
+
+class RolloutFleet:
+    """All rollout workers. A worker serves only after its receipt proved the published version."""
+
+    def __init__(self, workers: Mapping[str, Any], *, timeout_s: float, sync_timeout_s: float) -> None:
+        self._workers = dict(workers)
+        # Until the first push they serve what they loaded themselves, which is all that `eval` asks of them.
+        self._serving = list(workers)
+        self._timeout_s = timeout_s
+        self._sync_timeout_s = sync_timeout_s
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> Iterator[tuple[RolloutHead, Handle] | DroppedPrompt]:
+        """Share the prompts out evenly; yields groups as they finish."""
+        if not self._serving:
+            raise WeightSyncError("no rollout worker holds the published weights")
+        streams: dict[Any, str] = {}
+        for index, name in enumerate(self._serving):
+            share = list(prompts[index :: len(self._serving)])
+            if share:
+                method = self._workers[name].generate.options(num_returns="streaming")
+                streams[method.remote(share, sampling)] = name
+        deadline = time.monotonic() + self._timeout_s
+        while streams:
+            ready, _ = ray.wait(list(streams), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                names = ", ".join(streams.values())
+                raise ActorTimeout(f"{names} did not finish 'generate' in {self._timeout_s:g} s (rollout.timeout_s)")
+            stream = ready[0]
+            try:
+                first = fetch(next(stream), streams[stream], "generate", self._timeout_s)
+                # The tokens stay where they are: only their reference is handed on.
+                yield first if isinstance(first, DroppedPrompt) else (first, next(stream))
+            except StopIteration:
+                del streams[stream]
+
+    def load_weights(self, announcement: Announcement) -> list[str]:
+        """Push to every worker, quarantined ones included; those with a wrong or missing receipt do not serve."""
+        problems: list[str] = []
+        self._serving = []
+        calls = {name: worker.load_weights.remote(announcement) for name, worker in self._workers.items()}
+        for name, call in calls.items():
+            try:
+                receipt: Receipt = gather({name: call}, "load_weights", self._sync_timeout_s)[name]
+                problem = receipt_problem(announcement, receipt)
+            except (ActorTimeout, WeightSyncError) as error:
+                problem = f"{name}: {error}"
+            if problem is None:
+                self._serving.append(name)
+            else:
+                problems.append(problem)
+        if not self._serving:
+            raise WeightSyncError("; ".join(problems))
+        return problems
+
+    def texts(self, rollout: Handle) -> tuple[str, ...]:
+        """A group's responses."""
+        return gather({"the object store": rollout}, "fetch a sample", self._timeout_s)["the object store"].texts
+
+
+class ScoringFleet:
+    """The scoring worker."""
+
+    def __init__(self, worker: Any, *, timeout_s: float) -> None:
+        self._worker = worker
+        self._timeout_s = timeout_s
+
+    def submit(self, rollout: Handle) -> Handle:
+        """Begin to score a group; its tokens go from the object store to the worker."""
+        return self._worker.score.remote(rollout)
+
+    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Scores]:
+        """Scores by uid; every group has `scoring.timeout_s`."""
+        return {
+            uid: gather({"scoring worker": call}, f"score prompt {uid}", self._timeout_s)["scoring worker"]
+            for uid, call in pending.items()
+        }
+
+
+class LearnerGroup:
+    """All ranks of the policy's learner; every call goes to all of them."""
+
+    def __init__(self, ranks: Mapping[str, Any], *, timeout_s: float) -> None:
+        self._ranks = dict(ranks)
+        self._timeout_s = timeout_s
+        self.ranks = len(self._ranks)
+
+    def update(self, shards: Sequence[Shard], rollouts: Sequence[Handle]) -> MetricSums:
+        """Give each rank its shard and the groups it needs."""
+        calls = {}
+        for (name, rank), shard in zip(self._ranks.items(), shards, strict=True):
+            calls[name] = rank.update.remote(shard, *rollouts)
+        return MetricSums.merge(gather(calls, "update", self._timeout_s).values())
+
+    def publish(self, version: int) -> Announcement:
+        """Rank 0's announcement."""
+        found = self.call("publish", version)
+        return next(answer for answer in found.values() if answer is not None)
+
+    def save(self, folder: Path) -> None:
+        """Checkpoint."""
+        self.call("save", folder)
+
+    def call(self, method: str, *args: Any) -> dict[str, Any]:
+        """Any method on all ranks; answers by name."""
+        calls = {name: getattr(rank, method).remote(*args) for name, rank in self._ranks.items()}
+        return gather(calls, method, self._timeout_s)

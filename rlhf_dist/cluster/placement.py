@@ -1,0 +1,239 @@
+"""Who gets which CPUs and GPUs: pure arithmetic, needs no cluster.
+
+Colocated, the rollout side and the learner side take turns: each may use the whole machine, and in Ray's books each
+holds half of it, so that both fit. Not colocated, each side has its own part. Scoring takes no CPU in Ray's books.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_dist.config.schema import Config
+from rlhf_dist.errors import ResourceError
+
+Command = Literal["train", "sft", "eval"]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is to share out: one machine, or the sum over a cluster."""
+
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Who runs where. A side that the command does not need has no workers, no threads and no shares."""
+
+    device: Literal["cpu", "cuda"]
+    rollout_workers: int
+    """0 for `sft`."""
+    rollout_threads: int
+    """CPU threads of one worker."""
+    rollout_gpus: int
+    """GPUs one worker computes on (tensor parallel); 0 on a CPU."""
+    learner_ranks: int
+    """0 for `eval`."""
+    learner_threads: int
+    """CPU threads of one rank."""
+    learner_gpus: int
+    """GPUs one rank computes on: 1, or 0 on a CPU."""
+    rollout_num_cpus: float
+    """Ray's `num_cpus` of one worker."""
+    rollout_num_gpus: float
+    """Ray's `num_gpus` of one worker."""
+    learner_num_cpus: float
+    """Ray's `num_cpus` of one rank."""
+    learner_num_gpus: float
+    """Ray's `num_gpus` of one rank."""
+
+
+def local_machine() -> Machine:
+    """The CPUs this process may use and the GPUs `nvidia-smi` lists, as far as CUDA_VISIBLE_DEVICES shows them."""
+    return Machine(cpus=len(os.sched_getaffinity(0)), gpus=_local_gpus())
+
+
+def place(config: Config, machine: Machine, command: Command) -> Placement:
+    """Share `machine` out. Raises `ResourceError` where it has too few CPUs or GPUs for the config."""
+    device = _device(config, machine)
+    workers = 0 if command == "sft" else config.rollout.workers
+    ranks = 0 if command == "eval" else config.learner.ranks
+    shared = config.cluster.colocate and workers > 0 and ranks > 0
+    rollout_gpus, learner_gpus = 0, 0
+    if device == "cuda":
+        rollout_gpus, learner_gpus = config.rollout.tensor_parallel if workers else 0, 1 if ranks else 0
+        _check_gpus(machine, workers, rollout_gpus, ranks, shared)
+    rollout_threads, learner_threads = _threads(config, machine, workers, ranks, shared)
+    share = 0.5 if shared else 1.0
+    return Placement(
+        device=device,
+        rollout_workers=workers,
+        rollout_threads=rollout_threads,
+        rollout_gpus=rollout_gpus,
+        learner_ranks=ranks,
+        learner_threads=learner_threads,
+        learner_gpus=learner_gpus,
+        rollout_num_cpus=rollout_threads * share,
+        rollout_num_gpus=rollout_gpus * share,
+        learner_num_cpus=learner_threads * share,
+        learner_num_gpus=learner_gpus * share,
+    )
+
+
+def describe(placement: Placement, config: Config) -> list[str]:
+    """Lines for a reader: who gets what, and the arithmetic of the batches."""
+    p = placement
+    lines = [f"device: {p.device}"]
+    if p.rollout_workers:
+        who = _count(p.rollout_workers, "worker")
+        lines.append(
+            f"rollout: {who}, each {_share(p.rollout_threads, p.rollout_gpus, p.rollout_num_cpus, p.rollout_num_gpus)}"
+        )
+    if p.learner_ranks:
+        who = f"{_count(p.learner_ranks, 'rank')}, ZeRO-{config.learner.zero_stage}"
+        lines.append(
+            f"learner: {who}, each {_share(p.learner_threads, p.learner_gpus, p.learner_num_cpus, p.learner_num_gpus)}"
+        )
+    if p.rollout_workers and p.learner_ranks:
+        turns = "take turns on the same devices" if config.cluster.colocate else "have devices of their own"
+        lines.append(f"rollout and learner {turns}; scoring takes no CPU in Ray's books")
+    if p.rollout_workers and p.learner_ranks:
+        lines += _train_lines(config)
+    elif p.learner_ranks:
+        lines += _sft_lines(config)
+    if p.rollout_workers:
+        samples = f" and {config.eval.samples} samples" if config.eval.samples else ""
+        lines.append(f"evaluation: {config.eval.prompts} held-out prompts, each with 1 greedy response{samples}")
+    lines.append(f"run directory: {config.output}/{config.name}")
+    return lines
+
+
+def _train_lines(config: Config) -> list[str]:
+    loop, updates = config.loop, config.learner.updates_per_batch
+    rows = loop.prompts_per_step * config.algo.group_size
+    tokens = rows * config.rollout.max_response_tokens
+    return [
+        f"step: {loop.prompts_per_step} prompts x {config.algo.group_size} samples = {rows} responses, at most "
+        f"{tokens:,} "
+        f"response tokens, {_count(updates, 'optimizer step')} of {rows // updates} responses each",
+        f"run: {_count(loop.steps, 'step')}, {loop.steps * rows:,} responses, "
+        f"{_count(loop.steps * updates, 'optimizer step')}",
+        f"micro-batches: at most {config.learner.micro_batch_tokens} tokens each",
+    ]
+
+
+def _sft_lines(config: Config) -> list[str]:
+    sft = config.sft
+    return [
+        f"step: {sft.batch_size} sequences of at most {sft.max_tokens} tokens",
+        f"run: {_count(sft.steps, 'optimizer step')}, {sft.steps * sft.batch_size:,} sequences",
+        f"micro-batches: at most {config.learner.micro_batch_tokens} tokens each",
+    ]
+
+
+def _share(threads: int, gpus: int, num_cpus: float, num_gpus: float) -> str:
+    devices = _count(threads, "CPU thread") + (f" and {_count(gpus, 'GPU')}" if gpus else "")
+    return f"{devices} (Ray: {num_cpus:g} CPU" + (f", {num_gpus:g} GPU)" if gpus else ")")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _device(config: Config, machine: Machine) -> Literal["cpu", "cuda"]:
+    if config.cluster.device == "auto":
+        return "cuda" if machine.gpus > 0 else "cpu"
+    if config.cluster.device == "cuda" and machine.gpus == 0:
+        raise ResourceError("cluster.device is cuda, but there is no GPU here; set cluster.device to cpu or auto")
+    return config.cluster.device
+
+
+def _check_gpus(machine: Machine, workers: int, parallel: int, ranks: int, shared: bool) -> None:
+    if shared and parallel > 1:
+        # Ray gives fractions of one GPU only: half of each of two GPUs cannot be asked for.
+        raise ResourceError(
+            f"rollout.tensor_parallel is {parallel} with cluster.colocate true; a worker that spans GPUs needs "
+            "them for "
+            "itself: set cluster.colocate to false, or rollout.tensor_parallel to 1"
+        )
+    rollout, learner = workers * parallel, ranks
+    needed = max(rollout, learner) if shared else rollout + learner
+    if needed > machine.gpus:
+        parts = []
+        if workers:
+            parts.append(f"rollout.workers {workers} x rollout.tensor_parallel {parallel} = {rollout}")
+        if ranks:
+            parts.append(f"learner.ranks {ranks}")
+        way_out = "" if shared or not (workers and ranks) else ", or let them take turns with cluster.colocate=true"
+        raise ResourceError(
+            f"{' and '.join(parts)} need {_count(needed, 'GPU')}, but there {_are(machine.gpus, 'GPU')}; lower "
+            f"them{way_out}"
+        )
+
+
+def _threads(config: Config, machine: Machine, workers: int, ranks: int, shared: bool) -> tuple[int, int]:
+    """CPU threads of one rollout worker and of one learner rank; 0 for a side without actors."""
+    rollout, learner = config.rollout.cpus, config.learner.cpus
+    if shared or not (workers and ranks):
+        return (
+            _side_threads("rollout.workers", workers, "rollout.cpus", rollout, machine),
+            _side_threads("learner.ranks", ranks, "learner.cpus", learner, machine),
+        )
+    # Apart: an actor without a number of its own counts with one thread, to see whether all fit at all.
+    needed = workers * max(rollout, 1) + ranks * max(learner, 1)
+    if needed > machine.cpus:
+        raise ResourceError(
+            f"rollout.workers {workers} x {_each(rollout)} + learner.ranks {ranks} x {_each(learner)} = "
+            f"{_count(needed, 'CPU')}, "
+            f"but there {_are(machine.cpus, 'CPU')}; lower rollout.workers, rollout.cpus, learner.ranks or "
+            "learner.cpus, or let "
+            "them take turns with cluster.colocate=true"
+        )
+    if not learner:
+        equal = machine.cpus // (workers + ranks)
+        learner = equal if not rollout else (machine.cpus - workers * rollout) // ranks
+    if not rollout:
+        rollout = (machine.cpus - ranks * learner) // workers
+    return rollout, learner
+
+
+def _side_threads(count_key: str, count: int, cpus_key: str, cpus: int, machine: Machine) -> int:
+    """Threads of one actor of a side that may use the whole machine."""
+    if count == 0:
+        return 0
+    needed = count * max(cpus, 1)
+    if needed > machine.cpus:
+        raise ResourceError(
+            f"{count_key} {count} x {_each(cpus)} = {_count(needed, 'CPU')}, but there {_are(machine.cpus, 'CPU')}; "
+            f"lower {count_key}" + (f" or {cpus_key}" if cpus else "")
+        )
+    return cpus or machine.cpus // count
+
+
+def _each(cpus: int) -> str:
+    return f"{cpus} CPUs each" if cpus > 1 else "1 CPU each"
+
+
+def _are(number: int, noun: str) -> str:
+    return f"{'is' if number == 1 else 'are'} {_count(number, noun)}" if number else f"is no {noun}"
+
+
+def _local_gpus() -> int:
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise ResourceError(
+            "nvidia-smi -L did not answer in 20 s; the GPU driver hangs: set cluster.device to cpu"
+        ) from error
+    if listing.returncode:
+        return 0  # the tool is there, the driver or the device is not: no GPU can be used
+    gpus = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return gpus if visible is None else min(gpus, len([item for item in visible.split(",") if item.strip()]))

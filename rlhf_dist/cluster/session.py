@@ -1,0 +1,92 @@
+"""The Ray session of a command: join the cluster of a Ray job, or start one on this machine; reserve what the plan needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rlhf_dist.cluster.placement import Machine, Placement, local_machine
+from rlhf_dist.config.schema import ClusterConfig
+from rlhf_dist.errors import ResourceError, RunError
+
+LOOPBACK = "127.0.0.1"
+
+
+def joins_cluster(config: ClusterConfig) -> bool:
+    """Whether a cluster is there to be joined, which is so inside a Ray job."""
+    return config.address == "auto" and bool(os.environ.get("RAY_ADDRESS"))
+
+
+def prepare(config: ClusterConfig) -> None:
+    """Settings that Ray reads once, when it is imported: call this first.
+
+    A local Ray asks for a token, made up for this session, so that no other user of the machine can send it work.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # 0 GPUs asked for has to mean that CUDA_VISIBLE_DEVICES is left alone: Ray's coming default.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not joins_cluster(config):
+        os.environ.pop("RAY_ADDRESS", None)
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+@contextmanager
+def ray_session(config: ClusterConfig) -> Iterator[Machine]:
+    """Ray, up for the time of the block; yields the CPUs and GPUs there are.
+
+    A local one listens on loopback only.
+    """
+    join = joins_cluster(config)
+    assert join or os.environ.get("RAY_AUTH_MODE") == "token", "call prepare() before ray is imported"
+    machine = local_machine()
+    import ray
+
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if join:
+        settings |= {"address": "auto"}
+    else:
+        settings |= {
+            "address": "local",
+            "num_cpus": machine.cpus,
+            "num_gpus": machine.gpus,
+            "include_dashboard": False,
+            "_node_ip_address": LOOPBACK,
+        }
+    try:
+        ray.init(**settings)
+    except (RuntimeError, ConnectionError, ValueError) as error:
+        raise RunError(f"Ray did not start: {error}") from None
+    try:
+        if join:
+            total = ray.cluster_resources()
+            machine = Machine(int(total.get("CPU", 0)), int(total.get("GPU", 0)))
+        yield machine
+    finally:
+        ray.shutdown()
+
+
+def reserve(placement: Placement, timeout_s: float) -> Any:
+    """A placement group that holds every actor on one node, as the shared-memory transport needs it.
+
+    Raises `ResourceError` when no node has the room within `timeout_s`.
+    """
+    import ray
+    from ray.util.placement_group import placement_group
+
+    bundles = [{"CPU": placement.rollout_num_cpus, "GPU": placement.rollout_num_gpus}] * placement.rollout_workers
+    bundles += [{"CPU": placement.learner_num_cpus, "GPU": placement.learner_num_gpus}] * placement.learner_ranks
+    group = placement_group([{k: v for k, v in bundle.items() if v} for bundle in bundles], strategy="STRICT_PACK")
+    ready, _ = ray.wait([group.ready()], timeout=timeout_s)
+    if not ready:
+        cpus = sum(bundle["CPU"] for bundle in bundles)
+        gpus = sum(bundle["GPU"] for bundle in bundles)
+        raise ResourceError(
+            f"no node of the cluster has {cpus:g} CPUs and {gpus:g} GPUs free within {timeout_s:g} s "
+            "(cluster.start_timeout_s); free some, or lower rollout.workers, learner.ranks or their cpus"
+        )
+    return group

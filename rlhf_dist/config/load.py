@@ -1,0 +1,327 @@
+"""YAML files and `key=value` overrides -> one `Config`, or a `ConfigError` that names every wrong key at once.
+
+Layers, later wins: the defaults of `schema.py`, the files under `include:` in their order, the file itself, the
+overrides. The text is read and checked against the schema here, so that each message can name file, key, value and
+choice; OmegaConf then resolves `${...}` and makes the typed, frozen sections.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf_dist.config.schema import Config, ScoringConfig
+from rlhf_dist.errors import ConfigError
+
+_OVERRIDE = "override "
+"""Opens the `where` of a layer that comes from the command line."""
+
+
+class Layer(NamedTuple):
+    """One source of values, checked and merged as a whole."""
+
+    where: str
+    """The file, or the override as it was typed; opens every message about the layer."""
+    values: dict[Any, Any]
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path`, what it includes, and the overrides (`learner.optimizer.lr=1e-4`, later wins).
+
+    Raises `ConfigError` for a missing or malformed file, an unknown key, a wrong type or choice, a bad override.
+    """
+    layers = list(_file_layers(path, ()))
+    layers += [_override_layer(text) for text in overrides]
+    return _build(layers)
+
+
+def from_yaml(text: str, where: str = "config") -> Config:
+    """The inverse of `to_yaml`; `where` names the text in messages."""
+    return _build([Layer(where, _parse_mapping(text, where))])
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config, every default written out; `from_yaml` gives back an equal one."""
+    return yaml.dump(
+        _escaped(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
+    )
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _file_layers(path: Path, including: tuple[Path, ...]) -> Iterator[Layer]:
+    """The layers of a file in order of precedence, lowest first: what it includes, then itself."""
+    real = path.resolve()
+    if real in including:
+        chain = " -> ".join(str(p) for p in (*including[including.index(real) :], real))
+        raise ConfigError(f"{including[-1]}: `include` goes round in a circle: {chain}; take one of them out")
+    values = _parse_mapping(_read(path, including), str(path))
+    includes = values.pop("include", [])
+    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
+        raise ConfigError(
+            f"{path}: `include` is {includes!r}; it must be a list of file names, as in include: [base.yaml]"
+        )
+    for name in includes:
+        yield from _file_layers(path.parent / name, (*including, real))
+    yield Layer(str(path), values)
+
+
+def _read(path: Path, including: tuple[Path, ...]) -> str:
+    by = f" (included by {including[-1]})" if including else ""
+    if path.is_dir():
+        raise ConfigError(f"{path}{by} is a directory; name a YAML file{_suggest_files(path / 'config.yaml')}")
+    if not path.exists():
+        raise ConfigError(f"{path}{by} does not exist{_suggest_files(path)}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}{by} cannot be read: {error}") from error
+
+
+def _suggest_files(path: Path) -> str:
+    """`; did you mean ...` with files of a similar name, else the configs that lie at hand."""
+    beside = sorted(str(p) for pattern in ("*.yaml", "*.yml") for p in path.parent.glob(pattern))
+    shipped = sorted(str(p) for p in Path("configs").rglob("*.yaml"))
+    names = {Path(p).name: p for p in (*shipped, *beside)}
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    if close:
+        return f"; did you mean {' or '.join(names[name] for name in close)}?"
+    return f"; there is {', '.join((beside or shipped)[:8])}" if beside or shipped else ""
+
+
+# ---- YAML ------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain scalars: `off`, `no` and `yes` are words, `1e-3` is a number; and a key may come only once."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own name and place)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key `{key.value}` comes twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either YAML 1.1 or `_Loader` would not read back as text."""
+
+
+_SCALARS = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    ("merge", r"<<", "<"),
+)
+for _tag, _pattern, _first in _SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{where}:{mark.line + 1}" if mark and not where.startswith(_OVERRIDE) else where
+        raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _parse_mapping(text: str, where: str) -> dict[Any, Any]:
+    values = _parse(text, where)
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{where}: holds {_shown(values)}; a config is a mapping of sections, as in `loop: {{steps: 100}}`"
+        )
+    return values
+
+
+def _escaped(value: Any) -> Any:
+    """A `${` that is already resolved must not be resolved again when it is read back."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+# ---- overrides -------------------------------------------------------------------------------------------------------
+
+
+def _override_layer(text: str) -> Layer:
+    """`a.b=1` as the layer `{a: {b: 1}}`. The value is YAML, except that a text key takes it as it is typed."""
+    key, equals, value = text.partition("=")
+    parts = key.split(".")
+    if not equals or not all(re.fullmatch(r"[\w-]+", part) for part in parts):
+        raise ConfigError(f"{_OVERRIDE}`{text}`: an override has the form key=value, as in loop.steps=20")
+    where = f"{_OVERRIDE}`{text}`"
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    # A regex or a sentence is no YAML: `pattern=<a>: {b` must arrive as it stands.
+    verbatim = _type_at(parts) is str and not quoted
+    tree: Any = value if verbatim else _parse(value, where)
+    for part in reversed(parts):
+        tree = {part: tree}
+    return Layer(where, tree)
+
+
+def _type_at(parts: Sequence[str]) -> Any:
+    """The declared type of a dotted key, None where there is no such key."""
+    kind: Any = Config
+    for part in parts:
+        if dataclasses.is_dataclass(kind):
+            kind = get_type_hints(kind).get(part)
+        elif get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        else:
+            return None
+    return kind
+
+
+# ---- schema ----------------------------------------------------------------------------------------------------------
+
+
+def _build(layers: Sequence[Layer]) -> Config:
+    problems = [f"{layer.where}: {text}" for layer in layers for text in _problems(layer.values, Config, "")]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    tree = dataclasses.asdict(Config())
+    for layer in layers:
+        whole = not layer.where.startswith(_OVERRIDE)
+        tree = _merged(tree, layer.values, Config, whole)
+    # The defaults are in `tree`: the empty `rewards` here only keeps OmegaConf from adding the default reward again.
+    schema = OmegaConf.structured(Config(scoring=ScoringConfig(rewards={})))
+    try:
+        return cast(Config, OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(tree))))
+    except OmegaConfBaseException as error:
+        key = f"`{error.full_key}`: " if error.full_key else ""
+        raise ConfigError(f"{key}{(error.msg or str(error)).splitlines()[0]}") from error
+
+
+def _merged(tree: dict[str, Any], values: dict[Any, Any], kind: Any, whole: bool) -> dict[str, Any]:
+    """`tree` with `values` put over it, section by section.
+
+    A mapping whose names are the user's own (`scoring.rewards`) is replaced by a file that gives one (`whole`): a run
+    that names its rewards must not also be paid by the default one. An override of one name changes that name only.
+    """
+    result = dict(tree)
+    for name, value in values.items():
+        inner = _type_at_child(kind, name)
+        replace = get_origin(inner) is dict and whole
+        descend = _is_section(inner) and not replace
+        result[name] = _merged(result.get(name, {}), value, inner, whole) if descend else value
+    return result
+
+
+def _is_section(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or get_origin(kind) is dict
+
+
+def _type_at_child(kind: Any, name: str) -> Any:
+    return get_args(kind)[1] if get_origin(kind) is dict else get_type_hints(kind)[name]
+
+
+def _problems(value: Any, kind: Any, key: str) -> Iterator[str]:
+    """What is wrong with the value of `key`, which the schema declares as `kind`: one sentence each, keys in full."""
+    if value is None or value == "???":  # the latter is OmegaConf's word for a value still to come
+        yield f"`{key}` has no value; give {_expected(kind)}, or take the line out"
+    elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        for name, inner in value.items():
+            if name in hints:
+                yield from _problems(inner, hints[name], _join(key, name))
+            else:
+                yield f"unknown key `{_join(key, name)}`{_suggest_key(str(name), key, list(hints))}"
+    elif get_origin(kind) is dict and isinstance(value, dict):
+        for name, inner in value.items():
+            if isinstance(name, str):
+                yield from _problems(inner, get_args(kind)[1], _join(key, name))
+            else:
+                yield f"`{key}` has the name {name!r}; names are text, put it in quotes"
+    elif get_origin(kind) is list and isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _problems(inner, get_args(kind)[0], f"{key}[{index}]")
+    elif isinstance(value, str) and "${" in value and not _is_section(kind):
+        return  # an interpolation: OmegaConf resolves it and checks the result
+    elif not _fits(value, kind):
+        quote = "; put it in quotes" if kind is str and not isinstance(value, dict | list) else ""
+        yield f"`{key}` is {_shown(value)}; expected {_expected(kind)}{quote}"
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if kind is float:
+        return isinstance(value, int | float)
+    return kind in (int, str) and isinstance(value, kind)
+
+
+def _expected(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if dataclasses.is_dataclass(kind):
+        names = [field.name for field in dataclasses.fields(kind)]
+        return f"a section with keys such as {', '.join(names[:4])}"
+    if get_origin(kind) is dict:
+        return "a mapping of names to sections"
+    if get_origin(kind) is list:
+        return "a list of texts, as in [a, b]"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+
+
+def _suggest_key(name: str, section: str, siblings: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean `{_join(section, close[0])}`?"
+    elsewhere = [key for key in _all_keys(Config, "") if key.rsplit(".", 1)[-1] == name]
+    if elsewhere:
+        return f"; did you mean `{'` or `'.join(elsewhere)}`?"
+    inside = f"`{section}` has" if section else "the sections are"
+    return f"; {inside} {', '.join(siblings)}"
+
+
+def _all_keys(kind: Any, prefix: str) -> Iterator[str]:
+    for name, inner in get_type_hints(kind).items():
+        yield _join(prefix, name)
+        if dataclasses.is_dataclass(inner):
+            yield from _all_keys(inner, _join(prefix, name))
+
+
+def _join(section: str, name: object) -> str:
+    return f"{section}.{name}" if section else str(name)
+
+
+def _shown(value: Any) -> str:
+    text = (
+        f"the text {value!r}"
+        if isinstance(value, str)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else repr(value)
+    )
+    return text if len(text) <= 80 else text[:77] + "..."

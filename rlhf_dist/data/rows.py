@@ -1,0 +1,153 @@
+"""What a row of a file means: a question, a demonstration or plain text. Complaints start with the row's place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_dist.config.schema import DataConfig
+from rlhf_dist.data.files import Row, shown
+from rlhf_dist.errors import DataError
+from rlhf_dist.types import Message
+
+ROLES = ("system", "user", "assistant")
+FINAL = "####"
+"""GSM8K writes the final answer of a worked solution after this mark."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked, with what a rule compares with."""
+
+    messages: tuple[Message, ...]
+    """Never empty; ends with a user turn."""
+    answer: str
+    """Empty when the data has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """What to say, for supervised training."""
+
+    messages: tuple[Message, ...]
+    """Ends with a user turn; empty for plain text."""
+    response: str
+    """The text to learn; never empty."""
+
+
+def ask(text: str, system: str) -> tuple[Message, ...]:
+    """A conversation of one user turn, behind the system turn unless that is empty."""
+    user = Message("user", text)
+    return (Message("system", system), user) if system else (user,)
+
+
+def question(row: Row, config: DataConfig) -> Question:
+    """The question of a row. Raises DataError naming its place, what is wrong and what would be right."""
+    if config.source == "gsm8k":
+        return Question(ask(_text(row, "question"), config.system), _final_answer(row))
+    messages = _messages(row, config) if _has_messages(row, config) else _prompt(row, config)
+    if messages[-1].role != "user":
+        raise DataError(
+            f"{row.place}: {config.messages_key!r} ends with a turn of {messages[-1].role!r}; "
+            "a prompt has to end with a user turn"
+        )
+    return Question(messages, _answer(row, config))
+
+
+def demonstration(row: Row, config: DataConfig) -> Demonstration:
+    """A prompt with its response: `response_key`, or the closing assistant turn of `messages_key`. Raises DataError."""
+    if config.source == "gsm8k":
+        _final_answer(row)  # a worked answer without its final line is a broken row
+        return Demonstration(ask(_text(row, "question"), config.system), _text(row, "answer"))
+    if not _has_messages(row, config):
+        return Demonstration(_prompt(row, config), _text(row, config.response_key))
+    messages = _messages(row, config)
+    if messages[-1].role == "user":
+        return Demonstration(messages, _text(row, config.response_key))
+    before = messages[:-1]
+    if messages[-1].role != "assistant" or not before or before[-1].role != "user":
+        raise DataError(
+            f"{row.place}: {config.messages_key!r} ends with the roles {[m.role for m in messages[-2:]]}; "
+            "a demonstration has to end with a user turn and an assistant turn"
+        )
+    if row.fields.get(config.response_key) is not None:
+        raise DataError(
+            f"{row.place}: has both a closing assistant turn in {config.messages_key!r} and "
+            f"{config.response_key!r}; keep one of them"
+        )
+    return Demonstration(before, messages[-1].content)
+
+
+def plain_text(row: Row, config: DataConfig) -> Demonstration:
+    """The text in `response_key`, without a prompt. Raises DataError."""
+    return Demonstration((), _text(row, config.response_key))
+
+
+def _has_messages(row: Row, config: DataConfig) -> bool:
+    # Parquet and datasets store an absent value as null.
+    return bool(config.messages_key) and row.fields.get(config.messages_key) is not None
+
+
+def _prompt(row: Row, config: DataConfig) -> tuple[Message, ...]:
+    return ask(_text(row, config.prompt_key, beside=config.messages_key), config.system)
+
+
+def _messages(row: Row, config: DataConfig) -> tuple[Message, ...]:
+    key, value = config.messages_key, row.fields[config.messages_key]
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{row.place}: {key!r} is {shown(value)}; it has to be a list of {{role, content}}")
+    messages = tuple(_message(row, f"{key}[{i}]", item) for i, item in enumerate(value))
+    if not config.system:
+        return messages
+    if messages[0].role == "system":
+        raise DataError(f"{row.place}: {key!r} begins with a system turn and data.system is set too; keep one of them")
+    return (Message("system", config.system), *messages)
+
+
+def _message(row: Row, name: str, item: object) -> Message:
+    if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
+        raise DataError(f"{row.place}: {name} is {shown(item)}; it has to be an object with role and content")
+    role = item["role"]
+    if role not in ROLES:
+        raise DataError(f"{row.place}: {name} has the role {shown(role)}; it has to be one of {', '.join(ROLES)}")
+    return Message(role, _checked(row, f"the content of {name}", item["content"]))
+
+
+def _text(row: Row, key: str, beside: str = "") -> str:
+    if row.fields.get(key) is None:
+        keys = ", ".join(k for k, v in row.fields.items() if v is not None) or "nothing"
+        missing = f"{key!r} or {beside!r}" if beside else repr(key)
+        raise DataError(f"{row.place}: lacks {missing}; it has {keys}")
+    return _checked(row, repr(key), row.fields[key])
+
+
+def _checked(row: Row, name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{row.place}: {name} is {shown(value)} ({type(value).__name__}); it has to be text")
+    if not value.strip():
+        raise DataError(f"{row.place}: {name} is empty; it has to be some text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{row.place}: {name} holds half a surrogate pair at character {error.start}") from error
+    return value
+
+
+def _answer(row: Row, config: DataConfig) -> str:
+    """Numbers are taken as their text. An empty answer is refused: an empty response would match it."""
+    key = config.answer_key
+    if not key:
+        return ""
+    value = row.fields.get(key)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    try:
+        return _text(row, key)
+    except DataError as error:
+        raise DataError(f"{error} (data.answer_key; set it empty when the data has no answers)") from error
+
+
+def _final_answer(row: Row) -> str:
+    final = _text(row, "answer").rpartition(FINAL)
+    if not final[1] or not final[2].strip():
+        raise DataError(f"{row.place}: 'answer' has no final answer after {FINAL}; GSM8K ends each with '{FINAL} 42'")
+    return final[2].strip()

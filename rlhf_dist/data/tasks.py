@@ -1,0 +1,107 @@
+"""Built-in procedural tasks: endless, seeded, with checkable answers.
+
+The text of a question decides by a stable hash whether it belongs to the training or to the held-out split, so the two
+never share a question, whatever the seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import string
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_dist.config.schema import TaskConfig
+from rlhf_dist.errors import ConfigError
+
+Split = Literal["train", "eval"]
+
+EVAL_SHARE = 8
+"""One question in so many is held out."""
+DRAWS = 2000
+"""Redraws before a task counts as too small to have a question of a split."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question of a task."""
+
+    question: str
+    """Lower-case letters, digits and `:+-= ` only."""
+    answer: str
+    """The one right response."""
+    shortcut: str
+    """A plausible response that is wrong, always different from `answer`."""
+
+
+def example(task: TaskConfig, seed: int, split: Split, index: int) -> Example:
+    """The question number `index` of a split: the same for the same arguments on every machine.
+
+    Questions whose shortcut would be right (palindromes to reverse, sorted words to sort) are drawn again.
+    Raises ConfigError when the lengths leave no question to draw.
+    """
+    check_task(task)
+    # A string seeds through SHA-512: stable between processes and Python versions, unlike hash().
+    rng = random.Random(f"{task.name}/{seed}/{split}/{index}")
+    for _ in range(DRAWS):
+        drawn = _draw(task, rng)
+        if drawn.answer != drawn.shortcut and split_of(drawn.question) == split:
+            return drawn
+    raise ConfigError(
+        f"data.task: {task.name} with min_length={task.min_length} and max_length={task.max_length} "
+        f"has too few different questions for the {split} split; give a larger max_length"
+    )
+
+
+def check_task(task: TaskConfig) -> None:
+    """Raises ConfigError for lengths or a size that no question can have."""
+    if not 1 <= task.min_length <= task.max_length:
+        raise ConfigError(
+            f"data.task: min_length={task.min_length} and max_length={task.max_length}; "
+            "needed is 1 <= min_length <= max_length"
+        )
+    if task.train_size < 1:
+        raise ConfigError(f"data.task.train_size={task.train_size}; at least 1 is needed")
+
+
+def split_of(question: str) -> Split:
+    """The split that a question's text belongs to: one in `EVAL_SHARE` is held out."""
+    digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
+    return "eval" if int.from_bytes(digest, "big") % EVAL_SHARE == 0 else "train"
+
+
+def _draw(task: TaskConfig, rng: random.Random) -> Example:
+    if task.name == "arithmetic":
+        return _arithmetic(task, rng)
+    if task.name == "count":
+        return _count(task, rng)
+    word = _word(task, rng, string.ascii_lowercase)
+    answer = word[::-1] if task.name == "reverse" else "".join(sorted(word))
+    return Example(f"{task.name}: {word}", answer, shortcut=word)
+
+
+def _arithmetic(task: TaskConfig, rng: random.Random) -> Example:
+    """Sums, and differences that are never negative; the shortcut copies the first number."""
+    left, right = _number(task, rng), _number(task, rng)
+    if rng.random() < 0.5:
+        return Example(f"{left}+{right}=", str(left + right), shortcut=str(left))
+    left, right = max(left, right), min(left, right)
+    return Example(f"{left}-{right}=", str(left - right), shortcut=str(left))
+
+
+def _count(task: TaskConfig, rng: random.Random) -> Example:
+    """Words of at most three letters of the alphabet, for counts above one; the shortcut is the word's length."""
+    letters = rng.sample(string.ascii_lowercase, 3)
+    word = _word(task, rng, "".join(letters))
+    letter = rng.choice(letters)
+    return Example(f"count {letter} in {word}:", str(word.count(letter)), shortcut=str(len(word)))
+
+
+def _word(task: TaskConfig, rng: random.Random, letters: str) -> str:
+    return "".join(rng.choices(letters, k=rng.randint(task.min_length, task.max_length)))
+
+
+def _number(task: TaskConfig, rng: random.Random) -> int:
+    digits = rng.randint(task.min_length, task.max_length)
+    return rng.randrange(0 if digits == 1 else 10 ** (digits - 1), 10**digits)

@@ -1,0 +1,193 @@
+"""DeepSpeed ZeRO behind a few verbs; the only importer of deepspeed.
+
+`forward`, `backward`, `step`, `named_weights`, and the optimizer's state as plain tensors. The loss given to `backward` is
+already divided by *global* counts, so the gradients of the ranks are to be added; DeepSpeed averages them, which is undone here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_dist.config.schema import OptimizerConfig
+from rlhf_dist.errors import ConfigError, RunError
+
+
+class DeepSpeedEngine:
+    """One rank of a model under ZeRO 0, 1, 2 or 3."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: OptimizerConfig, *, zero_stage: int, dtype: str, device: str
+    ) -> None:
+        """Every rank calls this with the same weights, after `init_process_group`."""
+        import deepspeed
+
+        self._zero = deepspeed.zero
+        self.zero_stage = zero_stage
+        self.device = torch.device(device)
+        self._max_grad_norm = optimizer.max_grad_norm
+        self._base_optimizer = torch.optim.AdamW(
+            module.parameters(),
+            lr=optimizer.lr,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=self._base_optimizer,  # pyright: ignore[reportArgumentType]
+            config=engine_config(zero_stage, dtype, optimizer.max_grad_norm),
+        )
+        self._engine: Any = engine
+        self.world_size = torch.distributed.get_world_size()
+        self.rank = torch.distributed.get_rank()
+
+    def forward(self, *args: Any) -> Any:
+        """The module's forward, with ZeRO's hooks."""
+        return self._engine(*args)
+
+    def train(self, mode: bool) -> None:
+        """Switch dropout and the like."""
+        self._engine.train(mode)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of a micro-batch; `last` tells that the optimizer step follows."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.world_size)
+
+    def step(self, lr: float) -> float:
+        """One optimizer step at this learning rate; returns the global gradient norm before clipping.
+
+        Raises `RunError` when the norm is not finite: the weights are then left as they were.
+        """
+        for group in self._base_optimizer.param_groups:
+            group["lr"] = lr
+        if self.zero_stage == 0:
+            # Gradients are whole on every rank here, and DeepSpeed would clip them without telling their norm.
+            parameters = [p for p in self._engine.module.parameters() if p.grad is not None]
+            norm = float(nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
+            require_finite(norm)
+            self._engine.step()
+            return norm
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        if norm is None:
+            raise RunError("DeepSpeed gave no gradient norm after the optimizer step")
+        require_finite(float(norm))
+        return float(norm)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters in the module's order. Under ZeRO 3 gathered one by one: every rank has to iterate to the end."""
+        for name, parameter in self._engine.module.named_parameters():
+            gathered = self._zero.GatheredParameters([parameter]) if self.zero_stage == 3 else nullcontext()
+            with gathered:
+                yield name, parameter.detach()
+
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and whole shape of each parameter, without gathering."""
+        return [
+            (name, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+            for name, parameter in self._engine.module.named_parameters()
+        ]
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """This rank's part of the optimizer: float32 weights and Adam's moments, flat, by stable names."""
+        tensors: dict[str, Tensor] = {}
+        for index, master in enumerate(self._masters()):
+            tensors[f"{index}.weights"] = master.detach()
+            for key, value in self._base_optimizer.state[master].items():
+                tensors[f"{index}.{key}"] = torch.as_tensor(value)
+        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `optimizer_tensors` gave, on the same rank of as many ranks with the same ZeRO stage."""
+        masters = self._masters()
+        for index, master in enumerate(masters):
+            saved = tensors.get(f"{index}.weights")
+            if saved is None or saved.shape != master.shape:
+                found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
+                raise ConfigError(
+                    f"optimizer state {index}.weights: expected shape {tuple(master.shape)}, found {found}; "
+                    "resume with the same learner.ranks, learner.zero_stage and model as the checkpoint"
+                )
+            master.copy_(saved)
+            prefix = f"{index}."
+            self._base_optimizer.state[master] = {
+                name.removeprefix(prefix): value.to("cpu" if value.dim() == 0 else master.device)
+                for name, value in tensors.items()
+                if name.startswith(prefix) and name != f"{index}.weights"
+            }
+
+    def _masters(self) -> list[Tensor]:
+        """The float32 tensors that the optimizer steps, whatever ZeRO's stage calls them."""
+        optimizer = self._engine.optimizer
+        for attribute in (
+            "fp32_partitioned_groups_flat",  # ZeRO 3
+            "single_partition_of_fp32_groups",  # ZeRO 1 and 2
+            "fp32_groups_flat_partition",  # bf16 with ZeRO 1
+        ):
+            if hasattr(optimizer, attribute):
+                return list(getattr(optimizer, attribute))
+        return [p for group in self._base_optimizer.param_groups for p in group["params"]]
+
+
+def engine_config(zero_stage: int, dtype: str, max_grad_norm: float) -> dict[str, Any]:
+    """DeepSpeed's own config. Batch sizes are formal: micro-batches are ragged and their boundary is set by hand."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        # torch's AdamW on the CPU: DeepSpeed's own would be compiled at start.
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0 if zero_stage == 0 else max_grad_norm,
+    }
+    if dtype == "bfloat16":
+        config["bf16"] = {"enabled": True}
+        # Micro-batches are added up in float32: bf16 has 8 bits and loses the small ones.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def require_finite(norm: float) -> None:
+    """A gradient that is not finite ends the run rather than the policy."""
+    if not norm < float("inf"):
+        raise RunError(f"the gradient norm is {norm}: a loss or an input is not finite; the last checkpoint is intact")
+
+
+def init_process_group(
+    rank: int, world_size: int, address: str, port: int, *, device: str, threads: int, timeout_s: float
+) -> None:
+    """Join the ranks: gloo on a CPU, nccl on a GPU. Waits at most `timeout_s` for the others, in every collective."""
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK="0",  # each rank is a process that sees its own device only
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        if address == "127.0.0.1":
+            # gloo would listen on the host's outside address otherwise.
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        torch.set_num_threads(threads)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # Its shared-memory all-reduce would be compiled at start, which fails on a machine without a compiler.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="gloo" if device == "cpu" else "nccl",
+        auto_mpi_discovery=False,
+        timeout=timedelta(seconds=timeout_s),
+        verbose=False,
+    )

@@ -1,0 +1,111 @@
+"""Supervised training on demonstrations: one rank."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_dist.config.schema import SftConfig
+from rlhf_dist.data.packing import plan
+from rlhf_dist.data.render import tokenize_demonstration
+from rlhf_dist.data.rows import Demonstration
+from rlhf_dist.learner.model_engine import ModelEngine
+from rlhf_dist.learner.rows import PLACEHOLDER, Row
+from rlhf_dist.learner.schedule import learning_rate
+from rlhf_dist.telemetry import names
+from rlhf_dist.telemetry.metrics import MetricSums
+
+
+class SupervisedLearner:
+    """Every rank makes the same batches from the same seed and trains on its own share: no data crosses processes."""
+
+    def __init__(
+        self,
+        engine: ModelEngine,
+        config: SftConfig,
+        train: Sequence[Demonstration],
+        held_out: Sequence[Demonstration],
+        tokenizer: Any,
+        *,
+        chat: bool,
+        seed: int,
+        ranks: int,
+        micro_batch_tokens: int,
+    ) -> None:
+        self.engine = engine
+        self._config = config
+        self._train = train
+        self._held_out = held_out
+        self._tokenizer = tokenizer
+        self._chat = chat
+        self._seed = seed
+        self._ranks = ranks
+        self._budget = micro_batch_tokens
+
+    def train_step(self, step: int) -> MetricSums:
+        """Optimizer step `step` (from 1): mean negative logprob over the whole batch's response tokens, all ranks."""
+        size = self._config.batch_size
+        numbers = range((step - 1) * size, step * size)
+        rows, dropped = self._rows(self._train, [epoch_index(n, len(self._train), self._seed) for n in numbers])
+        tokens = sum(row.response_length for row in rows)
+        micro_batches = self._mine(rows)
+        nll = 0.0
+        for index, batch in enumerate(micro_batches):
+            logprobs, _ = self.engine.logprobs(batch or [PLACEHOLDER], 1.0)
+            loss = -logprobs.sum() * (1.0 / tokens if batch else 0.0)
+            nll -= float(logprobs.detach().double().sum()) if batch else 0.0
+            self.engine.backward(loss, last=index == len(micro_batches) - 1)
+        rate = learning_rate(self._config.optimizer, step, self._config.steps)
+        norm = self.engine.step(rate)
+        mine = sum(row.response_length for batch in micro_batches for row in batch)
+        return MetricSums(
+            {
+                names.SFT_LOSS: (nll, mine),
+                "learner/grad_norm": (norm, 1.0),
+                "learner/lr": (rate, 1.0),
+                "data/tokens": (tokens, 1.0),
+                "data/dropped_too_long": (dropped, 1.0),
+            },
+            {},
+        )
+
+    def evaluate(self) -> MetricSums:
+        """Mean negative logprob over the held-out demonstrations' response tokens."""
+        rows, _ = self._rows(self._held_out, range(len(self._held_out)))
+        nll, tokens = 0.0, 0
+        with torch.no_grad():
+            for batch in self._mine(rows):
+                logprobs, _ = self.engine.logprobs(batch or [PLACEHOLDER], 1.0)
+                nll -= float(logprobs.double().sum()) if batch else 0.0
+                tokens += sum(row.response_length for row in batch)
+        return MetricSums({names.SFT_HELD_OUT_LOSS: (nll, tokens)}, {})
+
+    def _rows(self, source: Sequence[Demonstration], numbers: Sequence[int]) -> tuple[list[Row], int]:
+        """Tokenised rows, and how many were too long and left out."""
+        rows = []
+        for number in numbers:
+            prompt, response = tokenize_demonstration(self._tokenizer, source[number], self._chat)
+            if len(prompt) + len(response) <= self._config.max_tokens:
+                rows.append(Row(np.asarray(prompt + response, dtype=np.int32), len(prompt)))
+        return rows, len(numbers) - len(rows)
+
+    def _mine(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """This rank's micro-batches."""
+        lengths = np.asarray([len(row.tokens) for row in rows], dtype=np.int64)
+        return [[rows[i] for i in chosen] for chosen in plan(lengths, self._ranks, self._budget)[self.engine.rank]]
+
+
+def epoch_index(number: int, size: int, seed: int) -> int:
+    """The demonstration drawn as the `number`-th: every epoch passes over all `size` of them in an order of its own.
+
+    The order is an affine walk (a stride prime to the size), so that nothing of the data set's length is kept or made.
+    """
+    epoch, position = divmod(number, size)
+    chance = random.Random(f"{seed}/{epoch}")
+    stride = next(s for s in iter(lambda: chance.randrange(1, size + 1), None) if math.gcd(s, size) == 1)
+    return (chance.randrange(size) + stride * position) % size

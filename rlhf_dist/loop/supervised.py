@@ -1,0 +1,101 @@
+"""A supervised run: steps, held-out loss, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from rlhf_dist.config.schema import SftConfig
+from rlhf_dist.errors import DataError
+from rlhf_dist.loop.run_directory import RunDirectory, write_json
+from rlhf_dist.telemetry import names
+from rlhf_dist.telemetry.display import Progress
+from rlhf_dist.telemetry.metrics import MetricSums
+from rlhf_dist.telemetry.sinks import Telemetry
+from rlhf_dist.telemetry.timeline import Stopwatch
+
+STATE_FILE = "state.json"
+
+
+class Supervised(Protocol):
+    """The learner's ranks."""
+
+    def train_step(self, step: int) -> MetricSums: ...
+
+    def evaluate(self) -> MetricSums: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisedState:
+    """What a checkpoint holds besides weights and optimizer."""
+
+    step: int
+    before: dict[str, float]
+    """Held-out results before the first step."""
+
+
+def fine_tune(
+    learner: Supervised,
+    config: SftConfig,
+    state: SupervisedState | None,
+    *,
+    directory: RunDirectory,
+    telemetry: Telemetry,
+    progress: Progress,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Train to `config.steps` optimizer steps; returns the held-out results (before, after)."""
+    if state is None:
+        progress.stage("evaluating before training")
+        state = SupervisedState(0, learner.evaluate().values())
+        telemetry.log(0, state.before)
+    else:
+        directory.rewind_metrics(state.step)
+        telemetry.event("resume", f"resumed from step {state.step}", step=state.step)
+    progress.stage("training")
+    watch = Stopwatch()
+    parts: list[MetricSums] = []
+    for step in range(state.step + 1, config.steps + 1):
+        parts.append(learner.train_step(step))
+        last = step == config.steps
+        if last or step % config.log_every == 0:
+            metrics = MetricSums.merge(parts).values() | per_step(watch.lap(), len(parts))
+            parts = []
+            if not last and config.eval_every and step % config.eval_every == 0:
+                metrics |= learner.evaluate().values()
+            telemetry.log(step, metrics)
+            progress.step(step, config.steps, metrics)
+            watch.lap()
+        if config.checkpoint_every and step % config.checkpoint_every == 0 and not last:
+            checkpoint(learner, directory, SupervisedState(step, state.before))
+    progress.stage("evaluating after training")
+    after = learner.evaluate().values()
+    telemetry.log(config.steps, after)
+    checkpoint(learner, directory, SupervisedState(config.steps, state.before))
+    return state.before, after
+
+
+def checkpoint(learner: Supervised, directory: RunDirectory, state: SupervisedState) -> None:
+    """Write a checkpoint; the one before stays until this one is whole."""
+    folder = directory.begin_checkpoint(state.step).absolute()
+    learner.save(folder)
+    write_json(folder / STATE_FILE, {"step": state.step, "before": state.before})
+    directory.commit_checkpoint(state.step, keep=1)
+
+
+def read_state(folder: Path) -> SupervisedState:
+    """The state of a checkpoint folder. Raises `DataError` when it is not whole."""
+    path = folder / STATE_FILE
+    try:
+        found = json.loads(path.read_text())
+        return SupervisedState(found["step"], found["before"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not the state of a supervised checkpoint ({error!r})") from None
+
+
+def per_step(times: dict[str, float], steps: int) -> dict[str, float]:
+    """Wall-clock seconds of one step out of a lap of several."""
+    return {names.STEP_TIME: times[names.STEP_TIME] / steps}

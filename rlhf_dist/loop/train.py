@@ -1,0 +1,231 @@
+"""An RL run from its start (or its checkpoint) to its end: collect, step, log, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.algo.recipes import Algorithm
+from rlhf_dist.config.schema import Config
+from rlhf_dist.data.stream import PromptStream
+from rlhf_dist.errors import DataError
+from rlhf_dist.loop.collect import collect
+from rlhf_dist.loop.evaluate import evaluate
+from rlhf_dist.loop.ledger import Ledger
+from rlhf_dist.loop.ports import Policy, Rollouts, Scoring
+from rlhf_dist.loop.queue import ExperienceQueue
+from rlhf_dist.loop.run_directory import RunDirectory, write_json
+from rlhf_dist.loop.step import train_step
+from rlhf_dist.telemetry import names
+from rlhf_dist.telemetry.display import Progress
+from rlhf_dist.telemetry.sinks import Telemetry
+from rlhf_dist.telemetry.timeline import Stopwatch
+from rlhf_dist.types import Experience, Prompt, Sampling
+from rlhf_dist.weights.receipts import changed_share
+
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A wired run: every part the loop uses. Made by `cluster.build`."""
+
+    config: Config
+    algorithm: Algorithm
+    policy: Policy
+    rollouts: Rollouts
+    scoring: Scoring
+    stream: PromptStream
+    held_out: Sequence[Prompt]
+    queue: ExperienceQueue
+    ledger: Ledger
+    directory: RunDirectory
+    telemetry: Telemetry
+    progress: Progress
+
+    @property
+    def sampling(self) -> Sampling:
+        """How training samples."""
+        return sampling_of(self.config)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a checkpoint holds besides weights and optimizer: enough to go on exactly where it was."""
+
+    step: int
+    """Training steps done; also the weight version."""
+    cursor: dict[str, int | str]
+    """Of the prompt stream."""
+    before: dict[str, float]
+    """Evaluation before the first step, for the table at the end."""
+
+
+def train(run: Run, state: State | None) -> tuple[dict[str, float], dict[str, float]]:
+    """Train to `loop.steps`; returns the evaluations (before, after). `state` is that of the checkpoint resumed from."""
+    loop, eval_config = run.config.loop, run.config.eval
+    step = resume(run, state)
+    hashes = publish_first(run, step)
+    run.progress.stage("evaluating before training" if state is None else f"evaluating at step {step}")
+    results = evaluate(run.held_out, eval_config, run.sampling, rollouts=run.rollouts, scoring=run.scoring)
+    before = results if state is None else state.before
+    run.telemetry.log(step, results)
+    run.progress.eval(step, results)
+    run.progress.stage("training")
+    watch = Stopwatch()
+    while step < loop.steps:
+        step += 1
+        with watch.phase("generate"):
+            experiences, dropped = next_batch(run, version=step - 1)
+        report, announcement, problems = train_step(
+            experiences,
+            policy=run.policy,
+            rollouts=run.rollouts,
+            algorithm=run.algorithm,
+            learner=run.config.learner,
+            sampling=run.sampling,
+            step=step,
+            steps=loop.steps,
+            watch=watch,
+        )
+        run.ledger.consume([experience.prompt.uid for experience in experiences], step)
+        metrics = dict(report.metrics) | dropped | watch.lap()
+        metrics["sync/changed_share"] = changed_share(hashes, announcement)
+        metrics[names.TOKENS_PER_S] = metrics["rollout/response_tokens"] / metrics[names.STEP_TIME]
+        hashes = announcement.hashes
+        if eval_config.every and step % eval_config.every == 0 and step < loop.steps:
+            results = evaluate(run.held_out, eval_config, run.sampling, rollouts=run.rollouts, scoring=run.scoring)
+            metrics |= results
+            run.progress.eval(step, results)
+        tell(run, step, metrics, problems, experiences)
+        if loop.checkpoint_every and step % loop.checkpoint_every == 0 and step < loop.steps:
+            checkpoint(run, State(step, dict(run.stream.cursor()), before))
+        watch.lap()  # Evaluation and checkpoints are not part of a step's time.
+    run.progress.stage("evaluating after training")
+    after = evaluate(run.held_out, eval_config, run.sampling, rollouts=run.rollouts, scoring=run.scoring)
+    run.telemetry.log(step, after)
+    run.progress.eval(step, after)
+    checkpoint(run, State(step, dict(run.stream.cursor()), before))
+    return before, after
+
+
+def sampling_of(config: Config) -> Sampling:
+    """Training's own way to sample: a group for each prompt."""
+    rollout = config.rollout
+    return Sampling(
+        n=config.algo.group_size,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_tokens=rollout.max_response_tokens,
+        stop=tuple(rollout.stop),
+        seed=None,
+    )
+
+
+def resume(run: Run, state: State | None) -> int:
+    """Put stream, ledger and metrics back to the checkpoint; returns its step, 0 for a new run."""
+    if state is None:
+        return 0
+    run.stream.restore(state.cursor)
+    rewound = run.ledger.rewind(state.step)
+    moved = run.directory.rewind_metrics(state.step)
+    run.telemetry.event(
+        "resume", f"resumed from step {state.step}", step=state.step, prompts_reissued=len(rewound), metrics_moved=moved
+    )
+    return state.step
+
+
+def publish_first(run: Run, step: int) -> tuple[str, ...]:
+    """Push the starting weights, so that every worker has proved what it holds before the first sample."""
+    announcement = run.policy.publish(version=step)
+    for problem in run.rollouts.load_weights(announcement):
+        run.telemetry.warn(problem)
+    return announcement.hashes
+
+
+def next_batch(run: Run, version: int) -> tuple[tuple[Experience, ...], dict[str, float]]:
+    """Issue prompts, as many as the queue lets, until a step's worth of experiences is there.
+
+    Returns them and how many prompts were dropped meanwhile, by reason. A dropped prompt is made up for by another.
+    """
+    dropped: Counter[str] = Counter()
+    while True:
+        experiences, stale = run.queue.take(run.config.loop.prompts_per_step, version)
+        if stale:
+            run.ledger.drop([experience.prompt.uid for experience in stale], "stale")
+            dropped["stale"] += len(stale)
+        if experiences:
+            return experiences, {f"data/dropped_{reason}": float(count) for reason, count in dropped.items()}
+        prompts = run.stream.take(run.queue.may_issue(version))
+        run.ledger.issue([prompt.uid for prompt in prompts], version)
+        run.queue.issued(len(prompts))
+        arrived, lost = collect(prompts, run.sampling, rollouts=run.rollouts, scoring=run.scoring, ledger=run.ledger)
+        run.queue.dropped(len(lost))
+        run.queue.put(arrived)
+        for drop in lost:
+            dropped[drop.reason] += 1
+            run.telemetry.event("dropped", f"prompt {drop.uid}: {drop.reason}: {drop.detail}", uid=drop.uid)
+        if lost and not arrived and dropped.total() >= len(run.stream):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+            raise DataError(f"a whole epoch of prompts was dropped ({reasons}; the last: {lost[-1].detail})")
+
+
+def tell(
+    run: Run, step: int, metrics: dict[str, float], problems: Sequence[str], experiences: Sequence[Experience]
+) -> None:
+    """Log a step; warn of receipts that were wrong and of logprobs that drift apart."""
+    config = run.config
+    for problem in problems:
+        run.telemetry.warn(f"step {step}: {problem}; it serves no tokens until a push succeeds")
+    difference = metrics.get(names.LOGPROB_DIFF_MAX, 0.0)
+    if difference > config.loop.logprob_diff_limit:
+        run.telemetry.warn(
+            f"step {step}: rollout and learner logprobs differ by up to {difference:.2g}, "
+            f"loop.logprob_diff_limit is {config.loop.logprob_diff_limit:g}"
+        )
+    run.telemetry.log(step, metrics)
+    run.progress.step(step, config.loop.steps, metrics)
+    every = config.telemetry.samples_every
+    if every and step % every == 0:
+        run.telemetry.samples(step, sample_rows(run, experiences))
+
+
+def sample_rows(run: Run, experiences: Sequence[Experience]) -> list[dict[str, Any]]:
+    """A few responses of a step, one of each prompt."""
+    rows = []
+    for experience in experiences[: run.config.telemetry.samples]:
+        rows.append(
+            {
+                "uid": experience.prompt.uid,
+                "prompt": experience.prompt.messages[-1].content,
+                "response": run.rollouts.texts(experience.rollout)[0],
+                "answer": experience.prompt.answer,
+                "reward": float(experience.scores.total[0]),
+                "components": {name: float(values[0]) for name, values in experience.scores.components.items()},
+            }
+        )
+    return rows
+
+
+def checkpoint(run: Run, state: State) -> None:
+    """Write a checkpoint that a resume and `from_pretrained` can use; the one before stays until this one is whole."""
+    folder = run.directory.begin_checkpoint(state.step).absolute()
+    run.policy.save(folder)
+    write_json(folder / STATE_FILE, {"step": state.step, "cursor": state.cursor, "before": state.before})
+    final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints)
+    run.telemetry.event("checkpoint", f"wrote {final}", step=state.step)
+
+
+def read_state(folder: Path) -> State:
+    """The state of a checkpoint folder. Raises `DataError` when it is not whole."""
+    path = folder / STATE_FILE
+    try:
+        found = json.loads(path.read_text())
+        return State(found["step"], found["cursor"], found["before"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a checkpoint's state ({error!r}); resume from another checkpoint") from None

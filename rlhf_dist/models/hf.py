@@ -1,0 +1,282 @@
+"""Hugging Face models: find, check, load and save them. Safetensors only, and no code from the model's repository."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+from transformers.utils.hub import cached_file
+
+from rlhf_dist.config.checks import CPU_HEAD_DIMS
+from rlhf_dist.config.schema import ModelConfig
+from rlhf_dist.errors import ModelError
+from rlhf_dist.models.attention import SEGMENTED, register_segmented
+from rlhf_dist.models.directory import atomic_directory
+from rlhf_dist.models.tiny import make_tiny
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+PACKABLE_LAYERS = ("full_attention", "sliding_attention")
+
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, SafetensorError)
+"""What transformers raises on a directory that it cannot make a model of."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model is loaded from."""
+
+    path: str
+    """A Hugging Face directory, or a hub name; goes to every `from_pretrained` and to vLLM."""
+    kind: Literal["tiny", "run", "directory", "hub"]
+    """run: the newest checkpoint of a run directory."""
+
+
+def resolve(config: ModelConfig, cache: Path) -> ModelSource:
+    """Find the model that `model.path` names; `tiny` is made below `cache` if it is not there yet.
+
+    Raises ModelError for a path that does not exist and for a run directory without a whole checkpoint.
+    """
+    if config.path == "tiny":
+        return ModelSource(str(make_tiny(config.tiny, cache)), "tiny")
+    path = Path(config.path).expanduser()
+    if path.is_dir():
+        checkpoint = _newest_checkpoint(path)
+        return ModelSource(str(checkpoint or path), "run" if checkpoint else "directory")
+    if path.exists():
+        raise ModelError(f"model.path = {config.path}: is a file; name the directory with config.json in it")
+    looks_like_path = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or not config.path
+    if looks_like_path or ("/" in config.path and path.parent.is_dir()):
+        raise ModelError(
+            f"model.path = {config.path!r}: there is no such directory{_close_names(path)}. Give `tiny`, a "
+            "Hugging Face directory, a run directory, or a hub name such as Qwen/Qwen2.5-0.5B-Instruct"
+        )
+    return ModelSource(config.path, "hub")
+
+
+def _newest_checkpoint(run: Path) -> Path | None:
+    """`checkpoints/STEP/hf` for the STEP that `checkpoints/LATEST` names; None if `run` is not a run directory."""
+    latest = run / "checkpoints" / "LATEST"
+    if not latest.is_file():
+        if (run / "checkpoints").is_dir() or ((run / "config.yaml").is_file() and not (run / "config.json").is_file()):
+            raise ModelError(f"model.path = {run}: this run has no finished checkpoint ({latest} is not there)")
+        return None
+    checkpoint = run / "checkpoints" / latest.read_text().strip() / "hf"
+    if not checkpoint.is_dir():
+        raise ModelError(f"{latest} names {latest.read_text().strip()!r}, but {checkpoint} is not there")
+    return checkpoint
+
+
+def _close_names(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" ({path.parent} does not exist either)"
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    close = difflib.get_close_matches(path.name, names, n=3)
+    return f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
+
+
+def inspect(
+    path: str | Path, chat: bool, device: Literal["cpu", "cuda"], max_tokens: int, attention: str = SEGMENTED
+) -> None:
+    """Refuse a model that the run could not use, before anything is started. Loads the tokenizer but no weights.
+
+    `chat` is `data.chat`, `max_tokens` the longest prompt plus response, `attention` what `choose_attention` gave.
+
+    Raises ModelError: no config, no safetensors weights, no tokenizer, no chat template, a head_dim that vLLM's CPU
+    attention refuses, too few positions, layers that packed rows do not work with.
+    """
+    config = _load_config(path)
+    if Path(path).is_dir():
+        _check_weight_files(Path(path))
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
+    if device == "cpu" and head_dim is not None and head_dim not in CPU_HEAD_DIMS:
+        raise ModelError(
+            f"{path}: its head_dim is {head_dim}; on a CPU the engine supports {', '.join(map(str, CPU_HEAD_DIMS))} "
+            "(for the tiny model, head_dim = model.tiny.hidden_size / model.tiny.heads). Use another model or a GPU"
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and positions < max_tokens:
+        raise ModelError(
+            f"{path}: the model has {positions} positions, and prompt plus response may take {max_tokens} tokens. "
+            "Lower rollout.max_prompt_tokens or rollout.max_response_tokens (the tiny model: raise "
+            "model.tiny.max_positions)"
+        )
+    _check_layers(path, text, max_tokens, attention)
+    _check_tokenizer(path, chat, text.vocab_size)
+
+
+def _check_layers(path: str | Path, text: Any, max_tokens: int, attention: str) -> None:
+    layers: list[str] | None = getattr(text, "layer_types", None)
+    unpackable = sorted(set(layers or ()) - set(PACKABLE_LAYERS))
+    if unpackable:
+        raise ModelError(
+            f"{path}: layers of type {', '.join(unpackable)} cannot be trained on packed rows; use another model"
+        )
+    window = getattr(text, "sliding_window", None)
+    if layers is not None and "sliding_attention" not in layers:
+        window = None
+    if window is not None and window < max_tokens and attention == SEGMENTED:
+        raise ModelError(
+            f"{path}: its attention has a sliding window of {window} tokens, shorter than prompt plus response "
+            f"({max_tokens}); attention {SEGMENTED} cannot do that. Lower rollout.max_prompt_tokens or "
+            "rollout.max_response_tokens, or set model.attention=flash_attention_2 on a GPU"
+        )
+
+
+def _check_tokenizer(path: str | Path, chat: bool, vocab_size: int) -> None:
+    tokenizer = load_tokenizer(path)
+    if chat and not tokenizer.chat_template:
+        raise ModelError(
+            f"{path}: its tokenizer has no chat template; set data.chat=false to use prompts as they are, or add "
+            "chat_template.jinja to the directory"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{path}: its tokenizer has no end token; set eos_token in tokenizer_config.json")
+    if len(tokenizer) > vocab_size:
+        raise ModelError(f"{path}: its tokenizer has {len(tokenizer)} tokens, its model embeds only {vocab_size}")
+
+
+def _check_weight_files(path: Path) -> None:
+    if not any((path / name).is_file() for name in WEIGHT_FILES):
+        if any(path.glob("*.bin")):
+            raise ModelError(
+                f"{path}: has weights as .bin files only, which are never read because a pickle can run code; save "
+                "the model again with save_pretrained of transformers 5, which writes safetensors"
+            )
+        raise ModelError(f"{path}: has no weights ({' or '.join(WEIGHT_FILES)})")
+    index = path / WEIGHT_FILES[1]
+    if (path / WEIGHT_FILES[0]).is_file() or not index.is_file():
+        return
+    missing = sorted(
+        {name for name in json.loads(index.read_text())["weight_map"].values() if not (path / name).is_file()}
+    )
+    if missing:
+        raise ModelError(f"{path}: {index.name} names files that are not there: {', '.join(missing)}")
+
+
+def _load_config(path: str | Path) -> Any:
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"{path}: has no config.json, so it is no Hugging Face model directory")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise _unloadable(path, "config", error) from error
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory or hub name. Raises ModelError when there is none that loads."""
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would make an empty tokenizer of the model's class
+        raise ModelError(
+            f"{path}: has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the files of its base model there"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise _unloadable(path, "tokenizer", error) from error
+
+
+def load_model(path: str | Path, dtype: str, attention: str) -> PreTrainedModel:
+    """A causal LM with its weights on the CPU, in evaluation mode. Collective under ZeRO-3's `zero.Init`.
+
+    `dtype` is `float32` or `bfloat16`, `attention` what `choose_attention` gave. Raises ModelError when the directory
+    or hub name has no such model, has only pickled weights, or lacks some of the weights.
+    """
+    register_segmented()
+    if Path(path).is_dir():
+        _load_config(path)
+        _check_weight_files(Path(path))
+    try:
+        with _no_progress_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except LOAD_ERRORS as error:
+        raise _unloadable(path, "model", error) from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{path}: {len(missing)} weights of a causal language model are missing, the first is {missing[0]}; "
+            "transformers would fill them with random numbers"
+        )
+    return model
+
+
+def _unloadable(path: str | Path, what: str, error: Exception) -> ModelError:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if Path(path).is_dir():
+        return ModelError(f"{path}: its {what} cannot be loaded: {first_line}")
+    return ModelError(
+        f"model.path = {path}: no such directory here, and its {what} cannot be loaded from the hub: {first_line} "
+        "Check the name, or download the model on a machine with access and give its directory"
+    )
+
+
+def save_hf(weights: PreTrainedModel | Iterator[tuple[str, torch.Tensor]], source: str | Path, target: Path) -> Path:
+    """Write a whole Hugging Face directory at `target`, in the place of what was there; returns `target`.
+
+    `weights`: a model, or (name, tensor) pairs with the names of the model's own `state_dict`, all of one dtype, on
+    any device; tied weights may be named once or twice. Config, generation config and tokenizer are those of `source`.
+    Written beside `target`, flushed and renamed: a crash leaves no half directory.
+
+    Raises DiskError when the disk refuses; ModelError when `source` cannot be read.
+    """
+    state = (
+        weights.state_dict()
+        if isinstance(weights, PreTrainedModel)
+        else dict(cast(Iterator[tuple[str, torch.Tensor]], weights))
+    )
+    state = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    config = _load_config(source)
+    with torch.device("meta"):
+        shell: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
+    _check_complete(shell, state)
+    tokenizer = load_tokenizer(source)
+    generation = cached_file(str(source), "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    with atomic_directory(target, replace=True) as directory, _no_progress_bars():
+        shell.save_pretrained(directory, state_dict=state)
+        tokenizer.save_pretrained(directory)
+        if generation is not None:
+            shutil.copyfile(generation, directory / "generation_config.json")
+    return target
+
+
+def _check_complete(shell: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
+    """Drop the second name of tied weights from `state`; what is left must be what the model has, name by name."""
+    tied = {name: owner for name, owner in shell.all_tied_weights_keys.items() if owner in state}
+    for name in tied:
+        state.pop(name, None)
+    shapes = {name: tuple(tensor.shape) for name, tensor in shell.state_dict().items() if name not in tied}
+    wrong = {
+        name for name in shapes.keys() | state.keys() if name not in state or shapes.get(name) != state[name].shape
+    }
+    assert not wrong, f"weights to save do not fit the model: {sorted(wrong)[:3]}"
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()

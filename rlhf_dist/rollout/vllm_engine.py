@@ -1,0 +1,185 @@
+"""The vLLM engine of one rollout worker; the only importer of vllm.
+
+The engine's core runs in this process (no EngineCore process), so that weights can be changed between two decoding steps
+and every call is a plain Python call. vllm is imported inside `VllmEngine`, after its environment is set.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_dist.config.schema import RolloutConfig
+from rlhf_dist.types import Prompt, Receipt, Rollout, Sampling
+from rlhf_dist.weights.receipts import Announcement
+from rlhf_dist.weights.shared_memory import WeightReader
+
+
+UNPUBLISHED = -1
+"""Version of weights that the engine loaded itself, before the learner published any."""
+
+
+def set_environment(config: RolloutConfig, device: str, threads: int) -> None:
+    """Settings that vLLM and OpenMP read once, at import."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_DO_NOT_TRACK"] = "1"
+    # Colour codes and the banner do not belong into a log file.
+    os.environ["VLLM_LOGGING_COLOR"] = "0"
+    if device == "cpu":
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.kv_cache_gib)))
+
+
+class VllmEngine:
+    """Continuous batching of prompt groups, with weights that can be replaced between two steps."""
+
+    def __init__(
+        self, model: Path, config: RolloutConfig, *, dtype: str, device: str, threads: int, seed: int, name: str
+    ) -> None:
+        """Start the engine: about 12 s on a CPU. `model` is a Hugging Face directory."""
+        set_environment(config, device, threads)
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
+        if device == "cpu":
+            memory = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=str(model),
+                dtype=dtype,  # pyright: ignore[reportArgumentType]
+                max_model_len=config.max_prompt_tokens + config.max_response_tokens,
+                max_num_seqs=config.max_concurrent,
+                tensor_parallel_size=config.tensor_parallel,
+                enforce_eager=config.enforce_eager,
+                enable_prefix_caching=True,
+                # Log-probabilities of the distribution that was drawn from: temperature and cuts included.
+                logprobs_mode="processed_logprobs",
+                worker_extension_cls="rlhf_dist.rollout.vllm_engine.WeightReceiver",
+                seed=seed,
+                trust_remote_code=False,
+                disable_log_stats=True,
+                **memory,
+            )
+        )
+        self._name = name
+        self._version = UNPUBLISHED
+        self._engine.set_weight_version(str(UNPUBLISHED))
+        self.tokenizer: Any = self._engine.get_tokenizer()
+
+    def generate(self, prompts: Sequence[tuple[Prompt, list[int]]], sampling: Sampling) -> Iterator[Rollout]:
+        """Sample every (prompt, prompt tokens); yields groups as they finish, so not in order."""
+        waiting: dict[str, tuple[Prompt, list[int]]] = {}
+        params = sampling_params(sampling)
+        for prompt, tokens in prompts:
+            self._engine.add_request(prompt.uid, {"prompt_token_ids": tokens}, params)
+            waiting[prompt.uid] = (prompt, tokens)
+        try:
+            while waiting:
+                for output in self._engine.step():
+                    if output.finished:
+                        prompt, tokens = waiting.pop(output.request_id)
+                        yield self._rollout(prompt, tokens, output, use_text=bool(sampling.stop))
+        finally:
+            # The caller went away in the middle: nothing of it may run on into the next call.
+            if waiting:
+                self._engine.abort_request(list(waiting))
+
+    def load_weights(self, announcement: Announcement) -> Receipt:
+        """Load a published version into every process of the engine, and say what arrived."""
+        answers = self._engine.collective_rpc("receive_weights", args=(announcement,))
+        # Tensor-parallel processes read the same bytes; one that read others is a broken engine.
+        if any(answer != answers[0] for answer in answers):
+            return Receipt(self._name, -1, (), ())
+        self._engine.reset_prefix_cache()
+        self._engine.set_weight_version(str(announcement.version))
+        self._version = announcement.version
+        return Receipt(self._name, announcement.version, announcement.plan.names, tuple(answers[0]))
+
+    def _rollout(self, prompt: Prompt, prompt_tokens: list[int], output: Any, use_text: bool) -> Rollout:
+        samples = sorted(output.outputs, key=lambda sample: sample.index)
+        token_ids = [list(sample.token_ids) for sample in samples]
+        lengths = [len(ids) for ids in token_ids]
+        versions = np.full(sum(lengths), self._version, dtype=np.int32)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        for start, sample in zip(offsets, samples, strict=False):
+            for span in sample.weight_versions or ():
+                versions[start + span.start : start + span.end] = int(span.version)
+        return Rollout(
+            prompt=prompt,
+            prompt_tokens=np.asarray(prompt_tokens, dtype=np.int32),
+            tokens=np.concatenate([np.asarray(ids, dtype=np.int32) for ids in token_ids]),
+            offsets=offsets,
+            logprobs=np.concatenate([sampled_logprobs(sample) for sample in samples]),
+            versions=versions,
+            finish_reasons=tuple(str(sample.finish_reason) for sample in samples),
+            texts=tuple(s.text for s in samples) if use_text else self._decode(token_ids),
+        )
+
+    def _decode(self, token_ids: list[list[int]]) -> tuple[str, ...]:
+        # A model may have more rows than its tokenizer has tokens; such an id has no text.
+        size = len(self.tokenizer)
+        known = [[token for token in ids if token < size] for ids in token_ids]
+        return tuple(self.tokenizer.batch_decode(known, skip_special_tokens=True))
+
+
+def sampling_params(sampling: Sampling) -> Any:
+    """vLLM's form of `Sampling`: final outputs only, the sampled token's logprob only, no text unless stop strings need it."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=sampling.n,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        stop=list(sampling.stop) or None,
+        seed=sampling.seed,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=bool(sampling.stop),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def sampled_logprobs(sample: Any) -> np.ndarray:
+    """float32 [tokens]: the logprob of each sampled token; the first entry of a position is the sampled one."""
+    flat = sample.logprobs
+    return np.asarray([flat.logprobs[start] for start in flat.start_indices], dtype=np.float32)
+
+
+class WeightReceiver:
+    """Mixed into vLLM's worker, whose attributes it uses: runs in every process of the engine, beside the model."""
+
+    model_runner: Any
+    model_config: Any
+    vllm_config: Any
+    _weight_reader: WeightReader | None = None
+
+    def receive_weights(self, announcement: Announcement) -> list[str]:
+        """Load all buckets; returns each bucket's hash as received. Raises before loading a bucket with a wrong hash."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        if self._weight_reader is None:
+            self._weight_reader = WeightReader()
+        model, hashes = self.model_runner.model, []
+
+        def parameters() -> Iterator[tuple[str, Any]]:
+            for received, tensors in self._weight_reader.read(announcement):  # pyright: ignore[reportOptionalMemberAccess]
+                hashes.append(received)
+                yield from tensors
+
+        with set_current_vllm_config(self.vllm_config):
+            # On a CPU linear layers are packed into another form and the originals freed: they are loaded anew, layer by layer.
+            initialize_layerwise_reload(model)
+            model.load_weights(parameters())
+            finalize_layerwise_reload(model, self.model_config)
+        return hashes

@@ -1,0 +1,182 @@
+"""What is left at the end of a run: the table before/after and `curves.png`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_dist.errors import DataError, DiskError
+from rlhf_dist.telemetry import names
+from rlhf_dist.telemetry.display import number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+Series = dict[str, tuple[list[int], list[float]]]
+"""Metric name -> (steps, values), in the order of the steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One plot of `curves.png`."""
+
+    title: str
+    lines: tuple[tuple[str, str], ...]
+    """(metric name, label); a name that ends in `_` stands for all that begin so, and its label for what follows.
+    A panel without any of its metrics is not drawn."""
+    unit: str = ""
+    log: bool = False
+    """Logarithmic vertical axis; values that are not positive are left out."""
+    bottom: float | None = None
+    top: float | None = None
+
+
+PANELS = (
+    Panel("Reward of sampled responses", ((names.REWARD_MEAN, "mean"),)),
+    Panel(
+        "Held-out accuracy", ((names.EVAL_GREEDY, "greedy"), (names.EVAL_PASS_PREFIX, "pass@")), bottom=-0.02, top=1.02
+    ),
+    Panel("Loss", ((names.SFT_LOSS, "train"), (names.SFT_HELD_OUT_LOSS, "held out")), "nats per token"),
+    Panel("Response length", ((names.RESPONSE_LENGTH, "mean"),), "tokens", bottom=0),
+    Panel(
+        "Rollout/learner logprob difference",
+        ((names.LOGPROB_DIFF_MAX, "max"), (names.LOGPROB_DIFF_MEAN, "mean")),
+        "nats",
+        log=True,
+    ),
+    Panel("Policy entropy", ((names.ENTROPY, "mean"),), "nats per token", bottom=0),
+    Panel("Speed", ((names.TOKENS_PER_S, "whole step"),), "response tokens per second", bottom=0),
+)
+"""A reinforcement run has all but the loss: a 2 x 3 grid."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One row of the table before/after."""
+
+    name: str
+    before: str
+    after: str
+    change: str
+
+
+def compare(before: Mapping[str, float], after: Mapping[str, float]) -> list[Comparison]:
+    """Rows in the order of `after`, then what only `before` has; "-" where one of them lacks the metric."""
+    rows: list[Comparison] = []
+    for name in [*after, *(name for name in before if name not in after)]:
+        change = f"{after[name] - before[name]:+.3f}" if name in before and name in after else "-"
+        first = number(before[name]) if name in before else "-"
+        second = number(after[name]) if name in after else "-"
+        rows.append(Comparison(name.removeprefix("eval/").replace("_", " "), first, second, change))
+    return rows
+
+
+def before_after_text(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """The table in plain text, for logs and files."""
+    cells = [("held out", "before", "after", "change")]
+    cells += [(row.name, row.before, row.after, row.change) for row in compare(before, after)]
+    widths = [max(len(row[column]) for row in cells) for column in range(4)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3))]) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def before_after_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    """The same table for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Held-out results")
+    table.add_column("")
+    for header in ("before", "after", "change"):
+        table.add_column(header, justify="right")
+    for row in compare(before, after):
+        table.add_row(Text(row.name), row.before, Text(row.after, style="bold"), row.change)
+    return table
+
+
+def read_metrics(path: Path) -> Series:
+    """The series of a `metrics.jsonl`. A half-written last line (a run still going) is left out.
+
+    Raises DataError naming file and line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; is it a run directory's metrics.jsonl?") from error
+    found: dict[str, dict[int, float]] = {}
+    for row, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            record = {name: float(value) for name, value in json.loads(line).items()}
+            step = int(record.pop("step"))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DataError(f"{path}:{row}: not an object of numbers with a `step`: {line[:80]!r}") from error
+        for name, value in record.items():
+            found.setdefault(name, {})[step] = value
+    ordered = {name: sorted(points.items()) for name, points in found.items()}
+    return {name: ([step for step, _ in points], [v for _, v in points]) for name, points in ordered.items()}
+
+
+def curves(metrics_path: Path, out: Path) -> tuple[str, ...]:
+    """Draw `metrics.jsonl` as `curves.png`, without a display.
+
+    Returns the titles drawn; when there are none (no step was logged), no file is written.
+    Raises DataError for a file that is no metrics.jsonl, DiskError when `out` cannot be written.
+    """
+    series = read_metrics(metrics_path)
+    panels = [panel for panel in PANELS if found_lines(panel, series)]
+    if not panels:
+        return ()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.1 * rows), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    for place, panel in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        _draw(axes, panel, series)
+        if place + columns >= len(panels):
+            axes.set_xlabel("step")
+    try:
+        figure.savefig(out, dpi=130, format="png")
+    except OSError as error:
+        raise DiskError(f"{out}: cannot be written: {error.strerror or error}") from error
+    return tuple(panel.title for panel in panels)
+
+
+def found_lines(panel: Panel, series: Series) -> list[tuple[str, str]]:
+    """(metric name, label) of what the run has of a panel."""
+    found: list[tuple[str, str]] = []
+    for name, label in panel.lines:
+        if name.endswith("_"):
+            found += [(full, label + full.removeprefix(name)) for full in sorted(series) if full.startswith(name)]
+        elif name in series:
+            found.append((name, label))
+    return found
+
+
+def _draw(axes: Axes, panel: Panel, series: Series) -> None:
+    drawn = found_lines(panel, series)
+    for (name, label), colour in zip(drawn, cycle(("#1f6fb4", "#e07b39", "#4c9a5b"))):
+        steps, values = series[name]
+        marker = "o" if len(steps) <= 20 else ""
+        axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=label)
+    if panel.log and any(value > 0 for name, _ in drawn for value in series[name][1]):
+        axes.set_yscale("log", nonpositive="mask")
+    if panel.bottom is not None:
+        axes.set_ylim(panel.bottom, axes.get_ylim()[1] * 1.08 if panel.top is None else panel.top)
+    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_ylabel(panel.unit, fontsize=9)
+    axes.tick_params(labelsize=9)
+    axes.grid(alpha=0.25, linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(drawn) > 1:
+        axes.legend(frameon=False, fontsize=9)

@@ -1,0 +1,104 @@
+"""The CPU transport: the learner copies its weights into a file in shared memory, rollout workers on the same node map it.
+
+One copy on each side and no serialisation. The file is overwritten by the next version, which is safe because a
+publication ends only when every receipt is in or its worker is given up; a worker that reads too late sees a hash that
+does not match and refuses.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from rlhf_dist.errors import DiskError, WeightSyncError
+from rlhf_dist.weights.plan import Slot, WeightPlan
+from rlhf_dist.weights.receipts import Announcement, bucket_hash
+
+SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "rlhf_dist-"
+
+
+class WeightWriter:
+    """The learner's side; only rank 0 has one."""
+
+    def __init__(self, plan: WeightPlan) -> None:
+        """Reserve the plan's bytes. Raises `DiskError` when shared memory is too small."""
+        sweep(SHARED_MEMORY)
+        self.plan = plan
+        self.path = SHARED_MEMORY / f"{PREFIX}{os.getpid()}-{id(self):x}.weights"
+        try:
+            with open(self.path, "xb") as file:
+                # Reserve now: writing past the end of a full tmpfs later is a SIGBUS, not an error.
+                os.posix_fallocate(file.fileno(), 0, max(plan.nbytes, 1))
+        except OSError as error:
+            self.path.unlink(missing_ok=True)
+            need = plan.nbytes / 2**20
+            raise DiskError(f"{SHARED_MEMORY}: {need:.0f} MiB for the weights: {error.strerror}") from None
+        self._map = map_file(self.path)
+
+    def write(self, version: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> Announcement:
+        """Copy the parameters, in the plan's order, and hash each bucket."""
+        given = iter(parameters)
+        hashes = []
+        for bucket in self.plan.buckets:
+            for slot in bucket.slots:
+                name, tensor = next(given)
+                assert name == slot.name, f"{name} came where {slot.name} was planned"
+                slot_view(self._map, slot).copy_(tensor)
+            hashes.append(bucket_hash(memoryview(self._map)[bucket.offset : bucket.offset + bucket.nbytes]))
+        return Announcement(version, str(self.path), self.plan, tuple(hashes))
+
+    def close(self) -> None:
+        """Remove the file; maps that workers hold stay valid until they drop them."""
+        self.path.unlink(missing_ok=True)
+
+
+class WeightReader:
+    """A rollout worker's side: maps the writer's file once."""
+
+    def __init__(self) -> None:
+        self._path = ""
+        self._map: mmap.mmap | None = None
+
+    def read(self, announcement: Announcement) -> Iterator[tuple[str, list[tuple[str, torch.Tensor]]]]:
+        """Yield (hash as received, parameters) for each bucket; the tensors are views that the next version overwrites.
+
+        Raises `WeightSyncError` before a bucket is handed on whose hash is not the announced one.
+        """
+        if announcement.path != self._path or self._map is None:
+            self._map, self._path = map_file(Path(announcement.path)), announcement.path
+        for index, bucket in enumerate(announcement.plan.buckets):
+            received = bucket_hash(memoryview(self._map)[bucket.offset : bucket.offset + bucket.nbytes])
+            if received != announcement.hashes[index]:
+                raise WeightSyncError(
+                    f"version {announcement.version}: bucket {index} arrived as {received}, "
+                    f"was announced as {announcement.hashes[index]}; it was not loaded"
+                )
+            yield received, [(slot.name, slot_view(self._map, slot)) for slot in bucket.slots]
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Map a whole file, shared and writable (torch has no read-only tensors)."""
+    with open(path, "r+b") as file:
+        return mmap.mmap(file.fileno(), 0)
+
+
+def slot_view(memory: mmap.mmap, slot: Slot) -> torch.Tensor:
+    """A tensor over a slot's bytes, without a copy."""
+    dtype = getattr(torch, slot.dtype)
+    count = slot.nbytes // dtype.itemsize
+    if count == 0:
+        return torch.empty(slot.shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=slot.offset).view(slot.shape)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the files of learners that were killed: the process in the name is gone."""
+    for path in folder.glob(f"{PREFIX}*.weights"):
+        pid = path.name.removeprefix(PREFIX).split("-")[0]
+        if not Path("/proc", pid).exists():
+            path.unlink(missing_ok=True)

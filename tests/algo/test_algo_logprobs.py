@@ -1,0 +1,147 @@
+"""Token log-probabilities and entropies, whole and in chunks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rlhf_dist.algo.logprobs import chunked_logprobs, token_logprobs
+from rlhf_dist.errors import ConfigError
+
+HIDDEN, VOCABULARY = 5, 11
+
+
+class CountingHead:
+    """A linear head that notes how many rows each call was given."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        self.linear = nn.Linear(HIDDEN, VOCABULARY, dtype=dtype)
+        self.rows: list[int] = []
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.rows.append(len(hidden))
+        return self.linear(hidden)
+
+
+def batch(tokens: int) -> tuple[Tensor, Tensor]:
+    hidden = torch.randn(tokens, HIDDEN, dtype=torch.float64).requires_grad_()
+    return hidden, torch.randint(VOCABULARY, (tokens,))
+
+
+def test_by_hand() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
+    logprobs, entropy = token_logprobs(logits, torch.tensor([1, 0]))
+    torch.testing.assert_close(logprobs, torch.tensor([math.log(0.75), math.log(0.5)]))
+    expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    torch.testing.assert_close(entropy, torch.tensor([expected, math.log(2.0)]))
+
+
+def test_temperature_divides_the_logits() -> None:
+    logits, targets = torch.randn(4, 7), torch.tensor([0, 3, 6, 2], dtype=torch.int32)
+    hot, entropy = token_logprobs(logits, targets, temperature=2.0)
+    cold, cold_entropy = token_logprobs(logits / 2.0, targets)
+    torch.testing.assert_close(hot, cold)
+    torch.testing.assert_close(entropy, cold_entropy)
+
+
+def test_an_impossible_token_and_a_certain_one() -> None:
+    logits = torch.tensor([[-math.inf, 0.0, 1000.0]])
+    for target, expected in ((0, -math.inf), (1, -1000.0), (2, 0.0)):
+        logprobs, entropy = token_logprobs(logits, torch.tensor([target]))
+        assert logprobs.item() == expected
+        assert entropy.item() == 0.0
+
+
+def test_bfloat16_logits_are_computed_in_float32() -> None:
+    logits = torch.randn(6, 50).bfloat16()
+    targets = torch.randint(50, (6,))
+    logprobs, entropy = token_logprobs(logits, targets)
+    exact, exact_entropy = token_logprobs(logits.double(), targets)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(logprobs.double(), exact, atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy.double(), exact_entropy, atol=1e-5, rtol=0)
+
+
+def test_gradient_of_the_logprob_and_none_of_the_entropy() -> None:
+    logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 3, 1])
+    assert torch.autograd.gradcheck(lambda z: token_logprobs(z, targets, 0.7)[0], (logits,))
+    assert not token_logprobs(logits, targets)[1].requires_grad
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_that_is_not_above_zero_is_refused(temperature: float) -> None:
+    with pytest.raises(ConfigError, match=f"temperature is {temperature}"):
+        token_logprobs(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), temperature)
+
+
+def test_a_chunk_below_one_is_refused() -> None:
+    hidden, targets = batch(3)
+    with pytest.raises(ConfigError, match="chunk is 0 tokens"):
+        chunked_logprobs(hidden, CountingHead(), targets, 1.0, 0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(tokens=st.integers(0, 13), chunk=st.integers(1, 15), temperature=st.sampled_from([0.5, 1.0, 1.7]))
+def test_chunks_equal_the_whole_in_value_and_gradient(tokens: int, chunk: int, temperature: float) -> None:
+    head = CountingHead()
+    hidden, targets = batch(tokens)
+    weights = torch.randn(tokens, dtype=torch.float64)
+    leaves = (hidden, head.linear.weight, head.linear.bias)
+
+    whole, whole_entropy = token_logprobs(head(hidden), targets, temperature)
+    expected = torch.autograd.grad((whole * weights).sum(), leaves)
+    head.rows.clear()
+    logprobs, entropy = chunked_logprobs(hidden, head, targets, temperature, chunk)
+    got = torch.autograd.grad((logprobs * weights).sum(), leaves)
+
+    torch.testing.assert_close(logprobs, whole)
+    torch.testing.assert_close(entropy, whole_entropy)
+    assert not entropy.requires_grad
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert max(head.rows) <= chunk
+    once = max(1, math.ceil(tokens / chunk))
+    assert len(head.rows) == (once if once == 1 else 2 * once)  # recomputed in backward, but for a chunk that is alone
+
+
+def test_without_gradient_every_chunk_is_computed_once() -> None:
+    head = CountingHead()
+    hidden, targets = batch(10)
+    with torch.no_grad():
+        logprobs, _ = chunked_logprobs(hidden, head, targets, 1.0, 4)
+    assert head.rows == [4, 4, 2]
+    torch.testing.assert_close(logprobs, token_logprobs(head(hidden), targets)[0].detach())
+
+
+def test_gradient_reaches_the_head_when_the_hidden_states_need_none() -> None:
+    head = CountingHead()
+    hidden, targets = batch(6)
+    chunked_logprobs(hidden.detach(), head, targets, 1.0, 2)[0].sum().backward()
+    assert head.linear.weight.grad is not None and head.linear.weight.grad.abs().sum() > 0
+
+
+def test_no_logits_are_kept_for_backward() -> None:
+    """Nothing that autograd saves is larger than a chunk's logits; without chunks the whole [N, V] is kept."""
+    head = nn.Linear(HIDDEN, 1000)
+    hidden, targets = torch.randn(64, HIDDEN, requires_grad=True), torch.randint(1000, (64,))
+
+    def largest_saved(chunk: int) -> int:
+        sizes: list[int] = []
+
+        def note(saved: Tensor) -> Tensor:
+            sizes.append(saved.numel())
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+            chunked_logprobs(hidden, head, targets, 1.0, chunk)
+        return max(sizes)
+
+    assert largest_saved(64) == 64 * 1000
+    assert largest_saved(8) <= 8 * 1000

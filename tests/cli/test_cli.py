@@ -1,0 +1,191 @@
+"""The command line: exit codes, one message for bad input, nothing heavy before a config has parsed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import rlhf_dist.cluster
+from rlhf_dist import __version__
+from rlhf_dist.cli import bench
+from rlhf_dist.cli.main import COMMANDS, main
+from rlhf_dist.config.load import from_yaml
+from rlhf_dist.config.schema import Config
+from rlhf_dist.errors import InputError, RewardError, RlhfError
+
+ROOT = Path(__file__).parents[2]
+
+
+def cli(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, from the root of the checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "rlhf_dist", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **functions: object) -> None:
+    """Put functions in the place of `cluster/build.py`."""
+    build = SimpleNamespace(**functions)
+    monkeypatch.setitem(sys.modules, "rlhf_dist.cluster.build", build)
+    monkeypatch.setattr(rlhf_dist.cluster, "build", build, raising=False)
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text("loop: {steps: 3}\n", encoding="utf-8")
+    return "small.yaml"
+
+
+def test_help_lists_the_commands() -> None:
+    result = cli("--help")
+    assert result.returncode == 0 and result.stderr == ""
+    assert all(command in result.stdout for command in COMMANDS)
+
+
+def test_version() -> None:
+    result = cli("--version")
+    assert (result.returncode, result.stdout) == (0, f"rlhf-dist {__version__}\n")
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_each_command_has_help(command: str) -> None:
+    result = cli(command, "--help")
+    assert result.returncode == 0 and f"rlhf-dist {command}" in result.stdout
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, importlib, rlhf_dist.cli.main as m\n"
+        "for module, _ in m.COMMANDS.values(): importlib.import_module(f'rlhf_dist.cli.{module}')\n"
+        "print([name for name in ('torch', 'ray', 'vllm', 'omegaconf', 'numpy') if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], ["name a command", "usage:"]),
+        (["tran"], ["`tran` is no command", "did you mean `train`?"]),
+        (["xyz"], ["the commands are train"]),
+        (["train"], ["train needs a config file", "configs/local.yaml"]),
+        (["train", "loop.steps=3"], ["train needs a config file first"]),
+        (["train", "configs/locl.yaml"], ["configs/locl.yaml does not exist", "did you mean configs/local.yaml?"]),
+        (["train", "configs/local.yaml", "loop.stepss=3"], ["unknown key `loop.stepss`", "`loop.steps`"]),
+        (["train", "configs/local.yaml", "algo.group_size=1"], ["algo.group_size is 1", "no baseline"]),
+        (["train", "configs/local.yaml", "--dryrun"], ["unrecognized arguments: --dryrun", "usage:"]),
+        (["train", "configs/local.yaml", "other.yaml"], ["override `other.yaml`", "key=value"]),
+        (["plan", "configs/local.yaml", "rollout.workers=9", "--cpus", "4"], ["rollout.workers 9", "there are 4 CPUs"]),
+        (["plan", "configs/local.yaml", "--cpus", "many"], ["'many'"]),
+        (["bench"], ["bench needs the name"]),
+        (["bench", "no-such"], ["no benchmark `no-such`"]),
+    ],
+)
+def test_bad_input_is_one_message_and_code_2(words: list[str], parts: list[str]) -> None:
+    result = cli(*words)
+    assert result.returncode == 2
+    assert result.stderr.startswith("rlhf-dist: ") and "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert all(part in result.stderr for part in parts), result.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "eval"])
+def test_dry_run_prints_the_resolved_config_and_the_plan(command: str) -> None:
+    result = cli(command, "--dry-run", "configs/local.yaml", "seed=5")
+    assert result.returncode == 0, result.stderr
+    assert from_yaml(result.stdout).seed == 5
+    assert "# device: " in result.stdout and "# run directory: runs/run" in result.stdout
+
+
+def test_plan_for_another_machine() -> None:
+    result = cli("plan", "configs/local.yaml", "--cpus", "32", "--gpus", "4", "learner.ranks=4")
+    assert result.returncode == 0, result.stderr
+    assert "machine: 32 CPUs, 4 GPUs\ndevice: cuda\n" in result.stdout
+
+
+def test_options_and_overrides_in_any_order(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Config, bool]] = []
+    install(monkeypatch, train=lambda config, resume: calls.append((config, resume)))
+    assert main(["train", config, "--resume", "seed=4", "loop.steps=7"]) == 0
+    assert main(["train", "--resume", config, "seed=4"]) == 0
+    assert main(["train", config]) == 0
+    assert [(c.seed, c.loop.steps, resume) for c, resume in calls] == [(4, 7, True), (4, 3, True), (0, 3, False)]
+
+
+def test_each_command_calls_its_own_function(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    install(
+        monkeypatch, sft=lambda config, resume: calls.append(f"sft {resume}"), evaluate=lambda _: calls.append("eval")
+    )
+    assert [main(["sft", config]), main(["sft", config, "--resume"]), main(["eval", config])] == [0, 0, 0]
+    assert calls == ["sft False", "sft True", "eval"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (InputError("bad line"), 2, "rlhf-dist: bad line\n"),
+        (RewardError("it raised"), 1, "rlhf-dist: it raised\n"),
+        (RlhfError("something"), 1, "rlhf-dist: something\n"),
+    ],
+)
+def test_errors_of_a_run(
+    config: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    code: int,
+    message: str,
+) -> None:
+    def train(config: Config, resume: bool) -> None:
+        raise error
+
+    install(monkeypatch, train=train)
+    assert main(["train", config]) == code
+    assert capsys.readouterr().err == message
+
+
+def test_unexpected_errors_keep_their_traceback(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(config: Config, resume: bool) -> None:
+        raise ZeroDivisionError("a bug")
+
+    install(monkeypatch, train=train)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        main(["train", config])
+
+
+def test_keyboard_interrupt_says_how_to_go_on(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(config: Config, resume: bool) -> None:
+        raise KeyboardInterrupt
+
+    install(monkeypatch, train=train)
+    assert main(["train", config, "seed=4"]) == 130
+    assert "`rlhf-dist train small.yaml seed=4 --resume`" in capsys.readouterr().err
+
+
+def test_bench_runs_the_named_file_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "neighbour_of_probe.py").write_text("CODE = 7\n", encoding="utf-8")
+    text = "import neighbour_of_probe as n\ndef main(argv): return n.CODE if argv == ['--out', 'x', 'a=1'] else 3\n"
+    (tmp_path / "probe.py").write_text(text, encoding="utf-8")
+    assert bench.run_in(tmp_path, ["probe", "--out", "x", "a=1"]) == 7
+
+
+def test_bench_says_what_there_is(tmp_path: Path) -> None:
+    (tmp_path / "step.py").touch()
+    (tmp_path / "_shared.py").touch()
+    with pytest.raises(InputError, match=r"there is no benchmark `stp` in .*; there is step$"):
+        bench.run_in(tmp_path, ["stp"])
+    with pytest.raises(InputError, match="there is no folder"):
+        bench.run_in(tmp_path / "none", ["step"])

@@ -1,0 +1,156 @@
+"""Placement is arithmetic: what fits, what does not, and how it is said."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_dist.cluster.placement import Command, Machine, describe, local_machine, place
+from rlhf_dist.config.schema import Config
+from rlhf_dist.errors import ResourceError
+
+
+def config(
+    workers: int = 1, ranks: int = 1, rollout_cpus: int = 0, learner_cpus: int = 0, parallel: int = 1, **cluster: object
+) -> Config:
+    base = Config()
+    return dataclasses.replace(
+        base,
+        rollout=dataclasses.replace(base.rollout, workers=workers, cpus=rollout_cpus, tensor_parallel=parallel),
+        learner=dataclasses.replace(base.learner, ranks=ranks, cpus=learner_cpus),
+        cluster=dataclasses.replace(base.cluster, **cluster),
+    )
+
+
+def test_colocated_sides_take_turns_on_the_whole_machine() -> None:
+    p = place(config(workers=2, ranks=1), Machine(cpus=8, gpus=0), "train")
+    assert (p.device, p.rollout_workers, p.learner_ranks) == ("cpu", 2, 1)
+    assert (p.rollout_threads, p.learner_threads) == (4, 8)
+    assert (p.rollout_num_cpus, p.learner_num_cpus) == (2.0, 4.0)
+    assert (p.rollout_gpus, p.learner_gpus, p.rollout_num_gpus, p.learner_num_gpus) == (0, 0, 0.0, 0.0)
+
+
+def test_two_cpus_hold_two_workers_and_two_ranks_colocated() -> None:
+    p = place(config(workers=2, ranks=2), Machine(cpus=2, gpus=0), "train")
+    assert (p.rollout_threads, p.learner_threads, p.rollout_num_cpus, p.learner_num_cpus) == (1, 1, 0.5, 0.5)
+
+
+def test_apart_each_actor_has_an_equal_share_and_rollout_the_rest() -> None:
+    p = place(config(workers=1, ranks=2, colocate=False), Machine(cpus=8, gpus=0), "train")
+    assert (p.rollout_threads, p.learner_threads) == (4, 2)
+    assert (p.rollout_num_cpus, p.learner_num_cpus) == (4.0, 2.0)
+
+
+@pytest.mark.parametrize(("rollout", "learner", "expected"), [(3, 0, (3, 2)), (0, 3, (1, 3)), (2, 1, (2, 1))])
+def test_apart_numbers_of_the_config_are_kept(rollout: int, learner: int, expected: tuple[int, int]) -> None:
+    wanted = config(workers=2, ranks=2, rollout_cpus=rollout, learner_cpus=learner, colocate=False)
+    p = place(wanted, Machine(cpus=10 if rollout else 9, gpus=0), "train")
+    assert (p.rollout_threads, p.learner_threads) == expected
+
+
+def test_sft_places_only_the_learner_and_eval_only_the_rollout() -> None:
+    wanted, machine = config(workers=2, ranks=3), Machine(cpus=6, gpus=0)
+    sft, evaluation = place(wanted, machine, "sft"), place(wanted, machine, "eval")
+    assert (sft.rollout_workers, sft.rollout_threads, sft.learner_ranks, sft.learner_num_cpus) == (0, 0, 3, 2.0)
+    assert (evaluation.learner_ranks, evaluation.rollout_workers, evaluation.rollout_num_cpus) == (0, 2, 3.0)
+
+
+def test_gpus_are_halved_in_rays_books_when_colocated() -> None:
+    p = place(config(workers=2, ranks=2), Machine(cpus=16, gpus=2), "train")
+    assert (p.device, p.rollout_gpus, p.learner_gpus, p.rollout_num_gpus, p.learner_num_gpus) == (
+        "cuda",
+        1,
+        1,
+        0.5,
+        0.5,
+    )
+
+
+def test_gpus_apart_are_whole() -> None:
+    p = place(config(workers=2, ranks=4, parallel=2, colocate=False), Machine(cpus=16, gpus=8), "train")
+    assert (p.rollout_gpus, p.rollout_num_gpus, p.learner_gpus, p.learner_num_gpus) == (2, 2.0, 1, 1.0)
+
+
+def test_device_cpu_leaves_the_gpus_alone() -> None:
+    p = place(config(device="cpu"), Machine(cpus=2, gpus=4), "train")
+    assert (p.device, p.rollout_num_gpus, p.learner_num_gpus) == ("cpu", 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "machine", "command", "parts"),
+    [
+        (config(workers=3), Machine(2, 0), "train", ["rollout.workers 3 x 1 CPU each = 3 CPUs", "there are 2 CPUs"]),
+        (config(ranks=3), Machine(2, 0), "sft", ["learner.ranks 3", "= 3 CPUs", "lower learner.ranks"]),
+        (
+            config(workers=2, rollout_cpus=3),
+            Machine(4, 0),
+            "eval",
+            ["rollout.workers 2 x 3 CPUs each = 6", "rollout.cpus"],
+        ),
+        (config(colocate=False), Machine(1, 0), "train", ["= 2 CPUs", "there is 1 CPU", "cluster.colocate=true"]),
+        (config(device="cuda"), Machine(4, 0), "train", ["cluster.device is cuda", "no GPU"]),
+        (config(ranks=3), Machine(8, 2), "train", ["learner.ranks 3 need 3 GPUs", "there are 2 GPUs"]),
+        (config(workers=1, ranks=2, colocate=False), Machine(8, 2), "train", ["3 GPUs", "cluster.colocate=true"]),
+        (config(parallel=2), Machine(8, 2), "train", ["rollout.tensor_parallel is 2", "cluster.colocate to false"]),
+    ],
+)
+def test_what_does_not_fit_is_refused(wanted: Config, machine: Machine, command: Command, parts: list[str]) -> None:
+    with pytest.raises(ResourceError) as caught:
+        place(wanted, machine, command)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+SMALL = st.integers(1, 5)
+CPUS = st.integers(0, 4)
+
+
+@given(
+    SMALL,
+    SMALL,
+    CPUS,
+    CPUS,
+    st.booleans(),
+    st.integers(1, 24),
+    st.integers(0, 8),
+    st.sampled_from(["train", "sft", "eval"]),
+)
+def test_ray_can_always_book_what_was_placed(
+    workers: int, ranks: int, rollout: int, learner: int, colocate: bool, cpus: int, gpus: int, command: Command
+) -> None:
+    wanted = config(workers, ranks, rollout, learner, colocate=colocate)
+    try:
+        p = place(wanted, Machine(cpus, gpus), command)
+    except ResourceError:
+        return
+    assert p.rollout_workers * p.rollout_num_cpus + p.learner_ranks * p.learner_num_cpus <= cpus
+    assert p.rollout_workers * p.rollout_num_gpus + p.learner_ranks * p.learner_num_gpus <= gpus
+    assert p.rollout_workers * p.rollout_threads <= cpus and p.learner_ranks * p.learner_threads <= cpus
+    assert (p.rollout_threads >= 1) == (p.rollout_workers > 0)
+    assert (p.learner_threads >= 1) == (p.learner_ranks > 0)
+
+
+def test_describe_does_the_arithmetic() -> None:
+    text = "\n".join(describe(place(config(), Machine(2, 0), "train"), Config()))
+    assert "16 prompts x 8 samples = 128 responses" in text
+    assert "100 steps, 12,800 responses, 100 optimizer steps" in text
+    assert "rollout: 1 worker, each 2 CPU threads (Ray: 1 CPU)" in text
+    assert "runs/run" in text
+
+
+def test_describe_leaves_out_what_the_command_has_not() -> None:
+    sft = "\n".join(describe(place(config(), Machine(2, 0), "sft"), Config()))
+    evaluation = "\n".join(describe(place(config(), Machine(2, 0), "eval"), Config()))
+    assert "rollout" not in sft and "64 sequences" in sft
+    assert "learner" not in evaluation and "128 held-out prompts" in evaluation
+
+
+def test_local_machine_has_a_cpu() -> None:
+    assert local_machine().cpus >= 1
+
+
+def test_hidden_gpus_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local_machine().gpus == 0

@@ -1,0 +1,166 @@
+"""Cross-field rules: each problem is found, named with key and value, and all come at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from rlhf_dist.config.checks import CPU_HEAD_DIMS, Command, check, problems, ranged_keys
+from rlhf_dist.config.load import load
+from rlhf_dist.config.schema import Config
+from rlhf_dist.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def config(tmp_path: Path, *overrides: str) -> Config:
+    path = tmp_path / "config.yaml"
+    path.write_text("", encoding="utf-8")
+    return load(path, overrides)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_config_passes(path: Path, tmp_path: Path) -> None:
+    own_data = load(path, []).data.source != "task"  # then the data is the user's: any file stands for it
+    stand_in = tmp_path / "data"
+    stand_in.touch()
+    overrides = [f"data.path={stand_in}", "data.eval_path="] if own_data else []
+    assert problems(load(path, overrides), "train") == []
+
+
+def test_there_are_shipped_configs() -> None:
+    assert ROOT / "configs" / "local.yaml" in CONFIGS
+
+
+def test_defaults_pass_for_every_command() -> None:
+    for command in ("train", "sft", "eval"):
+        assert problems(Config(), command) == []
+
+
+def numbers(kind: Any, prefix: str = "") -> set[str]:
+    found = set()
+    for name, inner in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(inner):
+            found |= numbers(inner, f"{prefix}{name}.")
+        elif inner in (int, float):
+            found.add(prefix + name)
+    return found
+
+
+def test_every_number_of_the_schema_has_a_range() -> None:
+    assert ranged_keys() == numbers(Config)
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "parts"),
+    [
+        ("train", ["algo.group_size=1"], ["algo.group_size is 1", "no baseline", "at least 2"]),
+        ("train", ["algo.group_size=0"], ["algo.group_size is 0", "at least 1"]),
+        ("train", ["rollout.temperature=0"], ["rollout.temperature is 0", "greater than 0"]),
+        ("train", ["rollout.temperature=-1"], ["rollout.temperature is -1", "0 or more"]),
+        ("train", ["rollout.top_p=1.5"], ["rollout.top_p is 1.5", "at most 1"]),
+        ("train", ["rollout.top_p=0"], ["rollout.top_p is 0"]),
+        ("train", ["algo.clip_low=1"], ["algo.clip_low is 1", "between 0 and 1"]),
+        ("train", ["algo.dual_clip=0.5"], ["algo.dual_clip is 0.5", "greater than 1"]),
+        ("train", ["learner.optimizer.lr=.nan"], ["learner.optimizer.lr is nan", "greater than 0"]),
+        ("train", ["learner.optimizer.lr=.inf"], ["learner.optimizer.lr is inf"]),
+        ("train", ["learner.zero_stage=4"], ["learner.zero_stage is 4", "0, 1, 2 or 3"]),
+        ("train", ["loop.max_policy_lag=1"], ["loop.max_policy_lag is 1", "must be 0"]),
+        ("train", ["learner.updates_per_batch=3"], ["learner.updates_per_batch is 3", "16", "1, 2, 4, 8, 16 do"]),
+        (
+            "train",
+            ["loop.prompts_per_step=1", "algo.group_size=2", "learner.ranks=3"],
+            ["is 2 responses", "learner.ranks 3"],
+        ),
+        ("sft", ["sft.batch_size=1", "learner.ranks=2"], ["sft.batch_size is 1", "learner.ranks, 2"]),
+        ("sft", ["sft.max_tokens=513"], ["sft.max_tokens is 513", "model.tiny.max_positions, 512"]),
+        ("eval", ["eval.samples=-1"], ["eval.samples is -1", "0 or more"]),
+        ("eval", ["rollout.temperature=0"], ["rollout.temperature is 0", "eval.samples 4"]),
+        ("train", ["rollout.kv_cache_gib=0"], ["rollout.kv_cache_gib is 0", "greater than 0"]),
+        ("train", ["weights.timeout_s=0"], ["weights.timeout_s is 0", "greater than 0"]),
+        ("train", ["model.tiny.heads=12"], ["model.tiny.hidden_size is 256", "multiple of model.tiny.heads, 12"]),
+        ("train", ["model.tiny.kv_heads=3"], ["model.tiny.kv_heads is 3", "1, 2, 4, 8 do"]),
+        ("train", ["model.tiny.heads=16"], ["head_dim 16", "CPU engine refuses", "32, 64, 80", "hidden_size 512"]),
+        ("train", ["rollout.max_response_tokens=300"], ["is 556", "model.tiny.max_positions 512"]),
+        ("train", ["rollout.tensor_parallel=2", "cluster.device=cpu"], ["rollout.tensor_parallel is 2", "must be 1"]),
+        ("train", ["model.attention=flash_attention_2"], ["model.attention is flash_attention_2", "bfloat16"]),
+        ("train", ["data.path=x.jsonl"], ["data.path is 'x.jsonl'", "no effect with data.source task"]),
+        ("train", ["data.source=jsonl"], ["data.path is empty", "data.source jsonl"]),
+        ("train", ["data.source=jsonl", "data.path=no/such.jsonl"], ["data.path is 'no/such.jsonl'", "does not exist"]),
+        ("train", ["data.source=jsonl", "data.path=."], ["data.path is '.'", "needs a file"]),
+        ("train", ["data.task.min_length=9"], ["data.task.min_length is 9", "data.task.max_length, 6"]),
+        ("train", ["name=../up"], ["name is '../up'", "below `output`"]),
+        ("train", ["name=/abs"], ["name is '/abs'"]),
+        ("train", ["name="], ["name is ''"]),
+        ("train", ["output="], ["output is empty"]),
+        ("train", ["scoring.rewards={}", "scoring.rewards.exact.weight=0"], ["weight of every reward"]),
+        ("train", ["scoring.rewards.a={kind: regex}"], ["scoring.rewards.a.pattern is empty"]),
+        (
+            "train",
+            ["scoring.rewards.a={kind: regex, pattern: '('}"],
+            ["scoring.rewards.a.pattern is '('", "expression"],
+        ),
+        ("train", ["scoring.rewards.a={kind: function, function: f}"], ["is 'f'", "package.module:function"]),
+        (
+            "train",
+            ["scoring.rewards.a={pattern: x}"],
+            ["scoring.rewards.a.pattern is 'x'", "no effect with kind exact"],
+        ),
+        ("train", ["scoring.rewards.a={function: 'm:f'}"], ["scoring.rewards.a.function is 'm:f'", "no effect"]),
+        ("train", ["scoring.rewards.a={timeout_s: 0}"], ["scoring.rewards.a.timeout_s is 0"]),
+        ("train", ["scoring.rewards.a={weight: .nan}"], ["scoring.rewards.a.weight is nan"]),
+        ("train", ["scoring.rewards.exact.weight=0.5"], ["eval.solved_at is 1.0", "at most 0.5"]),
+        ("eval", ["eval.solved_at=.inf"], ["eval.solved_at is inf", "a finite number"]),
+        ("train", ["scoring.rewards={'a b': {}}"], ["the name 'a b'"]),
+    ],
+)
+def test_each_problem(tmp_path: Path, command: Command, overrides: list[str], parts: list[str]) -> None:
+    found = problems(config(tmp_path, *overrides), command)
+    assert len(found) == 1, found
+    assert all(part in found[0] for part in parts), found
+
+
+def test_empty_rewards_are_refused() -> None:
+    empty = dataclasses.replace(Config(), scoring=dataclasses.replace(Config().scoring, rewards={}))
+    assert ["scoring.rewards is empty" in problem for problem in problems(empty, "train")] == [True]
+
+
+def test_data_without_answers_cannot_be_matched(tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.touch()
+    overrides = ["data.source=jsonl", f"data.path={data}", "data.answer_key="]
+    found = problems(config(tmp_path, *overrides), "train")
+    assert len(found) == 1 and "data.answer_key is empty" in found[0]
+    assert problems(config(tmp_path, *overrides, "data.answer_key=answer"), "train") == []
+
+
+def test_head_dim_is_free_on_cuda(tmp_path: Path) -> None:
+    assert problems(config(tmp_path, "model.tiny.heads=16", "cluster.device=cuda"), "train") == []
+
+
+def test_head_dims_are_those_of_the_installed_engine() -> None:
+    backend = pytest.importorskip("vllm.v1.attention.backends.cpu_attn", reason="vLLM's CPU build is not installed")
+    assert list(CPU_HEAD_DIMS) == backend.CPUAttentionBackend.get_supported_head_sizes()
+
+
+def test_rules_of_other_commands_do_not_apply(tmp_path: Path) -> None:
+    assert problems(config(tmp_path, "algo.group_size=1", "rollout.temperature=0"), "sft") == []
+    assert problems(config(tmp_path, "sft.batch_size=1", "learner.ranks=2"), "train") == []
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    bad = config(tmp_path, "algo.group_size=1", "name=..", "rollout.top_p=2", "loop.max_policy_lag=2")
+    with pytest.raises(ConfigError) as caught:
+        check(bad, "train")
+    message = str(caught.value)
+    assert message.startswith("the config has 4 problems:")
+    for key in ("algo.group_size", "name is", "rollout.top_p", "loop.max_policy_lag"):
+        assert key in message
+
+
+def test_check_accepts_a_good_config() -> None:
+    check(Config(), "train")

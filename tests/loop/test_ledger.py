@@ -1,0 +1,173 @@
+import sqlite3
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_dist.errors import DiskError, RunError
+from rlhf_dist.loop import ledger as ledger_module
+from rlhf_dist.loop.ledger import Ledger
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger.sqlite")
+
+
+def through(ledger: Ledger, uids: list[str], step: int) -> None:
+    ledger.issue(uids, version=step - 1)
+    ledger.finish(uids)
+    ledger.score(uids)
+    ledger.consume(uids, step)
+
+
+def test_a_clean_run_is_proved_in_one_line(ledger: Ledger) -> None:
+    through(ledger, ["0/0", "0/1"], 1)
+    ledger.issue(["0/2", "0/3", "0/4"], 1)
+    ledger.drop(["0/2"], "prompt_too_long")
+    ledger.finish(["0/3"])
+    ledger.score(["0/3"])
+    ledger.drop(["0/3"], "stale")
+    proof = ledger.proof()
+    assert proof.holds and (proof.issued, proof.consumed, proof.in_flight) == (5, 2, 1)
+    assert proof.text() == (
+        "5 groups issued: 2 consumed, 2 dropped (1 prompt_too_long, 1 stale), 1 in flight, 0 lost, 0 used twice"
+    )
+    assert ledger.counts() == {"issued": 1, "finished": 0, "scored": 0, "consumed": 2, "dropped": 2, "rewound": 0}
+
+
+def test_forbidden_transitions_name_group_and_states(ledger: Ledger) -> None:
+    through(ledger, ["0/0"], 7)
+    ledger.issue(["0/1"], 7)
+    with pytest.raises(RunError, match=r"prompt group 0/0 cannot become consumed: it is consumed \(step 7\)"):
+        ledger.consume(["0/0"], 8)
+    with pytest.raises(RunError, match="prompt group 0/1 cannot become consumed: it is issued, and only scored"):
+        ledger.consume(["0/1"], 8)
+    with pytest.raises(RunError, match="prompt group 9/9 cannot become finished: it is never issued"):
+        ledger.finish(["9/9"])
+    with pytest.raises(RunError, match="prompt group 0/1 cannot become issued: it is issued"):
+        ledger.issue(["0/1"], 8)
+    with pytest.raises(RunError, match="prompt group 0/0 cannot become dropped"):
+        ledger.drop(["0/0"], "stale")
+    with pytest.raises(RunError, match="0/1 cannot become finished: it is named twice in one call"):
+        ledger.finish(["0/1", "0/1"])
+    with pytest.raises(AssertionError, match="not the string '0/1'"):
+        ledger.drop("0/1", "stale")
+
+
+def test_a_refused_call_changes_nothing(ledger: Ledger) -> None:
+    ledger.issue(["0/0", "0/1"], 0)
+    ledger.finish(["0/0"])
+    with pytest.raises(RunError, match="0/0 cannot become finished"):
+        ledger.finish(["0/1", "0/0"])
+    assert ledger.counts()["finished"] == 1
+    with pytest.raises(RunError):
+        ledger.issue(["0/2", "0/1"], 0)
+    assert ledger.proof().issued == 2
+
+
+def test_what_was_written_is_there_after_the_process_is_gone(tmp_path: Path) -> None:
+    first = Ledger(tmp_path / "ledger.sqlite")
+    through(first, ["0/0"], 1)
+    second = Ledger(tmp_path / "ledger.sqlite")  # The first was never closed.
+    assert second.counts()["consumed"] == 1
+
+
+def test_a_resume_takes_back_what_came_after_the_checkpoint(ledger: Ledger) -> None:
+    through(ledger, ["0/0", "0/1"], 1)
+    ledger.issue(["0/2"], 1)
+    ledger.drop(["0/2"], "prompt_too_long")  # While step 2 was in the making.
+    through(ledger, ["0/3"], 2)
+    ledger.issue(["0/4", "0/5"], 2)
+    ledger.drop(["0/4"], "reward_failed")
+    assert ledger.rewind(1) == ("0/2", "0/3", "0/4", "0/5")
+    assert ledger.proof().text().startswith("2 groups issued: 2 consumed, 0 dropped, 0 in flight, 0 lost, 0 used twice")
+    with pytest.raises(RunError, match="0/3 cannot become finished: it is rewound"):
+        ledger.finish(["0/3"])
+    through(ledger, ["0/2", "0/3", "0/4", "0/5"], 2)
+    assert ledger.proof().consumed == 6 and ledger.proof().holds
+
+
+def test_a_second_use_behind_the_ledgers_back_is_seen(ledger: Ledger, tmp_path: Path) -> None:
+    through(ledger, ["0/0", "0/1"], 1)
+    other = sqlite3.connect(tmp_path / "ledger.sqlite")
+    with other:
+        other.execute("INSERT INTO uses VALUES ('0/0', 2)")
+        other.execute("DELETE FROM uses WHERE uid = '0/1'")
+    proof = ledger.proof()
+    assert proof.used_twice == 1 and proof.lost == 1 and not proof.holds
+
+
+def test_disk_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DiskError, match=r"ledger\.sqlite: cannot be read or written: unable to open"):
+        Ledger(tmp_path / "no" / "ledger.sqlite")
+    (tmp_path / "damaged.sqlite").write_bytes(b"not a database" * 100)
+    with pytest.raises(DiskError, match=r"damaged\.sqlite: .*not a database"):
+        Ledger(tmp_path / "damaged.sqlite")
+    monkeypatch.setattr(ledger_module, "LOCK_LIMIT_S", 0.05)
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    holder = sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    with pytest.raises(DiskError, match=r"ledger\.sqlite: cannot be read or written: database is locked"):
+        ledger.issue(["0/0"], 0)
+
+
+def test_a_full_database_is_a_disk_error_and_loses_nothing(ledger: Ledger) -> None:
+    ledger.issue(["0/0"], 0)
+    ledger._database.execute("PRAGMA max_page_count=1")
+    with pytest.raises(DiskError, match="database or disk is full"):
+        ledger.issue([f"1/{index}" for index in range(2000)], 0)
+    assert ledger.counts()["issued"] == 1
+
+
+ACTIONS = st.tuples(
+    st.sampled_from(["issue", "finish", "score", "consume", "drop", "rewind"]),
+    st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=1, max_size=3, unique=True),
+)
+BEFORE = {
+    "issue": {"new", "rewound"},
+    "finish": {"issued"},
+    "score": {"finished"},
+    "consume": {"scored"},
+    "drop": {"issued", "finished", "scored"},
+}
+AFTER = {"issue": "issued", "finish": "finished", "score": "scored", "consume": "consumed", "drop": "dropped"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(ACTIONS, max_size=40))
+def test_any_history_is_allowed_or_refused_as_a_plain_model_says(history: list[tuple[str, list[str]]]) -> None:
+    """The model: uid -> (state, step). The ledger must agree after every call, and its proof must always hold."""
+    ledger = Ledger(Path(":memory:"))
+    model: dict[str, tuple[str, int]] = {}
+    last = 0
+    for action, uids in history:
+        if action == "rewind":
+            step = max(0, last - 1)
+            back = [u for u, (state, at) in model.items() if state != "rewound" and (state in _FLYING or at > step)]
+            assert sorted(ledger.rewind(step)) == sorted(back)
+            model |= dict.fromkeys(back, ("rewound", 0))
+            last = max([at for state, at in model.values() if state == "consumed"], default=0)
+            continue
+        calls = {
+            "issue": lambda uids=uids: ledger.issue(uids, 0),
+            "finish": lambda uids=uids: ledger.finish(uids),
+            "score": lambda uids=uids: ledger.score(uids),
+            "consume": lambda uids=uids, step=last + 1: ledger.consume(uids, step),
+            "drop": lambda uids=uids: ledger.drop(uids, "stale"),
+        }
+        if all(model.get(uid, ("new", 0))[0] in BEFORE[action] for uid in uids):
+            calls[action]()
+            model |= dict.fromkeys(uids, (AFTER[action], last + 1))
+            last += action == "consume"
+        else:
+            with pytest.raises(RunError, match="cannot become"):
+                calls[action]()
+        states = [state for state, _ in model.values()]
+        assert ledger.counts() == {state: states.count(state) for state in ledger_module.STATES}
+        assert ledger.proof().holds
+    ledger.close()
+
+
+_FLYING = ("issued", "finished", "scored")

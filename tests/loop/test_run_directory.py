@@ -1,0 +1,185 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_dist.errors import ConfigError, DataError, DiskError, ResourceError
+from rlhf_dist.loop import run_directory
+from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
+
+CONFIG = """
+name: run
+seed: 0
+loop: {steps: 10, prompts_per_step: 4}
+rollout: {timeout_s: 600.0, stop: []}
+scoring: {rewards: {exact: {weight: 1.0}}}
+telemetry: {wandb: auto}
+"""
+
+
+def make(tmp_path: Path, resume: bool = False, config: str = CONFIG) -> RunDirectory:
+    return open_run_directory(str(tmp_path / "runs"), "my/run", config, resume)
+
+
+def checkpoint(run: RunDirectory, step: int, keep: int = 2) -> Path:
+    folder = run.begin_checkpoint(step)
+    (folder / "hf").mkdir()
+    (folder / "hf" / "weights").write_text(str(step))
+    return run.commit_checkpoint(step, keep)
+
+
+def test_a_new_run_has_its_folders_and_its_config(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    assert run.path == tmp_path / "runs" / "my" / "run"
+    assert run.config.read_text() == CONFIG
+    assert run.rollouts.is_dir() and run.checkpoints.is_dir() and run.logs.is_dir()
+    assert run.latest_checkpoint() is None
+
+
+def test_an_existing_run_is_refused_with_both_ways_out(tmp_path: Path) -> None:
+    make(tmp_path).close()
+    with pytest.raises(ConfigError, match=r"runs/my/run: this run exists; continue it with --resume, or .*name="):
+        make(tmp_path)
+
+
+def test_a_resume_needs_a_run_and_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such run to resume; leave out --resume"):
+        make(tmp_path, resume=True)
+    make(tmp_path).close()
+    with pytest.raises(ConfigError, match="this run has no checkpoint to resume from"):
+        make(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("name", ["", "/tmp/x", "../x"])
+def test_a_name_stays_inside_the_output(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^name: .* is not a name for a directory inside"):
+        open_run_directory(str(tmp_path), name, CONFIG, False)
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises((ConfigError, ResourceError), match=r"runs"):
+        make(tmp_path)
+
+
+def test_a_run_that_could_not_be_made_does_not_stand_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise DiskError(f"{path}: cannot be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "write_text", full)
+        with pytest.raises(ResourceError, match=r"cannot be made: .*No space left on device"):
+            make(tmp_path)
+    make(tmp_path)
+
+
+def test_a_resume_may_change_the_length_of_a_run_but_not_what_it_is(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    checkpoint(run, 5)
+    run.close()
+    longer = CONFIG.replace("steps: 10", "steps: 20").replace("600.0", "60.0").replace("wandb: auto", "wandb: off")
+    make(tmp_path, resume=True, config=longer).close()
+    assert "steps: 20" in run.config.read_text()
+    other = longer.replace("seed: 0", "seed: 1").replace("stop: []", "stop: [x]").replace("weight: 1.0", "weight: 2.0")
+    with pytest.raises(ConfigError) as raised:
+        make(tmp_path, resume=True, config=other)
+    assert "rollout.stop from [] to ['x']; scoring.rewards.exact.weight from 1.0 to 2.0; seed from 0 to 1." in str(
+        raised.value
+    )
+    assert run.config.read_text() == longer
+    make(tmp_path, resume=True, config=longer)
+
+
+def test_two_processes_never_share_a_run(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    checkpoint(run, 1)
+    code = (
+        "import sys; from rlhf_dist.loop.run_directory import open_run_directory\n"
+        "try: open_run_directory(sys.argv[1], 'my/run', sys.argv[2], True)\n"
+        "except ValueError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "runs"), CONFIG]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert f"my/run: process {os.getpid()} is using this run" in done.stdout
+    run.close()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == ""
+
+
+def test_checkpoints_are_pruned_but_never_the_newest(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    for step in (2, 4, 10):
+        final = checkpoint(run, step)
+        assert run.latest_checkpoint() == final and final.name == f"step-{step}"
+    assert run_directory.checkpoint_steps(run.checkpoints) == [4, 10]
+    checkpoint(run, 12, keep=1)
+    assert run_directory.checkpoint_steps(run.checkpoints) == [12]
+    assert (run.checkpoints / "step-12" / "hf" / "weights").read_text() == "12"
+
+
+def test_a_run_taken_back_keeps_the_checkpoint_that_latest_names(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    for step in (2, 8):
+        checkpoint(run, step)
+    run_directory.write_text(run.checkpoints / "LATEST", "step-2\n")
+    checkpoint(run, 4, keep=1)
+    assert run.latest_checkpoint() == run.checkpoints / "step-4"
+    assert run_directory.checkpoint_steps(run.checkpoints) == [4, 8]
+    checkpoint(run, 8, keep=1)
+    assert run_directory.checkpoint_steps(run.checkpoints) == [8]
+    again = checkpoint(run, 8, keep=1)
+    assert again.is_dir() and sorted(os.listdir(run.checkpoints)) == ["LATEST", "step-8"]
+
+
+def test_an_interrupted_checkpoint_counts_for_nothing_and_is_removed_at_resume(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    checkpoint(run, 1)
+    (run.begin_checkpoint(2) / "half").write_text("x")
+    (run.path / "summary.json.tmp").write_text("{")
+    assert run.latest_checkpoint() == run.checkpoints / "step-1"
+    assert list(run.begin_checkpoint(2).iterdir()) == []
+    run.close()
+    make(tmp_path, resume=True)
+    assert sorted(os.listdir(run.checkpoints)) == ["LATEST", "step-1"]
+    assert not (run.path / "summary.json.tmp").exists()
+
+
+def test_a_latest_that_names_nothing_is_told(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    shutil.rmtree(checkpoint(run, 3))
+    with pytest.raises(DataError, match=r"LATEST: names 'step-3', which is not there; the folder holds nothing"):
+        run.latest_checkpoint()
+
+
+def test_metrics_after_the_checkpoint_are_set_aside_not_lost(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    assert run.rewind_metrics(0) == 0
+    lines = [json.dumps({"step": step, "x": 1.0}) + "\n" for step in range(5)]
+    run.metrics.write_text("".join(lines) + '{"step": 5, "x"')
+    assert run.rewind_metrics(2) == 3
+    assert run.metrics.read_text() == "".join(lines[:3])
+    aside = run.path / "metrics.before-resume.jsonl"
+    assert aside.read_text() == "".join(lines[3:]) + '{"step": 5, "x"\n'
+    assert run.rewind_metrics(2) == 0
+    assert run.rewind_metrics(1) == 1 and aside.read_text().endswith(lines[2])
+
+
+def test_writes_replace_whole_files_and_fail_with_the_name(tmp_path: Path) -> None:
+    run_directory.write_json(tmp_path / "summary.json", {"a": [1]})
+    run_directory.write_json(tmp_path / "summary.json", {"a": [2]})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"a": [2]}
+    assert os.listdir(tmp_path) == ["summary.json"]
+    with pytest.raises(DiskError, match=r"no/summary\.json: cannot be written: No such file"):
+        run_directory.write_json(tmp_path / "no" / "summary.json", {})
+
+
+def test_too_little_disk_is_told_with_both_numbers(tmp_path: Path) -> None:
+    run_directory.require_free_disk(tmp_path / "runs" / "new", 1)
+    with pytest.raises(ResourceError, match=r"runs: 1048576\.0 GiB of disk are needed and \d+\.\d GiB are free"):
+        run_directory.require_free_disk(tmp_path / "runs", 2**50)

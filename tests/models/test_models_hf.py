@@ -1,0 +1,233 @@
+"""Finding, checking, loading and saving Hugging Face directories; each bad one gives its own message."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from rlhf_dist.config.schema import ModelConfig, TinyConfig
+from rlhf_dist.errors import DiskError, ModelError
+from rlhf_dist.models.hf import ModelSource, inspect, load_model, load_tokenizer, resolve, save_hf
+from rlhf_dist.models.tiny import make_tiny
+
+SMALL = TinyConfig(hidden_size=64, intermediate_size=96, layers=2, heads=2, kv_heads=1, max_positions=64)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(SMALL, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def copy(small: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small, tmp_path / "model"))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_resolve_tiny_and_a_directory(small: Path) -> None:
+    assert resolve(ModelConfig(tiny=SMALL), small.parent) == ModelSource(str(small), "tiny")
+    assert resolve(ModelConfig(path=str(small)), small.parent) == ModelSource(str(small), "directory")
+
+
+def test_resolve_takes_the_newest_checkpoint_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints/step-350/hf").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-400").mkdir()
+    latest = tmp_path / "run/checkpoints/LATEST"
+    latest.write_text("step-350\n")
+    run = ModelConfig(path=str(tmp_path / "run"))
+    assert resolve(run, tmp_path) == ModelSource(str(tmp_path / "run/checkpoints/step-350/hf"), "run")
+    latest.write_text("step-400")
+    with pytest.raises(ModelError, match=r"names 'step-400'.*is not there"):
+        resolve(run, tmp_path)
+    latest.unlink()
+    with pytest.raises(ModelError, match="no finished checkpoint"):
+        resolve(run, tmp_path)
+
+
+def test_resolve_names_what_is_close_to_a_missing_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs/reverse-sft").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for path in ("runs/revers-sft", "./runs/revers-sft", str(tmp_path / "runs/revers-sft")):
+        with pytest.raises(ModelError, match=r"revers-sft'.*did you mean .*runs/reverse-sft\?"):
+            resolve(ModelConfig(path=path), tmp_path)
+    with pytest.raises(ModelError, match=r"no such directory .*nowhere/a does not exist either"):
+        resolve(ModelConfig(path="nowhere/a/b"), tmp_path)
+    (tmp_path / "a-file").write_text("")
+    with pytest.raises(ModelError, match="is a file"):
+        resolve(ModelConfig(path="a-file"), tmp_path)
+
+
+def test_a_hub_name_is_passed_on_and_a_failing_look_up_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = resolve(ModelConfig(path="nobody/no-such-model"), tmp_path)
+    assert source == ModelSource("nobody/no-such-model", "hub")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for call in (lambda: inspect(source.path, True, "cpu", 8), lambda: load_model(source.path, "float32", "segmented")):
+        with pytest.raises(ModelError, match=r"model\.path = nobody/no-such-model: .*hub.*Check the name, or download"):
+            call()
+
+
+def test_inspect_accepts_the_tiny_model(small: Path) -> None:
+    inspect(small, True, "cpu", 64)
+
+
+def drop(*names: str) -> Callable[[Path], None]:
+    return lambda path: [(path / name).unlink() for name in names] and None
+
+
+def only_pickle(path: Path) -> None:
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+
+
+def lost_shard(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+BAD = {
+    "no config": (drop("config.json"), "has no config.json"),
+    "broken config": (lambda path: (path / "config.json").write_text("{"), "its config cannot be loaded"),
+    "unknown type": (lambda path: edit(path / "config.json", model_type="x1"), "its config cannot be loaded"),
+    "no weights": (drop("model.safetensors"), "has no weights"),
+    "pickled weights": (only_pickle, r"\.bin files only"),
+    "lost shard": (lost_shard, "files that are not there: model-00001-of-00002.safetensors"),
+    "no tokenizer": (drop("tokenizer.json"), "has no tokenizer"),
+    "broken tokenizer": (lambda path: (path / "tokenizer.json").write_text("{"), "its tokenizer cannot be loaded"),
+    "no chat template": (drop("chat_template.jinja"), "no chat template; set data.chat=false"),
+    "no end token": (lambda path: edit(path / "tokenizer_config.json", eos_token=None), "no end token"),
+    "few embeddings": (lambda path: edit(path / "config.json", vocab_size=90), "102 tokens, its model embeds only 90"),
+    "head_dim": (lambda path: edit(path / "config.json", num_attention_heads=4), "its head_dim is 16.*32, 64, 80"),
+    "few positions": (lambda path: edit(path / "config.json", max_position_embeddings=39), "39 positions.*take 40"),
+    "state space": (
+        lambda path: edit(path / "config.json", layer_types=["full_attention", "linear_attention"]),
+        "layers of type linear_attention",
+    ),
+    "sliding window": (
+        lambda path: edit(
+            path / "config.json",
+            use_sliding_window=True,
+            sliding_window=8,
+            layer_types=["sliding_attention"] * 2,
+        ),
+        r"sliding window of 8 tokens, shorter than prompt plus response \(40\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_inspect_refuses_a_bad_directory(name: str, copy: Path) -> None:
+    spoil, message = BAD[name]
+    spoil(copy)
+    with pytest.raises(ModelError, match=message) as caught:
+        inspect(copy, True, "cpu", 40)
+    assert str(copy) in str(caught.value)
+
+
+def test_inspect_lets_pass_what_does_not_matter(copy: Path) -> None:
+    (copy / "chat_template.jinja").unlink()
+    inspect(copy, False, "cpu", 40)
+    edit(copy / "config.json", num_attention_heads=4)
+    inspect(copy, False, "cuda", 40)
+    edit(copy / "config.json", use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 2)
+    inspect(copy, False, "cuda", 40, "flash_attention_2")
+
+
+def test_load_model_refuses_pickles_and_missing_weights(copy: Path, tmp_path: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 weights .* missing, the first is lm_head\.weight"):
+        load_model(copy, "float32", "segmented")
+    only_pickle(copy)
+    with pytest.raises(ModelError, match=r"\.bin files only"):
+        load_model(copy, "float32", "segmented")
+
+
+def test_a_truncated_weight_file_is_a_model_error(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="its model cannot be loaded"):
+        load_model(copy, "float32", "segmented")
+
+
+def test_saved_model_loads_with_the_saved_weights_and_files(small: Path, tmp_path: Path) -> None:
+    model = load_model(small, "float32", "segmented")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+    target = tmp_path / "step-1" / "hf"
+    assert save_hf(model, small, target) == target
+    loaded = AutoModelForCausalLM.from_pretrained(target)
+    assert loaded.config._attn_implementation == "sdpa"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert loaded.generation_config.eos_token_id == 2
+    assert AutoTokenizer.from_pretrained(target).get_vocab() == load_tokenizer(small).get_vocab()
+    inspect(target, True, "cpu", 40)
+    assert [entry.name for entry in target.parent.iterdir()] == ["hf"]
+
+
+def test_saving_pairs_again_replaces_the_directory_and_keeps_their_dtype(small: Path, tmp_path: Path) -> None:
+    state = {name: tensor.bfloat16() for name, tensor in load_file(small / "model.safetensors").items()}
+    target = tmp_path / "hf"
+    save_hf(iter(state.items()), small, target)
+    (target / "old").write_text("")
+    state["lm_head.weight"] = state["lm_head.weight"] + 1
+    save_hf(iter(state.items()), small, target)
+    assert not (target / "old").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
+    loaded = AutoModelForCausalLM.from_pretrained(target)
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded.lm_head.weight, state["lm_head.weight"])
+
+
+@pytest.mark.parametrize("named_twice", [False, True])
+def test_tied_embeddings_are_saved_once_and_load_tied(small: Path, tmp_path: Path, named_twice: bool) -> None:
+    source = Path(shutil.copytree(small, tmp_path / "source"))
+    edit(source / "config.json", tie_word_embeddings=True)
+    model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(source))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if not named_twice:
+        del state["lm_head.weight"]
+    save_hf(iter(state.items()), source, tmp_path / "hf")
+    assert "lm_head.weight" not in load_file(tmp_path / "hf/model.safetensors")
+    loaded = load_model(tmp_path / "hf", "float32", "segmented")
+    assert torch.equal(loaded.lm_head.weight, model.model.embed_tokens.weight)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_weights_that_do_not_fit_are_never_written(small: Path, tmp_path: Path) -> None:
+    state = load_file(small / "model.safetensors")
+    del state["model.norm.weight"]
+    with pytest.raises(AssertionError, match=r"model\.norm\.weight"):
+        save_hf(iter(state.items()), small, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_full_disk_is_a_disk_error_and_leaves_the_old_directory(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(small, "float32", "segmented")
+    target = save_hf(model, small, tmp_path / "hf")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(DiskError, match=r"hf: cannot be written: .*No space left on device"):
+        save_hf(model, small, target)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
+    AutoModelForCausalLM.from_pretrained(target)

@@ -1,0 +1,175 @@
+"""PackedPolicy and segmented attention against the plain model, one sequence at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from rlhf_dist.config.schema import TinyConfig
+from rlhf_dist.errors import ModelError
+from rlhf_dist.models.attention import choose_attention, register_segmented, segmented
+from rlhf_dist.models.hf import load_model
+from rlhf_dist.models.policy import PackedPolicy, check_head
+from rlhf_dist.models.tiny import make_tiny
+
+SMALL = TinyConfig(hidden_size=128, intermediate_size=192, layers=2, heads=4, kv_heads=2, max_positions=64)
+LENGTHS = (5, 1, 17, 17, 3)
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(SMALL, tmp_path_factory.mktemp("cache"))
+
+
+def packed_row() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(0, 102, (sum(LENGTHS),), generator=torch.Generator().manual_seed(3))
+    boundaries = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
+    predict = torch.cat([torch.arange(stop - n, stop - 1) for n, stop in zip(LENGTHS, boundaries[1:], strict=True)])
+    return tokens, boundaries, predict, tokens[predict + 1]
+
+
+def plain_logprobs(model: Any, tokens: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    logprobs, entropies = [], []
+    for sequence in tokens.split(LENGTHS):
+        log_softmax = (model(input_ids=sequence[None]).logits[0, :-1] / temperature).log_softmax(-1)
+        logprobs.append(log_softmax.gather(1, sequence[1:, None])[:, 0])
+        entropies.append(-(log_softmax.exp() * log_softmax).sum(-1))
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_logprobs_and_gradients_are_those_of_each_sequence_alone(
+    small: Path, checkpointing: bool, temperature: float
+) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(small, attn_implementation="eager")
+    policy = PackedPolicy(load_model(small, "float32", "segmented"), checkpointing).train()
+    tokens, boundaries, predict, targets = packed_row()
+    weights = torch.linspace(-1, 1, len(predict))
+
+    logprobs, entropy = policy(tokens, boundaries, predict, targets, temperature, 10)
+    (logprobs * weights).sum().backward()
+    expected, expected_entropy = plain_logprobs(plain, tokens, temperature)
+    (expected * weights).sum().backward()
+
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy, expected_entropy, atol=1e-5, rtol=0)
+    gradients = {name: parameter.grad for name, parameter in policy.model.named_parameters()}
+    for name, parameter in plain.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_bfloat16_is_close(small: Path) -> None:
+    policy = PackedPolicy(load_model(small, "bfloat16", "segmented"))
+    tokens, boundaries, predict, targets = packed_row()
+    logprobs, _ = policy(tokens, boundaries, predict, targets, 1.0, 100)
+    assert logprobs.dtype == torch.float32
+    expected, _ = plain_logprobs(AutoModelForCausalLM.from_pretrained(small), tokens, 1.0)
+    torch.testing.assert_close(logprobs, expected, atol=0.05, rtol=0)
+
+
+def test_a_sequence_sees_nothing_of_its_neighbours(small: Path) -> None:
+    policy = PackedPolicy(load_model(small, "float32", "segmented"))
+    tokens, boundaries, _, _ = packed_row()
+    changed = tokens.clone()
+    changed[boundaries[2] : boundaries[3]] = (changed[boundaries[2] : boundaries[3]] + 1) % 102
+    with torch.no_grad():
+        difference = (policy.hidden(tokens, boundaries) - policy.hidden(changed, boundaries)).abs().amax(-1)
+    assert difference[boundaries[2] : boundaries[3]].min() > 0
+    difference[boundaries[2] : boundaries[3]] = 0
+    assert difference.max() == 0
+
+
+def test_check_head_passes_plain_models(small: Path) -> None:
+    check_head(PackedPolicy(load_model(small, "float32", "segmented")))
+    check_head(PackedPolicy(load_model(small, "bfloat16", "segmented")))
+
+
+def test_check_head_refuses_scaled_logits() -> None:
+    register_segmented()
+    torch.manual_seed(0)
+    model = CohereForCausalLM._from_config(CohereConfig(**SIZES, logit_scale=0.1), attn_implementation="segmented")
+    with pytest.raises(ModelError, match="scale their logits"):
+        check_head(PackedPolicy(model))
+
+
+def test_capped_logits_are_reproduced_and_capped_attention_refused() -> None:
+    register_segmented()
+    torch.manual_seed(0)
+    shape = {**SIZES, "head_dim": 32, "layer_types": ["full_attention"] * 2, "final_logit_softcapping": 0.2}
+    model = Gemma2ForCausalLM._from_config(
+        Gemma2Config(**shape, attn_logit_softcapping=None), attn_implementation="segmented"
+    )
+    policy = PackedPolicy(model)
+    check_head(policy)
+    policy.softcap = None
+    with pytest.raises(ModelError, match="differ from the model's own"):
+        check_head(policy)
+    capped = Gemma2ForCausalLM._from_config(Gemma2Config(**shape), attn_implementation="segmented")
+    with pytest.raises(ModelError, match="softcap"):
+        check_head(PackedPolicy(capped))
+
+
+def test_a_sliding_window_shorter_than_a_sequence_is_refused() -> None:
+    register_segmented()
+    config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=16, max_window_layers=0)
+    policy = PackedPolicy(Qwen2ForCausalLM._from_config(config, attn_implementation="segmented"))
+    boundaries = torch.tensor([0, 16, 20], dtype=torch.int32)
+    assert policy.hidden(torch.zeros(20, dtype=torch.int64), boundaries).shape == (20, 64)
+    with pytest.raises(ModelError, match="sliding window of 16 tokens, shorter than a sequence of 17"):
+        policy.hidden(torch.zeros(20, dtype=torch.int64), torch.tensor([0, 17, 20], dtype=torch.int32))
+
+
+def test_segmented_refuses_a_cache_and_a_mask() -> None:
+    query, short = torch.zeros(1, 2, 4, 32), torch.zeros(1, 2, 3, 32)
+    module = torch.nn.Identity()
+    with pytest.raises(ModelError, match="no key-value cache"):
+        segmented(module, short, query, query, None)
+    with pytest.raises(ModelError, match="no mask"):
+        segmented(module, query, query, query, torch.ones(1, 1, 4, 4))
+
+
+def test_dropout_is_off_even_in_training() -> None:
+    register_segmented()
+    config = Qwen2Config(**SIZES, attention_dropout=0.5)
+    policy = PackedPolicy(Qwen2ForCausalLM._from_config(config, attn_implementation="segmented")).train()
+    tokens, boundaries = torch.arange(9), torch.tensor([0, 9], dtype=torch.int32)
+    assert torch.equal(policy.hidden(tokens, boundaries), policy.hidden(tokens, boundaries))
+    assert all(layer.self_attn.attention_dropout == 0 for layer in policy.model.base_model.layers)
+
+
+def test_choose_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_attention("auto", "cpu") == "segmented"
+    assert choose_attention("auto", "cuda") == "segmented"
+    with pytest.raises(ModelError, match=r"model\.attention = flash_attention_2.*flash_attn is not installed"):
+        choose_attention("flash_attention_2", "cuda")
+    with pytest.raises(ModelError, match="the device is cpu"):
+        choose_attention("flash_attention_2", "cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert choose_attention("auto", "cuda") == "flash_attention_2"
+    assert choose_attention("auto", "cuda", "float32") == "segmented"
+    assert choose_attention("segmented", "cuda") == "segmented"

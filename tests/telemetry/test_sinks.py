@@ -1,0 +1,178 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from rlhf_dist.config.schema import TelemetryConfig
+from rlhf_dist.errors import ConfigError, DiskError
+from rlhf_dist.telemetry import sinks
+
+ROWS = [
+    {"prompt": "abc", "response": "cba", "reward": 1.0, "components": {"exact": 1.0}},
+    {"prompt": "def", "response": "d\udc80", "reward": 0.0, "components": {"exact": 0.0, "format": 1.0}, "uid": "0/1"},
+]
+
+
+def read_lines(path: Path) -> list[dict[str, object]]:
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_imports_need_no_torch_and_no_heavy_library() -> None:
+    code = (
+        "import sys; from rlhf_dist.telemetry import display, metrics, report, sinks, timeline\n"
+        "print([m for m in ('torch', 'wandb', 'matplotlib', 'rich', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_metrics_are_valid_json_at_once_step_first_also_when_not_finite(tmp_path: Path) -> None:
+    sink = sinks.JsonlSink(tmp_path / "metrics.jsonl")
+    sink.log(1, {"reward/mean": 0.5, "a": math.nan, "b": math.inf, "c": -math.inf})
+    (line,) = read_lines(tmp_path / "metrics.jsonl")  # Before close: nothing waits in a buffer.
+    assert next(iter(line)) == "step" and line == {"step": 1, "reward/mean": 0.5, "a": "nan", "b": "inf", "c": "-inf"}
+    assert math.isnan(float("nan")) and float(str(line["c"])) == -math.inf
+    sink.close()
+
+
+def test_a_line_torn_by_a_crash_is_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"ste')
+    sink = sinks.JsonlSink(path)
+    sink.log(2, {"x": 1.0})
+    sink.close()
+    assert path.read_text() == '{"step": 1}\n{"ste\n{"step": 2, "x": 1.0}\n'
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_no_disk_left_names_file_and_reason() -> None:
+    sink = sinks.JsonlSink(Path("/dev/full"))
+    with pytest.raises(DiskError, match=r"^/dev/full: cannot be written: No space left on device$"):
+        sink.log(1, {"x": 1.0})
+    sink.close()
+
+
+def test_a_directory_that_is_not_there_is_a_disk_error(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match=r"metrics\.jsonl: cannot be written: No such file"):
+        sinks.JsonlSink(tmp_path / "no" / "metrics.jsonl")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match=r"step-000001\.parquet: cannot be written"):
+        sinks.SampleFiles(tmp_path / "file").samples(1, ROWS[:1])
+
+
+def test_events_keep_time_kind_message_and_facts(tmp_path: Path) -> None:
+    log = sinks.EventLog(tmp_path / "events.jsonl")
+    log.event("fault", "worker-1 died", worker="worker-1", log=Path("logs/worker-1.log"), values=[math.nan])
+    log.close()
+    (line,) = read_lines(tmp_path / "events.jsonl")
+    assert line["kind"] == "fault" and line["message"] == "worker-1 died" and str(line["time"]).endswith("+00:00")
+    assert line["facts"] == {"worker": "worker-1", "log": "logs/worker-1.log", "values": ["nan"]}
+
+
+def test_samples_become_parquet_with_every_column(tmp_path: Path) -> None:
+    rows = [ROWS[0], {**ROWS[1], "response": "d"}]
+    sinks.SampleFiles(tmp_path / "rollouts").samples(10, rows)
+    table = pq.read_table(tmp_path / "rollouts" / "step-000010.parquet").to_pylist()
+    assert [file.name for file in (tmp_path / "rollouts").iterdir()] == ["step-000010.parquet"]
+    assert table[0]["reward/exact"] == 1.0 and table[0]["reward/format"] is None and table[0]["uid"] is None
+    assert table[1]["reward/format"] == 1.0 and table[1]["uid"] == "0/1" and table[1]["step"] == 10
+
+
+class TestWandbMode:
+    @pytest.fixture
+    def home(self, tmp_path: Path) -> dict[str, str]:
+        return {"HOME": str(tmp_path)}
+
+    def test_auto_is_offline_without_a_key(self, home: dict[str, str]) -> None:
+        assert sinks.wandb_mode(TelemetryConfig(), home) == "offline"
+        assert sinks.wandb_mode(TelemetryConfig(wandb="off"), home) == "off"
+
+    def test_auto_is_online_with_a_key_unless_the_environment_says_offline(self, home: dict[str, str]) -> None:
+        keyed = home | {"WANDB_API_KEY": "not-a-key"}
+        assert sinks.wandb_mode(TelemetryConfig(), keyed) == "online"
+        assert sinks.wandb_mode(TelemetryConfig(), keyed | {"WANDB_MODE": "offline"}) == "offline"
+        assert sinks.wandb_mode(TelemetryConfig(), keyed | {"WANDB_MODE": "disabled"}) == "off"
+
+    def test_netrc_counts_for_its_own_host_only(self, home: dict[str, str], tmp_path: Path) -> None:
+        (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password not-a-key\n")
+        assert sinks.has_wandb_key(home)
+        assert not sinks.has_wandb_key(home | {"WANDB_BASE_URL": "https://wandb.example.org"})
+
+    def test_a_broken_netrc_is_named_and_not_quoted(self, home: dict[str, str], tmp_path: Path) -> None:
+        (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  lagin not-a-key\n")
+        with pytest.raises(ConfigError, match=r"\.netrc:2: not a valid netrc line") as raised:
+            sinks.has_wandb_key(home)
+        assert "not-a-key" not in str(raised.value) and "lagin" not in str(raised.value)
+
+    def test_online_without_a_key_is_refused(self, home: dict[str, str]) -> None:
+        with pytest.raises(ConfigError, match=r"telemetry\.wandb is online, but there is no wandb key"):
+            sinks.wandb_mode(TelemetryConfig(wandb="online"), home)
+
+
+def test_a_real_offline_wandb_run_and_its_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    warnings: list[str] = []
+    run = tmp_path / "run"
+    run.mkdir()
+    config = TelemetryConfig()
+    telemetry, wandb_id = sinks.open_telemetry(config, run, "tiny", {"seed": 3}, None, warnings.append)
+    assert wandb_id
+    telemetry.log(1, {"reward/mean": 0.25})
+    telemetry.samples(1, ROWS[:1])
+    telemetry.warn("logprob difference is large", value=0.5)
+    telemetry.close()
+    again, same_id = sinks.open_telemetry(config, run, "tiny", {"seed": 3}, wandb_id, warnings.append)
+    again.log(2, {"reward/mean": 0.5})
+    again.close()
+    again.close()
+    assert same_id == wandb_id
+    assert capfd.readouterr() == ("", ""), "wandb spoke over the user's screen"
+    assert warnings == ["logprob difference is large"]
+    assert len(list((run / "wandb").glob(f"offline-run-*/run-{wandb_id}.wandb"))) >= 1
+    assert list((run / "wandb").glob("offline-run-*/files/media/table/rollouts/samples_*.table.json"))
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2]
+    assert [line["kind"] for line in read_lines(run / "events.jsonl")] == ["warning"]
+    assert not list(run.rglob("*.py")), "source code was saved"
+
+
+class BrokenRun:
+    def log(self, metrics: object) -> None:
+        raise ConnectionError("the service\nis gone")
+
+
+def test_a_failing_wandb_is_one_warning_and_never_stops_the_run(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    sink = sinks.WandbSink(TelemetryConfig(wandb="off"), tmp_path, "x", {}, None, warnings.append)
+    sink._run = BrokenRun()
+    sink.log(1, {"a": 1.0})
+    sink.log(2, {"a": 1.0})
+    sink.samples(2, ROWS)
+    sink.close()
+    assert warnings == ["wandb failed (ConnectionError: the service is gone); going on without it"]
+
+
+def test_a_wandb_that_cannot_start_online_goes_offline_then_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> object:
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(sinks, "_start_wandb", refuse)
+    monkeypatch.setenv("WANDB_API_KEY", "not-a-key")
+    warnings: list[str] = []
+    sink = sinks.WandbSink(TelemetryConfig(wandb="online"), tmp_path, "x", {}, None, warnings.append)
+    sink.log(1, {"a": 1.0})
+    assert sink.run_id is None
+    assert [warning.rsplit("; ", 1)[1] for warning in warnings] == ["going on offline", "going on without it"]
+    assert "not-a-key" not in "".join(warnings)
