@@ -41,7 +41,7 @@ find_python() { # prints the first usable interpreter of Python 3.11 to 3.13
 }
 
 check_machine() { # KIND PYTHON
-  local kind=$1 python=$2 need=6 old=0 free name
+  local kind=$1 python=$2 need=5 old=0 free name
   [[ $kind == cpu ]] || need=20
   name=$(basename "$python")
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
@@ -72,8 +72,10 @@ pip_install() { # WHAT ARGUMENTS... ; to the log, with a sign of life every 15 s
   local what=$1 start=$SECONDS next=15 child
   shift
   say "$what ..."
-  # DS_BUILD_OPS=0: DeepSpeed compiles nothing. --no-compile: byte code is made once at the end, on all cores.
-  DS_BUILD_OPS=0 .venv/bin/python -m pip --disable-pip-version-check --no-input install --no-deps --no-compile \
+  # DS_BUILD_OPS=0: DeepSpeed compiles nothing. --no-compile: byte code is made once at the end, on all cores. TMPDIR: what
+  # an interrupted pip leaves lies on the disk that was checked, and goes with the next build.
+  mkdir -p "$STATE/tmp"
+  DS_BUILD_OPS=0 TMPDIR=$PWD/$STATE/tmp .venv/bin/python -m pip --disable-pip-version-check --no-input install --no-deps --no-compile \
     --no-build-isolation --progress-bar off "$@" >>"$LOG" 2>&1 &
   child=$!
   # shellcheck disable=SC2064 # the id of this child, now
@@ -81,7 +83,7 @@ pip_install() { # WHAT ARGUMENTS... ; to the log, with a sign of life every 15 s
   while kill -0 "$child" 2>/dev/null; do
     sleep 0.3
     if ((SECONDS - start >= next)); then
-      say "  $next s: $(tail -n 1 "$LOG" | cut -c1-70)"
+      say "  $next s: $(grep -E '^ *(Collecting|Downloading|Building|Installing|Successfully)' "$LOG" | tail -n 1 | cut -c1-70)"
       next=$((next + 15))
     fi
   done
@@ -90,6 +92,7 @@ pip_install() { # WHAT ARGUMENTS... ; to the log, with a sign of life every 15 s
     tail -n 15 "$LOG" >&2
     fail 1 "$what failed; the end of the log is above, all of it in $LOG. The next call starts this part again."
   fi
+  rm -rf "$STATE/tmp"
 }
 
 torch_source() { # KIND ; prints the option that names PyTorch's own index when pip's sources lack the CPU build
@@ -115,7 +118,7 @@ build() { # KIND DEV ; from nothing: a half-made environment is not worth mendin
   pip_install "installing setuptools" "$(grep '^setuptools==' "$list")"
   mapfile -t sources < <(torch_source "$kind")
   [[ $2 == no ]] || tools=(-r launch/requirements-dev.txt)
-  pip_install "installing $(grep -c '==' "$list") pinned packages (minutes; downloads 1 GB for cpu, 6 for gpu)" \
+  pip_install "installing $(grep -c '==' "$list") pinned packages (a few minutes)" \
     "${sources[@]}" -r "$list" "${tools[@]}" -e .
   byte_compile
   stamp_of "$kind" "$list" >$STATE/base

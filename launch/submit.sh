@@ -4,6 +4,7 @@
 # RAY_ADDRESS names the cluster's dashboard (default http://127.0.0.1:8265). The token comes from RAY_AUTH_TOKEN, from the
 # file RAY_AUTH_TOKEN_PATH or from ~/.ray/auth_token; RAY_AUTH_MODE=disabled for a cluster without one.
 # Secrets such as WANDB_API_KEY are never sent along: set them where the cluster's nodes start Ray, and the job has them.
+# The nodes start Ray with rlhf-dist in PATH: in an activated .venv made by launch/setup.sh, or in an image from docker/.
 # The log is followed to the end. Exit code 0 the job succeeded, 1 it failed, 2 bad input or no such cluster.
 set -euo pipefail
 
@@ -65,7 +66,7 @@ P
 main() {
   case ${1:-} in
     -h | --help)
-      sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}"
+      sed -n '2,8s/^# //p' "${BASH_SOURCE[0]}"
       return
       ;;
     '') fail "no config; usage: launch/submit.sh CONFIG [key=value ...]" ;;

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
@@ -14,16 +15,25 @@ from rlhf_dist.config.schema import TinyConfig
 from rlhf_dist.models.directory import atomic_directory
 from rlhf_dist.models.tokenizer import CHARACTERS, CHAT_TEMPLATE, END, PAD, character_tokenizer
 
+LEARNS_FASTER: dict[str, Any] = {
+    # Positions a few tokens apart have to be told from each other; the usual base of 10,000 is for thousands of tokens.
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    # Tied, and larger at the start than the usual 0.02: a hundred characters, and a few minutes to learn them in.
+    "tie_word_embeddings": True,
+    "initializer_range": 0.04,
+}
+"""What a few hundred steps on a CPU need; after 150 supervised steps on reversing, twice as many words come out right."""
+
 
 def make_tiny(config: TinyConfig, cache: Path) -> Path:
     """Make the tiny model below `cache` and return its Hugging Face directory; a second call finds it there.
 
     The directory's name holds a hash of `config` and of the tokenizer. The same config gives the same weights, and
-    the global random state is left as it was. Weights are float32, input and output embeddings are not tied.
+    the global random state is left as it was. Weights are float32.
 
     Raises DiskError when it cannot be written. That the sizes fit each other is checked with the config.
     """
-    key = json.dumps([asdict(config), CHARACTERS, CHAT_TEMPLATE], sort_keys=True)
+    key = json.dumps([asdict(config), CHARACTERS, CHAT_TEMPLATE, LEARNS_FASTER], sort_keys=True)
     target = cache / f"tiny-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if target.is_dir():
         return target
@@ -47,7 +57,7 @@ def _model_config(config: TinyConfig, tokenizer: PreTrainedTokenizerBase) -> Qwe
         num_attention_heads=config.heads,
         num_key_value_heads=config.kv_heads,
         max_position_embeddings=config.max_positions,
-        tie_word_embeddings=False,
+        **LEARNS_FASTER,
         eos_token_id=tokenizer.get_vocab()[END],
         pad_token_id=tokenizer.get_vocab()[PAD],
         dtype="float32",

@@ -1,0 +1,207 @@
+"""What tests share: the environment, set before anything heavy is imported, and one real run that many tests read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlhf_dist.cluster import session
+from rlhf_dist.config.schema import ClusterConfig, TinyConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND_LIMIT_S = 400.0
+"""Far more than a run of the tests needs on two busy cores."""
+
+os.environ.pop("RAY_ADDRESS", None)
+os.environ.pop("WANDB_API_KEY", None)
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "WANDB_MODE": "offline",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+session.prepare(ClusterConfig(address="local"))
+
+CONFIG = """
+output: {output}
+model: {{tiny: {{hidden_size: 64, intermediate_size: 128, layers: 2, heads: 2, kv_heads: 1, max_positions: 64}}}}
+data: {{source: task, task: {{name: reverse, min_length: 2, max_length: 3, train_size: 200}}}}
+sft: {{steps: 40, batch_size: 32, max_tokens: 64, eval_every: 0, optimizer: {{lr: 3e-3, warmup_steps: 5}}}}
+algo: {{group_size: 4, clip_high: 0.28}}
+rollout: {{workers: 2, cpus: 1, max_prompt_tokens: 40, max_response_tokens: 8, kv_cache_gib: 0.1, max_concurrent: 32}}
+scoring:
+  rewards:
+    exact: {{kind: exact}}
+    letters: {{kind: function, function: "run_rewards:letters", weight: 0.5, timeout_s: 5}}
+learner:
+  ranks: 2
+  cpus: 1
+  zero_stage: 2
+  micro_batch_tokens: 200
+  optimizer: {{lr: 1e-3, warmup_steps: 2}}
+loop: {{steps: 4, prompts_per_step: 6, checkpoint_every: 2}}
+eval: {{prompts: 12, every: 2, samples: 2}}
+cluster: {{address: local, device: cpu}}
+telemetry: {{wandb: offline, samples: 3, samples_every: 2}}
+"""
+
+REWARDS = """
+import os, time
+
+def letters(prompts, responses, answers):
+    # The share of the answer's letters that are in the response: differs within almost every group.
+    if os.path.exists(os.path.join(os.path.dirname(__file__), "hang")):
+        time.sleep(600)
+    return [len(set(a) & set(r)) / len(set(a)) - 0.02 * len(r) for r, a in zip(responses, answers)]
+"""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder with a config and a reward module, where commands are run."""
+
+    folder: Path
+    listening: set[tuple[str, str]] = field(default_factory=set)
+    """(process, address) of every listening TCP socket seen during `watched` commands."""
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "runs"
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """Start `rlhf-dist COMMAND run.yaml ...`; output goes to files named after the command's pid-free count."""
+        command, *rest = words
+        number = len(list(self.folder.glob("*.stdout")))
+        with (
+            open(self.folder / f"{number}.stdout", "w") as out,
+            open(self.folder / f"{number}.stderr", "w") as err,
+        ):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "rlhf_dist", command, "run.yaml", *rest],
+                cwd=self.folder,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                text=True,
+            )
+        return process
+
+    def finish(self, process: subprocess.Popen[str]) -> Finished:
+        """Wait for a command, within a limit."""
+        try:
+            code = process.wait(COMMAND_LIMIT_S)
+        finally:
+            end(process)
+        number = len(list(self.folder.glob("*.stdout"))) - 1
+        return Finished(
+            code, (self.folder / f"{number}.stdout").read_text(), (self.folder / f"{number}.stderr").read_text()
+        )
+
+    def run(self, *words: str) -> Finished:
+        """Run a command to its end, noting what its processes listen on."""
+        process = self.start(*words)
+        done = threading.Event()
+        watcher = threading.Thread(target=watch, args=(process.pid, done, self.listening), daemon=True)
+        watcher.start()
+        try:
+            return self.finish(process)
+        finally:
+            done.set()
+            watcher.join(10)
+
+
+def watch(pid: int, done: threading.Event, found: set[tuple[str, str]]) -> None:
+    """Note every TCP address that a process below `pid` listens on, a few times a second."""
+    while not done.wait(0.5):
+        for process in family(pid):
+            try:
+                for connection in process.net_connections("tcp"):
+                    if connection.status == psutil.CONN_LISTEN:
+                        found.add((process.name(), str(connection.laddr.ip)))
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """The process and all below it."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill a command that is still there, with everything below it."""
+    if process.poll() is None:
+        for member in family(process.pid):
+            try:
+                member.kill()
+            except psutil.NoSuchProcess:
+                continue
+        process.wait(30)
+
+
+def make_workplace(folder: Path) -> Workplace:
+    """A folder with the tests' config and rewards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.yaml").write_text(CONFIG.format(output=folder / "runs"))
+    (folder / "run_rewards.py").write_text(REWARDS)
+    return Workplace(folder)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """Where the shared run lives."""
+    return make_workplace(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of two layers with head_dim 32, a Hugging Face directory."""
+    from rlhf_dist.models.tiny import make_tiny
+
+    shape = TinyConfig(hidden_size=64, intermediate_size=128, layers=2, heads=2, kv_heads=1, max_positions=128)
+    return make_tiny(shape, tmp_path_factory.mktemp("models"))
+
+
+@dataclass(frozen=True)
+class SharedRun:
+    """A real run that ended: Ray, vLLM and DeepSpeed. Tests read it and change nothing in it."""
+
+    workplace: Workplace
+    sft: Finished
+    train: Finished
+
+    @property
+    def path(self) -> Path:
+        return self.workplace.output / "grpo"
+
+
+@pytest.fixture(scope="session")
+def shared_run(workplace: Workplace) -> SharedRun:
+    """Supervised start, then four GRPO steps: 2 vLLM workers and 2 DeepSpeed ranks with ZeRO-2."""
+    sft = workplace.run("sft", "name=sft", "learner.ranks=1", "learner.zero_stage=0")
+    assert sft.code == 0, sft.stderr
+    train = workplace.run("train", "name=grpo", f"model.path={workplace.output / 'sft'}")
+    assert train.code == 0, train.stderr
+    return SharedRun(workplace, sft, train)

@@ -1,0 +1,378 @@
+"""The launch scripts: bad input, and what they run, seen through stand-ins for Python, pip, df, uname and the tools."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import threading
+import tomllib
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 60
+BASIC_TOOLS = (
+    "bash",
+    "env",
+    "dirname",
+    "cat",
+    "sha256sum",
+    "cut",
+    "uname",
+    "flock",
+    "sed",
+    "basename",
+    "grep",
+    "awk",
+    "rm",
+)
+# Stands for python3.11 and for .venv/bin/python: makes the environment, and writes down what pip is asked.
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  "--version") echo "Python 3.11.9" ;;
+  "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  *"-m pip"*--dry-run*) [[ ! -e no_cpu_torch ]] ;;
+  *"-m pip"*) echo "$*" >>pip_calls; if [[ -e broken_network ]]; then echo "ERROR: no route to host"; exit 1; fi ;;
+esac
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A directory with the launch scripts and the few files they read, and `fake/`, which comes first in PATH."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "configs").mkdir()
+    shutil.copy(ROOT / "configs" / "local.yaml", tmp_path / "configs")
+    stand_in(tmp_path / "fake" / "python3.11", FAKE_PYTHON)
+    stand_in(tmp_path / "fake" / "nvidia-smi", "#!/bin/sh\nexit 9\n")
+    return tmp_path
+
+
+def stand_in(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def call(repository: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `launch/...` with `fake/` first in PATH and a bare environment."""
+    base = {"PATH": f"{repository / 'fake'}:{os.environ['PATH']}", "HOME": str(repository)}
+    return subprocess.run(
+        [str(repository / arguments[0]), *arguments[1:]],
+        cwd=repository,
+        env=base | environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def pip_calls(repository: Path) -> list[str]:
+    """What pip was asked since the last look."""
+    file = repository / "pip_calls"
+    lines = file.read_text().splitlines() if file.exists() else []
+    file.unlink(missing_ok=True)
+    return [line.split(" install ", 1)[1] for line in lines]
+
+
+def test_setup_installs_once_then_only_what_changed(repository: Path) -> None:
+    first = call(repository, "launch/setup.sh")
+    assert first.returncode == 0, first.stderr
+    assert "ready: .venv (cpu)" in first.stdout
+    setuptools, everything = pip_calls(repository)
+    assert "setuptools==" in setuptools
+    assert "-r launch/requirements-cpu.txt -e ." in everything
+    assert "--no-deps" in everything
+    assert "requirements-dev" not in everything
+
+    assert call(repository, "launch/setup.sh").returncode == 0
+    assert pip_calls(repository) == []
+
+    assert call(repository, "launch/setup.sh", "--dev").returncode == 0
+    (tools,) = pip_calls(repository)
+    assert tools.endswith("-r launch/requirements-dev.txt")
+
+    (repository / "pyproject.toml").write_text("changed")
+    assert call(repository, "launch/setup.sh", "--dev").returncode == 0
+    (project,) = pip_calls(repository)
+    assert project.endswith("-e .")
+
+    (repository / "launch" / "requirements-cpu.txt").write_text("setuptools==1\ntorch==2+cpu\n")
+    again = call(repository, "launch/setup.sh", "cpu")
+    assert "making it anew" in again.stdout
+    assert len(pip_calls(repository)) == 2
+
+
+def test_setup_switches_kind_when_asked_and_then_keeps_it(repository: Path) -> None:
+    call(repository, "launch/setup.sh", "cpu")
+    pip_calls(repository)
+    switched = call(repository, "launch/setup.sh", "gpu")
+    assert "ready: .venv (gpu)" in switched.stdout
+    assert "nvidia-smi does not answer" in switched.stdout
+    assert "requirements-gpu.txt" in pip_calls(repository)[1]
+    assert "ready: .venv (gpu)" in call(repository, "launch/setup.sh").stdout
+    assert pip_calls(repository) == []
+
+
+def test_setup_chooses_gpu_when_nvidia_smi_answers(repository: Path) -> None:
+    stand_in(repository / "fake" / "nvidia-smi", "#!/bin/sh\necho 570.10\n")
+    result = call(repository, "launch/setup.sh")
+    assert "ready: .venv (gpu)" in result.stdout
+    assert "driver 570.10" in result.stdout
+
+
+def test_setup_that_failed_shows_the_log_and_heals(repository: Path) -> None:
+    (repository / "broken_network").touch()
+    failed = call(repository, "launch/setup.sh")
+    assert failed.returncode == 1
+    assert "no route to host" in failed.stderr
+    assert ".venv/setup/log" in failed.stderr
+    (repository / "broken_network").unlink()
+    assert "ready: .venv (cpu)" in call(repository, "launch/setup.sh").stdout
+
+
+def test_setup_heals_an_environment_without_its_interpreter(repository: Path) -> None:
+    call(repository, "launch/setup.sh")
+    (repository / ".venv" / "bin" / "python").unlink()
+    healed = call(repository, "launch/setup.sh")
+    assert "making it anew" in healed.stdout
+    assert (repository / ".venv" / "bin" / "python").exists()
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_setup_names_pytorchs_index_only_when_needed(repository: Path, missing: bool) -> None:
+    if missing:
+        (repository / "no_cpu_torch").touch()
+    call(repository, "launch/setup.sh", "cpu")
+    assert ("--extra-index-url=https://download.pytorch.org/whl/cpu" in pip_calls(repository)[1]) is missing
+
+
+def test_setup_leaves_a_foreign_environment_alone(repository: Path) -> None:
+    mine = repository / ".venv" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    result = call(repository, "launch/setup.sh")
+    assert result.returncode == 2
+    assert "was not made by this script" in result.stderr
+    assert mine.read_text() == "precious"
+
+
+def test_setup_without_python(repository: Path) -> None:
+    tools = repository / "tools"
+    tools.mkdir()
+    for name in BASIC_TOOLS:
+        (tools / name).symlink_to(shutil.which(name) or pytest.fail(f"{name} is not here"))
+    result = call(repository, "launch/setup.sh", "cpu", PATH=str(tools))
+    assert result.returncode == 2
+    assert "Python 3.11, 3.12 or 3.13 is needed" in result.stderr
+    assert not (repository / ".venv").exists()
+
+
+def test_setup_with_a_named_python_that_is_too_old(repository: Path) -> None:
+    stand_in(repository / "fake" / "old", "#!/bin/sh\nexit 1\n")
+    result = call(repository, "launch/setup.sh", "cpu", PYTHON=str(repository / "fake" / "old"))
+    assert result.returncode == 2
+    assert "fake/old is not Python 3.11" in result.stderr
+
+
+def test_setup_without_venv_module(repository: Path) -> None:
+    text = FAKE_PYTHON.replace("case", 'if [[ "$*" == *ensurepip* ]]; then exit 1; fi\ncase', 1)
+    stand_in(repository / "fake" / "python3.11", text)
+    result = call(repository, "launch/setup.sh", "cpu")
+    assert result.returncode == 2
+    assert "apt install python3.11-venv" in result.stderr
+
+
+def test_setup_with_too_little_disk(repository: Path) -> None:
+    stand_in(repository / "fake" / "df", "#!/bin/sh\necho header\necho /dev/x 9 9 3145728 1% /\n")
+    result = call(repository, "launch/setup.sh", "cpu")
+    assert result.returncode == 2
+    assert "needs about 5 GiB, 3 GiB are free" in result.stderr
+    assert not (repository / ".venv").exists()
+
+
+def test_setup_on_another_machine(repository: Path) -> None:
+    stand_in(repository / "fake" / "uname", "#!/bin/sh\n[ $1 = -m ] && echo arm64 || echo Darwin\n")
+    result = call(repository, "launch/setup.sh")
+    assert result.returncode == 2
+    assert "this machine is Darwin on arm64" in result.stderr
+
+
+def test_setup_refuses_an_unknown_argument(repository: Path) -> None:
+    result = call(repository, "launch/setup.sh", "tpu")
+    assert result.returncode == 2
+    assert "'tpu'" in result.stderr
+
+
+def make_ready(repository: Path) -> None:
+    assert call(repository, "launch/setup.sh", "--dev").returncode == 0
+
+
+def test_local_runs_both_stages_in_order(repository: Path) -> None:
+    make_ready(repository)
+    stand_in(repository / ".venv" / "bin" / "rlhf-dist", '#!/bin/sh\necho "ran $*"\n')
+    result = call(repository, "launch/local.sh", "name=mine", "loop.steps=2", "output=elsewhere")
+    assert result.returncode == 0, result.stderr
+    assert [line for line in result.stdout.splitlines() if line.startswith("ran")] == [
+        "ran sft configs/local.yaml name=mine/sft loop.steps=2 output=elsewhere",
+        "ran train configs/local.yaml name=mine/grpo model.path=elsewhere/mine/sft loop.steps=2 output=elsewhere",
+    ]
+    assert "elsewhere/mine/grpo/curves.png" in result.stdout
+
+
+def test_local_passes_the_exit_code_on_and_stops(repository: Path) -> None:
+    make_ready(repository)
+    stand_in(repository / ".venv" / "bin" / "rlhf-dist", '#!/bin/sh\necho "ran $1"\nexit 2\n')
+    result = call(repository, "launch/local.sh")
+    assert result.returncode == 2
+    assert result.stdout.count("ran") == 1
+
+
+def test_local_refuses_what_is_no_override(repository: Path) -> None:
+    result = call(repository, "launch/local.sh", "steps", "3")
+    assert result.returncode == 2
+    assert "'steps' is not key=value" in result.stderr
+
+
+@pytest.mark.parametrize("broken", ["ruff", "pyright", "python", ""])
+def test_test_runs_every_check_and_fails_if_one_does(repository: Path, broken: str) -> None:
+    make_ready(repository)
+    for tool in ("ruff", "pyright"):
+        stand_in(repository / ".venv" / "bin" / tool, f"#!/bin/sh\nexit {int(tool == broken)}\n")
+    failing = FAKE_PYTHON.replace(
+        "case", f'if [[ "$*" == *pytest* ]]; then exit {int(broken == "python")}; fi\ncase', 1
+    )
+    stand_in(repository / ".venv" / "bin" / "python", failing)
+    result = call(repository, "launch/test.sh")
+    assert result.returncode == int(broken != "")
+    assert re.findall(r"^== (.*?) (?:passed|FAILED)", result.stdout, re.MULTILINE) == [
+        "ruff check",
+        "ruff format",
+        "pyright",
+        "pytest",
+    ]
+
+
+class Dashboard(BaseHTTPRequestHandler):
+    """Answers as a Ray dashboard whose token is `right`."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.headers.get("Authorization") == "Bearer right" else 403)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def dashboard() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Dashboard)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join(LIMIT_S)
+    server.server_close()
+
+
+@pytest.fixture
+def submitter(repository: Path) -> Path:
+    """A repository whose `ray` prints what it is asked and the token's length."""
+    stand_in(repository / ".venv" / "bin" / "ray", '#!/bin/sh\nprintf "<%s>" "$@"\nexit 1\n')
+    real = shutil.which("python3") or pytest.fail("python3 is not here")
+    (repository / ".venv" / "bin" / "python").symlink_to(real)
+    return repository
+
+
+SUBMIT = ("launch/submit.sh", "configs/local.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ((), {}, "no config"),
+        (("configs/nope.yaml",), {}, "configs/nope.yaml does not exist"),
+        (("/etc/hostname",), {}, "lies outside"),
+        (("configs/local.yaml", "steps"), {}, "'steps' is not key=value"),
+        (("configs/local.yaml",), {}, "no token for the cluster"),
+        (("configs/local.yaml",), {"RAY_AUTH_TOKEN_PATH": "nowhere"}, "nowhere is missing or empty"),
+        (("configs/local.yaml",), {"RAY_ADDRESS": "head:6379"}, "RAY_ADDRESS=head:6379 is not a dashboard's address"),
+        (
+            ("configs/local.yaml",),
+            {"RAY_AUTH_TOKEN": "right", "RAY_ADDRESS": "http://127.0.0.1:1"},
+            "no Ray dashboard answers at http://127.0.0.1:1",
+        ),
+    ],
+)
+def test_submit_refuses(
+    submitter: Path, arguments: tuple[str, ...], environment: Mapping[str, str], message: str
+) -> None:
+    result = call(submitter, "launch/submit.sh", *arguments, **environment)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_submit_without_an_environment(repository: Path) -> None:
+    result = call(repository, *SUBMIT, RAY_AUTH_TOKEN="right")
+    assert result.returncode == 2
+    assert "launch/setup.sh" in result.stderr
+
+
+def test_submit_with_a_wrong_token(submitter: Path, dashboard: str) -> None:
+    result = call(submitter, *SUBMIT, RAY_ADDRESS=dashboard, RAY_AUTH_TOKEN="wrong-secret")
+    assert result.returncode == 2
+    assert "refuses the token (HTTP 403)" in result.stderr
+    assert "wrong-secret" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("source", ["variable", "file"])
+def test_submit_hands_the_job_to_ray(submitter: Path, dashboard: str, source: str) -> None:
+    if source == "variable":
+        token = {"RAY_AUTH_TOKEN": "right"}
+    else:
+        (submitter / ".ray").mkdir()
+        (submitter / ".ray" / "auth_token").write_text("right\n")
+        token = {}
+    secrets = {"WANDB_API_KEY": "also-secret"}
+    result = call(submitter, *SUBMIT, "name=a b", "output=/shared", RAY_ADDRESS=dashboard, **token, **secrets)
+    assert result.returncode == 1, "the exit code of ray is passed on"
+    assert result.stdout.startswith(f"<job><submit><--address><{dashboard}><--working-dir><.>")
+    assert result.stdout.endswith("<--><rlhf-dist><train><configs/local.yaml><name=a b><output=/shared>")
+    for excluded in (".git", ".venv", "runs"):
+        assert f'"{excluded}"' in result.stdout
+    assert "right" not in result.stdout + result.stderr
+    assert "also-secret" not in result.stdout + result.stderr
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package -> version of one list; every line has to be an exact pin."""
+    lines = [line for line in (ROOT / "launch" / name).read_text().splitlines() if not line.startswith("#")]
+    rows = [re.fullmatch(r"([A-Za-z0-9._-]+)==(\S+)", line) for line in lines]
+    assert all(rows), [line for line, row in zip(lines, rows, strict=True) if not row]
+    return {row[1].lower().replace("_", "-"): row[2] for row in rows if row}
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_lists_agree_with_pyproject(kind: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = pins(f"requirements-{kind}.txt")
+    for requirement in project["dependencies"] + project["optional-dependencies"][kind]:
+        name, version = re.sub(r"\[.*?\]", "", requirement).split("==")
+        assert listed[name].removesuffix("+cpu") == version, name
+
+
+def test_cpu_list_leaves_out_what_breaks_transformers() -> None:
+    assert not {"torchvision", "torchaudio", "torchcodec"} & set(pins("requirements-cpu.txt"))
+
+
+def test_dev_list_has_every_tool_of_pyproject() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras["dev"]) <= set(pins("requirements-dev.txt"))
