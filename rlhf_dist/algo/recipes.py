@@ -30,6 +30,9 @@ class Algorithm:
     """(response lengths [B] of the whole optimizer step, longest response allowed) -> weights [B] float64.
     The step's loss is the sum over rows and their response tokens of weight x per-token loss. Because the weights are
     made once, from all rows of all ranks, the cut into ranks and micro-batches changes nothing."""
+    idle_without_credit: bool
+    """A row with advantage 0 has loss 0 and gradient 0, so the learner may leave it out; its tokens still count in
+    `token_weights`."""
 
 
 def token_mean(response_lengths_B: Tensor, max_tokens: int) -> Tensor:
@@ -54,6 +57,7 @@ def grpo(config: AlgoConfig) -> Algorithm:
         credit=partial(group_normalized, std="unbiased"),
         loss=_clipped_loss(config),
         token_weights=token_mean,
+        idle_without_credit=True,
     )
 
 
@@ -69,6 +73,7 @@ def dr_grpo(config: AlgoConfig) -> Algorithm:
         credit=partial(group_normalized, std="none"),
         loss=_clipped_loss(config),
         token_weights=token_mean,
+        idle_without_credit=True,
     )
 
 

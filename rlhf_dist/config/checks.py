@@ -86,6 +86,8 @@ def problems(config: Config, command: Command) -> list[str]:
         rules += [_sampling(config, command), _rewards(config)]
     if command == "sft":
         rules += [_sft(config)]
+    if command in ("train", "sft"):
+        rules += [_precision(config)]
     return found + [problem for rule in rules for problem in rule]
 
 
@@ -190,6 +192,14 @@ def _device(config: Config) -> Iterator[str]:
             )
         if config.model.dtype == "float32":
             yield "model.attention is flash_attention_2, which computes in bfloat16; set model.dtype to bfloat16"
+
+
+def _precision(config: Config) -> Iterator[str]:
+    if config.model.dtype == "bfloat16" and config.learner.zero_stage == 0:
+        yield (
+            "model.dtype is bfloat16 with learner.zero_stage 0; DeepSpeed adds bfloat16 gradients up in float32 only "
+            "from stage 1 on: set learner.zero_stage to 1, 2 or 3, or model.dtype to float32"
+        )
 
 
 def _algorithm(config: Config) -> Iterator[str]:

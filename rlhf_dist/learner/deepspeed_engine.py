@@ -7,6 +7,7 @@ already divided by *global* counts, so the gradients of the ranks are to be adde
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -185,9 +186,20 @@ def init_process_group(
 
     # Its shared-memory all-reduce would be compiled at start, which fails on a machine without a compiler.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="gloo" if device == "cpu" else "nccl",
-        auto_mpi_discovery=False,
-        timeout=timedelta(seconds=timeout_s),
-        verbose=False,
+    backend, limit = "gloo" if device == "cpu" else "nccl", timedelta(seconds=timeout_s)
+    store = meeting_point(rank, world_size, address, port, limit)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=limit, verbose=False)
+
+
+def meeting_point(
+    rank: int, world_size: int, address: str, port: int, limit: timedelta
+) -> torch.distributed.TCPStore:
+    """Where the ranks find each other. Rank 0 serves it, at `address` only: torch by itself would listen on every address."""
+    listening = None
+    if rank == 0:
+        with socket.create_server((address, port)) as server:
+            listening = server.detach()
+    return torch.distributed.TCPStore(
+        address, port, world_size, is_master=rank == 0, timeout=limit, master_listen_fd=listening
     )

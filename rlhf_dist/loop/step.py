@@ -44,7 +44,7 @@ def train_step(
     with watch.phase("sync"):
         announcement = policy.publish(version=step)
         problems = rollouts.load_weights(announcement)
-    metrics = stats.values() | batch_metrics(batch, credit, sampling) | reward_metrics(experiences)
+    metrics = stats.values() | batch_metrics(batch, credit, sampling, step) | reward_metrics(experiences)
     return StepReport(step, announcement.version, metrics), announcement, problems
 
 
@@ -81,7 +81,8 @@ def make_shards(
 ) -> list[Shard]:
     """Cut the batch into optimizer steps by whole groups, each of those over ranks and micro-batches by tokens.
 
-    Every row's weight comes from the counts of its whole optimizer step, so the cut changes no gradient.
+    Every row's weight comes from the counts of its whole optimizer step, so the cut changes no gradient. Rows that
+    cannot have one are not sent at all.
     """
     lengths = batch.prompt_lengths + batch.response_lengths
     weights = np.zeros(len(lengths))
@@ -91,8 +92,9 @@ def make_shards(
         weights[rows] = algorithm.token_weights(
             torch.from_numpy(batch.response_lengths[rows]), sampling.max_tokens
         ).numpy()
-        for rank, micro_batches in enumerate(plan(lengths[rows], ranks, learner.micro_batch_tokens)):
-            updates[rank].append(tuple(rows[chosen] for chosen in micro_batches))
+        trained = rows_to_train(rows, batch, credit, algorithm)
+        for rank, micro_batches in enumerate(plan(lengths[trained], ranks, learner.micro_batch_tokens)):
+            updates[rank].append(tuple(trained[chosen] for chosen in micro_batches))
     rates = tuple(
         learning_rate(
             learner.optimizer,
@@ -106,6 +108,14 @@ def make_shards(
         make_shard(batch, credit, weights, updates[rank], rates, sampling.temperature, on_policy)
         for rank in range(ranks)
     ]
+
+
+def rows_to_train(rows: np.ndarray, batch: Batch, credit: Credit, algorithm: Algorithm) -> np.ndarray:
+    """The rows of one optimizer step that can have a gradient; where none has one, the first group's, for the sentinel."""
+    if not algorithm.idle_without_credit:
+        return rows
+    active = rows[credit.advantages[rows] != 0]
+    return active if len(active) else rows[batch.groups[rows] == batch.groups[rows[0]]]
 
 
 def make_shard(
@@ -133,7 +143,7 @@ def make_shard(
     )
 
 
-def batch_metrics(batch: Batch, credit: Credit, sampling: Sampling) -> dict[str, float]:
+def batch_metrics(batch: Batch, credit: Credit, sampling: Sampling, step: int) -> dict[str, float]:
     """What the controller can tell from lengths, scores and advantages."""
     groups = len(batch.rollouts)
     flat = sum(bool(np.all(credit.advantages[batch.groups == g] == 0)) for g in range(groups))
@@ -146,6 +156,8 @@ def batch_metrics(batch: Batch, credit: Credit, sampling: Sampling) -> dict[str,
         "rollout/response_length_max": float(batch.response_lengths.max()),
         "rollout/response_tokens": tokens,
         "rollout/cut_share": float((batch.response_lengths >= sampling.max_tokens).mean()),
+        # Versions between the weights being updated and those that sampled the oldest token; 0: on policy.
+        "rollout/policy_lag_max": float(step - 1 - batch.oldest_version),
         "learner/tokens": float(batch.prompt_lengths.sum()) + tokens,
     }
 

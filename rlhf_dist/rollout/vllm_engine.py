@@ -182,4 +182,20 @@ class WeightReceiver:
             initialize_layerwise_reload(model)
             model.load_weights(parameters())
             finalize_layerwise_reload(model, self.model_config)
+            repack_tied_heads(model)
         return hashes
+
+
+def repack_tied_heads(model: Any) -> None:
+    """Pack anew the heads that share the embedding's weights.
+
+    Such a head is sent no weights of its own, so a reload leaves its packed form (which a CPU computes with) as it was.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    tables = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    heads = [module for module in tables if isinstance(module, ParallelLMHead)]
+    shared = {module.weight.data_ptr() for module in tables if module not in heads}
+    for head in heads:
+        if head.weight.data_ptr() in shared:
+            head.quant_method.process_weights_after_loading(head)

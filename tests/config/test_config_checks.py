@@ -41,6 +41,11 @@ def test_defaults_pass_for_every_command() -> None:
         assert problems(Config(), command) == []
 
 
+def test_bfloat16_passes_where_it_works(tmp_path: Path) -> None:
+    assert problems(config(tmp_path, "model.dtype=bfloat16", "learner.zero_stage=1"), "train") == []
+    assert problems(config(tmp_path, "model.dtype=bfloat16"), "eval") == [], "an evaluation has no learner"
+
+
 def numbers(kind: Any, prefix: str = "") -> set[str]:
     found = set()
     for name, inner in get_type_hints(kind).items():
@@ -88,6 +93,8 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         ("train", ["rollout.max_response_tokens=300"], ["is 556", "model.tiny.max_positions 512"]),
         ("train", ["rollout.tensor_parallel=2", "cluster.device=cpu"], ["rollout.tensor_parallel is 2", "must be 1"]),
         ("train", ["model.attention=flash_attention_2"], ["model.attention is flash_attention_2", "bfloat16"]),
+        ("train", ["model.dtype=bfloat16"], ["model.dtype is bfloat16", "learner.zero_stage 0", "1, 2 or 3"]),
+        ("sft", ["model.dtype=bfloat16"], ["model.dtype is bfloat16", "learner.zero_stage 0", "1, 2 or 3"]),
         ("train", ["data.path=x.jsonl"], ["data.path is 'x.jsonl'", "no effect with data.source task"]),
         ("train", ["data.source=jsonl"], ["data.path is empty", "data.source jsonl"]),
         ("train", ["data.source=jsonl", "data.path=no/such.jsonl"], ["data.path is 'no/such.jsonl'", "does not exist"]),

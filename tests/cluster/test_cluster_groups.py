@@ -1,0 +1,271 @@
+"""Waiting on other processes: a real Ray with light actors that sleep, die, raise and lie."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from rlhf_dist.cluster import actors
+from rlhf_dist.cluster.groups import LearnerGroup, RolloutFleet, ScoringFleet, gather
+from rlhf_dist.cluster.placement import Placement
+from rlhf_dist.cluster.session import ray_session, reserve
+from rlhf_dist.config.schema import ClusterConfig, Config, RewardSpec, ScoringConfig
+from rlhf_dist.errors import ActorLost, ActorTimeout, DataError, ResourceError, RewardError, RunError, WeightSyncError
+from rlhf_dist.telemetry.metrics import MetricSums
+from rlhf_dist.types import DroppedPrompt, Message, Prompt, Receipt, Rollout, RolloutHead, Sampling
+from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.receipts import Announcement
+
+SAMPLING = Sampling(n=1, temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop=(), seed=None)
+PROMPTS = [Prompt(f"0/{i}", (Message("user", "x"),), "abc", "test") for i in range(5)]
+ANNOUNCEMENT = Announcement(3, "unused", make_plan([("a", (4,), "float32")], 8), ("hash",))
+REWARDS = """
+import os, time
+
+def reward(prompts, responses, answers):
+    with open(os.path.join(os.path.dirname(__file__), "mode")) as file:
+        mode = file.read()
+    if mode == "hangs":
+        time.sleep(600)
+    if mode == "raises":
+        raise KeyError("missing")
+    return {"right": [1.0] * len(responses), "nan": [float("nan")] * len(responses), "few": []}[mode]
+"""
+
+
+def rollout(prompt: Prompt, texts: tuple[str, ...] = ("a", "bc")) -> Rollout:
+    return Rollout(
+        prompt=prompt,
+        prompt_tokens=np.array([1], np.int32),
+        tokens=np.arange(len(texts), dtype=np.int32),
+        offsets=np.arange(len(texts) + 1),
+        logprobs=np.zeros(len(texts), np.float32),
+        versions=np.full(len(texts), 3, np.int32),
+        finish_reasons=("stop",) * len(texts),
+        texts=texts,
+    )
+
+
+class Stand:
+    """Stands in for a rollout worker and for a learner rank; does as it was last told."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._mode = "right"
+
+    def be(self, mode: str) -> str:
+        self._mode = mode
+        return mode
+
+    def work(self) -> str:
+        """Answer, or fail in the way it was told."""
+        if self._mode == "sleeps":
+            time.sleep(1.5)
+        if self._mode == "dies":
+            os._exit(7)
+        if self._mode == "refuses":
+            raise DataError("data.jsonl:3: not JSON")
+        if self._mode == "breaks":
+            raise IndexError("list index out of range")
+        return self._name
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> Iterator[Any]:
+        for prompt in prompts:
+            self.work()
+            if prompt.uid == "0/4":
+                yield DroppedPrompt(prompt.uid, "prompt_too_long", "9 tokens")
+                continue
+            yield RolloutHead(prompt.uid, 1, np.array([1, 1]), ("stop", "stop"), 3, 3, self._name)
+            yield rollout(prompt)
+
+    def load_weights(self, announcement: Announcement) -> Receipt:
+        self.work()
+        if self._mode == "torn":
+            raise WeightSyncError("version 3: bucket 0 arrived torn; it was not loaded")
+        found = "another hash" if self._mode == "lies" else announcement.hashes[0]
+        return Receipt(self._name, announcement.version, announcement.plan.names, (found,))
+
+    def publish(self, version: int) -> Announcement | None:
+        return replace(ANNOUNCEMENT, version=version) if self._name == "one" else None
+
+    def update(self, shard: Any, *rollouts: Rollout) -> MetricSums:
+        tokens = float(sum(len(found.tokens) for found in rollouts))
+        return MetricSums({"policy/loss": (shard, 1.0), "tokens": (tokens, 1.0)}, {})
+
+    def close(self) -> None:
+        self.work()
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Any]:
+    with ray_session(ClusterConfig(address="local")) as found:
+        yield found
+
+
+def start(name: str) -> Any:
+    # The worker imports this module to know the class.
+    here = {"PYTHONPATH": str(Path(__file__).parent)}
+    return ray.remote(Stand).options(num_cpus=0, max_restarts=0, runtime_env={"env_vars": here}).remote(name)
+
+
+@pytest.fixture(scope="module")
+def pair(machine: Any) -> dict[str, Any]:
+    found = {"one": start("one"), "two": start("two")}
+    assert gather({name: actor.work.remote() for name, actor in found.items()}, "start", 60) == {
+        "one": "one",
+        "two": "two",
+    }
+    return found
+
+
+@pytest.fixture
+def workers(pair: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield pair
+    gather({name: actor.be.remote("right") for name, actor in pair.items()}, "calm down", 30)
+
+
+def tell(actor: Any, mode: str) -> None:
+    assert gather({"it": actor.be.remote(mode)}, "be", 30) == {"it": mode}
+
+
+def fleet(workers: dict[str, Any], timeout_s: float = 30.0, sync_timeout_s: float = 30.0) -> RolloutFleet:
+    return RolloutFleet(workers, timeout_s=timeout_s, sync_timeout_s=sync_timeout_s)
+
+
+def test_one_that_sleeps_is_named_with_the_call_and_the_limit(workers: dict[str, Any]) -> None:
+    tell(workers["two"], "sleeps")
+    calls = {f"rollout worker {name}": actor.work.remote() for name, actor in workers.items()}
+    begun = time.monotonic()
+    with pytest.raises(ActorTimeout) as caught:
+        gather(calls, "generate", 0.5)
+    assert str(caught.value) == "rollout worker two did not finish 'generate' in 0.5 s"
+    assert time.monotonic() - begun < 1.4, "it did not wait for the sleeper"
+
+
+def test_one_that_dies_is_named_with_its_log(machine: Any) -> None:
+    doomed = start("doomed")
+    tell(doomed, "dies")
+    with pytest.raises(ActorLost) as caught:
+        gather({"learner rank 1": doomed.work.remote()}, "update", 30)
+    assert str(caught.value).startswith("learner rank 1 died during 'update': ")
+    assert "logs/learner-rank-1.log" in str(caught.value)
+    begun = time.monotonic()
+    actors.close_all({"learner rank 1": doomed})
+    assert time.monotonic() - begun < actors.CLOSE_LIMIT_S, "the dead are not waited for"
+
+
+def test_a_package_error_arrives_as_itself_in_its_own_words(workers: dict[str, Any]) -> None:
+    tell(workers["one"], "refuses")
+    with pytest.raises(DataError) as caught:
+        gather({"scoring worker": workers["one"].work.remote()}, "score", 30)
+    assert type(caught.value).__name__ == "DataError" and str(caught.value) == "data.jsonl:3: not JSON"
+
+
+def test_any_other_error_names_the_process_and_keeps_its_traceback(workers: dict[str, Any]) -> None:
+    tell(workers["one"], "breaks")
+    with pytest.raises(RunError) as caught:
+        gather({"learner rank 0": workers["one"].work.remote()}, "update", 30)
+    first, *rest = str(caught.value).splitlines()
+    assert first == "learner rank 0 failed in 'update': IndexError: list index out of range"
+    assert any("in work" in line for line in rest)
+
+
+def test_prompts_are_shared_out_and_tokens_stay_away(workers: dict[str, Any]) -> None:
+    found = list(fleet(workers).generate(PROMPTS, SAMPLING))
+    dropped = [item for item in found if isinstance(item, DroppedPrompt)]
+    assert [drop.uid for drop in dropped] == ["0/4"]
+    pairs = [item for item in found if not isinstance(item, DroppedPrompt)]
+    assert {head.uid: head.worker for head, _ in pairs} == {"0/0": "one", "0/1": "two", "0/2": "one", "0/3": "two"}
+    assert all(isinstance(handle, ray.ObjectRef) for _, handle in pairs)
+    assert fleet(workers).texts(pairs[0][1]) == ("a", "bc")
+
+
+def test_generation_has_a_limit(workers: dict[str, Any]) -> None:
+    tell(workers["two"], "sleeps")
+    with pytest.raises(ActorTimeout, match=r"^two did not finish 'generate' in 0\.5 s \(rollout\.timeout_s\)$"):
+        list(fleet(workers, timeout_s=0.5).generate(PROMPTS[:2], SAMPLING))
+
+
+@pytest.mark.parametrize(
+    ("mode", "why"),
+    [("lies", "bucket 0 arrived as another hash"), ("torn", "arrived torn"), ("sleeps", "did not finish")],
+)
+def test_a_worker_without_a_right_receipt_serves_no_tokens(workers: dict[str, Any], mode: str, why: str) -> None:
+    one_of_two = fleet(workers, sync_timeout_s=0.7)
+    tell(workers["one"], mode)
+    (problem,) = one_of_two.load_weights(ANNOUNCEMENT)
+    assert problem.startswith("one") and why in problem
+    served = [item for item in one_of_two.generate(PROMPTS[:4], SAMPLING) if not isinstance(item, DroppedPrompt)]
+    assert {head.worker for head, _ in served} == {"two"} and len(served) == 4
+    tell(workers["one"], "right")
+    assert one_of_two.load_weights(ANNOUNCEMENT) == [], "a push that succeeds lets it serve again"
+    again = [item for item in one_of_two.generate(PROMPTS[:4], SAMPLING) if not isinstance(item, DroppedPrompt)]
+    assert {head.worker for head, _ in again} == {"one", "two"}
+
+
+def test_when_no_worker_holds_the_weights_the_run_ends(workers: dict[str, Any]) -> None:
+    for worker in workers.values():
+        tell(worker, "lies")
+    with pytest.raises(WeightSyncError, match=r"^one, version 3: .*; two, version 3: "):
+        fleet(workers).load_weights(ANNOUNCEMENT)
+
+
+def test_learner_ranks_each_get_their_shard_and_report_once(workers: dict[str, Any]) -> None:
+    group = LearnerGroup(workers, timeout_s=30)
+    assert group.ranks == 2
+    handles = [ray.put(rollout(prompt)) for prompt in PROMPTS[:3]]
+    merged = group.update([2.0, 4.0], handles)  # type: ignore[list-item]
+    assert merged.values() == {"policy/loss": 3.0, "tokens": 6.0}
+    assert group.publish(9).version == 9
+
+
+def test_a_reservation_that_does_not_fit_is_an_error_with_both_numbers(machine: Any) -> None:
+    placement = Placement("cpu", 1, 64, 0, 1, 64, 0, 64.0, 0.0, 64.0, 0.0)
+    with pytest.raises(ResourceError, match=r"128 CPUs and 0 GPUs free within 1 s \(cluster\.start_timeout_s\)"):
+        reserve(placement, 1.0)
+
+
+@pytest.fixture(scope="module")
+def scoring(machine: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[ScoringFleet, Path]:
+    """A real scoring worker with a user's function, and the file that says what the function does."""
+    folder = tmp_path_factory.mktemp("scoring")
+    (folder / "group_rewards.py").write_text(REWARDS)
+    rewards = {"mine": RewardSpec(kind="function", function="group_rewards:reward", timeout_s=1.0)}
+    config = Config(scoring=ScoringConfig(rewards))
+    log = str(folder / "logs" / "scoring-worker.log")
+    worker = actors.start_scoring(actors.ActorSpec("scoring worker", config, "", "cpu", 1, log, 0, str(folder)))
+    gather({"scoring worker": worker.ready.remote()}, "start", 60)
+    return ScoringFleet(worker, timeout_s=20), folder / "mode"
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("raises", "raised KeyError: 'missing' at "),
+        ("nan", "returned nan, not finite"),
+        ("few", "returned 0 values for 2 responses"),
+        ("hangs", "did not return within 1 s for 2 responses"),
+    ],
+)
+def test_a_bad_reward_is_told_in_one_sentence(scoring: tuple[ScoringFleet, Path], mode: str, message: str) -> None:
+    fleet, file = scoring
+    file.write_text(mode)
+    with pytest.raises(RewardError) as caught:
+        fleet.gather({"0/0": fleet.submit(ray.put(rollout(PROMPTS[0])))})
+    assert str(caught.value).startswith("the reward mine (group_rewards:reward) ")
+    assert message in str(caught.value) and "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_scores_come_back_by_uid(scoring: tuple[ScoringFleet, Path]) -> None:
+    fleet, file = scoring
+    file.write_text("right")
+    found = fleet.gather({p.uid: fleet.submit(ray.put(rollout(p))) for p in PROMPTS[:2]})
+    assert {uid: scores.total.tolist() for uid, scores in found.items()} == {"0/0": [1.0, 1.0], "0/1": [1.0, 1.0]}

@@ -1,0 +1,192 @@
+"""One learner rank in a process of its own: `python ranks.py RANK WORLD PORT MODEL FOLDER`.
+
+Trains a fixed batch of uneven rows on real DeepSpeed, under every ZeRO stage in turn, and leaves in FOLDER what the
+tests compare: `WORLD-RANK.pt`, a dict of results by stage.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_dist.algo.recipes import grpo
+from rlhf_dist.config.schema import AlgoConfig, LearnerConfig, ModelConfig, OptimizerConfig
+from rlhf_dist.learner.deepspeed_engine import init_process_group
+from rlhf_dist.learner.model_engine import ModelEngine
+from rlhf_dist.learner.policy import PolicyLearner
+from rlhf_dist.learner.rows import pack_rows, rollout_row, spread
+from rlhf_dist.loop.step import collate, make_shards
+from rlhf_dist.models.hf import load_model
+from rlhf_dist.models.policy import PackedPolicy
+from rlhf_dist.rollout.worker import head_of
+from rlhf_dist.types import Batch, Credit, Experience, Message, Prompt, Rollout, Sampling, Scores
+from rlhf_dist.weights.shared_memory import WeightReader
+
+SAMPLING = Sampling(n=3, temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, stop=(), seed=None)
+# eps 1 makes Adam's first step all but lr x gradient, so that equal weights mean equal gradients, small ones too.
+OPTIMIZER = OptimizerConfig(lr=0.5, eps=1.0, warmup_steps=0, weight_decay=0.01, max_grad_norm=0.05)
+LEARNER = LearnerConfig(optimizer=OPTIMIZER)
+STEPS = 9
+
+
+def rollouts(seed: int) -> list[Rollout]:
+    """Four groups of three rows, 4 to 63 tokens long."""
+    chance = np.random.default_rng(seed)
+    made = []
+    for group, prompt_length in enumerate((3, 20, 9, 14)):
+        lengths = chance.integers(1, 40, size=3)
+        total = int(lengths.sum())
+        made.append(
+            Rollout(
+                prompt=Prompt(f"0/{group}", (Message("user", "x"),), "", "test"),
+                prompt_tokens=chance.integers(0, 100, size=prompt_length).astype(np.int32),
+                tokens=chance.integers(0, 100, size=total).astype(np.int32),
+                offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+                logprobs=np.full(total, -4.0, np.float32),
+                versions=np.zeros(total, np.int32),
+                finish_reasons=("stop",) * 3,
+                texts=("",) * 3,
+            )
+        )
+    return made
+
+
+def batch_of(made: list[Rollout]) -> tuple[Batch, Credit]:
+    """The batch, with advantages of both signs."""
+    scores = [np.arange(3, dtype=np.float32) for _ in made]
+    batch = collate(
+        [Experience(r.prompt, head_of(r, "w"), Scores(s, {}), i) for i, (r, s) in enumerate(zip(made, scores))]
+    )
+    advantages = np.random.default_rng(0).normal(size=len(batch.groups)).astype(np.float32)
+    return batch, Credit(advantages)
+
+
+def budget(world: int) -> int:
+    """Micro-batch tokens that make 4 micro-batches on one rank and 2 on each of two."""
+    batch, credit = batch_of(rollouts(1))
+    for tokens in range(64, 1000):
+        shards = make_shards(
+            batch, credit, grpo(AlgoConfig()), replace(LEARNER, micro_batch_tokens=tokens), SAMPLING, 1, STEPS, world
+        )
+        if len(shards[0].updates[0]) == 4 // world:
+            return tokens
+    raise AssertionError("no budget cuts the batch so")
+
+
+class Trainer:
+    """A learner with its batches."""
+
+    def __init__(self, model: Path, learner: LearnerConfig, dtype: str, world: int) -> None:
+        self.config, self.world = learner, world
+        self.engine = ModelEngine(
+            model, ModelConfig(dtype=dtype), learner, OPTIMIZER, device="cpu", bucket_mib=1  # type: ignore[arg-type]
+        )
+        self.learner = PolicyLearner(self.engine, grpo(AlgoConfig()))
+
+    def step(self, step: int) -> dict[str, float]:
+        made = rollouts(step)
+        batch, credit = batch_of(made)
+        shards = make_shards(
+            batch, credit, grpo(AlgoConfig()), self.config, SAMPLING, step, STEPS, self.world
+        )
+        return self.learner.update(shards[self.engine.rank], *made).values()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.engine.weights()}
+
+
+def run_stage(stage: int, world: int, model: Path, folder: Path) -> dict[str, Any]:
+    """Three steps, a publication and a restored checkpoint under one ZeRO stage."""
+    learner = replace(LEARNER, zero_stage=stage, ranks=world, micro_batch_tokens=budget(world))
+    trainer = Trainer(model, learner, "float32", world)
+    parameters = trainer.engine._deepspeed._engine.module.parameters()
+    found: dict[str, Any] = {"start": trainer.weights(), "partitioned": sum(p.numel() == 0 for p in parameters)}
+    found["norm"] = trainer.step(1)["learner/grad_norm"]
+    found["one"] = trainer.weights()
+    trainer.step(2)
+    found["two"] = trainer.weights()
+    announcement = trainer.engine.publish(2)
+    if announcement is not None:
+        tensors = [pair for _, bucket in WeightReader().read(announcement) for pair in bucket]
+        found["published"] = {name: tensor.clone() for name, tensor in tensors}
+    checkpoint = folder / f"checkpoint-{world}-{stage}"
+    checkpoint.mkdir(exist_ok=True)
+    trainer.engine.save(checkpoint)
+    torch.distributed.barrier()
+    trainer.step(3)
+    found["three"] = trainer.weights()
+    trainer.engine.close()
+    again = Trainer(checkpoint / "hf", learner, "float32", world)
+    again.engine.restore(checkpoint)
+    again.step(3)
+    found["three_restored"] = again.weights()
+    fresh = Trainer(checkpoint / "hf", learner, "float32", world)
+    fresh.step(3)
+    found["three_without_restore"] = fresh.weights()
+    return found
+
+
+def run_bfloat16(stage: int, world: int, model: Path) -> dict[str, Any]:
+    """Two steps in bf16."""
+    learner = replace(LEARNER, zero_stage=stage, ranks=world, micro_batch_tokens=budget(world))
+    trainer = Trainer(model, learner, "bfloat16", world)
+    before = trainer.weights()
+    metrics = [trainer.step(1), trainer.step(2)]
+    tensors = trainer.engine._deepspeed.optimizer_tensors()
+    return {
+        "losses": [values["policy/loss"] for values in metrics],
+        "start": before,
+        "two": trainer.weights(),
+        "optimizer": {name: str(tensor.dtype) for name, tensor in tensors.items()},
+    }
+
+
+def plain(model: Path) -> dict[str, Any]:
+    """The same steps in plain torch: one rank, one micro-batch, AdamW."""
+    policy = PackedPolicy(load_model(model, "float32", "segmented"))
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=OPTIMIZER.lr, betas=(OPTIMIZER.beta1, OPTIMIZER.beta2), eps=OPTIMIZER.eps,
+        weight_decay=OPTIMIZER.weight_decay,
+    )  # fmt: skip
+    found: dict[str, Any] = {}
+    for step, name in ((1, "one"), (2, "two"), (3, "three")):
+        made = rollouts(step)
+        batch, credit = batch_of(made)
+        rows = [rollout_row(made[g], s) for g, s in zip(batch.groups, batch.samples, strict=True)]
+        packed = pack_rows(rows, torch.device("cpu"))
+        logprobs, _ = policy(packed.tokens, packed.cu_seqlens, packed.predict, packed.targets, 0.9, 1024)
+        # On policy the ratio is 1, so the clipped loss's gradient is that of -advantage x logprob.
+        loss = -(logprobs * spread(credit.advantages, rows, torch.device("cpu"))).sum() / batch.response_lengths.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), OPTIMIZER.max_grad_norm))
+        found.setdefault("norm", norm)
+        optimizer.step()
+        found[name] = {key.removeprefix("model."): value.detach().clone() for key, value in policy.named_parameters()}
+    return found
+
+
+def main() -> None:
+    rank, world, port = (int(word) for word in sys.argv[1:4])
+    model, folder = Path(sys.argv[4]), Path(sys.argv[5])
+    init_process_group(rank, world, "127.0.0.1", port, device="cpu", threads=1, timeout_s=120.0)
+    found: dict[Any, Any] = {stage: run_stage(stage, world, model, folder) for stage in (0, 1, 2, 3)}
+    if world == 1:
+        found["plain"] = plain(model)
+    else:
+        found["bfloat16"] = {}
+        for stage in (0, 1, 2, 3):
+            try:
+                found["bfloat16"][stage] = run_bfloat16(stage, world, model)
+            except Exception as error:
+                found["bfloat16"][stage] = repr(error)
+    torch.save(found, folder / f"{world}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

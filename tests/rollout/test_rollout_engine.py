@@ -1,0 +1,229 @@
+"""The real vLLM engine, started once in this process: what it samples, and what it holds after a push of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_dist.config.schema import RolloutConfig
+from rlhf_dist.errors import WeightSyncError
+from rlhf_dist.learner.rows import pack_rows, rollout_row
+from rlhf_dist.models.hf import load_model
+from rlhf_dist.models.policy import PackedPolicy
+from rlhf_dist.rollout.vllm_engine import UNPUBLISHED, VllmEngine
+from rlhf_dist.rollout.worker import RolloutWorker
+from rlhf_dist.types import DroppedPrompt, Message, Prompt, Rollout, RolloutHead, Sampling
+from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.receipts import Announcement, receipt_problem
+from rlhf_dist.weights.shared_memory import WeightWriter, slot_view
+
+pytestmark = pytest.mark.timeout(600)
+
+CONFIG = RolloutConfig(max_prompt_tokens=24, max_response_tokens=24, kv_cache_gib=0.1, max_concurrent=32)
+SAMPLING = Sampling(n=4, temperature=1.0, top_p=1.0, top_k=0, max_tokens=16, stop=(), seed=None)
+PROMPTS = [Prompt(f"0/{i}", (Message("user", text),), "", "test") for i, text in enumerate(["abc", "b", "zyxwv"])]
+
+
+class Learner:
+    """The learner's side in plain torch: a policy, and the writer of its weights."""
+
+    def __init__(self, source: Path) -> None:
+        self.policy = PackedPolicy(load_model(source, "float32", "segmented"))
+        shapes = [(name, tuple(tensor.shape), "float32") for name, tensor in self.weights()]
+        # Small buckets, so that a push has several.
+        self.writer = WeightWriter(make_plan(shapes, 64 * 1024))
+
+    def weights(self) -> list[tuple[str, torch.Tensor]]:
+        return list(self.policy.model.named_parameters())
+
+    def publish(self, version: int) -> Announcement:
+        return self.writer.write(version, ((name, tensor.detach()) for name, tensor in self.weights()))
+
+    @torch.no_grad()
+    def move(self, seed: int) -> None:
+        """Change every weight."""
+        generator = torch.Generator().manual_seed(seed)
+        for _, tensor in self.weights():
+            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.05)
+
+    @torch.no_grad()
+    def logprobs(self, rollout: Rollout, temperature: float) -> np.ndarray:
+        """float32 [N], of the rollout's tokens."""
+        rows = [rollout_row(rollout, sample) for sample in range(len(rollout.texts))]
+        packed = pack_rows(rows, torch.device("cpu"))
+        found, _ = self.policy(packed.tokens, packed.cu_seqlens, packed.predict, packed.targets, temperature, 64)
+        return found.numpy()
+
+
+@pytest.fixture(scope="module")
+def learner(tiny_model: Path) -> Iterator[Learner]:
+    found = Learner(tiny_model)
+    yield found
+    found.writer.close()
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> VllmEngine:
+    return VllmEngine(tiny_model, CONFIG, dtype="float32", device="cpu", threads=1, seed=1, name="rollout worker 0")
+
+
+@pytest.fixture(scope="module")
+def worker(engine: VllmEngine) -> RolloutWorker:
+    return RolloutWorker("rollout worker 0", engine, chat=True, max_prompt_tokens=CONFIG.max_prompt_tokens)
+
+
+def rollouts(worker: RolloutWorker, sampling: Sampling, prompts: Sequence[Prompt] = PROMPTS) -> list[Rollout]:
+    """What the worker samples, in the order of the prompts; each must come with its head before it."""
+    items = list(worker.generate(prompts, sampling))
+    heads, found = items[0::2], items[1::2]
+    for head, rollout in zip(heads, found, strict=True):
+        assert isinstance(head, RolloutHead) and isinstance(rollout, Rollout)
+        assert head.uid == rollout.prompt.uid and head.lengths.tolist() == np.diff(rollout.offsets).tolist()
+    kept = [rollout for rollout in found if isinstance(rollout, Rollout)]
+    return sorted(kept, key=lambda rollout: rollout.prompt.uid)
+
+
+def largest_difference(learner: Learner, found: Sequence[Rollout], temperature: float = 1.0) -> float:
+    return max(float(np.abs(learner.logprobs(r, temperature) - r.logprobs).max()) for r in found)
+
+
+# The tests below run in this order on one engine: it begins with the weights it loaded itself, then gets pushes.
+
+
+def test_before_any_push_it_samples_its_own_weights(worker: RolloutWorker, learner: Learner) -> None:
+    found = rollouts(worker, SAMPLING)
+    assert largest_difference(learner, found) <= 1e-4
+    assert all((r.versions == UNPUBLISHED).all() for r in found)
+
+
+def test_a_group_has_n_samples_of_ragged_length(worker: RolloutWorker) -> None:
+    found = rollouts(worker, replace(SAMPLING, n=8))
+    assert [r.prompt.uid for r in found] == ["0/0", "0/1", "0/2"]
+    for rollout in found:
+        assert len(rollout.texts) == len(rollout.finish_reasons) == 8 and len(rollout.offsets) == 9
+        assert rollout.offsets[-1] == len(rollout.tokens) == len(rollout.logprobs) == len(rollout.versions)
+        assert (np.diff(rollout.offsets) >= 1).all()
+    assert len({tuple(r.tokens) for r in found}) == 3
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_push_is_proved_and_changes_the_logprobs(
+    worker: RolloutWorker, engine: VllmEngine, learner: Learner, version: int
+) -> None:
+    before = rollouts(worker, SAMPLING)
+    learner.move(seed=version)
+    assert largest_difference(learner, before) > 1e-2, "the weights have moved, so the old samples must not fit"
+    announcement = learner.publish(version)
+    assert len(announcement.hashes) >= 3
+    receipt = worker.load_weights(announcement)
+    assert receipt_problem(announcement, receipt) is None
+    assert (receipt.worker, receipt.version) == ("rollout worker 0", version)
+    found = rollouts(worker, SAMPLING)
+    assert largest_difference(learner, found) <= 1e-4
+    assert all((r.versions == version).all() for r in found)
+
+
+def test_processed_logprobs_include_the_temperature(worker: RolloutWorker, learner: Learner) -> None:
+    found = rollouts(worker, replace(SAMPLING, temperature=0.6))
+    assert largest_difference(learner, found, temperature=0.6) <= 1e-4
+    assert largest_difference(learner, found, temperature=1.0) > 1e-2
+
+
+def test_top_k_one_is_greedy_and_its_logprob_is_of_the_cut_distribution(worker: RolloutWorker) -> None:
+    cut = rollouts(worker, replace(SAMPLING, n=1, top_k=1))
+    greedy = rollouts(worker, replace(SAMPLING, n=1, temperature=0.0))
+    assert [r.tokens.tolist() for r in cut] == [r.tokens.tolist() for r in greedy]
+    assert all(np.abs(r.logprobs).max() < 1e-6 for r in cut), "one token is left, its probability is 1"
+
+
+def test_greedy_is_the_same_twice(worker: RolloutWorker) -> None:
+    first, second = (rollouts(worker, replace(SAMPLING, n=1, temperature=0.0)) for _ in range(2))
+    assert [r.tokens.tolist() for r in first] == [r.tokens.tolist() for r in second]
+
+
+def test_a_response_that_is_cut_says_so(worker: RolloutWorker) -> None:
+    found = rollouts(worker, replace(SAMPLING, n=8, max_tokens=3))
+    cut = [(length, reason) for r in found for length, reason in zip(np.diff(r.offsets), r.finish_reasons, strict=True)]
+    assert max(length for length, _ in cut) == 3
+    assert any(reason == "length" for _, reason in cut), "a random model ends one in a hundred times"
+    assert all(length == 3 for length, reason in cut if reason == "length")
+
+
+def test_a_stop_string_ends_a_response(worker: RolloutWorker) -> None:
+    plain = rollouts(worker, replace(SAMPLING, n=1, temperature=0.0))[0]
+    letter = next(letter for letter in plain.texts[0] if letter.strip())
+    found = rollouts(worker, replace(SAMPLING, n=1, temperature=0.0, stop=(letter,)))[0]
+    length = plain.texts[0].index(letter) + 1
+    assert found.tokens.tolist() == plain.tokens[:length].tolist(), "the token that made the stop string is kept"
+    assert found.finish_reasons == ("stop",) and letter not in found.texts[0]
+    assert len(found.logprobs) == len(found.versions) == length
+
+
+def test_a_prompt_that_is_too_long_is_dropped_with_its_reason(worker: RolloutWorker) -> None:
+    long = Prompt("0/9", (Message("user", "x" * 40),), "", "test")
+    items = list(worker.generate([long, PROMPTS[0]], SAMPLING))
+    (dropped,) = [item for item in items if isinstance(item, DroppedPrompt)]
+    assert (dropped.uid, dropped.reason) == ("0/9", "prompt_too_long")
+    assert dropped.detail == "43 tokens; rollout.max_prompt_tokens is 24"
+    assert [item.prompt.uid for item in items if isinstance(item, Rollout)] == ["0/0"]
+
+
+def test_a_caller_that_goes_away_leaves_nothing_behind(worker: RolloutWorker) -> None:
+    for _ in worker.generate(PROMPTS, SAMPLING):
+        break
+    assert [r.prompt.uid for r in rollouts(worker, SAMPLING, PROMPTS[:1])] == ["0/0"]
+
+
+@pytest.mark.parametrize("bucket", [0, -1])
+def test_a_corrupted_bucket_is_refused_and_a_full_push_heals(
+    worker: RolloutWorker, learner: Learner, bucket: int
+) -> None:
+    announcement = learner.publish(version=7)
+    damaged = announcement.plan.buckets[bucket].slots[0]
+    view = slot_view(learner.writer._map, damaged).view(-1)
+    view[0] += 1.0
+    with pytest.raises(WeightSyncError, match=r"version 7: bucket \d+ arrived as .* it was not loaded"):
+        worker.load_weights(announcement)
+    learner.move(seed=3)
+    healed = learner.publish(version=8)
+    assert receipt_problem(healed, worker.load_weights(healed)) is None
+    found = rollouts(worker, SAMPLING)
+    assert largest_difference(learner, found) <= 1e-4
+    assert all((r.versions == 8).all() for r in found)
+
+
+def test_a_push_in_the_middle_of_a_response_shows_in_its_versions(engine: VllmEngine, learner: Learner) -> None:
+    """Two decoding steps under one version, the rest under the next: each token knows its own."""
+    before = learner.publish(version=20)
+    engine.load_weights(before)
+    tokens = engine.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "abc"}], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    stream = engine.generate([(PROMPTS[0], tokens)], replace(SAMPLING, n=1, max_tokens=12, temperature=1.0, top_k=0))
+    steps = 0
+    inner = engine._engine.step
+
+    def step() -> object:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            engine.load_weights(learner.publish(version=21))
+        return inner()
+
+    engine._engine.step = step
+    try:
+        for _ in range(20):  # a random model may end before the push: then another response is drawn
+            (rollout,) = list(stream)
+            if len(rollout.tokens) > 4:
+                break
+            steps = 0
+            stream = engine.generate([(PROMPTS[0], tokens)], replace(SAMPLING, n=1, max_tokens=12))
+    finally:
+        engine._engine.step = inner
+    assert set(rollout.versions.tolist()) == {20, 21}
+    assert (np.diff(rollout.versions) >= 0).all() and (rollout.versions == 20).sum() == 3

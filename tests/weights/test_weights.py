@@ -1,0 +1,180 @@
+"""Weights from one process to another through shared memory: layout, receipts, what is refused, what is swept."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_dist.errors import DiskError, WeightSyncError
+from rlhf_dist.types import Receipt
+from rlhf_dist.weights import shared_memory
+from rlhf_dist.weights.plan import ALIGNMENT, make_plan
+from rlhf_dist.weights.receipts import Announcement, changed_share, receipt_problem
+from rlhf_dist.weights.shared_memory import WeightReader, WeightWriter, sweep
+
+SHAPES = [("a", (4, 3), "float32"), ("b", (100,), "bfloat16"), ("scalar", (), "float32"), ("none", (0, 5), "float32")]
+
+
+def tensors(seed: int = 0) -> list[tuple[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (name, torch.randn(shape, generator=generator).to(getattr(torch, dtype))) for name, shape, dtype in SHAPES
+    ]
+
+
+@pytest.fixture
+def writer() -> Iterator[WeightWriter]:
+    made = WeightWriter(make_plan(SHAPES, bucket_bytes=100))
+    yield made
+    made.close()
+
+
+def test_plan_by_hand() -> None:
+    """48 bytes take 64, 200 take 256; a bucket closes once it holds 100 bytes."""
+    plan = make_plan(SHAPES, bucket_bytes=100)
+    assert [(slot.name, slot.offset, slot.nbytes) for bucket in plan.buckets for slot in bucket.slots] == [
+        ("a", 0, 48),
+        ("b", 64, 200),
+        ("scalar", 320, 4),
+        ("none", 384, 0),
+    ]
+    assert [(bucket.offset, bucket.nbytes) for bucket in plan.buckets] == [(0, 320), (320, 64)]
+    assert plan.nbytes == 384 and plan.names == ("a", "b", "scalar", "none")
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=3), st.sampled_from(["float32", "bfloat16"])), max_size=20),
+    st.integers(1, 500),
+)
+def test_slots_never_overlap_and_buckets_cover_them(sizes: list[tuple[list[int], str]], bucket_bytes: int) -> None:
+    plan = make_plan([(str(i), tuple(shape), dtype) for i, (shape, dtype) in enumerate(sizes)], bucket_bytes)
+    assert plan.names == tuple(str(i) for i in range(len(sizes)))
+    end = 0
+    for bucket in plan.buckets:
+        assert bucket.offset == end
+        for slot in bucket.slots:
+            assert slot.offset % ALIGNMENT == 0 and slot.offset >= end
+            end = slot.offset + slot.nbytes
+            assert end <= bucket.offset + bucket.nbytes
+        end = bucket.offset + bucket.nbytes
+    assert end == plan.nbytes
+
+
+def receive(announcement: Announcement) -> list[tuple[str, torch.Tensor]]:
+    return [(name, tensor.clone()) for _, bucket in WeightReader().read(announcement) for name, tensor in bucket]
+
+
+def test_what_was_written_is_read_bit_for_bit(writer: WeightWriter) -> None:
+    found = receive(writer.write(1, tensors()))
+    for (name, tensor), (expected_name, expected) in zip(found, tensors(), strict=True):
+        assert name == expected_name and tensor.dtype == expected.dtype and torch.equal(tensor, expected)
+
+
+def read_elsewhere(announcement: Announcement, answers: multiprocessing.Queue) -> None:
+    answers.put([(name, tensor.float().tolist()) for name, tensor in receive(announcement)])
+
+
+def test_another_process_reads_it(writer: WeightWriter) -> None:
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    process = context.Process(target=read_elsewhere, args=(writer.write(1, tensors()), answers))
+    process.start()
+    assert answers.get(timeout=60) == [(name, tensor.float().tolist()) for name, tensor in tensors()]
+    process.join(30)
+
+
+def test_one_reader_follows_the_versions(writer: WeightWriter) -> None:
+    reader = WeightReader()
+    for version in (1, 2):
+        announcement = writer.write(version, tensors(version))
+        found = [(name, tensor.clone()) for _, bucket in reader.read(announcement) for name, tensor in bucket]
+        assert all(torch.equal(tensor, expected) for (_, tensor), (_, expected) in zip(found, tensors(version)))
+
+
+def test_a_reader_that_comes_too_late_refuses(writer: WeightWriter) -> None:
+    """The file holds the next version already: every bucket's hash is another one."""
+    old = writer.write(1, tensors(1))
+    writer.write(2, tensors(2))
+    with pytest.raises(WeightSyncError, match=r"version 1: bucket 0 arrived as .* was announced as .* not loaded"):
+        receive(old)
+
+
+def test_a_damaged_bucket_is_not_handed_on(writer: WeightWriter) -> None:
+    announcement = writer.write(1, tensors())
+    with open(writer.path, "r+b") as file:
+        file.seek(321)
+        file.write(b"\x01")
+    handed_on = []
+    with pytest.raises(WeightSyncError, match="bucket 1"):
+        for _, bucket in WeightReader().read(announcement):
+            handed_on += [name for name, _ in bucket]
+    assert handed_on == ["a", "b"]
+
+
+def test_receipts(writer: WeightWriter) -> None:
+    announcement = writer.write(4, tensors())
+    good = Receipt("rollout worker 1", 4, announcement.plan.names, announcement.hashes)
+    assert receipt_problem(announcement, good) is None
+    for wrong, parts in (
+        (replace(good, version=3), ["rollout worker 1, version 4", "for version 3"]),
+        (replace(good, names=good.names[1:]), ["1 parameters are missing", "'a'"]),
+        (replace(good, hashes=("0" * 32, *good.hashes[1:])), ["bucket 0 arrived as 000", announcement.hashes[0]]),
+        (replace(good, hashes=good.hashes[:1]), ["1 buckets received, 2 sent"]),
+    ):
+        problem = receipt_problem(announcement, wrong)
+        assert problem is not None and all(part in problem for part in parts), problem
+
+
+def test_changed_share_by_hand(writer: WeightWriter) -> None:
+    first = writer.write(1, tensors())
+    assert changed_share((), first) == 1.0, "nothing came before"
+    assert changed_share(first.hashes, writer.write(2, tensors())) == 0.0
+    moved = [(name, tensor + 1 if name == "scalar" else tensor) for name, tensor in tensors()]
+    assert changed_share(first.hashes, writer.write(3, moved)) == 64 / 384
+
+
+def test_parameters_out_of_order_are_a_mistake_of_ours(writer: WeightWriter) -> None:
+    with pytest.raises(AssertionError, match="b came where a was planned"):
+        writer.write(1, tensors()[1:])
+
+
+def test_too_small_shared_memory_is_an_error_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shared_memory, "SHARED_MEMORY", tmp_path)
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DiskError, match=r"8 MiB for the weights: No space left on device"):
+        WeightWriter(make_plan([("a", (2**21,), "float32")], 2**20))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_close_removes_the_file_and_maps_stay_valid(writer: WeightWriter) -> None:
+    announcement = writer.write(1, tensors())
+    reader = WeightReader()
+    received = [bucket for _, bucket in reader.read(announcement)]
+    writer.close()
+    assert not writer.path.exists()
+    assert torch.equal(received[0][0][1], tensors()[0][1])
+
+
+def test_files_of_the_dead_are_swept_and_those_of_the_living_stay(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=int)
+    process.start()
+    process.join(30)
+    dead = tmp_path / f"rlhf_dist-{process.pid}-7f.weights"
+    alive = tmp_path / f"rlhf_dist-{os.getpid()}-7f.weights"
+    other = tmp_path / "somebody-elses.weights"
+    for path in (dead, alive, other):
+        path.touch()
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, other.name])
