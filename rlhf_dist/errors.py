@@ -1,7 +1,8 @@
 """One exception family.
 
 Exceptions take plain strings only, so that they pickle across Ray processes.
-`InputError` means that what the user gave is wrong (exit code 2); `RunError` that a run which had started failed (exit code 1).
+`InputError` means that what the user gave is wrong (exit code 2); `RunError` that a run which had started failed (exit
+code 1).
 """
 
 

@@ -71,7 +71,7 @@ class Rollout:
     offsets: np.ndarray
     """int64 [n + 1]; sample i is tokens[offsets[i]:offsets[i + 1]]."""
     logprobs: np.ndarray
-    """float32 [N]; log-probability of each token under the distribution it was drawn from (temperature and cuts included)."""
+    """float32 [N]; log-probability of each token under what it was drawn from (temperature and cuts included)."""
     versions: np.ndarray
     """int32 [N]; the weight version that sampled each token."""
     finish_reasons: tuple[str, ...]

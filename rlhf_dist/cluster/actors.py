@@ -78,9 +78,7 @@ def make_rollout_worker(spec: ActorSpec) -> Any:
         seed=config.seed * 1000 + spec.rank,
         name=spec.name,
     )
-    return RolloutWorker(
-        spec.name, engine, chat=config.data.chat, max_prompt_tokens=config.rollout.max_prompt_tokens
-    )
+    return RolloutWorker(spec.name, engine, chat=config.data.chat, max_prompt_tokens=config.rollout.max_prompt_tokens)
 
 
 class RolloutHost:
@@ -273,9 +271,8 @@ def start_scoring(spec: ActorSpec) -> Any:
 
 
 def close_all(ranks: dict[str, Any]) -> None:
-    """Let ranks remove what lies outside them. One that does not answer is dead or hangs: what it left is swept later."""
-    done, _ = ray.wait([rank.close.remote() for rank in ranks.values()], num_returns=len(ranks), timeout=CLOSE_LIMIT_S)
-    del done
+    """Let ranks remove what lies outside them; what one that does not answer leaves is swept later."""
+    ray.wait([rank.close.remote() for rank in ranks.values()], num_returns=len(ranks), timeout=CLOSE_LIMIT_S)
 
 
 def environment(spec: ActorSpec) -> dict[str, str]:

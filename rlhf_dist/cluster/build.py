@@ -31,6 +31,8 @@ from rlhf_dist.telemetry.report import before_after_text, curves
 from rlhf_dist.telemetry.sinks import Telemetry, open_telemetry
 from rlhf_dist.types import Prompt
 
+START_KEY = "cluster.start_timeout_s"
+
 
 def train(config: Config, resume: bool) -> None:
     """An RL run, from checks to table and curves."""
@@ -158,7 +160,7 @@ def opened(config: Config, command: Command, resume: bool) -> Iterator[tuple[Run
 
 
 def disk_need(source: str, config: Config, command: Command) -> int:
-    """Bytes that the run's checkpoints will take: weights, and three float32 copies by the optimizer, of each kept one."""
+    """Bytes of the checkpoints kept: weights, and three float32 copies by the optimizer."""
     folder = Path(source)
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
     kept = 1 if command == "sft" else config.loop.keep_checkpoints
@@ -183,7 +185,7 @@ def start_fleets(
     ranks = start_ranks(config, placement, source, logs, group, actors.PolicyHost, stack)
     ready = {name: worker.ready.remote() for name, worker in {**workers, scorer_spec.name: scorer}.items()}
     join_ranks(config, ranks, folder)
-    gather(ready, "start", config.cluster.start_timeout_s)
+    gather(ready, "start", config.cluster.start_timeout_s, START_KEY)
     fleet = RolloutFleet(workers, timeout_s=config.rollout.timeout_s, sync_timeout_s=config.weights.timeout_s)
     scoring = ScoringFleet(scorer, timeout_s=config.scoring.timeout_s)
     return fleet, scoring, LearnerGroup(ranks, timeout_s=config.learner.timeout_s)
@@ -209,14 +211,12 @@ def join_ranks(config: Config, ranks: dict[str, Any], folder: Path | None) -> No
         return
     limit = config.cluster.start_timeout_s
     first = next(iter(ranks))
-    address, port = gather({first: ranks[first].address.remote()}, "give its address", limit)[first]
+    address, port = gather({first: ranks[first].address.remote()}, "give its address", limit, START_KEY)[first]
     resume = str(folder.absolute()) if folder else None
-    gather({name: rank.join.remote(address, port, resume) for name, rank in ranks.items()}, "join", limit)
+    gather({name: rank.join.remote(address, port, resume) for name, rank in ranks.items()}, "join", limit, START_KEY)
 
 
-def spec(
-    config: Config, name: str, source: str, device: str, threads: int, logs: Path, rank: int
-) -> actors.ActorSpec:
+def spec(config: Config, name: str, source: str, device: str, threads: int, logs: Path, rank: int) -> actors.ActorSpec:
     """What one actor is made from."""
     return actors.ActorSpec(
         name=name,

@@ -1,4 +1,4 @@
-"""Scatter, await, gather: every wait on another process goes through `gather` or `fetch`, has a limit and names whom it waited for."""
+"""Scatter, await, gather: every wait on another process is here, has a limit and names whom it waited for."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import DroppedPrompt, Handle, Prompt, Receipt, RolloutHead, Sampling, Scores
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 
-def gather(calls: Mapping[str, Any], what: str, timeout_s: float) -> dict[str, Any]:
-    """Wait for one answer from each: name of the process -> its call.
+WORKER = "scoring worker"
+LEARNER_KEY = "learner.timeout_s"
+
+
+def gather(calls: Mapping[str, Any], what: str, timeout_s: float, key: str = "") -> dict[str, Any]:
+    """Wait for one answer from each: name of the process -> its call. `key` is the config key of the limit.
 
     Raises `ActorTimeout` naming those who did not answer, `ActorLost` naming one that died, or what the call raised.
     """
@@ -29,7 +33,7 @@ def gather(calls: Mapping[str, Any], what: str, timeout_s: float) -> dict[str, A
         left = timeout_s - (time.monotonic() - start)
         if left <= 0:
             names = ", ".join(pending.values())
-            raise ActorTimeout(f"{names} did not finish '{what}' in {timeout_s:g} s")
+            raise ActorTimeout(f"{names} did not finish '{what}' in {timeout_s:g} s" + (f" ({key})" if key else ""))
         done, _ = ray.wait(list(pending), num_returns=1, timeout=left)
         for call in done:
             name = pending.pop(call)
@@ -50,7 +54,9 @@ def fetch(call: Any, name: str, what: str, timeout_s: float) -> Any:
     except RayActorError as error:
         # The last line is the error itself where the actor's own code raised it, and Ray's reason otherwise.
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ActorLost(f"{name} died during '{what}': {reason}; its log: logs/{log_name(name)} in the run directory") from None
+        raise ActorLost(
+            f"{name} died during '{what}': {reason}; its log: logs/{log_name(name)} in the run directory"
+        ) from None
 
 
 def log_name(actor: str) -> str:
@@ -82,29 +88,42 @@ class RolloutFleet:
                 streams[method.remote(share, sampling)] = name
         deadline = time.monotonic() + self._timeout_s
         while streams:
-            ready, _ = ray.wait(list(streams), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                names = ", ".join(streams.values())
-                raise ActorTimeout(f"{names} did not finish 'generate' in {self._timeout_s:g} s (rollout.timeout_s)")
-            stream = ready[0]
+            stream = self._first_ready(streams, deadline)
             try:
                 first = fetch(next(stream), streams[stream], "generate", self._timeout_s)
+                if isinstance(first, DroppedPrompt):
+                    yield first
+                    continue
                 # The tokens stay where they are: only their reference is handed on.
-                yield first if isinstance(first, DroppedPrompt) else (first, next(stream))
+                self._first_ready({stream: streams[stream]}, deadline)
+                yield first, next(stream)
             except StopIteration:
                 del streams[stream]
+
+    def _first_ready(self, streams: Mapping[Any, str], deadline: float) -> Any:
+        """A stream that has an item, or has ended."""
+        ready: list[Any] = ray.wait(list(streams), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))[0]
+        if not ready:
+            names = ", ".join(streams.values())
+            raise ActorTimeout(f"{names} did not finish 'generate' in {self._timeout_s:g} s (rollout.timeout_s)")
+        return ready[0]
 
     def load_weights(self, announcement: Announcement) -> list[str]:
         """Push to every worker, quarantined ones included; those with a wrong or missing receipt do not serve."""
         problems: list[str] = []
         self._serving = []
         calls = {name: worker.load_weights.remote(announcement) for name, worker in self._workers.items()}
+        arrived, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=self._sync_timeout_s)
         for name, call in calls.items():
-            try:
-                receipt: Receipt = gather({name: call}, "load_weights", self._sync_timeout_s)[name]
-                problem = receipt_problem(announcement, receipt)
-            except (ActorTimeout, WeightSyncError) as error:
-                problem = f"{name}: {error}"
+            problem: str | None = (
+                f"{name} did not load version {announcement.version} in {self._sync_timeout_s:g} s (weights.timeout_s)"
+            )
+            if call in arrived:
+                try:
+                    receipt: Receipt = fetch(call, name, "load_weights", self._sync_timeout_s)
+                    problem = receipt_problem(announcement, receipt)
+                except WeightSyncError as error:
+                    problem = f"{name}: {error}"
             if problem is None:
                 self._serving.append(name)
             else:
@@ -115,7 +134,9 @@ class RolloutFleet:
 
     def texts(self, rollout: Handle) -> tuple[str, ...]:
         """A group's responses."""
-        return gather({"the object store": rollout}, "fetch a sample", self._timeout_s)["the object store"].texts
+        return gather({"the object store": rollout}, "fetch a sample", self._timeout_s, "rollout.timeout_s")[
+            "the object store"
+        ].texts
 
 
 class ScoringFleet:
@@ -132,7 +153,7 @@ class ScoringFleet:
     def gather(self, pending: Mapping[str, Handle]) -> dict[str, Scores]:
         """Scores by uid; every group has `scoring.timeout_s`."""
         return {
-            uid: gather({"scoring worker": call}, f"score prompt {uid}", self._timeout_s)["scoring worker"]
+            uid: gather({WORKER: call}, f"score prompt {uid}", self._timeout_s, "scoring.timeout_s")[WORKER]
             for uid, call in pending.items()
         }
 
@@ -150,7 +171,7 @@ class LearnerGroup:
         calls = {}
         for (name, rank), shard in zip(self._ranks.items(), shards, strict=True):
             calls[name] = rank.update.remote(shard, *rollouts)
-        return MetricSums.merge(gather(calls, "update", self._timeout_s).values())
+        return MetricSums.merge(gather(calls, "update", self._timeout_s, LEARNER_KEY).values())
 
     def publish(self, version: int) -> Announcement:
         """Rank 0's announcement."""
@@ -164,4 +185,4 @@ class LearnerGroup:
     def call(self, method: str, *args: Any) -> dict[str, Any]:
         """Any method on all ranks; answers by name."""
         calls = {name: getattr(rank, method).remote(*args) for name, rank in self._ranks.items()}
-        return gather(calls, method, self._timeout_s)
+        return gather(calls, method, self._timeout_s, LEARNER_KEY)

@@ -1,4 +1,4 @@
-"""The Ray session of a command: join the cluster of a Ray job, or start one on this machine; reserve what the plan needs."""
+"""The Ray session of a command: join a Ray job's cluster, or start one here; reserve what the plan needs."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def prepare(config: ClusterConfig) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not joins_cluster(config):
         os.environ.pop("RAY_ADDRESS", None)
-        # Named for other systems, where it is off: on Linux too it makes Ray take loopback as the node's address, and listen
-        # there only. `_node_ip_address` alone does not: Ray replaces a loopback address by the host's outside one.
+        # Named for other systems, where it is off: on Linux too it makes Ray take loopback as the node's address, and
+        # listen there only. `_node_ip_address` alone does not: Ray replaces a loopback address by the host's outside one.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -104,7 +104,8 @@ class RewardSpec:
     pattern: str = ""
     """kind regex: reward 1 where it matches the whole response (Python syntax, dot matches newlines)."""
     function: str = ""
-    """kind function: `package.module:function`, called with (prompts, responses, answers), lists of strings; returns as many numbers."""
+    """kind function: `package.module:function`, called with (prompts, responses, answers), lists of strings; returns as
+    many numbers."""
     timeout_s: float = 30.0
     """kind function: limit for one call."""
 
@@ -205,7 +206,8 @@ class SftConfig:
     objective: Literal["response", "text"] = "response"
     """response: loss on the demonstration's tokens only; text: on every token of `data.response_key`."""
     wrong_share: float = 0.0
-    """Built-in tasks: share of demonstrations whose response is the input copied unchanged, so that RL has something to teach."""
+    """Built-in tasks: share of demonstrations that show the task's shortcut (for `reverse`, the word as it is), which is wrong,
+    so that RL has something to teach."""
     max_tokens: int = 512
     """Longer demonstrations are dropped and counted."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))

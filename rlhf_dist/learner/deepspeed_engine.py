@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO behind a few verbs; the only importer of deepspeed.
 
-`forward`, `backward`, `step`, `named_weights`, and the optimizer's state as plain tensors. The loss given to `backward` is
-already divided by *global* counts, so the gradients of the ranks are to be added; DeepSpeed averages them, which is undone here.
+`forward`, `backward`, `step`, `named_weights`, and the optimizer's state as plain tensors. The loss given to `backward`
+is already divided by *global* counts, so the gradients of the ranks are to be added; DeepSpeed averages them, which is
+undone here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from rlhf_dist.config.schema import OptimizerConfig
 from rlhf_dist.errors import ConfigError, RunError
@@ -84,7 +86,7 @@ class DeepSpeedEngine:
         return float(norm)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole parameters in the module's order. Under ZeRO 3 gathered one by one: every rank has to iterate to the end."""
+        """Whole parameters in the module's order; under ZeRO 3 gathered one by one, by every rank, to the end."""
         for name, parameter in self._engine.module.named_parameters():
             gathered = self._zero.GatheredParameters([parameter]) if self.zero_stage == 3 else nullcontext()
             with gathered:
@@ -192,14 +194,10 @@ def init_process_group(
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=limit, verbose=False)
 
 
-def meeting_point(
-    rank: int, world_size: int, address: str, port: int, limit: timedelta
-) -> torch.distributed.TCPStore:
-    """Where the ranks find each other. Rank 0 serves it, at `address` only: torch by itself would listen on every address."""
+def meeting_point(rank: int, world_size: int, address: str, port: int, limit: timedelta) -> TCPStore:
+    """Where the ranks find each other. Rank 0 serves it at `address` only; torch itself would listen on all."""
     listening = None
     if rank == 0:
         with socket.create_server((address, port)) as server:
             listening = server.detach()
-    return torch.distributed.TCPStore(
-        address, port, world_size, is_master=rank == 0, timeout=limit, master_listen_fd=listening
-    )
+    return TCPStore(address, port, world_size, is_master=rank == 0, timeout=limit, master_listen_fd=listening)

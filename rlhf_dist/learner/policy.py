@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_dist.algo.recipes import Algorithm
 from rlhf_dist.learner.model_engine import ModelEngine
-from rlhf_dist.learner.rows import PLACEHOLDER, Row, pack_rows, rollout_row, spread
+from rlhf_dist.learner.rows import PLACEHOLDER, Row, rollout_row, spread
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Rollout
 
@@ -29,7 +29,7 @@ class Shard:
     weights: np.ndarray
     """float64 [b]; factor of each of the row's per-token losses, from global counts."""
     updates: tuple[tuple[np.ndarray, ...], ...]
-    """[optimizer steps][micro-batches]: row numbers. As many micro-batches on every rank; an empty one is run with weight 0."""
+    """[optimizer steps][micro-batches]: row numbers. As many on every rank; an empty one is run with weight 0."""
     learning_rates: tuple[float, ...]
     """One for each optimizer step."""
     temperature: float
@@ -84,7 +84,9 @@ class PolicyLearner:
         # The sentinel: before the first step both sides hold the same weights, so their logprobs have to agree.
         difference = (logprobs.detach() - flat(sampled, chosen, device)).abs()
         largest = {"rollout/logprob_diff_max": float(difference.max())}
-        return loss, MetricSums.merge([sums, token_sums({"rollout/logprob_diff_mean": difference}), MetricSums({}, largest)])
+        return loss, MetricSums.merge(
+            [sums, token_sums({"rollout/logprob_diff_mean": difference}), MetricSums({}, largest)]
+        )
 
     def _old_logprobs(self, rows: Sequence[Row], shard: Shard) -> list[np.ndarray]:
         """Logprobs under the weights before the first update, float32 [response length] for each row."""

@@ -42,7 +42,7 @@ class Packed:
 
 
 PLACEHOLDER = Row(np.zeros(2, dtype=np.int32), 1)
-"""Stands in for the rows of a rank that has none left, so that every rank runs as many micro-batches; its weight is 0."""
+"""For a rank that has no rows left, so that every rank runs as many micro-batches; its weight is 0."""
 
 
 def rollout_row(rollout: Rollout, sample: int) -> Row:

@@ -111,7 +111,7 @@ def make_shards(
 
 
 def rows_to_train(rows: np.ndarray, batch: Batch, credit: Credit, algorithm: Algorithm) -> np.ndarray:
-    """The rows of one optimizer step that can have a gradient; where none has one, the first group's, for the sentinel."""
+    """The rows of one optimizer step that can have a gradient; if none has, the first group's, for the sentinel."""
     if not algorithm.idle_without_credit:
         return rows
     active = rows[credit.advantages[rows] != 0]

@@ -66,7 +66,7 @@ class State:
 
 
 def train(run: Run, state: State | None) -> tuple[dict[str, float], dict[str, float]]:
-    """Train to `loop.steps`; returns the evaluations (before, after). `state` is that of the checkpoint resumed from."""
+    """Train to `loop.steps`; returns the evaluations (before, after). `state`: of the checkpoint resumed from."""
     loop, eval_config = run.config.loop, run.config.eval
     step = resume(run, state)
     hashes = publish_first(run, step)

@@ -1,7 +1,7 @@
 """The vLLM engine of one rollout worker; the only importer of vllm.
 
-The engine's core runs in this process (no EngineCore process), so that weights can be changed between two decoding steps
-and every call is a plain Python call. vllm is imported inside `VllmEngine`, after its environment is set.
+The engine's core runs in this process (no EngineCore process), so that weights can be changed between two decoding
+steps and every call is a plain Python call. vllm is imported inside `VllmEngine`, after its environment is set.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from rlhf_dist.config.schema import RolloutConfig
 from rlhf_dist.types import Prompt, Receipt, Rollout, Sampling
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.shared_memory import WeightReader
-
 
 UNPUBLISHED = -1
 """Version of weights that the engine loaded itself, before the learner published any."""
@@ -130,7 +129,7 @@ class VllmEngine:
 
 
 def sampling_params(sampling: Sampling) -> Any:
-    """vLLM's form of `Sampling`: final outputs only, the sampled token's logprob only, no text unless stop strings need it."""
+    """vLLM's form of `Sampling`: final outputs, the sampled tokens' logprobs, no text unless stop strings need it."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -164,7 +163,7 @@ class WeightReceiver:
     _weight_reader: WeightReader | None = None
 
     def receive_weights(self, announcement: Announcement) -> list[str]:
-        """Load all buckets; returns each bucket's hash as received. Raises before loading a bucket with a wrong hash."""
+        """Load all buckets; returns their hashes as received. Raises before loading one with a wrong hash."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -178,7 +177,7 @@ class WeightReceiver:
                 yield from tensors
 
         with set_current_vllm_config(self.vllm_config):
-            # On a CPU linear layers are packed into another form and the originals freed: they are loaded anew, layer by layer.
+            # On a CPU linear layers are packed into another form and the originals freed: they are loaded anew.
             initialize_layerwise_reload(model)
             model.load_weights(parameters())
             finalize_layerwise_reload(model, self.model_config)
@@ -194,7 +193,7 @@ def repack_tied_heads(model: Any) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     tables = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
-    heads = [module for module in tables if isinstance(module, ParallelLMHead)]
+    heads: list[Any] = [module for module in tables if isinstance(module, ParallelLMHead)]
     shared = {module.weight.data_ptr() for module in tables if module not in heads}
     for head in heads:
         if head.weight.data_ptr() in shared:

@@ -1,4 +1,4 @@
-"""The CPU transport: the learner copies its weights into a file in shared memory, rollout workers on the same node map it.
+"""The CPU transport: the learner copies its weights into a file in shared memory that the node's rollout workers map.
 
 One copy on each side and no serialisation. The file is overwritten by the next version, which is safe because a
 publication ends only when every receipt is in or its worker is given up; a worker that reads too late sees a hash that

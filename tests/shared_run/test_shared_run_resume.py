@@ -1,0 +1,167 @@
+"""A copy of the shared run goes on: after a reward that hung, after its driver was killed, and then to its end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import COMMAND_LIMIT_S, Finished, SharedRun, end, family
+
+from rlhf_dist.config.load import from_yaml
+from rlhf_dist.data.stream import PromptStream
+from rlhf_dist.loop.run_directory import checkpoint_steps
+
+pytestmark = pytest.mark.timeout(1500)
+PROMPTS, FIRST = 6, 4
+GONE_LIMIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class History:
+    """What happened to the run."""
+
+    path: Path
+    hung: Finished
+    hung_at: int
+    """Step of the newest checkpoint when the hanging reward had ended the run."""
+    killed_at: int
+    """Step of the newest checkpoint when the driver had been killed."""
+    left_behind: list[str]
+    """Names of the killed driver's processes that were there long after it."""
+    last: Finished
+    end: int
+    """The last step asked for."""
+
+
+def newest(path: Path) -> int:
+    return max(checkpoint_steps(path / "checkpoints"))
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait while the command runs, within a limit."""
+    deadline = time.monotonic() + COMMAND_LIMIT_S
+    while not condition():
+        assert process.poll() is None, f"the command ended with {process.returncode}"
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def history(shared_run: SharedRun) -> History:
+    place = shared_run.workplace
+    path = place.output / "again"
+    shutil.copytree(shared_run.path, path)
+    words = ["train", "--resume", "name=again", f"model.path={place.output / 'sft'}", "loop.checkpoint_every=1"]
+    words += ["eval.every=0", "cluster.start_timeout_s=200"]
+
+    process = place.start(*words, "loop.steps=1000")
+    try:
+        wait_until(lambda: newest(path) > FIRST, process)
+        (place.folder / "hang").touch()
+        hung = place.finish(process)
+    finally:
+        end(process)
+        (place.folder / "hang").unlink()
+    hung_at = newest(path)
+
+    process = place.start(*words, "loop.steps=1000")
+    try:
+        wait_until(lambda: newest(path) > hung_at, process)
+        members = family(process.pid)
+        process.kill()
+        process.wait(30)
+        _, alive = psutil.wait_procs(members, timeout=GONE_LIMIT_S)
+        left_behind = [member.name() for member in alive]
+        for member in alive:
+            member.kill()
+    finally:
+        end(process)
+    killed_at = newest(path)
+
+    last = place.run(*words, f"loop.steps={killed_at + 2}")
+    assert last.code == 0, last.stderr
+    return History(path, hung, hung_at, killed_at, left_behind, last, killed_at + 2)
+
+
+def steps(path: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if "reward/mean" in line]
+
+
+def uses(path: Path) -> list[tuple[str, int]]:
+    with sqlite3.connect(f"file:{path / 'ledger.sqlite'}?mode=ro", uri=True) as ledger:
+        return ledger.execute("SELECT uid, step FROM uses ORDER BY step, uid").fetchall()
+
+
+def test_a_reward_that_hangs_ends_the_run_with_one_message(history: History) -> None:
+    assert history.hung.code == 1
+    message = history.hung.stderr.splitlines()[-1]
+    assert message.startswith("rlhf-dist: the reward letters (run_rewards:letters) did not return within 5 s")
+    assert "Traceback" not in history.hung.stderr + history.hung.stdout
+    assert history.hung_at > FIRST, "and what was saved is kept"
+
+
+def test_steps_go_on_by_number_and_none_is_told_twice(history: History) -> None:
+    assert history.killed_at > history.hung_at
+    assert [line["step"] for line in steps(history.path)] == list(range(1, history.end + 1))
+
+
+def test_what_was_done_before_stays_as_it_was(history: History, shared_run: SharedRun) -> None:
+    assert steps(history.path)[:FIRST] == steps(shared_run.path)
+    assert uses(history.path)[: FIRST * PROMPTS] == uses(shared_run.path)
+    before = [json.loads((path / "summary.json").read_text())["before"] for path in (history.path, shared_run.path)]
+    assert before[0] == before[1], "the table at the end compares with the very start"
+
+
+def test_no_prompt_is_skipped_or_used_twice(history: History) -> None:
+    """Whatever was under way when the run ended twice: the prompts used are the stream's first ones, in its order."""
+    found = uses(history.path)
+    assert Counter(step for _, step in found) == dict.fromkeys(range(1, history.end + 1), PROMPTS)
+    config = from_yaml((history.path / "config.yaml").read_text())
+    stream = PromptStream(config.data, config.seed, config.eval.prompts)
+    for step in range(1, history.end + 1):
+        expected = {prompt.uid for prompt in stream.take(PROMPTS)}
+        assert {uid for uid, used_at in found if used_at == step} == expected, step
+
+
+def test_the_proof_holds_at_the_end(history: History) -> None:
+    total = history.end * PROMPTS
+    sentence = f"{total} groups issued: {total} consumed, 0 dropped, 0 in flight, 0 lost, 0 used twice"
+    assert sentence in history.last.stdout
+    assert json.loads((history.path / "summary.json").read_text())["ledger"] == sentence
+
+
+def test_resumed_steps_are_on_policy_and_agree(history: History) -> None:
+    for line in steps(history.path):
+        assert line["rollout/policy_lag_max"] == 0 and line["rollout/logprob_diff_max"] <= 1e-4
+    # Warm-up is over: a resume does not begin it anew.
+    assert {line["learner/lr"] for line in steps(history.path)[FIRST:]} == {1e-3}
+
+
+def test_a_killed_driver_leaves_no_process(history: History) -> None:
+    assert history.left_behind == []
+
+
+def test_the_last_checkpoint_is_the_last_step(history: History) -> None:
+    assert newest(history.path) == history.end
+    assert len(checkpoint_steps(history.path / "checkpoints")) == 2, "loop.keep_checkpoints"
+    assert not list((history.path / "checkpoints").glob(".*unfinished"))
+
+
+def test_events_tell_of_both_resumes(history: History) -> None:
+    events = [json.loads(line) for line in (history.path / "events.jsonl").read_text().splitlines()]
+    assert [event["facts"]["step"] for event in events if event["kind"] == "resume"] == [
+        FIRST,
+        history.hung_at,
+        history.killed_at,
+    ]
