@@ -32,7 +32,7 @@ def prepare(config: ClusterConfig) -> None:
     if not joins_cluster(config):
         os.environ.pop("RAY_ADDRESS", None)
         # Named for other systems, where it is off: on Linux too it makes Ray take loopback as the node's address, and
-        # listen there only. `_node_ip_address` alone does not: Ray replaces a loopback address by the host's outside one.
+        # listen there only. `_node_ip_address` alone does not: Ray replaces a loopback address by the outside one.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

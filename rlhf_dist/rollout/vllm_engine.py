@@ -192,7 +192,7 @@ def repack_tied_heads(model: Any) -> None:
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-    tables = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    tables: list[Any] = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
     heads: list[Any] = [module for module in tables if isinstance(module, ParallelLMHead)]
     shared = {module.weight.data_ptr() for module in tables if module not in heads}
     for head in heads:

@@ -43,8 +43,8 @@ def batch() -> Batch:
 
 
 def credit(batch: Batch) -> Credit:
-    """Advantages by which a row can be known."""
-    return Credit(np.arange(len(batch.groups), dtype=np.float32) * 10)
+    """Advantages by which a row can be known; none is 0."""
+    return Credit(np.arange(1, len(batch.groups) + 1, dtype=np.float32) * 10)
 
 
 def test_collate_lays_samples_out_as_rows(batch: Batch) -> None:
@@ -85,7 +85,7 @@ def test_every_row_is_in_one_place_and_weighs_the_same_everywhere(batch: Batch, 
             ]
             assert sum(lengths) <= 20
         seen += list(zip(shard.groups.tolist(), shard.samples.tolist(), shard.advantages.tolist(), strict=True))
-    assert sorted(seen) == [(row // 2, row % 2, row * 10.0) for row in range(8)]
+    assert sorted(seen) == [(row // 2, row % 2, (row + 1) * 10.0) for row in range(8)]
 
 
 def test_updates_per_batch_cut_by_groups_and_count_their_own_tokens(batch: Batch) -> None:
@@ -100,6 +100,21 @@ def test_updates_per_batch_cut_by_groups_and_count_their_own_tokens(batch: Batch
     # Training step 3 makes optimizer steps 5 and 6 of 8 warm-up steps.
     assert shard.learning_rates == (5 / 8, 6 / 8)
     assert not shard.on_policy, "the second update starts from other weights than those that sampled"
+
+
+def test_rows_without_credit_are_not_trained_but_their_tokens_count(batch: Batch) -> None:
+    """Group 1 (10 of the 32 response tokens) has no differences: the others are trained, with weight 1/32."""
+    (shard,) = make_shards(batch, assign_credit(batch, ALGORITHM), ALGORITHM, LEARNER, SAMPLING, 7, 100, 1)
+    assert sorted(set(shard.groups.tolist())) == [0, 2, 3]
+    assert shard.weights.tolist() == [1 / 32] * 6
+    kept = replace(ALGORITHM, idle_without_credit=False)
+    (whole,) = make_shards(batch, assign_credit(batch, ALGORITHM), kept, LEARNER, SAMPLING, 7, 100, 1)
+    assert sorted(set(whole.groups.tolist())) == [0, 1, 2, 3]
+
+
+def test_a_batch_without_any_credit_still_shows_the_sentinel_a_group(batch: Batch) -> None:
+    (shard,) = make_shards(batch, Credit(np.zeros(8, np.float32)), ALGORITHM, LEARNER, SAMPLING, 7, 100, 1)
+    assert shard.groups.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("version", "step", "on_policy"), [(6, 7, True), (6, 8, False), (5, 7, False)])

@@ -147,9 +147,9 @@ def test_inspect_lets_pass_what_does_not_matter(copy: Path) -> None:
 
 def test_load_model_refuses_pickles_and_missing_weights(copy: Path, tmp_path: Path) -> None:
     weights = load_file(copy / "model.safetensors")
-    del weights["lm_head.weight"]
+    del weights["model.norm.weight"]
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 weights .* missing, the first is lm_head\.weight"):
+    with pytest.raises(ModelError, match=r"1 weights .* missing, the first is model\.norm\.weight"):
         load_model(copy, "float32", "segmented")
     only_pickle(copy)
     with pytest.raises(ModelError, match=r"\.bin files only"):
@@ -185,13 +185,13 @@ def test_saving_pairs_again_replaces_the_directory_and_keeps_their_dtype(small: 
     target = tmp_path / "hf"
     save_hf(iter(state.items()), small, target)
     (target / "old").write_text("")
-    state["lm_head.weight"] = state["lm_head.weight"] + 1
+    state["model.norm.weight"] = state["model.norm.weight"] + 1
     save_hf(iter(state.items()), small, target)
     assert not (target / "old").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
     loaded = AutoModelForCausalLM.from_pretrained(target)
     assert loaded.dtype == torch.bfloat16
-    assert torch.equal(loaded.lm_head.weight, state["lm_head.weight"])
+    assert torch.equal(loaded.model.norm.weight, state["model.norm.weight"])
 
 
 @pytest.mark.parametrize("named_twice", [False, True])

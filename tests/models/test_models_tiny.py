@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +24,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(st.text(CHARACTERS, max_size=40))
 def test_tokenizer_gives_back_every_ascii_text_one_token_a_character(text: str) -> None:
+    assume(not any(special in text for special in TOKENIZER.all_special_tokens))
     ids = TOKENIZER.encode(text)
     assert len(ids) == len(text)
     assert TOKENIZER.decode(ids) == text
@@ -80,7 +81,7 @@ def test_vocabulary_is_the_tokenizers_and_generation_stops_at_the_end_token(smal
 
 def test_default_tiny_model_has_about_three_million_parameters(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(make_tiny(TinyConfig(), tmp_path))
-    assert model.num_parameters() == 3_202_304
+    assert model.num_parameters() == 3_176_192
 
 
 def test_a_cache_that_cannot_be_written_is_a_disk_error(tmp_path: Path) -> None:
