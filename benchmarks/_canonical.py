@@ -1,13 +1,15 @@
-"""The canonical work of the benchmarks: a random Qwen2-shaped model of 64 tokens, short prompts, and the config to train it.
+"""The canonical work of the benchmarks: a random Qwen2-shaped model of 64 tokens, short prompts, a config to train it.
 
-End of sequence is one of 64 about equally likely tokens, so responses have a natural long tail of mean length about 50. The
-learning rate is 1e-8: with a real one the lengths drift, and the figures with them.
+End of sequence is one of 64 about equally likely tokens, so responses have a natural long tail of mean length about
+50. The learning rate is 1e-8: with a real one the lengths drift, and the figures with them.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import string
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +17,14 @@ from pathlib import Path
 import yaml
 
 from rlhf_dist.config.checks import check
-from rlhf_dist.config.load import load, to_yaml
+from rlhf_dist.config.load import from_yaml, load, to_yaml
 from rlhf_dist.config.schema import Config, TinyConfig
 from rlhf_dist.errors import ConfigError
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<|end|>"
 CHARACTERS = string.ascii_letters + string.digits[:9]
-"""With the three special tokens 64: every id the model can sample is a token of its tokenizer."""
+TOKENS = [PAD, UNKNOWN, END, *CHARACTERS]
+"""64: every id the model can sample is a token of its tokenizer."""
 PROMPT_CHARACTERS = 9
 PROMPTS = 64
 HELD_OUT = 8
@@ -39,8 +42,10 @@ CONFIG = {
     },
     "data": {"source": "jsonl", "chat": False, "answer_key": ""},
     "rollout": {"max_prompt_tokens": 16, "max_response_tokens": 256},
-    # A rule that splits nearly every group, so that no step has a group without anything to learn.
-    "scoring": {"rewards": {"short": {"kind": "regex", "pattern": ".{0,40}"}}},
+    # Shorter is better, in steps: practically no group has eight equal scores, which would not need training.
+    "scoring": {
+        "rewards": {f"within_{n}": {"kind": "regex", "pattern": f".{{0,{n}}}"} for n in (5, 10, 20, 40, 80, 160)}
+    },
     "algo": {"name": "grpo", "group_size": 8},
     "learner": {"optimizer": {"lr": 1e-8, "warmup_steps": 0}},
     "loop": {"prompts_per_step": 8, "checkpoint_every": 0},
@@ -53,7 +58,7 @@ OWN_KEYS = ("name", "output", "model.path", "data.source", "data.path", "data.ev
 
 
 def canonical_config(folder: Path, overrides: Sequence[str], steps: int) -> Config:
-    """The config of a run of `steps` steps below `folder`, whose model and prompts `write_inputs` makes there.
+    """The config of a run of `steps` steps below `folder`, whose model and prompts are still to be made there.
 
     `overrides` are `key=value`; `model.tiny.*` are the sizes of the model. Raises `ConfigError`.
     """
@@ -64,48 +69,47 @@ def canonical_config(folder: Path, overrides: Sequence[str], steps: int) -> Conf
     base = folder / "canonical.yaml"
     base.write_text(yaml.safe_dump(CONFIG | {"data": CONFIG["data"] | {"path": str(folder / "prompts.jsonl")}}))
     config = load(base, overrides)
-    config = replace(
+    return replace(
         config,
         name="ours",
         output=str(folder),
         model=replace(config.model, path=str(folder / "model")),
         loop=replace(config.loop, steps=steps),
     )
-    return config
 
 
-def write_inputs(config: Config, folder: Path) -> Path:
-    """Make model and prompts in `folder` and check the config; returns the YAML file to train from."""
-    # A checkpoint of random weights; the tokenizer is one token a character, as the tiny model's.
-    _write_prompts(folder / "prompts.jsonl", config.seed)
-    _write_model(config.model.tiny, Path(config.model.path))
+def write_config(config: Config, folder: Path) -> Path:
+    """Write the prompts to `folder`, check the config, and return its YAML file. The model is still to be made."""
+    chance = random.Random(config.seed)
+    words = ["".join(chance.choices(CHARACTERS, k=PROMPT_CHARACTERS)) for _ in range(PROMPTS + HELD_OUT)]
+    Path(config.data.path).write_text("".join(json.dumps({"prompt": word}) + "\n" for word in words))
     check(config, "train")
     path = folder / "config.yaml"
     path.write_text(to_yaml(config))
     return path
 
 
-def _write_prompts(path: Path, seed: int) -> None:
-    chance = random.Random(seed)
-    words = ["".join(chance.choices(CHARACTERS, k=PROMPT_CHARACTERS)) for _ in range(PROMPTS + HELD_OUT)]
-    path.write_text("".join(f'{{"prompt": "{word}"}}\n' for word in words))
+def prompt_tokens(config: Config) -> list[list[int]]:
+    """The training prompts' token ids: a character, a token, and nothing put before them."""
+    lines = Path(config.data.path).read_text().splitlines()[:PROMPTS]
+    return [[TOKENS.index(character) for character in json.loads(line)["prompt"]] for line in lines]
 
 
-def _write_model(sizes: TinyConfig, folder: Path) -> None:
+def write_model(sizes: TinyConfig, folder: Path) -> None:
+    """Random weights from a seed, and the tokenizer."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-    tokens = [PAD, UNKNOWN, END, *CHARACTERS]
     tokenizer = Qwen2Tokenizer(
-        vocab={token: index for index, token in enumerate(tokens)},
+        vocab={token: index for index, token in enumerate(TOKENS)},
         merges=[],
         pad_token=PAD,
         unk_token=UNKNOWN,
         eos_token=END,
     )
-    assert len(tokenizer) == len(tokens)
+    assert len(tokenizer) == len(TOKENS)
     shape = Qwen2Config(
-        vocab_size=len(tokens),
+        vocab_size=len(TOKENS),
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.intermediate_size,
         num_hidden_layers=sizes.layers,
@@ -113,10 +117,16 @@ def _write_model(sizes: TinyConfig, folder: Path) -> None:
         num_key_value_heads=sizes.kv_heads,
         max_position_embeddings=sizes.max_positions,
         tie_word_embeddings=False,
-        eos_token_id=tokens.index(END),
-        pad_token_id=tokens.index(PAD),
+        eos_token_id=TOKENS.index(END),
+        pad_token_id=TOKENS.index(PAD),
         dtype="float32",
     )
     torch.manual_seed(sizes.seed)
     Qwen2ForCausalLM(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    # In a process of its own: the benchmark's stays without torch and its threads.
+    made = from_yaml(Path(sys.argv[1]).read_text())
+    write_model(made.model.tiny, Path(made.model.path))

@@ -78,7 +78,9 @@ def generate(work: Work) -> None:
     )
     steps = []
     for step in range(work.steps):
-        chosen = [work.prompts[(step * work.prompts_per_step + i) % len(work.prompts)] for i in range(work.prompts_per_step)]
+        chosen = [
+            work.prompts[(step * work.prompts_per_step + i) % len(work.prompts)] for i in range(work.prompts_per_step)
+        ]
         begun = time.perf_counter()
         outputs = engine.generate([{"prompt_token_ids": p} for p in chosen], params, use_tqdm=False)
         seconds = time.perf_counter() - begun
@@ -133,7 +135,11 @@ def update(model: Any, optimizer: Any, rows: list[list[int]], work: Work) -> Non
         # Any advantage costs the same; rows alternate, as half of a group is better than its mean.
         signs = torch.cat([torch.full((len(a),), 1.0 if i % 2 else -1.0) for i, a in zip(chosen, asked, strict=True)])
         hidden = model.model(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False, cu_seq_lens_q=cuts, cu_seq_lens_k=cuts
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            use_cache=False,
+            cu_seq_lens_q=cuts,
+            cu_seq_lens_k=cuts,
         ).last_hidden_state[0]
         logits = model.lm_head(hidden.index_select(0, predict)).float()
         logprobs = logits.log_softmax(-1).gather(1, tokens[predict + 1, None])[:, 0]

@@ -20,12 +20,13 @@ def evaluate(
     """One greedy response a prompt, and `config.samples` sampled ones with the training's own sampling.
 
     `eval/greedy_accuracy`: share of prompts solved (total reward at least `eval.solved_at`); `eval/greedy_reward`;
-    `eval/pass_at_K`: share of prompts with a solved one among K = `eval.samples`; `eval/sampled_accuracy`.
+    `eval/pass_at_K`: share of prompts with a solved one among K = `eval.samples`; `eval/sampled_accuracy`;
+    `eval/dropped`: prompts that gave no response, when there are any.
     """
     greedy, dropped = collect(
         prompts, replace(sampling, n=1, temperature=0.0, top_p=1.0, top_k=0), rollouts=rollouts, scoring=scoring
     )
-    metrics = {"eval/prompts": float(len(greedy)), "eval/dropped": float(len(dropped))}
+    metrics = {"eval/dropped": float(len(dropped))} if dropped else {}
     if not greedy:
         return metrics
     scores = _scores(greedy)

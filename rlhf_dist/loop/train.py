@@ -76,6 +76,7 @@ def train(run: Run, state: State | None) -> tuple[dict[str, float], dict[str, fl
     run.telemetry.log(step, results)
     run.progress.eval(step, results)
     run.progress.stage("training")
+    run.telemetry.event("training_started", f"step {step + 1} begins", step=step + 1)
     watch = Stopwatch()
     while step < loop.steps:
         step += 1
@@ -105,6 +106,8 @@ def train(run: Run, state: State | None) -> tuple[dict[str, float], dict[str, fl
         if loop.checkpoint_every and step % loop.checkpoint_every == 0 and step < loop.steps:
             checkpoint(run, State(step, dict(run.stream.cursor()), before))
         watch.lap()  # Evaluation and checkpoints are not part of a step's time.
+    if state is not None and state.step == step:
+        return before, results  # Resumed at its end: nothing was left to do.
     run.progress.stage("evaluating after training")
     after = evaluate(run.held_out, eval_config, run.sampling, rollouts=run.rollouts, scoring=run.scoring)
     run.telemetry.log(step, after)

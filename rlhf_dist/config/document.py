@@ -1,0 +1,64 @@
+"""Writes `docs/configuration.md` from the schema: `python -m rlhf_dist.config.document > docs/configuration.md`."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from rlhf_dist.config.schema import Config
+
+HEAD = """# Configuration
+
+Every key, its type, its default and its meaning. Made from `rlhf_dist/config/schema.py` by
+`python -m rlhf_dist.config.document > docs/configuration.md`; a test compares the two.
+
+A config is a YAML file. It may begin with `include: [other.yaml]`: paths count from the file's own folder, and what
+comes later wins. `key=value` on the command line wins over all files: `learner.optimizer.lr=1e-4`. Unknown keys are
+refused, all problems are told at once, and `rlhf-dist train CONFIG --dry-run` prints the resolved config."""
+NAMES: dict[Any, str] = {str: "text", list[str]: "list of texts"}
+
+
+def document() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *_section(Config, "")]) + "\n"
+
+
+def _section(kind: Any, prefix: str, default: Any = None) -> Iterator[str]:
+    """A table of the section's own keys, then the sections inside it."""
+    default = default or kind()
+    inner: dict[str, tuple[Any, Any]] = {}
+    yield f"\n## {prefix.rstrip('.') or 'The top level'}\n"
+    if kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}("):  # dataclass writes one of its own
+        yield f"{kind.__doc__}\n"
+    yield "| key | type | default | meaning |\n|---|---|---|---|"
+    for name, hint in get_type_hints(kind).items():
+        value, shown = getattr(default, name), NAMES.get(hint) or getattr(hint, "__name__", "")
+        if dataclasses.is_dataclass(hint):
+            inner[name] = (hint, value)
+            continue
+        if get_origin(hint) is dict:
+            inner[f"{name}.NAME"] = (get_args(hint)[1], None)
+            value, shown = ", ".join(value), f"names -> `{prefix}{name}.NAME`"
+        elif get_origin(hint) is Literal:
+            shown = ", ".join(f"`{choice}`" for choice in get_args(hint))
+        text = f"`{str(value).lower()}`" if value != "" else "empty"
+        yield f"| `{prefix}{name}` | {shown} | {text} | {_meanings(kind).get(name, '')} |"
+    for name, (hint, value) in inner.items():
+        yield from _section(hint, f"{prefix}{name}.", value)
+
+
+def _meanings(kind: Any) -> dict[str, str]:
+    """Key -> the text under it in the source, on one line."""
+    body = next(node for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef)).body
+    found = {}
+    for key, text in zip(body, body[1:], strict=False):
+        if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            found[ast.unparse(key.target)] = " ".join(str(text.value.value).split()).replace("|", "\\|")
+    return found
+
+
+if __name__ == "__main__":
+    print(document(), end="")

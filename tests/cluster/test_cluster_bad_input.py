@@ -1,0 +1,143 @@
+"""Bad input through the command line: exit code 2 and one message, before any engine is started or directory made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import ray
+from conftest import SharedRun, Workplace, make_workplace
+
+from rlhf_dist.cli.main import main
+from rlhf_dist.config.schema import TinyConfig
+from rlhf_dist.models.tiny import make_tiny
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    """A folder with a config, which is the current directory."""
+    made = make_workplace(tmp_path / "here")
+    monkeypatch.chdir(made.folder)
+    return made
+
+
+def refused(capsys: pytest.CaptureFixture[str], place: Workplace, *words: str) -> str:
+    """Run a command that has to be refused: nothing is started and no run directory is made. Returns the message."""
+    assert main([words[0], "run.yaml", *words[1:]]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Traceback" not in captured.err
+    assert captured.err.startswith("rlhf-dist: ") and captured.err.count("rlhf-dist: ") == 1
+    assert not ray.is_initialized()
+    assert not (place.output / "run").exists()
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", "data.jsonl:2: "),
+        ('{"question": "2+2", "answer": "4"}', "data.jsonl:2: "),
+        ('{"prompt": "", "answer": "4"}', "data.jsonl:2: "),
+    ],
+    ids=["not JSON", "no prompt", "empty prompt"],
+)
+def test_a_bad_line_of_data(
+    place: Workplace, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    good = [json.dumps({"prompt": f"{i}+1", "answer": str(i + 1)}) for i in range(40)]
+    (place.folder / "data.jsonl").write_text("\n".join([good[0], line, *good[1:]]) + "\n")
+    found = refused(capsys, place, "train", "data.source=jsonl", "data.path=data.jsonl")
+    assert message in found and found.count("\n") == 1
+
+
+def test_a_missing_data_file(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    found = refused(capsys, place, "train", "data.source=jsonl", "data.path=no.jsonl")
+    assert "data.path is 'no.jsonl', which does not exist" in found
+
+
+def test_a_missing_model_directory(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    found = refused(capsys, place, "train", "model.path=./models/mine")
+    assert "model.path = './models/mine': there is no such directory" in found
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [("tokenizer.json", "tokenizer"), ("model.safetensors", "safetensors"), ("chat_template.jinja", "chat template")],
+)
+def test_a_model_directory_that_lacks_something(
+    place: Workplace, capsys: pytest.CaptureFixture[str], tiny_model: Path, lost: str, message: str
+) -> None:
+    shutil.copytree(tiny_model, place.folder / "model")
+    assert (place.folder / "model" / lost).exists()
+    (place.folder / "model" / lost).unlink()
+    found = refused(capsys, place, "train", "model.path=model")
+    assert message in found and "model" in found
+
+
+def test_a_model_whose_head_dim_the_engine_refuses(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    narrow = TinyConfig(hidden_size=32, intermediate_size=64, layers=1, heads=2, kv_heads=1, max_positions=64)
+    found = refused(capsys, place, "train", f"model.path={make_tiny(narrow, place.folder)}")
+    assert "its head_dim is 16; on a CPU the engine supports 32, 64" in found
+    found = refused(capsys, place, "train", "model.tiny.heads=4")
+    assert "head_dim 16, which the CPU engine refuses" in found
+
+
+def test_more_actors_than_cpus(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    cpus = len(os.sched_getaffinity(0))
+    found = refused(capsys, place, "train", f"rollout.workers={cpus + 1}")
+    assert f"rollout.workers {cpus + 1} x 1 CPU each = {cpus + 1} CPUs" in found
+    apart = refused(capsys, place, "train", f"learner.ranks={cpus}", "cluster.colocate=false")
+    assert "cluster.colocate=true" in apart
+
+
+def test_a_gpu_that_is_not_there(
+    place: Workplace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = refused(capsys, place, "train", "cluster.device=cuda")
+    assert "cluster.device is cuda, but there is no GPU here" in found
+
+
+def test_a_reward_that_cannot_be_imported(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    found = refused(capsys, place, "train", "scoring.rewards.letters.function=no_such_module:reward")
+    assert "no module named 'no_such_module'" in found
+    found = refused(capsys, place, "train", "scoring.rewards.letters.function=run_rewards:letter")
+    assert "has no function 'letter'; it has letters" in found
+
+
+def test_resuming_what_is_not_there(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such run to resume" in refused(capsys, place, "train", "--resume")
+
+
+def test_a_disk_that_is_full(
+    place: Workplace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(place.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert "GiB of disk are needed and 0.0 GiB are free" in refused(capsys, place, "train")
+
+
+# In a process of its own, as a person would see it:
+
+
+def test_a_run_that_exists_is_not_overwritten(shared_run: SharedRun) -> None:
+    before = (shared_run.path / "metrics.jsonl").read_bytes()
+    result = shared_run.workplace.run("train", "name=grpo", f"model.path={shared_run.workplace.output / 'sft'}")
+    assert (result.code, result.stdout) == (2, "")
+    message = f"rlhf-dist: {shared_run.path}: this run exists; continue it with --resume, or give another name=\n"
+    assert result.stderr == message
+    assert (shared_run.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_resume_with_another_number_of_ranks_is_refused(shared_run: SharedRun) -> None:
+    """The optimizer's parts were cut for 2 ranks."""
+    words = ["train", "--resume", "name=grpo", f"model.path={shared_run.workplace.output / 'sft'}"]
+    result = shared_run.workplace.run(*words, "learner.ranks=1", "loop.steps=9")
+    assert (result.code, result.stdout) == (2, "")
+    assert "a resume cannot change learner.ranks from 2 to 1" in result.stderr and result.stderr.count("\n") == 1
+    assert "ranks: 2" in (shared_run.path / "config.yaml").read_text(), "and it is not written over"
