@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -60,32 +61,51 @@ class Step:
 def main(argv: Sequence[str]) -> int:
     """Measure, print the table, save the JSON; returns 0 also where a target is missed. Raises `RlhfError`."""
     args = parse(argv)
+    with work_folder() as folder:
+        config = canonical_config(folder, args.words, args.warmup + args.steps)
+        if config.rollout.workers != 1 or config.learner.ranks != 1 or config.learner.updates_per_batch != 1:
+            raise ConfigError(
+                "the limit is one vLLM process, one training process and one optimizer step a batch: leave "
+                "rollout.workers, learner.ranks and learner.updates_per_batch at 1"
+            )
+        limit, ours, starts = measure(config, folder, args.warmup, args.runs)
+    result = summary(limit, ours, statistics.median(starts))
+    print(table(result, config))
+    save(args.out, result | {"config": args.words, "warmup": args.warmup, "machine": machine_facts()})
+    return 0
+
+
+@contextmanager
+def work_folder() -> Iterator[Path]:
+    """A folder for models, runs and logs; it stays only where a process failed, for its log."""
     folder = Path(tempfile.mkdtemp(prefix="rlhf-dist-bench-"))
-    config = canonical_config(folder, args.words, args.warmup + args.steps)
-    if config.rollout.workers != 1 or config.learner.ranks != 1 or config.learner.updates_per_batch != 1:
-        raise ConfigError(
-            "the limit is one vLLM process, one training process and one optimizer step a batch: leave "
-            "rollout.workers, learner.ranks and learner.updates_per_batch at 1"
-        )
+    try:
+        yield folder
+    except RunError:
+        raise
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+
+
+def measure(config: Config, folder: Path, warmup: int, runs: int) -> tuple[list[Step], list[Step], list[float]]:
+    """The limit and ours in turn, `runs` in all: measured steps of both, and seconds to each first step of ours."""
     path = write_config(config, folder)
     run_process([sys.executable, str(HERE / "_canonical.py"), str(path)], folder / "model.log", {})
     limit: list[Step] = []
     ours: list[Step] = []
     starts: list[float] = []
-    for number in range(args.runs):
-        if number % 2 == 0:
-            print(f"run {number + 1} of {args.runs}: the limit", file=sys.stderr, flush=True)
-            limit += run_limit(config, folder, seed=number)[args.warmup :]
-        else:
-            print(f"run {number + 1} of {args.runs}: ours", file=sys.stderr, flush=True)
+    for number in range(runs):
+        side = "ours" if number % 2 else "the limit"
+        print(f"run {number + 1} of {runs}: {side}", file=sys.stderr, flush=True)
+        if number % 2:
             steps, start = run_ours(path, folder, f"ours-{number}")
-            ours += steps[args.warmup :]
+            ours += steps[warmup:]
             starts.append(start)
-    result = summary(limit, ours, statistics.median(starts))
-    print(table(result, config))
-    save(args.out, result | {"config": args.words, "warmup": args.warmup, "machine": machine_facts()})
-    shutil.rmtree(folder)
-    return 0
+        else:
+            limit += run_limit(config, folder, seed=number)[warmup:]
+    return limit, ours, starts
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

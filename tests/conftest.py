@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,14 +79,17 @@ class Workplace:
 
     folder: Path
     listening: set[tuple[str, str]] = field(default_factory=set)
-    """(process, address) of every listening TCP socket seen during `watched` commands."""
+    """(process, address) of every listening TCP socket seen during `run`."""
+
+    pids: set[int] = field(default_factory=set)
+    """Every process seen during `run`."""
 
     @property
     def output(self) -> Path:
         return self.folder / "runs"
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        """Start `rlhf-dist COMMAND run.yaml ...`; output goes to files named after the command's pid-free count."""
+        """Start `rlhf-dist COMMAND run.yaml ...`; the n-th command's output goes to n.stdout and n.stderr."""
         command, *rest = words
         number = len(list(self.folder.glob("*.stdout")))
         with (
@@ -120,7 +122,7 @@ class Workplace:
         """Run a command to its end, noting what its processes listen on."""
         process = self.start(*words)
         done = threading.Event()
-        watcher = threading.Thread(target=watch, args=(process.pid, done, self.listening), daemon=True)
+        watcher = threading.Thread(target=watch, args=(process.pid, done, self), daemon=True)
         watcher.start()
         try:
             return self.finish(process)
@@ -129,14 +131,15 @@ class Workplace:
             watcher.join(10)
 
 
-def watch(pid: int, done: threading.Event, found: set[tuple[str, str]]) -> None:
-    """Note every TCP address that a process below `pid` listens on, a few times a second."""
+def watch(pid: int, done: threading.Event, place: Workplace) -> None:
+    """Note every process below `pid` and every TCP address that it listens on, twice a second."""
     while not done.wait(0.5):
         for process in family(pid):
+            place.pids.add(process.pid)
             try:
                 for connection in process.net_connections("tcp"):
                     if connection.status == psutil.CONN_LISTEN:
-                        found.add((process.name(), str(connection.laddr.ip)))
+                        place.listening.add((process.name(), str(connection.laddr.ip)))
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
 

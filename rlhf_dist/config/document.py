@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rlhf_dist.config.schema import Config
@@ -54,7 +55,7 @@ def _meanings(kind: Any) -> dict[str, str]:
     """Key -> the text under it in the source, on one line."""
     body = next(node for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef)).body
     found = {}
-    for key, text in zip(body, body[1:], strict=False):
+    for key, text in pairwise(body):
         if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             found[ast.unparse(key.target)] = " ".join(str(text.value.value).split()).replace("|", "\\|")
     return found

@@ -46,9 +46,7 @@ def refused(capsys: pytest.CaptureFixture[str], place: Workplace, *words: str) -
     ],
     ids=["not JSON", "no prompt", "empty prompt"],
 )
-def test_a_bad_line_of_data(
-    place: Workplace, capsys: pytest.CaptureFixture[str], line: str, message: str
-) -> None:
+def test_a_bad_line_of_data(place: Workplace, capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:
     good = [json.dumps({"prompt": f"{i}+1", "answer": str(i + 1)}) for i in range(40)]
     (place.folder / "data.jsonl").write_text("\n".join([good[0], line, *good[1:]]) + "\n")
     found = refused(capsys, place, "train", "data.source=jsonl", "data.path=data.jsonl")

@@ -60,11 +60,26 @@ def cluster() -> Iterator[Cluster]:
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PATH": f"{BIN}:{os.environ['PATH']}"}
     port = free_port()
     found = Cluster(f"http://127.0.0.1:{port}", environment)
-    words = ["--head", "--block", "--node-ip-address=127.0.0.1", f"--port={free_port()}", "--num-cpus=2", "--num-gpus=0"]
+    words = [
+        "--head",
+        "--block",
+        "--node-ip-address=127.0.0.1",
+        f"--port={free_port()}",
+        "--num-cpus=2",
+        "--num-gpus=0",
+    ]
     words += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"]
-    words += [f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats", "--ray-client-server-port=0"]
+    words += [
+        f"--dashboard-agent-listen-port={free_port()}",
+        "--disable-usage-stats",
+        f"--ray-client-server-port={free_port()}",
+    ]
     head = subprocess.Popen(
-        [str(BIN / "ray"), "start", *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [str(BIN / "ray"), "start", *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         deadline = time.monotonic() + START_LIMIT_S
@@ -128,7 +143,7 @@ def test_a_wrong_token_is_refused_in_one_sentence(cluster: Cluster) -> None:
     assert "refuses the token" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_job_with_bad_input_fails_with_the_message(cluster: Cluster) -> None:
-    result = submit(cluster, str(ROOT / "configs" / "local.yaml"), "loop.stepz=1", "output=/tmp/none")
+def test_a_job_with_bad_input_fails_with_the_message(cluster: Cluster, tmp_path: Path) -> None:
+    result = submit(cluster, str(ROOT / "configs" / "local.yaml"), "loop.stepz=1", f"output={tmp_path}")
     assert result.returncode == 1
     assert "loop.stepz" in result.stdout + result.stderr and "loop.steps" in result.stdout + result.stderr

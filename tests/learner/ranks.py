@@ -84,16 +84,19 @@ class Trainer:
     def __init__(self, model: Path, learner: LearnerConfig, dtype: str, world: int) -> None:
         self.config, self.world = learner, world
         self.engine = ModelEngine(
-            model, ModelConfig(dtype=dtype), learner, OPTIMIZER, device="cpu", bucket_mib=1  # type: ignore[arg-type]
+            model,
+            ModelConfig(dtype=dtype),
+            learner,
+            OPTIMIZER,
+            device="cpu",
+            bucket_mib=1,  # type: ignore[arg-type]
         )
         self.learner = PolicyLearner(self.engine, grpo(AlgoConfig()))
 
     def step(self, step: int) -> dict[str, float]:
         made = rollouts(step)
         batch, credit = batch_of(made)
-        shards = make_shards(
-            batch, credit, grpo(AlgoConfig()), self.config, SAMPLING, step, STEPS, self.world
-        )
+        shards = make_shards(batch, credit, grpo(AlgoConfig()), self.config, SAMPLING, step, STEPS, self.world)
         return self.learner.update(shards[self.engine.rank], *made).values()
 
     def weights(self) -> dict[str, torch.Tensor]:

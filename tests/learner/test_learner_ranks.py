@@ -73,7 +73,7 @@ def test_one_rank_with_4_micro_batches_is_two_ranks_with_2(results: dict, stage:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_deepspeed_is_plain_adamw(results: dict, stage: int) -> None:
-    """Of the same loss in one micro-batch, with weight decay and with clipping at work; the norm is that before clipping."""
+    """Of the same loss in one micro-batch, with weight decay and clipping; the norm is that before clipping."""
     expected = results[1, 0]["plain"]
     assert expected["norm"] > 0.1, "more than twice the limit"
     for world in (1, 2):

@@ -25,9 +25,7 @@ SHAPES = [("a", (4, 3), "float32"), ("b", (100,), "bfloat16"), ("scalar", (), "f
 
 def tensors(seed: int = 0) -> list[tuple[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        (name, torch.randn(shape, generator=generator).to(getattr(torch, dtype))) for name, shape, dtype in SHAPES
-    ]
+    return [(name, torch.randn(shape, generator=generator).to(getattr(torch, dtype))) for name, shape, dtype in SHAPES]
 
 
 @pytest.fixture
@@ -96,7 +94,9 @@ def test_one_reader_follows_the_versions(writer: WeightWriter) -> None:
     for version in (1, 2):
         announcement = writer.write(version, tensors(version))
         found = [(name, tensor.clone()) for _, bucket in reader.read(announcement) for name, tensor in bucket]
-        assert all(torch.equal(tensor, expected) for (_, tensor), (_, expected) in zip(found, tensors(version)))
+        assert all(
+            torch.equal(tensor, expected) for (_, tensor), (_, expected) in zip(found, tensors(version), strict=True)
+        )
 
 
 def test_a_reader_that_comes_too_late_refuses(writer: WeightWriter) -> None:
@@ -146,7 +146,9 @@ def test_parameters_out_of_order_are_a_mistake_of_ours(writer: WeightWriter) -> 
         writer.write(1, tensors()[1:])
 
 
-def test_too_small_shared_memory_is_an_error_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_too_small_shared_memory_is_an_error_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(shared_memory, "SHARED_MEMORY", tmp_path)
 
     def full(descriptor: int, offset: int, length: int) -> None:
