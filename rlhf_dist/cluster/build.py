@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf_dist.cluster import actors
 from rlhf_dist.cluster.groups import LearnerGroup, RolloutFleet, ScoringFleet, gather, log_name
-from rlhf_dist.cluster.placement import Command, Placement, local_machine, place
+from rlhf_dist.cluster.placement import Command, Placement, bundles, first_learner_bundle, local_machine, place
 from rlhf_dist.cluster.session import joins_cluster, ray_session, reserve
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.schema import Config
@@ -84,7 +84,7 @@ def sft(config: Config, resume: bool) -> None:
         with ray_session(config.cluster) as machine, ExitStack() as stack:
             placement = place(config, machine, "sft")
             progress.stage(f"starting {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
-            group = reserve(placement, config.cluster.start_timeout_s)
+            group = reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s)
             ranks = start_ranks(config, placement, source, run.logs, group, actors.SupervisedHost, stack)
             join_ranks(config, ranks, folder)
             learner = actors.SupervisedGroup(ranks, timeout_s=config.learner.timeout_s)
@@ -172,7 +172,7 @@ def start_fleets(
     config: Config, placement: Placement, source: str, logs: Path, folder: Path | None, stack: ExitStack
 ) -> tuple[RolloutFleet, ScoringFleet, LearnerGroup]:
     """Start all actors side by side and wait until each is ready."""
-    group = reserve(placement, config.cluster.start_timeout_s)
+    group = reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s)
     specs = [
         spec(config, f"rollout worker {i}", source, placement.device, placement.rollout_threads, logs, i)
         for i in range(placement.rollout_workers)
@@ -199,7 +199,7 @@ def start_ranks(
         spec(config, f"learner rank {i}", source, placement.device, placement.learner_threads, logs, i)
         for i in range(placement.learner_ranks)
     ]
-    first = placement.rollout_workers
+    first = first_learner_bundle(placement, config.cluster.colocate)
     ranks = actors.start_all(host, specs, group, first, placement.learner_num_cpus, placement.learner_num_gpus)
     stack.callback(actors.close_all, ranks)
     return ranks

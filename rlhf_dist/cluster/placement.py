@@ -6,10 +6,12 @@ holds half of it, so that both fit. Not colocated, each side has its own part. S
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal
 
 from rlhf_dist.config.schema import Config
@@ -83,6 +85,28 @@ def place(config: Config, machine: Machine, command: Command) -> Placement:
         learner_num_cpus=learner_threads * share,
         learner_num_gpus=learner_gpus * share,
     )
+
+
+def bundles(placement: Placement, colocate: bool) -> list[dict[str, float]]:
+    """What Ray is to reserve, one entry for each place: a rollout worker and a learner rank together when they take turns.
+
+    Together on one whole GPU: Ray would be free to put two ranks on the halves of one GPU, which nccl refuses.
+    """
+    p = placement
+    workers = [{"CPU": p.rollout_num_cpus, "GPU": p.rollout_num_gpus}] * p.rollout_workers
+    ranks = [{"CPU": p.learner_num_cpus, "GPU": p.learner_num_gpus}] * p.learner_ranks
+    if not colocate:
+        return workers + ranks
+    nobody = {"CPU": 0.0, "GPU": 0.0}
+    return [
+        {"CPU": worker["CPU"] + rank["CPU"], "GPU": float(math.ceil(worker["GPU"] + rank["GPU"]))}
+        for worker, rank in zip_longest(workers, ranks, fillvalue=nobody)
+    ]
+
+
+def first_learner_bundle(placement: Placement, colocate: bool) -> int:
+    """Place of learner rank 0 in `bundles`; rollout worker i is always at place i, and rank i follows rank 0 by i."""
+    return 0 if colocate else placement.rollout_workers
 
 
 def describe(placement: Placement, config: Config) -> list[str]:

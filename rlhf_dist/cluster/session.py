@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rlhf_dist.cluster.placement import Machine, Placement, local_machine
+from rlhf_dist.cluster.placement import Machine, local_machine
 from rlhf_dist.config.schema import ClusterConfig
 from rlhf_dist.errors import ResourceError, RunError
 
@@ -73,7 +73,7 @@ def ray_session(config: ClusterConfig) -> Iterator[Machine]:
         ray.shutdown()
 
 
-def reserve(placement: Placement, timeout_s: float) -> Any:
+def reserve(bundles: Sequence[Mapping[str, float]], timeout_s: float) -> Any:
     """A placement group that holds every actor on one node, as the shared-memory transport needs it.
 
     Raises `ResourceError` when no node has the room within `timeout_s`.
@@ -81,8 +81,6 @@ def reserve(placement: Placement, timeout_s: float) -> Any:
     import ray
     from ray.util.placement_group import placement_group
 
-    bundles = [{"CPU": placement.rollout_num_cpus, "GPU": placement.rollout_num_gpus}] * placement.rollout_workers
-    bundles += [{"CPU": placement.learner_num_cpus, "GPU": placement.learner_num_gpus}] * placement.learner_ranks
     group = placement_group([{k: v for k, v in bundle.items() if v} for bundle in bundles], strategy="STRICT_PACK")
     ready, _ = ray.wait([group.ready()], timeout=timeout_s)
     if not ready:

@@ -173,18 +173,31 @@ def _make(path: Path, config_text: str) -> RunDirectory:
     except FileExistsError:
         if not path.exists():
             raise ConfigError(f"output: {path.parent} is a file, not a directory; give another output=") from None
-        raise ConfigError(f"{path}: this run exists; continue it with --resume, or give another name=") from None
+        if not _never_began(path):
+            raise ConfigError(f"{path}: this run exists; continue it with --resume, or give another name=") from None
+        return _fill(path, config_text)
     except OSError as error:
         raise ResourceError(f"{path}: the run directory cannot be made: {error.strerror}") from error
     try:
-        run = RunDirectory(path, _take_lock(path))
-        for folder in (run.rollouts, run.checkpoints, run.logs):
-            folder.mkdir()
-        run.save_config(config_text)
+        return _fill(path, config_text)
     except (OSError, DiskError) as error:
         shutil.rmtree(path, ignore_errors=True)  # Just made and empty: it must not stand in the way of a second try.
         raise ResourceError(f"{path}: the run directory cannot be made: {error}") from error
+
+
+def _fill(path: Path, config_text: str) -> RunDirectory:
+    run = RunDirectory(path, _take_lock(path))
+    for folder in (run.rollouts, run.checkpoints, run.logs):
+        folder.mkdir(exist_ok=True)
+    run.save_config(config_text)
     return run
+
+
+def _never_began(path: Path) -> bool:
+    """A run that failed while its engines started: its directory holds nothing but logs, and may be taken again."""
+    metrics = path / METRICS_FILE
+    written = metrics.exists() and metrics.stat().st_size > 0
+    return (path / "run.lock").exists() and not written and not checkpoint_steps(path / "checkpoints")
 
 
 def _come_back(path: Path, config_text: str) -> RunDirectory:

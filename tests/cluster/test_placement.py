@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_dist.cluster.placement import Command, Machine, describe, local_machine, place
-from rlhf_dist.config.schema import Config
+from rlhf_dist.cluster.placement import Command, Machine, bundles, describe, first_learner_bundle, local_machine, place
+from rlhf_dist.config.schema import ClusterConfig, Config, LearnerConfig, RolloutConfig
 from rlhf_dist.errors import ResourceError
 
 
@@ -154,3 +154,24 @@ def test_local_machine_has_a_cpu() -> None:
 def test_hidden_gpus_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert local_machine().gpus == 0
+
+
+def test_colocated_actors_share_a_place_and_a_whole_gpu() -> None:
+    """Two workers and two ranks on two GPUs: worker i and rank i on one GPU, never two ranks on one."""
+    config = Config(
+        rollout=RolloutConfig(workers=2), learner=LearnerConfig(ranks=2), cluster=ClusterConfig(device="cuda")
+    )
+    placement = place(config, Machine(cpus=8, gpus=2), "train")
+    assert bundles(placement, colocate=True) == [{"CPU": 4.0, "GPU": 1.0}] * 2
+    assert first_learner_bundle(placement, colocate=True) == 0
+
+
+def test_a_place_is_reserved_for_each_actor_that_has_its_own() -> None:
+    config = Config(
+        rollout=RolloutConfig(workers=3, cpus=1),
+        learner=LearnerConfig(ranks=1, cpus=2),
+        cluster=ClusterConfig(device="cpu", colocate=False),
+    )
+    placement = place(config, Machine(cpus=8, gpus=0), "train")
+    assert bundles(placement, colocate=False) == [{"CPU": 1.0, "GPU": 0.0}] * 3 + [{"CPU": 2.0, "GPU": 0.0}]
+    assert first_learner_bundle(placement, colocate=False) == 3

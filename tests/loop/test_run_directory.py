@@ -41,9 +41,27 @@ def test_a_new_run_has_its_folders_and_its_config(tmp_path: Path) -> None:
 
 
 def test_an_existing_run_is_refused_with_both_ways_out(tmp_path: Path) -> None:
-    make(tmp_path).close()
+    run = make(tmp_path)
+    run.metrics.write_text('{"step": 0}\n')
+    run.close()
     with pytest.raises(ConfigError, match=r"runs/my/run: this run exists; continue it with --resume, or .*name="):
         make(tmp_path)
+
+
+def test_a_directory_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "my" / "run").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="this run exists"):
+        make(tmp_path)
+
+
+def test_a_run_that_never_began_may_be_started_again_under_its_name(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    (run.logs / "rollout-worker-0.log").write_text("it did not start")
+    with pytest.raises(ConfigError, match="is using this run"):
+        make(tmp_path)
+    run.close()
+    again = make(tmp_path)
+    assert (again.logs / "rollout-worker-0.log").exists(), "what explains the failure is kept"
 
 
 def test_a_resume_needs_a_run_and_a_checkpoint(tmp_path: Path) -> None:
