@@ -96,7 +96,7 @@ class Workplace:
             open(self.folder / f"{number}.stdout", "w") as out,
             open(self.folder / f"{number}.stderr", "w") as err,
         ):
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "-m", "rlhf_dist", command, "run.yaml", *rest],
                 cwd=self.folder,
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -105,7 +105,6 @@ class Workplace:
                 stdin=subprocess.DEVNULL,
                 text=True,
             )
-        return process
 
     def finish(self, process: subprocess.Popen[str]) -> Finished:
         """Wait for a command, within a limit."""

@@ -14,14 +14,19 @@ class TinyConfig:
     """The tiny Qwen2-shaped model that is made from a seed when `model.path` is `tiny`."""
 
     hidden_size: int = 256
+    """A multiple of `heads`."""
     intermediate_size: int = 768
+    """Width of the feed-forward layers."""
     layers: int = 4
+    """Transformer layers."""
     heads: int = 8
+    """Attention heads."""
     kv_heads: int = 4
     """head_dim = hidden_size / heads; the CPU engine accepts 32, 64, 80, 96, 112, 128 and larger."""
     max_positions: int = 512
     """Longest prompt plus response, tokens."""
     seed: int = 0
+    """Of the starting weights."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,11 @@ class ModelConfig:
     path: str = "tiny"
     """`tiny`, a Hugging Face directory or hub name, or a run directory (its newest checkpoint)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights on both sides; bfloat16 needs learner.zero_stage 1 or more and keeps float32 masters."""
     attention: Literal["auto", "segmented", "flash_attention_2"] = "auto"
     """auto: flash_attention_2 on a GPU that has it, else segmented (PyTorch's own attention, sequence by sequence)."""
     gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass: less memory, more time."""
     tiny: TinyConfig = field(default_factory=TinyConfig)
 
 
@@ -40,9 +47,11 @@ class TaskConfig:
     """A built-in procedural task: endless, seeded, with checkable answers."""
 
     name: Literal["arithmetic", "reverse", "sort", "count"] = "reverse"
+    """arithmetic: sums and differences; reverse, sort: a word's letters; count: a letter in a word."""
     min_length: int = 3
     """Letters in a word (reverse, sort, count) or digits of a number (arithmetic)."""
     max_length: int = 6
+    """The same unit as `min_length`."""
     train_size: int = 20000
     """Prompts in one epoch."""
 
@@ -50,6 +59,7 @@ class TaskConfig:
 @dataclass(frozen=True)
 class DataConfig:
     source: Literal["task", "jsonl", "parquet", "dataset", "gsm8k"] = "task"
+    """task: built in; jsonl, parquet: a file; dataset: a directory; gsm8k: JSONL as GSM8K has it."""
     path: str = ""
     """Training prompts: a file, or a directory written by `datasets.save_to_disk`. Unused by `task`."""
     eval_path: str = ""
@@ -67,24 +77,30 @@ class DataConfig:
     chat: bool = True
     """Render with the model's chat template; false: the prompt's text as it is."""
     shuffle: bool = True
+    """A new order in each epoch; false: the file's own."""
     task: TaskConfig = field(default_factory=TaskConfig)
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
     workers: int = 1
+    """vLLM engines."""
     cpus: int = 0
     """CPU threads of a worker; 0: an equal share."""
     tensor_parallel: int = 1
     """GPUs of a worker."""
     temperature: float = 1.0
+    """Of sampling; 0 is greedy, and refused by `train`."""
     top_p: float = 1.0
+    """Sample among the likeliest tokens that make up this probability; 1: off."""
     top_k: int = 0
     """0: off."""
     stop: list[str] = field(default_factory=list)
+    """Texts that end a response."""
     max_prompt_tokens: int = 256
     """Longer prompts are dropped, counted as data/dropped_prompt_too_long."""
     max_response_tokens: int = 128
+    """Longer responses are cut, shown as rollout/cut_share."""
     max_concurrent: int = 256
     """Sequences decoded at once by a worker."""
     kv_cache_gib: float = 1.0
@@ -100,7 +116,9 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class RewardSpec:
     kind: Literal["exact", "number", "regex", "function"] = "exact"
+    """exact: the answer itself; number: its value; regex, function: see `pattern`, `function`."""
     weight: float = 1.0
+    """Factor in the total."""
     pattern: str = ""
     """kind regex: reward 1 where it matches the whole response (Python syntax, dot matches newlines)."""
     function: str = ""
@@ -121,11 +139,13 @@ class ScoringConfig:
 @dataclass(frozen=True)
 class AlgoConfig:
     name: Literal["grpo", "dr_grpo"] = "grpo"
+    """grpo: scores by their group's mean and deviation; dr_grpo: by its mean only."""
     group_size: int = 8
     """Samples per prompt."""
     clip_low: float = 0.2
+    """The probability ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2
-    """DAPO's clip-higher uses 0.28."""
+    """... and at 1 + clip_high. DAPO's clip-higher uses 0.28."""
     dual_clip: float = 0.0
     """0: off; usual value 3."""
 
@@ -133,20 +153,29 @@ class AlgoConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     lr: float = 1e-6
+    """Peak learning rate of AdamW."""
     beta1: float = 0.9
+    """Decay of the mean of gradients."""
     beta2: float = 0.95
+    """Decay of the mean of their squares."""
     eps: float = 1e-8
+    """Added to the root of the latter."""
     weight_decay: float = 0.0
+    """Decoupled, as AdamW has it."""
     warmup_steps: int = 10
+    """Optimizer steps of linear rise to lr."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After warm-up; linear and cosine fall to `final_lr_share` of lr at the last step."""
     final_lr_share: float = 0.0
+    """0: fall to nothing."""
     max_grad_norm: float = 1.0
+    """Gradients of a larger global norm are scaled down to it."""
 
 
 @dataclass(frozen=True)
 class LearnerConfig:
     ranks: int = 1
+    """DeepSpeed processes."""
     cpus: int = 0
     """CPU threads of a rank; 0: an equal share."""
     zero_stage: int = 0
@@ -165,7 +194,9 @@ class LearnerConfig:
 @dataclass(frozen=True)
 class WeightsConfig:
     transport: Literal["shared_memory"] = "shared_memory"
+    """How weights reach the rollout workers: through the node's shared memory."""
     bucket_mib: int = 64
+    """Weights hashed and loaded at once."""
     timeout_s: float = 120.0
     """Limit for one push to all workers."""
 
@@ -175,6 +206,7 @@ class LoopConfig:
     steps: int = 100
     """Training steps (batches of rollouts)."""
     prompts_per_step: int = 16
+    """Prompt groups; times algo.group_size: responses."""
     max_policy_lag: int = 0
     """Published versions by which generation may run ahead; 0: generate and learn in turn."""
     logprob_diff_limit: float = 1e-3
@@ -182,6 +214,7 @@ class LoopConfig:
     checkpoint_every: int = 50
     """Steps; 0: only at the end."""
     keep_checkpoints: int = 2
+    """The newest so many stay."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +234,7 @@ class SftConfig:
     """Supervised start on demonstrations (response-only loss) or plain text (language modelling)."""
 
     steps: int = 300
+    """Optimizer steps."""
     batch_size: int = 64
     """Sequences per optimizer step, over all ranks."""
     objective: Literal["response", "text"] = "response"
@@ -212,6 +246,7 @@ class SftConfig:
     """Longer demonstrations are dropped and counted."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
     log_every: int = 10
+    """Steps."""
     eval_every: int = 100
     """Steps between passes over the held-out demonstrations; 0: only at the end."""
     checkpoint_every: int = 0
@@ -223,6 +258,7 @@ class ClusterConfig:
     address: Literal["auto", "local"] = "auto"
     """auto: the cluster in RAY_ADDRESS (set inside a Ray job), else a local one; local: always a local one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda when there is a GPU."""
     colocate: bool = True
     """Rollout workers and learner ranks take turns on the same CPUs or GPUs; false: each has its own."""
     start_timeout_s: float = 300.0
@@ -234,7 +270,9 @@ class TelemetryConfig:
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """auto: online when a wandb key is present, else offline."""
     project: str = "rlhf-dist"
+    """Of wandb."""
     entity: str = ""
+    """Of wandb; empty: the account's own."""
     samples: int = 8
     """Rows of the sample table (prompt, response, rewards)."""
     samples_every: int = 10
@@ -248,7 +286,9 @@ class Config:
     name: str = "run"
     """The run directory is `output/name`."""
     output: str = "runs"
+    """Folder of the run directories."""
     seed: int = 0
+    """Of data order, demonstrations and sampling."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -54,7 +54,7 @@ def answers(cluster: Cluster, token: str) -> bool:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """`ray start --head --block` with a token; stopped by its process, not by `ray stop`, which ends every Ray there is."""
+    """A head with a token; stopped by its process, not by `ray stop`, which ends every Ray there is."""
     token = secrets.token_hex(32)
     environment = {key: value for key, value in os.environ.items() if key not in LOCAL_ONLY}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PATH": f"{BIN}:{os.environ['PATH']}"}

@@ -60,7 +60,10 @@ def batch_of(made: list[Rollout]) -> tuple[Batch, Credit]:
     """The batch, with advantages of both signs."""
     scores = [np.arange(3, dtype=np.float32) for _ in made]
     batch = collate(
-        [Experience(r.prompt, head_of(r, "w"), Scores(s, {}), i) for i, (r, s) in enumerate(zip(made, scores))]
+        [
+            Experience(r.prompt, head_of(r, "w"), Scores(s, {}), i)
+            for i, (r, s) in enumerate(zip(made, scores, strict=True))
+        ]
     )
     advantages = np.random.default_rng(0).normal(size=len(batch.groups)).astype(np.float32)
     return batch, Credit(advantages)

@@ -1,4 +1,4 @@
-"""Real DeepSpeed in one and in two processes: the cut of a batch changes nothing, and a checkpoint is gone on from exactly."""
+"""Real DeepSpeed in one and in two processes: the cut of a batch changes nothing, a checkpoint goes on exactly."""
 
 from __future__ import annotations
 
