@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from rlhf_dist.cluster import session
 from rlhf_dist.config.schema import ClusterConfig, TinyConfig
@@ -29,6 +30,9 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 session.prepare(ClusterConfig(address="local"))
+# Speed is never asserted: hypothesis would by itself fail an example that took long on a busy machine.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 CONFIG = """
 output: {output}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; an unexpected exception keeps its traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read the output (`| head`) has seen enough; without this the interpreter would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return _fail(_stopped(words), 130)
     except InputError as error:

@@ -314,7 +314,7 @@ def require_free_disk(path: Path, bytes_needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < bytes_needed:
         raise ResourceError(
-            f"{path}: {bytes_needed / 2**30:.1f} GiB of disk are needed and {free / 2**30:.1f} GiB are free; "
+            f"{path}: {bytes_needed / 2**20:,.0f} MiB of disk are needed and {free / 2**20:,.0f} MiB are free; "
             "free some, or give another output="
         )
 

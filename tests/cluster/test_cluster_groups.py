@@ -15,7 +15,6 @@ import ray
 
 from rlhf_dist.cluster import actors
 from rlhf_dist.cluster.groups import LearnerGroup, RolloutFleet, ScoringFleet, gather
-from rlhf_dist.cluster.placement import Placement
 from rlhf_dist.cluster.session import ray_session, reserve
 from rlhf_dist.config.schema import ClusterConfig, Config, RewardSpec, ScoringConfig
 from rlhf_dist.errors import ActorLost, ActorTimeout, DataError, ResourceError, RewardError, RunError, WeightSyncError
@@ -196,7 +195,11 @@ def test_generation_has_a_limit(workers: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "why"),
-    [("lies", "bucket 0 arrived as another hash"), ("torn", "arrived torn"), ("sleeps", "did not finish")],
+    [
+        ("lies", "bucket 0 arrived as another hash"),
+        ("torn", "arrived torn"),
+        ("sleeps", "did not load version 3 in 0.7 s (weights.timeout_s)"),
+    ],
 )
 def test_a_worker_without_a_right_receipt_serves_no_tokens(workers: dict[str, Any], mode: str, why: str) -> None:
     one_of_two = fleet(workers, sync_timeout_s=0.7)
@@ -228,9 +231,8 @@ def test_learner_ranks_each_get_their_shard_and_report_once(workers: dict[str, A
 
 
 def test_a_reservation_that_does_not_fit_is_an_error_with_both_numbers(machine: Any) -> None:
-    placement = Placement("cpu", 1, 64, 0, 1, 64, 0, 64.0, 0.0, 64.0, 0.0)
     with pytest.raises(ResourceError, match=r"128 CPUs and 0 GPUs free within 1 s \(cluster\.start_timeout_s\)"):
-        reserve(placement, 1.0)
+        reserve([{"CPU": 64.0, "GPU": 0.0}] * 2, 1.0)
 
 
 @pytest.fixture(scope="module")

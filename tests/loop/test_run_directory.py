@@ -199,5 +199,5 @@ def test_writes_replace_whole_files_and_fail_with_the_name(tmp_path: Path) -> No
 
 def test_too_little_disk_is_told_with_both_numbers(tmp_path: Path) -> None:
     run_directory.require_free_disk(tmp_path / "runs" / "new", 1)
-    with pytest.raises(ResourceError, match=r"runs: 1048576\.0 GiB of disk are needed and \d+\.\d GiB are free"):
+    with pytest.raises(ResourceError, match=r"runs: 1,073,741,824 MiB of disk are needed and [\d,]+ MiB are free"):
         run_directory.require_free_disk(tmp_path / "runs", 2**50)
