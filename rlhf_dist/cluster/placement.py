@@ -88,7 +88,7 @@ def place(config: Config, machine: Machine, command: Command) -> Placement:
 
 
 def bundles(placement: Placement, colocate: bool) -> list[dict[str, float]]:
-    """What Ray is to reserve, one entry for each place: a rollout worker and a learner rank together when they take turns.
+    """What Ray is to reserve, one entry a place: a rollout worker and a learner rank together when they take turns.
 
     Together on one whole GPU: Ray would be free to put two ranks on the halves of one GPU, which nccl refuses.
     """

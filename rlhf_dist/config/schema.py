@@ -240,8 +240,8 @@ class SftConfig:
     objective: Literal["response", "text"] = "response"
     """response: loss on the demonstration's tokens only; text: on every token of `data.response_key`."""
     wrong_share: float = 0.0
-    """Built-in tasks: share of demonstrations that show the task's shortcut (for `reverse`, the word as it is), which is
-    wrong, so that RL has something to teach."""
+    """Built-in tasks: share of demonstrations that show the task's shortcut (for `reverse`, the word as it is), which
+    is wrong, so that RL has something to teach."""
     max_tokens: int = 512
     """Longer demonstrations are dropped and counted."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 from rlhf_dist.config.schema import SftConfig
 from rlhf_dist.errors import DataError
 from rlhf_dist.loop.run_directory import RunDirectory, write_json
+from rlhf_dist.loop.schedule import due
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.metrics import MetricSums
@@ -36,6 +37,8 @@ class SupervisedState:
     step: int
     before: dict[str, float]
     """Held-out results before the first step."""
+    results: dict[str, float]
+    """The latest held-out results."""
 
 
 def fine_tune(
@@ -50,39 +53,39 @@ def fine_tune(
     """Train to `config.steps` optimizer steps; returns the held-out results (before, after)."""
     if state is None:
         progress.stage("evaluating before training")
-        state = SupervisedState(0, learner.evaluate().values())
-        telemetry.log(0, state.before)
+        before = results = learner.evaluate().values()
+        step = 0
+        telemetry.log(step, before)
     else:
-        directory.rewind_metrics(state.step)
-        telemetry.event("resume", f"resumed from step {state.step}", step=state.step)
+        before, results, step = state.before, state.results, state.step
+        directory.rewind_metrics(step)
+        telemetry.event("resume", f"resumed from step {step}", step=step)
     progress.stage("training")
     watch = Stopwatch()
     parts: list[MetricSums] = []
-    for step in range(state.step + 1, config.steps + 1):
+    while step < config.steps:
+        step += 1
         parts.append(learner.train_step(step))
-        last = step == config.steps
-        if last or step % config.log_every == 0:
+        measured = due(config.eval_every, step, config.steps)
+        if measured or due(config.log_every, step, config.steps):
             metrics = MetricSums.merge(parts).values() | per_step(watch.lap(), len(parts))
+            if measured:
+                results = learner.evaluate().values()
+                metrics |= results
+                watch.lap()  # Evaluation is not part of a step's time.
             parts = []
-            if not last and config.eval_every and step % config.eval_every == 0:
-                metrics |= learner.evaluate().values()
             telemetry.log(step, metrics)
             progress.step(step, config.steps, metrics)
-            watch.lap()
-        if config.checkpoint_every and step % config.checkpoint_every == 0 and not last:
-            checkpoint(learner, directory, SupervisedState(step, state.before))
-    progress.stage("evaluating after training")
-    after = learner.evaluate().values()
-    telemetry.log(config.steps, after)
-    checkpoint(learner, directory, SupervisedState(config.steps, state.before))
-    return state.before, after
+        if due(config.checkpoint_every, step, config.steps):
+            checkpoint(learner, directory, SupervisedState(step, before, results))
+    return before, results
 
 
 def checkpoint(learner: Supervised, directory: RunDirectory, state: SupervisedState) -> None:
     """Write a checkpoint; the one before stays until this one is whole."""
     folder = directory.begin_checkpoint(state.step).absolute()
     learner.save(folder)
-    write_json(folder / STATE_FILE, {"step": state.step, "before": state.before})
+    write_json(folder / STATE_FILE, asdict(state))
     directory.commit_checkpoint(state.step, keep=1)
 
 
@@ -91,7 +94,7 @@ def read_state(folder: Path) -> SupervisedState:
     path = folder / STATE_FILE
     try:
         found = json.loads(path.read_text())
-        return SupervisedState(found["step"], found["before"])
+        return SupervisedState(found["step"], found["before"], found["results"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not the state of a supervised checkpoint ({error!r})") from None
 

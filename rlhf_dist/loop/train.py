@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.ports import Policy, Rollouts, Scoring
 from rlhf_dist.loop.queue import ExperienceQueue
 from rlhf_dist.loop.run_directory import RunDirectory, write_json
+from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.step import train_step
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.display import Progress
@@ -63,18 +64,20 @@ class State:
     """Of the prompt stream."""
     before: dict[str, float]
     """Evaluation before the first step, for the table at the end."""
+    results: dict[str, float]
+    """The latest evaluation."""
 
 
 def train(run: Run, state: State | None) -> tuple[dict[str, float], dict[str, float]]:
     """Train to `loop.steps`; returns the evaluations (before, after). `state`: of the checkpoint resumed from."""
-    loop, eval_config = run.config.loop, run.config.eval
+    loop = run.config.loop
     step = resume(run, state)
     hashes = publish_first(run, step)
-    run.progress.stage("evaluating before training" if state is None else f"evaluating at step {step}")
-    results = evaluate(run.held_out, eval_config, run.sampling, rollouts=run.rollouts, scoring=run.scoring)
-    before = results if state is None else state.before
-    run.telemetry.log(step, results)
-    run.progress.eval(step, results)
+    if state is None:
+        before = results = measure(run, step)
+        run.telemetry.log(step, before)
+    else:
+        before, results = state.before, state.results
     run.progress.stage("training")
     run.telemetry.event("training_started", f"step {step + 1} begins", step=step + 1)
     watch = Stopwatch()
@@ -98,22 +101,22 @@ def train(run: Run, state: State | None) -> tuple[dict[str, float], dict[str, fl
         metrics["sync/changed_share"] = changed_share(hashes, announcement)
         metrics[names.TOKENS_PER_S] = metrics["rollout/response_tokens"] / metrics[names.STEP_TIME]
         hashes = announcement.hashes
-        if eval_config.every and step % eval_config.every == 0 and step < loop.steps:
-            results = evaluate(run.held_out, eval_config, run.sampling, rollouts=run.rollouts, scoring=run.scoring)
+        if due(run.config.eval.every, step, loop.steps):
+            results = measure(run, step)
             metrics |= results
-            run.progress.eval(step, results)
         tell(run, step, metrics, problems, experiences)
-        if loop.checkpoint_every and step % loop.checkpoint_every == 0 and step < loop.steps:
-            checkpoint(run, State(step, dict(run.stream.cursor()), before))
+        if due(loop.checkpoint_every, step, loop.steps):
+            checkpoint(run, State(step, dict(run.stream.cursor()), before, results))
         watch.lap()  # Evaluation and checkpoints are not part of a step's time.
-    if state is not None and state.step == step:
-        return before, results  # Resumed at its end: nothing was left to do.
-    run.progress.stage("evaluating after training")
-    after = evaluate(run.held_out, eval_config, run.sampling, rollouts=run.rollouts, scoring=run.scoring)
-    run.telemetry.log(step, after)
-    run.progress.eval(step, after)
-    checkpoint(run, State(step, dict(run.stream.cursor()), before))
-    return before, after
+    return before, results
+
+
+def measure(run: Run, step: int) -> dict[str, float]:
+    """Evaluate the weights after `step` on the held-out prompts."""
+    run.progress.stage(f"evaluating at step {step}")
+    results = evaluate(run.held_out, run.config.eval, run.sampling, rollouts=run.rollouts, scoring=run.scoring)
+    run.progress.eval(step, results)
+    return results
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -219,7 +222,7 @@ def checkpoint(run: Run, state: State) -> None:
     """Write a checkpoint that a resume and `from_pretrained` can use; the one before stays until this one is whole."""
     folder = run.directory.begin_checkpoint(state.step).absolute()
     run.policy.save(folder)
-    write_json(folder / STATE_FILE, {"step": state.step, "cursor": state.cursor, "before": state.before})
+    write_json(folder / STATE_FILE, asdict(state))
     final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints)
     run.telemetry.event("checkpoint", f"wrote {final}", step=state.step)
 
@@ -229,6 +232,6 @@ def read_state(folder: Path) -> State:
     path = folder / STATE_FILE
     try:
         found = json.loads(path.read_text())
-        return State(found["step"], found["cursor"], found["before"])
+        return State(found["step"], found["cursor"], found["before"], found["results"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a checkpoint's state ({error!r}); resume from another checkpoint") from None
