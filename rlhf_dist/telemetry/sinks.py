@@ -302,6 +302,8 @@ def _start_wandb(
     resume_id: str | None,
     mode: str,
 ) -> Any:
+    # It advertises another product over the user's screen when the process has certain libraries loaded.
+    os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
     import wandb
 
     run = wandb.init(
