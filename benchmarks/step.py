@@ -2,7 +2,8 @@
 
 Ours is an ordinary run of the command, whose metrics are read afterwards. The limit is raw vLLM generation plus raw
 packed training of the same tokens (`_limit.py`), each alone. They take turns, because machines are noisy, and are
-compared by the median of response tokens a second: every run samples its own lengths.
+compared by the median of response tokens a second (every run samples its own lengths); of the limit's runs the fastest
+counts.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def main(argv: Sequence[str]) -> int:
                 "the limit is one vLLM process, one training process and one optimizer step a batch: leave "
                 "rollout.workers, learner.ranks and learner.updates_per_batch at 1"
             )
-        limit, ours, starts = measure(config, folder, args.warmup, args.runs)
-    result = summary(limit, ours, statistics.median(starts))
+        limits, ours, starts = measure(config, folder, args.warmup, args.runs)
+    result = summary(limits, ours, statistics.median(starts))
     print(table(result, config))
     save(args.out, result | {"config": args.words, "warmup": args.warmup, "machine": machine_facts()})
     return 0
@@ -91,11 +92,14 @@ def work_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def measure(config: Config, folder: Path, warmup: int, runs: int) -> tuple[list[Step], list[Step], list[float]]:
-    """The limit and ours in turn, `runs` in all: measured steps of both, and seconds to each first step of ours."""
+def measure(config: Config, folder: Path, warmup: int, runs: int) -> tuple[list[list[Step]], list[Step], list[float]]:
+    """The limit and ours in turn, `runs` in all.
+
+    Returns the measured steps of each run of the limit, those of all of ours, and seconds to each first step of ours.
+    """
     path = write_config(config, folder)
     run_process([sys.executable, str(HERE / "_canonical.py"), str(path)], folder / "model.log", {})
-    limit: list[Step] = []
+    limits: list[list[Step]] = []
     ours: list[Step] = []
     starts: list[float] = []
     for number in range(runs):
@@ -106,8 +110,8 @@ def measure(config: Config, folder: Path, warmup: int, runs: int) -> tuple[list[
             ours += steps[warmup:]
             starts.append(start)
         else:
-            limit += run_limit(config, folder, seed=number)[warmup:]
-    return limit, ours, starts
+            limits.append(run_limit(config, folder, seed=number)[warmup:])
+    return limits, ours, starts
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -217,9 +221,13 @@ def run_process(command: Sequence[str], log: Path, extra: Mapping[str, str]) -> 
         raise RunError(f"{log.stem} ended with exit code {code}; the end of its log {log}:\n{end}")
 
 
-def summary(limit: Sequence[Step], ours: Sequence[Step], start_s: float) -> dict[str, Any]:
-    """Medians of both, their ratio, and whether the targets are reached. Seconds and tokens a second."""
-    sides = {name: side_summary(steps) for name, steps in (("limit", limit), ("ours", ours))}
+def summary(limits: Sequence[Sequence[Step]], ours: Sequence[Step], start_s: float) -> dict[str, Any]:
+    """Medians of both, their ratio, and whether the targets are reached. Seconds and tokens a second.
+
+    Of several runs of the limit the fastest counts: something else at work on the machine must not flatter us.
+    """
+    limit = max((side_summary(steps) for steps in limits), key=lambda side: side["tokens_per_s"])
+    sides = {"limit": limit, "ours": side_summary(ours)}
     ratio = sides["limit"]["tokens_per_s"] / sides["ours"]["tokens_per_s"]
     return {
         **sides,

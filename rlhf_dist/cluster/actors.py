@@ -39,6 +39,8 @@ class ActorSpec:
     log: str
     """File for everything the process prints, in the run directory."""
     rank: int
+    seed: int
+    """Of this actor's own random numbers."""
     search_path: str
     """Folder of the command, where a user's own modules are."""
 
@@ -59,7 +61,7 @@ def enter(spec: ActorSpec) -> None:
     os.dup2(target, 2)
     os.close(target)
     if spec.search_path not in sys.path:
-        sys.path.insert(0, spec.search_path)
+        sys.path.append(spec.search_path)  # last: a file there must not hide a library
 
 
 def make_rollout_worker(spec: ActorSpec) -> Any:
@@ -74,8 +76,7 @@ def make_rollout_worker(spec: ActorSpec) -> Any:
         dtype=config.model.dtype,
         device=spec.device,
         threads=spec.threads,
-        # Workers must not sample the same numbers.
-        seed=config.seed * 1000 + spec.rank,
+        seed=spec.seed,
         name=spec.name,
     )
     return RolloutWorker(spec.name, engine, chat=config.data.chat, max_prompt_tokens=config.rollout.max_prompt_tokens)
@@ -127,12 +128,10 @@ class LearnerHost:
         self._learner: Any = None
 
     def address(self) -> tuple[str, int]:
-        """Where the ranks meet: loopback when this is the only node, else this node's address; and a free port."""
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        host = LOOPBACK if len(nodes) == 1 else ray.util.get_node_ip_address()
+        """Where the ranks meet: on loopback, since they are all on one node; and a free port."""
         with socket.socket() as probe:
-            probe.bind((host, 0))
-            return host, probe.getsockname()[1]
+            probe.bind((LOOPBACK, 0))
+            return LOOPBACK, probe.getsockname()[1]
 
     def join(self, address: str, port: int, resume: str | None) -> str:
         """Meet the other ranks, load the model, restore the optimizer of the checkpoint folder `resume`."""

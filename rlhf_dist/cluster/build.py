@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ from rlhf_dist.cluster.session import joins_cluster, ray_session, reserve
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream, held_out
+from rlhf_dist.errors import RunError
 from rlhf_dist.loop import supervised
 from rlhf_dist.loop import train as training
 from rlhf_dist.loop.evaluate import evaluate as run_evaluation
@@ -70,6 +72,8 @@ def train(config: Config, resume: bool) -> None:
             proof = ledger.proof()
         summary = {"command": "train", "before": before, "after": after, "ledger": proof.text()}
         finish(run, progress, before, after, summary, time.monotonic() - started, [proof.text()])
+        if not proof.holds or proof.in_flight:
+            raise RunError(f"{run.ledger}: the run ended, but its ledger does not add up: {proof.text()}")
 
 
 def sft(config: Config, resume: bool) -> None:
@@ -174,7 +178,7 @@ def start_fleets(
     """Start all actors side by side and wait until each is ready."""
     group = reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s)
     specs = [
-        spec(config, f"rollout worker {i}", source, placement.device, placement.rollout_threads, logs, i)
+        spec(config, f"rollout worker {i}", source, placement.device, placement.rollout_threads, logs, i, folder)
         for i in range(placement.rollout_workers)
     ]
     workers = actors.start_all(
@@ -216,8 +220,19 @@ def join_ranks(config: Config, ranks: dict[str, Any], folder: Path | None) -> No
     gather({name: rank.join.remote(address, port, resume) for name, rank in ranks.items()}, "join", limit, START_KEY)
 
 
-def spec(config: Config, name: str, source: str, device: str, threads: int, logs: Path, rank: int) -> actors.ActorSpec:
-    """What one actor is made from."""
+def spec(
+    config: Config,
+    name: str,
+    source: str,
+    device: str,
+    threads: int,
+    logs: Path,
+    rank: int,
+    folder: Path | None = None,
+) -> actors.ActorSpec:
+    """What one actor is made from; `folder` is the checkpoint resumed from."""
+    # Workers must not draw the same numbers, nor a resumed run those of its first steps.
+    chance = f"{config.seed}/{name}/{folder.name if folder else 'start'}"
     return actors.ActorSpec(
         name=name,
         config=config,
@@ -226,6 +241,7 @@ def spec(config: Config, name: str, source: str, device: str, threads: int, logs
         threads=threads,
         log=str((logs / log_name(name)).absolute()),
         rank=rank,
+        seed=random.Random(chance).getrandbits(32),
         search_path=os.getcwd(),
     )
 

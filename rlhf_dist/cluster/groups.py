@@ -57,6 +57,8 @@ def fetch(call: Any, name: str, what: str, timeout_s: float) -> Any:
         raise ActorLost(
             f"{name} died during '{what}': {reason}; its log: logs/{log_name(name)} in the run directory"
         ) from None
+    except ray.exceptions.RayError as error:
+        raise ActorLost(f"the answer of {name} to '{what}' is lost: {type(error).__name__}: {error}") from None
 
 
 def log_name(actor: str) -> str:
@@ -122,7 +124,7 @@ class RolloutFleet:
                 try:
                     receipt: Receipt = fetch(call, name, "load_weights", self._sync_timeout_s)
                     problem = receipt_problem(announcement, receipt)
-                except WeightSyncError as error:
+                except RlhfError as error:
                     problem = f"{name}: {error}"
             if problem is None:
                 self._serving.append(name)

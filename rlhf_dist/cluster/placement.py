@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Literal
 
 from rlhf_dist.config.schema import Config
@@ -57,7 +58,18 @@ class Placement:
 
 def local_machine() -> Machine:
     """The CPUs this process may use and the GPUs `nvidia-smi` lists, as far as CUDA_VISIBLE_DEVICES shows them."""
-    return Machine(cpus=len(os.sched_getaffinity(0)), gpus=_local_gpus())
+    allowed = len(os.sched_getaffinity(0))
+    quota = cpu_quota(Path("/sys/fs/cgroup/cpu.max"))
+    return Machine(cpus=allowed if quota is None else min(allowed, quota), gpus=_local_gpus())
+
+
+def cpu_quota(path: Path) -> int | None:
+    """CPUs that a container's quota (cgroup v2) gives, rounded up; None without one."""
+    try:
+        quota, period = path.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else max(1, math.ceil(int(quota) / int(period)))
 
 
 def place(config: Config, machine: Machine, command: Command) -> Placement:

@@ -38,9 +38,15 @@ def prepare(config: ClusterConfig) -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
+def largest_node(nodes: Sequence[Mapping[str, float]]) -> Machine:
+    """The node to plan for: all actors of a run share one, and the cluster's sum is of no use to them."""
+    best = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)))
+    return Machine(int(best.get("CPU", 0)), int(best.get("GPU", 0)))
+
+
 @contextmanager
 def ray_session(config: ClusterConfig) -> Iterator[Machine]:
-    """Ray, up for the time of the block; yields the CPUs and GPUs there are.
+    """Ray, up for the time of the block; yields the machine to plan for: this one, or the cluster's largest node.
 
     A local one listens on loopback only.
     """
@@ -66,8 +72,7 @@ def ray_session(config: ClusterConfig) -> Iterator[Machine]:
         raise RunError(f"Ray did not start: {error}") from None
     try:
         if join:
-            total = ray.cluster_resources()
-            machine = Machine(int(total.get("CPU", 0)), int(total.get("GPU", 0)))
+            machine = largest_node([node["Resources"] for node in ray.nodes() if node["Alive"]])
         yield machine
     finally:
         ray.shutdown()

@@ -41,11 +41,14 @@ def tokenize_demonstration(
 ) -> tuple[list[int], list[int]]:
     """(prompt tokens [P], response tokens [R]); the response closes with the end token.
 
-    Plain text has no prompt beyond the tokenizer's own start token, if it has one. Raises ModelError as `render` does,
+    Plain text has no prompt beyond the tokenizer's own start token; where there is none, its first token is the prompt,
+    since nothing comes before it to predict it from. Raises ModelError as `render` does,
     and when the tokenizer has no end token.
     """
     end = cast(int | None, tokenizer.eos_token_id)
     if end is None:
         raise ModelError("the model's tokenizer has no end token (eos_token), so a response could never end")
     response = list(tokenizer.encode(demo.response, add_special_tokens=False))
-    return render(tokenizer, demo.messages, chat), [*response, end]
+    prompt = render(tokenizer, demo.messages, chat)
+    sequence = [*response, end]
+    return (prompt, sequence) if prompt else (sequence[:1], sequence[1:])

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
-from rlhf_dist.errors import ConfigError, DiskError
+from rlhf_dist.errors import ConfigError, DataError, DiskError
 from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine
 from rlhf_dist.learner.rows import Row, pack_rows
 from rlhf_dist.models.attention import choose_attention
@@ -19,6 +20,17 @@ from rlhf_dist.models.policy import PackedPolicy, check_head
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.shared_memory import WeightWriter
+
+
+def checkpoint_files(ranks: int) -> list[str]:
+    """What `save` on all ranks leaves in a checkpoint's folder, by relative path; the files that tell it is whole."""
+    return ["hf/config.json", *(optimizer_file(rank) for rank in range(ranks))]
+
+
+def optimizer_file(rank: int) -> str:
+    """Name of a rank's optimizer state."""
+    return f"optimizer-{rank}.safetensors"
+
 
 PREFIX = "model."
 """PackedPolicy holds the Hugging Face model under this name; published names are Hugging Face's own."""
@@ -91,18 +103,22 @@ class ModelEngine:
         elif self._deepspeed.zero_stage == 3:
             for _ in self.weights():
                 pass
-        path = folder / f"optimizer-{self.rank}.safetensors"
+        path = folder / optimizer_file(self.rank)
         try:
             save_file(self._deepspeed.optimizer_tensors(), path)
-        except OSError as error:
-            raise DiskError(f"{path}: {error.strerror or error}; the checkpoint before it is intact") from None
+        except (OSError, SafetensorError) as error:
+            raise DiskError(f"{path}: cannot be written: {error}; the checkpoint before it is intact") from None
 
     def restore(self, folder: Path) -> None:
         """Restore the optimizer from what `save` wrote; the weights came with `source`."""
-        path = folder / f"optimizer-{self.rank}.safetensors"
+        path = folder / optimizer_file(self.rank)
         if not path.exists():
             raise ConfigError(f"{path} is missing: resume with the learner.ranks that wrote the checkpoint")
-        self._deepspeed.load_optimizer_tensors(load_file(path))
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path}: cannot be read: {error}; resume from another checkpoint") from None
+        self._deepspeed.load_optimizer_tensors(tensors)
 
     def close(self) -> None:
         """Remove the shared-memory file."""

@@ -19,7 +19,10 @@ class Row:
     tokens: np.ndarray
     """int32 [P + R]."""
     prompt_length: int
-    """P >= 1."""
+    """P, at least 1: a response's first token is predicted from the prompt's last."""
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.prompt_length < len(self.tokens), (self.prompt_length, len(self.tokens))
 
     @property
     def response_length(self) -> int:

@@ -14,6 +14,7 @@ from rlhf_dist.config.schema import SftConfig
 from rlhf_dist.data.packing import plan
 from rlhf_dist.data.render import tokenize_demonstration
 from rlhf_dist.data.rows import Demonstration
+from rlhf_dist.errors import DataError
 from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.rows import PLACEHOLDER, Row
 from rlhf_dist.learner.schedule import learning_rate
@@ -69,7 +70,7 @@ class SupervisedLearner:
                 "learner/grad_norm": (norm, 1.0),
                 "learner/lr": (rate, 1.0),
                 "data/tokens": (tokens, 1.0),
-                "data/dropped_too_long": (dropped, 1.0),
+                "data/dropped_demonstrations": (dropped, 1.0),
             },
             {},
         )
@@ -86,12 +87,17 @@ class SupervisedLearner:
         return MetricSums({names.SFT_HELD_OUT_LOSS: (nll, tokens)}, {})
 
     def _rows(self, source: Sequence[Demonstration], numbers: Sequence[int]) -> tuple[list[Row], int]:
-        """Tokenised rows, and how many were too long and left out."""
+        """Tokenised rows, and how many were left out (too long, nothing to learn). Raises `DataError` if all."""
         rows = []
         for number in numbers:
             prompt, response = tokenize_demonstration(self._tokenizer, source[number], self._chat)
-            if len(prompt) + len(response) <= self._config.max_tokens:
+            if response and len(prompt) + len(response) <= self._config.max_tokens:
                 rows.append(Row(np.asarray(prompt + response, dtype=np.int32), len(prompt)))
+        if not rows:
+            raise DataError(
+                f"none of {len(numbers)} demonstrations has a token to learn within "
+                f"sft.max_tokens {self._config.max_tokens}; raise it, or give shorter demonstrations"
+            )
         return rows, len(numbers) - len(rows)
 
     def _mine(self, rows: Sequence[Row]) -> list[list[Row]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rlhf_dist.errors import RunError
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.ports import Rollouts, Scoring
 from rlhf_dist.types import DroppedPrompt, Experience, Handle, Prompt, RolloutHead, Sampling
@@ -15,6 +16,7 @@ def collect(
     """Sample and score each prompt; a group is scored while the others are still being sampled.
 
     Returns (experiences in the order of the prompts, prompts that gave none and why). Evaluation has no ledger.
+    Raises `RunError` when a prompt is neither.
     """
     by_uid = {prompt.uid: prompt for prompt in prompts}
     finished: dict[str, tuple[RolloutHead, Handle]] = {}
@@ -27,6 +29,11 @@ def collect(
         head, rollout = result
         finished[head.uid] = (head, rollout)
         pending[head.uid] = scoring.submit(rollout)
+    lost = by_uid.keys() - finished.keys() - {drop.uid for drop in dropped}
+    if lost:
+        raise RunError(
+            f"{len(lost)} of {len(prompts)} prompts came back neither sampled nor dropped, first {min(lost)}"
+        )
     if ledger is not None:
         for drop in dropped:
             ledger.drop([drop.uid], drop.reason)

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,14 +97,21 @@ class RunDirectory:
             folder.mkdir(parents=True)
         return folder
 
-    def commit_checkpoint(self, step: int, keep: int) -> Path:
+    def commit_checkpoint(self, step: int, keep: int, needed: Sequence[str] = ()) -> Path:
         """Make the folder of `begin_checkpoint` the newest checkpoint, then remove all but the newest `keep`.
 
-        A crash at any moment leaves the earlier checkpoint or this one whole; so when LATEST names this very step
-        already (a resume that had nothing left to do), the one that is there stays. Returns its path. Raises DiskError.
+        `needed`: files that other processes had to write into it. A crash at any moment leaves the earlier checkpoint
+        or this one whole; so when LATEST names this very step already (a resume that had nothing left to do), the one
+        that is there stays. Returns its path. Raises DiskError.
         """
         assert keep >= 1, keep
         folder, final = self._unfinished(step), self.checkpoints / f"{CHECKPOINT_PREFIX}{step}"
+        missing = [name for name in needed if not (folder / name).exists()]
+        if missing:
+            raise DiskError(
+                f"{final}: {missing[0]} did not arrive: the learner's node does not share this directory; "
+                "give an output= on a disk that all nodes share"
+            )
         if self.latest_checkpoint() == final:
             with _disk_errors(folder):
                 shutil.rmtree(folder)
@@ -158,7 +165,7 @@ def open_run_directory(output: str, name: str, config_text: str, resume: bool) -
 
     Leftovers of interrupted writes are removed. Raises ConfigError when it exists (without `resume`), when there is
     nothing to resume, when the config changed in a way that makes it another run, or when another process is using
-    it; ResourceError when it cannot be made.
+    it; ResourceError when it cannot be made. A run without a checkpoint goes back to its start.
     """
     path = Path(output) / name
     if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
@@ -203,8 +210,8 @@ def _never_began(path: Path) -> bool:
 def _come_back(path: Path, config_text: str) -> RunDirectory:
     if not path.is_dir():
         raise ConfigError(f"{path}: no such run to resume; leave out --resume to start it")
-    if latest_checkpoint(path) is None:
-        raise ConfigError(f"{path}: this run has no checkpoint to resume from; start anew with another name=")
+    if not (path / "run.lock").exists():
+        raise ConfigError(f"{path}: not a run's directory; leave out --resume and give another name=")
     run = RunDirectory(path, _take_lock(path))
     try:
         changes = config_changes(run.config, config_text)

@@ -44,7 +44,13 @@ def train_step(
     with watch.phase("sync"):
         announcement = policy.publish(version=step)
         problems = rollouts.load_weights(announcement)
-    metrics = stats.values() | batch_metrics(batch, credit, sampling, step) | reward_metrics(experiences)
+    trained = sum(len(shard.groups) for shard in shards) / len(batch.groups)
+    metrics = (
+        stats.values()
+        | {"learner/trained_share": trained}
+        | batch_metrics(batch, credit, sampling, step)
+        | reward_metrics(experiences)
+    )
     return StepReport(step, announcement.version, metrics), announcement, problems
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from rlhf_dist.config.schema import SftConfig
 from rlhf_dist.errors import DataError
+from rlhf_dist.learner.model_engine import checkpoint_files
 from rlhf_dist.loop.run_directory import RunDirectory, write_json
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.telemetry import names
@@ -22,6 +23,8 @@ STATE_FILE = "state.json"
 
 class Supervised(Protocol):
     """The learner's ranks."""
+
+    ranks: int
 
     def train_step(self, step: int) -> MetricSums: ...
 
@@ -55,6 +58,7 @@ def fine_tune(
         progress.stage("evaluating before training")
         before = results = learner.evaluate().values()
         step = 0
+        directory.rewind_metrics(-1)  # Cut before its first checkpoint: back to the very start.
         telemetry.log(step, before)
     else:
         before, results, step = state.before, state.results, state.step
@@ -86,7 +90,7 @@ def checkpoint(learner: Supervised, directory: RunDirectory, state: SupervisedSt
     folder = directory.begin_checkpoint(state.step).absolute()
     learner.save(folder)
     write_json(folder / STATE_FILE, asdict(state))
-    directory.commit_checkpoint(state.step, keep=1)
+    directory.commit_checkpoint(state.step, keep=1, needed=checkpoint_files(learner.ranks))
 
 
 def read_state(folder: Path) -> SupervisedState:

@@ -13,6 +13,7 @@ from rlhf_dist.algo.recipes import Algorithm
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import DataError
+from rlhf_dist.learner.model_engine import checkpoint_files
 from rlhf_dist.loop.collect import collect
 from rlhf_dist.loop.evaluate import evaluate
 from rlhf_dist.loop.ledger import Ledger
@@ -60,6 +61,8 @@ class State:
 
     step: int
     """Training steps done; also the weight version."""
+    steps: int
+    """`loop.steps` of the run that wrote it."""
     cursor: dict[str, int | str]
     """Of the prompt stream."""
     before: dict[str, float]
@@ -78,6 +81,11 @@ def train(run: Run, state: State | None) -> tuple[dict[str, float], dict[str, fl
         run.telemetry.log(step, before)
     else:
         before, results = state.before, state.results
+    if cuts(run.sampling):
+        run.telemetry.warn(
+            "rollout.top_p or top_k cuts what is sampled from: rollout/logprob_diff_* then compares two distributions, "
+            "and no difference is warned of"
+        )
     run.progress.stage("training")
     run.telemetry.event("training_started", f"step {step + 1} begins", step=step + 1)
     watch = Stopwatch()
@@ -106,7 +114,7 @@ def train(run: Run, state: State | None) -> tuple[dict[str, float], dict[str, fl
             metrics |= results
         tell(run, step, metrics, problems, experiences)
         if due(loop.checkpoint_every, step, loop.steps):
-            checkpoint(run, State(step, dict(run.stream.cursor()), before, results))
+            checkpoint(run, State(step, loop.steps, dict(run.stream.cursor()), before, results))
         watch.lap()  # Evaluation and checkpoints are not part of a step's time.
     return before, results
 
@@ -135,15 +143,22 @@ def sampling_of(config: Config) -> Sampling:
 
 def resume(run: Run, state: State | None) -> int:
     """Put stream, ledger and metrics back to the checkpoint; returns its step, 0 for a new run."""
-    if state is None:
-        return 0
-    run.stream.restore(state.cursor)
-    rewound = run.ledger.rewind(state.step)
-    moved = run.directory.rewind_metrics(state.step)
-    run.telemetry.event(
-        "resume", f"resumed from step {state.step}", step=state.step, prompts_reissued=len(rewound), metrics_moved=moved
-    )
-    return state.step
+    if state is not None:
+        run.stream.restore(state.cursor)
+    step = 0 if state is None else state.step
+    # A run that was cut before its first checkpoint goes back to its very start; in a new one there is nothing to move.
+    rewound = run.ledger.rewind(step)
+    moved = run.directory.rewind_metrics(-1 if state is None else step)
+    if state is not None or rewound or moved:
+        facts = {"step": step, "prompts_reissued": len(rewound), "metrics_moved": moved}
+        run.telemetry.event("resume", f"resumed from step {step}", **facts)
+    learner = run.config.learner.optimizer
+    if state is not None and state.steps != run.config.loop.steps and learner.schedule != "constant":
+        run.telemetry.warn(
+            f"loop.steps was {state.steps} and is {run.config.loop.steps}: the learning rate falls to its end by then "
+            f"({learner.schedule}), so it changes at once"
+        )
+    return step
 
 
 def publish_first(run: Run, step: int) -> tuple[str, ...]:
@@ -188,8 +203,9 @@ def tell(
     config = run.config
     for problem in problems:
         run.telemetry.warn(f"step {step}: {problem}; it serves no tokens until a push succeeds")
-    difference = metrics.get(names.LOGPROB_DIFF_MAX, 0.0)
-    if difference > config.loop.logprob_diff_limit:
+    difference = metrics[names.LOGPROB_DIFF_MAX]
+    # Written so that NaN warns too. A cut distribution is renormalised by the sampler and not by the learner.
+    if not difference <= config.loop.logprob_diff_limit and not cuts(run.sampling):
         run.telemetry.warn(
             f"step {step}: rollout and learner logprobs differ by up to {difference:.2g}, "
             f"loop.logprob_diff_limit is {config.loop.logprob_diff_limit:g}"
@@ -199,6 +215,11 @@ def tell(
     every = config.telemetry.samples_every
     if every and step % every == 0:
         run.telemetry.samples(step, sample_rows(run, experiences))
+
+
+def cuts(sampling: Sampling) -> bool:
+    """Whether tokens are drawn from a part of the distribution only, so that logprobs do not compare."""
+    return sampling.top_p < 1.0 or sampling.top_k > 0
 
 
 def sample_rows(run: Run, experiences: Sequence[Experience]) -> list[dict[str, Any]]:
@@ -223,7 +244,9 @@ def checkpoint(run: Run, state: State) -> None:
     folder = run.directory.begin_checkpoint(state.step).absolute()
     run.policy.save(folder)
     write_json(folder / STATE_FILE, asdict(state))
-    final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints)
+    final = run.directory.commit_checkpoint(
+        state.step, run.config.loop.keep_checkpoints, checkpoint_files(run.policy.ranks)
+    )
     run.telemetry.event("checkpoint", f"wrote {final}", step=state.step)
 
 
@@ -232,6 +255,6 @@ def read_state(folder: Path) -> State:
     path = folder / STATE_FILE
     try:
         found = json.loads(path.read_text())
-        return State(found["step"], found["cursor"], found["before"], found["results"])
+        return State(found["step"], found["steps"], found["cursor"], found["before"], found["results"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a checkpoint's state ({error!r}); resume from another checkpoint") from None

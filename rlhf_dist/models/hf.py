@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -239,12 +239,9 @@ def save_hf(weights: PreTrainedModel | Iterator[tuple[str, torch.Tensor]], sourc
 
     Raises DiskError when the disk refuses; ModelError when `source` cannot be read.
     """
-    state = (
-        weights.state_dict()
-        if isinstance(weights, PreTrainedModel)
-        else dict(cast(Iterator[tuple[str, torch.Tensor]], weights))
-    )
-    state = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    pairs = weights.state_dict().items() if isinstance(weights, PreTrainedModel) else weights
+    # One by one: parameters gathered on a GPU are let go before the next is.
+    state = {name: tensor.detach().cpu() for name, tensor in pairs}
     config = _load_config(source)
     with torch.device("meta"):
         shell: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)

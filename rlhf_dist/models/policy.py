@@ -29,6 +29,8 @@ class PackedPolicy(torch.nn.Module):
                 module.attention_dropout = 0.0  # type: ignore[assignment]
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers checkpoints in training mode only, and loads models in the other; without dropout they are alike.
+        model.train()
 
     def hidden(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Last hidden states [T, hidden] of a packed row; arguments as in `forward`."""

@@ -56,6 +56,8 @@ class VllmEngine:
                 max_model_len=config.max_prompt_tokens + config.max_response_tokens,
                 max_num_seqs=config.max_concurrent,
                 tensor_parallel_size=config.tensor_parallel,
+                # Inside a Ray actor vLLM would by itself ask Ray for more GPUs than the actor was given.
+                distributed_executor_backend="mp" if config.tensor_parallel > 1 else "uni",
                 enforce_eager=config.enforce_eager,
                 enable_prefix_caching=True,
                 # Log-probabilities of the distribution that was drawn from: temperature and cuts included.

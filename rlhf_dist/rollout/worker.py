@@ -37,12 +37,14 @@ class RolloutWorker:
         """Sample each prompt `sampling.n` times; yields, as groups finish, a head and then its rollout.
 
         Two items, so that the caller can read the small one and leave the tokens where they are. A prompt that is too
-        long yields one `DroppedPrompt`.
+        long, or has no tokens, yields one `DroppedPrompt`.
         """
         accepted = []
         for prompt in prompts:
             tokens = render(self._engine.tokenizer, prompt.messages, self._chat)
-            if len(tokens) <= self._max_prompt_tokens:
+            if not tokens:
+                yield DroppedPrompt(prompt.uid, "prompt_empty", "the tokenizer knows none of its characters")
+            elif len(tokens) <= self._max_prompt_tokens:
                 accepted.append((prompt, tokens))
             else:
                 limit = f"rollout.max_prompt_tokens is {self._max_prompt_tokens}"

@@ -7,9 +7,12 @@ does not match and refuses.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
+import secrets
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -29,11 +32,13 @@ class WeightWriter:
         """Reserve the plan's bytes. Raises `DiskError` when shared memory is too small."""
         sweep(SHARED_MEMORY)
         self.plan = plan
-        self.path = SHARED_MEMORY / f"{PREFIX}{os.getpid()}-{id(self):x}.weights"
+        self.path = SHARED_MEMORY / f"{PREFIX}{os.getuid()}-{secrets.token_hex(8)}.weights"
         try:
-            with open(self.path, "xb") as file:
-                # Reserve now: writing past the end of a full tmpfs later is a SIGBUS, not an error.
-                os.posix_fallocate(file.fileno(), 0, max(plan.nbytes, 1))
+            # For this user's eyes only; the lock, which goes with the process, tells `sweep` that the file is in use.
+            self._file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Reserve now: writing past the end of a full tmpfs later is a SIGBUS, not an error.
+            os.posix_fallocate(self._file, 0, max(plan.nbytes, 1))
         except OSError as error:
             self.path.unlink(missing_ok=True)
             need = plan.nbytes / 2**20
@@ -53,7 +58,7 @@ class WeightWriter:
         return Announcement(version, str(self.path), self.plan, tuple(hashes))
 
     def close(self) -> None:
-        """Remove the file; maps that workers hold stay valid until they drop them."""
+        """Remove the file; maps that workers hold stay valid until they drop them. May be called twice."""
         self.path.unlink(missing_ok=True)
 
 
@@ -97,8 +102,8 @@ def slot_view(memory: mmap.mmap, slot: Slot) -> torch.Tensor:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the files of learners that were killed: the process in the name is gone."""
-    for path in folder.glob(f"{PREFIX}*.weights"):
-        pid = path.name.removeprefix(PREFIX).split("-")[0]
-        if not Path("/proc", pid).exists():
-            path.unlink(missing_ok=True)
+    """Remove this user's files of learners that were killed: nobody holds their lock."""
+    for path in folder.glob(f"{PREFIX}{os.getuid()}-*.weights"):
+        with suppress(OSError), path.open("rb") as file:  # another process may be sweeping too, or the lock is held
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()

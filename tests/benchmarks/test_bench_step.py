@@ -40,10 +40,11 @@ def test_a_step_of_the_metrics() -> None:
     assert found.tokens_per_s == 5.0
 
 
-def test_summary_takes_medians_of_each_and_compares_tokens_a_second() -> None:
+def test_summary_takes_medians_and_the_fastest_limit() -> None:
+    slow = [a_step(10.0, 20.0, 400.0)]
     limit = [a_step(1.0, 2.0, 400.0), a_step(2.0, 1.0, 800.0), a_step(50.0, 49.0, 100.0)]  # 100, 200, 1 tokens/s
     ours = [a_step(3.0, 4.0, 400.0)]  # 50 tokens/s
-    found = bench.summary(limit, ours, start_s=31.0)
+    found = bench.summary([slow, limit], ours, start_s=31.0)
     assert found["limit"]["tokens_per_s"] == 100.0
     assert found["limit"]["seconds"] == {"generate": 2.0, "train": 2.0, "sync": 0.0, "other": 1.0}
     assert found["limit"]["step_s"] == 4.0

@@ -65,7 +65,7 @@ def test_packed_logprobs_and_gradients_are_those_of_each_sequence_alone(
     small: Path, checkpointing: bool, temperature: float
 ) -> None:
     plain = AutoModelForCausalLM.from_pretrained(small, attn_implementation="eager")
-    policy = PackedPolicy(load_model(small, "float32", "segmented"), checkpointing).train()
+    policy = PackedPolicy(load_model(small, "float32", "segmented"), checkpointing)
     tokens, boundaries, predict, targets = packed_row()
     weights = torch.linspace(-1, 1, len(predict))
 
