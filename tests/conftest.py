@@ -85,8 +85,8 @@ class Workplace:
     listening: set[tuple[str, str]] = field(default_factory=set)
     """(process, address) of every listening TCP socket seen during `run`."""
 
-    pids: set[int] = field(default_factory=set)
-    """Every process seen during `run`."""
+    weights: set[str] = field(default_factory=set)
+    """Files of weights in shared memory that a process had open during `run`."""
 
     @property
     def output(self) -> Path:
@@ -135,11 +135,13 @@ class Workplace:
 
 
 def watch(pid: int, done: threading.Event, place: Workplace) -> None:
-    """Note every process below `pid` and every TCP address that it listens on, twice a second."""
+    """Note the TCP addresses that processes below `pid` listen on and the weights that they write, twice a second."""
     while not done.wait(0.5):
         for process in family(pid):
-            place.pids.add(process.pid)
             try:
+                place.weights.update(
+                    file.path for file in process.open_files() if file.path.startswith("/dev/shm/rlhf_dist-")
+                )
                 for connection in process.net_connections("tcp"):
                     if connection.status == psutil.CONN_LISTEN:
                         place.listening.add((process.name(), str(connection.laddr.ip)))

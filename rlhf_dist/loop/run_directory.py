@@ -148,8 +148,12 @@ class RunDirectory:
                     aside.writelines(line if line.endswith(b"\n") else line + b"\n" for line in moved)
                     aside.flush()
                     os.fsync(aside.fileno())
-        if moved:
-            write_text(self.metrics, b"".join(kept).decode("utf-8"))
+                # In place: the run's telemetry has the file open, and would go on writing to one that was replaced.
+                with self.metrics.open("r+b") as file:
+                    file.write(b"".join(kept))
+                    file.truncate()
+                    file.flush()
+                    os.fsync(file.fileno())
         return len(moved)
 
     def close(self) -> None:

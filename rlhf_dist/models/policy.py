@@ -25,8 +25,10 @@ class PackedPolicy(torch.nn.Module):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0  # type: ignore[assignment]
+            # Many models keep theirs as plain numbers: attention_dropout, dropout, layerdrop, router_jitter_noise.
+            for name, value in vars(module).items():
+                if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                    setattr(module, name, 0.0)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         # transformers checkpoints in training mode only, and loads models in the other; without dropout they are alike.

@@ -35,10 +35,10 @@ class WeightWriter:
         self.path = SHARED_MEMORY / f"{PREFIX}{os.getuid()}-{secrets.token_hex(8)}.weights"
         try:
             # For this user's eyes only; the lock, which goes with the process, tells `sweep` that the file is in use.
-            self._file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            self._file = os.fdopen(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600), "r+b")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Reserve now: writing past the end of a full tmpfs later is a SIGBUS, not an error.
-            os.posix_fallocate(self._file, 0, max(plan.nbytes, 1))
+            os.posix_fallocate(self._file.fileno(), 0, max(plan.nbytes, 1))
         except OSError as error:
             self.path.unlink(missing_ok=True)
             need = plan.nbytes / 2**20
@@ -60,6 +60,7 @@ class WeightWriter:
     def close(self) -> None:
         """Remove the file; maps that workers hold stay valid until they drop them. May be called twice."""
         self.path.unlink(missing_ok=True)
+        self._file.close()
 
 
 class WeightReader:

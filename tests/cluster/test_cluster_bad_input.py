@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import ray
 from conftest import SharedRun, Workplace, make_workplace
 
 from rlhf_dist.cli.main import main
+from rlhf_dist.cluster.placement import local_machine
 from rlhf_dist.config.schema import TinyConfig
 from rlhf_dist.models.tiny import make_tiny
 
@@ -86,7 +86,7 @@ def test_a_model_whose_head_dim_the_engine_refuses(place: Workplace, capsys: pyt
 
 
 def test_more_actors_than_cpus(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
-    cpus = len(os.sched_getaffinity(0))
+    cpus = local_machine().cpus
     found = refused(capsys, place, "train", f"rollout.workers={cpus + 1}")
     assert f"rollout.workers {cpus + 1} x 1 CPU each = {cpus + 1} CPUs" in found
     apart = refused(capsys, place, "train", f"learner.ranks={cpus}", "cluster.colocate=false")
@@ -117,7 +117,7 @@ def test_a_disk_that_is_full(
 ) -> None:
     usage = shutil.disk_usage(place.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert "GiB of disk are needed and 0.0 GiB are free" in refused(capsys, place, "train")
+    assert "MiB of disk are needed and 0 MiB are free" in refused(capsys, place, "train")
 
 
 # In a process of its own, as a person would see it:

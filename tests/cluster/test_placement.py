@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_dist.cluster.placement import Command, Machine, bundles, describe, first_learner_bundle, local_machine, place
+from rlhf_dist.cluster import placement
+from rlhf_dist.cluster.placement import (
+    Command,
+    Machine,
+    bundles,
+    cpu_quota,
+    describe,
+    first_learner_bundle,
+    local_machine,
+    place,
+)
 from rlhf_dist.config.schema import ClusterConfig, Config, LearnerConfig, RolloutConfig
 from rlhf_dist.errors import ResourceError
 
@@ -149,6 +161,23 @@ def test_describe_leaves_out_what_the_command_has_not() -> None:
 
 def test_local_machine_has_a_cpu() -> None:
     assert local_machine().cpus >= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"),
+    [("max 100000\n", None), ("150000 100000\n", 2), ("400000 100000\n", 4), ("20000 100000\n", 1), ("", None)],
+)
+def test_a_containers_quota_is_read_in_whole_cpus(tmp_path: Path, text: str, cpus: int | None) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    assert cpu_quota(tmp_path / "cpu.max") == cpus
+    assert cpu_quota(tmp_path / "no") is None
+
+
+def test_a_containers_quota_limits_what_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    for quota, cpus in ((3, 3), (None, 64), (100, 64)):
+        monkeypatch.setattr(placement, "cpu_quota", lambda path, quota=quota: quota)
+        assert local_machine().cpus == cpus
 
 
 def test_hidden_gpus_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

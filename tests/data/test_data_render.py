@@ -52,11 +52,17 @@ def test_demonstrations_close_with_the_end_token():
     assert prompt == render(tokenizer, USER, chat=True)
 
 
-def test_plain_text_has_only_the_start_token_as_its_prompt():
-    for tokenizer, start in ((make(start=True, chat_template=TEMPLATE), [0]), (make(), [])):
+def test_plain_text_is_predicted_from_the_start_token_or_else_from_its_own_first_token():
+    for tokenizer, expected in (
+        (make(start=True, chat_template=TEMPLATE), ("<s>", "abc</s>")),
+        (make(), ("a", "bc</s>")),
+    ):
         prompt, response = tokenize_demonstration(tokenizer, Demonstration((), "abc"), chat=True)
-        assert prompt == start
-        assert spell(tokenizer, response) == "abc</s>"
+        assert (spell(tokenizer, prompt), spell(tokenizer, response)) == expected
+
+
+def test_an_empty_text_without_a_start_token_leaves_nothing_to_learn():
+    assert tokenize_demonstration(make(), Demonstration((), ""), chat=True) == ([1], [])
 
 
 def test_models_that_cannot_do_it_say_so():

@@ -25,6 +25,12 @@ def test_packed_rows_by_hand() -> None:
     assert packed.targets.tolist() == [8, 9, 3]
 
 
+@pytest.mark.parametrize("prompt_length", [0, 3])
+def test_a_row_has_a_prompt_and_a_response(prompt_length: int) -> None:
+    with pytest.raises(AssertionError):
+        Row(np.array([7, 8, 9], np.int32), prompt_length)
+
+
 def test_the_placeholder_can_be_packed() -> None:
     packed = pack_rows([PLACEHOLDER], CPU)
     assert packed.predict.tolist() == [0] and packed.targets.tolist() == [0]

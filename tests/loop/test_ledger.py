@@ -89,6 +89,16 @@ def test_a_resume_takes_back_what_came_after_the_checkpoint(ledger: Ledger) -> N
     assert ledger.proof().consumed == 6 and ledger.proof().holds
 
 
+def test_a_ledger_taken_back_to_its_start_issues_everything_again(ledger: Ledger) -> None:
+    through(ledger, ["0/0", "0/1"], 1)
+    ledger.issue(["0/2", "0/3"], 1)
+    ledger.drop(["0/3"], "prompt_too_long")
+    assert ledger.rewind(0) == ("0/0", "0/1", "0/2", "0/3")
+    through(ledger, ["0/0", "0/1"], 1)
+    through(ledger, ["0/2", "0/3"], 2)
+    assert ledger.proof().text() == "4 groups issued: 4 consumed, 0 dropped, 0 in flight, 0 lost, 0 used twice"
+
+
 def test_a_second_use_behind_the_ledgers_back_is_seen(ledger: Ledger, tmp_path: Path) -> None:
     through(ledger, ["0/0", "0/1"], 1)
     other = sqlite3.connect(tmp_path / "ledger.sqlite")

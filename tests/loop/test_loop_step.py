@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from stand_ins import FakePolicy, FakeRollouts
 
 from rlhf_dist.algo.recipes import grpo
 from rlhf_dist.config.schema import AlgoConfig, LearnerConfig, OptimizerConfig
-from rlhf_dist.loop.step import assign_credit, batch_metrics, collate, make_shards, reward_metrics
+from rlhf_dist.loop.step import assign_credit, batch_metrics, collate, make_shards, reward_metrics, train_step
+from rlhf_dist.telemetry.timeline import Stopwatch
 from rlhf_dist.types import Batch, Credit, Experience, Message, Prompt, RolloutHead, Sampling, Scores
 
 SAMPLING = Sampling(n=2, temperature=0.8, top_p=1.0, top_k=0, max_tokens=9, stop=(), seed=None)
@@ -146,3 +148,20 @@ def test_metrics_by_hand(batch: Batch) -> None:
 def test_policy_lag_counts_versions_behind_the_step() -> None:
     batch = collate([experience(0, 3, [2, 6], [1.0, 0.0], 6), experience(1, 3, [2, 6], [1.0, 0.0], 4)])
     assert batch_metrics(batch, credit(batch), SAMPLING, step=7)["rollout/policy_lag_max"] == 2.0
+
+
+def test_a_step_tells_how_much_of_the_batch_was_trained() -> None:
+    """Group 1 has no differences: 6 of 8 rows."""
+    report, _, _ = train_step(
+        EXPERIENCES,
+        policy=FakePolicy(),
+        rollouts=FakeRollouts(),
+        algorithm=ALGORITHM,
+        learner=LEARNER,
+        sampling=SAMPLING,
+        step=7,
+        steps=100,
+        watch=Stopwatch(),
+    )
+    assert report.metrics["learner/trained_share"] == 0.75
+    assert report.metrics["reward/groups_without_signal"] == 0.25

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_dist.errors import ConfigError, DataError, DiskError, ResourceError
+from rlhf_dist.learner.model_engine import checkpoint_files
 from rlhf_dist.loop import run_directory
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
+from rlhf_dist.telemetry.sinks import JsonlSink
 
 CONFIG = """
 name: run
@@ -64,12 +66,40 @@ def test_a_run_that_never_began_may_be_started_again_under_its_name(tmp_path: Pa
     assert (again.logs / "rollout-worker-0.log").exists(), "what explains the failure is kept"
 
 
-def test_a_resume_needs_a_run_and_a_checkpoint(tmp_path: Path) -> None:
+def test_a_resume_needs_a_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such run to resume; leave out --resume"):
         make(tmp_path, resume=True)
-    make(tmp_path).close()
-    with pytest.raises(ConfigError, match="this run has no checkpoint to resume from"):
+    folder = tmp_path / "runs" / "my" / "run"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(CONFIG)
+    with pytest.raises(ConfigError, match="runs/my/run: not a run's directory; leave out --resume"):
         make(tmp_path, resume=True)
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"], "and nothing is put into it"
+
+
+def test_a_run_without_a_checkpoint_is_resumed_from_its_start(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.metrics.write_text('{"step": 0}\n{"step": 1}\n')
+    run.begin_checkpoint(2)
+    run.close()
+    again = make(tmp_path, resume=True)
+    assert again.latest_checkpoint() is None and list(again.checkpoints.iterdir()) == []
+    assert again.rewind_metrics(-1) == 2 and again.metrics.read_text() == ""
+
+
+def test_a_checkpoint_that_lacks_a_file_is_never_the_newest(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    before = checkpoint(run, 1)
+    folder = run.begin_checkpoint(2)
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").touch()
+    (folder / "optimizer-0.safetensors").touch()
+    needed = checkpoint_files(ranks=2)
+    with pytest.raises(DiskError, match=r"step-2: optimizer-1\.safetensors did not arrive: .* does not share"):
+        run.commit_checkpoint(2, 1, needed)
+    assert run.latest_checkpoint() == before and before.is_dir()
+    (folder / "optimizer-1.safetensors").touch()
+    assert run.commit_checkpoint(2, 1, needed) == run.latest_checkpoint() == run.checkpoints / "step-2"
 
 
 @pytest.mark.parametrize("name", ["", "/tmp/x", "../x"])
@@ -186,6 +216,16 @@ def test_metrics_after_the_checkpoint_are_set_aside_not_lost(tmp_path: Path) -> 
     assert aside.read_text() == "".join(lines[3:]) + '{"step": 5, "x"\n'
     assert run.rewind_metrics(2) == 0
     assert run.rewind_metrics(1) == 1 and aside.read_text().endswith(lines[2])
+
+
+def test_whoever_has_the_metrics_open_goes_on_writing_to_them(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.metrics.write_text('{"step": 0}\n{"step": 1}\n{"step": 2')
+    sink = JsonlSink(run.metrics)
+    assert run.rewind_metrics(0) == 2
+    sink.log(1, {"x": 2.0})
+    sink.close()
+    assert run.metrics.read_text() == '{"step": 0}\n{"step": 1, "x": 2.0}\n'
 
 
 def test_writes_replace_whole_files_and_fail_with_the_name(tmp_path: Path) -> None:

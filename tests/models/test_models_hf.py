@@ -1,8 +1,11 @@
 """Finding, checking, loading and saving Hugging Face directories; each bad one gives its own message."""
 
+from __future__ import annotations
+
 import json
 import shutil
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +195,32 @@ def test_saving_pairs_again_replaces_the_directory_and_keeps_their_dtype(small: 
     loaded = AutoModelForCausalLM.from_pretrained(target)
     assert loaded.dtype == torch.bfloat16
     assert torch.equal(loaded.model.norm.weight, state["model.norm.weight"])
+
+
+def test_what_a_gathered_parameter_holds_is_let_go_before_the_next_is_asked_for(small: Path, tmp_path: Path) -> None:
+    """Under ZeRO-3 on a GPU each of them is a whole parameter that only its turn gathers."""
+    alive: weakref.WeakSet[Gathered] = weakref.WeakSet()
+    most = 0
+
+    class Gathered:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+            alive.add(self)
+
+        def detach(self) -> Gathered:
+            return self
+
+        def cpu(self) -> torch.Tensor:
+            return self.tensor
+
+    def gathered() -> Iterator[tuple[str, Any]]:
+        nonlocal most
+        for name, tensor in load_file(small / "model.safetensors").items():
+            yield name, Gathered(tensor)
+            most = max(most, len(alive))
+
+    save_hf(gathered(), small, tmp_path / "hf")
+    assert most == 1
 
 
 @pytest.mark.parametrize("named_twice", [False, True])

@@ -11,6 +11,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -80,6 +82,17 @@ def test_packed_logprobs_and_gradients_are_those_of_each_sequence_alone(
     for name, parameter in plain.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_computes_each_layer_again_as_it_comes_from_loading(small: Path, checkpointing: bool) -> None:
+    policy = PackedPolicy(load_model(small, "float32", "segmented"), checkpointing)
+    runs = [0, 0]
+    for number, layer in enumerate(policy.model.base_model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: runs.__setitem__(number, runs[number] + 1))
+    tokens, boundaries, predict, targets = packed_row()
+    policy(tokens, boundaries, predict, targets, 1.0, 10)[0].sum().backward()
+    assert runs == ([2, 2] if checkpointing else [1, 1])
 
 
 def test_bfloat16_is_close(small: Path) -> None:
@@ -159,6 +172,15 @@ def test_dropout_is_off_even_in_training() -> None:
     tokens, boundaries = torch.arange(9), torch.tensor([0, 9], dtype=torch.int32)
     assert torch.equal(policy.hidden(tokens, boundaries), policy.hidden(tokens, boundaries))
     assert all(layer.self_attn.attention_dropout == 0 for layer in policy.model.base_model.layers)
+
+
+def test_dropout_that_a_model_keeps_as_a_plain_number_is_off_too() -> None:
+    register_segmented()
+    torch.manual_seed(0)
+    config = OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=64, dropout=0.5, layerdrop=0.5)
+    policy = PackedPolicy(OPTForCausalLM._from_config(config, attn_implementation="segmented"))
+    tokens, boundaries = torch.arange(9), torch.tensor([0, 9], dtype=torch.int32)
+    assert torch.equal(policy.hidden(tokens, boundaries), policy.hidden(tokens, boundaries))
 
 
 def test_choose_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,13 +34,15 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_one_metrics_object_a_step(shared_run: SharedRun) -> None:
+    assert [line["step"] for line in lines(shared_run.path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     found = steps(shared_run.path)
     assert [line["step"] for line in found] == [1, 2, 3, 4]
     names = {
         "reward/mean", "reward/exact", "reward/letters", "policy/loss", "policy/entropy", "policy/ratio",
-        "learner/grad_norm", "learner/lr", "learner/tokens", "rollout/response_length", "rollout/logprob_diff_max",
-        "rollout/logprob_diff_mean", "rollout/policy_lag_max", "sync/changed_share", "time/step", "time/generate",
-        "time/train", "time/sync", "goodput/generate", "goodput/tokens_per_s",
+        "learner/grad_norm", "learner/lr", "learner/tokens", "learner/trained_share",
+        "rollout/response_length", "rollout/logprob_diff_max", "rollout/logprob_diff_mean",
+        "rollout/policy_lag_max", "sync/changed_share", "time/step", "time/generate", "time/train",
+        "time/sync", "goodput/generate", "goodput/tokens_per_s",
     }  # fmt: skip
     for line in found:
         assert names <= line.keys(), names - line.keys()
@@ -117,9 +119,10 @@ def test_supervised_start_was_learnt(shared_run: SharedRun) -> None:
 def test_a_checkpoint_says_how_to_go_on(shared_run: SharedRun) -> None:
     folder = shared_run.path / "checkpoints" / "step-4"
     state = json.loads((folder / "state.json").read_text())
-    assert state["step"] == 4
+    assert (state["step"], state["steps"]) == (4, STEPS)
     assert (state["cursor"]["epoch"], state["cursor"]["position"]) == (0, PROMPTS * STEPS)
-    assert state["before"] == json.loads((shared_run.path / "summary.json").read_text())["before"]
+    summary = json.loads((shared_run.path / "summary.json").read_text())
+    assert (state["before"], state["results"]) == (summary["before"], summary["after"])
     assert sorted(path.name for path in folder.glob("optimizer-*")) == [f"optimizer-{i}.safetensors" for i in (0, 1)]
 
 
@@ -155,7 +158,7 @@ def test_the_summary_has_before_and_after(shared_run: SharedRun) -> None:
     found = [line for line in lines(shared_run.path / "metrics.jsonl") if "eval/greedy_accuracy" in line]
     assert summary["command"] == "train" and summary["seconds"] > 0
     assert summary["before"] == {name: value for name, value in found[0].items() if name != "step"}
-    assert summary["after"] == {name: value for name, value in found[-1].items() if name != "step"}
+    assert summary["after"] == {name: value for name, value in found[-1].items() if name.startswith("eval/")}
 
 
 def test_every_actor_has_its_log(shared_run: SharedRun) -> None:
@@ -191,5 +194,5 @@ def test_nothing_listens_beyond_loopback(shared_run: SharedRun) -> None:
 
 
 def test_shared_memory_is_given_back(shared_run: SharedRun) -> None:
-    writers = {path.name.split("-")[1] for path in Path("/dev/shm").glob("rlhf_dist-*.weights")}
-    assert shared_run.workplace.pids and not writers & {str(pid) for pid in shared_run.workplace.pids}
+    assert shared_run.workplace.weights, "the files were seen while the run was there"
+    assert [path for path in shared_run.workplace.weights if Path(path).exists()] == []

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
+import secrets
+import stat
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -169,14 +173,59 @@ def test_close_removes_the_file_and_maps_stay_valid(writer: WeightWriter) -> Non
     assert torch.equal(received[0][0][1], tensors()[0][1])
 
 
-def test_files_of_the_dead_are_swept_and_those_of_the_living_stay(tmp_path: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=int)
-    process.start()
-    process.join(30)
-    dead = tmp_path / f"rlhf_dist-{process.pid}-7f.weights"
-    alive = tmp_path / f"rlhf_dist-{os.getpid()}-7f.weights"
-    other = tmp_path / "somebody-elses.weights"
-    for path in (dead, alive, other):
-        path.touch()
+def test_only_this_user_may_read_the_file_and_its_name_cannot_be_guessed(writer: WeightWriter) -> None:
+    assert stat.S_IMODE(writer.path.stat().st_mode) == 0o600
+    assert re.fullmatch(rf"rlhf_dist-{os.getuid()}-[0-9a-f]{{16}}\.weights", writer.path.name)
+
+
+def test_a_file_that_is_there_already_is_never_written_into(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shared_memory, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "guessed")
+    theirs = tmp_path / "theirs"
+    theirs.write_text("theirs")
+    (tmp_path / f"rlhf_dist-{os.getuid()}-guessed.weights").symlink_to(theirs)
+    monkeypatch.setattr(shared_memory, "sweep", lambda folder: None)
+    with pytest.raises(DiskError, match="File exists"):
+        WeightWriter(make_plan(SHAPES, 100))
+    assert theirs.read_text() == "theirs"
+
+
+def hold_a_file(folder: Path, names: multiprocessing.Queue, stay: bool) -> None:
+    shared_memory.SHARED_MEMORY = folder
+    held = WeightWriter(make_plan(SHAPES, 100))
+    names.put(held.path.name)
+    if stay:
+        time.sleep(600)
+    names.close()
+    names.join_thread()
+    os._exit(0)  # Without a word, as one that is killed.
+
+
+def test_files_of_the_dead_are_swept_and_those_of_the_living_and_of_others_stay(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(shared_memory, "SHARED_MEMORY", tmp_path)
+    names = context.Queue()
+    alive = context.Process(target=hold_a_file, args=(tmp_path, names, True))
+    alive.start()
+    try:
+        kept = [names.get(timeout=60)]
+        dead = context.Process(target=hold_a_file, args=(tmp_path, names, False))
+        dead.start()
+        swept = names.get(timeout=60)
+        dead.join(30)
+        assert (tmp_path / swept).exists(), "it was left behind"
+        mine = WeightWriter(make_plan(SHAPES, 100))
+        kept += [mine.path.name, f"rlhf_dist-{os.getuid() + 1}-7f.weights", "somebody-elses.weights"]
+        for name in kept[2:]:
+            (tmp_path / name).touch()
+        sweep(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+        mine.close()
+        mine.close()
+    finally:
+        alive.kill()
+        alive.join(30)
     sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, other.name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept[2:]), "a lock goes with its process"

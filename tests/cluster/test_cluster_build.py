@@ -1,0 +1,98 @@
+"""What is decided when a run is wired: actors' seeds and search path, where ranks meet, what a bad proof does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from rlhf_dist.cluster import actors, build
+from rlhf_dist.cluster.placement import Machine
+from rlhf_dist.config.schema import Config, RolloutConfig, TelemetryConfig, TinyConfig
+from rlhf_dist.errors import RunError
+from rlhf_dist.loop.train import Run
+
+
+def seed(config: Config, rank: int, checkpoint: str | None) -> int:
+    name, folder = f"rollout worker {rank}", Path("runs/x/checkpoints") / checkpoint if checkpoint else None
+    return build.spec(config, name, "model", "cpu", 1, Path("logs"), rank, folder).seed
+
+
+def test_no_two_workers_seeds_or_resumes_draw_the_same_numbers() -> None:
+    runs = [
+        (number, rank, checkpoint)
+        for number in (0, 1, 1000)
+        for rank in (0, 1, 1000)
+        for checkpoint in (None, "step-50", "step-100")
+    ]
+    seeds = {run: seed(Config(seed=run[0]), *run[1:]) for run in runs}
+    assert len(set(seeds.values())) == len(runs)
+    assert all(0 <= value < 2**32 for value in seeds.values()), "as far as the engines' seeds go"
+    assert seeds == {run: seed(Config(seed=run[0]), *run[1:]) for run in runs}, "and each is the same next time"
+
+
+def test_the_engine_gets_the_actors_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from rlhf_dist.rollout import vllm_engine
+
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(vllm_engine, "VllmEngine", lambda *_, **settings: seen.update(settings))
+    spec = build.spec(Config(), "rollout worker 0", "model", "cpu", 1, tmp_path, 0)
+    actors.make_rollout_worker(spec)
+    assert seen["seed"] == spec.seed
+
+
+def test_a_users_folder_hides_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = list(sys.path)
+    monkeypatch.chdir(tmp_path)
+    actors.enter(build.spec(Config(), "scoring worker", "", "cpu", 1, tmp_path / "logs", 0))
+    assert sys.path == [*before, str(tmp_path)]
+
+
+def test_ranks_meet_on_loopback_in_a_large_cluster_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * 3)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "0.0.0.0")
+    host, port = actors.LearnerHost.address(object.__new__(actors.LearnerHost))
+    assert host == "127.0.0.1" and 0 < port < 2**16
+
+
+@pytest.mark.parametrize("leaves", ["in flight", "used twice", "nothing"])
+def test_a_run_whose_ledger_does_not_add_up_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, leaves: str
+) -> None:
+    @contextmanager
+    def session(config: Any) -> Iterator[Machine]:
+        yield Machine(2, 0)
+
+    def trained(run: Run, state: Any) -> tuple[dict[str, float], dict[str, float]]:
+        run.telemetry.log(0, {"eval/greedy_accuracy": 0.0})
+        run.ledger.issue(["0/0"], 0)
+        if leaves != "in flight":
+            run.ledger.finish(["0/0"])
+            run.ledger.score(["0/0"])
+            run.ledger.consume(["0/0"], 1)
+        if leaves == "used twice":
+            run.ledger._database.execute("INSERT INTO uses VALUES ('0/0', 2)")
+        return {}, {}
+
+    monkeypatch.setattr(build, "ray_session", session)
+    monkeypatch.setattr(build, "start_fleets", lambda *_: (None, None, None))
+    monkeypatch.setattr(build.training, "train", trained)
+    tiny = TinyConfig(hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1, max_positions=64)
+    rollout = RolloutConfig(max_prompt_tokens=40, max_response_tokens=8, cpus=1)
+    config = Config(name="run", output=str(tmp_path), rollout=rollout, telemetry=TelemetryConfig(wandb="off"))
+    config = replace(config, model=replace(config.model, tiny=tiny), cluster=replace(config.cluster, device="cpu"))
+    if leaves == "nothing":
+        build.train(config, resume=False)
+    else:
+        with pytest.raises(RunError, match=rf"ledger\.sqlite: .* does not add up: 1 groups issued: .* 1 {leaves}"):
+            build.train(config, resume=False)
+    assert (tmp_path / "run" / "summary.json").exists(), "what the run found is kept"

@@ -1,0 +1,114 @@
+"""Supervised training: what of a batch is learnt, checkpoint files that fail, and plain text for real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Workplace, make_workplace
+
+from rlhf_dist.config.schema import SftConfig
+from rlhf_dist.data.rows import Demonstration
+from rlhf_dist.errors import DataError, DiskError
+from rlhf_dist.learner.model_engine import ModelEngine
+from rlhf_dist.learner.rows import Row
+from rlhf_dist.learner.supervised import SupervisedLearner
+from rlhf_dist.models.hf import load_tokenizer
+
+
+class Engine:
+    """Gives every response token a logprob of -2."""
+
+    rank = 0
+
+    def logprobs(self, rows: list[Row], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        count = sum(row.response_length for row in rows)
+        return torch.full((count,), -2.0, requires_grad=True), torch.zeros(count)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        return 1.0
+
+
+def learner(model: Path, texts: list[str], max_tokens: int) -> SupervisedLearner:
+    demonstrations = [Demonstration((), text) for text in texts]
+    config = SftConfig(batch_size=len(texts), max_tokens=max_tokens, objective="text")
+    engine: Any = Engine()
+    return SupervisedLearner(
+        engine, config, demonstrations, demonstrations, load_tokenizer(model), chat=True, seed=0, ranks=1,
+        micro_batch_tokens=1000,
+    )  # fmt: skip
+
+
+def test_every_token_but_the_first_is_learnt_and_what_does_not_fit_is_counted(tiny_model: Path) -> None:
+    found = learner(tiny_model, ["abc", "ab", "a" * 30], max_tokens=10).train_step(1).values()
+    assert found["data/tokens"] == 3 + 2, "the letters after the first, and the end token"
+    assert found["data/dropped_demonstrations"] == 1 and found["sft/loss"] == 2.0
+
+
+def test_an_empty_text_is_left_out(tiny_model: Path) -> None:
+    found = learner(tiny_model, ["abc", ""], max_tokens=10).train_step(1).values()
+    assert (found["data/tokens"], found["data/dropped_demonstrations"]) == (3, 1)
+
+
+@pytest.mark.parametrize("texts", [["a" * 30, "b" * 30], ["", ""]])
+def test_a_batch_without_anything_to_learn_is_an_error(tiny_model: Path, texts: list[str]) -> None:
+    nothing = learner(tiny_model, texts, max_tokens=10)
+    for call in (lambda: nothing.train_step(1), nothing.evaluate):
+        with pytest.raises(DataError, match=r"none of 2 demonstrations has a token to learn within sft\.max_tokens 10"):
+            call()
+
+
+@pytest.fixture
+def engine() -> ModelEngine:
+    """Rank 1 of an engine, with nothing behind it but optimizer tensors."""
+    made = object.__new__(ModelEngine)
+    made.rank = 1
+    tensors = {"exp_avg": torch.ones(4)}
+    loaded: dict[str, torch.Tensor] = {}
+    made._deepspeed = SimpleNamespace(  # type: ignore[assignment]
+        zero_stage=2, optimizer_tensors=lambda: tensors, load_optimizer_tensors=loaded.update, loaded=loaded
+    )
+    return made
+
+
+def test_an_optimizer_that_cannot_be_written_is_a_disk_error(engine: ModelEngine, tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match=r"optimizer-1\.safetensors: cannot be written: .*No such file"):
+        engine.save(tmp_path / "gone")
+
+
+def test_an_optimizer_that_cannot_be_read_is_a_data_error(engine: ModelEngine, tmp_path: Path) -> None:
+    engine.save(tmp_path)
+    engine.restore(tmp_path)
+    assert engine._deepspeed.loaded["exp_avg"].tolist() == [1.0] * 4  # type: ignore[attr-defined]
+    path = tmp_path / "optimizer-1.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(
+        DataError, match=r"optimizer-1\.safetensors: cannot be read: .*; resume from another checkpoint"
+    ):
+        engine.restore(tmp_path)
+
+
+@pytest.mark.timeout(900)
+def test_plain_text_is_learnt_for_real(tmp_path: Path) -> None:
+    """Ray and DeepSpeed, three steps, with a tokenizer that has no start token."""
+    place: Workplace = make_workplace(tmp_path)
+    texts = ["abcabcabcabc", "bcabcabc", "cabcab"] * 6
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"response": text}) + "\n" for text in texts))
+    words = ["data.source=jsonl", "data.path=text.jsonl", "sft.objective=text", "sft.steps=3", "sft.log_every=1"]
+    words += ["sft.batch_size=6", "sft.eval_every=3", "eval.prompts=6", "learner.ranks=1", "learner.zero_stage=0"]
+    done = place.run("sft", "name=text", "data.shuffle=false", "sft.optimizer.warmup_steps=0", *words)
+    assert done.code == 0, done.stderr
+    found = [json.loads(line) for line in (place.output / "text" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in found] == [0, 1, 2, 3]
+    # A text of L letters has L targets: all but its first letter, and the end token. An epoch is 12 demonstrations.
+    lengths = [line["data/tokens"] for line in found[1:3]]
+    assert sum(lengths) == sum(len(text) for text in texts[:12])
+    assert found[3]["sft/held_out_loss"] < found[0]["sft/held_out_loss"] - 0.3
+    assert (place.output / "text" / "checkpoints" / "step-3" / "state.json").exists()

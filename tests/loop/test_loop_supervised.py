@@ -1,0 +1,90 @@
+"""A supervised run with a stand-in learner: lines, states, and the ways back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from stand_ins import Quiet, lines, write_checkpoint
+
+from rlhf_dist.config.schema import SftConfig, TelemetryConfig
+from rlhf_dist.errors import DiskError
+from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
+from rlhf_dist.loop.supervised import SupervisedState, fine_tune, read_state
+from rlhf_dist.telemetry.metrics import MetricSums
+from rlhf_dist.telemetry.sinks import open_telemetry
+
+CONFIG = SftConfig(steps=4, log_every=1, eval_every=2, checkpoint_every=0)
+
+
+class FakeLearner:
+    """Its held-out loss is 10 less the steps done."""
+
+    def __init__(self, ranks: int = 2, fails_at: int = 0, done: int = 0) -> None:
+        self.ranks = ranks
+        self.done = done
+        self._fails_at = fails_at
+        self.missing = ""
+
+    def train_step(self, step: int) -> MetricSums:
+        assert step == self.done + 1
+        if step == self._fails_at:
+            raise RuntimeError("the machine went down")
+        self.done = step
+        return MetricSums({"sft/loss": (1.0, 1.0)}, {})
+
+    def evaluate(self) -> MetricSums:
+        return MetricSums({"sft/held_out_loss": (10.0 - self.done, 1.0)}, {})
+
+    def save(self, folder: Path) -> None:
+        write_checkpoint(folder, self.ranks)
+        if self.missing:
+            (folder / self.missing).unlink()
+
+
+def run(
+    path: Path, learner: FakeLearner, state: SupervisedState | None = None, again: bool = False
+) -> tuple[RunDirectory, tuple[dict[str, float], dict[str, float]]]:
+    directory = open_run_directory(str(path), "run", "name: run\n", again)
+    telemetry, _ = open_telemetry(TelemetryConfig(wandb="off"), directory.path, "run", {}, None, lambda message: None)
+    try:
+        results = fine_tune(learner, CONFIG, state, directory=directory, telemetry=telemetry, progress=Quiet())
+    finally:
+        telemetry.close()
+        directory.close()
+    return directory, results
+
+
+def test_one_line_a_step_and_a_state_of_three(tmp_path: Path) -> None:
+    directory, (before, after) = run(tmp_path, FakeLearner())
+    found = lines(directory.metrics)
+    assert [line["step"] for line in found] == [0, 1, 2, 3, 4]
+    assert [line.get("sft/held_out_loss") for line in found] == [10.0, None, 8.0, None, 6.0]
+    folder = directory.latest_checkpoint()
+    assert folder is not None
+    assert json.loads((folder / "state.json").read_text()) == {"step": 4, "before": before, "results": after}
+    assert read_state(folder) == SupervisedState(4, {"sft/held_out_loss": 10.0}, {"sft/held_out_loss": 6.0})
+
+
+def test_a_run_cut_before_its_first_checkpoint_begins_again_in_the_same_directory(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        run(tmp_path, FakeLearner(fails_at=3))
+    directory, _ = run(tmp_path, FakeLearner(), again=True)
+    assert [line["step"] for line in lines(directory.metrics)] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in lines(directory.path / "metrics.before-resume.jsonl")] == [0, 1, 2]
+
+
+def test_a_resume_keeps_what_was_measured_before(tmp_path: Path) -> None:
+    run(tmp_path, FakeLearner())
+    state = SupervisedState(2, {"sft/held_out_loss": 10.0}, {"sft/held_out_loss": 8.0})
+    directory, (before, after) = run(tmp_path, FakeLearner(done=2), state, again=True)
+    assert (before, after) == ({"sft/held_out_loss": 10.0}, {"sft/held_out_loss": 6.0})
+    assert [line["step"] for line in lines(directory.metrics)] == [0, 1, 2, 3, 4]
+
+
+def test_a_checkpoint_without_a_ranks_optimizer_is_refused(tmp_path: Path) -> None:
+    learner = FakeLearner()
+    learner.missing = "optimizer-1.safetensors"
+    with pytest.raises(DiskError, match=r"step-4: optimizer-1\.safetensors did not arrive"):
+        run(tmp_path, learner)

@@ -1,0 +1,207 @@
+"""A whole run of the loop with stand-ins for its processes; stream, ledger, files and checkpoints are real."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stand_ins import FakePolicy, FakeRollouts, FakeScoring, Quiet, lines
+
+from rlhf_dist.algo.recipes import grpo
+from rlhf_dist.config.schema import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LearnerConfig,
+    LoopConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    TaskConfig,
+    TelemetryConfig,
+)
+from rlhf_dist.data.stream import PromptStream, held_out
+from rlhf_dist.errors import DataError, DiskError
+from rlhf_dist.loop.ledger import Ledger
+from rlhf_dist.loop.queue import ExperienceQueue
+from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
+from rlhf_dist.loop.train import Run, State, read_state, resume, train
+from rlhf_dist.telemetry.sinks import open_telemetry
+
+PROMPTS, STEPS = 3, 4
+CONFIG = Config(
+    data=DataConfig(task=TaskConfig(train_size=20)),
+    loop=LoopConfig(steps=STEPS, prompts_per_step=PROMPTS, checkpoint_every=2, logprob_diff_limit=1e-3),
+    eval=EvalConfig(prompts=4, every=2, samples=0),
+    telemetry=TelemetryConfig(wandb="off", samples=2),
+)
+ALL = STEPS * PROMPTS
+
+
+def wired(path: Path, config: Config = CONFIG, again: bool = False, **parts: Any) -> Run:
+    """A run in `path`; `again` is --resume."""
+    directory = open_run_directory(str(path), "run", "name: run\n", again)
+    telemetry, _ = open_telemetry(config.telemetry, directory.path, "run", {}, None, lambda message: None)
+    made: dict[str, Any] = {"policy": FakePolicy(), "rollouts": FakeRollouts(), "scoring": FakeScoring()}
+    return Run(
+        config=config,
+        algorithm=grpo(config.algo),
+        stream=PromptStream(config.data, config.seed, config.eval.prompts),
+        held_out=held_out(config.data, config.eval.prompts),
+        queue=ExperienceQueue(0, config.loop.prompts_per_step),
+        ledger=Ledger(directory.ledger),
+        directory=directory,
+        telemetry=telemetry,
+        progress=Quiet(),
+        **made | parts,
+    )
+
+
+def close(run: Run) -> None:
+    run.ledger.close()
+    run.telemetry.close()
+    run.directory.close()
+
+
+def whole(path: Path, config: Config = CONFIG, **parts: Any) -> Run:
+    """A run from start to end."""
+    run = wired(path, config, **parts)
+    train(run, None)
+    close(run)
+    return run
+
+
+def warnings(directory: RunDirectory) -> list[str]:
+    return [event["message"] for event in lines(directory.events) if event["kind"] == "warning"]
+
+
+def test_one_line_a_step_and_the_evaluation_is_in_it(tmp_path: Path) -> None:
+    run = whole(tmp_path)
+    found = lines(run.directory.metrics)
+    assert [line["step"] for line in found] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in found if "eval/greedy_accuracy" in line] == [0, 2, 4]
+    assert [line["step"] for line in found if "reward/mean" in line] == [1, 2, 3, 4]
+    assert warnings(run.directory) == []
+
+
+def test_a_checkpoints_state_is_enough_to_go_on(tmp_path: Path) -> None:
+    run = whole(tmp_path)
+    folder = run.directory.latest_checkpoint()
+    assert folder is not None
+    assert json.loads((folder / "state.json").read_text()).keys() == {"step", "steps", "cursor", "before", "results"}
+    state = read_state(folder)
+    assert (state.step, state.steps, state.cursor["position"]) == (STEPS, STEPS, ALL)
+    assert state.results["eval/greedy_accuracy"] == 1.0 and state.before.keys() == state.results.keys()
+    (folder / "state.json").write_text('{"step": 4, "cursor": {}, "before": {}}')
+    with pytest.raises(DataError, match=r"state\.json: not a checkpoint's state \(KeyError"):
+        read_state(folder)
+
+
+def test_a_run_cut_before_its_first_checkpoint_begins_again_in_the_same_directory(tmp_path: Path) -> None:
+    config = replace(CONFIG, loop=replace(CONFIG.loop, checkpoint_every=0))
+    run = wired(tmp_path, config, policy=FakePolicy(fails_at=3))
+    with pytest.raises(RuntimeError, match="the machine went down"):
+        train(run, None)
+    assert run.ledger.counts() | {"rewound": 0} == {
+        "issued": 0,
+        "finished": 0,
+        "scored": PROMPTS,
+        "consumed": 2 * PROMPTS,
+        "dropped": 0,
+        "rewound": 0,
+    }
+    close(run)
+    assert run.directory.latest_checkpoint() is None
+
+    again = wired(tmp_path, config, again=True)
+    train(again, None)
+    proof = again.ledger.proof()
+    close(again)
+    assert proof.text() == f"{ALL} groups issued: {ALL} consumed, 0 dropped, 0 in flight, 0 lost, 0 used twice"
+    assert [line["step"] for line in lines(again.directory.metrics)] == [0, 1, 2, 3, 4]
+    aside = again.directory.path / "metrics.before-resume.jsonl"
+    assert [line["step"] for line in lines(aside)] == [0, 1, 2]
+    (event,) = [event for event in lines(again.directory.events) if event["kind"] == "resume"]
+    assert event["facts"] == {"step": 0, "prompts_reissued": 3 * PROMPTS, "metrics_moved": 3}
+    first = [prompt.uid for prompt in PromptStream(config.data, config.seed, config.eval.prompts).take(PROMPTS)]
+    served = [uid for uid in again.rollouts.served if not uid.startswith("eval")]  # type: ignore[attr-defined]
+    assert set(first) <= set(served), "the stream begins at its start"
+
+
+def test_a_new_run_tells_of_no_resume(tmp_path: Path) -> None:
+    run = whole(tmp_path)
+    assert [event for event in lines(run.directory.events) if event["kind"] == "resume"] == []
+
+
+def test_a_resume_from_a_checkpoint_goes_on_after_it(tmp_path: Path) -> None:
+    run = wired(tmp_path, policy=FakePolicy(fails_at=4))
+    with pytest.raises(RuntimeError):
+        train(run, None)
+    close(run)
+    folder = run.directory.latest_checkpoint()
+    assert folder is not None and folder.name == "step-2"
+    again = wired(tmp_path, again=True)
+    before, _ = train(again, read_state(folder))
+    proof = again.ledger.proof()
+    close(again)
+    assert proof.holds and (proof.consumed, proof.in_flight) == (ALL, 0)
+    assert [line["step"] for line in lines(again.directory.metrics)] == [0, 1, 2, 3, 4]
+    assert before["eval/greedy_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "told"),
+    [("cosine", 9, True), ("linear", 9, True), ("constant", 9, False), ("cosine", STEPS, False)],
+)
+def test_a_resume_that_changes_the_schedules_end_says_so(tmp_path: Path, schedule: Any, steps: int, told: bool) -> None:
+    learner = LearnerConfig(optimizer=OptimizerConfig(schedule=schedule))
+    run = wired(tmp_path, replace(CONFIG, learner=learner, loop=replace(CONFIG.loop, steps=steps)))
+    assert resume(run, State(2, STEPS, dict(run.stream.cursor()), {}, {})) == 2
+    found = warnings(run.directory)
+    close(run)
+    assert ["loop.steps was 4 and is 9: the learning rate falls to its end by then" in text for text in found] == (
+        [True] if told else []
+    )
+
+
+@pytest.mark.parametrize(("difference", "told"), [(1e-4, False), (2e-3, True), (math.nan, True), (math.inf, True)])
+def test_the_sentinel_warns_of_a_difference_and_of_nan(tmp_path: Path, difference: float, told: bool) -> None:
+    run = whole(tmp_path, policy=FakePolicy(difference=difference))
+    found = warnings(run.directory)
+    assert len(found) == (STEPS if told else 0)
+    assert all("rollout and learner logprobs differ by up to " in text for text in found)
+
+
+@pytest.mark.parametrize("rollout", [RolloutConfig(top_p=0.9), RolloutConfig(top_k=5)])
+def test_a_cut_distribution_is_told_once_and_the_sentinel_is_quiet(tmp_path: Path, rollout: RolloutConfig) -> None:
+    run = whole(tmp_path, replace(CONFIG, rollout=rollout), policy=FakePolicy(difference=0.5))
+    (warning,) = warnings(run.directory)
+    assert warning.startswith("rollout.top_p or top_k cuts what is sampled from")
+
+
+def test_ranks_that_write_elsewhere_give_no_checkpoint(tmp_path: Path) -> None:
+    run = wired(tmp_path, policy=FakePolicy(saves=False))
+    with pytest.raises(DiskError, match=r"step-2: hf/config\.json did not arrive"):
+        train(run, None)
+    close(run)
+    assert run.directory.latest_checkpoint() is None
+
+
+def test_dropped_prompts_are_made_up_for_and_counted(tmp_path: Path) -> None:
+    config = replace(CONFIG, data=replace(CONFIG.data, shuffle=False))
+    gone = PromptStream(config.data, config.seed, config.eval.prompts).take(2)[1].uid
+    run = wired(tmp_path, config, rollouts=FakeRollouts(drops=[gone]))
+    train(run, None)
+    proof = run.ledger.proof()
+    close(run)
+    assert (proof.consumed, dict(proof.dropped), proof.in_flight) == (ALL, {"prompt_empty": 1}, 0)
+    assert [line.get("data/dropped_prompt_empty") for line in lines(run.directory.metrics)] == [
+        None,
+        1,
+        None,
+        None,
+        None,
+    ]

@@ -1,0 +1,77 @@
+"""A rollout worker over a stand-in engine: which prompts reach the engine, and how the others come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_dist.config.schema import RolloutConfig
+from rlhf_dist.models.hf import load_tokenizer
+from rlhf_dist.rollout.vllm_engine import VllmEngine
+from rlhf_dist.rollout.worker import RolloutWorker
+from rlhf_dist.types import DroppedPrompt, Message, Prompt, Receipt, Rollout, RolloutHead, Sampling
+from rlhf_dist.weights.receipts import Announcement
+
+SAMPLING = Sampling(n=1, temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop=(), seed=None)
+
+
+class Engine:
+    """Answers every prompt with one token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def generate(self, prompts: Sequence[tuple[Prompt, list[int]]], sampling: Sampling) -> Iterator[Rollout]:
+        for prompt, tokens in prompts:
+            assert tokens, "an engine refuses a prompt without tokens"
+            yield Rollout(
+                prompt=prompt,
+                prompt_tokens=np.asarray(tokens, np.int32),
+                tokens=np.array([5], np.int32),
+                offsets=np.array([0, 1]),
+                logprobs=np.zeros(1, np.float32),
+                versions=np.zeros(1, np.int32),
+                finish_reasons=("stop",),
+                texts=("a",),
+            )
+
+    def load_weights(self, announcement: Announcement) -> Receipt:
+        raise AssertionError("not asked for here")
+
+
+def test_prompts_without_tokens_and_too_long_ones_are_dropped_and_the_others_answered(tiny_model: Path) -> None:
+    worker = RolloutWorker("w", Engine(load_tokenizer(tiny_model)), chat=False, max_prompt_tokens=4)
+    texts = ["abc", "äöü", "abcde", "b"]
+    asked = [Prompt(f"0/{i}", (Message("user", text),), "", "test") for i, text in enumerate(texts)]
+    found = list(worker.generate(asked, SAMPLING))
+    assert [(drop.uid, drop.reason) for drop in found if isinstance(drop, DroppedPrompt)] == [
+        ("0/1", "prompt_empty"),
+        ("0/2", "prompt_too_long"),
+    ]
+    assert [head.uid for head in found if isinstance(head, RolloutHead)] == ["0/0", "0/3"]
+
+
+@pytest.mark.parametrize(("parallel", "executor"), [(1, "uni"), (4, "mp")])
+def test_vllm_never_asks_ray_for_gpus_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, parallel: int, executor: str
+) -> None:
+    import vllm
+
+    class Seen(Exception):
+        pass
+
+    settings: dict[str, Any] = {}
+
+    def arguments(**found: Any) -> Any:
+        settings.update(found)
+        raise Seen
+
+    monkeypatch.setattr(vllm, "EngineArgs", arguments)
+    config = RolloutConfig(tensor_parallel=parallel)
+    with pytest.raises(Seen):
+        VllmEngine(tiny_model, config, dtype="float32", device="cpu", threads=1, seed=1, name="w")
+    assert (settings["tensor_parallel_size"], settings["distributed_executor_backend"]) == (parallel, executor)
