@@ -30,6 +30,8 @@ def prepare(config: ClusterConfig) -> None:
     # 0 GPUs asked for has to mean that CUDA_VISIBLE_DEVICES is left alone: Ray's coming default.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not joins_cluster(config):
+        # Ray would give its workers the lowest priority but four: whatever else ran on the machine would come first.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.pop("RAY_ADDRESS", None)
         # Named for other systems, where it is off: on Linux too it makes Ray take loopback as the node's address, and
         # listen there only. `_node_ip_address` alone does not: Ray replaces a loopback address by the outside one.
