@@ -55,10 +55,6 @@ class DeepSpeedEngine:
         """The module's forward, with ZeRO's hooks."""
         return self._engine(*args)
 
-    def train(self, mode: bool) -> None:
-        """Switch dropout and the like."""
-        self._engine.train(mode)
-
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch; `last` tells that the optimizer step follows."""
         self._engine.set_gradient_accumulation_boundary(last)

@@ -21,6 +21,9 @@ from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.shared_memory import WeightWriter
 
+PREFIX = "model."
+"""PackedPolicy holds the Hugging Face model under this name; published names are Hugging Face's own."""
+
 
 def checkpoint_files(ranks: int) -> list[str]:
     """What `save` on all ranks leaves in a checkpoint's folder, by relative path; the files that tell it is whole."""
@@ -30,10 +33,6 @@ def checkpoint_files(ranks: int) -> list[str]:
 def optimizer_file(rank: int) -> str:
     """Name of a rank's optimizer state."""
     return f"optimizer-{rank}.safetensors"
-
-
-PREFIX = "model."
-"""PackedPolicy holds the Hugging Face model under this name; published names are Hugging Face's own."""
 
 
 class ModelEngine:
