@@ -1,7 +1,8 @@
 """The canonical work of the benchmarks: a random Qwen2-shaped model of 64 tokens, short prompts, a config to train it.
 
 End of sequence is one of 64 about equally likely tokens, so responses have a natural long tail of mean length about
-50. The learning rate is 1e-8: with a real one the lengths drift, and the figures with them.
+50. The learning rate is 1e-8: with a real one the lengths drift, and the figures with them. For PPO a reward model of
+the same shape is made too; critic and reference start from the policy.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import yaml
 
@@ -29,7 +31,11 @@ PROMPT_CHARACTERS = 9
 PROMPTS = 64
 HELD_OUT = 8
 
-CONFIG = {
+Algo = Literal["grpo", "ppo"]
+ALGOS: tuple[Algo, ...] = ("grpo", "ppo")
+FIXED_RATE = {"lr": 1e-8, "warmup_steps": 0}
+
+CONFIG: dict[str, Any] = {
     "model": {
         "tiny": {
             "hidden_size": 512,
@@ -42,32 +48,34 @@ CONFIG = {
     },
     "data": {"source": "jsonl", "chat": False, "answer_key": ""},
     "rollout": {"max_prompt_tokens": 16, "max_response_tokens": 256},
-    # Shorter is better, in steps: practically no group has eight equal scores, which would not need training.
-    "scoring": {
-        "rewards": {f"within_{n}": {"kind": "regex", "pattern": f".{{0,{n}}}"} for n in (5, 10, 20, 40, 80, 160)}
-    },
-    "algo": {"name": "grpo", "group_size": 8},
-    "learner": {"optimizer": {"lr": 1e-8, "warmup_steps": 0}},
+    "learner": {"optimizer": FIXED_RATE},
     "loop": {"prompts_per_step": 8, "checkpoint_every": 0},
     "eval": {"prompts": HELD_OUT, "every": 0, "samples": 0},
     "telemetry": {"wandb": "offline", "progress": "plain"},
 }
 
-OWN_KEYS = ("name", "output", "model.path", "data.source", "data.path", "data.eval_path", "data.chat", "loop.steps")
-"""Set by the benchmark itself."""
+OWN_KEYS = (
+    *("name", "output", "model.path", "data.source", "data.path", "data.eval_path", "data.chat", "loop.steps"),
+    *("algo.name", "algo.kl", "scoring.rewards", "critic.start", "critic.side_by_side", "critic.warmup_steps"),
+    *("reference", "ptx"),
+)
+"""Set by the benchmark itself, with all below them; the limit rests on them."""
 
 
-def canonical_config(folder: Path, overrides: Sequence[str], steps: int) -> Config:
-    """The config of a run of `steps` steps below `folder`, whose model and prompts are still to be made there.
+def canonical_config(folder: Path, algo: Algo, overrides: Sequence[str], steps: int) -> Config:
+    """The config of a run of `steps` steps below `folder`, whose models and prompts are still to be made there.
 
-    `overrides` are `key=value`; `model.tiny.*` are the sizes of the model. Raises `ConfigError`.
+    `overrides` are `key=value`; `model.tiny.*` are the sizes of the models. Raises `ConfigError`.
     """
     for text in overrides:
         key = text.split("=", 1)[0]
-        if key in OWN_KEYS:
-            raise ConfigError(f"{text}: the benchmark sets {key} itself; take it out (steps: --steps)")
+        if any(key == own or key.startswith(f"{own}.") for own in OWN_KEYS):
+            raise ConfigError(
+                f"{text}: the benchmark sets {key} itself; take it out (steps: --steps, algorithm: --algo)"
+            )
     base = folder / "canonical.yaml"
-    base.write_text(yaml.safe_dump(CONFIG | {"data": CONFIG["data"] | {"path": str(folder / "prompts.jsonl")}}))
+    data = {"data": CONFIG["data"] | {"path": str(folder / "prompts.jsonl")}}
+    base.write_text(yaml.safe_dump(CONFIG | data | algorithm_keys(algo, folder)))
     config = load(base, overrides)
     return replace(
         config,
@@ -78,8 +86,26 @@ def canonical_config(folder: Path, overrides: Sequence[str], steps: int) -> Conf
     )
 
 
+def algorithm_keys(algo: Algo, folder: Path) -> dict[str, Any]:
+    """What the config says of the algorithm and its rewards."""
+    if algo == "ppo":
+        return {
+            "algo": {"name": "ppo", "group_size": 8, "kl": {"coef": 0.05}},
+            "critic": {"start": "policy", "optimizer": FIXED_RATE},
+            "scoring": {"rewards": {"judge": {"kind": "model", "path": str(reward_folder(folder))}}},
+        }
+    # Shorter is better, in steps: practically no group has eight equal scores, which would not need training.
+    within = {f"within_{n}": {"kind": "regex", "pattern": f".{{0,{n}}}"} for n in (5, 10, 20, 40, 80, 160)}
+    return {"algo": {"name": "grpo", "group_size": 8}, "scoring": {"rewards": within}}
+
+
+def reward_folder(folder: Path) -> Path:
+    """Where the reward model is."""
+    return folder / "reward"
+
+
 def write_config(config: Config, folder: Path) -> Path:
-    """Write the prompts to `folder`, check the config, and return its YAML file. The model is still to be made."""
+    """Write the prompts to `folder`, check the config, and return its YAML file. The models are still to be made."""
     chance = random.Random(config.seed)
     words = ["".join(chance.choices(CHARACTERS, k=PROMPT_CHARACTERS)) for _ in range(PROMPTS + HELD_OUT)]
     Path(config.data.path).write_text("".join(json.dumps({"prompt": word}) + "\n" for word in words))
@@ -95,10 +121,23 @@ def prompt_tokens(config: Config) -> list[list[int]]:
     return [[TOKENS.index(character) for character in json.loads(line)["prompt"]] for line in lines]
 
 
-def write_model(sizes: TinyConfig, folder: Path) -> None:
-    """Random weights from a seed, and the tokenizer."""
+def write_models(config: Config) -> None:
+    """The policy, and the reward model where there is one."""
+    write_model(config.model.tiny, Path(config.model.path))
+    for spec in config.scoring.rewards.values():
+        if spec.kind == "model":
+            write_model(config.model.tiny, Path(spec.path), reward=True)
+
+
+def write_model(sizes: TinyConfig, folder: Path, reward: bool = False) -> None:
+    """Random weights from a seed, and the tokenizer; `reward`: one score in place of the language-model head."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        Qwen2Config,
+        Qwen2Tokenizer,
+    )
 
     tokenizer = Qwen2Tokenizer(
         vocab={token: index for index, token in enumerate(TOKENS)},
@@ -121,12 +160,14 @@ def write_model(sizes: TinyConfig, folder: Path) -> None:
         pad_token_id=TOKENS.index(PAD),
         dtype="float32",
     )
+    if reward:
+        shape.num_labels = 1
     torch.manual_seed(sizes.seed)
-    Qwen2ForCausalLM(shape).save_pretrained(folder)
+    kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    kind.from_config(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":
     # In a process of its own: the benchmark's stays without torch and its threads.
-    made = from_yaml(Path(sys.argv[1]).read_text())
-    write_model(made.model.tiny, Path(made.model.path))
+    write_models(from_yaml(Path(sys.argv[1]).read_text()))

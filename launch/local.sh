@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# The whole loop on this machine: set-up, then a supervised start and GRPO on configs/local.yaml.
+# The whole of RLHF on this machine: set-up, then the pipeline of configs/local.yaml: a supervised start, a reward model,
+# PPO against it, and GRPO from the same start; at the end one table of all models.
 #   launch/local.sh [key=value ...]
-# Overrides go to both stages. name=NAME names the runs NAME/sft and NAME/grpo; without it a name is made from the time.
+# Overrides go to all stages. name=NAME names the runs NAME/sft, NAME/reward, NAME/ppo and NAME/grpo; without it a name is
+# made from the time. The same name again skips what is complete and goes on where it was cut.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,7 +13,7 @@ overrides=()
 for argument in "$@"; do
   case $argument in
     -h | --help)
-      sed -n '2,4s/^# //p' launch/local.sh
+      sed -n '2,6s/^# //p' launch/local.sh
       exit 0
       ;;
     name=*) name=${argument#name=} ;;
@@ -28,10 +30,13 @@ for argument in "$@"; do
 done
 
 launch/setup.sh
-printf 'local: 1 of 2, supervised start: %s/%s/sft\n' "$output" "$name"
-.venv/bin/rlhf-dist sft configs/local.yaml name="$name/sft" "${overrides[@]}"
-printf 'local: 2 of 2, GRPO: %s/%s/grpo\n' "$output" "$name"
-.venv/bin/rlhf-dist train configs/local.yaml name="$name/grpo" model.path="$output/$name/sft" "${overrides[@]}"
+printf 'local: %s/%s\n' "$output" "$name"
+code=0
+.venv/bin/rlhf-dist pipeline configs/local.yaml name="$name" "${overrides[@]}" || code=$?
+if ((code != 0)); then
+  printf 'local: to go on from here: %s\n' "$(printf '%q ' launch/local.sh "name=$name" "${overrides[@]}")" >&2
+  exit "$code"
+fi
 printf 'local: done in %s s\n' "$SECONDS"
-printf 'local: %s\n' "run directory  $output/$name/grpo" "curves         $output/$name/grpo/curves.png" \
-  "before/after   $output/$name/grpo/summary.json" "model          $output/$name/grpo/checkpoints"
+printf 'local: %s\n' "table   $output/$name/pipeline.txt" "models  $output/$name/STAGE/checkpoints" \
+  "curves  $output/$name/STAGE/curves.png"

@@ -128,7 +128,7 @@ build() { # KIND DEV ; from nothing: a half-made environment is not worth mendin
 }
 
 byte_compile() {
-  say "byte-compiling ..."
+  say "byte-compiling (about half a minute) ..."
   # A few packages ship templates that are no valid Python; what cannot be compiled is compiled, or fails, at its import.
   .venv/bin/python -m compileall -q -j 0 .venv/lib >>$LOG 2>&1 || true
 }

@@ -116,6 +116,30 @@ class Scores:
     """float32 [n]; weighted sum of the components."""
     components: Mapping[str, np.ndarray]
     """Name of each reward -> float32 [n], before its weight."""
+    distinct: np.ndarray
+    """float32 [n]; share of a response's word pairs that are different from each other (distinct-2); 1 for a response
+    of less than two words."""
+    hashes: np.ndarray
+    """uint64 [n]; of each response's text, to tell how many of a step are different."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceHead:
+    """How far a prompt group's responses are from the reference model. Made by a reference server."""
+
+    kl: np.ndarray
+    """float32 [n]; sum over the response's tokens of rollout logprob - reference logprob (k1), nats per response."""
+    logprob: np.ndarray
+    """float32 [n]; sum of the reference's logprobs over the response's tokens, nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Referenced:
+    """A group's distance to the reference, with its per-token logprobs where they were made."""
+
+    head: ReferenceHead
+    logprobs: Handle
+    """Reference to float32 [N], in the order of the rollout's tokens, at the sampler's temperature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +151,8 @@ class Experience:
     scores: Scores
     rollout: Handle
     """Reference to the `Rollout`."""
+    reference: Referenced | None
+    """None in a run without a reference model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +169,14 @@ class Batch:
     """int64 [B] tokens."""
     response_lengths: np.ndarray
     """int64 [B] tokens."""
+    ended: np.ndarray
+    """bool [B]; false for a response that was cut before its end token."""
     scores: np.ndarray
-    """float32 [B]."""
+    """float32 [B]; total reward as scored."""
+    references: tuple[Handle, ...]
+    """G references to the reference's logprobs, as `Referenced.logprobs`; none in a run without a reference."""
+    kl: np.ndarray
+    """float32 [B]; nats per response to the reference; 0 in a run without one."""
     oldest_version: int
     newest_version: int
 

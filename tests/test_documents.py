@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_dist.config.checks import problems
-from rlhf_dist.config.load import load
+from rlhf_dist.config.load import from_yaml, load
 from rlhf_dist.config.schema import Config, DataConfig, RewardSpec, SftConfig
 from rlhf_dist.data.demonstrations import demonstrations
 from rlhf_dist.data.stream import PromptStream, held_out
@@ -83,8 +83,9 @@ def test_the_config_and_its_reward(files: Path) -> None:
 def test_the_readme_shows_the_same() -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     (row,) = re.findall(r"^```json\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    (rewards,) = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    ppo, rewards = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert code in DATA_PAGE and row in DATA_PAGE and rewards in DATA_PAGE
+    assert problems(from_yaml(ppo), "train") == []
 
 
 def bad_data(text: str, held_back: int = 0) -> Callable[[Path], object]:

@@ -65,6 +65,51 @@ def leave_one_out(score_B: Tensor, group_B: Tensor) -> Tensor:
     return centered.value_B * scale_G[centered.group_B]
 
 
+def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv:1506.02438), from the last token of each row to its first.
+
+        delta_t = r_t + gamma V_t' - V_t        A_t = delta_t + gamma lam A_t'        return_t = A_t + V_t
+
+    t' is the next place of the row where the mask is true: places that are masked out, before, inside or after the
+    response, take no time, and what stands in them (NaN too) has no influence. After the last such place the episode
+    is over: V and A are 0 there. lam 1 is the discounted sum of rewards less V, lam 0 is delta.
+
+    Args:
+        rewards_BT: [B, T] of each token, such as `rewards.token_rewards` makes.
+        values_BT: [B, T] the critic's expectation *before* the token is there, in the unit of the rewards.
+        mask_BT: [B, T] true (or 1) at response tokens that the policy chose.
+        gamma: discount of a token's future, 0 to 1.
+        lam: 0 to 1.
+
+    Returns:
+        (advantages [B, T], returns [B, T]), float32 (float64 for float64 input), 0 where masked out, without gradient.
+    """
+    assert rewards_BT.shape == values_BT.shape == mask_BT.shape, (rewards_BT.shape, values_BT.shape, mask_BT.shape)
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+        raise ConfigError(f"gamma is {gamma} and lambda {lam}: give numbers from 0 to 1")
+    mask_BT = mask_BT.bool()
+    reward_BT = at_least_float32(rewards_BT.detach()).masked_fill(~mask_BT, 0.0)
+    value_BT = at_least_float32(values_BT.detach()).masked_fill(~mask_BT, 0.0)
+    advantages_BT = torch.zeros_like(reward_BT + value_BT)
+    next_advantage_B = next_value_B = advantages_BT.new_zeros(len(advantages_BT))
+    for t in reversed(range(mask_BT.shape[1])):
+        delta_B = reward_BT[:, t] + gamma * next_value_B - value_BT[:, t]
+        next_advantage_B = torch.where(mask_BT[:, t], delta_B + gamma * lam * next_advantage_B, next_advantage_B)
+        next_value_B = torch.where(mask_BT[:, t], value_BT[:, t], next_value_B)
+        advantages_BT[:, t] = next_advantage_B
+    advantages_BT.masked_fill_(~mask_BT, 0.0)
+    return advantages_BT, advantages_BT + value_BT
+
+
+def discounted_returns(rewards_BT: Tensor, mask_BT: Tensor, gamma: float) -> Tensor:
+    """Rewards from here to the end of the row: G_t = r_t + gamma G_t', t' the next place where the mask is true.
+
+    Arguments, masked places and precision as in `gae`. Returns [B, T], in the unit of the rewards.
+    """
+    advantages_BT, _ = gae(rewards_BT, torch.zeros_like(rewards_BT), mask_BT, gamma, 1.0)
+    return advantages_BT
+
+
 def _centered(score_B: Tensor, group_B: Tensor) -> _Centered:
     assert score_B.ndim == 1 and score_B.shape == group_B.shape, (score_B.shape, group_B.shape)
     score_B = at_least_float32(score_B)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_dist.algo.masking import at_least_float32
 from rlhf_dist.errors import ConfigError
 
 
-def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each target token and the entropy of the distribution it is drawn from, both in nats.
 
         logprob = log softmax(z / T)[target]        entropy = -sum_v p_v log p_v,  p = softmax(z / T)
@@ -21,9 +25,10 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
         logits: [..., V] any float dtype; the maths is float32 (float64 for float64 input). -inf: cannot be drawn.
         targets: [...] integer token ids below V.
         temperature: of the sampler, so that the result compares with the rollout's logprobs; above 0.
+        entropy_gradient: for an entropy bonus. Costs no memory that is held for backward.
 
     Returns:
-        (logprobs [...], entropy [...]). The entropy is a statistic: it carries no gradient.
+        (logprobs [...], entropy [...]). Without `entropy_gradient` the entropy is a statistic: it carries no gradient.
     """
     if not temperature > 0:
         raise ConfigError(f"temperature is {temperature}: log-probabilities need one above 0; 1.0 is the plain softmax")
@@ -32,12 +37,39 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
         scaled = scaled / temperature
     log_softmax = torch.log_softmax(scaled, dim=-1)
     logprobs = log_softmax.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
+    if entropy_gradient:
+        return logprobs, _Entropy.apply(log_softmax)  # pyright: ignore[reportReturnType]
     # Last, because the recomputation in a checkpoint's backward stops before it: nothing here is saved for a gradient.
     with torch.no_grad():
-        # -inf is made finite because its share, 0 x -inf, is 0 and not NaN.
-        finite = log_softmax.clamp(min=torch.finfo(log_softmax.dtype).min)
-        entropy = -log_softmax.exp().mul_(finite).sum(dim=-1)
-    return logprobs, entropy
+        return logprobs, _entropy(log_softmax)
+
+
+def _entropy(log_softmax: Tensor) -> Tensor:
+    return -log_softmax.exp().mul_(_finite(log_softmax)).sum(dim=-1)
+
+
+def _finite(log_softmax: Tensor) -> Tensor:
+    # -inf is made finite because its share, 0 x -inf, is 0 and not NaN.
+    return log_softmax.clamp(min=torch.finfo(log_softmax.dtype).min)
+
+
+class _Entropy(torch.autograd.Function):
+    """`_entropy` with the gradient dH / d log p_v = -p_v (log p_v + 1).
+
+    All it saves is its input, which the softmax's own backward holds anyway; autograd would save two more as large.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_softmax: Tensor) -> Tensor:
+        ctx.save_for_backward(log_softmax)
+        return _entropy(log_softmax)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (log_softmax,) = ctx.saved_tensors
+        slope = log_softmax.exp().mul_(_finite(log_softmax).add_(1.0))
+        return slope.mul_(-grad_outputs[0].unsqueeze(-1))
 
 
 def chunked_logprobs(
@@ -46,8 +78,9 @@ def chunked_logprobs(
     targets_N: Tensor,
     temperature: float,
     chunk: int,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`token_logprobs(head(hidden_ND), targets_N, temperature)` with the logits of at most `chunk` tokens held at once.
+    """`token_logprobs` of `head(hidden_ND)`, with the logits of at most `chunk` tokens held at once.
 
     Also in backward: each chunk is a checkpoint whose logits are made again there (not if there is only one chunk).
 
@@ -57,15 +90,16 @@ def chunked_logprobs(
         targets_N: [N] integer token ids.
         temperature: see `token_logprobs`.
         chunk: tokens, at least 1.
+        entropy_gradient: see `token_logprobs`.
 
     Returns:
-        (logprobs [N] with gradient to the hidden states and the head, entropy [N] without), nats.
+        (logprobs [N] with gradient to the hidden states and the head, entropy [N] with or without), nats.
     """
     if chunk < 1:
         raise ConfigError(f"the logprob chunk is {chunk} tokens: give 1 or more")
 
     def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(head(hidden), targets, temperature)
+        return token_logprobs(head(hidden), targets, temperature, entropy_gradient)
 
     recompute = torch.is_grad_enabled() and len(hidden_ND) > chunk
     parts: list[tuple[Tensor, Tensor]] = []

@@ -1,4 +1,4 @@
-"""Policy losses per token. Whoever calls weighs and sums them; nothing here averages."""
+"""Policy and value losses per token. Whoever calls weighs and sums them; nothing here averages."""
 
 from __future__ import annotations
 
@@ -61,3 +61,37 @@ def clipped_policy_loss(
             "approx_kl": kl_estimate(old_logprobs, logprobs, "k3"),
         }
     return -surrogate, statistics
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Half the squared error of the critic: the worse of the value as it is and the value kept near its old one.
+
+        near = old_values + clip(values - old_values, -clip, clip)
+        loss = max((values - returns)^2, (near - returns)^2) / 2
+
+    As in OpenAI's baselines and lm-human-preferences (arXiv:1909.08593); "Secrets of RLHF" (arXiv:2307.04964) keeps it.
+
+    Args:
+        values: [N] of the critic, with gradient.
+        old_values: [N] that the returns were made with.
+        returns: [N] targets, in the same unit.
+        clip: in that unit too; 0 is off.
+
+    Returns:
+        (loss [N], statistics, each [N] and without gradient): `value_clipped` 1.0 where the bound stops the gradient,
+        else 0.0.
+    """
+    if clip < 0:
+        raise ConfigError(f"the value clip is {clip}: give a distance from the old value above 0, or 0 for none")
+    values, old_values = at_least_float32(values), at_least_float32(old_values).detach()
+    returns = at_least_float32(returns).detach()
+    square = (values - returns).square()
+    if clip == 0:
+        return 0.5 * square, {"value_clipped": torch.zeros_like(square)}
+    near_square = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    clipped = ((values - old_values).abs() > clip) & (near_square > square)
+    # Chosen, not maximum: that halves the gradient between two equal squares.
+    loss = 0.5 * torch.where(clipped, near_square, square)
+    return loss, {"value_clipped": clipped.to(loss.dtype)}

@@ -9,11 +9,32 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlhf_dist.algo.advantages import group_normalized
+from rlhf_dist.algo.advantages import gae, group_normalized
+from rlhf_dist.algo.kl import KLKind
 from rlhf_dist.algo.losses import clipped_policy_loss
 from rlhf_dist.config.schema import AlgoConfig
 
 Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCredit:
+    """Credit by response: from the scores of a step alone, so the controller gives it."""
+
+    advantages: Callable[[Tensor, Tensor], Tensor]
+    """(scores [B], groups [B]) -> advantages [B], each spread over its row's response tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCredit:
+    """Credit by token: from rewards and a critic's values, given where the tokens are."""
+
+    estimate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """(rewards [B, T], values [B, T], mask [B, T]) -> (advantages [B, T], returns [B, T])."""
+    whiten: bool
+    """Advantages to mean 0 and deviation 1, over all tokens of the step."""
+    clip: float
+    """Then cut to +-clip; 0: off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +43,7 @@ class Algorithm:
 
     name: str
     """The key in `ALGORITHMS`."""
-    credit: Callable[[Tensor, Tensor], Tensor]
-    """(scores [B], groups [B]) -> advantages [B], each spread over its row's response tokens."""
+    credit: GroupCredit | TokenCredit
     loss: Loss
     """(logprobs [N], old_logprobs [N], advantages [N]) -> (per-token loss [N], per-token statistics [N] each)."""
     token_weights: Callable[[Tensor, int], Tensor]
@@ -33,6 +53,17 @@ class Algorithm:
     idle_without_credit: bool
     """A row with advantage 0 has loss 0 and gradient 0, so the learner may leave it out; its tokens still count in
     `token_weights`."""
+    entropy_coef: float
+    """Weight of the entropy bonus: loss - entropy_coef x entropy, per token."""
+    kl_estimator: KLKind | None
+    """Estimator of the KL to the reference that the loss has beside it; None: none in the loss."""
+    kl_stop: float
+    """Mean approximate KL per token to the sampling policy after which a batch's other updates are left out; 0: off."""
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether credit comes from values."""
+        return isinstance(self.credit, TokenCredit)
 
 
 def token_mean(response_lengths_B: Tensor, max_tokens: int) -> Tensor:
@@ -52,13 +83,7 @@ def grpo(config: AlgoConfig) -> Algorithm:
     DeepSeekMath (arXiv:2402.03300), which averages within each response first; the token mean is DAPO's
     (arXiv:2503.14476).
     """
-    return Algorithm(
-        name="grpo",
-        credit=partial(group_normalized, std="unbiased"),
-        loss=_clipped_loss(config),
-        token_weights=token_mean,
-        idle_without_credit=True,
-    )
+    return _algorithm("grpo", config, GroupCredit(partial(group_normalized, std="unbiased")))
 
 
 def dr_grpo(config: AlgoConfig) -> Algorithm:
@@ -68,23 +93,40 @@ def dr_grpo(config: AlgoConfig) -> Algorithm:
     diluted by its own length. The global token count has the same property within a step, and keeps the size of a step
     from depending on the length limit; from step to step it differs from the paper by the mean length over that limit.
     """
-    return Algorithm(
-        name="dr_grpo",
-        credit=partial(group_normalized, std="none"),
-        loss=_clipped_loss(config),
-        token_weights=token_mean,
-        idle_without_credit=True,
+    return _algorithm("dr_grpo", config, GroupCredit(partial(group_normalized, std="none")))
+
+
+def ppo(config: AlgoConfig) -> Algorithm:
+    """PPO (arXiv:1707.06347) as RLHF has it (InstructGPT, arXiv:2203.02155): a critic, GAE, clipped losses.
+
+    The score is the reward of a response's last token; the KL to the reference, when it is in the reward, is taken off
+    that of each.
+    """
+    credit = TokenCredit(
+        partial(gae, gamma=config.gamma, lam=config.lam), config.whiten_advantages, config.advantage_clip
     )
+    return _algorithm("ppo", config, credit)
 
 
-ALGORITHMS: dict[str, Callable[[AlgoConfig], Algorithm]] = {"grpo": grpo, "dr_grpo": dr_grpo}
+ALGORITHMS: dict[str, Callable[[AlgoConfig], Algorithm]] = {"grpo": grpo, "dr_grpo": dr_grpo, "ppo": ppo}
 """`algo.name` -> builder."""
 
 
-def _clipped_loss(config: AlgoConfig) -> Loss:
-    return partial(
-        clipped_policy_loss,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        dual_clip=config.dual_clip or None,  # 0 means off in the config
+def _algorithm(name: str, config: AlgoConfig, credit: GroupCredit | TokenCredit) -> Algorithm:
+    """The clipped loss, the mean over the step's tokens, and what the config puts beside them."""
+    kl_in_loss = config.kl.place == "loss" and config.kl.coef > 0
+    return Algorithm(
+        name=name,
+        credit=credit,
+        loss=partial(
+            clipped_policy_loss,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip or None,  # 0 means off in the config
+        ),
+        token_weights=token_mean,
+        idle_without_credit=isinstance(credit, GroupCredit) and not kl_in_loss and config.entropy_coef == 0,
+        entropy_coef=config.entropy_coef,
+        kl_estimator=config.kl.estimator if kl_in_loss else None,
+        kl_stop=config.kl_stop,
     )

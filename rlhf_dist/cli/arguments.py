@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from rlhf_dist.cluster.placement import Machine
     from rlhf_dist.config.schema import Config
 
-Command = Literal["train", "sft", "eval"]
+Command = Literal["train", "sft", "reward", "eval"]
+
+NOT_YET_CHECKED = {
+    "train": "that the models load, that reward functions and servers answer, what the data files hold",
+    "sft": "that the model loads, what the data files hold",
+    "reward": "that the model loads, what the data files hold",
+    "eval": "that the models load, that reward functions and servers answer, what the data files hold",
+}
+"""Command -> what a dry run leaves to the start."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,7 +73,7 @@ def plan_lines(config: Config, machine: Machine, command: Command) -> list[str]:
     from rlhf_dist.cluster.placement import describe, place
 
     machine_line = f"machine: {machine.cpus} CPUs, {machine.gpus} GPUs"
-    return [machine_line, *describe(place(config, machine, command), config)]
+    return [machine_line, *describe(place(config, machine, command), config, command)]
 
 
 def print_dry_run(config: Config, command: Command) -> int:
@@ -74,5 +82,6 @@ def print_dry_run(config: Config, command: Command) -> int:
     from rlhf_dist.config.load import to_yaml
 
     lines = plan_lines(config, local_machine(), command)
+    lines.append(f"checked only at the start: {NOT_YET_CHECKED[command]}")
     print(to_yaml(config) + "\n".join(f"# {line}" for line in lines))
     return 0

@@ -19,7 +19,10 @@ from rlhf_dist.errors import InputError, RlhfError
 COMMANDS = {
     "train": ("train", "reinforcement learning: generate, score, update, push the weights, repeat"),
     "sft": ("sft", "supervised start: train on demonstrations or on plain text"),
+    "reward": ("reward", "train a reward model on human judgements"),
+    "pipeline": ("pipeline", "the whole of RLHF: stages in order, each skipped, resumed or run as it needs"),
     "eval": ("evaluate", "greedy accuracy and pass@k of a model on held-out prompts"),
+    "serve-reward": ("serve_reward", "serve the config's rewards over HTTP"),
     "plan": ("plan", "show who would get which CPUs and GPUs, and the arithmetic of the batches"),
     "bench": ("bench", "run one of the benchmarks of a checkout"),
 }
@@ -64,7 +67,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: rlhf-dist COMMAND CONFIG.yaml [key=value ...]",
@@ -78,9 +81,18 @@ def _help() -> str:
 
 
 def _stopped(words: Sequence[str]) -> str:
-    if words and words[0] in ("train", "sft"):
+    if words and words[0] in ("train", "sft", "reward"):
         again = shlex.join(["rlhf-dist", *words, *([] if "--resume" in words else ["--resume"])])
-        return f"stopped from the keyboard; what was saved is kept, go on with `{again}`"
+        return (
+            "stopped from the keyboard; go on from the newest checkpoint, or from the beginning if there is none yet, "
+            f"with `{again}`"
+        )
+    if words[:1] == ["pipeline"]:
+        again = shlex.join(["rlhf-dist", *words])
+        return (
+            "stopped from the keyboard; finished stages are kept, and one under way goes on from its newest "
+            f"checkpoint, if there is one yet, with `{again}`"
+        )
     return "stopped from the keyboard"
 
 

@@ -2,66 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlhf_dist.algo.recipes import ALGORITHMS, Algorithm
-from rlhf_dist.cluster.groups import LearnerGroup
-from rlhf_dist.config.schema import AlgoConfig, Config
-from rlhf_dist.scoring.scorer import Scorer
-from rlhf_dist.telemetry.metrics import MetricSums
+from rlhf_dist.cluster.spec import ActorSpec, enter, environment
+from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.types import Rollout, Scores
 
-LOOPBACK = "127.0.0.1"
 CLOSE_LIMIT_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class ActorSpec:
-    """What an actor needs to make its plain class."""
-
-    name: str
-    """For messages and its log: `rollout worker 0`."""
-    config: Config
-    source: str
-    """The Hugging Face directory to start from."""
-    device: str
-    """`cpu` or `cuda`."""
-    threads: int
-    log: str
-    """File for everything the process prints, in the run directory."""
-    rank: int
-    seed: int
-    """Of this actor's own random numbers."""
-    search_path: str
-    """Folder of the command, where a user's own modules are."""
-
-
-def algorithm(config: AlgoConfig) -> Algorithm:
-    """The algorithm that the config names."""
-    return ALGORITHMS[config.name](config)
-
-
-def enter(spec: ActorSpec) -> None:
-    """Send this process's output to its log file, so that engines do not print over the user's screen."""
-    path = Path(spec.log)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(target, 1)
-    os.dup2(target, 2)
-    os.close(target)
-    if spec.search_path not in sys.path:
-        sys.path.append(spec.search_path)  # last: a file there must not hide a library
+SERVER_THREADS = 64
+"""Groups that one scoring or reference server takes at a time."""
+REFERENCE_FOLDER = "reference"
+"""In a checkpoint, where a reference that moves is."""
 
 
 def make_rollout_worker(spec: ActorSpec) -> Any:
@@ -102,141 +59,99 @@ class RolloutHost:
         return self._worker.ready()
 
 
-class ScoringHost:
-    """The scoring worker's process."""
+class ReferenceHost:
+    """A process that holds the reference model and nothing else."""
 
     def __init__(self, spec: ActorSpec) -> None:
         enter(spec)
-        self._scorer = Scorer(spec.config.scoring)
+        set_threads(spec)
+        self._reference = make_reference(spec)
+        self._name = spec.name
+
+    def reference(self, rollout: Rollout, temperature: float) -> Any:
+        """See `ReferenceServer.logprobs`; two answers: head, logprobs."""
+        return self._reference.logprobs(rollout, temperature)
+
+    def move(self, announcement: Any, keep: float) -> Any:
+        """See `ReferenceServer.update`."""
+        return self._reference.update(announcement, keep)
+
+    def save_reference(self, folder: Path) -> None:
+        """See `ReferenceServer.save`."""
+        self._reference.save(folder / REFERENCE_FOLDER)
+
+    def ready(self) -> str:
+        """Answers once everything is loaded."""
+        return self._name
+
+
+class ScoringHost(ReferenceHost):
+    """A scoring server's process; it holds the reference too where that has no servers of its own."""
+
+    def __init__(self, spec: ActorSpec) -> None:
+        from rlhf_dist.scoring.scorer import Scorer
+
+        enter(spec)
+        set_threads(spec)
+        self._scorer = Scorer(spec.config.scoring, partial(make_reward_model, spec))
+        with_reference = needs_reference(spec.config) and spec.config.reference.replicas == 0
+        self._reference = make_reference(spec) if with_reference else None
+        self._name = spec.name
 
     def score(self, rollout: Rollout) -> Scores:
         """See `Scorer.score`."""
         return self._scorer.score(rollout)
 
-    def ready(self) -> str:
-        """Answers once the rewards are loaded."""
-        return "scoring worker"
+
+def needs_reference(config: Config) -> bool:
+    """Whether a run has a reference model."""
+    return config.algo.kl.coef > 0 or config.algo.kl.measure
 
 
-class LearnerHost:
-    """One learner rank's process: first `address` of rank 0, then `join` on all, then the learner's own verbs."""
+def set_threads(spec: ActorSpec) -> None:
+    """torch's own share of the CPUs."""
+    import torch
 
-    def __init__(self, spec: ActorSpec) -> None:
-        enter(spec)
-        self._spec = spec
-        self._engine: Any = None
-        self._learner: Any = None
-
-    def address(self) -> tuple[str, int]:
-        """Where the ranks meet: on loopback, since they are all on one node; and a free port."""
-        with socket.socket() as probe:
-            probe.bind((LOOPBACK, 0))
-            return LOOPBACK, probe.getsockname()[1]
-
-    def join(self, address: str, port: int, resume: str | None) -> str:
-        """Meet the other ranks, load the model, restore the optimizer of the checkpoint folder `resume`."""
-        from rlhf_dist.learner.deepspeed_engine import init_process_group
-        from rlhf_dist.learner.model_engine import ModelEngine
-
-        spec, config = self._spec, self._spec.config
-        init_process_group(
-            spec.rank,
-            config.learner.ranks,
-            address,
-            port,
-            device=spec.device,
-            threads=spec.threads,
-            timeout_s=max(config.learner.timeout_s, config.cluster.start_timeout_s),
-        )
-        self._engine = ModelEngine(
-            Path(spec.source),
-            config.model,
-            config.learner,
-            self._optimizer(),
-            device=spec.device,
-            bucket_mib=config.weights.bucket_mib,
-        )
-        self._learner = self._make_learner()
-        if resume is not None:
-            self._engine.restore(Path(resume))
-        return spec.name
-
-    def save(self, folder: Path) -> None:
-        """See `ModelEngine.save`."""
-        self._engine.save(folder)
-
-    def close(self) -> None:
-        """Remove what lies outside the process."""
-        if self._engine is not None:
-            self._engine.close()
-
-    def _optimizer(self) -> Any:
-        return self._spec.config.learner.optimizer
-
-    def _make_learner(self) -> Any:
-        raise AssertionError("a learner host is a policy's or a supervised one")
+    torch.set_num_threads(spec.threads)
 
 
-class PolicyHost(LearnerHost):
-    """A rank of the policy's learner."""
+def make_reward_model(spec: ActorSpec, name: str, reward: RewardSpec) -> Any:
+    """A reward of kind model, inside the actor's process."""
+    from rlhf_dist.scoring.reward_model import RewardModel
 
-    def update(self, shard: Any, *rollouts: Rollout) -> Any:
-        """See `PolicyLearner.update`."""
-        return self._learner.update(shard, *rollouts)
-
-    def publish(self, version: int) -> Any:
-        """See `ModelEngine.publish`."""
-        return self._engine.publish(version)
-
-    def _make_learner(self) -> Any:
-        from rlhf_dist.learner.policy import PolicyLearner
-
-        return PolicyLearner(self._engine, algorithm(self._spec.config.algo))
+    return RewardModel(name, reward, spec.config.scoring, model_setting(spec.config, spec.source, spec.device))
 
 
-class SupervisedHost(LearnerHost):
-    """A rank of supervised training."""
+def model_setting(config: Config, policy: str, device: str) -> Any:
+    """What a reward model has to know of a run whose policy starts from the directory or hub name `policy`."""
+    from rlhf_dist.scoring.reward_model import ModelSetting
 
-    def train_step(self, step: int) -> Any:
-        """See `SupervisedLearner.train_step`."""
-        return self._learner.train_step(step)
-
-    def evaluate(self) -> Any:
-        """See `SupervisedLearner.evaluate`."""
-        return self._learner.evaluate()
-
-    def _optimizer(self) -> Any:
-        return self._spec.config.sft.optimizer
-
-    def _make_learner(self) -> Any:
-        from rlhf_dist.data.demonstrations import demonstrations, held_out_demonstrations
-        from rlhf_dist.learner.supervised import SupervisedLearner
-        from rlhf_dist.models.hf import load_tokenizer
-
-        config = self._spec.config
-        return SupervisedLearner(
-            self._engine,
-            config.sft,
-            demonstrations(config.data, config.sft, config.seed, config.eval.prompts),
-            held_out_demonstrations(config.data, config.sft, config.eval.prompts),
-            load_tokenizer(Path(self._spec.source)),
-            chat=config.data.chat,
-            seed=config.seed,
-            ranks=config.learner.ranks,
-            micro_batch_tokens=config.learner.micro_batch_tokens,
-        )
+    return ModelSetting(
+        policy=policy,
+        max_tokens=config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+        chat=config.data.chat,
+        model=config.model,
+        device=device,
+        cache=Path(config.output).absolute() / ".models",
+    )
 
 
-class SupervisedGroup(LearnerGroup):
-    """All ranks of supervised training."""
+def make_reference(spec: ActorSpec) -> Any:
+    """The reference model behind its batcher, inside the actor's process."""
+    from rlhf_dist.scoring.reference import ReferenceModel, ReferenceServer
 
-    def train_step(self, step: int) -> MetricSums:
-        """Optimizer step `step` on every rank."""
-        return MetricSums.merge(self.call("train_step", step).values())
-
-    def evaluate(self) -> MetricSums:
-        """Held-out loss over all ranks."""
-        return MetricSums.merge(self.call("evaluate").values())
+    config = spec.config
+    model = ReferenceModel(
+        config.reference.path,
+        config.model,
+        device=spec.device,
+        batch_tokens=config.scoring.batch_tokens,
+        chunk_tokens=config.learner.logprob_chunk_tokens,
+        name=spec.name,
+    )
+    return ReferenceServer(
+        model, batch_tokens=config.scoring.batch_tokens, timeout_s=config.scoring.timeout_s, name=spec.name
+    )
 
 
 def start_all(
@@ -260,26 +175,27 @@ def start_all(
     }
 
 
-def start_scoring(spec: ActorSpec) -> Any:
-    """The scoring worker; takes no CPU in Ray's books, since it works while others wait."""
-    return (
-        ray.remote(ScoringHost)
-        .options(num_cpus=0, max_restarts=0, runtime_env={"env_vars": environment(spec)})
+def start_servers(host: type, specs: Sequence[ActorSpec], group: Any) -> dict[str, Any]:
+    """Scoring or reference servers by name, on the node of the others.
+
+    They take no CPU and no GPU in Ray's books, since they work while others wait; on a GPU machine they see all GPUs
+    and take the one that `ActorSpec.device` names. Each takes many groups at a time, so that those that wait can be put
+    together.
+    """
+    return {
+        spec.name: ray.remote(host)
+        .options(
+            num_cpus=0,
+            max_restarts=0,
+            max_concurrency=SERVER_THREADS,
+            runtime_env={"env_vars": environment(spec)},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+        )
         .remote(spec)
-    )
+        for spec in specs
+    }
 
 
 def close_all(ranks: dict[str, Any]) -> None:
     """Let ranks remove what lies outside them; what one that does not answer leaves is swept later."""
     ray.wait([rank.close.remote() for rank in ranks.values()], num_returns=len(ranks), timeout=CLOSE_LIMIT_S)
-
-
-def environment(spec: ActorSpec) -> dict[str, str]:
-    """OpenMP reads its settings when torch is imported, which is before any code of ours runs in the actor."""
-    variables = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
-    if spec.device == "cpu":
-        # Threads that wait for each other spin for microseconds, then sleep. Sleeping at once halves the speed of
-        # decoding; spinning for milliseconds, OpenMP's own choice, is many times slower where others use the cores too.
-        variables["GOMP_SPINCOUNT"] = "10000"
-        variables["KMP_BLOCKTIME"] = "1"
-    return variables

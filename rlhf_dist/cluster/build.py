@@ -4,31 +4,52 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cluster import actors
-from rlhf_dist.cluster.groups import LearnerGroup, RolloutFleet, ScoringFleet, gather, log_name
+from rlhf_dist.cluster import actors, learner_hosts as hosts
+from rlhf_dist.cluster.groups import (
+    CriticGroup,
+    PolicyGroup,
+    ReferenceFleet,
+    RolloutFleet,
+    ScoringFleet,
+    SharedCriticGroup,
+    gather,
+    log_name,
+)
 from rlhf_dist.cluster.placement import Command, Placement, bundles, first_learner_bundle, local_machine, place
+from rlhf_dist.cluster.resume import SUMMARY_STEP, nothing_left, resumed
 from rlhf_dist.cluster.session import joins_cluster, ray_session, reserve
+from rlhf_dist.cluster.sources import (
+    check_critic,
+    check_reference,
+    model_source,
+    preflight_rewards,
+    with_sources,
+)
+from rlhf_dist.cluster.spec import ActorSpec
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.schema import Config
+from rlhf_dist.data.demonstrations import demonstrations, held_out_demonstrations, ptx_demonstrations
+from rlhf_dist.data.judgements import held_out_judgements, judgements
 from rlhf_dist.data.stream import PromptStream, held_out
 from rlhf_dist.errors import RunError
-from rlhf_dist.loop import supervised
-from rlhf_dist.loop import train as training
+from rlhf_dist.loop import supervised, train as training
 from rlhf_dist.loop.evaluate import evaluate as run_evaluation
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.queue import ExperienceQueue
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory, require_free_disk, write_json, write_text
-from rlhf_dist.scoring.scorer import preflight
-from rlhf_dist.telemetry.display import Progress, make_progress
+from rlhf_dist.loop.shaper import Shaper
+from rlhf_dist.loop.watch import CollapseWatch
+from rlhf_dist.telemetry.display import Progress, make_progress, spoken
 from rlhf_dist.telemetry.report import before_after_text, curves
 from rlhf_dist.telemetry.sinks import Telemetry, open_telemetry
 from rlhf_dist.types import Prompt
@@ -37,7 +58,9 @@ START_KEY = "cluster.start_timeout_s"
 
 
 def train(config: Config, resume: bool) -> None:
-    """An RL run, from checks to table and curves."""
+    """An RL run, from checks to table and curves; a resume of one that is at its end says so and does nothing."""
+    if resume and nothing_left(config, "loop.steps", config.loop.steps, training.read_state):
+        return
     check_before_start(config, "train")
     stream = PromptStream(config.data, config.seed, config.eval.prompts)
     prompts = held_out(config.data, config.eval.prompts)
@@ -51,15 +74,17 @@ def train(config: Config, resume: bool) -> None:
             placement = place(config, machine, "train")
             workers = f"{placement.rollout_workers} vLLM worker(s)"
             progress.stage(f"starting {workers} and {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
-            fleet, scoring, policy = start_fleets(config, placement, source, run.logs, folder, stack)
+            parts = start_fleets(config, placement, source, run.logs, folder, stack)
             ledger = Ledger(run.ledger)
             stack.callback(ledger.close)
             wired = training.Run(
                 config=config,
-                algorithm=actors.algorithm(config.algo),
-                policy=policy,
-                rollouts=fleet,
-                scoring=scoring,
+                algorithm=hosts.algorithm(config.algo),
+                policy=parts.policy,
+                critic=parts.critic,
+                rollouts=parts.rollouts,
+                scoring=parts.scoring,
+                reference=parts.reference,
                 stream=stream,
                 held_out=prompts,
                 queue=ExperienceQueue(config.loop.max_policy_lag, config.loop.prompts_per_step),
@@ -67,17 +92,23 @@ def train(config: Config, resume: bool) -> None:
                 directory=run,
                 telemetry=telemetry,
                 progress=progress,
+                shaper=Shaper(config.algo),
+                watch=CollapseWatch(config.algo.group_size),
             )
-            before, after = training.train(wired, state)
+            outcome = training.train(wired, state)
             proof = ledger.proof()
-        summary = {"command": "train", "before": before, "after": after, "ledger": proof.text()}
-        finish(run, progress, before, after, summary, time.monotonic() - started, [proof.text()])
-        if not proof.holds or proof.in_flight:
+        sound = proof.holds and not proof.in_flight
+        step = config.loop.steps if sound else None
+        summary = {"command": "train", SUMMARY_STEP: step, **asdict(outcome), "ledger": proof.text()}
+        finish(run, progress, outcome.before, outcome.after, summary, time.monotonic() - started, [proof.text()])
+        if not sound:
             raise RunError(f"{run.ledger}: the run ended, but its ledger does not add up: {proof.text()}")
 
 
 def sft(config: Config, resume: bool) -> None:
-    """A supervised run."""
+    """A supervised run; a resume of one that is at its end says so and does nothing."""
+    if resume and nothing_left(config, "sft.steps", config.sft.steps, supervised.read_state):
+        return
     check_before_start(config, "sft")
     started = time.monotonic()
     with opened(config, "sft", resume) as (run, telemetry, progress):
@@ -88,14 +119,16 @@ def sft(config: Config, resume: bool) -> None:
         with ray_session(config.cluster) as machine, ExitStack() as stack:
             placement = place(config, machine, "sft")
             progress.stage(f"starting {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
-            group = reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s)
-            ranks = start_ranks(config, placement, source, run.logs, group, actors.SupervisedHost, stack)
+            group = stack.enter_context(
+                reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s)
+            )
+            ranks = start_ranks(config, placement, source, run.logs, group, hosts.SupervisedHost, stack)
             join_ranks(config, ranks, folder)
-            learner = actors.SupervisedGroup(ranks, timeout_s=config.learner.timeout_s)
+            learner = hosts.SupervisedGroup(ranks, timeout_s=config.learner.timeout_s)
             before, after = supervised.fine_tune(
                 learner, config.sft, state, directory=run, telemetry=telemetry, progress=progress
             )
-        summary = {"command": "sft", "before": before, "after": after}
+        summary = {"command": "sft", SUMMARY_STEP: config.sft.steps, "before": before, "after": after}
         finish(run, progress, before, after, summary, time.monotonic() - started, [])
 
 
@@ -103,55 +136,79 @@ def evaluate(config: Config) -> None:
     """`model.path` on held-out prompts; prints the results."""
     check_before_start(config, "eval")
     prompts: list[Prompt] = held_out(config.data, config.eval.prompts)
-    progress = make_progress(config.telemetry.progress, sys.stderr)
-    logs = Path(tempfile.mkdtemp(prefix="rlhf-dist-eval-"))
     source = model_source(config, None)
-    try:
+    with eval_display(config) as (progress, logs):
         progress.stage(f"starting Ray and vLLM (logs in {logs})")
         with ray_session(config.cluster) as machine, ExitStack() as stack:
             placement = place(config, machine, "eval")
-            fleet, scoring, _ = start_fleets(config, placement, source, logs, None, stack)
+            parts = start_fleets(config, placement, source, logs, None, stack)
             progress.stage(f"evaluating {len(prompts)} prompts")
             sampling = training.sampling_of(config)
-            results = run_evaluation(prompts, config.eval, sampling, rollouts=fleet, scoring=scoring)
-    finally:
-        progress.close()
-    for name, value in results.items():
-        print(f"{name.removeprefix('eval/').replace('_', ' '):24} {value:.3f}")
+            results = run_evaluation(
+                prompts,
+                config.eval,
+                sampling,
+                rollouts=parts.rollouts,
+                scoring=parts.scoring,
+                reference=parts.reference,
+                gold=config.scoring.gold,
+            )
+    for name, value in results.metrics.items():
+        print(f"{spoken(name):24} {value:.3f}")
+
+
+@contextmanager
+def eval_display(config: Config) -> Iterator[tuple[Progress, Path]]:
+    """A display, and a folder for logs that goes again unless the work inside fails: then it stays and is named."""
+    progress = make_progress(config.telemetry.progress, sys.stderr)
+    logs = Path(tempfile.mkdtemp(prefix="rlhf-dist-eval-"))
+    try:
+        yield progress, logs
+    except BaseException:
+        progress.close(stopped=True)
+        progress.note(f"logs are kept in {logs}")
+        raise
+    progress.close()
+    shutil.rmtree(logs, ignore_errors=True)
 
 
 def check_before_start(config: Config, command: Command) -> None:
     """Everything that can be known to be wrong before a process is started or a file written."""
     if not joins_cluster(config.cluster):
         place(config, local_machine(), command)
-    if command != "sft":
-        preflight(config.scoring)
+    if command in ("train", "eval"):
+        preflight_rewards(config)
+        check_reference(config)
+    if command == "train":
+        check_critic(config)
+    read_data(config, command)
 
 
-def model_source(config: Config, checkpoint: Path | None) -> str:
-    """The Hugging Face directory to start from: the checkpoint's, or what `model.path` names, after checks."""
-    from rlhf_dist.models.hf import inspect, resolve
-
-    if checkpoint is not None:
-        return str((checkpoint / "hf").absolute())
-    source = resolve(config.model, Path(config.output).absolute() / ".models")
-    length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    device = "cuda" if config.cluster.device != "cpu" and local_machine().gpus else "cpu"
-    inspect(source.path, chat=config.data.chat, device=device, max_tokens=length)
-    path = Path(source.path)
-    return str(path.absolute()) if path.exists() else source.path
+def read_data(config: Config, command: Command) -> None:
+    """Read what the processes of `command` will read, so that a bad row is told before any of them starts."""
+    held_back = config.eval.prompts
+    if command == "sft":
+        demonstrations(config.data, config.sft, config.seed, held_back)
+        held_out_demonstrations(config.data, config.sft, held_back)
+    if command == "reward":
+        judgements(config.preferences, config.data, config.seed, config.preferences.unusable)
+        held_out_judgements(config.preferences, config.data, config.preferences.unusable)
+    if command == "train" and config.ptx.coef:
+        ptx_demonstrations(config.data, config.ptx, config.seed, held_back)
 
 
 @contextmanager
 def opened(config: Config, command: Command, resume: bool) -> Iterator[tuple[RunDirectory, Telemetry, Progress]]:
     """Run directory, telemetry and progress of a run; the model is checked before the directory is made."""
     if not resume:
-        require_free_disk(Path(config.output), disk_need(model_source(config, None), config, command))
+        require_free_disk(Path(config.output), disk_need(model_source(config, None, command), config, command))
     run = open_run_directory(config.output, config.name, to_yaml(config), resume)
     with ExitStack() as stack:
         stack.callback(run.close)
         progress = make_progress(config.telemetry.progress, sys.stderr)
-        stack.callback(progress.close)
+        stack.push(lambda kind, *_: progress.close(stopped=kind is not None))
+        if resume:
+            progress.note(resumed(run.latest_checkpoint()))
         progress.stage("opening telemetry")
         wandb_id = run.wandb_id.read_text().strip() if run.wandb_id.exists() else None
         telemetry, new_id = open_telemetry(
@@ -164,19 +221,40 @@ def opened(config: Config, command: Command, resume: bool) -> Iterator[tuple[Run
 
 
 def disk_need(source: str, config: Config, command: Command) -> int:
-    """Bytes of the checkpoints kept: weights, and three float32 copies by the optimizer."""
+    """Bytes of the checkpoints kept: weights, and three float32 copies by the optimizer.
+
+    A critic with its own trunk takes as much again; a moving average is float32; a reference that moves is like the
+    model.
+    """
     folder = Path(source)
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    kept = 1 if command == "sft" else config.loop.keep_checkpoints
+    kept = 1 if command in ("sft", "reward") else config.loop.keep_checkpoints
     width = 1 if config.model.dtype == "float32" else 2
-    return weights * (1 + 3 * width) * (kept + 1)
+    parts = float(1 + 3 * width)
+    if command == "train":
+        parts *= 2 if hosts.algorithm(config.algo).needs_critic and not hosts.shares_trunk(config) else 1
+        parts += width if config.learner.ema_decay else 0
+        parts += 1 if config.reference.update_every else 0
+    return int(weights * parts * (kept + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The processes of a run, ready to work."""
+
+    rollouts: RolloutFleet
+    scoring: ScoringFleet
+    reference: ReferenceFleet | None
+    policy: PolicyGroup
+    critic: CriticGroup | None
 
 
 def start_fleets(
     config: Config, placement: Placement, source: str, logs: Path, folder: Path | None, stack: ExitStack
-) -> tuple[RolloutFleet, ScoringFleet, LearnerGroup]:
-    """Start all actors side by side and wait until each is ready."""
-    group = reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s)
+) -> Parts:
+    """Start all actors side by side and wait until each is ready; `folder`: the checkpoint resumed from."""
+    config = with_sources(config, source, folder, learns=placement.learner_ranks > 0)
+    group = stack.enter_context(reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s))
     specs = [
         spec(config, f"rollout worker {i}", source, placement.device, placement.rollout_threads, logs, i, folder)
         for i in range(placement.rollout_workers)
@@ -184,26 +262,72 @@ def start_fleets(
     workers = actors.start_all(
         actors.RolloutHost, specs, group, 0, placement.rollout_num_cpus, placement.rollout_num_gpus
     )
-    scorer_spec = spec(config, "scoring worker", source, placement.device, 1, logs, 0)
-    scorer = actors.start_scoring(scorer_spec)
-    ranks = start_ranks(config, placement, source, logs, group, actors.PolicyHost, stack)
-    ready = {name: worker.ready.remote() for name, worker in {**workers, scorer_spec.name: scorer}.items()}
+    scorers = start_servers(
+        config, placement, source, logs, group, actors.ScoringHost, "scoring server", config.scoring.replicas
+    )
+    references = scorers
+    if config.reference.replicas and actors.needs_reference(config):
+        references = start_servers(
+            config, placement, source, logs, group, actors.ReferenceHost, "reference server", config.reference.replicas
+        )
+    ranks = start_ranks(config, placement, source, logs, group, hosts.PolicyHost, stack)
+    critics = start_ranks(config, placement, source, logs, group, hosts.CriticHost, stack, critic=True)
+    ready = {name: worker.ready.remote() for name, worker in (workers | scorers | references).items()}
     join_ranks(config, ranks, folder)
+    join_ranks(config, critics, folder)
     gather(ready, "start", config.cluster.start_timeout_s, START_KEY)
-    fleet = RolloutFleet(workers, timeout_s=config.rollout.timeout_s, sync_timeout_s=config.weights.timeout_s)
-    scoring = ScoringFleet(scorer, timeout_s=config.scoring.timeout_s)
-    return fleet, scoring, LearnerGroup(ranks, timeout_s=config.learner.timeout_s)
+    limit = config.learner.timeout_s
+    critic = None
+    if ranks and hosts.algorithm(config.algo).needs_critic:
+        kind = SharedCriticGroup if hosts.shares_trunk(config) else CriticGroup
+        critic = kind(critics or ranks, timeout_s=limit, in_turn=not critics)
+    reference = None
+    if actors.needs_reference(config):
+        moves = config.reference.update_every > 0
+        reference = ReferenceFleet(references, timeout_s=config.scoring.timeout_s, moves=moves)
+    return Parts(
+        rollouts=RolloutFleet(workers, timeout_s=config.rollout.timeout_s, sync_timeout_s=config.weights.timeout_s),
+        scoring=ScoringFleet(scorers, timeout_s=config.scoring.timeout_s),
+        reference=reference,
+        policy=PolicyGroup(ranks, timeout_s=limit),
+        critic=critic,
+    )
+
+
+def start_servers(
+    config: Config, placement: Placement, source: str, logs: Path, group: Any, host: type, name: str, count: int
+) -> dict[str, Any]:
+    """Start scoring or reference servers; on a GPU machine they are dealt out over its GPUs."""
+    gpus = max(1, placement.rollout_workers * placement.rollout_gpus)
+    specs = []
+    for i in range(count):
+        device = f"cuda:{i % gpus}" if placement.device == "cuda" else "cpu"
+        specs.append(spec(config, f"{name} {i}", source, device, placement.scoring_threads, logs, i))
+    return actors.start_servers(host, specs, group)
 
 
 def start_ranks(
-    config: Config, placement: Placement, source: str, logs: Path, group: Any, host: type, stack: ExitStack
+    config: Config,
+    placement: Placement,
+    source: str,
+    logs: Path,
+    group: Any,
+    host: type,
+    stack: ExitStack,
+    critic: bool = False,
 ) -> dict[str, Any]:
-    """Start the learner's ranks; they have not met yet. On leaving `stack` they remove what lies outside them."""
+    """Start the learner's ranks; they have not met yet. On leaving `stack` they remove what lies outside them.
+
+    `critic`: those of a critic that works beside the policy, if there is one.
+    """
+    count = placement.critic_ranks if critic else placement.learner_ranks - placement.critic_ranks
+    name = "critic" if critic else "learner"
     specs = [
-        spec(config, f"learner rank {i}", source, placement.device, placement.learner_threads, logs, i)
-        for i in range(placement.learner_ranks)
+        spec(config, f"{name} rank {i}", source, placement.device, placement.learner_threads, logs, i)
+        for i in range(count)
     ]
     first = first_learner_bundle(placement, config.cluster.colocate)
+    first += placement.learner_ranks - placement.critic_ranks if critic else 0
     ranks = actors.start_all(host, specs, group, first, placement.learner_num_cpus, placement.learner_num_gpus)
     stack.callback(actors.close_all, ranks)
     return ranks
@@ -229,11 +353,11 @@ def spec(
     logs: Path,
     rank: int,
     folder: Path | None = None,
-) -> actors.ActorSpec:
+) -> ActorSpec:
     """What one actor is made from; `folder` is the checkpoint resumed from."""
     # Workers must not draw the same numbers, nor a resumed run those of its first steps.
     chance = f"{config.seed}/{name}/{folder.name if folder else 'start'}"
-    return actors.ActorSpec(
+    return ActorSpec(
         name=name,
         config=config,
         source=source,

@@ -18,7 +18,7 @@ from typing import Literal
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ResourceError
 
-Command = Literal["train", "sft", "eval"]
+Command = Literal["train", "sft", "reward", "eval"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +35,17 @@ class Placement:
 
     device: Literal["cpu", "cuda"]
     rollout_workers: int
-    """0 for `sft`."""
+    """0 for `sft` and `reward`."""
     rollout_threads: int
     """CPU threads of one worker."""
     rollout_gpus: int
     """GPUs one worker computes on (tensor parallel); 0 on a CPU."""
     learner_ranks: int
-    """0 for `eval`."""
+    """Of policy and critic together; 0 for `eval`."""
+    critic_ranks: int
+    """Of them, those of a critic that works beside the policy; 0 where it takes turns or there is none."""
+    scoring_threads: int
+    """CPU threads of a scoring or reference server; they work while others wait or beside the rollouts."""
     learner_threads: int
     """CPU threads of one rank."""
     learner_gpus: int
@@ -63,6 +67,11 @@ def local_machine() -> Machine:
     return Machine(cpus=allowed if quota is None else min(allowed, quota), gpus=_local_gpus())
 
 
+def critic_apart(config: Config) -> bool:
+    """Whether the critic has ranks of its own, as many as the policy."""
+    return config.algo.name == "ppo" and config.critic.side_by_side and config.critic.start != "shared"
+
+
 def cpu_quota(path: Path) -> int | None:
     """CPUs that a container's quota (cgroup v2) gives, rounded up; None without one."""
     try:
@@ -75,8 +84,9 @@ def cpu_quota(path: Path) -> int | None:
 def place(config: Config, machine: Machine, command: Command) -> Placement:
     """Share `machine` out. Raises `ResourceError` where it has too few CPUs or GPUs for the config."""
     device = _device(config, machine)
-    workers = 0 if command == "sft" else config.rollout.workers
-    ranks = 0 if command == "eval" else config.learner.ranks
+    workers = 0 if command in ("sft", "reward") else config.rollout.workers
+    critics = config.learner.ranks if command == "train" and critic_apart(config) else 0
+    ranks = 0 if command == "eval" else config.learner.ranks + critics
     shared = config.cluster.colocate and workers > 0 and ranks > 0
     rollout_gpus, learner_gpus = 0, 0
     if device == "cuda":
@@ -90,6 +100,8 @@ def place(config: Config, machine: Machine, command: Command) -> Placement:
         rollout_threads=rollout_threads,
         rollout_gpus=rollout_gpus,
         learner_ranks=ranks,
+        critic_ranks=critics,
+        scoring_threads=max(1, min(rollout_threads or learner_threads, machine.cpus // 2)),
         learner_threads=learner_threads,
         learner_gpus=learner_gpus,
         rollout_num_cpus=rollout_threads * share,
@@ -121,7 +133,7 @@ def first_learner_bundle(placement: Placement, colocate: bool) -> int:
     return 0 if colocate else placement.rollout_workers
 
 
-def describe(placement: Placement, config: Config) -> list[str]:
+def describe(placement: Placement, config: Config, command: Command) -> list[str]:
     """Lines for a reader: who gets what, and the arithmetic of the batches."""
     p = placement
     lines = [f"device: {p.device}"]
@@ -132,33 +144,38 @@ def describe(placement: Placement, config: Config) -> list[str]:
         )
     if p.learner_ranks:
         who = f"{_count(p.learner_ranks, 'rank')}, ZeRO-{config.learner.zero_stage}"
+        who += f" ({p.critic_ranks} of them the critic's own)" if p.critic_ranks else ""
         lines.append(
             f"learner: {who}, each {_share(p.learner_threads, p.learner_gpus, p.learner_num_cpus, p.learner_num_gpus)}"
         )
     if p.rollout_workers and p.learner_ranks:
         turns = "take turns on the same devices" if config.cluster.colocate else "have devices of their own"
         lines.append(f"rollout and learner {turns}; scoring takes no CPU in Ray's books")
-    if p.rollout_workers and p.learner_ranks:
-        lines += _train_lines(config)
-    elif p.learner_ranks:
-        lines += _sft_lines(config)
+    if p.rollout_workers:
+        servers = _count(config.scoring.replicas, "scoring server")
+        if config.reference.replicas and command == "train":
+            servers += f" and {_count(config.reference.replicas, 'reference server')}"
+        lines.append(f"scoring: {servers}, each {_count(p.scoring_threads, 'CPU thread')}")
+    lines += {"train": _train_lines, "sft": _sft_lines, "reward": _reward_lines, "eval": lambda _: []}[command](config)
     if p.rollout_workers:
         samples = f" and {config.eval.samples} samples" if config.eval.samples else ""
         lines.append(f"evaluation: {config.eval.prompts} held-out prompts, each with 1 greedy response{samples}")
-    lines.append(f"run directory: {config.output}/{config.name}")
+    if command != "eval":
+        lines.append(f"run directory: {config.output}/{config.name}")
     return lines
 
 
 def _train_lines(config: Config) -> list[str]:
     loop, updates = config.loop, config.learner.updates_per_batch
+    passes = f", {config.learner.epochs} passes" if config.learner.epochs > 1 else ""
     rows = loop.prompts_per_step * config.algo.group_size
     tokens = rows * config.rollout.max_response_tokens
     return [
         f"step: {loop.prompts_per_step} prompts x {config.algo.group_size} samples = {rows} responses, at most "
         f"{tokens:,} "
-        f"response tokens, {_count(updates, 'optimizer step')} of {rows // updates} responses each",
+        f"response tokens, {_count(updates, 'optimizer step')} of {rows // updates} responses each{passes}",
         f"run: {_count(loop.steps, 'step')}, {loop.steps * rows:,} responses, "
-        f"{_count(loop.steps * updates, 'optimizer step')}",
+        f"{_count(loop.steps * updates * config.learner.epochs, 'optimizer step')}",
         f"micro-batches: at most {config.learner.micro_batch_tokens} tokens each",
     ]
 
@@ -172,9 +189,20 @@ def _sft_lines(config: Config) -> list[str]:
     ]
 
 
+def _reward_lines(config: Config) -> list[str]:
+    reward = config.reward
+    return [
+        f"step: {reward.batch_size} judgements of at most {config.preferences.max_tokens} tokens a response",
+        f"run: at most {_count(reward.steps, 'optimizer step')}, {reward.steps * reward.batch_size:,} judgements",
+        f"micro-batches: at most {config.learner.micro_batch_tokens} tokens each",
+    ]
+
+
 def _share(threads: int, gpus: int, num_cpus: float, num_gpus: float) -> str:
     devices = _count(threads, "CPU thread") + (f" and {_count(gpus, 'GPU')}" if gpus else "")
-    return f"{devices} (Ray: {num_cpus:g} CPU" + (f", {num_gpus:g} GPU)" if gpus else ")")
+    booked = f"{num_cpus:g} CPU" + (f", {num_gpus:g} GPU" if gpus else "")
+    why = "they take turns, so each books half in Ray" if num_cpus < threads else "Ray"
+    return f"{devices} ({why}: {booked})"
 
 
 def _count(number: int, noun: str) -> str:

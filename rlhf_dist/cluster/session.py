@@ -50,13 +50,16 @@ def largest_node(nodes: Sequence[Mapping[str, float]]) -> Machine:
 def ray_session(config: ClusterConfig) -> Iterator[Machine]:
     """Ray, up for the time of the block; yields the machine to plan for: this one, or the cluster's largest node.
 
-    A local one listens on loopback only.
+    A local one listens on loopback only. A session inside a session is the same one.
     """
     join = joins_cluster(config)
     assert join or os.environ.get("RAY_AUTH_MODE") == "token", "call prepare() before ray is imported"
     machine = local_machine()
     import ray
 
+    if ray.is_initialized():
+        yield largest_node([node["Resources"] for node in ray.nodes() if node["Alive"]]) if join else machine
+        return
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if join:
         settings |= {"address": "auto"}
@@ -80,21 +83,27 @@ def ray_session(config: ClusterConfig) -> Iterator[Machine]:
         ray.shutdown()
 
 
-def reserve(bundles: Sequence[Mapping[str, float]], timeout_s: float) -> Any:
+@contextmanager
+def reserve(bundles: Sequence[Mapping[str, float]], timeout_s: float) -> Iterator[Any]:
     """A placement group that holds every actor on one node, as the shared-memory transport needs it.
+
+    With the block its actors end, so that another run in the same session finds room.
 
     Raises `ResourceError` when no node has the room within `timeout_s`.
     """
     import ray
-    from ray.util.placement_group import placement_group
+    from ray.util.placement_group import placement_group, remove_placement_group
 
     group = placement_group([{k: v for k, v in bundle.items() if v} for bundle in bundles], strategy="STRICT_PACK")
-    ready, _ = ray.wait([group.ready()], timeout=timeout_s)
-    if not ready:
-        cpus = sum(bundle["CPU"] for bundle in bundles)
-        gpus = sum(bundle["GPU"] for bundle in bundles)
-        raise ResourceError(
-            f"no node of the cluster has {cpus:g} CPUs and {gpus:g} GPUs free within {timeout_s:g} s "
-            "(cluster.start_timeout_s); free some, or lower rollout.workers, learner.ranks or their cpus"
-        )
-    return group
+    try:
+        ready, _ = ray.wait([group.ready()], timeout=timeout_s)
+        if not ready:
+            cpus = sum(bundle["CPU"] for bundle in bundles)
+            gpus = sum(bundle["GPU"] for bundle in bundles)
+            raise ResourceError(
+                f"no node of the cluster has {cpus:g} CPUs and {gpus:g} GPUs free within {timeout_s:g} s "
+                "(cluster.start_timeout_s); free some, or lower rollout.workers, learner.ranks or their cpus"
+            )
+        yield group
+    finally:
+        remove_placement_group(group)

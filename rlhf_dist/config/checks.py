@@ -3,65 +3,46 @@
 from __future__ import annotations
 
 import math
-import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from rlhf_dist.config.algorithm_checks import algorithm_problems
+from rlhf_dist.config.preference_checks import preference_problems
+from rlhf_dist.config.ranges import range_problems
 from rlhf_dist.config.schema import Config, RewardSpec
+from rlhf_dist.config.scoring_checks import scoring_problems
 from rlhf_dist.errors import ConfigError
 
-Command = Literal["train", "sft", "eval"]
+Command = Literal["train", "sft", "reward", "eval"]
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM 0.32's CPU attention accepts (`CPUAttentionBackend.get_supported_head_sizes`)."""
 
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "at least 1": (
-        lambda x: x >= 1,
-        """
-        model.tiny.hidden_size model.tiny.intermediate_size model.tiny.layers model.tiny.heads model.tiny.kv_heads
-        model.tiny.max_positions data.task.min_length data.task.max_length data.task.train_size rollout.workers
-        rollout.tensor_parallel rollout.max_prompt_tokens rollout.max_response_tokens rollout.max_concurrent
-        algo.group_size learner.ranks learner.micro_batch_tokens learner.updates_per_batch learner.logprob_chunk_tokens
-        weights.bucket_mib loop.steps loop.prompts_per_step loop.keep_checkpoints eval.prompts sft.steps sft.batch_size
-        sft.max_tokens sft.log_every
-        """,
-    ),
-    "0 or more": (
-        lambda x: x >= 0,
-        """
-        model.tiny.seed rollout.cpus rollout.top_k rollout.temperature learner.cpus learner.optimizer.warmup_steps
-        learner.optimizer.weight_decay loop.max_policy_lag loop.checkpoint_every eval.every eval.samples
-        sft.optimizer.warmup_steps sft.optimizer.weight_decay sft.eval_every sft.checkpoint_every telemetry.samples
-        telemetry.samples_every
-        """,
-    ),
-    "greater than 0": (
-        lambda x: x > 0,
-        """
-        rollout.kv_cache_gib rollout.timeout_s scoring.timeout_s learner.timeout_s weights.timeout_s
-        loop.logprob_diff_limit cluster.start_timeout_s learner.optimizer.lr learner.optimizer.eps
-        learner.optimizer.max_grad_norm sft.optimizer.lr sft.optimizer.eps sft.optimizer.max_grad_norm
-        """,
-    ),
-    "between 0 and 1, both excluded": (lambda x: 0 < x < 1, "algo.clip_low algo.clip_high"),
-    "greater than 0 and at most 1": (lambda x: 0 < x <= 1, "rollout.top_p rollout.gpu_memory_utilization"),
-    "at least 0 and less than 1": (
-        lambda x: 0 <= x < 1,
-        "learner.optimizer.beta1 learner.optimizer.beta2 sft.optimizer.beta1 sft.optimizer.beta2",
-    ),
-    "between 0 and 1": (
-        lambda x: 0 <= x <= 1,
-        "learner.optimizer.final_lr_share sft.optimizer.final_lr_share sft.wrong_share",
-    ),
-    "0 (off) or greater than 1": (lambda x: x == 0 or x > 1, "algo.dual_clip"),
-    "0, 1, 2 or 3": (lambda x: x in (0, 1, 2, 3), "learner.zero_stage"),
-    "between 0 and 4294967295": (lambda x: 0 <= x < 2**32, "seed"),
-    "a finite number": (math.isfinite, "eval.solved_at"),
-}
-"""What is right -> test, keys. Every number of the schema outside `scoring.rewards` is in one row."""
+
+TAKEN_NAMES = (
+    "mean",
+    "std",
+    "proxy",
+    "gold",
+    "reward",
+    "reward_std",
+    "gold_std",
+    "kl",
+    "shaped_mean",
+    "groups_without_signal",
+    "distinct_responses",
+    "response_length",
+    "greedy_reward",
+    "greedy_accuracy",
+    "sampled_accuracy",
+    "dropped",
+    "running_mean",
+    "running_std",
+    "score_clipped",
+)
+"""Rewards are shown as reward/NAME and eval/NAME: these names are in use there (`gold` for the one it is)."""
 
 
 def check(config: Config, command: Command) -> None:
@@ -75,33 +56,23 @@ def check(config: Config, command: Command) -> None:
 
 def problems(config: Config, command: Command) -> list[str]:
     """Every problem, a sentence each: key, value, what would be right. Empty: nothing is wrong."""
-    found = list(_ranges(config))
+    found = list(range_problems(config))
     rules = [_names(config), _data(config, command), _device(config)]
     if not found:  # sizes say nothing about each other while one of them is out of range
         rules += [_model(config)]
         rules += [_batches(config)] if command == "train" else []
     if command == "train":
-        rules += [_algorithm(config)]
+        rules += [algorithm_problems(config)]
     if command in ("train", "eval"):
         rules += [_sampling(config, command), _rewards(config)]
     if command == "sft":
         rules += [_sft(config)]
-    if command in ("train", "sft"):
+    if command in ("train", "sft", "reward"):
         rules += [_precision(config)]
+    rules += [preference_problems(config, command)]
+    if command in ("train", "eval"):
+        rules += [scoring_problems(config, command)]
     return found + [problem for rule in rules for problem in rule]
-
-
-def ranged_keys() -> set[str]:
-    """The keys whose range is checked."""
-    return {key for _, keys in _RANGES.values() for key in keys.split()}
-
-
-def _ranges(config: Config) -> Iterator[str]:
-    for right, (test, keys) in _RANGES.items():
-        for key in keys.split():
-            value = operator.attrgetter(key)(config)
-            if not (math.isfinite(value) and test(value)):
-                yield f"{key} is {value}; it must be {right}"
 
 
 def _names(config: Config) -> Iterator[str]:
@@ -202,20 +173,6 @@ def _precision(config: Config) -> Iterator[str]:
         )
 
 
-def _algorithm(config: Config) -> Iterator[str]:
-    if config.algo.group_size == 1:
-        yield (
-            f"algo.group_size is {config.algo.group_size} with algo.name {config.algo.name}; with one sample "
-            "the group has no "
-            "baseline and every advantage is 0: it must be at least 2, 8 is usual"
-        )
-    if config.loop.max_policy_lag != 0:
-        yield (
-            f"loop.max_policy_lag is {config.loop.max_policy_lag}; this version generates and learns in turn: "
-            "it must be 0"
-        )
-
-
 def _batches(config: Config) -> Iterator[str]:
     prompts, updates, ranks = config.loop.prompts_per_step, config.learner.updates_per_batch, config.learner.ranks
     if prompts % updates:
@@ -263,6 +220,8 @@ def _rewards(config: Config) -> Iterator[str]:
         key = f"scoring.rewards.{name}"
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             yield f"{key}: the name {name!r} must consist of letters, digits, '_' and '-'; it names a metric"
+        if name in TAKEN_NAMES and name != config.scoring.gold:
+            yield f"{key}: the name {name!r} is that of another metric, reward/{name} or eval/{name}; give another"
         yield from _reward(key, spec)
         if spec.kind in ("exact", "number") and config.data.source != "task" and not config.data.answer_key:
             yield (
@@ -270,7 +229,8 @@ def _rewards(config: Config) -> Iterator[str]:
                 "name its column"
             )
     best = sum(max(spec.weight, 0.0) for spec in rewards.values())
-    open_ended = any(spec.kind == "function" for spec in rewards.values())  # the other kinds give 0 or 1
+    # The other kinds give 0 or 1.
+    open_ended = any(spec.kind in ("function", "model", "http", "gold") for spec in rewards.values())
     if 0 < best < config.eval.solved_at < math.inf and not open_ended:
         yield (
             f"eval.solved_at is {config.eval.solved_at}, but the weights under scoring.rewards add up to "

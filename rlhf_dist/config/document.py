@@ -18,7 +18,9 @@ Every key, its type, its default and its meaning. Made from `rlhf_dist/config/sc
 
 A config is a YAML file. It may begin with `include: [other.yaml]`: paths count from the file's own folder, and what
 comes later wins. `key=value` on the command line wins over all files: `learner.optimizer.lr=1e-4`. Unknown keys are
-refused, all problems are told at once, and `rlhf-dist train CONFIG --dry-run` prints the resolved config."""
+refused. Problems are told together, in three rounds: first keys and types, then ranges and rules across keys, then
+whether this machine has what is asked for. `rlhf-dist train CONFIG --dry-run` goes so far, prints the resolved config
+and the plan, and starts nothing; models, rewards and the contents of data files are checked when a run starts."""
 NAMES: dict[Any, str] = {str: "text", list[str]: "list of texts"}
 
 

@@ -8,6 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf_dist.config.learning import (
+    AlgoConfig as AlgoConfig,
+    CriticConfig as CriticConfig,
+    KLConfig as KLConfig,
+    LearnerConfig as LearnerConfig,
+    OptimizerConfig as OptimizerConfig,
+    PreferencesConfig as PreferencesConfig,
+    PtxConfig as PtxConfig,
+    ReferenceConfig as ReferenceConfig,
+    RewardConfig as RewardConfig,
+    SftConfig as SftConfig,
+    ShapingConfig as ShapingConfig,
+)
+
 
 @dataclass(frozen=True)
 class TinyConfig:
@@ -46,10 +60,11 @@ class ModelConfig:
 class TaskConfig:
     """A built-in procedural task: endless, seeded, with checkable answers."""
 
-    name: Literal["arithmetic", "reverse", "sort", "count"] = "reverse"
-    """arithmetic: sums and differences; reverse, sort: a word's letters; count: a letter in a word."""
+    name: Literal["arithmetic", "reverse", "sort", "count", "describe"] = "reverse"
+    """arithmetic: sums and differences; reverse, sort: a word's letters; count: a letter in a word; describe: a few
+    words about a thing, kind or harsh, with human-like comparisons and a gold reward in place of an answer."""
     min_length: int = 3
-    """Letters in a word (reverse, sort, count) or digits of a number (arithmetic)."""
+    """Letters in a word (reverse, sort, count), digits of a number (arithmetic) or words of a response (describe)."""
     max_length: int = 6
     """The same unit as `min_length`."""
     train_size: int = 20000
@@ -115,80 +130,56 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class RewardSpec:
-    kind: Literal["exact", "number", "regex", "function"] = "exact"
-    """exact: the answer itself; number: its value; regex, function: see `pattern`, `function`."""
+    kind: Literal["exact", "number", "regex", "function", "model", "http", "gold"] = "exact"
+    """exact: the answer itself; number: its value; regex, function, model, http: see `pattern`, `function`, `path`,
+    `url`; gold: the true reward of the built-in task `describe`."""
     weight: float = 1.0
-    """Factor in the total."""
+    """Factor in the total; 0: measured and shown only."""
     pattern: str = ""
     """kind regex: reward 1 where it matches the whole response (Python syntax, dot matches newlines)."""
     function: str = ""
     """kind function: `package.module:function`, called with (prompts, responses, answers), lists of strings; returns as
     many numbers."""
+    path: str = ""
+    """kind model: a reward model with one label: a Hugging Face directory or hub name, or a run directory."""
+    normalize: bool = True
+    """kind model: centre and scale by the held-out mean and deviation stored with the model, where there are any."""
+    url: str = ""
+    """kind http: address of a reward server (`rlhf-dist serve-reward`), as in http://127.0.0.1:8070/score."""
+    token_env: str = ""
+    """kind http: environment variable that holds the server's token; the token itself never stands in a config."""
+    retries: int = 3
+    """kind http: further tries after one that failed."""
     timeout_s: float = 30.0
-    """kind function: limit for one call."""
+    """kind function, http: limit for one call."""
 
 
 @dataclass(frozen=True)
 class ScoringConfig:
     rewards: dict[str, RewardSpec] = field(default_factory=lambda: {"exact": RewardSpec()})
     """Name -> reward; the total is their weighted sum."""
+    gold: str = ""
+    """Name of the reward that is the truth (its weight may be 0), to watch for over-optimisation of the others."""
+    replicas: int = 1
+    """Scoring servers; each holds every reward."""
+    batch_tokens: int = 8192
+    """Tokens that a reward or reference model takes at once: groups that wait are put together up to it."""
     timeout_s: float = 120.0
     """Limit for scoring one prompt group."""
 
 
 @dataclass(frozen=True)
-class AlgoConfig:
-    name: Literal["grpo", "dr_grpo"] = "grpo"
-    """grpo: scores by their group's mean and deviation; dr_grpo: by its mean only."""
-    group_size: int = 8
-    """Samples per prompt."""
-    clip_low: float = 0.2
-    """The probability ratio is clipped at 1 - clip_low."""
-    clip_high: float = 0.2
-    """... and at 1 + clip_high. DAPO's clip-higher uses 0.28."""
-    dual_clip: float = 0.0
-    """0: off; usual value 3."""
+class StageConfig:
+    command: Literal["sft", "reward", "train"] = "train"
+    """What the stage runs."""
+    set: list[str] = field(default_factory=list)
+    """Overrides as on the command line; {NAME} stands for the run directory of the earlier stage NAME."""
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    lr: float = 1e-6
-    """Peak learning rate of AdamW."""
-    beta1: float = 0.9
-    """Decay of the mean of gradients."""
-    beta2: float = 0.95
-    """Decay of the mean of their squares."""
-    eps: float = 1e-8
-    """Added to the root of the latter."""
-    weight_decay: float = 0.0
-    """Decoupled, as AdamW has it."""
-    warmup_steps: int = 10
-    """Optimizer steps of linear rise to lr."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up; linear and cosine fall to `final_lr_share` of lr at the last step."""
-    final_lr_share: float = 0.0
-    """0: fall to nothing."""
-    max_grad_norm: float = 1.0
-    """Gradients of a larger global norm are scaled down to it."""
-
-
-@dataclass(frozen=True)
-class LearnerConfig:
-    ranks: int = 1
-    """DeepSpeed processes."""
-    cpus: int = 0
-    """CPU threads of a rank; 0: an equal share."""
-    zero_stage: int = 0
-    """DeepSpeed ZeRO 0, 1, 2 or 3."""
-    micro_batch_tokens: int = 2048
-    """Tokens packed into one forward pass; a longer sequence goes alone."""
-    updates_per_batch: int = 1
-    """Optimizer steps on each batch of rollouts: the batch's groups are cut into so many mini-batches."""
-    logprob_chunk_tokens: int = 1024
-    """Tokens whose logits are held at once."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    timeout_s: float = 600.0
-    """Limit for one update."""
+class PipelineConfig:
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    """Name -> stage, in order; its run directory is `output/name/NAME`."""
 
 
 @dataclass(frozen=True)
@@ -230,30 +221,6 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class SftConfig:
-    """Supervised start on demonstrations (response-only loss) or plain text (language modelling)."""
-
-    steps: int = 300
-    """Optimizer steps."""
-    batch_size: int = 64
-    """Sequences per optimizer step, over all ranks."""
-    objective: Literal["response", "text"] = "response"
-    """response: loss on the demonstration's tokens only; text: on every token of `data.response_key`."""
-    wrong_share: float = 0.0
-    """Built-in tasks: share of demonstrations that show the task's shortcut (for `reverse`, the word as it is), which
-    is wrong, so that RL has something to teach."""
-    max_tokens: int = 512
-    """Longer demonstrations are dropped and counted."""
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
-    log_every: int = 10
-    """Steps."""
-    eval_every: int = 100
-    """Steps between passes over the held-out demonstrations; 0: only at the end."""
-    checkpoint_every: int = 0
-    """Steps; 0: only at the end."""
-
-
-@dataclass(frozen=True)
 class ClusterConfig:
     address: Literal["auto", "local"] = "auto"
     """auto: the cluster in RAY_ADDRESS (set inside a Ray job), else a local one; local: always a local one."""
@@ -276,7 +243,7 @@ class TelemetryConfig:
     samples: int = 8
     """Rows of the sample table (prompt, response, rewards)."""
     samples_every: int = 10
-    """Steps between sample tables; 0: none."""
+    """Steps between sample tables, of which the first is at step 1; 0: none."""
     progress: Literal["auto", "rich", "plain"] = "auto"
     """auto: a live display in a terminal, plain lines elsewhere."""
 
@@ -295,9 +262,15 @@ class Config:
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    ptx: PtxConfig = field(default_factory=PtxConfig)
+    preferences: PreferencesConfig = field(default_factory=PreferencesConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)

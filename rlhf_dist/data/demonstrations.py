@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import overload
 
-from rlhf_dist.config.schema import DataConfig, SftConfig, TaskConfig
-from rlhf_dist.data.files import held_out_rows, training_rows
+from rlhf_dist.config.schema import DataConfig, PtxConfig, SftConfig, TaskConfig
+from rlhf_dist.data.describe import draw_response
+from rlhf_dist.data.files import held_out_rows, read_rows, training_rows
 from rlhf_dist.data.rows import Demonstration, ask, demonstration, plain_text
 from rlhf_dist.data.stream import EVAL_SEED
 from rlhf_dist.data.tasks import Split, check_task, example
@@ -44,6 +46,10 @@ class TaskDemonstrations(Demonstrations):
             raise IndexError(index)
         index %= self.size
         made = example(self.task, self.seed, self.split, index)
+        if self.task.name == "describe":
+            rng = random.Random(f"demonstration/{self.seed}/{self.split}/{index}")
+            said = draw_response(rng, self.task.min_length, self.task.max_length)
+            return Demonstration(ask(made.question, self.system), said)
         wrong = random.Random(f"wrong/{self.seed}/{index}").random() < self.wrong_share
         return Demonstration(ask(made.question, self.system), made.shortcut if wrong else made.answer)
 
@@ -72,14 +78,42 @@ def held_out_demonstrations(config: DataConfig, sft: SftConfig, n: int) -> Demon
     return [parse(row, config) for row in held_out_rows(config, n)]
 
 
+def ptx_demonstrations(data: DataConfig, ptx: PtxConfig, seed: int, held_out: int) -> Demonstrations:
+    """What the pre-training mix shows: right answers of `data.task`, or `ptx.path` with columns as `data` names them.
+
+    `held_out`: rows of `data.path` that are kept back when `data.eval_path` is empty; they stay so when `ptx.path` is
+    the same file. Raises DataError for a missing, empty or bad file, ConfigError for settings that do not fit.
+    """
+    _check_objective(ptx.objective, "ptx", ptx.source)
+    if ptx.source == "task":
+        check_task(data.task)
+        return TaskDemonstrations(data.task, seed, "train", data.task.train_size, 0.0, data.system)
+    rows = read_rows(ptx.source, ptx.path, "ptx.path")
+    if data.source == ptx.source and not data.eval_path and Path(data.path).resolve() == Path(ptx.path).resolve():
+        rows = training_rows(data, held_out)
+    parse = plain_text if ptx.objective == "text" else demonstration
+    columns = replace(data, source=ptx.source)
+    return [parse(row, columns) for row in rows]
+
+
 def _check(config: DataConfig, sft: SftConfig) -> None:
     if sft.wrong_share and config.source != "task":
         raise ConfigError(
             f"sft.wrong_share={sft.wrong_share} needs data.source=task (only built-in tasks know a wrong answer), "
             f"data.source is {config.source}; set it to 0"
         )
-    if sft.objective == "text" and config.source in ("task", "gsm8k"):
+    if sft.wrong_share and config.task.name == "describe":
         raise ConfigError(
-            f"sft.objective=text reads plain text from data.response_key of jsonl, parquet or dataset, "
-            f"data.source is {config.source}; use sft.objective=response"
+            f"sft.wrong_share={sft.wrong_share} has no effect with data.task.name=describe, which knows no wrong "
+            "answer; set it to 0"
+        )
+    _check_objective(sft.objective, "sft", config.source)
+
+
+def _check_objective(objective: str, section: str, source: str) -> None:
+    if objective == "text" and source in ("task", "gsm8k"):
+        key = "data.source" if section == "sft" else f"{section}.source"
+        raise ConfigError(
+            f"{section}.objective=text reads plain text from data.response_key of jsonl, parquet or dataset, "
+            f"{key} is {source}; use {section}.objective=response"
         )

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_dist.config.schema import DataConfig
 from rlhf_dist.errors import ConfigError, DataError
+
+Source = Literal["task", "jsonl", "parquet", "dataset", "gsm8k"]
+"""What `data.source` may be; `task` has no rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +33,10 @@ def training_rows(config: DataConfig, held_out: int) -> list[Row]:
 
     Raises DataError for a missing, empty or unreadable file, or when nothing would be left to train on.
     """
-    rows = _read(config, config.path, "data.path")
+    rows = read_rows(config.source, config.path, "data.path")
     if config.eval_path or held_out == 0:
         return rows
-    _check_enough(config.path, len(rows), held_out, spare=1)
+    check_enough(config.path, len(rows), held_out, "eval.prompts", "data.eval_path")
     return rows[:-held_out]
 
 
@@ -43,38 +48,48 @@ def held_out_rows(config: DataConfig, n: int) -> list[Row]:
     if n == 0:
         return []
     if config.eval_path:
-        rows = _read(config, config.eval_path, "data.eval_path")
-        _check_enough(config.eval_path, len(rows), n, spare=0)
+        rows = read_rows(config.source, config.eval_path, "data.eval_path")
+        check_enough(config.eval_path, len(rows), n, "eval.prompts")
         return rows[:n]
-    rows = _read(config, config.path, "data.path")
-    _check_enough(config.path, len(rows), n, spare=1)
+    rows = read_rows(config.source, config.path, "data.path")
+    check_enough(config.path, len(rows), n, "eval.prompts", "data.eval_path")
     return rows[-n:]
 
 
-def _check_enough(path: str, available: int, asked: int, spare: int) -> None:
-    most = available - spare
+def check_enough(path: str, available: int, asked: int, count_key: str, eval_key: str = "") -> None:
+    """Raises DataError when `count_key` (its value: asked) holds out more than there are.
+
+    `eval_key`: the key that could name a file for the held-out rows; then they come off the training file, which has to
+    keep one.
+    """
+    most = available - 1 if eval_key else available
     if asked <= most:
         return
-    ways = [f"set eval.prompts to at most {most}"] if most > 0 else []
-    ways.append("name a separate data.eval_path" if spare else "give more rows")
+    ways = [f"set {count_key} to at most {most}"] if most > 0 else []
+    ways.append(f"name a separate {eval_key}" if eval_key else "give more rows")
     raise DataError(
-        f"{path}: has {available} rows, too few to hold out eval.prompts={asked}"
-        + (" and keep one to train on" if spare else "")
+        f"{path}: has {available} rows, too few to hold out {count_key}={asked}"
+        + (" and keep one to train on" if eval_key else "")
         + f"; {' or '.join(ways)}"
     )
 
 
-def _read(config: DataConfig, path: str, key: str) -> list[Row]:
+def read_rows(source: Source, path: str, key: str) -> list[Row]:
+    """Every row of a file (JSON lines whose name ends in `.gz` are unpacked) or directory, read and checked whole.
+
+    `key`: the config key that named the path, as in `data.path`, for messages.
+    Raises ConfigError for an empty path, DataError for a missing, empty or unreadable file.
+    """
     if not path:
-        raise ConfigError(f"{key} is empty: data.source={config.source} needs a path")
-    directory = config.source == "dataset"
+        raise ConfigError(f"{key} is empty: {key.partition('.')[0]}.source={source} needs a path")
+    directory = source == "dataset"
     _check_exists(Path(path), key, directory)
-    if config.source in ("jsonl", "gsm8k"):
+    if source in ("jsonl", "gsm8k"):
         rows = list(_jsonl(path))
-    elif config.source == "parquet":
+    elif source == "parquet":
         rows = list(_parquet(path))
     else:
-        assert directory, config.source
+        assert directory, source
         rows = list(_dataset(path))
     if not rows:
         raise DataError(f"{path}: is empty; at least one row is needed ({key})")
@@ -97,8 +112,9 @@ def _check_exists(path: Path, key: str, directory: bool) -> None:
 
 def _jsonl(path: str) -> Iterator[Row]:
     blank = 0
+    opened = gzip.open if path.endswith(".gz") else open
     try:
-        with open(path, "rb") as file:
+        with opened(path, "rb") as file:
             # Binary lines end at \n only; text lines would also break at characters that JSON allows inside strings.
             for number, raw in enumerate(file, 1):
                 if not raw.strip():
@@ -107,6 +123,8 @@ def _jsonl(path: str) -> Iterator[Row]:
                 if blank:  # blank lines are fine at the end of a file, nowhere else
                     raise DataError(f"{path}:{blank}: is blank; every line has to be a JSON object")
                 yield Row(f"{path}:{number}", _json_object(f"{path}:{number}", raw))
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: cannot be unpacked as gzip: {error}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 

@@ -12,6 +12,7 @@ from rlhf_dist.types import Message
 ROLES = ("system", "user", "assistant")
 FINAL = "####"
 """GSM8K writes the final answer of a worked solution after this mark."""
+GSM8K_COLUMNS = "data.source=gsm8k wants question and answer; data.source=jsonl lets you name the columns"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,8 @@ def ask(text: str, system: str) -> tuple[Message, ...]:
 def question(row: Row, config: DataConfig) -> Question:
     """The question of a row. Raises DataError naming its place, what is wrong and what would be right."""
     if config.source == "gsm8k":
-        return Question(ask(_text(row, "question"), config.system), _final_answer(row))
-    messages = _messages(row, config) if _has_messages(row, config) else _prompt(row, config)
+        return Question(ask(text_field(row, "question", hint=GSM8K_COLUMNS), config.system), _final_answer(row))
+    messages = _conversation(row, config) if _has_messages(row, config) else _prompt(row, config)
     if messages[-1].role != "user":
         raise DataError(
             f"{row.place}: {config.messages_key!r} ends with a turn of {messages[-1].role!r}; "
@@ -57,12 +58,13 @@ def demonstration(row: Row, config: DataConfig) -> Demonstration:
     """A prompt with its response: `response_key`, or the closing assistant turn of `messages_key`. Raises DataError."""
     if config.source == "gsm8k":
         _final_answer(row)  # a worked answer without its final line is a broken row
-        return Demonstration(ask(_text(row, "question"), config.system), _text(row, "answer"))
+        asked = ask(text_field(row, "question", hint=GSM8K_COLUMNS), config.system)
+        return Demonstration(asked, text_field(row, "answer", hint=GSM8K_COLUMNS))
     if not _has_messages(row, config):
-        return Demonstration(_prompt(row, config), _text(row, config.response_key))
-    messages = _messages(row, config)
+        return Demonstration(_prompt(row, config), _response(row, config))
+    messages = _conversation(row, config)
     if messages[-1].role == "user":
-        return Demonstration(messages, _text(row, config.response_key))
+        return Demonstration(messages, _response(row, config))
     before = messages[:-1]
     if messages[-1].role != "assistant" or not before or before[-1].role != "user":
         raise DataError(
@@ -79,7 +81,7 @@ def demonstration(row: Row, config: DataConfig) -> Demonstration:
 
 def plain_text(row: Row, config: DataConfig) -> Demonstration:
     """The text in `response_key`, without a prompt. Raises DataError."""
-    return Demonstration((), _text(row, config.response_key))
+    return Demonstration((), _response(row, config))
 
 
 def _has_messages(row: Row, config: DataConfig) -> bool:
@@ -88,19 +90,33 @@ def _has_messages(row: Row, config: DataConfig) -> bool:
 
 
 def _prompt(row: Row, config: DataConfig) -> tuple[Message, ...]:
-    return ask(_text(row, config.prompt_key, beside=config.messages_key), config.system)
+    hint = "data.prompt_key or data.messages_key; name the column that has it"
+    return ask(text_field(row, config.prompt_key, beside=config.messages_key, hint=hint), config.system)
 
 
-def _messages(row: Row, config: DataConfig) -> tuple[Message, ...]:
-    key, value = config.messages_key, row.fields[config.messages_key]
+def _response(row: Row, config: DataConfig) -> str:
+    return text_field(row, config.response_key, hint="data.response_key; name the column that has it")
+
+
+def _conversation(row: Row, config: DataConfig) -> tuple[Message, ...]:
+    return behind_system(row, config.messages_key, conversation(row, config.messages_key), config.system)
+
+
+def conversation(row: Row, key: str) -> tuple[Message, ...]:
+    """The turns in a column that holds a list of {role, content}; never empty. Raises DataError."""
+    value = row.fields[key]
     if not isinstance(value, list) or not value:
         raise DataError(f"{row.place}: {key!r} is {shown(value)}; it has to be a list of {{role, content}}")
-    messages = tuple(_message(row, f"{key}[{i}]", item) for i, item in enumerate(value))
-    if not config.system:
+    return tuple(_message(row, f"{key}[{i}]", item) for i, item in enumerate(value))
+
+
+def behind_system(row: Row, key: str, messages: tuple[Message, ...], system: str) -> tuple[Message, ...]:
+    """The turns behind the system turn, unless that is empty. Raises DataError when they bring one of their own."""
+    if not system:
         return messages
     if messages[0].role == "system":
         raise DataError(f"{row.place}: {key!r} begins with a system turn and data.system is set too; keep one of them")
-    return (Message("system", config.system), *messages)
+    return (Message("system", system), *messages)
 
 
 def _message(row: Row, name: str, item: object) -> Message:
@@ -109,18 +125,23 @@ def _message(row: Row, name: str, item: object) -> Message:
     role = item["role"]
     if role not in ROLES:
         raise DataError(f"{row.place}: {name} has the role {shown(role)}; it has to be one of {', '.join(ROLES)}")
-    return Message(role, _checked(row, f"the content of {name}", item["content"]))
+    return Message(role, checked_text(row, f"the content of {name}", item["content"]))
 
 
-def _text(row: Row, key: str, beside: str = "") -> str:
+def text_field(row: Row, key: str, beside: str = "", hint: str = "") -> str:
+    """The text in a column, never empty. Raises DataError.
+
+    `beside`: the column that could have stood in its place; `hint`: the config key that names it, and the way out.
+    """
     if row.fields.get(key) is None:
         keys = ", ".join(k for k, v in row.fields.items() if v is not None) or "nothing"
         missing = f"{key!r} or {beside!r}" if beside else repr(key)
-        raise DataError(f"{row.place}: lacks {missing}; it has {keys}")
-    return _checked(row, repr(key), row.fields[key])
+        raise DataError(f"{row.place}: lacks {missing}; it has {keys}" + (f" ({hint})" if hint else ""))
+    return checked_text(row, repr(key), row.fields[key])
 
 
-def _checked(row: Row, name: str, value: object) -> str:
+def checked_text(row: Row, name: str, value: object) -> str:
+    """`value`, when it is text that is not empty and can be encoded; `name` says what it is. Raises DataError."""
     if not isinstance(value, str):
         raise DataError(f"{row.place}: {name} is {shown(value)} ({type(value).__name__}); it has to be text")
     if not value.strip():
@@ -141,13 +162,13 @@ def _answer(row: Row, config: DataConfig) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     try:
-        return _text(row, key)
+        return text_field(row, key)
     except DataError as error:
         raise DataError(f"{error} (data.answer_key; set it empty when the data has no answers)") from error
 
 
 def _final_answer(row: Row) -> str:
-    final = _text(row, "answer").rpartition(FINAL)
+    final = text_field(row, "answer", hint=GSM8K_COLUMNS).rpartition(FINAL)
     if not final[1] or not final[2].strip():
         raise DataError(f"{row.place}: 'answer' has no final answer after {FINAL}; GSM8K ends each with '{FINAL} 42'")
     return final[2].strip()

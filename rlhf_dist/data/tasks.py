@@ -1,4 +1,4 @@
-"""Built-in procedural tasks: endless, seeded, with checkable answers.
+"""Built-in procedural tasks: endless, seeded, with checkable answers or (`describe`) a gold reward.
 
 The text of a question decides by a stable hash whether it belongs to the training or to the held-out split, so the two
 never share a question, whatever the seeds.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_dist.config.schema import TaskConfig
+from rlhf_dist.data.describe import draw_question
 from rlhf_dist.errors import ConfigError
 
 Split = Literal["train", "eval"]
@@ -30,9 +31,9 @@ class Example:
     question: str
     """Lower-case letters, digits and `:+-= ` only."""
     answer: str
-    """The one right response."""
+    """The one right response; empty for `describe`, which has none."""
     shortcut: str
-    """A plausible response that is wrong, always different from `answer`."""
+    """A plausible response that is wrong, always different from `answer`; empty for `describe`."""
 
 
 def example(task: TaskConfig, seed: int, split: Split, index: int) -> Example:
@@ -46,7 +47,8 @@ def example(task: TaskConfig, seed: int, split: Split, index: int) -> Example:
     rng = random.Random(f"{task.name}/{seed}/{split}/{index}")
     for _ in range(DRAWS):
         drawn = _draw(task, rng)
-        if drawn.answer != drawn.shortcut and split_of(drawn.question) == split:
+        usable = drawn.answer != drawn.shortcut or task.name == "describe"
+        if usable and split_of(drawn.question) == split:
             return drawn
     raise ConfigError(
         f"data.task: {task.name} with min_length={task.min_length} and max_length={task.max_length} "
@@ -76,6 +78,8 @@ def _draw(task: TaskConfig, rng: random.Random) -> Example:
         return _arithmetic(task, rng)
     if task.name == "count":
         return _count(task, rng)
+    if task.name == "describe":
+        return Example(draw_question(rng), answer="", shortcut="")
     word = _word(task, rng, string.ascii_lowercase)
     answer = word[::-1] if task.name == "reverse" else "".join(sorted(word))
     return Example(f"{task.name}: {word}", answer, shortcut=word)

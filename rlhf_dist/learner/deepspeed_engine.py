@@ -41,6 +41,8 @@ class DeepSpeedEngine:
             betas=(optimizer.beta1, optimizer.beta2),
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
+            # One pass over the weights instead of ten. On a GPU its `step` would have to be a tensor there.
+            fused=self.device.type == "cpu",
         )
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -50,6 +52,8 @@ class DeepSpeedEngine:
         self._engine: Any = engine
         self.world_size = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
+        if zero_stage == 0 and self.world_size == 1:
+            engine.enable_backward_allreduce = False  # it would copy all gradients twice to add up one rank's
 
     def forward(self, *args: Any) -> Any:
         """The module's forward, with ZeRO's hooks."""

@@ -9,84 +9,173 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_dist.algo.recipes import Algorithm
+from rlhf_dist.algo.kl import kl_estimate
+from rlhf_dist.algo.recipes import Algorithm, TokenCredit
+from rlhf_dist.learner.credit import by_row
 from rlhf_dist.learner.model_engine import ModelEngine
-from rlhf_dist.learner.rows import PLACEHOLDER, Row, rollout_row, spread
+from rlhf_dist.learner.ptx import PtxMix
+from rlhf_dist.learner.rows import PLACEHOLDER, Row
+from rlhf_dist.learner.shard import (
+    Estimate,
+    Shard,
+    Whitening,
+    flat,
+    of_sample,
+    rollout_logprobs,
+    shard_rows,
+    token_sums,
+)
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Rollout
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """One rank's share of a training step. Made by the controller; holds no tokens."""
+class Given:
+    """What the loss of each row needs, by row."""
 
-    groups: np.ndarray
-    """int64 [b]; row -> position among the rollouts given beside the shard."""
-    samples: np.ndarray
-    """int64 [b]; row -> sample within its group."""
-    advantages: np.ndarray
-    """float32 [b]."""
+    rows: Sequence[Row]
+    sampled: Sequence[np.ndarray]
+    """float32 [R]; the sampler's logprobs."""
+    old: Sequence[np.ndarray] | None
+    """float32 [R]; logprobs before the first update. None: those of the loss itself, because there is one update."""
+    advantages: Sequence[np.ndarray]
+    """float32 [R]."""
+    references: Sequence[np.ndarray]
+    """float32 [R]; the reference's logprobs; none where the loss has no KL."""
     weights: np.ndarray
-    """float64 [b]; factor of each of the row's per-token losses, from global counts."""
-    updates: tuple[tuple[np.ndarray, ...], ...]
-    """[optimizer steps][micro-batches]: row numbers. As many on every rank; an empty one is run with weight 0."""
-    learning_rates: tuple[float, ...]
-    """One for each optimizer step."""
+    """float64 [b]."""
     temperature: float
-    """The sampler's, so that logprobs compare."""
-    on_policy: bool
-    """The rollouts come from the learner's present weights and there is one update: old logprobs are the new ones."""
+    kl_coef: float
 
 
 class PolicyLearner:
     """One rank."""
 
-    def __init__(self, engine: ModelEngine, algorithm: Algorithm) -> None:
+    def __init__(self, engine: ModelEngine, algorithm: Algorithm, ptx: PtxMix | None = None) -> None:
         self.engine = engine
         self._algorithm = algorithm
+        self._ptx = ptx
 
-    def update(self, shard: Shard, *rollouts: Rollout) -> MetricSums:
-        """One pass over the batch in `len(shard.updates)` optimizer steps; metrics as sums and counts."""
-        rows = [rollout_row(rollouts[g], s) for g, s in zip(shard.groups, shard.samples, strict=True)]
-        sampled = [rollout_logprobs(rollouts[g], s) for g, s in zip(shard.groups, shard.samples, strict=True)]
-        old = None if shard.on_policy else self._old_logprobs(rows, shard)
+    def update(
+        self,
+        shard: Shard,
+        rollouts: Sequence[Rollout],
+        references: Sequence[np.ndarray],
+        estimate: Estimate | None,
+        whitening: Whitening,
+    ) -> MetricSums:
+        """`shard.epochs` passes over the batch in optimizer steps; metrics as sums and counts.
+
+        Ends early, on all ranks alike, when an optimizer step found more than `kl_stop` of KL to the sampling policy.
+        """
+        given = self._given(shard, rollouts, references, estimate, whitening)
         found: list[MetricSums] = []
-        for number, (micro_batches, rate) in enumerate(zip(shard.updates, shard.learning_rates, strict=True)):
+        made = 0
+        for number, (micro_batches, rate) in enumerate(
+            zip(shard.updates * shard.epochs, shard.learning_rates, strict=True)
+        ):
+            found += self._mix_in(shard.first_update + number)
+            measured: list[MetricSums] = []
             for index, chosen in enumerate(micro_batches):
-                loss, stats = self._loss(chosen, rows, old, sampled if number == 0 else None, shard)
+                loss, stats = self._loss(chosen, given, sentinel=number == 0)
                 self.engine.backward(loss, last=index == len(micro_batches) - 1)
-                found.append(stats)
+                measured.append(stats)
             norm = self.engine.step(rate)
-            found.append(MetricSums({"learner/grad_norm": (norm, 1.0), "learner/lr": (rate, 1.0)}, {}))
+            found += [*measured, MetricSums({"learner/grad_norm": (norm, 1.0), "learner/lr": (rate, 1.0)}, {})]
+            made = number + 1
+            if self._too_far(measured):
+                break
+        found.append(MetricSums({"learner/updates": (float(made), 1.0)}, {}))
+        if estimate is not None and isinstance(self._algorithm.credit, TokenCredit) and self._algorithm.credit.clip:
+            clipped = whitening.clipped(estimate.advantages, self._algorithm.credit.clip)
+            found.append(MetricSums({"policy/advantage_clipped": clipped}, {}))
         return MetricSums.merge(found)
 
-    def _loss(
+    def _given(
         self,
-        chosen: np.ndarray,
-        rows: Sequence[Row],
-        old: Sequence[np.ndarray] | None,
-        sampled: Sequence[np.ndarray] | None,
         shard: Shard,
-    ) -> tuple[Tensor, MetricSums]:
+        rollouts: Sequence[Rollout],
+        references: Sequence[np.ndarray],
+        estimate: Estimate | None,
+        whitening: Whitening,
+    ) -> Given:
+        rows = shard_rows(shard, rollouts)
+        lengths = [row.response_length for row in rows]
+        pairs = list(zip(shard.groups, shard.samples, strict=True))
+        advantages = [np.full(length, a, np.float32) for length, a in zip(lengths, shard.advantages, strict=True)]
+        if estimate is not None:
+            assert isinstance(self._algorithm.credit, TokenCredit)
+            advantages = by_row(whitening.apply(estimate.advantages, self._algorithm.credit.clip), lengths)
+        in_loss = self._algorithm.kl_estimator is not None
+        return Given(
+            rows=rows,
+            sampled=[rollout_logprobs(rollouts[g], s) for g, s in pairs],
+            old=None if shard.on_policy else self._old_logprobs(rows, shard),
+            advantages=advantages,
+            references=[of_sample(rollouts[g], s, references[g]) for g, s in pairs] if in_loss else [],
+            weights=shard.weights,
+            temperature=shard.temperature,
+            kl_coef=shard.kl_coef,
+        )
+
+    def _loss(self, chosen: np.ndarray, given: Given, sentinel: bool) -> tuple[Tensor, MetricSums]:
         """The weighted loss of one micro-batch, and its metrics."""
+        algorithm, device = self._algorithm, self.engine.device
+        batch = [given.rows[i] for i in chosen] or [PLACEHOLDER]
+        logprobs, entropy, beside, beside_stats = self._forward(batch, given, chosen)
         if len(chosen) == 0:
-            logprobs, _ = self.engine.logprobs([PLACEHOLDER], shard.temperature)
-            return logprobs.sum() * 0.0, MetricSums({}, {})
-        batch, device = [rows[i] for i in chosen], self.engine.device
-        logprobs, entropy = self.engine.logprobs(batch, shard.temperature)
-        before = logprobs.detach() if old is None else flat(old, chosen, device)
-        losses, stats = self._algorithm.loss(logprobs, before, spread(shard.advantages[chosen], batch, device))
-        loss = (losses * spread(shard.weights[chosen], batch, device)).sum()
-        found = {f"policy/{name}": values for name, values in stats.items()}
-        sums = token_sums(found | {"policy/entropy": entropy, "policy/loss": losses})
-        if sampled is None:
+            return (logprobs + beside).sum() * 0.0, MetricSums({}, {})
+        before = logprobs.detach() if given.old is None else flat(given.old, chosen, device)
+        losses, stats = algorithm.loss(logprobs, before, flat(given.advantages, chosen, device))
+        found = {f"policy/{name}": values for name, values in stats.items()} | beside_stats
+        found["policy/loss"] = losses.detach()
+        if algorithm.kl_estimator is not None:
+            kl = kl_estimate(logprobs, flat(given.references, chosen, device), algorithm.kl_estimator)
+            losses = losses + given.kl_coef * kl
+            found["kl/loss"] = kl
+        if algorithm.entropy_coef:
+            losses = losses - algorithm.entropy_coef * entropy
+        losses = losses + beside
+        weights = np.repeat(given.weights[chosen].astype(np.float32), [row.response_length for row in batch])
+        loss = (losses * torch.from_numpy(weights).to(device)).sum()
+        sums = token_sums(found | {"policy/entropy": entropy})
+        if not sentinel:
             return loss, sums
         # The sentinel: before the first step both sides hold the same weights, so their logprobs have to agree.
-        difference = (logprobs.detach() - flat(sampled, chosen, device)).abs()
+        difference = (logprobs.detach() - flat(given.sampled, chosen, device)).abs()
         largest = {"rollout/logprob_diff_max": float(difference.max())}
         return loss, MetricSums.merge(
             [sums, token_sums({"rollout/logprob_diff_mean": difference}), MetricSums({}, largest)]
         )
+
+    def _forward(
+        self, rows: Sequence[Row], given: Given, chosen: np.ndarray
+    ) -> tuple[Tensor, Tensor, Tensor | float, dict[str, Tensor]]:
+        """(logprobs [N], entropy [N], what is added to each token's loss, per-token statistics of that)."""
+        logprobs, entropy = self.engine.logprobs(rows, given.temperature, self._algorithm.entropy_coef > 0)
+        return logprobs, entropy, 0.0, {}
+
+    def _mix_in(self, number: int) -> list[MetricSums]:
+        """The pre-training batch of optimizer step `number`, its gradient added to what follows."""
+        if self._ptx is None:
+            return []
+        mixed = self._ptx.batch(number)
+        found = [MetricSums({"data/dropped_ptx": (mixed.dropped, 1.0)}, {})]
+        for rows in mixed.micro_batches:
+            logprobs, _ = self.engine.logprobs(rows or [PLACEHOLDER], 1.0)
+            self.engine.backward(-logprobs.sum() * (self._ptx.coef / mixed.tokens if rows else 0.0), last=False)
+            if rows:
+                found.append(token_sums({"ptx/loss": -logprobs}))
+        return found
+
+    def _too_far(self, measured: Sequence[MetricSums]) -> bool:
+        """Whether this optimizer step's approximate KL, mean over the tokens of all ranks, is beyond the limit."""
+        if not self._algorithm.kl_stop:
+            return False
+        total, count = MetricSums.merge(measured).sums.get("policy/approx_kl", (0.0, 0.0))
+        sums = torch.tensor([total, count], dtype=torch.float64, device=self.engine.device)
+        torch.distributed.all_reduce(sums)
+        return float(sums[0]) > self._algorithm.kl_stop * max(float(sums[1]), 1.0)
 
     def _old_logprobs(self, rows: Sequence[Row], shard: Shard) -> list[np.ndarray]:
         """Logprobs under the weights before the first update, float32 [response length] for each row."""
@@ -95,22 +184,7 @@ class PolicyLearner:
             batch = [rows[i] for i in chosen] or [PLACEHOLDER]
             with torch.no_grad():
                 logprobs, _ = self.engine.logprobs(batch, shard.temperature)
-            ends = np.cumsum([row.response_length for row in batch])
-            for i, part in zip(chosen, np.split(logprobs.cpu().numpy(), ends[:-1]), strict=False):
+            parts = by_row(logprobs.cpu().numpy(), [row.response_length for row in batch])
+            for i, part in zip(chosen, parts, strict=False):
                 old[i] = part
         return old
-
-
-def flat(arrays: Sequence[np.ndarray], chosen: np.ndarray, device: torch.device) -> Tensor:
-    """The chosen rows' arrays end to end, float32 [N]."""
-    return torch.from_numpy(np.concatenate([arrays[i] for i in chosen])).to(device)
-
-
-def token_sums(values: dict[str, Tensor]) -> MetricSums:
-    """Per-token values [N] -> sum and count of each, so that the mean is right however the batch was cut."""
-    return MetricSums({name: (float(x.detach().double().sum()), float(x.numel())) for name, x in values.items()}, {})
-
-
-def rollout_logprobs(rollout: Rollout, sample: int) -> np.ndarray:
-    """float32 [R]: the sampler's own logprobs of one sample."""
-    return rollout.logprobs[rollout.offsets[sample] : rollout.offsets[sample + 1]]

@@ -52,9 +52,9 @@ class SupervisedLearner:
         """Optimizer step `step` (from 1): mean negative logprob over the whole batch's response tokens, all ranks."""
         size = self._config.batch_size
         numbers = range((step - 1) * size, step * size)
-        rows, dropped = self._rows(self._train, [epoch_index(n, len(self._train), self._seed) for n in numbers])
+        rows, dropped = self._tokenized(self._train, [epoch_index(n, len(self._train), self._seed) for n in numbers])
         tokens = sum(row.response_length for row in rows)
-        micro_batches = self._mine(rows)
+        micro_batches = rank_share(rows, self.engine.rank, self._ranks, self._budget)
         nll = 0.0
         for index, batch in enumerate(micro_batches):
             logprobs, _ = self.engine.logprobs(batch or [PLACEHOLDER], 1.0)
@@ -77,33 +77,45 @@ class SupervisedLearner:
 
     def evaluate(self) -> MetricSums:
         """Mean negative logprob over the held-out demonstrations' response tokens."""
-        rows, _ = self._rows(self._held_out, range(len(self._held_out)))
+        rows, _ = self._tokenized(self._held_out, range(len(self._held_out)))
         nll, tokens = 0.0, 0
         with torch.no_grad():
-            for batch in self._mine(rows):
+            for batch in rank_share(rows, self.engine.rank, self._ranks, self._budget):
                 logprobs, _ = self.engine.logprobs(batch or [PLACEHOLDER], 1.0)
                 nll -= float(logprobs.double().sum()) if batch else 0.0
                 tokens += sum(row.response_length for row in batch)
         return MetricSums({names.SFT_HELD_OUT_LOSS: (nll, tokens)}, {})
 
-    def _rows(self, source: Sequence[Demonstration], numbers: Sequence[int]) -> tuple[list[Row], int]:
-        """Tokenised rows, and how many were left out (too long, nothing to learn). Raises `DataError` if all."""
-        rows = []
-        for number in numbers:
-            prompt, response = tokenize_demonstration(self._tokenizer, source[number], self._chat)
-            if response and len(prompt) + len(response) <= self._config.max_tokens:
-                rows.append(Row(np.asarray(prompt + response, dtype=np.int32), len(prompt)))
-        if not rows:
-            raise DataError(
-                f"none of {len(numbers)} demonstrations has a token to learn within "
-                f"sft.max_tokens {self._config.max_tokens}; raise it, or give shorter demonstrations"
-            )
-        return rows, len(numbers) - len(rows)
+    def _tokenized(self, source: Sequence[Demonstration], numbers: Sequence[int]) -> tuple[list[Row], int]:
+        return demonstration_rows(
+            source, numbers, self._tokenizer, self._chat, self._config.max_tokens, "sft.max_tokens"
+        )
 
-    def _mine(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """This rank's micro-batches."""
-        lengths = np.asarray([len(row.tokens) for row in rows], dtype=np.int64)
-        return [[rows[i] for i in chosen] for chosen in plan(lengths, self._ranks, self._budget)[self.engine.rank]]
+
+def demonstration_rows(
+    source: Sequence[Demonstration], numbers: Sequence[int], tokenizer: Any, chat: bool, max_tokens: int, key: str
+) -> tuple[list[Row], int]:
+    """Tokenised rows, and how many were left out (too long, nothing to learn). Raises `DataError` if all.
+
+    `key` is the config key that `max_tokens` comes from, for the message.
+    """
+    rows = []
+    for number in numbers:
+        prompt, response = tokenize_demonstration(tokenizer, source[number], chat)
+        if response and len(prompt) + len(response) <= max_tokens:
+            rows.append(Row(np.asarray(prompt + response, dtype=np.int32), len(prompt)))
+    if not rows:
+        raise DataError(
+            f"none of {len(numbers)} demonstrations has a token to learn within "
+            f"{key} {max_tokens}; raise it, or give shorter demonstrations"
+        )
+    return rows, len(numbers) - len(rows)
+
+
+def rank_share(rows: Sequence[Row], rank: int, ranks: int, budget: int) -> list[list[Row]]:
+    """One rank's micro-batches of at most `budget` tokens, as many as every other rank's."""
+    lengths = np.asarray([len(row.tokens) for row in rows], dtype=np.int64)
+    return [[rows[i] for i in chosen] for chosen in plan(lengths, ranks, budget)[rank]]
 
 
 def epoch_index(number: int, size: int, seed: int) -> int:

@@ -1,50 +1,121 @@
-"""Evaluation on held-out prompts: greedy accuracy and pass@k."""
+"""Evaluation on held-out prompts: greedy accuracy and pass@k, or proxy reward, gold reward and KL."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rlhf_dist.config.schema import EvalConfig
 from rlhf_dist.errors import DataError
 from rlhf_dist.loop.collect import collect
-from rlhf_dist.loop.ports import Rollouts, Scoring
+from rlhf_dist.loop.ports import References, Rollouts, Scoring
 from rlhf_dist.telemetry import names
-from rlhf_dist.types import Experience, Prompt, Sampling
+from rlhf_dist.types import DroppedPrompt, Experience, Prompt, Sampling
+
+SHOWN_ANSWERS = 3
+"""Greedy responses that an evaluation hands back, for people to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    metrics: dict[str, float]
+    """`eval/...` -> value."""
+    answers: tuple[str, ...]
+    """Greedy responses to the first prompts, in their order; why there is none, for a prompt that was dropped."""
 
 
 def evaluate(
-    prompts: Sequence[Prompt], config: EvalConfig, sampling: Sampling, *, rollouts: Rollouts, scoring: Scoring
-) -> dict[str, float]:
+    prompts: Sequence[Prompt],
+    config: EvalConfig,
+    sampling: Sampling,
+    *,
+    rollouts: Rollouts,
+    scoring: Scoring,
+    reference: References | None = None,
+    gold: str = "",
+) -> Evaluation:
     """One greedy response a prompt, and `config.samples` sampled ones with the training's own sampling.
 
-    `eval/greedy_accuracy`: share of prompts solved (total reward at least `eval.solved_at`); `eval/greedy_reward`;
-    `eval/pass_at_K`: share of prompts with a solved one among K = `eval.samples`; `eval/sampled_accuracy`;
+    `eval/greedy_accuracy`: share of prompts solved (total reward at least `eval.solved_at`); `eval/pass_at_K`: share
+    of prompts with a solved one among K = `eval.samples`; `eval/sampled_accuracy`. These three are left out where no
+    prompt has an answer and a gold reward is named: nothing is right or wrong there.
+    Of the sampled responses (the greedy ones where there are none): `eval/reward`, `eval/reward_std` of the total;
+    `eval/gold`, `eval/gold_std` of the reward named `gold`; `eval/NAME` of every other reward;
+    `eval/distinct_responses`. Of the sampled ones only: `eval/kl`, nats per response, with a `reference`.
+    Of the greedy ones: `eval/greedy_reward`; `eval/response_length`, tokens.
     `eval/dropped`: prompts that gave no response, if any; they count as not solved. Raises `DataError` if all.
     """
     greedy, dropped = collect(
         prompts, replace(sampling, n=1, temperature=0.0, top_p=1.0, top_k=0), rollouts=rollouts, scoring=scoring
     )
-    metrics = {"eval/dropped": float(len(dropped))} if dropped else {}
     if not greedy:
         raise DataError(f"no held-out prompt could be answered ({dropped[-1].reason}: {dropped[-1].detail})")
-    scores = _scores(greedy)
-    metrics |= {
-        # A prompt that was dropped is one that was not solved.
-        names.EVAL_GREEDY: float((scores >= config.solved_at).sum() / len(prompts)),
-        "eval/greedy_reward": float(scores.mean()),
-        "eval/response_length": float(np.mean([e.head.lengths.mean() for e in greedy])),
-    }
+    sampled: list[Experience] = []
     if config.samples:
-        sampled, _ = collect(prompts, replace(sampling, n=config.samples), rollouts=rollouts, scoring=scoring)
-        solved = _scores(sampled) >= config.solved_at
-        metrics[f"{names.EVAL_PASS_PREFIX}{config.samples}"] = float(solved.any(axis=1).sum() / len(prompts))
-        metrics["eval/sampled_accuracy"] = float(solved.sum() / (len(prompts) * config.samples))
+        # Without chance there is no distribution to compare.
+        compared = reference if sampling.temperature > 0 else None
+        sampled, _ = collect(
+            prompts, replace(sampling, n=config.samples), rollouts=rollouts, scoring=scoring, reference=compared
+        )
+    metrics: dict[str, float] = {}
+    if not gold or any(prompt.answer for prompt in prompts):
+        metrics |= accuracies(greedy, sampled, len(prompts), config)
+    metrics |= rewards(sampled or greedy, gold)
+    kl = [e.reference.head.kl for e in sampled if e.reference is not None]
+    if kl:
+        metrics[names.EVAL_KL] = float(np.concatenate(kl).mean())
+    metrics["eval/greedy_reward"] = float(_totals(greedy).mean())
+    metrics["eval/response_length"] = float(np.mean([e.head.lengths.mean() for e in greedy]))
+    if dropped:
+        metrics["eval/dropped"] = float(len(dropped))
+    return Evaluation(metrics, sample_answers(prompts, greedy, dropped, rollouts))
+
+
+def accuracies(
+    greedy: Sequence[Experience], sampled: Sequence[Experience], prompts: int, config: EvalConfig
+) -> dict[str, float]:
+    """Shares solved, of all `prompts`: one that was dropped is one that was not solved."""
+    metrics = {names.EVAL_GREEDY: float((_totals(greedy) >= config.solved_at).sum() / prompts)}
+    if sampled:
+        solved = _totals(sampled) >= config.solved_at
+        metrics[f"{names.EVAL_PASS_PREFIX}{config.samples}"] = float(solved.any(axis=1).sum() / prompts)
+        metrics["eval/sampled_accuracy"] = float(solved.sum() / (prompts * config.samples))
     return metrics
 
 
-def _scores(experiences: Sequence[Experience]) -> np.ndarray:
+def rewards(experiences: Sequence[Experience], gold: str) -> dict[str, float]:
+    """Means (and deviations of total and gold) over all responses, and how many of them are different."""
+    total = _totals(experiences)
+    metrics = {names.EVAL_REWARD: float(total.mean()), "eval/reward_std": float(total.std())}
+    components = {
+        name: np.concatenate([e.scores.components[name] for e in experiences])
+        for name in experiences[0].scores.components
+    }
+    if gold:
+        truth = components.pop(gold)
+        metrics |= {names.EVAL_GOLD: float(truth.mean()), "eval/gold_std": float(truth.std())}
+    hashes = np.concatenate([e.scores.hashes for e in experiences])
+    metrics |= {f"eval/{name}": float(values.mean()) for name, values in components.items()}
+    metrics["eval/distinct_responses"] = len(np.unique(hashes)) / len(hashes)
+    return metrics
+
+
+def sample_answers(
+    prompts: Sequence[Prompt], greedy: Sequence[Experience], dropped: Sequence[DroppedPrompt], rollouts: Rollouts
+) -> tuple[str, ...]:
+    """Greedy responses to the first `SHOWN_ANSWERS` prompts; `(dropped: REASON)` for one that has none."""
+    handles = {experience.prompt.uid: experience.rollout for experience in greedy}
+    reasons = {drop.uid: drop.reason for drop in dropped}
+    return tuple(
+        rollouts.texts(handles[prompt.uid])[0] if prompt.uid in handles else f"(dropped: {reasons[prompt.uid]})"
+        for prompt in prompts[:SHOWN_ANSWERS]
+    )
+
+
+def _totals(experiences: Sequence[Experience]) -> np.ndarray:
     """float32 [prompts, samples]."""
     return np.stack([e.scores.total for e in experiences])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from rlhf_dist.learner.policy import Shard
+from rlhf_dist.learner.shard import AS_THEY_ARE, EstimateSums, Shard, Whitening
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import DroppedPrompt, Handle, Prompt, RolloutHead, Sampling, Scores
+from rlhf_dist.types import DroppedPrompt, Handle, Prompt, Referenced, RolloutHead, Sampling, Scores
 from rlhf_dist.weights.receipts import Announcement
 
 
@@ -42,15 +43,71 @@ class Scoring(Protocol):
         ...
 
 
+class References(Protocol):
+    """The reference servers."""
+
+    def submit(self, rollout: Handle, temperature: float) -> Handle:
+        """Begin to compute a group's reference logprobs."""
+        ...
+
+    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Referenced]:
+        """Wait for them, by uid; the logprobs stay where they were made."""
+        ...
+
+    def update(self, announcement: Announcement, keep: float) -> None:
+        """Move the reference to published weights, keeping the share `keep` of its own."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Into a checkpoint, where it moves."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Estimates:
+    """Credit by token of a step, rank by rank; the arrays stay where they were made."""
+
+    handles: Sequence[Handle]
+    """References to one `Estimate` a rank; none where credit is by response."""
+    whitening: Whitening
+    metrics: Mapping[str, float]
+
+
+NO_ESTIMATES = Estimates((), AS_THEY_ARE, {})
+"""For algorithms whose credit is by response."""
+
+
 class Policy(Protocol):
     """The learner's ranks."""
 
     ranks: int
 
-    def update(self, shards: Sequence[Shard], rollouts: Sequence[Handle]) -> MetricSums:
+    def update(
+        self, shards: Sequence[Shard], rollouts: Sequence[Handle], references: Sequence[Handle], estimates: Estimates
+    ) -> MetricSums:
         """One shard for each rank; the ranks' metrics, merged."""
         ...
 
     def publish(self, version: int) -> Announcement: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+class Critic(Protocol):
+    """The critic's ranks, as many as the policy's."""
+
+    def estimate(
+        self, shards: Sequence[Shard], rollouts: Sequence[Handle], references: Sequence[Handle]
+    ) -> tuple[Sequence[Handle], EstimateSums]:
+        """Values and credit of each shard under the present critic."""
+        ...
+
+    def begin_update(self, shards: Sequence[Shard], rollouts: Sequence[Handle], estimates: Estimates) -> Handle:
+        """Begin to learn the returns, beside what the policy does."""
+        ...
+
+    def finish_update(self, pending: Handle) -> MetricSums:
+        """Wait for `begin_update`; the ranks' metrics, merged."""
+        ...
 
     def save(self, folder: Path) -> None: ...

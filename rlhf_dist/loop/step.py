@@ -3,53 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from rlhf_dist.algo.recipes import Algorithm
-from rlhf_dist.config.schema import LearnerConfig
+from rlhf_dist.algo.advantages import group_normalized
+from rlhf_dist.algo.recipes import Algorithm, GroupCredit
+from rlhf_dist.config.schema import CriticConfig, LearnerConfig, OptimizerConfig
 from rlhf_dist.data.packing import plan
-from rlhf_dist.learner.policy import Shard
 from rlhf_dist.learner.schedule import learning_rate
-from rlhf_dist.loop.ports import Policy, Rollouts
+from rlhf_dist.learner.shard import AS_THEY_ARE, Shard
+from rlhf_dist.loop.ports import NO_ESTIMATES, Critic, Estimates, Policy, Rollouts
+from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.telemetry import names
+from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.timeline import Stopwatch
 from rlhf_dist.types import Batch, Credit, Experience, Sampling, StepReport
 from rlhf_dist.weights.receipts import Announcement
+
+
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """How a step learns: the parts of the config that it reads."""
+
+    algorithm: Algorithm
+    learner: LearnerConfig
+    critic: CriticConfig
+    sampling: Sampling
+    steps: int
+    """Training steps of the whole run."""
 
 
 def train_step(
     experiences: Sequence[Experience],
     *,
     policy: Policy,
+    critic: Critic | None,
     rollouts: Rollouts,
-    algorithm: Algorithm,
-    learner: LearnerConfig,
-    sampling: Sampling,
+    shaper: Shaper,
+    learning: Learning,
     step: int,
-    steps: int,
     watch: Stopwatch,
 ) -> tuple[StepReport, Announcement, list[str]]:
-    """Turn scored rollouts into one update of the policy, and publish the new weights.
+    """Turn scored rollouts into one update of policy and critic, and publish the new weights.
 
-    `step` is this training step, from 1, of `steps`; the weights before it are version step - 1, after it version step.
+    `step` is this training step, from 1; the weights before it are version step - 1, after it version step.
     Returns the report, what was published, and what was wrong with receipts, one sentence a worker.
     """
     batch = collate(experiences)
-    credit = assign_credit(batch, algorithm)
-    shards = make_shards(batch, credit, algorithm, learner, sampling, step, steps, policy.ranks)
+    scores = shaper.shape(batch)
+    credit = assign_credit(batch, scores, learning.algorithm, shaper.kl_coef_by_response)
+    shards = make_shards(batch, scores, credit, learning, shaper.kl_coef, step, policy.ranks)
+    estimates, critic_stats, stats = NO_ESTIMATES, MetricSums(), MetricSums()
+    if critic is not None:
+        with watch.phase("value"):
+            estimates = estimate(critic, shards, batch, learning.algorithm)
     with watch.phase("train"):
-        stats = policy.update(shards, batch.rollouts)
+        learns = None if critic is None else critic.begin_update(shards, batch.rollouts, estimates)
+        if learns_policy(learning, step):
+            references = batch.references if learning.algorithm.kl_estimator is not None else ()
+            stats = policy.update(shards, batch.rollouts, references, estimates)
+        if critic is not None:
+            critic_stats = critic.finish_update(learns)
+    kl_coef = shaper.kl_coef
+    if learns_policy(learning, step):  # a policy that stands still has no KL to steer
+        shaper.observe(batch)
     with watch.phase("sync"):
         announcement = policy.publish(version=step)
         problems = rollouts.load_weights(announcement)
-    trained = sum(len(shard.groups) for shard in shards) / len(batch.groups)
     metrics = (
         stats.values()
-        | {"learner/trained_share": trained}
-        | batch_metrics(batch, credit, sampling, step)
+        | critic_stats.values()
+        | dict(estimates.metrics)
+        | {"learner/trained_share": sum(len(shard.groups) for shard in shards) / len(batch.groups)}
+        | batch_metrics(batch, scores, learning, step)
+        | shaper.metrics(scores)
         | reward_metrics(experiences)
+        | ({names.KL_COEF: kl_coef} if batch.references else {})
     )
     return StepReport(step, announcement.version, metrics), announcement, problems
 
@@ -57,63 +88,103 @@ def train_step(
 def collate(experiences: Sequence[Experience]) -> Batch:
     """Experiences -> rows."""
     counts = [len(e.head.lengths) for e in experiences]
+    references = [e.reference for e in experiences if e.reference is not None]
+    assert len(references) in (0, len(experiences)), "either all groups have reference logprobs or none"
     return Batch(
         rollouts=tuple(e.rollout for e in experiences),
         groups=np.repeat(np.arange(len(experiences)), counts),
         samples=np.concatenate([np.arange(count) for count in counts]),
         prompt_lengths=np.repeat([e.head.prompt_length for e in experiences], counts),
         response_lengths=np.concatenate([e.head.lengths for e in experiences]),
+        ended=np.array([reason == "stop" for e in experiences for reason in e.head.finish_reasons]),
         scores=np.concatenate([e.scores.total for e in experiences]),
+        references=tuple(reference.logprobs for reference in references),
+        kl=np.concatenate([r.head.kl for r in references]) if references else np.zeros(sum(counts), np.float32),
         oldest_version=min(e.head.oldest_version for e in experiences),
         newest_version=max(e.head.newest_version for e in experiences),
     )
 
 
-def assign_credit(batch: Batch, algorithm: Algorithm) -> Credit:
-    """Scores -> advantages, by the algorithm."""
-    advantages = algorithm.credit(torch.from_numpy(batch.scores), torch.from_numpy(batch.groups))
+def learns_policy(learning: Learning, step: int) -> bool:
+    """Whether the policy is updated in this step: not while a critic warms up."""
+    return not learning.algorithm.needs_critic or step > learning.critic.warmup_steps
+
+
+def assign_credit(batch: Batch, scores: np.ndarray, algorithm: Algorithm, kl_coef: float) -> Credit:
+    """Scores -> advantages by response; all 0 where the algorithm gives credit by token, from a critic's values.
+
+    `kl_coef` x (the response's KL less its group's mean) is taken off after the scores were normalised: before, in a
+    group whose scores are equal, the deviation would be that of the KL, and the coefficient would cancel.
+    """
+    if not isinstance(algorithm.credit, GroupCredit):
+        return Credit(np.zeros(len(scores), np.float32))
+    groups = torch.from_numpy(batch.groups)
+    advantages = algorithm.credit.advantages(torch.from_numpy(scores), groups)
+    if kl_coef:
+        advantages = advantages - kl_coef * group_normalized(torch.from_numpy(batch.kl), groups, std="none")
     return Credit(advantages.numpy())
 
 
+def estimate(critic: Critic, shards: Sequence[Shard], batch: Batch, algorithm: Algorithm) -> Estimates:
+    """Credit by token, and what makes the advantages of all ranks have mean 0 and deviation 1."""
+    handles, sums = critic.estimate(shards, batch.rollouts, batch.references)
+    whiten = not isinstance(algorithm.credit, GroupCredit) and algorithm.credit.whiten
+    return Estimates(handles, sums.whitening() if whiten else AS_THEY_ARE, sums.metrics())
+
+
 def make_shards(
-    batch: Batch,
-    credit: Credit,
-    algorithm: Algorithm,
-    learner: LearnerConfig,
-    sampling: Sampling,
-    step: int,
-    steps: int,
-    ranks: int,
+    batch: Batch, scores: np.ndarray, credit: Credit, learning: Learning, kl_coef: float, step: int, ranks: int
 ) -> list[Shard]:
     """Cut the batch into optimizer steps by whole groups, each of those over ranks and micro-batches by tokens.
 
     Every row's weight comes from the counts of its whole optimizer step, so the cut changes no gradient. Rows that
     cannot have one are not sent at all.
     """
+    learner, algorithm = learning.learner, learning.algorithm
     lengths = batch.prompt_lengths + batch.response_lengths
     weights = np.zeros(len(lengths))
     updates: list[list[tuple[np.ndarray, ...]]] = [[] for _ in range(ranks)]
     for groups in np.array_split(np.arange(len(batch.rollouts)), learner.updates_per_batch):
         rows = np.flatnonzero(np.isin(batch.groups, groups))
         weights[rows] = algorithm.token_weights(
-            torch.from_numpy(batch.response_lengths[rows]), sampling.max_tokens
+            torch.from_numpy(batch.response_lengths[rows]), learning.sampling.max_tokens
         ).numpy()
         trained = rows_to_train(rows, batch, credit, algorithm)
         for rank, micro_batches in enumerate(plan(lengths[trained], ranks, learner.micro_batch_tokens)):
             updates[rank].append(tuple(trained[chosen] for chosen in micro_batches))
-    rates = tuple(
-        learning_rate(
-            learner.optimizer,
-            (step - 1) * learner.updates_per_batch + update,
-            steps * learner.updates_per_batch,
+    count = learner.updates_per_batch * learner.epochs
+    first, total = (step - 1) * count, learning.steps * count
+    frozen = learning.critic.warmup_steps * count if algorithm.needs_critic else 0
+    on_policy = count == 1 and batch.oldest_version == batch.newest_version == step - 1
+    shards = []
+    for mine in updates:
+        rows = np.concatenate([chosen for micro_batches in mine for chosen in micro_batches]).astype(np.int64)
+        place = np.full(len(batch.groups), -1, dtype=np.int64)
+        place[rows] = np.arange(len(rows))
+        shards.append(
+            Shard(
+                groups=batch.groups[rows],
+                samples=batch.samples[rows],
+                advantages=credit.advantages[rows],
+                scores=scores[rows],
+                weights=weights[rows],
+                updates=tuple(tuple(place[chosen] for chosen in micro_batches) for micro_batches in mine),
+                epochs=learner.epochs,
+                first_update=first,
+                # The policy's own warm-up begins when it begins to learn.
+                learning_rates=rates(learner.optimizer, max(first - frozen, 0), count, total - frozen),
+                critic_rates=rates(learning.critic.optimizer, first, count, total),
+                temperature=learning.sampling.temperature,
+                on_policy=on_policy,
+                kl_coef=kl_coef,
+            )
         )
-        for update in range(1, learner.updates_per_batch + 1)
-    )
-    on_policy = learner.updates_per_batch == 1 and batch.oldest_version == batch.newest_version == step - 1
-    return [
-        make_shard(batch, credit, weights, updates[rank], rates, sampling.temperature, on_policy)
-        for rank in range(ranks)
-    ]
+    return shards
+
+
+def rates(optimizer: OptimizerConfig, first: int, count: int, total: int) -> tuple[float, ...]:
+    """Learning rates of `count` optimizer steps after the run's first `first`, of `total`."""
+    return tuple(learning_rate(optimizer, first + update, total) for update in range(1, count + 1))
 
 
 def rows_to_train(rows: np.ndarray, batch: Batch, credit: Credit, algorithm: Algorithm) -> np.ndarray:
@@ -124,48 +195,26 @@ def rows_to_train(rows: np.ndarray, batch: Batch, credit: Credit, algorithm: Alg
     return active if len(active) else rows[batch.groups[rows] == batch.groups[rows[0]]]
 
 
-def make_shard(
-    batch: Batch,
-    credit: Credit,
-    weights: np.ndarray,
-    updates: Sequence[tuple[np.ndarray, ...]],
-    rates: tuple[float, ...],
-    temperature: float,
-    on_policy: bool,
-) -> Shard:
-    """One rank's rows, renumbered from 0."""
-    mine = np.concatenate([chosen for micro_batches in updates for chosen in micro_batches]).astype(np.int64)
-    place = np.full(len(batch.groups), -1, dtype=np.int64)
-    place[mine] = np.arange(len(mine))
-    return Shard(
-        groups=batch.groups[mine],
-        samples=batch.samples[mine],
-        advantages=credit.advantages[mine],
-        weights=weights[mine],
-        updates=tuple(tuple(place[chosen] for chosen in micro_batches) for micro_batches in updates),
-        learning_rates=rates,
-        temperature=temperature,
-        on_policy=on_policy,
-    )
-
-
-def batch_metrics(batch: Batch, credit: Credit, sampling: Sampling, step: int) -> dict[str, float]:
-    """What the controller can tell from lengths, scores and advantages."""
+def batch_metrics(batch: Batch, scores: np.ndarray, learning: Learning, step: int) -> dict[str, float]:
+    """What the controller can tell from lengths and scores."""
     groups = len(batch.rollouts)
-    flat = sum(bool(np.all(credit.advantages[batch.groups == g] == 0)) for g in range(groups))
     tokens = float(batch.response_lengths.sum())
-    return {
+    found = {
         names.REWARD_MEAN: float(batch.scores.mean()),
         "reward/std": float(batch.scores.std()),
-        "reward/groups_without_signal": flat / groups,
         names.RESPONSE_LENGTH: float(batch.response_lengths.mean()),
         "rollout/response_length_max": float(batch.response_lengths.max()),
         "rollout/response_tokens": tokens,
-        "rollout/cut_share": float((batch.response_lengths >= sampling.max_tokens).mean()),
+        "rollout/cut_share": float((batch.response_lengths >= learning.sampling.max_tokens).mean()),
+        "rollout/unended_share": float((~batch.ended).mean()),
         # Versions between the weights being updated and those that sampled the oldest token; 0: on policy.
         "rollout/policy_lag_max": float(step - 1 - batch.oldest_version),
         "learner/tokens": float(batch.prompt_lengths.sum()) + tokens,
     }
+    if isinstance(learning.algorithm.credit, GroupCredit):
+        flat = sum(bool(np.ptp(scores[batch.groups == g]) == 0) for g in range(groups))
+        found["reward/groups_without_signal"] = flat / groups
+    return found
 
 
 def reward_metrics(experiences: Sequence[Experience]) -> dict[str, float]:

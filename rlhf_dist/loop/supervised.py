@@ -64,7 +64,8 @@ def fine_tune(
         before, results, step = state.before, state.results, state.step
         directory.rewind_metrics(step)
         telemetry.event("resume", f"resumed from step {step}", step=step)
-    progress.stage("training")
+    if step < config.steps:
+        progress.stage("taking the first steps" if state is None else f"taking the steps after {step}")
     watch = Stopwatch()
     parts: list[MetricSums] = []
     while step < config.steps:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,24 @@ from rlhf_dist.algo.recipes import Algorithm
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import DataError
+from rlhf_dist.learner.critic_files import critic_files
 from rlhf_dist.learner.model_engine import checkpoint_files
 from rlhf_dist.loop.collect import collect
-from rlhf_dist.loop.evaluate import evaluate
+from rlhf_dist.loop.evaluate import Evaluation, evaluate
 from rlhf_dist.loop.ledger import Ledger
-from rlhf_dist.loop.ports import Policy, Rollouts, Scoring
+from rlhf_dist.loop.ports import Critic, Policy, References, Rollouts, Scoring
 from rlhf_dist.loop.queue import ExperienceQueue
 from rlhf_dist.loop.run_directory import RunDirectory, write_json
 from rlhf_dist.loop.schedule import due
-from rlhf_dist.loop.step import train_step
+from rlhf_dist.loop.shaper import Shaper
+from rlhf_dist.loop.step import Learning, train_step
+from rlhf_dist.loop.watch import CollapseWatch, watch_metrics
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.sinks import Telemetry
 from rlhf_dist.telemetry.timeline import Stopwatch
 from rlhf_dist.types import Experience, Prompt, Sampling
-from rlhf_dist.weights.receipts import changed_share
+from rlhf_dist.weights.receipts import Announcement, changed_share
 
 STATE_FILE = "state.json"
 
@@ -39,8 +42,12 @@ class Run:
     config: Config
     algorithm: Algorithm
     policy: Policy
+    critic: Critic | None
+    """None where credit is by response."""
     rollouts: Rollouts
     scoring: Scoring
+    reference: References | None
+    """None where no KL is wanted."""
     stream: PromptStream
     held_out: Sequence[Prompt]
     queue: ExperienceQueue
@@ -48,11 +55,19 @@ class Run:
     directory: RunDirectory
     telemetry: Telemetry
     progress: Progress
+    shaper: Shaper
+    watch: CollapseWatch
 
     @property
     def sampling(self) -> Sampling:
         """How training samples."""
         return sampling_of(self.config)
+
+    @property
+    def learning(self) -> Learning:
+        """How a step learns."""
+        config = self.config
+        return Learning(self.algorithm, config.learner, config.critic, self.sampling, config.loop.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,25 +84,47 @@ class State:
     """Evaluation before the first step, for the table at the end."""
     results: dict[str, float]
     """The latest evaluation."""
+    answers: dict[str, list[str]] = field(default_factory=dict)
+    """A few held-out `prompts` with the greedy answers `before` and the latest."""
+    shaper: dict[str, Any] = field(default_factory=dict)
+    """Of `Shaper`: running moments, KL coefficient."""
+    watch: dict[str, Any] = field(default_factory=dict)
+    """Of `CollapseWatch`."""
 
 
-def train(run: Run, state: State | None) -> tuple[dict[str, float], dict[str, float]]:
-    """Train to `loop.steps`; returns the evaluations (before, after). `state`: of the checkpoint resumed from."""
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to."""
+
+    before: dict[str, float]
+    """Evaluation before the first step."""
+    after: dict[str, float]
+    """The last one."""
+    answers: dict[str, list[str]]
+    """As in `State`."""
+
+
+def train(run: Run, state: State | None) -> Outcome:
+    """Train to `loop.steps`; returns the evaluations before and after. `state`: of the checkpoint resumed from."""
     loop = run.config.loop
     step = resume(run, state)
     hashes = publish_first(run, step)
     if state is None:
-        before = results = measure(run, step)
+        first = measure(run, step)
+        before = results = first.metrics
+        asked = [prompt.messages[-1].content for prompt in run.held_out[: len(first.answers)]]
+        answers = {"prompts": asked, "before": list(first.answers), "after": list(first.answers)}
         run.telemetry.log(step, before)
     else:
-        before, results = state.before, state.results
+        before, results, answers = state.before, state.results, state.answers
     if cuts(run.sampling):
         run.telemetry.warn(
             "rollout.top_p or top_k cuts what is sampled from: rollout/logprob_diff_* then compares two distributions, "
             "and no difference is warned of"
         )
-    run.progress.stage("training")
-    run.telemetry.event("training_started", f"step {step + 1} begins", step=step + 1)
+    if step < loop.steps:
+        run.progress.stage(f"taking step {step + 1}")
+        run.telemetry.event("training_started", f"step {step + 1} begins", step=step + 1)
     watch = Stopwatch()
     while step < loop.steps:
         step += 1
@@ -96,35 +133,53 @@ def train(run: Run, state: State | None) -> tuple[dict[str, float], dict[str, fl
         report, announcement, problems = train_step(
             experiences,
             policy=run.policy,
+            critic=run.critic,
             rollouts=run.rollouts,
-            algorithm=run.algorithm,
-            learner=run.config.learner,
-            sampling=run.sampling,
+            shaper=run.shaper,
+            learning=run.learning,
             step=step,
-            steps=loop.steps,
             watch=watch,
         )
         run.ledger.consume([experience.prompt.uid for experience in experiences], step)
-        metrics = dict(report.metrics) | dropped | watch.lap()
+        metrics = dict(report.metrics) | watch_metrics(experiences, run.config.scoring.gold) | dropped | watch.lap()
         metrics["sync/changed_share"] = changed_share(hashes, announcement)
         metrics[names.TOKENS_PER_S] = metrics["rollout/response_tokens"] / metrics[names.STEP_TIME]
         hashes = announcement.hashes
         if due(run.config.eval.every, step, loop.steps):
-            results = measure(run, step)
+            found = measure(run, step)
+            results, answers = found.metrics, answers | {"after": list(found.answers)}
             metrics |= results
         tell(run, step, metrics, problems, experiences)
+        move_reference(run, announcement)  # after the evaluation, whose KL is to the reference as it was
         if due(loop.checkpoint_every, step, loop.steps):
-            checkpoint(run, State(step, loop.steps, dict(run.stream.cursor()), before, results))
+            cursor, shaper, signs = dict(run.stream.cursor()), run.shaper.state(), run.watch.state()
+            checkpoint(run, State(step, loop.steps, cursor, before, results, answers, shaper, signs))
         watch.lap()  # Evaluation and checkpoints are not part of a step's time.
-    return before, results
+    return Outcome(before, results, answers)
 
 
-def measure(run: Run, step: int) -> dict[str, float]:
+def measure(run: Run, step: int) -> Evaluation:
     """Evaluate the weights after `step` on the held-out prompts."""
     run.progress.stage(f"evaluating at step {step}")
-    results = evaluate(run.held_out, run.config.eval, run.sampling, rollouts=run.rollouts, scoring=run.scoring)
-    run.progress.eval(step, results)
-    return results
+    found = evaluate(
+        run.held_out,
+        run.config.eval,
+        run.sampling,
+        rollouts=run.rollouts,
+        scoring=run.scoring,
+        reference=run.reference,
+        gold=run.config.scoring.gold,
+    )
+    run.progress.eval(step, found.metrics)
+    return found
+
+
+def move_reference(run: Run, announcement: Announcement) -> None:
+    """Let the reference follow the policy, where `reference.update_every` says so."""
+    every = run.config.reference.update_every
+    if run.reference is not None and every and announcement.version % every == 0:
+        run.reference.update(announcement, run.config.reference.ema)
+        run.telemetry.event("reference_moved", f"the reference took version {announcement.version}")
 
 
 def sampling_of(config: Config) -> Sampling:
@@ -145,6 +200,10 @@ def resume(run: Run, state: State | None) -> int:
     """Put stream, ledger and metrics back to the checkpoint; returns its step, 0 for a new run."""
     if state is not None:
         run.stream.restore(state.cursor)
+        if state.shaper:
+            run.shaper.restore(state.shaper)
+        if state.watch:
+            run.watch.restore(state.watch)
     step = 0 if state is None else state.step
     # A run that was cut before its first checkpoint goes back to its very start; in a new one there is nothing to move.
     rewound = run.ledger.rewind(step)
@@ -185,7 +244,14 @@ def next_batch(run: Run, version: int) -> tuple[tuple[Experience, ...], dict[str
         prompts = run.stream.take(run.queue.may_issue(version))
         run.ledger.issue([prompt.uid for prompt in prompts], version)
         run.queue.issued(len(prompts))
-        arrived, lost = collect(prompts, run.sampling, rollouts=run.rollouts, scoring=run.scoring, ledger=run.ledger)
+        arrived, lost = collect(
+            prompts,
+            run.sampling,
+            rollouts=run.rollouts,
+            scoring=run.scoring,
+            reference=run.reference,
+            ledger=run.ledger,
+        )
         run.queue.dropped(len(lost))
         run.queue.put(arrived)
         for drop in lost:
@@ -203,17 +269,20 @@ def tell(
     config = run.config
     for problem in problems:
         run.telemetry.warn(f"step {step}: {problem}; it serves no tokens until a push succeeds")
-    difference = metrics[names.LOGPROB_DIFF_MAX]
-    # Written so that NaN warns too. A cut distribution is renormalised by the sampler and not by the learner.
+    # Absent while a critic warms up. Written so that NaN warns too. A cut distribution is renormalised by the sampler
+    # and not by the learner.
+    difference = metrics.get(names.LOGPROB_DIFF_MAX, 0.0)
     if not difference <= config.loop.logprob_diff_limit and not cuts(run.sampling):
         run.telemetry.warn(
             f"step {step}: rollout and learner logprobs differ by up to {difference:.2g}, "
             f"loop.logprob_diff_limit is {config.loop.logprob_diff_limit:g}"
         )
+    for sign in run.watch.step(metrics):
+        run.telemetry.warn(f"step {step}: {sign}")
     run.telemetry.log(step, metrics)
     run.progress.step(step, config.loop.steps, metrics)
     every = config.telemetry.samples_every
-    if every and step % every == 0:
+    if every and (step == 1 or step % every == 0):
         run.telemetry.samples(step, sample_rows(run, experiences))
 
 
@@ -243,10 +312,15 @@ def checkpoint(run: Run, state: State) -> None:
     """Write a checkpoint that a resume and `from_pretrained` can use; the one before stays until this one is whole."""
     folder = run.directory.begin_checkpoint(state.step).absolute()
     run.policy.save(folder)
+    if run.critic is not None:
+        run.critic.save(folder)
+    if run.reference is not None:
+        run.reference.save(folder)
     write_json(folder / STATE_FILE, asdict(state))
-    final = run.directory.commit_checkpoint(
-        state.step, run.config.loop.keep_checkpoints, checkpoint_files(run.policy.ranks)
-    )
+    needed = checkpoint_files(run.policy.ranks)
+    if run.critic is not None:
+        needed += critic_files(run.config.critic.start == "shared", run.policy.ranks)
+    final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints, needed)
     run.telemetry.event("checkpoint", f"wrote {final}", step=state.step)
 
 
@@ -255,6 +329,6 @@ def read_state(folder: Path) -> State:
     path = folder / STATE_FILE
     try:
         found = json.loads(path.read_text())
-        return State(found["step"], found["steps"], found["cursor"], found["before"], found["results"])
+        return State(**found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a checkpoint's state ({error!r}); resume from another checkpoint") from None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
@@ -28,7 +29,17 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 PACKABLE_LAYERS = ("full_attention", "sliding_attention")
 
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, SafetensorError)
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 """What transformers raises on a directory that it cannot make a model of."""
 
 
@@ -42,8 +53,10 @@ class ModelSource:
     """run: the newest checkpoint of a run directory."""
 
 
-def resolve(config: ModelConfig, cache: Path) -> ModelSource:
-    """Find the model that `model.path` names; `tiny` is made below `cache` if it is not there yet.
+def resolve(config: ModelConfig, cache: Path, key: str = "model.path") -> ModelSource:
+    """Find the model that `config.path` names; `tiny` is made below `cache` if it is not there yet.
+
+    `key` is the config key that the path stands in, for messages.
 
     Raises ModelError for a path that does not exist and for a run directory without a whole checkpoint.
     """
@@ -51,25 +64,29 @@ def resolve(config: ModelConfig, cache: Path) -> ModelSource:
         return ModelSource(str(make_tiny(config.tiny, cache)), "tiny")
     path = Path(config.path).expanduser()
     if path.is_dir():
-        checkpoint = _newest_checkpoint(path)
+        checkpoint = _newest_checkpoint(path, key)
         return ModelSource(str(checkpoint or path), "run" if checkpoint else "directory")
     if path.exists():
-        raise ModelError(f"model.path = {config.path}: is a file; name the directory with config.json in it")
+        raise ModelError(f"{key} = {config.path}: is a file; name the directory with config.json in it")
     looks_like_path = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or not config.path
     if looks_like_path or ("/" in config.path and path.parent.is_dir()):
         raise ModelError(
-            f"model.path = {config.path!r}: there is no such directory{_close_names(path)}. Give `tiny`, a "
+            f"{key} = {config.path!r}: there is no such directory{_close_names(path)}. Give `tiny`, a "
             "Hugging Face directory, a run directory, or a hub name such as Qwen/Qwen2.5-0.5B-Instruct"
         )
     return ModelSource(config.path, "hub")
 
 
-def _newest_checkpoint(run: Path) -> Path | None:
+def _newest_checkpoint(run: Path, key: str) -> Path | None:
     """`checkpoints/STEP/hf` for the STEP that `checkpoints/LATEST` names; None if `run` is not a run directory."""
     latest = run / "checkpoints" / "LATEST"
     if not latest.is_file():
         if (run / "checkpoints").is_dir() or ((run / "config.yaml").is_file() and not (run / "config.json").is_file()):
-            raise ModelError(f"model.path = {run}: this run has no finished checkpoint ({latest} is not there)")
+            raise ModelError(
+                f"{key} = {run}: this run has no finished checkpoint ({latest} is not there); finish it with --resume, "
+                "or let a run write one earlier: loop.checkpoint_every (train), sft.checkpoint_every (sft), "
+                "reward.eval_every (reward)"
+            )
         return None
     checkpoint = run / "checkpoints" / latest.read_text().strip() / "hf"
     if not checkpoint.is_dir():
@@ -95,9 +112,9 @@ def inspect(
     Raises ModelError: no config, no safetensors weights, no tokenizer, no chat template, a head_dim that vLLM's CPU
     attention refuses, too few positions, layers that packed rows do not work with.
     """
-    config = _load_config(path)
+    config = load_config(path)
     if Path(path).is_dir():
-        _check_weight_files(Path(path))
+        check_weight_files(Path(path))
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
@@ -113,11 +130,12 @@ def inspect(
             "Lower rollout.max_prompt_tokens or rollout.max_response_tokens (the tiny model: raise "
             "model.tiny.max_positions)"
         )
-    _check_layers(path, text, max_tokens, attention)
+    check_layers(path, text, max_tokens, attention)
     _check_tokenizer(path, chat, text.vocab_size)
 
 
-def _check_layers(path: str | Path, text: Any, max_tokens: int, attention: str) -> None:
+def check_layers(path: str | Path, text: Any, max_tokens: int, attention: str) -> None:
+    """Refuse layers that packed rows do not work with; `text` is the model's text config. Raises ModelError."""
     layers: list[str] | None = getattr(text, "layer_types", None)
     unpackable = sorted(set(layers or ()) - set(PACKABLE_LAYERS))
     if unpackable:
@@ -148,7 +166,8 @@ def _check_tokenizer(path: str | Path, chat: bool, vocab_size: int) -> None:
         raise ModelError(f"{path}: its tokenizer has {len(tokenizer)} tokens, its model embeds only {vocab_size}")
 
 
-def _check_weight_files(path: Path) -> None:
+def check_weight_files(path: Path) -> None:
+    """Refuse a directory without all its safetensors weights. Raises ModelError."""
     if not any((path / name).is_file() for name in WEIGHT_FILES):
         if any(path.glob("*.bin")):
             raise ModelError(
@@ -166,13 +185,14 @@ def _check_weight_files(path: Path) -> None:
         raise ModelError(f"{path}: {index.name} names files that are not there: {', '.join(missing)}")
 
 
-def _load_config(path: str | Path) -> Any:
+def load_config(path: str | Path) -> Any:
+    """The transformers config of a Hugging Face directory or hub name. Raises ModelError when there is none."""
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ModelError(f"{path}: has no config.json, so it is no Hugging Face model directory")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except LOAD_ERRORS as error:
-        raise _unloadable(path, "config", error) from error
+        raise unloadable(path, "config", error) from error
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -185,7 +205,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except LOAD_ERRORS as error:
-        raise _unloadable(path, "tokenizer", error) from error
+        raise unloadable(path, "tokenizer", error) from error
 
 
 def load_model(path: str | Path, dtype: str, attention: str) -> PreTrainedModel:
@@ -196,10 +216,10 @@ def load_model(path: str | Path, dtype: str, attention: str) -> PreTrainedModel:
     """
     register_segmented()
     if Path(path).is_dir():
-        _load_config(path)
-        _check_weight_files(Path(path))
+        load_config(path)
+        check_weight_files(Path(path))
     try:
-        with _no_progress_bars():
+        with no_progress_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=getattr(torch, dtype),
@@ -209,7 +229,7 @@ def load_model(path: str | Path, dtype: str, attention: str) -> PreTrainedModel:
                 output_loading_info=True,
             )
     except LOAD_ERRORS as error:
-        raise _unloadable(path, "model", error) from error
+        raise unloadable(path, "model", error) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -220,7 +240,8 @@ def load_model(path: str | Path, dtype: str, attention: str) -> PreTrainedModel:
     return model
 
 
-def _unloadable(path: str | Path, what: str, error: Exception) -> ModelError:
+def unloadable(path: str | Path, what: str, error: Exception) -> ModelError:
+    """What to raise when transformers could not load `what` of `path`."""
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     if Path(path).is_dir():
         return ModelError(f"{path}: its {what} cannot be loaded: {first_line}")
@@ -230,7 +251,33 @@ def _unloadable(path: str | Path, what: str, error: Exception) -> ModelError:
     )
 
 
-def save_hf(weights: PreTrainedModel | Iterator[tuple[str, torch.Tensor]], source: str | Path, target: Path) -> Path:
+@dataclass(frozen=True, slots=True)
+class Companions:
+    """What lies beside the weights in a Hugging Face directory, read at once: a run may remove where it came from."""
+
+    source: str
+    """The directory or hub name."""
+    config: Any
+    """Of transformers; to be copied before it is changed."""
+    tokenizer: PreTrainedTokenizerBase
+    generation: bytes | None
+    """generation_config.json, where there is one."""
+
+
+def read_companions(source: str | Path) -> Companions:
+    """All but the weights. Raises ModelError when config or tokenizer cannot be read."""
+    generation = cached_file(str(source), "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    return Companions(
+        str(source),
+        load_config(source),
+        load_tokenizer(source),
+        None if generation is None else Path(generation).read_bytes(),
+    )
+
+
+def save_hf(
+    weights: PreTrainedModel | Iterator[tuple[str, torch.Tensor]], source: str | Path | Companions, target: Path
+) -> Path:
     """Write a whole Hugging Face directory at `target`, in the place of what was there; returns `target`.
 
     `weights`: a model, or (name, tensor) pairs with the names of the model's own `state_dict`, all of one dtype, on
@@ -239,21 +286,36 @@ def save_hf(weights: PreTrainedModel | Iterator[tuple[str, torch.Tensor]], sourc
 
     Raises DiskError when the disk refuses; ModelError when `source` cannot be read.
     """
-    pairs = weights.state_dict().items() if isinstance(weights, PreTrainedModel) else weights
-    # One by one: parameters gathered on a GPU are let go before the next is.
-    state = {name: tensor.detach().cpu() for name, tensor in pairs}
-    config = _load_config(source)
+    state = collect(weights)
+    beside = source if isinstance(source, Companions) else read_companions(source)
     with torch.device("meta"):
-        shell: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
+        dtype = next(iter(state.values())).dtype
+        shell: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(beside.config), dtype=dtype)
+    with new_model_directory(shell, state, beside.tokenizer, target) as directory:
+        if beside.generation is not None:
+            (directory / "generation_config.json").write_bytes(beside.generation)
+    return target
+
+
+def collect(weights: PreTrainedModel | Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Weights by name, on the CPU; one by one, so that parameters gathered on a GPU are let go before the next is."""
+    pairs = weights.state_dict().items() if isinstance(weights, PreTrainedModel) else weights
+    return {name: tensor.detach().cpu() for name, tensor in pairs}
+
+
+@contextmanager
+def new_model_directory(
+    shell: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, target: Path
+) -> Iterator[Path]:
+    """Write the weights `state` of a model of `shell`'s shape, its config and the tokenizer as `target`.
+
+    Yields the directory for what else belongs there; at the end it is put in the place of `target`, whole.
+    """
     _check_complete(shell, state)
-    tokenizer = load_tokenizer(source)
-    generation = cached_file(str(source), "generation_config.json", _raise_exceptions_for_missing_entries=False)
-    with atomic_directory(target, replace=True) as directory, _no_progress_bars():
+    with atomic_directory(target, replace=True) as directory, no_progress_bars():
         shell.save_pretrained(directory, state_dict=state)
         tokenizer.save_pretrained(directory)
-        if generation is not None:
-            shutil.copyfile(generation, directory / "generation_config.json")
-    return target
+        yield directory
 
 
 def _check_complete(shell: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
@@ -269,7 +331,8 @@ def _check_complete(shell: PreTrainedModel, state: dict[str, torch.Tensor]) -> N
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
+    """Transformers' own bars would print over the run's display."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:

@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import PreTrainedModel
 
 from rlhf_dist.algo.logprobs import chunked_logprobs
 from rlhf_dist.errors import ModelError
+from rlhf_dist.models.packed import PackedModel
 
 
-class PackedPolicy(torch.nn.Module):
-    """Wraps a Hugging Face causal LM (loaded by `rlhf_dist.models.hf.load_model`); its parameters are `model.*`.
-
-    Weights are only ever used by calling the modules that own them, so ZeRO-3 can gather them. Dropout is turned off
-    for good: the engine that samples has none, and with it the two would disagree on every log-probability.
-    """
+class PackedPolicy(PackedModel):
+    """Wraps a Hugging Face causal LM (loaded by `rlhf_dist.models.hf.load_model`); its parameters are `model.*`."""
 
     def __init__(self, model: PreTrainedModel, gradient_checkpointing: bool = False) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model, gradient_checkpointing)
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-            # Many models keep theirs as plain numbers: attention_dropout, dropout, layerdrop, router_jitter_noise.
-            for name, value in vars(module).items():
-                if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                    setattr(module, name, 0.0)
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        # transformers checkpoints in training mode only, and loads models in the other; without dropout they are alike.
-        model.train()
-
-    def hidden(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """Last hidden states [T, hidden] of a packed row; arguments as in `forward`."""
-        lengths = cu_seqlens.diff()
-        starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=tokens.shape[0])
-        positions = torch.arange(tokens.shape[0], device=tokens.device) - starts
-        longest = int(lengths.max())
-        output: Any = self.model.base_model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            use_cache=False,
-            cu_seq_lens_q=cu_seqlens,
-            cu_seq_lens_k=cu_seqlens,
-            max_length_q=longest,
-            max_length_k=longest,
-        )
-        return output.last_hidden_state[0]
 
     def forward(
         self,
@@ -59,20 +25,23 @@ class PackedPolicy(torch.nn.Module):
         targets: torch.Tensor,
         temperature: float,
         chunk: int,
+        entropy_gradient: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of `targets` and the entropies of the distributions they are from.
 
         tokens int64 [T], the sequences one after another; cu_seqlens int32 [S + 1], their boundaries (0 first, T
         last, none empty); predict int64 [M], positions in the row whose next token is asked for; targets int64 [M],
         those next tokens. temperature divides the logits; chunk: positions whose logits are held at once.
-        Returns (logprobs float32 [M], entropy float32 [M]), in nats.
+        entropy_gradient: the entropy carries a gradient too. Returns (logprobs float32 [M], entropy float32 [M]), nats.
         """
+        hidden = self.hidden(tokens, cu_seqlens).index_select(0, predict)
+        return chunked_logprobs(hidden, self.output_head(), targets, temperature, chunk, entropy_gradient)
+
+    def output_head(self) -> torch.nn.Module:
+        """Hidden states -> logits."""
         head = self.model.get_output_embeddings()
         assert head is not None, "a causal LM has output embeddings"
-        hidden = self.hidden(tokens, cu_seqlens).index_select(0, predict)
-        if self.softcap is not None:
-            head = _CappedHead(head, self.softcap)
-        return chunked_logprobs(hidden, head, targets, temperature, chunk)
+        return head if self.softcap is None else _CappedHead(head, self.softcap)
 
 
 class _CappedHead(torch.nn.Module):

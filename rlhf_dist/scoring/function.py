@@ -16,8 +16,12 @@ import numpy as np
 
 from rlhf_dist.config.schema import RewardSpec
 from rlhf_dist.errors import ConfigError, RewardError
+from rlhf_dist.scoring.values import checked_scores
 
 Function = Callable[[list[str], list[str], list[str]], Any]
+
+IMPORT_LIMIT_S = 60.0
+"""For importing a user's module with everything that it imports."""
 
 
 class FunctionReward:
@@ -28,55 +32,49 @@ class FunctionReward:
         self._module, self._function = _load(name, spec.function)
         self._label = f"the reward {name} ({spec.function})"
         self._timeout_s = spec.timeout_s
+        self._turn = threading.Lock()
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str]) -> np.ndarray:
         """float32 [n]. Raises RewardError when the function raises, does not return in time, or returns the wrong
-        number of values or one that is not a finite number. After a timeout its thread stays: Python cannot stop it."""
+        number of values or one that is not a finite number. After a timeout its thread stays: Python cannot stop it.
+
+        Called from several threads, one call after another reaches the function: it need not be made for more.
+        """
         arguments = (list(prompts), list(responses), list(answers))
-        outcome: list[tuple[Any, BaseException | None]] = []
 
-        def call() -> None:
-            try:
-                result = self._function(*arguments)
-                # Listed here, so that a generator does its work within the limit; a 0-d array has no items.
-                many = hasattr(result, "__iter__") and getattr(result, "ndim", 1) > 0
-                outcome.append((list(result) if many else result, None))
-            except BaseException as error:  # SystemExit too: it would end this thread without a word
-                outcome.append((None, error))
+        def call() -> Any:
+            result = self._function(*arguments)
+            # Listed here, so that a generator does its work within the limit; a 0-d array has no items.
+            many = hasattr(result, "__iter__") and getattr(result, "ndim", 1) > 0
+            return list(result) if many else result
 
-        thread = threading.Thread(target=call, daemon=True, name=self._label)
-        thread.start()
-        thread.join(self._timeout_s)
-        if not outcome:
+        with self._turn:  # held no longer than the limit below
+            outcome = within(call, self._timeout_s, self._label)
+        if outcome is None:
             raise RewardError(
                 f"{self._label} did not return within {self._timeout_s:g} s for {len(responses)} responses; "
                 "make it faster or raise its timeout_s"
             )
-        result, error = outcome[0]
+        result, error = outcome
         if error is not None:
             raise RewardError(f"{self._label} raised {_told(error, self._module)}") from error
-        return self._checked(result, list(responses))
+        return checked_scores(self._label, result, list(responses))
 
-    def _checked(self, result: Any, responses: list[str]) -> np.ndarray:
-        if not isinstance(result, list):
-            raise RewardError(
-                f"{self._label} returned {_short(result)} ({type(result).__name__}); "
-                f"it has to return a list of {len(responses)} numbers"
-            )
-        if len(result) != len(responses):
-            raise RewardError(f"{self._label} returned {len(result)} values for {len(responses)} responses")
-        values = np.zeros(len(result), np.float32)
-        for i, (value, response) in enumerate(zip(result, responses, strict=True)):
-            number = _number(value)
-            if number is None:
-                wrong = f"not a number ({type(value).__name__})"
-            elif not abs(number) <= float(np.finfo(np.float32).max):  # false for NaN too
-                wrong = "not finite in float32"
-            else:
-                values[i] = number
-                continue
-            raise RewardError(f"{self._label} returned {_short(value)}, {wrong}, for response {i}: {_short(response)}")
-        return values
+
+def within(call: Callable[[], Any], limit_s: float, name: str) -> tuple[Any, BaseException | None] | None:
+    """(what `call` returned, what it raised), or None when it took longer; its thread `name` then stays behind."""
+    outcome: list[tuple[Any, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((call(), None))
+        except BaseException as error:  # SystemExit too: it would end this thread without a word
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True, name=name)
+    thread.start()
+    thread.join(limit_s)
+    return outcome[0] if outcome else None
 
 
 def _load(name: str, path: str) -> tuple[ModuleType, Function]:
@@ -87,14 +85,19 @@ def _load(name: str, path: str) -> tuple[ModuleType, Function]:
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)  # at the end: a file here cannot hide an installed package
-    try:
-        importlib.invalidate_caches()
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    importlib.invalidate_caches()
+    outcome = within(lambda: importlib.import_module(module_name), IMPORT_LIMIT_S, f"import of {module_name}")
+    if outcome is None:
+        raise ConfigError(
+            f"{key}={path}: importing {module_name} took longer than {IMPORT_LIMIT_S:g} s; do slow work in the "
+            "function, or in another process"
+        )
+    module, error = outcome
+    if isinstance(error, ModuleNotFoundError):
         raise ConfigError(
             f"{key}={path}: no module named {error.name!r}; it has to be installed or in PYTHONPATH or {here}"
         ) from error
-    except (Exception, SystemExit) as error:
+    if error is not None:
         raise ConfigError(f"{key}={path}: importing {module_name} raised {_told(error, None)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -128,17 +131,3 @@ def _told(error: BaseException, module: ModuleType | None) -> str:
     own = [f for f in frames if module is not None and f.filename == module.__file__]
     where = (own or list(frames))[-1]
     return f"{message} at {where.filename}:{where.lineno}"
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, (str, bytes)):
-        return None
-    try:
-        return float(value)
-    except Exception:  # the value is the user's, and so is what its conversion may raise
-        return None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

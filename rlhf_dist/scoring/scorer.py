@@ -3,61 +3,142 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from typing import Protocol
 
 import numpy as np
 
 from rlhf_dist.config.schema import RewardSpec, ScoringConfig
-from rlhf_dist.errors import ConfigError, RewardError
+from rlhf_dist.data.describe import gold
+from rlhf_dist.errors import ConfigError, DataError, RewardError
 from rlhf_dist.scoring.function import FunctionReward
+from rlhf_dist.scoring.http_client import HttpReward
 from rlhf_dist.scoring.rules import exact_match, number_match, regex_match
+from rlhf_dist.scoring.texts import Texts, texts_of
+from rlhf_dist.scoring.watch import distinct_pairs, text_hashes
 from rlhf_dist.types import Rollout, Scores
 
-Reward = Callable[[Sequence[str], Sequence[str], Sequence[str]], np.ndarray]
-"""(prompts, responses, answers), n strings each -> float32 [n]."""
+TextReward = Callable[[Texts], np.ndarray]
+"""n responses -> float32 [n]."""
+
+
+class TokenReward(Protocol):
+    """A reward model: reads the policy's own tokens where there are any. See `reward_model.RewardModel`."""
+
+    def score(self, rollout: Rollout) -> np.ndarray: ...
+
+    def score_texts(self, texts: Texts) -> np.ndarray: ...
+
+    def close(self) -> None: ...
+
+
+MakeModel = Callable[[str, RewardSpec], TokenReward]
+"""(name, spec) of a reward of kind model -> the loaded model."""
+
+CheckModel = Callable[[str, RewardSpec], object]
+"""The same, without loading: raises when it could not be."""
 
 
 class Scorer:
-    """Scores one prompt group at a time by the rewards of the `scoring` section."""
+    """Scores by the rewards of the `scoring` section. Its methods may be called from several threads."""
 
-    def __init__(self, config: ScoringConfig) -> None:
-        """Raises ConfigError for a pattern that does not compile or a function that cannot be imported."""
-        if not config.rewards:
-            raise ConfigError("scoring.rewards is empty; name at least one reward, such as exact: {kind: exact}")
-        self._rewards = {name: (spec, _reward(name, spec)) for name, spec in config.rewards.items()}
+    def __init__(self, config: ScoringConfig, make_model: MakeModel | None = None) -> None:
+        """`make_model` is needed for rewards of kind model. Raises ConfigError for a pattern that does not compile or a
+        function that cannot be imported, and what `make_model` raises."""
+        _require_some(config)
+        self._specs = dict(config.rewards)
+        self._models: dict[str, TokenReward] = {}
+        self._texts: dict[str, TextReward] = {}
+        self._clients: list[HttpReward] = []
+        for name, spec in config.rewards.items():
+            if spec.kind == "model":
+                assert make_model is not None, f"the reward {name} is a model, and nobody makes models here"
+                self._models[name] = make_model(name, spec)
+            elif spec.kind == "http":
+                client = HttpReward(name, spec, config.timeout_s)
+                self._clients.append(client)
+                self._texts[name] = client
+            else:
+                self._texts[name] = _text_reward(name, spec)
 
     def score(self, rollout: Rollout) -> Scores:
-        """The group's rewards, float32 [n] each; functions see the last user turn as the prompt. Raises RewardError."""
-        prompt, n = rollout.prompt, len(rollout.texts)
-        asked = next(m.content for m in reversed(prompt.messages) if m.role == "user")
-        components: dict[str, np.ndarray] = {}
-        total = np.zeros(n, np.float64)
-        for name, (spec, reward) in self._rewards.items():
-            if spec.kind in ("exact", "number") and not prompt.answer:
-                raise RewardError(
-                    f"the reward {name} compares with an answer and prompt {prompt.uid} of {prompt.source} has none; "
-                    "set data.answer_key or use a reward of another kind"
-                )
-            components[name] = reward([asked] * n, list(rollout.texts), [prompt.answer] * n)
+        """The group's rewards, float32 [n] each; functions see the last user turn as the prompt.
+
+        Raises RewardError and, where a model or a server does not answer, ActorTimeout."""
+        texts, prompt = texts_of(rollout), rollout.prompt
+        for name in self._comparing() if not prompt.answer else ():
+            raise RewardError(
+                f"the reward {name} compares with an answer and prompt {prompt.uid} of {prompt.source} has none; "
+                "set data.answer_key or use a reward of another kind"
+            )
+        return self._scores(texts, {name: model.score(rollout) for name, model in self._models.items()})
+
+    def score_texts(self, texts: Texts) -> Scores:
+        """The same for responses that come as text, each with a prompt of its own. Raises DataError too, for a missing
+        answer."""
+        for name in self._comparing() if not all(texts.answers) else ():
+            raise DataError(
+                f"the reward {name} compares with an answer, and response {texts.answers.index('')} has an empty one"
+            )
+        return self._scores(texts, {name: model.score_texts(texts) for name, model in self._models.items()})
+
+    def close(self) -> None:
+        """End the threads of models and the connections of clients."""
+        for closable in (*self._models.values(), *self._clients):
+            closable.close()
+
+    def _comparing(self) -> list[str]:
+        return [name for name, spec in self._specs.items() if spec.kind in ("exact", "number")]
+
+    def _scores(self, texts: Texts, by_models: Mapping[str, np.ndarray]) -> Scores:
+        components = {name: by_models[name] if name in by_models else self._texts[name](texts) for name in self._specs}
+        total = np.zeros(len(texts.responses), np.float64)
+        for name, spec in self._specs.items():
             total += spec.weight * components[name].astype(np.float64)
-        return Scores(total.astype(np.float32), components)
+        with np.errstate(over="ignore"):
+            rounded = total.astype(np.float32)
+        if not np.isfinite(rounded).all():
+            raise RewardError(
+                f"the weighted sum of {', '.join(self._specs)} is {total[~np.isfinite(rounded)][0]:g} for a response, "
+                "beyond float32; lower the weights under scoring.rewards"
+            )
+        return Scores(rounded, components, distinct_pairs(texts.responses), text_hashes(texts.responses))
 
 
-def preflight(config: ScoringConfig) -> None:
-    """Make every reward once, so that a bad one is told before anything starts. Raises ConfigError."""
-    Scorer(config)
+def preflight(config: ScoringConfig, check_model: CheckModel | None = None) -> None:
+    """Try every reward cheaply, so that a bad one is told before anything starts: models are looked at and not loaded,
+    servers asked for a sign of life. Raises ConfigError, ModelError, ResourceError."""
+    _require_some(config)
+    for name, spec in config.rewards.items():
+        if spec.kind == "model":
+            assert check_model is not None, f"the reward {name} is a model, and nobody looks at models here"
+            check_model(name, spec)
+        elif spec.kind == "http":
+            with closing(HttpReward(name, spec, config.timeout_s)) as client:
+                client.check()
+        else:
+            _text_reward(name, spec)
 
 
-def _reward(name: str, spec: RewardSpec) -> Reward:
+def _require_some(config: ScoringConfig) -> None:
+    if not config.rewards:
+        raise ConfigError("scoring.rewards is empty; name at least one reward, such as exact: {kind: exact}")
+
+
+def _text_reward(name: str, spec: RewardSpec) -> TextReward:
     if spec.kind == "function":
-        return FunctionReward(name, spec)
+        function = FunctionReward(name, spec)
+        return lambda texts: function(texts.prompts, texts.responses, texts.answers)
+    if spec.kind == "gold":
+        return lambda texts: gold(texts.prompts, texts.responses)
     if spec.kind == "exact":
         rule = exact_match
     elif spec.kind == "number":
         rule = number_match
     else:
         rule = _regex(name, spec.pattern)
-    return lambda prompts, responses, answers: rule(responses, answers)
+    return lambda texts: rule(texts.responses, texts.answers)
 
 
 def _regex(name: str, pattern: str) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:

@@ -14,19 +14,29 @@ HEARTBEAT_S = 10.0
 """Plain output: seconds between two signs of life of a long stage."""
 SHOWN = (
     ("reward", names.REWARD_MEAN, "{:.3f}"),
+    ("gold", names.REWARD_GOLD, "{:.3f}"),
+    ("kl", names.KL_REFERENCE, "{:.2f}"),
     ("loss", names.SFT_LOSS, "{:.4f}"),
+    ("loss", names.REWARD_MODEL_LOSS, "{:.4f}"),
     ("held-out", names.EVAL_GREEDY, "{:.3f}"),
+    ("held-out", names.REWARD_MODEL_ACCURACY, "{:.3f}"),
     ("length", names.RESPONSE_LENGTH, "{:.1f}"),
     ("tok/s", names.TOKENS_PER_S, "{:,.0f}"),
 )
 """Label, metric and format of what a step shows; metrics that a run does not have are left out."""
+EXPENDABLE = ("length", "tok/s", "kl")
+"""Labels that give way, in this order, where a terminal is too narrow for all."""
+BAR_WIDTH, BAR_FROM_WIDTH = 24, 120
+"""Characters of the bar of steps, and of a terminal that has room for it."""
+REMEMBERED = (names.EVAL_GREEDY, names.REWARD_MODEL_ACCURACY)
+"""Of an evaluation, what the steps after it go on showing."""
 
 
 class Progress(Protocol):
     """Tells a person where a run is. It never raises because the terminal went away."""
 
     def stage(self, message: str) -> None:
-        """A wait begins ("starting 1 rollout worker"); it lasts until the next call of any kind but `warn`."""
+        """A wait begins ("starting 1 rollout worker"); it lasts until the next call but `warn` and `note`."""
         ...
 
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
@@ -39,8 +49,12 @@ class Progress(Protocol):
 
     def warn(self, message: str) -> None: ...
 
-    def close(self) -> None:
-        """End the display; may be called twice."""
+    def note(self, message: str) -> None:
+        """Something to know that is no cause for concern ("resumed from step 40")."""
+        ...
+
+    def close(self, stopped: bool = False) -> None:
+        """End the display; may be called twice. `stopped`: by an error, so that a stage under way did not finish."""
         ...
 
 
@@ -74,10 +88,27 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def step_facts(metrics: Mapping[str, float], left: float | None) -> str:
-    """`reward 0.412  length 5.2  tok/s 1,234  eta 3m07s`, of what there is."""
-    facts = [f"{label} {form.format(metrics[name])}" for label, name, form in SHOWN if name in metrics]
-    return "  ".join(facts if left is None else [*facts, f"eta {clock(left)}"])
+def step_facts(metrics: Mapping[str, float], left: float | None, room: int | None = None) -> str:
+    """`reward 0.412  length 5.2  tok/s 1,234  eta 3m07s`, of what there is and, as far as it may, fits in `room`."""
+    facts = [(label, f"{label} {form.format(metrics[name])}") for label, name, form in SHOWN if name in metrics]
+    if left is not None:
+        facts.append(("eta", f"eta {clock(left)}"))
+    for expendable in EXPENDABLE:
+        if room is not None and len("  ".join(text for _, text in facts)) > room:
+            facts = [fact for fact in facts if fact[0] != expendable]
+    return "  ".join(text for _, text in facts)
+
+
+def stage_line(message: str, seconds: float, stopped: bool) -> str:
+    """What is left of a stage that is over."""
+    return f"{message}: {'stopped after ' if stopped else ''}{seconds:.1f} s"
+
+
+def spoken(metric: str) -> str:
+    """A held-out metric's name for people: `greedy accuracy`, `pass@4`."""
+    if metric.startswith(names.EVAL_PASS_PREFIX):
+        return f"pass@{metric.removeprefix(names.EVAL_PASS_PREFIX)}"
+    return metric.removeprefix("eval/").replace("_", " ")
 
 
 def number(value: float) -> str:
@@ -86,7 +117,7 @@ def number(value: float) -> str:
 
 
 def eval_line(step: int, results: Mapping[str, float]) -> str:
-    facts = [f"{name.removeprefix('eval/').replace('_', ' ')} {number(value)}" for name, value in results.items()]
+    facts = [f"{spoken(name)} {number(value)}" for name, value in results.items()]
     return f"held out, step {step}: " + "  ".join(facts)
 
 
@@ -121,14 +152,14 @@ class PlainProgress:
         while not over.wait(self._heartbeat_s):
             self._print(f"  still {message} ({clock(time.monotonic() - begun)})")
 
-    def _end_stage(self) -> None:
+    def _end_stage(self, stopped: bool = False) -> None:
         if self._stage is None or self._thread is None:
             return
         message, begun = self._stage
         self._stage_over.set()
         self._thread.join(timeout=1.0)
         self._stage = None
-        self._print(f"  {message}: {time.monotonic() - begun:.1f} s")
+        self._print(f"  {stage_line(message, time.monotonic() - begun, stopped)}")
 
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         self._end_stage()
@@ -137,18 +168,24 @@ class PlainProgress:
 
     def eval(self, step: int, results: Mapping[str, float]) -> None:
         self._end_stage()
-        self._accuracy = {name: value for name, value in results.items() if name == names.EVAL_GREEDY}
+        self._accuracy = {name: value for name, value in results.items() if name in REMEMBERED}
         self._print(eval_line(step, results))
 
     def warn(self, message: str) -> None:
         self._print(f"warning: {message}")
 
-    def close(self) -> None:
-        self._end_stage()
+    def note(self, message: str) -> None:
+        self._print(message)
+
+    def close(self, stopped: bool = False) -> None:
+        self._end_stage(stopped)
 
 
 class RichProgress:
-    """A spinner with the elapsed time while the run waits, then a bar of steps with reward, accuracy, speed, ETA."""
+    """A spinner with the elapsed time while the run waits, then a bar of steps with reward, accuracy, speed, ETA.
+
+    A narrow terminal goes without the bar, and without some of the numbers, so that the clock stays in sight.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         from rich import progress
@@ -157,10 +194,11 @@ class RichProgress:
 
         self._text = Text  # Not print's own `style`: that one also colours the live bars below the line.
         self._console = Console(file=stream, highlight=False)
+        self._has_bar = self._console.width >= BAR_FROM_WIDTH
         self._bars = progress.Progress(
             progress.SpinnerColumn(),
             progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(bar_width=24),
+            *([progress.BarColumn(bar_width=BAR_WIDTH)] if self._has_bar else []),
             progress.TextColumn("{task.fields[facts]}", markup=False),
             progress.TimeElapsedColumn(),
             console=self._console,
@@ -176,28 +214,33 @@ class RichProgress:
         task = self._bars.add_task(f"{message} ...", total=None, facts="")
         self._stage = (task, message, time.monotonic())
 
-    def _end_stage(self) -> None:
+    def _end_stage(self, stopped: bool = False) -> None:
         if self._stage is not None:
             task, message, begun = self._stage
             self._stage = None
             self._bars.remove_task(task)
-            self._console.print(self._text(f"{message}: {time.monotonic() - begun:.1f} s", "dim"))
+            self._console.print(self._text(stage_line(message, time.monotonic() - begun, stopped), "dim"))
 
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         self._end_stage()
-        facts = step_facts({**self._accuracy, **metrics}, self._pace.seconds_left(step, total, time.monotonic()))
+        label, left = f"step {step}/{total}", self._pace.seconds_left(step, total, time.monotonic())
+        taken = len("* ") + len(label) + len(" ") + (BAR_WIDTH + 1 if self._has_bar else 0) + len(" 0:00:00")
+        facts = step_facts({**self._accuracy, **metrics}, left, self._console.width - taken)
         if self._steps is None:
             self._steps = self._bars.add_task("", total=total, facts="")
-        self._bars.update(self._steps, description=f"step {step}/{total}", completed=step, total=total, facts=facts)
+        self._bars.update(self._steps, description=label, completed=step, total=total, facts=facts)
 
     def eval(self, step: int, results: Mapping[str, float]) -> None:
         self._end_stage()
-        self._accuracy = {name: value for name, value in results.items() if name == names.EVAL_GREEDY}
+        self._accuracy = {name: value for name, value in results.items() if name in REMEMBERED}
         self._console.print(eval_line(step, results), markup=False)
 
     def warn(self, message: str) -> None:
         self._console.print(self._text(f"warning: {message}", "yellow"))
 
-    def close(self) -> None:
-        self._end_stage()
+    def note(self, message: str) -> None:
+        self._console.print(message, markup=False)
+
+    def close(self, stopped: bool = False) -> None:
+        self._end_stage(stopped)
         self._bars.stop()

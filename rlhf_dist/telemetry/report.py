@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_dist.errors import DataError, DiskError
 from rlhf_dist.telemetry import names
-from rlhf_dist.telemetry.display import number
+from rlhf_dist.telemetry.display import number, spoken
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,12 +37,27 @@ class Panel:
 
 
 PANELS = (
-    Panel("Reward of sampled responses", ((names.REWARD_MEAN, "mean"),)),
+    Panel(
+        "Reward of sampled responses",
+        ((names.REWARD_MEAN, "total"), (names.REWARD_GOLD, "gold"), (names.EVAL_GOLD, "gold, held out")),
+    ),
     Panel(
         "Held-out accuracy", ((names.EVAL_GREEDY, "greedy"), (names.EVAL_PASS_PREFIX, "pass@")), bottom=-0.02, top=1.02
     ),
     Panel("Loss", ((names.SFT_LOSS, "train"), (names.SFT_HELD_OUT_LOSS, "held out")), "nats per token"),
+    Panel("Reward model loss", ((names.REWARD_MODEL_LOSS, "train"), (names.REWARD_MODEL_HELD_OUT_LOSS, "held out"))),
+    Panel("Reward model accuracy, held out", ((names.REWARD_MODEL_ACCURACY, "pairs"),), bottom=0.4, top=1.02),
+    Panel("KL to the reference", ((names.KL_REFERENCE, "train"), (names.EVAL_KL, "held out")), "nats per response"),
+    # Far below 0 at first, when the critic knows nothing: cut, or the rest would be a flat line.
+    Panel("Critic's explained variance", ((names.CRITIC_EXPLAINED_VARIANCE, "mean"),), "share", bottom=-1.02, top=1.02),
     Panel("Response length", ((names.RESPONSE_LENGTH, "mean"),), "tokens", bottom=0),
+    Panel(
+        "Different from each other",
+        ((names.DISTINCT_RESPONSES, "responses of a step"), (names.DISTINCT_PAIRS, "word pairs of a response")),
+        "share",
+        bottom=-0.02,
+        top=1.02,
+    ),
     Panel(
         "Rollout/learner logprob difference",
         ((names.LOGPROB_DIFF_MAX, "max"), (names.LOGPROB_DIFF_MEAN, "mean")),
@@ -52,7 +67,8 @@ PANELS = (
     Panel("Policy entropy", ((names.ENTROPY, "mean"),), "nats per token", bottom=0),
     Panel("Speed", ((names.TOKENS_PER_S, "whole step"),), "response tokens per second", bottom=0),
 )
-"""A reinforcement run has all but the loss: a 2 x 3 grid."""
+"""In columns of three: a reinforcement run with critic, reference and gold reward has nine, three of each kind, the
+first three about what it learns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +88,7 @@ def compare(before: Mapping[str, float], after: Mapping[str, float]) -> list[Com
         change = f"{after[name] - before[name]:+.3f}" if name in before and name in after else "-"
         first = number(before[name]) if name in before else "-"
         second = number(after[name]) if name in after else "-"
-        rows.append(Comparison(name.removeprefix("eval/").replace("_", " "), first, second, change))
+        rows.append(Comparison(spoken(name), first, second, change))
     return rows
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 GOODPUT_PHASES = ("generate", "train", "sync")
-"""Phases with a goodput share of their own; everything else in a step is `other`."""
+"""Phases that every step has, with a goodput share each; `value` has one where there is a critic."""
 
 
 class Stopwatch:
@@ -38,14 +38,16 @@ class Stopwatch:
     def lap(self) -> dict[str, float]:
         """End the step and begin the next.
 
-        Returns `time/step` and `time/NAME` in seconds, and `goodput/generate|train|sync|other`, shares that sum to 1.
+        Returns `time/step` and `time/NAME` in seconds, and `goodput/generate|value|train|sync|other`, shares that sum
+        to 1.
         """
         now = self._clock()
         step, seconds = now - self._started, self._seconds
         self._started, self._seconds = now, {}
         metrics = {"time/step": step} | {f"time/{name}": value for name, value in seconds.items()}
         if step > 0:
-            shares = {name: seconds.get(name, 0.0) / step for name in GOODPUT_PHASES}
+            phases = (*GOODPUT_PHASES, "value") if "value" in seconds else GOODPUT_PHASES
+            shares = {name: seconds.get(name, 0.0) / step for name in phases}
             metrics |= {f"goodput/{name}": share for name, share in shares.items()}
             metrics["goodput/other"] = 1.0 - sum(shares.values())
         return metrics

@@ -1,4 +1,4 @@
-"""Group-relative advantages."""
+"""Group-relative advantages, GAE and discounted returns."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from rlhf_dist.algo.advantages import group_normalized, leave_one_out
+from rlhf_dist.algo.advantages import discounted_returns, gae, group_normalized, leave_one_out
 from rlhf_dist.errors import ConfigError
 
 STDS = ("unbiased", "population", "none")
 scores = st.lists(st.tuples(st.floats(-10, 10, width=32), st.integers(0, 3)), min_size=1, max_size=16)
+numbers = st.floats(-5, 5, width=32)
+tokens = st.lists(st.tuples(numbers, numbers, st.booleans()), min_size=1, max_size=9)
+"""(reward, value, whether the place is a response token), in time."""
+shares = st.floats(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +96,78 @@ def test_no_rows_and_precision() -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"'sample' is unknown: one of unbiased, population, none"):
         group_normalized(torch.zeros(2), torch.zeros(2), "sample")  # pyright: ignore[reportArgumentType]
+
+
+def row(places) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rewards, values, mask = zip(*places, strict=True)
+    return torch.tensor([rewards]).double(), torch.tensor([values]).double(), torch.tensor([mask])
+
+
+def test_gae_by_hand() -> None:
+    rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.4, 0.3]])
+    advantages, returns = gae(rewards, values, torch.ones(1, 3), 1.0, 0.95)
+    torch.testing.assert_close(advantages, torch.tensor([[0.43675, 0.565, 0.7]]))
+    torch.testing.assert_close(returns, torch.tensor([[0.93675, 0.965, 1.0]]))
+
+
+def test_gae_skips_what_is_masked_out_as_if_it_were_not_there() -> None:
+    nan = math.nan
+    rewards = torch.tensor([[nan, 0.0, nan, 0.0, 1.0, nan], [0.0, 0.0, 1.0, nan, nan, nan]])
+    values = torch.tensor([[nan, 0.5, nan, 0.4, 0.3, nan], [0.5, 0.4, 0.3, nan, nan, nan]])
+    mask = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
+    advantages, returns = gae(rewards, values, mask, 0.9, 0.95)
+    alone, alone_returns = gae(rewards[1:, :3], values[1:, :3], mask[1:, :3], 0.9, 0.95)
+    for got, expected in ((advantages, alone), (returns, alone_returns)):
+        assert torch.equal(got[mask.bool()].view(2, 3), expected.expand(2, 3))
+        assert not got[~mask.bool()].any()
+
+
+@given(places=tokens, gamma=shares)
+def test_lambda_one_is_monte_carlo_and_lambda_zero_the_td_error(places, gamma: float) -> None:
+    rewards, values, mask = row(places)
+    kept = [(r, v) for r, v, m in places if m]
+    returns = [sum(gamma**i * r for i, (r, _) in enumerate(kept[t:])) for t in range(len(kept))]
+    after = [*(v for _, v in kept), 0.0][1:]
+    errors = [r + gamma * later - v for (r, v), later in zip(kept, after, strict=True)]
+
+    def at_tokens(x: torch.Tensor) -> list[float]:
+        return x[mask].tolist()
+
+    assert at_tokens(discounted_returns(rewards, mask, gamma)) == pytest.approx(returns)
+    assert at_tokens(gae(rewards, values, mask, gamma, 1.0)[1]) == pytest.approx(returns)
+    assert at_tokens(gae(rewards, values, mask, gamma, 1.0)[0]) == pytest.approx(
+        [g - v for g, (_, v) in zip(returns, kept, strict=True)]
+    )
+    assert at_tokens(gae(rewards, values, mask, gamma, 0.0)[0]) == pytest.approx(errors)
+
+
+@given(places=tokens, gamma=shares, lam=shares, rubbish=st.sampled_from([math.nan, math.inf, -1e38]))
+def test_masked_places_have_no_influence_on_gae(places, gamma: float, lam: float, rubbish: float) -> None:
+    rewards, values, mask = row(places)
+    dirty = [torch.where(mask, x, rubbish) for x in (rewards, values)]
+    for got, expected in zip(gae(*dirty, mask, gamma, lam), gae(rewards, values, mask, gamma, lam), strict=True):
+        assert torch.equal(got, expected)
+        assert not got[~mask].any()
+
+
+@given(places=tokens, gamma=shares, lam=shares)
+def test_advantages_are_the_discounted_sum_of_td_errors(places, gamma: float, lam: float) -> None:
+    rewards, values, mask = row(places)
+    errors, _ = gae(rewards, values, mask, gamma, 0.0)
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    torch.testing.assert_close(advantages, discounted_returns(errors, mask, gamma * lam))
+    torch.testing.assert_close(returns[mask], (advantages + values)[mask])
+
+
+def test_gae_has_no_gradient_and_takes_nothing() -> None:
+    values = torch.ones(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    for got in gae(torch.ones(2, 3), values, torch.ones(2, 3), 1.0, 0.95):
+        assert got.dtype == torch.float32 and not got.requires_grad
+    for shape in ((0, 3), (2, 0)):
+        assert gae(torch.ones(shape), torch.ones(shape), torch.ones(shape), 1.0, 0.95)[0].shape == shape
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.1, 0.9), (1.0, -0.1), (math.nan, 1.0)])
+def test_a_discount_outside_of_zero_to_one_is_refused(gamma: float, lam: float) -> None:
+    with pytest.raises(ConfigError, match=f"gamma is {gamma} and lambda {lam}"):
+        gae(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1), gamma, lam)

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from rlhf_dist.algo.logprobs import chunked_logprobs, token_logprobs
@@ -132,16 +131,58 @@ def test_no_logits_are_kept_for_backward() -> None:
     head = nn.Linear(HIDDEN, 1000)
     hidden, targets = torch.randn(64, HIDDEN, requires_grad=True), torch.randint(1000, (64,))
 
-    def largest_saved(chunk: int) -> int:
-        sizes: list[int] = []
+    def saved(chunk: int, entropy_gradient: bool) -> dict[int, int]:
+        """Address -> size of each storage that is held for backward."""
+        storages: dict[int, int] = {}
+        held: list[Tensor] = []
 
-        def note(saved: Tensor) -> Tensor:
-            sizes.append(saved.numel())
-            return saved
+        def note(tensor: Tensor) -> Tensor:
+            held.append(tensor)
+            storages[tensor.untyped_storage().data_ptr()] = tensor.numel()
+            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
-            chunked_logprobs(hidden, head, targets, 1.0, chunk)
-        return max(sizes)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            chunked_logprobs(hidden, head, targets, 1.0, chunk, entropy_gradient)
+        return storages
 
-    assert largest_saved(64) == 64 * 1000
-    assert largest_saved(8) <= 8 * 1000
+    for entropy_gradient in (False, True):
+        assert max(saved(8, entropy_gradient).values()) <= 8 * 1000
+        assert list(saved(64, entropy_gradient).values()).count(64 * 1000) == 1  # the softmax, held once
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_the_entropy_gradient_is_that_of_finite_differences(temperature: float) -> None:
+    logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 3, 1])
+    assert torch.autograd.gradcheck(lambda z: token_logprobs(z, targets, temperature, True), (logits,))
+    for ours, theirs in zip(
+        token_logprobs(logits, targets, temperature, True), token_logprobs(logits, targets, temperature), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_entropy_gradient_of_even_certain_and_impossible_tokens() -> None:
+    logits = torch.tensor([[0.0, 0.0, -math.inf], [0.0, -1000.0, -math.inf]], requires_grad=True)
+    _, entropy = token_logprobs(logits, torch.tensor([0, 0]), entropy_gradient=True)
+    assert entropy.tolist() == pytest.approx([math.log(2.0), 0.0])
+    (gradient,) = torch.autograd.grad(1e4 * entropy.sum(), logits)
+    torch.testing.assert_close(gradient, torch.zeros(2, 3), atol=1e-2, rtol=0)  # the even one is the highest there is
+
+
+@settings(deadline=None, max_examples=20)
+@given(tokens=st.integers(1, 13), chunk=st.integers(1, 15), temperature=st.sampled_from([0.5, 1.0]))
+def test_chunks_equal_the_whole_in_the_gradient_of_the_entropy(tokens: int, chunk: int, temperature: float) -> None:
+    head = CountingHead()
+    hidden, targets = batch(tokens)
+    weights = torch.randn(2, tokens, dtype=torch.float64)
+    leaves = (hidden, head.linear.weight, head.linear.bias)
+
+    def gradient(logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((logprobs * weights[0] + entropy * weights[1]).sum(), leaves)
+
+    log_softmax = torch.log_softmax(head(hidden) / temperature, -1)
+    expected = gradient(log_softmax[torch.arange(tokens), targets], -(log_softmax.exp() * log_softmax).sum(-1))
+    for size in (chunk, tokens):
+        got = gradient(*chunked_logprobs(hidden, head, targets, temperature, size, entropy_gradient=True))
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)

@@ -1,4 +1,4 @@
-"""The clipped policy loss."""
+"""The clipped policy loss and the clipped value loss."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from rlhf_dist.algo.losses import clipped_policy_loss
+from rlhf_dist.algo.losses import clipped_policy_loss, clipped_value_loss
 from rlhf_dist.errors import ConfigError
 
 
@@ -113,3 +112,45 @@ def test_impossible_bounds_are_refused(clips, message: str) -> None:
     zero = torch.zeros(1)
     with pytest.raises(ConfigError, match=message):
         clipped_policy_loss(zero, zero, zero, *clips)
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "target", "clip", "loss", "gradient", "clipped"),
+    [
+        (0.6, 0.5, 1.0, 0.2, 0.08, -0.4, 0.0),
+        (0.9, 0.5, 1.0, 0.2, 0.045, 0.0, 1.0),  # past the bound and towards the target: no further
+        (0.1, 0.5, 1.0, 0.2, 0.405, -0.9, 0.0),  # past the bound and away from the target: back
+        (1.5, 0.5, 0.9, 0.2, 0.18, 0.6, 0.0),  # past the target: back
+        (1.0, 0.5, 0.875, 0.25, 0.0078125, 0.125, 0.0),  # as far beyond the target as the bound is before it
+        (0.9, 0.5, 1.0, 0.0, 0.005, -0.1, 0.0),  # off
+    ],
+)
+def test_value_loss_by_hand(value, old, target, clip, loss, gradient, clipped) -> None:
+    values = torch.tensor([value], dtype=torch.float64, requires_grad=True)
+    got, statistics = clipped_value_loss(values, torch.tensor([old]).double(), torch.tensor([target]).double(), clip)
+    assert got.item() == pytest.approx(loss)
+    assert torch.autograd.grad(got.sum(), values)[0].item() == pytest.approx(gradient)
+    assert statistics["value_clipped"].item() == clipped
+
+
+@given(
+    st.lists(st.tuples(*[st.floats(-3, 3, width=32)] * 3), min_size=1, max_size=10),
+    st.floats(0.0, 2.0, exclude_min=True),
+)
+def test_the_value_loss_is_the_worse_of_two_squares(rows, clip: float) -> None:
+    values, old, returns = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    near = torch.minimum(torch.maximum(values, old - clip), old + clip)
+    worse = torch.maximum((values - returns).square(), (near - returns).square()) / 2
+    torch.testing.assert_close(clipped_value_loss(values, old, returns, clip)[0], worse)
+    torch.testing.assert_close(clipped_value_loss(values, old, returns, 0.0)[0], (values - returns).square() / 2)
+
+
+def test_value_loss_gradient_precision_and_refusal() -> None:
+    values = torch.tensor([0.1, 0.9, -0.7, 0.45], dtype=torch.float64, requires_grad=True)
+    old, returns = torch.tensor([0.0, 0.5, 0.5, 0.5]).double(), torch.tensor([1.0, 1.0, 1.0, 0.0]).double()
+    assert torch.autograd.gradcheck(lambda x: clipped_value_loss(x, old, returns, 0.2)[0], (values,))
+    loss, statistics = clipped_value_loss(values.bfloat16(), values.bfloat16(), values.bfloat16(), 0.2)
+    assert loss.dtype == statistics["value_clipped"].dtype == torch.float32
+    assert loss.requires_grad and not statistics["value_clipped"].requires_grad
+    with pytest.raises(ConfigError, match=r"value clip is -0\.1"):
+        clipped_value_loss(values, old, returns, -0.1)

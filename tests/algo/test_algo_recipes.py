@@ -8,10 +8,9 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from rlhf_dist.algo.recipes import ALGORITHMS, token_mean
+from rlhf_dist.algo.recipes import ALGORITHMS, GroupCredit, token_mean
 from rlhf_dist.config.schema import AlgoConfig
 
 NAMES = sorted(ALGORITHMS)
@@ -23,13 +22,15 @@ def test_every_name_of_the_config_is_built() -> None:
         assert build(AlgoConfig()).name == name
 
 
-def test_credit_by_hand() -> None:
-    scores, groups = torch.tensor([0.0, 2.0, 5.0, 5.0]), torch.tensor([0, 0, 1, 1])
-    half = math.sqrt(0.5)
-    torch.testing.assert_close(
-        ALGORITHMS["grpo"](AlgoConfig()).credit(scores, groups), torch.tensor([-half, half, 0.0, 0.0])
-    )
-    assert ALGORITHMS["dr_grpo"](AlgoConfig()).credit(scores, groups).tolist() == [-1.0, 1.0, 0.0, 0.0]
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("grpo", [-math.sqrt(0.5), math.sqrt(0.5), 0.0, 0.0]), ("dr_grpo", [-1.0, 1.0, 0.0, 0.0])],
+)
+def test_credit_by_hand(name: str, expected: list[float]) -> None:
+    credit = ALGORITHMS[name](AlgoConfig()).credit
+    assert isinstance(credit, GroupCredit)
+    got = credit.advantages(torch.tensor([0.0, 2.0, 5.0, 5.0]), torch.tensor([0, 0, 1, 1]))
+    torch.testing.assert_close(got, torch.tensor(expected))
 
 
 @pytest.mark.parametrize("name", NAMES)

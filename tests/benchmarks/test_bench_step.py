@@ -33,11 +33,13 @@ def a_step(generate: float, train: float, tokens: float) -> bench.Step:
 
 
 def test_a_step_of_the_metrics() -> None:
-    found = bench.step_of(
-        {"time/step": 10.0, "time/generate": 4.0, "time/train": 3.0, "time/sync": 1.0, "rollout/response_tokens": 50.0}
-    )
+    metrics = {"time/step": 10.0, "time/generate": 4.0, "time/train": 3.0, "time/sync": 1.0, "time/value": 0.5}
+    metrics["rollout/response_tokens"] = 50.0
+    found = bench.step_of(metrics, bench.PHASES["grpo"])
     assert found.seconds == {"generate": 4.0, "train": 3.0, "sync": 1.0, "other": 2.0}
     assert found.tokens_per_s == 5.0
+    found = bench.step_of(metrics, bench.PHASES["ppo"])
+    assert found.seconds == {"generate": 4.0, "value": 0.5, "train": 3.0, "sync": 1.0, "other": 1.5}
 
 
 def test_summary_takes_medians_and_the_fastest_limit() -> None:
@@ -52,6 +54,19 @@ def test_summary_takes_medians_and_the_fastest_limit() -> None:
     assert found["reached"] == {"ratio": False, "start": False}
 
 
+def test_the_table_says_where_our_scoring_is(tmp_path: Path) -> None:
+    limit = bench.Step({"generate": 1.0, "score": 2.0, "value": 3.0, "train": 4.0, "sync": 0.0, "other": 0.0}, 80.0)
+    ours = bench.Step({"generate": 5.0, "value": 6.0, "train": 7.0, "sync": 1.0, "other": 1.0}, 100.0)
+    result = bench.summary([[limit]], [ours], start_s=1.0)
+    config = _canonical.canonical_config(tmp_path, "ppo", [], steps=1)
+    head, columns, *rows = bench.table(result, config).splitlines()
+    assert head.startswith("one synchronous PPO step: 8 prompts x 8 samples")
+    assert " ".join(columns.split()) == "medians step s generate score value train sync other response tok/s"
+    assert " ".join(rows[0].split()) == "limit 10.00 1.00 2.00 3.00 4.00 0.00 0.00 8"
+    assert " ".join(rows[1].split()) == "ours 20.00 5.00 - 6.00 7.00 1.00 1.00 5"
+    assert "within generate" in rows[2] and "1.60" in rows[3]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -61,6 +76,13 @@ def test_summary_takes_medians_and_the_fastest_limit() -> None:
         (["--steps", "0"], "'0' is not a whole number of 1 or more"),
         (["rollout.wokers=2"], "rollout.wokers"),
         (["learner.ranks=2"], "learner.ranks"),
+        (["--algo", "ppo", "learner.epochs=2"], "learner.epochs"),
+        (["--algo", "rloo"], "rloo"),
+        (["algo.kl.measure=true"], r"algo.kl.measure=true: the benchmark sets algo.kl.measure itself"),
+        (
+            ["--algo", "ppo", "scoring.rewards.judge.kind=http"],
+            r"the benchmark sets scoring\.rewards\.judge\.kind itself",
+        ),
     ],
 )
 def test_wrong_words(words: list[str], message: str) -> None:
@@ -78,7 +100,7 @@ def test_prompts_are_tokenised_as_the_product_does(tmp_path: Path) -> None:
     from rlhf_dist.models.hf import load_tokenizer
     from rlhf_dist.types import Message
 
-    config = _canonical.canonical_config(tmp_path, TINY_WORDS, steps=3)
+    config = _canonical.canonical_config(tmp_path, "grpo", TINY_WORDS, steps=3)
     _canonical.write_config(config, tmp_path)
     _canonical.write_model(TINY, tmp_path / "model")
     tokenizer = load_tokenizer(tmp_path / "model")
@@ -88,7 +110,10 @@ def test_prompts_are_tokenised_as_the_product_does(tmp_path: Path) -> None:
     assert len(tokens) == len(texts) - config.eval.prompts == _canonical.PROMPTS
     assert tokens == [render(tokenizer, [Message("user", text)], chat=False) for text in texts[: len(tokens)]]
     with pytest.raises(ConfigError, match=r"model\.path"):
-        _canonical.canonical_config(tmp_path, ["model.path=elsewhere"], steps=3)
+        _canonical.canonical_config(tmp_path, "grpo", ["model.path=elsewhere"], steps=3)
+
+
+ROWS = [[2, 5, 6, 7, 8], [3, 9, 10, 11, 12], [1, 13, 14, 15, 16, 17, 18]]  # prompt length, tokens
 
 
 def test_the_limit_has_the_gradient_of_every_row_alone(tmp_path: Path) -> None:
@@ -101,11 +126,10 @@ def test_the_limit_has_the_gradient_of_every_row_alone(tmp_path: Path) -> None:
     _canonical.write_model(TINY, tmp_path)
     packed = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=SEGMENTED)
     alone = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    rows = [[2, 5, 6, 7, 8], [3, 9, 10, 11, 12], [1, 13, 14, 15, 16, 17, 18]]  # prompt length, tokens
     work = replace(a_work(), micro_batch_tokens=9, max_grad_norm=1e9)
-    _limit.update(packed, torch.optim.SGD(packed.parameters(), lr=1.0), rows, work)
+    _limit.update(packed, torch.optim.SGD(packed.parameters(), lr=1.0), _limit.policy_losses, ROWS, work)
     loss = torch.zeros(())
-    for index, (length, *tokens) in enumerate(rows):
+    for index, (length, *tokens) in enumerate(ROWS):
         logprobs = alone(torch.tensor([tokens])).logits[0].log_softmax(-1)
         asked = range(length - 1, len(tokens) - 1)
         sign = 1.0 if index % 2 else -1.0
@@ -116,9 +140,40 @@ def test_the_limit_has_the_gradient_of_every_row_alone(tmp_path: Path) -> None:
         torch.testing.assert_close(moved, reference.detach() - reference.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_the_limit_reads_scores_and_learns_values_of_every_row_alone(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from rlhf_dist.models.attention import register_segmented
+
+    register_segmented()
+    config = _canonical.canonical_config(tmp_path, "ppo", TINY_WORDS, steps=1)
+    _canonical.write_models(config)
+    work = replace(a_work(), model=config.model.path, reward=str(_canonical.reward_folder(tmp_path)))
+    work = replace(work, micro_batch_tokens=9, max_grad_norm=1e9)
+    others = _limit.Others(work)
+    assert set(others.read(ROWS, work)) == {"score", "value"}
+    packed, alone = others.reward, AutoModelForSequenceClassification.from_pretrained(work.reward)
+    scores = torch.cat([_limit.numbers(packed, m, m.last) for m in _limit.micro_batches(ROWS, 1000)])
+    expected = torch.cat([alone(torch.tensor([row[1:]])).logits[0] for row in ROWS])
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
+
+    _limit.update(packed, torch.optim.SGD(packed.parameters(), lr=1.0), _limit.value_losses, ROWS, work)
+    loss = torch.zeros(())
+    for index, (length, *tokens) in enumerate(ROWS):
+        values = alone.score(alone.model(torch.tensor([tokens])).last_hidden_state)[0, length - 1 : -1, 0]
+        loss = loss + 0.5 * (values - (1.0 if index % 2 else -1.0)).square().sum() / 8
+    loss.backward()
+    for (name, moved), reference in zip(packed.named_parameters(), alone.parameters(), strict=True):
+        assert reference.grad is not None and reference.grad.abs().max() > 0, name
+        torch.testing.assert_close(moved, reference.detach() - reference.grad, rtol=1e-4, atol=1e-6)
+
+
 def a_work() -> _limit.Work:
     return _limit.Work(
         model="",
+        reward="",
         dtype="float32",
         prompts=[],
         prompts_per_step=1,
@@ -141,9 +196,11 @@ def a_work() -> _limit.Work:
     )
 
 
-def test_a_tiny_run_of_the_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("algo", _canonical.ALGOS)
+def test_a_tiny_run_of_the_whole(algo: str, tmp_path: Path) -> None:
     out = tmp_path / "step.json"
-    command = [sys.executable, "-m", "rlhf_dist", "bench", "step", "--steps", "2", "--warmup", "1", "--runs", "2"]
+    command = [sys.executable, "-m", "rlhf_dist", "bench", "step", "--algo", algo]
+    command += ["--steps", "2", "--warmup", "1", "--runs", "2"]
     result = subprocess.run(
         [*command, "--out", str(out), *TINY_WORDS], capture_output=True, text=True, timeout=280, cwd=ROOT, check=False
     )
@@ -158,5 +215,8 @@ def test_a_tiny_run_of_the_whole(tmp_path: Path) -> None:
     assert all(measured["sync"] > 0 for measured in found["ours"]["steps"])
     assert all(measured["sync"] == 0 for measured in found["limit"]["steps"])
     assert f"{found['ratio']:.2f}" in result.stdout
+    limit, ours = (set(found[side]["steps"][0]) - {"tokens"} for side in ("limit", "ours"))
+    assert limit == set(bench.PHASES[algo]) and ours == limit - {"score"}
+    assert all(measured[phase] > 0 for measured in found["limit"]["steps"] for phase in limit - {"sync", "other"})
     assert found["start_s"] > 1.0  # a vLLM engine is started within it
     assert found["machine"]["versions"]["torch"] and found["machine"]["date"]

@@ -84,7 +84,10 @@ def test_help_imports_nothing_heavy() -> None:
         (["train", "configs/local.yaml", "algo.group_size=1"], ["algo.group_size is 1", "no baseline"]),
         (["train", "configs/local.yaml", "--dryrun"], ["unrecognized arguments: --dryrun", "usage:"]),
         (["train", "configs/local.yaml", "other.yaml"], ["override `other.yaml`", "key=value"]),
-        (["plan", "configs/local.yaml", "rollout.workers=9", "--cpus", "4"], ["rollout.workers 9", "there are 4 CPUs"]),
+        (
+            ["plan", "configs/reverse.yaml", "rollout.workers=9", "--cpus", "4"],
+            ["rollout.workers 9", "there are 4 CPUs"],
+        ),
         (["plan", "configs/local.yaml", "--cpus", "many"], ["'many'"]),
         (["bench"], ["bench needs the name"]),
         (["bench", "no-such"], ["no benchmark `no-such`"]),
@@ -100,14 +103,16 @@ def test_bad_input_is_one_message_and_code_2(words: list[str], parts: list[str])
 
 @pytest.mark.parametrize("command", ["train", "sft", "eval"])
 def test_dry_run_prints_the_resolved_config_and_the_plan(command: str) -> None:
-    result = cli(command, "--dry-run", "configs/local.yaml", "seed=5")
+    result = cli(command, "--dry-run", "configs/reverse.yaml", "seed=5")
     assert result.returncode == 0, result.stderr
     assert from_yaml(result.stdout).seed == 5
-    assert "# device: " in result.stdout and "# run directory: runs/run" in result.stdout
+    assert "# device: " in result.stdout
+    assert ("# run directory: runs/run" in result.stdout) == (command != "eval"), "an evaluation makes none"
+    assert "# checked only at the start: that the model" in result.stdout and "data files" in result.stdout
 
 
 def test_plan_for_another_machine() -> None:
-    result = cli("plan", "configs/local.yaml", "--cpus", "32", "--gpus", "4", "learner.ranks=4")
+    result = cli("plan", "configs/reverse.yaml", "--cpus", "32", "--gpus", "4", "learner.ranks=4")
     assert result.returncode == 0, result.stderr
     assert "machine: 32 CPUs, 4 GPUs\ndevice: cuda\n" in result.stdout
 
@@ -171,7 +176,10 @@ def test_keyboard_interrupt_says_how_to_go_on(
 
     install(monkeypatch, train=train)
     assert main(["train", config, "seed=4"]) == 130
-    assert "`rlhf-dist train small.yaml seed=4 --resume`" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "`rlhf-dist train small.yaml seed=4 --resume`" in said
+    assert "from the newest checkpoint, or from the beginning if there is none yet" in said
+    assert "saved" not in said, "nothing may have been"
 
 
 def test_bench_runs_the_named_file_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

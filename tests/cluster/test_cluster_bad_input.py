@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 from conftest import SharedRun, Workplace, make_workplace
+from transformers import AutoTokenizer
 
 from rlhf_dist.cli.main import main
 from rlhf_dist.cluster.placement import local_machine
@@ -106,6 +107,59 @@ def test_a_reward_that_cannot_be_imported(place: Workplace, capsys: pytest.Captu
     assert "no module named 'no_such_module'" in found
     found = refused(capsys, place, "train", "scoring.rewards.letters.function=run_rewards:letter")
     assert "has no function 'letter'; it has letters" in found
+
+
+@pytest.fixture
+def other_tokens(place: Workplace, tiny_model: Path) -> Path:
+    """A model whose tokenizer has one token more than the policy's."""
+    target = place.folder / "other"
+    shutil.copytree(tiny_model, target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.add_tokens(["zzz"])
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def test_a_critic_that_cannot_read_the_policys_tokens(
+    place: Workplace, capsys: pytest.CaptureFixture[str], other_tokens: Path
+) -> None:
+    words = ["train", "algo.name=ppo", "learner.ranks=1", "learner.zero_stage=0"]
+    found = refused(capsys, place, *words, f"critic.start={other_tokens}")
+    assert f"critic.start = {other_tokens}: its vocabulary is not that of the policy, tiny" in found
+    assert "set critic.start=policy" in found
+    assert "critic.start = './no': there is no such directory" in refused(capsys, place, *words, "critic.start=./no")
+
+
+def test_a_critic_beside_the_policy_that_finds_no_room(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = local_machine().cpus
+    words = ["algo.name=ppo", "critic.side_by_side=true", f"learner.ranks={ranks}"]
+    found = refused(capsys, place, "train", *words, "loop.prompts_per_step=64")
+    assert f"= {2 * ranks} CPUs" in found
+
+
+def test_a_reference_that_cannot_read_the_policys_tokens(
+    place: Workplace, capsys: pytest.CaptureFixture[str], other_tokens: Path
+) -> None:
+    found = refused(capsys, place, "train", "algo.kl.coef=0.1", f"reference.path={other_tokens}")
+    assert f"reference.path = {other_tokens}: its vocabulary is not that of the policy, tiny" in found
+    missing = refused(capsys, place, "train", "algo.kl.coef=0.1", "reference.path=./no")
+    assert "reference.path = './no': there is no such directory" in missing
+
+
+def test_models_that_lack_rows_for_tokens_of_the_policy(
+    place: Workplace, capsys: pytest.CaptureFixture[str], tiny_model: Path
+) -> None:
+    """The same tokenizer, and an embedding that is cut short."""
+    target = place.folder / "short"
+    shutil.copytree(tiny_model, target)
+    config = json.loads((target / "config.json").read_text())
+    rows = config["vocab_size"]
+    (target / "config.json").write_text(json.dumps(config | {"vocab_size": rows - 1}))
+    message = f": has rows for {rows - 1} tokens, the policy for {rows}"
+    found = refused(capsys, place, "train", "algo.kl.coef=0.1", f"reference.path={target}")
+    assert f"reference.path = {target}{message}" in found
+    words = ["train", "algo.name=ppo", "learner.ranks=1", "learner.zero_stage=0"]
+    assert f"critic.start = {target}{message}" in refused(capsys, place, *words, f"critic.start={target}")
 
 
 def test_resuming_what_is_not_there(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +15,16 @@ from typing import Any
 import pytest
 import ray
 
-from rlhf_dist.cluster import actors, build
+from rlhf_dist.cluster import actors, build, learner_hosts
 from rlhf_dist.cluster.placement import Machine
-from rlhf_dist.config.schema import Config, RolloutConfig, TelemetryConfig, TinyConfig
-from rlhf_dist.errors import RunError
-from rlhf_dist.loop.train import Run
+from rlhf_dist.cluster.sources import require_rows, with_sources
+from rlhf_dist.cluster.spec import enter
+from rlhf_dist.config.schema import AlgoConfig, Config, KLConfig, RolloutConfig, TelemetryConfig, TinyConfig
+from rlhf_dist.errors import ModelError, RunError
+from rlhf_dist.loop.train import Outcome, Run
+
+LEASHED = AlgoConfig(name="ppo", kl=KLConfig(coef=0.1))
+"""Has a critic and a reference."""
 
 
 def seed(config: Config, rank: int, checkpoint: str | None) -> int:
@@ -53,14 +60,14 @@ def test_a_users_folder_hides_no_library(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = list(sys.path)
     monkeypatch.chdir(tmp_path)
-    actors.enter(build.spec(Config(), "scoring worker", "", "cpu", 1, tmp_path / "logs", 0))
+    enter(build.spec(Config(), "scoring worker", "", "cpu", 1, tmp_path / "logs", 0))
     assert sys.path == [*before, str(tmp_path)]
 
 
 def test_ranks_meet_on_loopback_in_a_large_cluster_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * 3)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "0.0.0.0")
-    host, port = actors.LearnerHost.address(object.__new__(actors.LearnerHost))
+    host, port = learner_hosts.LearnerHost.address(object.__new__(learner_hosts.LearnerHost))
     assert host == "127.0.0.1" and 0 < port < 2**16
 
 
@@ -72,7 +79,7 @@ def test_a_run_whose_ledger_does_not_add_up_fails(
     def session(config: Any) -> Iterator[Machine]:
         yield Machine(2, 0)
 
-    def trained(run: Run, state: Any) -> tuple[dict[str, float], dict[str, float]]:
+    def trained(run: Run, state: Any) -> Outcome:
         run.telemetry.log(0, {"eval/greedy_accuracy": 0.0})
         run.ledger.issue(["0/0"], 0)
         if leaves != "in flight":
@@ -81,10 +88,10 @@ def test_a_run_whose_ledger_does_not_add_up_fails(
             run.ledger.consume(["0/0"], 1)
         if leaves == "used twice":
             run.ledger._database.execute("INSERT INTO uses VALUES ('0/0', 2)")
-        return {}, {}
+        return Outcome({}, {}, {})
 
     monkeypatch.setattr(build, "ray_session", session)
-    monkeypatch.setattr(build, "start_fleets", lambda *_: (None, None, None))
+    monkeypatch.setattr(build, "start_fleets", lambda *_: build.Parts(None, None, None, None, None))
     monkeypatch.setattr(build.training, "train", trained)
     tiny = TinyConfig(hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1, max_positions=64)
     rollout = RolloutConfig(max_prompt_tokens=40, max_response_tokens=8, cpus=1)
@@ -96,3 +103,71 @@ def test_a_run_whose_ledger_does_not_add_up_fails(
         with pytest.raises(RunError, match=rf"ledger\.sqlite: .* does not add up: 1 groups issued: .* 1 {leaves}"):
             build.train(config, resume=False)
     assert (tmp_path / "run" / "summary.json").exists(), "what the run found is kept"
+
+
+def sources(
+    tiny_model: Path,
+    source: str,
+    folder: Path | None,
+    critic: str = "policy",
+    reference: str = "",
+    algo: AlgoConfig = LEASHED,
+    learns: bool = True,
+) -> tuple[str, str]:
+    base = Config()
+    config = replace(
+        base,
+        algo=algo,
+        model=replace(base.model, path=str(tiny_model)),
+        critic=replace(base.critic, start=critic),
+        reference=replace(base.reference, path=reference),
+    )
+    found = with_sources(config, source, folder, learns)
+    return found.critic.start, found.reference.path
+
+
+def test_critic_and_reference_of_a_new_run_start_where_the_policy_does(tiny_model: Path, tmp_path: Path) -> None:
+    policy, other = str(tiny_model), tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    assert sources(tiny_model, policy, None) == (policy, policy)
+    assert sources(tiny_model, policy, None, critic="shared") == ("shared", policy)
+    assert sources(tiny_model, policy, None, critic=str(other), reference=str(other)) == (str(other), str(other))
+
+
+def test_a_resumed_run_goes_on_with_its_own_critic_and_the_reference_it_had(tiny_model: Path, tmp_path: Path) -> None:
+    """The reference is the start of the *run*, not of the resume, unless it moved and is in the checkpoint."""
+    source = str(tmp_path / "hf")
+    critic = str(tmp_path / "critic" / "hf")
+    assert sources(tiny_model, source, tmp_path) == (critic, str(tiny_model))
+    assert sources(tiny_model, source, tmp_path, critic="shared") == ("shared", str(tiny_model))
+    (tmp_path / "reference").mkdir()
+    assert sources(tiny_model, source, tmp_path) == (critic, str(tmp_path / "reference"))
+
+
+@pytest.mark.parametrize(("algo", "learns"), [(AlgoConfig(), True), (AlgoConfig(name="ppo"), False)])
+def test_a_model_that_no_process_loads_is_not_looked_for(tiny_model: Path, algo: AlgoConfig, learns: bool) -> None:
+    """An evaluation has no critic, nor has grpo; without KL there is no reference."""
+    found = sources(tiny_model, str(tiny_model), None, critic="./no", reference="./no", algo=algo, learns=learns)
+    assert found == ("./no", "./no")
+    with pytest.raises(ModelError, match=r"critic\.start = './no': there is no such directory"):
+        sources(tiny_model, str(tiny_model), None, critic="./no")
+    with pytest.raises(ModelError, match=r"reference\.path = './no': there is no such directory"):
+        sources(tiny_model, str(tiny_model), None, reference="./no")
+
+
+def test_a_model_has_to_have_a_row_for_every_token_of_the_policy(tiny_model: Path, tmp_path: Path) -> None:
+    """Embeddings may have more rows than the tokenizer has tokens; the policy can sample any of its own."""
+    larger = with_rows(tiny_model, tmp_path / "larger", more=4)
+    with pytest.raises(ModelError, match=r"^which: has rows for (\d+) tokens, the policy for (\d+); give a model with"):
+        require_rows("which", str(tiny_model), str(larger))
+    require_rows("which", str(larger), str(tiny_model))
+    require_rows("which", str(tiny_model), str(tiny_model))
+
+
+def with_rows(model: Path, target: Path, more: int) -> Path:
+    """A copy whose config tells of `more` rows."""
+    shutil.copytree(model, target)
+    config = json.loads((target / "config.json").read_text())
+    config["vocab_size"] += more
+    (target / "config.json").write_text(json.dumps(config))
+    return target

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import cluster_stand_ins
 import pytest
 import ray
+from cluster_stand_ins import ANNOUNCEMENT, PROMPTS, SAMPLING, rollout, start, tell
 
 from rlhf_dist.cluster import actors
-from rlhf_dist.cluster.groups import LearnerGroup, RolloutFleet, ScoringFleet, gather
-from rlhf_dist.cluster.session import ray_session, reserve
-from rlhf_dist.config.schema import ClusterConfig, Config, RewardSpec, ScoringConfig
+from rlhf_dist.cluster.groups import RolloutFleet, ScoringFleet, gather
+from rlhf_dist.cluster.session import reserve
+from rlhf_dist.cluster.spec import ActorSpec
+from rlhf_dist.config.schema import Config, RewardSpec, ScoringConfig
 from rlhf_dist.errors import ActorLost, ActorTimeout, DataError, ResourceError, RewardError, RunError, WeightSyncError
-from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import DroppedPrompt, Message, Prompt, Receipt, Rollout, RolloutHead, Sampling
-from rlhf_dist.weights.plan import make_plan
-from rlhf_dist.weights.receipts import Announcement
+from rlhf_dist.types import DroppedPrompt
 
-SAMPLING = Sampling(n=1, temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop=(), seed=None)
-PROMPTS = [Prompt(f"0/{i}", (Message("user", "x"),), "abc", "test") for i in range(5)]
-ANNOUNCEMENT = Announcement(3, "unused", make_plan([("a", (4,), "float32")], 8), ("hash",))
+machine, pair, workers = cluster_stand_ins.machine, cluster_stand_ins.pair, cluster_stand_ins.workers
+
 REWARDS = """
 import os, time
 
@@ -38,106 +34,6 @@ def reward(prompts, responses, answers):
         raise KeyError("missing")
     return {"right": [1.0] * len(responses), "nan": [float("nan")] * len(responses), "few": []}[mode]
 """
-
-
-def rollout(prompt: Prompt, texts: tuple[str, ...] = ("a", "bc")) -> Rollout:
-    return Rollout(
-        prompt=prompt,
-        prompt_tokens=np.array([1], np.int32),
-        tokens=np.arange(len(texts), dtype=np.int32),
-        offsets=np.arange(len(texts) + 1),
-        logprobs=np.zeros(len(texts), np.float32),
-        versions=np.full(len(texts), 3, np.int32),
-        finish_reasons=("stop",) * len(texts),
-        texts=texts,
-    )
-
-
-class Stand:
-    """Stands in for a rollout worker and for a learner rank; does as it was last told."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._mode = "right"
-
-    def be(self, mode: str) -> str:
-        self._mode = mode
-        return mode
-
-    def work(self) -> str:
-        """Answer, or fail in the way it was told."""
-        if self._mode == "sleeps":
-            time.sleep(1.5)
-        if self._mode == "dies":
-            os._exit(7)
-        if self._mode == "refuses":
-            raise DataError("data.jsonl:3: not JSON")
-        if self._mode == "breaks":
-            raise IndexError("list index out of range")
-        return self._name
-
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> Iterator[Any]:
-        for prompt in prompts:
-            self.work()
-            if prompt.uid == "0/4":
-                yield DroppedPrompt(prompt.uid, "prompt_too_long", "9 tokens")
-                continue
-            yield RolloutHead(prompt.uid, 1, np.array([1, 1]), ("stop", "stop"), 3, 3, self._name)
-            yield rollout(prompt)
-
-    def load_weights(self, announcement: Announcement) -> Receipt:
-        self.work()
-        if self._mode == "torn":
-            raise WeightSyncError("version 3: bucket 0 arrived torn; it was not loaded")
-        found = "another hash" if self._mode == "lies" else announcement.hashes[0]
-        return Receipt(self._name, announcement.version, announcement.plan.names, (found,))
-
-    def publish(self, version: int) -> Announcement | None:
-        return replace(ANNOUNCEMENT, version=version) if self._name == "one" else None
-
-    def update(self, shard: Any, *rollouts: Rollout) -> MetricSums:
-        tokens = float(sum(len(found.tokens) for found in rollouts))
-        return MetricSums({"policy/loss": (shard, 1.0), "tokens": (tokens, 1.0)}, {})
-
-    def hand_over(self, other: Any) -> list[Any]:
-        """A reference to an answer that is not there yet; it is sent to the process that asked for it: this one."""
-        return [other.work.remote()]
-
-    def close(self) -> None:
-        self.work()
-
-
-@pytest.fixture(scope="module")
-def machine() -> Iterator[Any]:
-    with ray_session(ClusterConfig(address="local")) as found:
-        yield found
-
-
-def start(name: str) -> Any:
-    # The worker imports this module to know the class.
-    here = {"PYTHONPATH": str(Path(__file__).parent)}
-    return ray.remote(Stand).options(num_cpus=0, max_restarts=0, runtime_env={"env_vars": here}).remote(name)
-
-
-@pytest.fixture(scope="module")
-def pair(machine: Any) -> dict[str, Any]:
-    found = {"one": start("one"), "two": start("two")}
-    assert gather({name: actor.work.remote() for name, actor in found.items()}, "start", 60) == {
-        "one": "one",
-        "two": "two",
-    }
-    return found
-
-
-@pytest.fixture
-def workers(pair: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield pair
-    gather({name: actor.be.remote("right") for name, actor in pair.items()}, "calm down", 30)
-
-
-def tell(actor: Any, mode: str) -> None:
-    # The first call of an actor waits for its process, which takes long on a busy machine.
-    assert gather({"it": actor.be.remote(mode)}, "be", 120) == {"it": mode}
 
 
 def fleet(workers: dict[str, Any], timeout_s: float = 30.0, sync_timeout_s: float = 30.0) -> RolloutFleet:
@@ -248,31 +144,28 @@ def test_when_no_worker_holds_the_weights_the_run_ends(workers: dict[str, Any]) 
         fleet(workers).load_weights(ANNOUNCEMENT)
 
 
-def test_learner_ranks_each_get_their_shard_and_report_once(workers: dict[str, Any]) -> None:
-    group = LearnerGroup(workers, timeout_s=30)
-    assert group.ranks == 2
-    handles = [ray.put(rollout(prompt)) for prompt in PROMPTS[:3]]
-    merged = group.update([2.0, 4.0], handles)  # type: ignore[list-item]
-    assert merged.values() == {"policy/loss": 3.0, "tokens": 6.0}
-    assert group.publish(9).version == 9
-
-
 def test_a_reservation_that_does_not_fit_is_an_error_with_both_numbers(machine: Any) -> None:
-    with pytest.raises(ResourceError, match=r"128 CPUs and 0 GPUs free within 1 s \(cluster\.start_timeout_s\)"):
-        reserve([{"CPU": 64.0, "GPU": 0.0}] * 2, 1.0)
+    needed = reserve([{"CPU": 64.0, "GPU": 0.0}] * 2, 1.0)
+    with (
+        pytest.raises(ResourceError, match=r"128 CPUs and 0 GPUs free within 1 s \(cluster\.start_timeout_s\)"),
+        needed,
+    ):
+        pass
 
 
 @pytest.fixture(scope="module")
-def scoring(machine: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[ScoringFleet, Path]:
-    """A real scoring worker with a user's function, and the file that says what the function does."""
+def scoring(machine: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ScoringFleet, Path]]:
+    """Two real scoring servers with a user's function, and the file that says what the function does."""
     folder = tmp_path_factory.mktemp("scoring")
     (folder / "group_rewards.py").write_text(REWARDS)
     rewards = {"mine": RewardSpec(kind="function", function="group_rewards:reward", timeout_s=1.0)}
     config = Config(scoring=ScoringConfig(rewards))
-    log = str(folder / "logs" / "scoring-worker.log")
-    worker = actors.start_scoring(actors.ActorSpec("scoring worker", config, "", "cpu", 1, log, 0, 1, str(folder)))
-    gather({"scoring worker": worker.ready.remote()}, "start", 60)
-    return ScoringFleet(worker, timeout_s=20), folder / "mode"
+    log = str(folder / "logs" / "scoring.log")
+    specs = [ActorSpec(f"scoring server {i}", config, "", "cpu", 1, log, i, 1, str(folder)) for i in range(2)]
+    with reserve([{"CPU": 0.1, "GPU": 0.0}], 60.0) as group:
+        servers = actors.start_servers(actors.ScoringHost, specs, group)
+        gather({name: server.ready.remote() for name, server in servers.items()}, "start", 120)
+        yield ScoringFleet(servers, timeout_s=20), folder / "mode"
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from rlhf_dist.cluster import placement
 from rlhf_dist.cluster.placement import (
@@ -35,6 +35,11 @@ def config(
         learner=dataclasses.replace(base.learner, ranks=ranks, cpus=learner_cpus),
         cluster=dataclasses.replace(base.cluster, **cluster),
     )
+
+
+def side_by_side(wanted: Config, start: str = "policy", name: Any = "ppo") -> Config:
+    critic = dataclasses.replace(wanted.critic, side_by_side=True, start=start)
+    return dataclasses.replace(wanted, algo=dataclasses.replace(wanted.algo, name=name), critic=critic)
 
 
 def test_colocated_sides_take_turns_on_the_whole_machine() -> None:
@@ -68,6 +73,41 @@ def test_sft_places_only_the_learner_and_eval_only_the_rollout() -> None:
     sft, evaluation = place(wanted, machine, "sft"), place(wanted, machine, "eval")
     assert (sft.rollout_workers, sft.rollout_threads, sft.learner_ranks, sft.learner_num_cpus) == (0, 0, 3, 2.0)
     assert (evaluation.learner_ranks, evaluation.rollout_workers, evaluation.rollout_num_cpus) == (0, 2, 3.0)
+
+
+def test_a_reward_model_is_trained_where_nothing_is_sampled() -> None:
+    p = place(config(workers=2, ranks=3), Machine(cpus=6, gpus=0), "reward")
+    assert (p.rollout_workers, p.rollout_threads, p.learner_ranks, p.learner_threads, p.critic_ranks) == (0, 0, 3, 2, 0)
+    assert bundles(p, colocate=True) == [{"CPU": 2.0, "GPU": 0.0}] * 3
+    gpu = place(config(workers=2, ranks=2), Machine(cpus=6, gpus=2), "reward")
+    assert (gpu.learner_gpus, gpu.learner_num_gpus, gpu.rollout_gpus) == (1, 1.0, 0)
+
+
+def test_a_critic_beside_the_policy_has_as_many_ranks_of_its_own() -> None:
+    """8 CPUs: 2 policy and 2 critic ranks at 2 threads each, in turn with 1 worker on all 8."""
+    wanted = side_by_side(config(workers=1, ranks=2))
+    p = place(wanted, Machine(cpus=8, gpus=0), "train")
+    assert (p.learner_ranks, p.critic_ranks, p.learner_threads, p.learner_num_cpus) == (4, 2, 2, 1.0)
+    assert (p.rollout_threads, p.rollout_num_cpus) == (8, 4.0)
+    assert bundles(p, colocate=True) == [{"CPU": 5.0, "GPU": 0.0}, *[{"CPU": 1.0, "GPU": 0.0}] * 3]
+    for command in ("sft", "reward"):
+        assert place(wanted, Machine(8, 0), command).learner_ranks == 2, "which have no critic"
+
+
+def test_a_critic_that_takes_turns_or_shares_the_trunk_needs_no_ranks() -> None:
+    in_turn = dataclasses.replace(config(), algo=dataclasses.replace(Config().algo, name="ppo"))
+    for wanted in (in_turn, side_by_side(config(), start="shared"), side_by_side(config(), name="grpo")):
+        p = place(wanted, Machine(2, 0), "train")
+        assert (p.learner_ranks, p.critic_ranks) == (1, 0)
+
+
+def test_a_critic_beside_the_policy_has_gpus_of_its_own() -> None:
+    p = place(side_by_side(config(workers=4, ranks=2)), Machine(cpus=16, gpus=4), "train")
+    assert (p.learner_ranks, p.critic_ranks, p.learner_gpus, p.learner_num_gpus) == (4, 2, 1, 0.5)
+    assert bundles(p, colocate=True) == [{"CPU": 4.0, "GPU": 1.0}] * 4
+    apart = place(side_by_side(config(workers=2, ranks=1, colocate=False)), Machine(cpus=16, gpus=4), "train")
+    assert [bundle["GPU"] for bundle in bundles(apart, colocate=False)] == [1.0] * 4
+    assert first_learner_bundle(apart, colocate=False) == 2
 
 
 def test_gpus_are_halved_in_rays_books_when_colocated() -> None:
@@ -106,6 +146,8 @@ def test_device_cpu_leaves_the_gpus_alone() -> None:
         (config(device="cuda"), Machine(4, 0), "train", ["cluster.device is cuda", "no GPU"]),
         (config(ranks=3), Machine(8, 2), "train", ["learner.ranks 3 need 3 GPUs", "there are 2 GPUs"]),
         (config(workers=1, ranks=2, colocate=False), Machine(8, 2), "train", ["3 GPUs", "cluster.colocate=true"]),
+        (side_by_side(config(ranks=2)), Machine(2, 0), "train", ["= 4 CPUs", "there are 2 CPUs"]),
+        (side_by_side(config(ranks=2)), Machine(8, 3), "train", ["4 GPUs", "there are 3 GPUs"]),
         (config(parallel=2), Machine(8, 2), "train", ["rollout.tensor_parallel is 2", "cluster.colocate to false"]),
     ],
 )
@@ -127,12 +169,22 @@ CPUS = st.integers(0, 4)
     st.booleans(),
     st.integers(1, 24),
     st.integers(0, 8),
-    st.sampled_from(["train", "sft", "eval"]),
+    st.sampled_from(["train", "sft", "reward", "eval"]),
+    st.booleans(),
 )
 def test_ray_can_always_book_what_was_placed(
-    workers: int, ranks: int, rollout: int, learner: int, colocate: bool, cpus: int, gpus: int, command: Command
+    workers: int,
+    ranks: int,
+    rollout: int,
+    learner: int,
+    colocate: bool,
+    cpus: int,
+    gpus: int,
+    command: Command,
+    beside: bool,
 ) -> None:
     wanted = config(workers, ranks, rollout, learner, colocate=colocate)
+    wanted = side_by_side(wanted) if beside else wanted
     try:
         p = place(wanted, Machine(cpus, gpus), command)
     except ResourceError:
@@ -142,21 +194,55 @@ def test_ray_can_always_book_what_was_placed(
     assert p.rollout_workers * p.rollout_threads <= cpus and p.learner_ranks * p.learner_threads <= cpus
     assert (p.rollout_threads >= 1) == (p.rollout_workers > 0)
     assert (p.learner_threads >= 1) == (p.learner_ranks > 0)
+    assert p.critic_ranks == (ranks if beside and command == "train" else 0)
+    assert p.learner_ranks == (0 if command == "eval" else ranks + p.critic_ranks)
+    booked = bundles(p, colocate)
+    assert sum(bundle["CPU"] for bundle in booked) <= cpus and sum(bundle["GPU"] for bundle in booked) <= gpus
+    assert first_learner_bundle(p, colocate) + p.learner_ranks <= len(booked)
 
 
 def test_describe_does_the_arithmetic() -> None:
-    text = "\n".join(describe(place(config(), Machine(2, 0), "train"), Config()))
+    text = "\n".join(describe(place(config(), Machine(2, 0), "train"), Config(), "train"))
     assert "16 prompts x 8 samples = 128 responses" in text
     assert "100 steps, 12,800 responses, 100 optimizer steps" in text
-    assert "rollout: 1 worker, each 2 CPU threads (Ray: 1 CPU)" in text
+    assert "rollout: 1 worker, each 2 CPU threads (they take turns, so each books half in Ray: 1 CPU)" in text
     assert "runs/run" in text
 
 
 def test_describe_leaves_out_what_the_command_has_not() -> None:
-    sft = "\n".join(describe(place(config(), Machine(2, 0), "sft"), Config()))
-    evaluation = "\n".join(describe(place(config(), Machine(2, 0), "eval"), Config()))
+    sft = "\n".join(describe(place(config(), Machine(2, 0), "sft"), Config(), "sft"))
+    evaluation = "\n".join(describe(place(config(), Machine(2, 0), "eval"), Config(), "eval"))
     assert "rollout" not in sft and "64 sequences" in sft
     assert "learner" not in evaluation and "128 held-out prompts" in evaluation
+
+
+def lines(wanted: Config, machine: Machine, command: Command) -> list[str]:
+    return describe(place(wanted, machine, command), wanted, command)
+
+
+def test_describe_tells_of_the_critics_ranks_the_servers_and_the_passes() -> None:
+    wanted = side_by_side(config(ranks=2))
+    wanted = dataclasses.replace(
+        wanted,
+        learner=dataclasses.replace(wanted.learner, epochs=4, updates_per_batch=2),
+        scoring=dataclasses.replace(wanted.scoring, replicas=2),
+        reference=dataclasses.replace(wanted.reference, replicas=1),
+        algo=dataclasses.replace(wanted.algo, kl=dataclasses.replace(wanted.algo.kl, coef=0.05)),
+    )
+    text = "\n".join(lines(wanted, Machine(4, 0), "train"))
+    assert "learner: 4 ranks, ZeRO-0 (2 of them the critic's own), each 1 CPU thread (they take" in text
+    assert "scoring: 2 scoring servers and 1 reference server, each 2 CPU threads" in text
+    assert "2 optimizer steps of 64 responses each, 4 passes" in text
+    assert "100 steps, 12,800 responses, 800 optimizer steps" in text
+    assert "critic" not in "\n".join(lines(config(), Machine(2, 0), "train"))
+    assert "reference" not in "\n".join(lines(wanted, Machine(4, 0), "eval"))
+
+
+def test_describe_of_a_reward_model() -> None:
+    text = "\n".join(lines(config(ranks=2), Machine(2, 0), "reward"))
+    assert "step: 64 judgements of at most 512 tokens a response" in text
+    assert "run: at most 300 optimizer steps, 19,200 judgements" in text
+    assert "rollout" not in text and "held-out prompts" not in text
 
 
 def test_local_machine_has_a_cpu() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 
-from rlhf_dist.config.checks import CPU_HEAD_DIMS, Command, check, problems, ranged_keys
+from rlhf_dist.config.checks import CPU_HEAD_DIMS, Command, check, problems
 from rlhf_dist.config.load import load
+from rlhf_dist.config.pipeline_checks import load_stages
+from rlhf_dist.config.ranges import ranged_keys
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ConfigError
 
@@ -29,7 +32,10 @@ def test_every_shipped_config_passes(path: Path, tmp_path: Path) -> None:
     stand_in = tmp_path / "data"
     stand_in.touch()
     overrides = [f"data.path={stand_in}", "data.eval_path="] if own_data else []
-    assert problems(load(path, overrides), "train") == []
+    if load(path, overrides).pipeline.stages:
+        assert load_stages(path, overrides)
+    else:
+        assert problems(load(path, overrides), "train") == []
 
 
 def test_there_are_shipped_configs() -> None:
@@ -39,6 +45,10 @@ def test_there_are_shipped_configs() -> None:
 def test_defaults_pass_for_every_command() -> None:
     for command in ("train", "sft", "eval"):
         assert problems(Config(), command) == []
+
+
+def test_a_reward_model_needs_but_the_task_that_has_judgements(tmp_path: Path) -> None:
+    assert problems(config(tmp_path, "data.task.name=describe"), "reward") == []
 
 
 def test_bfloat16_passes_where_it_works(tmp_path: Path) -> None:
@@ -123,12 +133,108 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         ("train", ["scoring.rewards.exact.weight=0.5"], ["eval.solved_at is 1.0", "at most 0.5"]),
         ("eval", ["eval.solved_at=.inf"], ["eval.solved_at is inf", "a finite number"]),
         ("train", ["scoring.rewards={'a b': {}}"], ["the name 'a b'"]),
+        ("train", ["algo.gamma=0.9"], ["algo.gamma is 0.9", "no effect with algo.name grpo", "choose ppo"]),
+        ("train", ["algo.name=dr_grpo", "algo.lam=1"], ["algo.lam is 1.0", "algo.name dr_grpo", "take it out"]),
+        ("train", ["algo.whiten_advantages=false"], ["algo.whiten_advantages is false", "which has no critic"]),
+        ("train", ["algo.advantage_clip=5"], ["algo.advantage_clip is 5.0", "which has no critic"]),
+        ("train", ["critic.start=shared"], ["critic.start is shared", "no effect with algo.name grpo"]),
+        ("train", ["critic.side_by_side=true"], ["critic.side_by_side is true", "no effect"]),
+        ("train", ["critic.warmup_steps=2"], ["critic.warmup_steps is 2", "no effect"]),
+        ("train", ["critic.clip=0.5"], ["critic.clip is 0.5", "no effect"]),
+        ("train", ["critic.coef=0.5"], ["critic.coef is 0.5", "no effect"]),
+        (
+            "train",
+            ["algo.name=ppo", "critic.start=shared", "critic.side_by_side=true"],
+            ["critic.side_by_side is true with critic.start shared", "set it to false"],
+        ),
+        (
+            "train",
+            ["algo.name=ppo", "critic.start=shared", "critic.warmup_steps=5"],
+            ["critic.warmup_steps is 5 with critic.start shared", "set it to 0, or critic.start to policy"],
+        ),
+        ("train", ["algo.name=ppo", "critic.start="], ["critic.start is empty", "`shared` or a reward model"]),
+        (
+            "train",
+            ["algo.name=ppo", "critic.warmup_steps=100"],
+            ["critic.warmup_steps is 100 of loop.steps 100", "never learn", "lower it"],
+        ),
+        (
+            "train",
+            ["algo.kl.controller=adaptive"],
+            ["algo.kl.coef is 0 with algo.kl.controller adaptive", "start above 0"],
+        ),
+        (
+            "train",
+            ["algo.kl.controller=adaptive", "algo.kl.coef=0.1", "algo.kl.horizon=25"],
+            ["algo.kl.horizon is 25 with 128 responses", "more than 25.6"],
+        ),
+        (
+            "train",
+            ["reference.path=model"],
+            ["reference.path is model", "algo.kl.coef is 0", "algo.kl.measure to true"],
+        ),
+        ("train", ["reference.update_every=5"], ["reference.update_every is 5", "no reference is run"]),
+        (
+            "train",
+            ["algo.kl.coef=0.1", "reference.ema=0.9"],
+            ["reference.ema is 0.9", "reference.update_every 0", "both or none"],
+        ),
+        (
+            "train",
+            ["algo.kl.coef=0.1", "rollout.top_p=0.9"],
+            ["rollout.top_p is 0.9 and rollout.top_k 0", "cut distribution", "algo.kl.coef to 0"],
+        ),
+        (
+            "train",
+            ["algo.kl.measure=true", "rollout.top_k=5"],
+            ["rollout.top_k 5 with a reference", "set top_p to 1 and top_k to 0"],
+        ),
+        (
+            "train",
+            ["algo.kl_stop=0.1"],
+            ["algo.kl_stop is 0.1 with one optimizer step a batch", "raise those, or set it to 0"],
+        ),
+        ("train", ["algo.name=ppo", "algo.gamma=1.5"], ["algo.gamma is 1.5", "between 0 and 1"]),
+        ("train", ["learner.epochs=0"], ["learner.epochs is 0", "at least 1"]),
+        ("train", ["learner.ema_decay=1"], ["learner.ema_decay is 1", "less than 1"]),
     ],
 )
 def test_each_problem(tmp_path: Path, command: Command, overrides: list[str], parts: list[str]) -> None:
     found = problems(config(tmp_path, *overrides), command)
     assert len(found) == 1, found
     assert all(part in found[0] for part in parts), found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algo.name=ppo", "algo.group_size=1", "algo.gamma=0.9", "algo.advantage_clip=5", "critic.side_by_side=true"],
+        ["algo.name=ppo", "critic.start=shared", "critic.coef=0.5", "critic.clip=0"],
+        ["algo.name=ppo", "critic.warmup_steps=99", "algo.kl_stop=0.1", "learner.epochs=2"],
+        ["algo.kl.measure=true", "reference.update_every=5", "reference.ema=0.9", "reference.path=model"],
+        ["algo.kl.controller=adaptive", "algo.kl.coef=0.1", "algo.kl.horizon=26"],
+        ["algo.kl_stop=0.1", "learner.updates_per_batch=2"],
+        ["rollout.top_p=0.9", "rollout.top_k=5"],
+    ],
+)
+def test_what_goes_together_passes(tmp_path: Path, overrides: list[str]) -> None:
+    assert problems(config(tmp_path, *overrides), "train") == []
+
+
+def test_rules_of_algorithms_are_for_train_alone(tmp_path: Path) -> None:
+    bad = config(tmp_path, "critic.coef=0.5", "algo.kl.controller=adaptive", "reference.path=model")
+    assert len(problems(bad, "train")) == 3
+    assert problems(bad, "sft") == problems(bad, "eval") == []
+
+
+def test_a_reward_cannot_have_the_name_of_another_metric(tmp_path: Path) -> None:
+    """Every reward/... and eval/... that docs/metrics.md lists, but for those that stand for names of the run."""
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `(?:reward|eval)/(\w+)`", page, re.MULTILINE)) - {"NAME", "pass_at_K"}
+    assert {"running_mean", "running_std", "score_clipped", "shaped_mean"} <= listed and len(listed) > 15
+    for name in sorted(listed):
+        (found,) = problems(config(tmp_path, f"scoring.rewards={{{name}: {{kind: exact}}}}"), "train")
+        assert f"scoring.rewards.{name}: the name '{name}' is that of another metric" in found
 
 
 def test_empty_rewards_are_refused() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_dist.config.checks import ranged_keys
 from rlhf_dist.config.document import document
+from rlhf_dist.config.ranges import ranged_keys
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 WAY_OUT = "run `python -m rlhf_dist.config.document > docs/configuration.md`"
@@ -25,4 +25,7 @@ def test_rows() -> None:
     ):
         assert row in page
     assert all(f"| `{key}` |" in page for key in ranged_keys())
-    assert "| `scoring.rewards.NAME.kind` | `exact`, `number`, `regex`, `function` | `exact` |" in page
+    assert (
+        "| `scoring.rewards.NAME.kind` | `exact`, `number`, `regex`, `function`, `model`, `http`, `gold` | `exact` |"
+        in page
+    )

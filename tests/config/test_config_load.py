@@ -6,8 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from rlhf_dist.config.load import from_yaml, load, to_yaml
 from rlhf_dist.config.schema import Config, RewardSpec, RolloutConfig, ScoringConfig

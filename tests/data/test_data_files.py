@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 
 from rlhf_dist.config.schema import DataConfig
 from rlhf_dist.data.files import held_out_rows, training_rows
-from rlhf_dist.data.rows import demonstration, question
+from rlhf_dist.data.rows import demonstration, plain_text, question
 from rlhf_dist.errors import ConfigError, DataError
 from rlhf_dist.types import Message
 
@@ -76,7 +77,10 @@ def test_a_byte_order_mark_and_odd_line_ends_are_text(tmp_path):
         ('{"prompt": "a", "ans', "is not JSON"),
         ("[1, 2]", r"is \[1, 2\].*JSON object"),
         ("", "is blank"),
-        ({"question": "2+2?", "answer": 4}, "lacks 'prompt' or 'messages'; it has question, answer"),
+        (
+            {"question": "2+2?", "answer": 4},
+            r"lacks 'prompt' or 'messages'; it has question, answer \(data\.prompt_key or data\.messages_key; name",
+        ),
         ({"prompt": None, "answer": "x"}, "lacks 'prompt' or 'messages'; it has answer"),
         ({}, "it has nothing"),
         ({"prompt": "  \n", "answer": "x"}, "'prompt' is empty"),
@@ -149,6 +153,25 @@ def test_files_that_cannot_be_read(tmp_path):
         read("jsonl", "")
 
 
+def test_packed_lines_are_unpacked(tmp_path):
+    plain = jsonl(tmp_path / "a.jsonl", GOOD, GOOD)
+    packed = gzip.compress((tmp_path / "a.jsonl").read_bytes())
+    config = DataConfig(source="jsonl", path=str(tmp_path / "a.jsonl.gz"))
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    assert questions(config) == questions(plain)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"{}\nhello\n"))
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz:2: is not JSON"):
+        questions(config)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: is empty"):
+        questions(config)
+    wrong_block, wrong_sum = packed[:10] + b"\xff" * 20, packed[:-8] + bytes(4) + packed[-4:]
+    for broken in (packed[:-10], b"hello", wrong_block, wrong_sum):
+        (tmp_path / "a.jsonl.gz").write_bytes(broken)
+        with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be unpacked as gzip: \S"):
+            questions(config)
+
+
 def test_a_directory_of_several_splits_names_them(tmp_path):
     import datasets
 
@@ -197,3 +220,18 @@ def test_the_real_gsm8k_test_file():
     assert len(read) == 1319
     assert read[0].answer == "18"
     assert all(q.answer.replace(",", "").replace(".", "").lstrip("-").isdigit() for q in read)
+
+
+@pytest.mark.parametrize("parse", [demonstration, plain_text])
+def test_a_missing_response_names_the_key_that_names_its_column(tmp_path, parse):
+    config = jsonl(tmp_path / "a.jsonl", GOOD)
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1: lacks 'response'; it has prompt, answer \(data\.response_key; name"
+    ):
+        parse(training_rows(config, 0)[0], config)
+
+
+def test_gsm8k_with_other_columns_names_the_source_that_takes_them(tmp_path):
+    config = DataConfig(source="gsm8k", path=jsonl(tmp_path / "a.jsonl", GOOD).path)
+    with pytest.raises(DataError, match=r"lacks 'question'; it has prompt, answer \(data\.source=gsm8k wants .*=jsonl"):
+        questions(config)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_dist.config.schema import DataConfig, SftConfig, TaskConfig
-from rlhf_dist.data.demonstrations import demonstrations, held_out_demonstrations
+from rlhf_dist.config.schema import DataConfig, PtxConfig, SftConfig, TaskConfig
+from rlhf_dist.data.demonstrations import demonstrations, held_out_demonstrations, ptx_demonstrations
 from rlhf_dist.data.stream import PromptStream, held_out
 from rlhf_dist.data.tasks import example
 from rlhf_dist.errors import ConfigError, DataError
@@ -152,3 +152,41 @@ def test_sft_settings_that_do_not_fit_the_source(file):
         demonstrations(file, SftConfig(wrong_share=0.5), seed=0, held_out=0)
     with pytest.raises(ConfigError, match=r"sft\.objective=text.*data\.source is task"):
         held_out_demonstrations(TASK, SftConfig(objective="text"), 4)
+
+
+def test_the_mix_shows_a_file_or_right_answers(file, tmp_path):
+    other = tmp_path / "mix.jsonl"
+    other.write_text(json.dumps({"prompt": "m", "response": "text"}))
+    ptx = PtxConfig(coef=1.0, source="jsonl", path=str(other))
+    (demo,) = ptx_demonstrations(file, ptx, seed=0, held_out=3)
+    assert (demo.messages[-1].content, demo.response) == ("m", "text")
+    (text,) = ptx_demonstrations(file, replace(ptx, objective="text"), seed=0, held_out=3)
+    assert (text.messages, text.response) == ((), "text")
+    columns = replace(TASK, prompt_key="response", response_key="prompt", system="s")
+    (swapped,) = ptx_demonstrations(columns, ptx, seed=0, held_out=3)
+    assert ([m.content for m in swapped.messages], swapped.response) == (["s", "text"], "m")
+    answers = ptx_demonstrations(TASK, PtxConfig(coef=1.0), seed=3, held_out=3)
+    assert list(answers) == list(demonstrations(TASK, SftConfig(), seed=3, held_out=3))
+
+
+def test_held_out_rows_stay_out_of_the_mix(file):
+    ptx = PtxConfig(coef=1.0, source="jsonl", path=f"{Path(file.path).parent}/./{Path(file.path).name}")
+    assert [d.response for d in ptx_demonstrations(file, ptx, 0, held_out=3)] == [f"r{i}" for i in range(7)]
+    apart = replace(file, eval_path=file.path)
+    assert len(ptx_demonstrations(apart, ptx, 0, held_out=3)) == 10
+
+
+def test_a_mix_without_a_file_is_refused(file, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    ptx = PtxConfig(coef=1.0, source="jsonl", path=str(tmp_path / "empty.jsonl"))
+    with pytest.raises(DataError, match=r"empty\.jsonl: is empty; .*\(ptx\.path\)"):
+        ptx_demonstrations(file, ptx, 0, 0)
+    with pytest.raises(DataError, match=r"no such file \(ptx\.path\)"):
+        ptx_demonstrations(file, replace(ptx, path=str(tmp_path / "nothing.jsonl")), 0, 0)
+    with pytest.raises(ConfigError, match=r"ptx\.path is empty: ptx\.source=jsonl needs a path"):
+        ptx_demonstrations(file, replace(ptx, path=""), 0, 0)
+    with pytest.raises(ConfigError, match=r"ptx\.objective=text.*ptx\.source is task"):
+        ptx_demonstrations(TASK, PtxConfig(coef=1.0, objective="text"), 0, 0)
+    (tmp_path / "empty.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"empty\.jsonl:1: lacks 'prompt'"):
+        ptx_demonstrations(file, ptx, 0, 0)

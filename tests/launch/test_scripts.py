@@ -215,24 +215,32 @@ def make_ready(repository: Path) -> None:
     assert call(repository, "launch/setup.sh", "--dev").returncode == 0
 
 
-def test_local_runs_both_stages_in_order(repository: Path) -> None:
+def test_local_runs_the_pipeline(repository: Path) -> None:
     make_ready(repository)
     stand_in(repository / ".venv" / "bin" / "rlhf-dist", '#!/bin/sh\necho "ran $*"\n')
     result = call(repository, "launch/local.sh", "name=mine", "loop.steps=2", "output=elsewhere")
     assert result.returncode == 0, result.stderr
     assert [line for line in result.stdout.splitlines() if line.startswith("ran")] == [
-        "ran sft configs/local.yaml name=mine/sft loop.steps=2 output=elsewhere",
-        "ran train configs/local.yaml name=mine/grpo model.path=elsewhere/mine/sft loop.steps=2 output=elsewhere",
+        "ran pipeline configs/local.yaml name=mine loop.steps=2 output=elsewhere"
     ]
-    assert "elsewhere/mine/grpo/curves.png" in result.stdout
+    assert "elsewhere/mine/pipeline.txt" in result.stdout
 
 
-def test_local_passes_the_exit_code_on_and_stops(repository: Path) -> None:
+def test_local_passes_the_exit_code_on_and_says_how_to_go_on(repository: Path) -> None:
     make_ready(repository)
-    stand_in(repository / ".venv" / "bin" / "rlhf-dist", '#!/bin/sh\necho "ran $1"\nexit 2\n')
-    result = call(repository, "launch/local.sh")
+    stand_in(repository / ".venv" / "bin" / "rlhf-dist", '#!/bin/sh\necho "ran $*"\nexit 2\n')
+    result = call(repository, "launch/local.sh", "loop.steps=2")
     assert result.returncode == 2
-    assert result.stdout.count("ran") == 1
+    named = re.search(r"ran pipeline configs/local.yaml name=(local-[0-9-]+) loop.steps=2", result.stdout)
+    assert named and f"launch/local.sh name={named[1]} loop.steps=2" in result.stderr
+    assert "done" not in result.stdout
+
+
+def test_local_explains_itself(repository: Path) -> None:
+    result = call(repository, "launch/local.sh", "--help")
+    assert result.returncode == 0
+    assert "launch/local.sh [key=value ...]" in result.stdout and "set -e" not in result.stdout
+    assert not (repository / ".venv").exists()
 
 
 def test_local_refuses_what_is_no_override(repository: Path) -> None:

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from rlhf_dist.algo.recipes import grpo
-from rlhf_dist.config.schema import AlgoConfig, LearnerConfig, ModelConfig, OptimizerConfig
+from rlhf_dist.config.schema import AlgoConfig, CriticConfig, LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.rows import pack_rows, rollout_row, spread
-from rlhf_dist.loop.step import collate, make_shards
+from rlhf_dist.learner.shard import AS_THEY_ARE, Shard
+from rlhf_dist.loop.step import Learning, collate, make_shards
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.policy import PackedPolicy
 from rlhf_dist.rollout.worker import head_of
@@ -59,9 +60,10 @@ def rollouts(seed: int) -> list[Rollout]:
 def batch_of(made: list[Rollout]) -> tuple[Batch, Credit]:
     """The batch, with advantages of both signs."""
     scores = [np.arange(3, dtype=np.float32) for _ in made]
+    none = np.zeros(3)
     batch = collate(
         [
-            Experience(r.prompt, head_of(r, "w"), Scores(s, {}), i)
+            Experience(r.prompt, head_of(r, "w"), Scores(s, {}, none, none), i, None)
             for i, (r, s) in enumerate(zip(made, scores, strict=True))
         ]
     )
@@ -69,13 +71,17 @@ def batch_of(made: list[Rollout]) -> tuple[Batch, Credit]:
     return batch, Credit(advantages)
 
 
+def cut(made: list[Rollout], learner: LearnerConfig, step: int, world: int) -> list[Shard]:
+    """The shards of all ranks."""
+    batch, credit = batch_of(made)
+    learning = Learning(grpo(AlgoConfig()), learner, CriticConfig(), SAMPLING, STEPS)
+    return make_shards(batch, batch.scores, credit, learning, 0.0, step, world)
+
+
 def budget(world: int) -> int:
     """Micro-batch tokens that make 4 micro-batches on one rank and 2 on each of two."""
-    batch, credit = batch_of(rollouts(1))
     for tokens in range(64, 1000):
-        shards = make_shards(
-            batch, credit, grpo(AlgoConfig()), replace(LEARNER, micro_batch_tokens=tokens), SAMPLING, 1, STEPS, world
-        )
+        shards = cut(rollouts(1), replace(LEARNER, micro_batch_tokens=tokens), 1, world)
         if len(shards[0].updates[0]) == 4 // world:
             return tokens
     raise AssertionError("no budget cuts the batch so")
@@ -98,9 +104,8 @@ class Trainer:
 
     def step(self, step: int) -> dict[str, float]:
         made = rollouts(step)
-        batch, credit = batch_of(made)
-        shards = make_shards(batch, credit, grpo(AlgoConfig()), self.config, SAMPLING, step, STEPS, self.world)
-        return self.learner.update(shards[self.engine.rank], *made).values()
+        shard = cut(made, self.config, step, self.world)[self.engine.rank]
+        return self.learner.update(shard, made, (), None, AS_THEY_ARE).values()
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in self.engine.weights()}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from rlhf_dist.config.schema import OptimizerConfig
 from rlhf_dist.learner.rows import PLACEHOLDER, Row, pack_rows, rollout_row, spread

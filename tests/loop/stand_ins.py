@@ -4,31 +4,85 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlhf_dist.learner.critic_files import critic_files
 from rlhf_dist.learner.model_engine import checkpoint_files
-from rlhf_dist.learner.policy import Shard
+from rlhf_dist.learner.shard import EstimateSums, Shard
+from rlhf_dist.loop.ports import Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import DroppedPrompt, Handle, Message, Prompt, RolloutHead, Sampling, Scores
+from rlhf_dist.types import (
+    DroppedPrompt,
+    Experience,
+    Handle,
+    Message,
+    Prompt,
+    Referenced,
+    ReferenceHead,
+    RolloutHead,
+    Sampling,
+    Scores,
+)
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement
 
 PLAN = make_plan([("a", (4,), "float32")], 8)
 
 
+def scores_of(total: np.ndarray, components: Mapping[str, np.ndarray]) -> Scores:
+    """Scores of responses that are all different and say nothing twice."""
+    return Scores(total, components, np.ones(len(total), np.float32), np.arange(len(total), dtype=np.uint64))
+
+
 def prompts(count: int) -> list[Prompt]:
     return [Prompt(f"0/{number}", (Message("user", "x"),), "", "test") for number in range(count)]
 
 
-def write_checkpoint(folder: Path, ranks: int) -> None:
+def experience(
+    number: int,
+    prompt: int,
+    lengths: list[int],
+    scores: list[float],
+    version: int = 6,
+    kl: list[float] | None = None,
+    reasons: tuple[str, ...] = ("stop", "stop"),
+) -> Experience:
+    total = np.array(scores, np.float32)
+    return Experience(
+        prompt=Prompt(f"0/{number}", (Message("user", "x"),), "", "test"),
+        head=RolloutHead(f"0/{number}", prompt, np.array(lengths), reasons, version, version, "rollout worker 0"),
+        scores=scores_of(total, {"exact": total, "style": total * 0 + number}),
+        rollout=f"handle {number}",
+        reference=None if kl is None else referenced(number, kl),
+    )
+
+
+def referenced(number: int, kl: list[float]) -> Referenced:
+    return Referenced(ReferenceHead(np.array(kl, np.float32), np.zeros(len(kl), np.float32)), f"reference {number}")
+
+
+EXPERIENCES = [
+    experience(0, 3, [2, 6], [1.0, 0.0]),
+    experience(1, 5, [9, 1], [0.0, 0.0]),
+    experience(2, 1, [4, 4], [0.0, 2.0]),
+    experience(3, 2, [3, 3], [1.0, 0.0]),
+]
+
+
+def with_reference() -> list[Experience]:
+    """The experiences with KL 0, 1, 2 ... nats, row by row."""
+    return [replace(e, reference=referenced(i, [2.0 * i, 2.0 * i + 1.0])) for i, e in enumerate(EXPERIENCES)]
+
+
+def write_checkpoint(folder: Path, names: Sequence[str]) -> None:
     """What learner ranks leave behind."""
-    for name in checkpoint_files(ranks):
+    for name in names:
         path = folder / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
 
@@ -75,8 +129,37 @@ class FakeScoring:
         for uid, (_, samples) in pending.items():
             total = np.zeros(samples, np.float32)
             total[0] = 1.0
-            found[uid] = Scores(total, {"exact": total})
+            found[uid] = scores_of(total, {"exact": total})
         return found
+
+
+@dataclass
+class FakeReference:
+    """Every response is `kl` nats away; the logprobs of prompt x are `reference x`."""
+
+    kl: float = 2.0
+    asked: list[tuple[Handle, float]] = field(default_factory=list)
+    """Rollouts and temperatures."""
+    moved: list[tuple[int, float]] = field(default_factory=list)
+    """Versions taken and shares kept."""
+    saved: list[str] = field(default_factory=list)
+
+    def submit(self, rollout: Handle, temperature: float) -> Handle:
+        self.asked.append((rollout, temperature))
+        return rollout
+
+    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Referenced]:
+        found = {}
+        for uid, (_, samples) in pending.items():
+            head = ReferenceHead(np.full(samples, self.kl, np.float32), np.full(samples, -3.0, np.float32))
+            found[uid] = Referenced(head, f"reference {uid}")
+        return found
+
+    def update(self, announcement: Announcement, keep: float) -> None:
+        self.moved.append((announcement.version, keep))
+
+    def save(self, folder: Path) -> None:
+        self.saved.append(folder.name)
 
 
 @dataclass
@@ -89,19 +172,64 @@ class FakePolicy:
     fails_at: int = 0
     """Update that raises, from 1."""
     updates: int = 0
+    order: list[str] = field(default_factory=list)
+    """What was asked of it, and of a critic that has the same list."""
+    given: list[tuple[Sequence[Shard], Sequence[Handle], Sequence[Handle], Estimates]] = field(default_factory=list)
+    """What every update got."""
 
-    def update(self, shards: Sequence[Shard], rollouts: Sequence[Handle]) -> MetricSums:
+    def update(
+        self, shards: Sequence[Shard], rollouts: Sequence[Handle], references: Sequence[Handle], estimates: Estimates
+    ) -> MetricSums:
+        self.order.append("policy")
+        self.given.append((shards, rollouts, references, estimates))
         self.updates += 1
         if self.updates == self.fails_at:
             raise RuntimeError("the machine went down")
         return MetricSums({"policy/loss": (0.0, 1.0)}, {"rollout/logprob_diff_max": self.difference})
 
     def publish(self, version: int) -> Announcement:
+        self.order.append("publish")
         return Announcement(version, "unused", PLAN, (f"hash {version}",))
 
     def save(self, folder: Path) -> None:
         if self.saves:
-            write_checkpoint(folder, self.ranks)
+            write_checkpoint(folder, checkpoint_files(self.ranks))
+
+
+@dataclass
+class FakeCritic:
+    """Advantages of each rank are 1 and 3, returns 4 and 8, values 3 and 5."""
+
+    order: list[str] = field(default_factory=list)
+    given: list[tuple[Sequence[Shard], Sequence[Handle], Estimates]] = field(default_factory=list)
+    """What every update got."""
+    references: Sequence[Handle] = ()
+    """What the last estimate got."""
+    saved: list[str] = field(default_factory=list)
+    leaves: Sequence[str] = tuple(critic_files(shared=False, ranks=2))
+    """Files that it writes into a checkpoint; those of a critic with its own trunk on as many ranks as `FakePolicy`."""
+
+    def estimate(
+        self, shards: Sequence[Shard], rollouts: Sequence[Handle], references: Sequence[Handle]
+    ) -> tuple[Sequence[Handle], EstimateSums]:
+        self.order.append("estimate")
+        self.references = references
+        sums = EstimateSums(2.0, 4.0, 10.0, 12.0, 80.0, 8.0, 10.0)
+        return [f"estimate {rank}" for rank, _ in enumerate(shards)], EstimateSums.merge([sums] * len(shards))
+
+    def begin_update(self, shards: Sequence[Shard], rollouts: Sequence[Handle], estimates: Estimates) -> Handle:
+        self.order.append("critic begins")
+        self.given.append((shards, rollouts, estimates))
+        return "pending"
+
+    def finish_update(self, pending: Handle) -> MetricSums:
+        assert pending == "pending"
+        self.order.append("critic ends")
+        return MetricSums({"critic/loss": (3.0, 2.0)})
+
+    def save(self, folder: Path) -> None:
+        self.saved.append(folder.name)
+        write_checkpoint(folder, self.leaves)
 
 
 class Quiet:
@@ -115,7 +243,9 @@ class Quiet:
 
     def warn(self, message: str) -> None: ...
 
-    def close(self) -> None: ...
+    def note(self, message: str) -> None: ...
+
+    def close(self, stopped: bool = False) -> None: ...
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

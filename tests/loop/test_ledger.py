@@ -2,8 +2,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from rlhf_dist.errors import DiskError, RunError
 from rlhf_dist.loop import ledger as ledger_module

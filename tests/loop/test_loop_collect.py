@@ -1,16 +1,15 @@
-"""Prompts to experiences, and evaluation, with stand-ins for the processes."""
+"""Prompts to experiences, with stand-ins for the processes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stand_ins import FakeRollouts, FakeScoring, prompts
+from stand_ins import FakeReference, FakeRollouts, FakeScoring, prompts
 
-from rlhf_dist.config.schema import EvalConfig
-from rlhf_dist.errors import DataError, RunError
+from rlhf_dist.errors import RunError
 from rlhf_dist.loop.collect import collect
-from rlhf_dist.loop.evaluate import evaluate
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.types import Sampling
 
@@ -34,18 +33,20 @@ def test_a_prompt_that_never_comes_back_ends_the_run() -> None:
         collect(prompts(4), SAMPLING, rollouts=FakeRollouts(loses=["0/2", "0/3"]), scoring=FakeScoring())
 
 
-def test_a_prompt_without_an_answer_counts_as_not_solved() -> None:
-    config = EvalConfig(prompts=4, samples=2)
-    every = evaluate(prompts(4), config, SAMPLING, rollouts=FakeRollouts(), scoring=FakeScoring())
-    assert every["eval/greedy_accuracy"] == every["eval/pass_at_2"] == 1.0 and every["eval/sampled_accuracy"] == 0.5
-    assert "eval/dropped" not in every
-    rollouts = FakeRollouts(drops=["0/1"])
-    found = evaluate(prompts(4), config, SAMPLING, rollouts=rollouts, scoring=FakeScoring())
-    assert found["eval/greedy_accuracy"] == found["eval/pass_at_2"] == 0.75
-    assert found["eval/sampled_accuracy"] == 3 / 8
-    assert found["eval/dropped"] == 1.0
+def test_every_group_is_compared_with_the_reference_at_the_samplers_temperature() -> None:
+    reference = FakeReference()
+    found, _ = collect(
+        prompts(3),
+        replace(SAMPLING, temperature=0.6),
+        rollouts=FakeRollouts(drops=["0/1"]),
+        scoring=FakeScoring(),
+        reference=reference,
+    )
+    assert sorted(reference.asked) == [(("0/0", 4), 0.6), (("0/2", 4), 0.6)], "one that was dropped is not"
+    assert [e.reference.logprobs for e in found if e.reference] == ["reference 0/0", "reference 0/2"]
+    assert [e.reference.head.kl.tolist() for e in found if e.reference] == [[2.0] * 4] * 2
 
 
-def test_an_evaluation_without_any_answer_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"no held-out prompt could be answered \(prompt_empty: no known characters\)"):
-        evaluate(prompts(3), EvalConfig(prompts=3), SAMPLING, rollouts=FakeRollouts(drops=["*"]), scoring=FakeScoring())
+def test_without_a_reference_there_is_nothing_to_compare() -> None:
+    found, _ = collect(prompts(2), SAMPLING, rollouts=FakeRollouts(), scoring=FakeScoring())
+    assert [experience.reference for experience in found] == [None, None]

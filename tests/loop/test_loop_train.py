@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_ins import FakePolicy, FakeRollouts, FakeScoring, Quiet, lines
+from stand_ins import FakeCritic, FakePolicy, FakeReference, FakeRollouts, FakeScoring, Quiet, lines
 
-from rlhf_dist.algo.recipes import grpo
+from rlhf_dist.algo.recipes import ALGORITHMS
 from rlhf_dist.config.schema import (
+    AlgoConfig,
     Config,
+    CriticConfig,
     DataConfig,
     EvalConfig,
+    KLConfig,
     LearnerConfig,
     LoopConfig,
     OptimizerConfig,
+    ReferenceConfig,
     RolloutConfig,
+    ShapingConfig,
     TaskConfig,
     TelemetryConfig,
 )
 from rlhf_dist.data.stream import PromptStream, held_out
 from rlhf_dist.errors import DataError, DiskError
+from rlhf_dist.learner.critic_files import critic_files
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.queue import ExperienceQueue
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
+from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.train import Run, State, read_state, resume, train
+from rlhf_dist.loop.watch import CollapseWatch
 from rlhf_dist.telemetry.sinks import open_telemetry
+from rlhf_dist.weights.receipts import Announcement
 
 PROMPTS, STEPS = 3, 4
 CONFIG = Config(
@@ -46,9 +55,10 @@ def wired(path: Path, config: Config = CONFIG, again: bool = False, **parts: Any
     directory = open_run_directory(str(path), "run", "name: run\n", again)
     telemetry, _ = open_telemetry(config.telemetry, directory.path, "run", {}, None, lambda message: None)
     made: dict[str, Any] = {"policy": FakePolicy(), "rollouts": FakeRollouts(), "scoring": FakeScoring()}
+    made |= {"critic": None, "reference": None}
     return Run(
         config=config,
-        algorithm=grpo(config.algo),
+        algorithm=ALGORITHMS[config.algo.name](config.algo),
         stream=PromptStream(config.data, config.seed, config.eval.prompts),
         held_out=held_out(config.data, config.eval.prompts),
         queue=ExperienceQueue(0, config.loop.prompts_per_step),
@@ -56,6 +66,8 @@ def wired(path: Path, config: Config = CONFIG, again: bool = False, **parts: Any
         directory=directory,
         telemetry=telemetry,
         progress=Quiet(),
+        shaper=Shaper(config.algo),
+        watch=CollapseWatch(config.algo.group_size),
         **made | parts,
     )
 
@@ -91,12 +103,13 @@ def test_a_checkpoints_state_is_enough_to_go_on(tmp_path: Path) -> None:
     run = whole(tmp_path)
     folder = run.directory.latest_checkpoint()
     assert folder is not None
-    assert json.loads((folder / "state.json").read_text()).keys() == {"step", "steps", "cursor", "before", "results"}
+    written = json.loads((folder / "state.json").read_text())
+    assert written.keys() == {"step", "steps", "cursor", "before", "results", "answers", "shaper", "watch"}
     state = read_state(folder)
     assert (state.step, state.steps, state.cursor["position"]) == (STEPS, STEPS, ALL)
     assert state.results["eval/greedy_accuracy"] == 1.0 and state.before.keys() == state.results.keys()
     (folder / "state.json").write_text('{"step": 4, "cursor": {}, "before": {}}')
-    with pytest.raises(DataError, match=r"state\.json: not a checkpoint's state \(KeyError"):
+    with pytest.raises(DataError, match=r"state\.json: not a checkpoint's state \(TypeError.*'steps' and 'results'"):
         read_state(folder)
 
 
@@ -144,12 +157,12 @@ def test_a_resume_from_a_checkpoint_goes_on_after_it(tmp_path: Path) -> None:
     folder = run.directory.latest_checkpoint()
     assert folder is not None and folder.name == "step-2"
     again = wired(tmp_path, again=True)
-    before, _ = train(again, read_state(folder))
+    outcome = train(again, read_state(folder))
     proof = again.ledger.proof()
     close(again)
     assert proof.holds and (proof.consumed, proof.in_flight) == (ALL, 0)
     assert [line["step"] for line in lines(again.directory.metrics)] == [0, 1, 2, 3, 4]
-    assert before["eval/greedy_accuracy"] == 1.0
+    assert outcome.before["eval/greedy_accuracy"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -205,3 +218,116 @@ def test_dropped_prompts_are_made_up_for_and_counted(tmp_path: Path) -> None:
         None,
         None,
     ]
+
+
+def test_answers_before_and_after_are_told_and_kept_in_the_checkpoint(tmp_path: Path) -> None:
+    run = wired(tmp_path)
+    outcome = train(run, None)
+    close(run)
+    asked = [prompt.messages[-1].content for prompt in run.held_out[:3]]
+    assert outcome.answers == {"prompts": asked, "before": ["abc"] * 3, "after": ["abc"] * 3}
+    folder = run.directory.latest_checkpoint()
+    assert folder is not None and read_state(folder).answers == outcome.answers
+
+
+LEASHED = replace(
+    CONFIG,
+    algo=AlgoConfig(
+        name="ppo",
+        kl=KLConfig(coef=0.1, controller="adaptive", target=1.0, horizon=100),
+        shaping=ShapingConfig(normalize="running"),
+    ),
+)
+
+
+def test_a_resumed_run_has_the_reward_moments_the_coefficient_and_the_signs_it_had(tmp_path: Path) -> None:
+    """Cut after step 3 and resumed from step 2, it ends where a run that was never cut does."""
+    parts: Any = {"critic": FakeCritic(), "reference": FakeReference()}
+    uncut = whole(tmp_path / "uncut", LEASHED, **parts)
+    cut = wired(tmp_path / "cut", LEASHED, policy=FakePolicy(fails_at=4), **parts)
+    with pytest.raises(RuntimeError):
+        train(cut, None)
+    close(cut)
+    folder = cut.directory.latest_checkpoint()
+    assert folder is not None and folder.name == "step-2"
+    again = wired(tmp_path / "cut", LEASHED, again=True, **parts)
+    train(again, read_state(folder))
+    close(again)
+    # 24 responses a step at twice the target: 0.1 x 1.048 a step.
+    assert uncut.shaper.kl_coef == pytest.approx(0.1 * (1 + 0.2 * 24 / 100) ** STEPS)
+    assert again.shaper.state() == uncut.shaper.state() and again.shaper.state()["moments"]["count"] == 24 * STEPS
+    assert again.watch.state() == uncut.watch.state()
+
+
+def test_a_checkpoint_from_before_there_were_shapers_goes_on_with_a_new_one(tmp_path: Path) -> None:
+    run = wired(tmp_path)
+    assert resume(run, State(2, STEPS, dict(run.stream.cursor()), {}, {})) == 2
+    close(run)
+    assert run.shaper.state() == Shaper(CONFIG.algo).state()
+
+
+def test_critic_and_reference_are_saved_with_every_checkpoint(tmp_path: Path) -> None:
+    critic, reference = FakeCritic(), FakeReference()
+    whole(tmp_path, LEASHED, critic=critic, reference=reference)
+    assert len(critic.saved) == len(reference.saved) == 2, "after steps 2 and 4"
+    assert len(critic.given) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("start", "missing"), [("policy", r"critic/optimizer-1\.safetensors"), ("shared", r"value_head\.safetensors")]
+)
+def test_a_checkpoint_without_its_critics_files_is_not_whole(tmp_path: Path, start: str, missing: str) -> None:
+    needed = critic_files(start == "shared", FakePolicy.ranks)
+    config = replace(LEASHED, critic=replace(LEASHED.critic, start=start))
+    run = wired(tmp_path / "cut", config, critic=FakeCritic(leaves=needed[:-1]), reference=FakeReference())
+    with pytest.raises(DiskError, match=rf"step-2: {missing} did not arrive"):
+        train(run, None)
+    close(run)
+    assert run.directory.latest_checkpoint() is None
+    whole(tmp_path / "whole", config, critic=FakeCritic(leaves=needed), reference=FakeReference())
+
+
+def test_while_the_critic_warms_up_no_sentinel_is_missed(tmp_path: Path) -> None:
+    policy, critic = FakePolicy(difference=0.5), FakeCritic()
+    config = replace(LEASHED, critic=CriticConfig(warmup_steps=3))
+    run = whole(tmp_path, config, policy=policy, critic=critic, reference=FakeReference())
+    assert (policy.updates, len(critic.given)) == (1, STEPS)
+    assert ["step 4: rollout and learner" in text for text in warnings(run.directory)] == [True]
+
+
+@pytest.mark.parametrize(("every", "versions"), [(0, []), (1, [1, 2, 3, 4]), (3, [3])])
+def test_the_reference_moves_every_so_many_steps(tmp_path: Path, every: int, versions: list[int]) -> None:
+    reference = FakeReference()
+    config = replace(LEASHED, reference=ReferenceConfig(update_every=every, ema=0.9 if every else 0.0))
+    run = whole(tmp_path, config, critic=FakeCritic(), reference=reference)
+    assert reference.moved == [(version, 0.9) for version in versions]
+    told = [event["message"] for event in lines(run.directory.events) if event["kind"] == "reference_moved"]
+    assert told == [f"the reference took version {version}" for version in versions]
+
+
+@dataclass
+class Followed(FakeReference):
+    """The policy's own weights from its first update on: no KL is left."""
+
+    def update(self, announcement: Announcement, keep: float) -> None:
+        super().update(announcement, keep)
+        self.kl = 0.0
+
+
+def test_the_reference_moves_after_the_evaluation_of_its_step(tmp_path: Path) -> None:
+    """Otherwise `eval/kl` would be 0 at every step at which both are due."""
+    config = replace(LEASHED, reference=ReferenceConfig(update_every=2), eval=replace(LEASHED.eval, samples=2))
+    run = whole(tmp_path, config, critic=FakeCritic(), reference=Followed())
+    found = [line["eval/kl"] for line in lines(run.directory.metrics) if "eval/kl" in line]
+    assert found == [2.0, 2.0, 0.0], "at steps 0, 2 and 4"
+
+
+def test_training_and_evaluation_are_compared_with_the_reference(tmp_path: Path) -> None:
+    reference = FakeReference()
+    config = replace(LEASHED, eval=replace(LEASHED.eval, samples=2))
+    run = whole(tmp_path, config, critic=FakeCritic(), reference=reference)
+    found = lines(run.directory.metrics)
+    assert [line["kl/reference"] for line in found[1:]] == [2.0] * STEPS
+    assert [line["eval/kl"] for line in found if "eval/kl" in line] == [2.0] * 3
+    asked = {uid.split("/")[0] for (uid, _), _ in reference.asked}
+    assert asked == {"0", "eval"} and {temperature for _, temperature in reference.asked} == {1.0}

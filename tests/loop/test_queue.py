@@ -1,18 +1,19 @@
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
+from stand_ins import scores_of
 
 from rlhf_dist.loop.queue import ExperienceQueue
-from rlhf_dist.types import Experience, Message, Prompt, RolloutHead, Scores
+from rlhf_dist.types import Experience, Message, Prompt, RolloutHead
 
 
 def experience(uid: str, version: int) -> Experience:
     return Experience(
         prompt=Prompt(uid, (Message("user", "abc"),), "cba", "reverse"),
         head=RolloutHead(uid, 3, np.array([3, 4]), ("stop", "stop"), version, version, "rollout-0"),
-        scores=Scores(np.zeros(2, np.float32), {}),
+        scores=scores_of(np.zeros(2, np.float32), {}),
         rollout=None,
+        reference=None,
     )
 
 

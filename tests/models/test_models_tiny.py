@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from hypothesis import assume, given, strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_dist.config.schema import TinyConfig

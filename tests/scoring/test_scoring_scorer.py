@@ -1,10 +1,15 @@
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from judges import make_texts
 
 from rlhf_dist.config.schema import RewardSpec, ScoringConfig
-from rlhf_dist.errors import ConfigError, InputError, RewardError
+from rlhf_dist.data.describe import gold
+from rlhf_dist.errors import ConfigError, DataError, InputError, ModelError, RewardError
+from rlhf_dist.scoring import function as functions
 from rlhf_dist.scoring.function import FunctionReward
 from rlhf_dist.scoring.scorer import Scorer, preflight
 from rlhf_dist.types import Message, Prompt, Rollout
@@ -81,6 +86,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "my_typo.py").write_text("def f(:\n")
     (tmp_path / "my_needs.py").write_text("import not_installed_anywhere\n")
     (tmp_path / "my_exit.py").write_text("raise SystemExit(1)\n")
+    (tmp_path / "my_hang.py").write_text("import threading\nthreading.Event().wait(60)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     yield tmp_path
@@ -213,3 +219,92 @@ def test_bad_patterns_and_no_rewards_are_refused():
     )
     check(r"scoring\.rewards\.form\.pattern is empty", {"form": RewardSpec(kind="regex")})
     check("scoring.rewards is empty", {})
+
+
+def test_an_import_that_hangs_is_given_up(here, monkeypatch):
+    monkeypatch.setattr(functions, "IMPORT_LIMIT_S", 0.2)
+    with pytest.raises(ConfigError, match=r"mine\.function=my_hang:f: importing my_hang took longer than 0\.2 s"):
+        preflight(ScoringConfig(rewards={"mine": RewardSpec(kind="function", function="my_hang:f")}))
+
+
+def test_one_call_at_a_time_reaches_a_function(here):
+    (here / "my_single.py").write_text(
+        "import threading\nbusy = threading.Lock()\n"
+        "def f(prompts, responses, answers):\n"
+        "    assert busy.acquire(blocking=False)\n"
+        "    threading.Event().wait(0.002)\n"
+        "    busy.release()\n"
+        "    return [len(r) for r in responses]\n"
+    )
+    reward = FunctionReward("mine", RewardSpec(kind="function", function="my_single:f", timeout_s=20))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: reward(["p"], ["x" * n], ["a"]).tolist(), range(20)))
+    assert found == [[float(n)] for n in range(20)]
+
+
+class Judge:
+    """A reward model that counts."""
+
+    def __init__(self):
+        self.closed = threading.Event()
+
+    def score(self, rollout):
+        return np.diff(rollout.offsets).astype(np.float32)
+
+    def score_texts(self, texts):
+        return np.array([-len(response) for response in texts.responses], np.float32)
+
+    def close(self):
+        self.closed.set()
+
+
+def test_any_mix_has_a_component_each_and_models_read_the_tokens():
+    judge, asked = Judge(), []
+    config = ScoringConfig(
+        rewards={
+            "right": RewardSpec(kind="exact"),
+            "judge": RewardSpec(kind="model", path="somewhere", weight=3.0),
+            "truth": RewardSpec(kind="gold", weight=0.0),
+        },
+        gold="truth",
+    )
+
+    def make(name, spec):
+        asked.append((name, spec.path))
+        return judge
+
+    scorer = Scorer(config, make)
+    scores = scorer.score(rollout(("ba", "AB c")))
+    truth = gold(["hi", "hi"], ["ba", "AB c"])
+    assert asked == [("judge", "somewhere")] and list(scores.components) == ["right", "judge", "truth"]
+    np.testing.assert_array_equal(scores.components["judge"], [1, 1])
+    np.testing.assert_array_equal(scores.components["truth"], truth)
+    assert scores.total.tolist() == [4, 3]
+    assert scores.distinct.tolist() == [1, 1] and len(set(scores.hashes.tolist())) == 2
+    assert scorer.score_texts(make_texts(["ba", "x"], ["ba", "y"])).total.tolist() == [-5, -3]
+    scorer.close()
+    assert judge.closed.is_set()
+
+
+def test_models_are_looked_at_and_not_made_before_the_start():
+    def refuse(name, spec):
+        raise ModelError(f"{name} is no good")
+
+    config = ScoringConfig(rewards={"judge": RewardSpec(kind="model", path="x")})
+    with pytest.raises(ModelError, match="judge is no good"):
+        preflight(config, refuse)
+    preflight(config, lambda name, spec: None)
+
+
+def test_text_without_its_answer_is_refused():
+    scorer = Scorer(ScoringConfig(rewards={"right": RewardSpec(kind="exact")}))
+    with pytest.raises(DataError, match="the reward right compares with an answer, and response 1 has an empty one"):
+        scorer.score_texts(make_texts(["a", "b"], ["a", ""]))
+
+
+def test_a_sum_beyond_float32_is_told(here):
+    config = ScoringConfig(
+        rewards={"long": spec("length", weight=1e38), "short": RewardSpec(kind="regex", pattern="x")}
+    )
+    with pytest.raises(RewardError, match=r"the weighted sum of long, short is 5e\+38 for a response, beyond float32"):
+        Scorer(config).score(rollout(("xxxxx",)))

@@ -135,7 +135,7 @@ def test_the_resolved_config_is_kept_whole(shared_run: SharedRun) -> None:
 
 def test_samples_are_kept_as_a_table(shared_run: SharedRun) -> None:
     files = sorted(path.name for path in (shared_run.path / "rollouts").iterdir())
-    assert files == ["step-000002.parquet", "step-000004.parquet"]
+    assert files == ["step-000001.parquet", "step-000002.parquet", "step-000004.parquet"]
     rows = pq.read_table(shared_run.path / "rollouts" / files[0]).to_pylist()
     assert len(rows) == 3
     for row in rows:

@@ -1,10 +1,11 @@
 import io
+import re
 import time
 
 import pytest
 
 from rlhf_dist.telemetry import names
-from rlhf_dist.telemetry.display import Pace, PlainProgress, RichProgress, clock, make_progress, step_facts
+from rlhf_dist.telemetry.display import Pace, PlainProgress, Progress, RichProgress, clock, make_progress, step_facts
 
 METRICS = {names.REWARD_MEAN: 0.4125, names.TOKENS_PER_S: 1234.4, names.RESPONSE_LENGTH: 5.25, "unknown/x": 1.0}
 
@@ -27,7 +28,7 @@ def test_plain_lines() -> None:
     lines = stream.getvalue().splitlines()
     assert lines[0] == "starting 1 rollout worker ..."
     assert lines[1].startswith("  starting 1 rollout worker: ") and lines[1].endswith(" s")
-    assert lines[2] == "held out, step 0: greedy accuracy 0.500  pass at 4 0.750"
+    assert lines[2] == "held out, step 0: greedy accuracy 0.500  pass@4 0.750"
     assert lines[3] == "step  1/80  reward 0.412  held-out 0.500  length 5.2  tok/s 1,234"
     assert lines[4] == "warning: [bold]odd[/bold] but kept"
     assert lines[5].startswith("step  2/80  reward 0.412") and "  eta " in lines[5]
@@ -89,3 +90,75 @@ def test_pace_counts_from_the_first_step_seen() -> None:
 def test_times_and_facts_for_people() -> None:
     assert [clock(s) for s in (0.4, 59.4, 187.0, 7500.0)] == ["0 s", "59 s", "3m07s", "2h05m"]
     assert step_facts({names.SFT_LOSS: 1.23456}, 60.0) == "loss 1.2346  eta 1m00s"
+
+
+def test_gold_and_kl_stand_beside_the_reward_where_a_run_has_them() -> None:
+    metrics = METRICS | {names.REWARD_GOLD: -0.25, names.KL_REFERENCE: 3.456}
+    assert step_facts(metrics, None) == "reward 0.412  gold -0.250  kl 3.46  length 5.2  tok/s 1,234"
+
+
+def test_a_reward_model_shows_its_loss_and_its_latest_accuracy() -> None:
+    stream = io.StringIO()
+    progress = PlainProgress(stream)
+    progress.eval(50, {names.REWARD_MODEL_ACCURACY: 0.75, names.REWARD_MODEL_HELD_OUT_LOSS: 0.5})
+    progress.step(60, 300, {names.REWARD_MODEL_LOSS: 0.61234})
+    assert stream.getvalue().splitlines()[1] == "step  60/300  loss 0.6123  held-out 0.750"
+
+
+def in_file() -> tuple[io.StringIO, Progress]:
+    stream = io.StringIO()
+    return stream, make_progress("plain", stream)
+
+
+def in_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Terminal, Progress]:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream = Terminal()
+    return stream, make_progress("rich", stream)
+
+
+ALL = METRICS | {names.REWARD_GOLD: -0.25, names.KL_REFERENCE: 3.456, names.EVAL_GREEDY: 0.5}
+
+
+@pytest.mark.parametrize(("width", "bar", "length"), [(80, False, False), (160, True, True)])
+def test_a_narrow_terminal_gives_up_the_bar_and_the_length_and_keeps_the_clock(
+    monkeypatch: pytest.MonkeyPatch, width: int, bar: bool, length: bool
+) -> None:
+    stream, progress = in_terminal(width, monkeypatch)
+    progress.step(9, 80, ALL)
+    progress.step(10, 80, ALL)
+    progress.close()
+    last = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()).split("step 10/80")[-1]
+    assert re.search(r"\d:\d\d:\d\d", last), last
+    assert "reward 0.412" in last and "eta " in last and "\u2026" not in last
+    assert (("\u2501" in last), ("length 5.2" in last)) == (bar, length), last
+
+
+@pytest.mark.parametrize("room", [None, 75, 74, 63, 62, 50, 49])
+def test_facts_give_way_one_by_one(room: int | None) -> None:
+    facts = step_facts(ALL, None, room)
+    labels = [fact.split(" ")[0] for fact in facts.split("  ")]
+    every = ["reward", "gold", "kl", "held-out", "length", "tok/s"]
+    gone = {None: 0, 75: 0, 74: 1, 63: 1, 62: 2, 50: 2, 49: 3}[room]
+    assert labels == [label for label in every if label not in ("length", "tok/s", "kl")[:gone]]
+
+
+@pytest.mark.parametrize("kind", ["plain", "rich"])
+def test_a_stage_that_an_error_ended_is_not_shown_as_finished(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, progress = in_terminal(160, monkeypatch) if kind == "rich" else in_file()
+    progress.stage("starting Ray")
+    progress.stage("starting 1 rollout worker")
+    progress.close(stopped=True)
+    progress.close(stopped=True)
+    seen = stream.getvalue()
+    assert seen.count("stopped after ") == 1
+    assert re.search(r"starting 1 rollout worker: stopped after \d+\.\d s", seen)
+    assert re.search(r"starting Ray: \d+\.\d s", seen)
+
+
+@pytest.mark.parametrize("kind", ["plain", "rich"])
+def test_a_note_is_a_line_and_no_warning(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, progress = in_terminal(160, monkeypatch) if kind == "rich" else in_file()
+    progress.note("resumed from step 40 [of 80]")
+    progress.close()
+    assert "resumed from step 40 [of 80]" in stream.getvalue() and "warning" not in stream.getvalue()

@@ -24,7 +24,7 @@ def test_before_after_in_plain_text() -> None:
         "greedy accuracy   0.500  0.938  +0.438",
         "response length       -  5.500       -",
         "prompts             256    256  +0.000",
-        "pass at 4         0.750      -       -",
+        "pass@4            0.750      -       -",
     ]
 
 
@@ -56,6 +56,52 @@ def test_curves_of_a_reinforcement_run(tmp_path: Path) -> None:
     lines = report.found_lines(held_out, report.read_metrics(metrics))
     assert lines == [(names.EVAL_GREEDY, "greedy"), ("eval/pass_at_4", "pass@4")]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_of_a_run_with_critic_reference_and_gold_reward_are_a_grid_of_nine(tmp_path: Path) -> None:
+    drawn = (
+        names.REWARD_MEAN,
+        names.REWARD_PROXY,
+        names.REWARD_GOLD,
+        names.KL_REFERENCE,
+        names.KL_COEF,
+        names.CRITIC_LOSS,
+        names.CRITIC_EXPLAINED_VARIANCE,
+        names.RESPONSE_LENGTH,
+        names.DISTINCT_RESPONSES,
+        names.DISTINCT_PAIRS,
+        names.LOGPROB_DIFF_MAX,
+        names.ENTROPY,
+        names.TOKENS_PER_S,
+        names.EVAL_GREEDY,
+        names.EVAL_REWARD,
+        names.EVAL_GOLD,
+        names.EVAL_KL,
+    )
+    rows: list[dict[str, object]] = [{"step": step, **dict.fromkeys(drawn, 0.5)} for step in (1, 2)]
+    metrics = write(tmp_path / "metrics.jsonl", *rows)
+    assert report.curves(metrics, tmp_path / "curves.png") == (
+        "Reward of sampled responses",
+        "Held-out accuracy",
+        "KL to the reference",
+        "Critic's explained variance",
+        "Response length",
+        "Different from each other",
+        "Rollout/learner logprob difference",
+        "Policy entropy",
+        "Speed",
+    )
+    series = report.read_metrics(metrics)
+    labels = {panel.title: [label for _, label in report.found_lines(panel, series)] for panel in report.PANELS}
+    assert labels["Reward of sampled responses"] == ["total", "gold", "gold, held out"]
+    assert labels["KL to the reference"] == ["train", "held out"]
+
+
+def test_curves_of_a_reward_model(tmp_path: Path) -> None:
+    held_out = {names.REWARD_MODEL_HELD_OUT_LOSS: 0.6, names.REWARD_MODEL_ACCURACY: 0.7}
+    metrics = write(tmp_path / "metrics.jsonl", {"step": 10, names.REWARD_MODEL_LOSS: 0.69, **held_out})
+    titles = report.curves(metrics, tmp_path / "curves.png")
+    assert titles == ("Reward model loss", "Reward model accuracy, held out")
 
 
 def test_a_supervised_run_shows_only_its_loss_and_an_empty_one_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,270 @@
+"""The processes of the learner's side: policy, critic and supervised ranks."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.algo.recipes import ALGORITHMS, Algorithm
+from rlhf_dist.cluster.groups import LearnerGroup
+from rlhf_dist.cluster.spec import ActorSpec, enter
+from rlhf_dist.config.schema import AlgoConfig, OptimizerConfig
+from rlhf_dist.learner.critic_files import CRITIC_FOLDER
+from rlhf_dist.telemetry.metrics import MetricSums
+from rlhf_dist.types import Rollout
+
+LOOPBACK = "127.0.0.1"
+
+
+def algorithm(config: AlgoConfig) -> Algorithm:
+    """The algorithm that the config names."""
+    return ALGORITHMS[config.name](config)
+
+
+class LearnerHost:
+    """One learner rank's process: first `address` of rank 0, then `join` on all, then the learner's own verbs."""
+
+    def __init__(self, spec: ActorSpec) -> None:
+        enter(spec)
+        self._spec = spec
+        self._engine: Any = None
+        self._learner: Any = None
+        self._folder: Path | None = None
+
+    def address(self) -> tuple[str, int]:
+        """Where the ranks meet: on loopback, since they are all on one node; and a free port."""
+        with socket.socket() as probe:
+            probe.bind((LOOPBACK, 0))
+            return LOOPBACK, probe.getsockname()[1]
+
+    def join(self, address: str, port: int, resume: str | None) -> str:
+        """Meet the other ranks, load the model, restore the optimizer of the checkpoint folder `resume`."""
+        from rlhf_dist.learner.deepspeed_engine import init_process_group
+
+        spec, config = self._spec, self._spec.config
+        init_process_group(
+            spec.rank,
+            config.learner.ranks,
+            address,
+            port,
+            device=spec.device,
+            threads=spec.threads,
+            timeout_s=max(config.learner.timeout_s, config.cluster.start_timeout_s),
+        )
+        self._folder = None if resume is None else Path(resume)
+        self._engine = self._make_engine()
+        self._learner = self._make_learner()
+        if self._folder is not None:
+            self._restore(self._folder)
+        return spec.name
+
+    def save(self, folder: Path) -> None:
+        """See `ModelEngine.save`."""
+        self._engine.save(folder)
+
+    def close(self) -> None:
+        """Remove what lies outside the process."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def _restore(self, folder: Path) -> None:
+        self._engine.restore(folder)
+
+    def _optimizer(self) -> OptimizerConfig:
+        return self._spec.config.learner.optimizer
+
+    def _make_engine(self) -> Any:
+        from rlhf_dist.learner.model_engine import ModelEngine
+
+        spec, config = self._spec, self._spec.config
+        return ModelEngine(
+            Path(spec.source),
+            config.model,
+            config.learner,
+            self._optimizer(),
+            device=spec.device,
+            bucket_mib=config.weights.bucket_mib,
+        )
+
+    def _make_learner(self) -> Any:
+        raise AssertionError("a learner host is a policy's, a critic's, a supervised or a reward model's one")
+
+
+class CriticVerbs:
+    """What a process that holds a critic with its own trunk can be asked for."""
+
+    _critic: Any
+
+    def estimate(self, shard: Any, count: int, *arrays: Any) -> Any:
+        """See `CriticLearner.estimate`; two answers: sums, estimate. `arrays`: `count` rollouts, then references."""
+        return self._critic.estimate(shard, arrays[:count], arrays[count:])
+
+    def update_critic(self, shard: Any, estimate: Any, *rollouts: Rollout) -> Any:
+        """See `CriticLearner.update`."""
+        return self._critic.update(shard, estimate, rollouts)
+
+    def save_critic(self, folder: Path) -> None:
+        """Into the checkpoint's own folder for the critic."""
+        (folder / CRITIC_FOLDER).mkdir(exist_ok=True)
+        self._critic.engine.save(folder / CRITIC_FOLDER)
+
+
+class PolicyHost(CriticVerbs, LearnerHost):
+    """A rank of the policy's learner; the critic's too where they take turns or share the trunk."""
+
+    def update(self, shard: Any, estimate: Any, whitening: Any, count: int, *arrays: Any) -> Any:
+        """See `PolicyLearner.update`; `arrays`: `count` rollouts, then references."""
+        found = self._learner.update(shard, arrays[:count], arrays[count:], estimate, whitening)
+        if self._ema is not None:
+            self._ema.update(self._engine.weights())
+        return found
+
+    def publish(self, version: int) -> Any:
+        """See `ModelEngine.publish`."""
+        return self._engine.publish(version)
+
+    def save(self, folder: Path) -> None:
+        """The policy's part of a checkpoint."""
+        self._engine.save(folder)
+        if self._ema is not None:
+            self._ema.save(self._engine.companions, folder)
+
+    def _restore(self, folder: Path) -> None:
+        self._engine.restore(folder)
+        if self._critic is not None and self._critic is not self._learner:
+            self._critic.engine.restore(folder / CRITIC_FOLDER)
+        if self._ema is not None:
+            self._ema.restore(folder)
+
+    def _make_engine(self) -> Any:
+        from rlhf_dist.learner.ema import Ema
+
+        config = self._spec.config
+        self._ema = Ema(config.learner.ema_decay, self._spec.rank) if config.learner.ema_decay else None
+        if not shares_trunk(config):
+            return super()._make_engine()
+        from rlhf_dist.learner.shared_engine import SharedEngine
+
+        return SharedEngine(
+            Path(self._spec.source),
+            config.model,
+            config.learner,
+            self._optimizer(),
+            device=self._spec.device,
+            bucket_mib=config.weights.bucket_mib,
+            resumed=self._folder,
+        )
+
+    def _make_learner(self) -> Any:
+        from rlhf_dist.learner.policy import PolicyLearner
+        from rlhf_dist.learner.shared import SharedPolicyLearner
+
+        config = self._spec.config
+        recipe, kl_in_reward = algorithm(config.algo), config.algo.kl.place == "reward"
+        self._critic = None
+        if shares_trunk(config):
+            self._critic = SharedPolicyLearner(
+                self._engine, recipe, make_ptx(self._spec), config.critic, kl_in_reward=kl_in_reward
+            )
+            return self._critic
+        if recipe.needs_critic and not config.critic.side_by_side:
+            self._critic = make_critic(self._spec)
+        return PolicyLearner(self._engine, recipe, make_ptx(self._spec))
+
+
+class CriticHost(CriticVerbs, LearnerHost):
+    """A rank of a critic that works beside the policy."""
+
+    def _make_engine(self) -> Any:
+        self._critic = make_critic(self._spec)
+        return self._critic.engine
+
+    def _make_learner(self) -> Any:
+        return self._critic
+
+    def _restore(self, folder: Path) -> None:
+        self._engine.restore(folder / CRITIC_FOLDER)
+
+
+def shares_trunk(config: Any) -> bool:
+    """Whether the critic is a value head on the policy's trunk."""
+    return algorithm(config.algo).needs_critic and config.critic.start == "shared"
+
+
+def make_critic(spec: ActorSpec) -> Any:
+    """A critic with its own trunk; the process group is up."""
+    from rlhf_dist.learner.critic import CriticLearner
+    from rlhf_dist.learner.scalar_engine import ScalarEngine
+
+    config = spec.config
+    engine = ScalarEngine(
+        Path(config.critic.start), config.model, config.learner, config.critic.optimizer, device=spec.device
+    )
+    return CriticLearner(engine, algorithm(config.algo), config.critic, kl_in_reward=config.algo.kl.place == "reward")
+
+
+def make_ptx(spec: ActorSpec) -> Any:
+    """The pre-training mix, or None where it is off."""
+    config = spec.config
+    if config.ptx.coef == 0:
+        return None
+    from rlhf_dist.data.demonstrations import ptx_demonstrations
+    from rlhf_dist.learner.ptx import PtxMix
+    from rlhf_dist.models.hf import load_tokenizer
+
+    return PtxMix(
+        config.ptx,
+        ptx_demonstrations(config.data, config.ptx, config.seed, config.eval.prompts),
+        load_tokenizer(Path(spec.source)),
+        chat=config.data.chat,
+        seed=config.seed,
+        rank=spec.rank,
+        ranks=config.learner.ranks,
+        micro_batch_tokens=config.learner.micro_batch_tokens,
+    )
+
+
+class SupervisedHost(LearnerHost):
+    """A rank of supervised training."""
+
+    def train_step(self, step: int) -> Any:
+        """See `SupervisedLearner.train_step`."""
+        return self._learner.train_step(step)
+
+    def evaluate(self) -> Any:
+        """See `SupervisedLearner.evaluate`."""
+        return self._learner.evaluate()
+
+    def _optimizer(self) -> OptimizerConfig:
+        return self._spec.config.sft.optimizer
+
+    def _make_learner(self) -> Any:
+        from rlhf_dist.data.demonstrations import demonstrations, held_out_demonstrations
+        from rlhf_dist.learner.supervised import SupervisedLearner
+        from rlhf_dist.models.hf import load_tokenizer
+
+        config = self._spec.config
+        return SupervisedLearner(
+            self._engine,
+            config.sft,
+            demonstrations(config.data, config.sft, config.seed, config.eval.prompts),
+            held_out_demonstrations(config.data, config.sft, config.eval.prompts),
+            load_tokenizer(Path(self._spec.source)),
+            chat=config.data.chat,
+            seed=config.seed,
+            ranks=config.learner.ranks,
+            micro_batch_tokens=config.learner.micro_batch_tokens,
+        )
+
+
+class SupervisedGroup(LearnerGroup):
+    """All ranks of supervised training."""
+
+    def train_step(self, step: int) -> MetricSums:
+        """Optimizer step `step` on every rank."""
+        return MetricSums.merge(self.call("train_step", step).values())
+
+    def evaluate(self) -> MetricSums:
+        """Held-out loss over all ranks."""
+        return MetricSums.merge(self.call("evaluate").values())

@@ -1,0 +1,130 @@
+"""Runs the stages of a pipeline one after the other, in one process and one Ray session."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.cluster import build
+from rlhf_dist.cluster.placement import local_machine, place
+from rlhf_dist.cluster.session import joins_cluster, ray_session
+from rlhf_dist.cluster.sources import model_source, preflight_rewards
+from rlhf_dist.config.pipeline_checks import Stage, StageCommand
+from rlhf_dist.config.schema import Config
+from rlhf_dist.errors import DataError, ResourceError, RlhfError
+from rlhf_dist.loop import pipeline as stages_on_disk, run_directory
+from rlhf_dist.loop.run_directory import write_json, write_text
+from rlhf_dist.telemetry.comparison import StageResult, as_json, as_text, compare_stages, show
+
+
+def pipeline(stages: Sequence[Stage]) -> None:
+    """Bring every stage to its end, in order, then compare their models.
+
+    Raises what a stage raises, with the stage's name before the message: what is finished stays, and the same call
+    goes on from there.
+    """
+    started = time.monotonic()
+    for stage in stages:
+        with named(stage):
+            check_before_start(stage)
+    folder = stages[0].path.parent
+    with ExitStack() as stack:
+        stack.callback(os.close, _lock(folder))
+        finished: dict[str, stages_on_disk.Finished] = {}
+        session = False
+        for number, stage in enumerate(stages, start=1):
+            with named(stage):
+                basis = stages_on_disk.basis_of(stage, finished)
+                decision = stages_on_disk.decide(stage, basis)
+                print(f"stage {number} of {len(stages)}, {stage.name}: {decision.text(stage)}", flush=True)
+                if decision.kind != "skip" and not session:
+                    stack.enter_context(ray_session(stage.config.cluster))
+                    session = True
+                finished[stage.name] = bring_to_end(stage, basis, decision)
+        comparison = compare_stages([result_of(stage, finished[stage.name]) for stage in stages])
+        write_json(folder / "pipeline.json", as_json(comparison))
+        write_text(folder / "pipeline.txt", as_text(comparison) + "\n")
+    show(comparison, sys.stdout)
+    print(f"also in {folder}/pipeline.txt and pipeline.json  (this call: {time.monotonic() - started:.0f} s)")
+
+
+def check_before_start(stage: Stage) -> None:
+    """What can be known to be wrong before anything runs; the output of earlier stages is not there yet."""
+    config = stage.config
+    if not joins_cluster(config.cluster):
+        place(config, local_machine(), stage.command)
+    if stage.command == "train":
+        # A reward model is compared with the policy, so both have to be there.
+        known = {
+            name: spec
+            for name, spec in config.scoring.rewards.items()
+            if spec.kind != "model" or not {"model.path", f"scoring.rewards.{name}.path"} & stage.wired.keys()
+        }
+        if known:
+            preflight_rewards(replace(config, scoring=replace(config.scoring, rewards=known)))
+    if "model.path" not in stage.wired:
+        model_source(config, None, stage.command)
+    build.read_data(config, stage.command)
+
+
+def bring_to_end(
+    stage: Stage, basis: stages_on_disk.Basis, decision: stages_on_disk.Decision
+) -> stages_on_disk.Finished:
+    """Do what was decided; returns the record of the finished stage."""
+    if decision.kind == "skip":
+        finished = stages_on_disk.read_finished(stage.path)
+        assert finished is not None
+        return finished
+    if decision.kind == "rerun":
+        print(f"  the earlier one is kept as {stages_on_disk.set_aside(stage.path)}", flush=True)
+    resume = decision.kind == "resume"
+    config = stages_on_disk.resumable(stage) if resume else stage.config
+    stages_on_disk.write_begun(stage, basis)
+    started = time.monotonic()
+    runner(stage.command)(config, resume)
+    return stages_on_disk.write_finished(stage, basis, time.monotonic() - started)
+
+
+def runner(command: StageCommand) -> Callable[[Config, bool], None]:
+    """(config, resume) -> a whole run."""
+    if command == "reward":
+        from rlhf_dist.cluster.reward import reward
+
+        return reward
+    return {"sft": build.sft, "train": build.train}[command]
+
+
+def result_of(stage: Stage, finished: stages_on_disk.Finished) -> StageResult:
+    """What the stage's `summary.json` says. Raises DataError when it cannot be read."""
+    path = stage.path / "summary.json"
+    try:
+        summary: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; move {stage.path} away to run the stage anew") from error
+    start = " ".join(stage.wired.get("model.path", (stage.config.model.path,)))
+    return StageResult(stage.name, stage.command, start, summary, finished.seconds)
+
+
+@contextmanager
+def named(stage: Stage) -> Iterator[None]:
+    """Put the stage's name before the message of an error."""
+    try:
+        yield
+    except RlhfError as error:
+        raise type(error)(f"stage {stage.name}: {error}") from error
+
+
+def _lock(folder: Path) -> int:
+    """Keep a second pipeline out; returns the descriptor that holds the lock. Raises ConfigError, ResourceError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return run_directory._take_lock(folder)
+    except OSError as error:
+        raise ResourceError(f"{folder}: the pipeline's directory cannot be made: {error.strerror}") from error

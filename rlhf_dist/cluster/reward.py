@@ -1,0 +1,232 @@
+"""Config -> a wired run of `rlhf-dist reward`: the ranks' processes, the group of them, and the run from end to end."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.cluster.build import check_before_start, finish, join_ranks, opened, start_ranks
+from rlhf_dist.cluster.groups import LearnerGroup
+from rlhf_dist.cluster.learner_hosts import LearnerHost
+from rlhf_dist.cluster.placement import bundles, place
+from rlhf_dist.cluster.session import ray_session, reserve
+from rlhf_dist.cluster.sources import model_source
+from rlhf_dist.config.schema import Config
+from rlhf_dist.data.describe import best_accuracy
+from rlhf_dist.data.judgement_rows import Comparison
+from rlhf_dist.data.judgements import Judgements, held_out_judgements, judgements
+from rlhf_dist.learner.model_engine import checkpoint_files
+from rlhf_dist.learner.preference import HeldOutScores
+from rlhf_dist.loop.reward import Outcome, RewardRun, read_state
+from rlhf_dist.loop.reward_report import (
+    ACCURACY_HIGH,
+    ACCURACY_LOW,
+    SCORE_MEAN,
+    SCORE_STD,
+    calibration_bins,
+    draw,
+)
+from rlhf_dist.loop.run_directory import latest_checkpoint
+from rlhf_dist.models.scalar import ScoreScale
+from rlhf_dist.telemetry import names
+from rlhf_dist.telemetry.metrics import MetricSums
+from rlhf_dist.telemetry.report import read_metrics
+
+PICTURE = "reward.png"
+METRIC_PREFIX = "reward_model/"
+
+
+class RewardHost(LearnerHost):
+    """A rank of a reward model's training."""
+
+    def train_step(self, step: int) -> Any:
+        """See `PreferenceLearner.train_step`."""
+        return self._learner.train_step(step)
+
+    def evaluate(self) -> Any:
+        """See `PreferenceLearner.evaluate`."""
+        return self._learner.evaluate()
+
+    def save_scaled(self, folder: Path, scale: ScoreScale) -> None:
+        """See `ScalarEngine.save`."""
+        self._engine.save(folder, scale)
+
+    def _make_engine(self) -> Any:
+        from rlhf_dist.learner.scalar_engine import ScalarEngine, ScalarEngineWithLM
+
+        spec, config = self._spec, self._spec.config
+        engine = ScalarEngineWithLM if config.reward.lm_coef > 0 else ScalarEngine
+        return engine(
+            Path(spec.source),
+            config.model,
+            config.learner,
+            config.reward.optimizer,
+            device=spec.device,
+            normalized=False,
+        )
+
+    def _make_learner(self) -> Any:
+        from rlhf_dist.learner.preference import PreferenceLearner
+        from rlhf_dist.models.hf import load_tokenizer
+
+        config = self._spec.config
+        train, held_out = load_judgements(config)
+        return PreferenceLearner(
+            self._engine,
+            config.reward,
+            train,
+            held_out,
+            load_tokenizer(Path(self._spec.source)),
+            chat=config.data.chat,
+            max_tokens=config.preferences.max_tokens,
+            seed=config.seed,
+            ranks=config.learner.ranks,
+            micro_batch_tokens=config.learner.micro_batch_tokens,
+        )
+
+
+class RewardGroup(LearnerGroup):
+    """All ranks of a reward model's training."""
+
+    def train_step(self, step: int) -> MetricSums:
+        """Optimizer step `step` on every rank."""
+        return MetricSums.merge(self.call("train_step", step).values())
+
+    def evaluate(self) -> HeldOutScores:
+        """Held-out scores of all ranks' shares."""
+        return HeldOutScores.merge(self.call("evaluate").values())
+
+    def save_scaled(self, folder: Path, scale: ScoreScale) -> None:
+        """Checkpoint with the scores' normalisation."""
+        self.call("save_scaled", folder, scale)
+
+
+def reward(config: Config, resume: bool) -> None:
+    """Train a reward model, from checks to table and pictures."""
+    if resume and at_its_end(config):
+        return
+    check_before_start(config, "reward")
+    train, held_out = load_judgements(config)
+    check_start(config)
+    best = best_accuracy([j for j in held_out if isinstance(j, Comparison)]) if from_task(config) else None
+    started = time.monotonic()
+    with opened(config, "reward", resume) as (run, telemetry, progress):
+        folder = run.latest_checkpoint() if resume else None
+        state = read_state(folder) if folder else None
+        source = model_source(config, folder, "reward")
+        if train.dropped or held_out.dropped:
+            telemetry.warn(dropped_text(train, held_out))
+        progress.stage("starting Ray")
+        with ray_session(config.cluster) as machine, ExitStack() as stack:
+            placement = place(config, machine, "reward")
+            progress.stage(f"starting {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
+            group = stack.enter_context(
+                reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s)
+            )
+            ranks = start_ranks(config, placement, source, run.logs, group, RewardHost, stack)
+            join_ranks(config, ranks, folder)
+            outcome = RewardRun(
+                RewardGroup(ranks, timeout_s=config.learner.timeout_s),
+                config.reward,
+                state,
+                needed=needed_files(config),
+                directory=run,
+                telemetry=telemetry,
+                progress=progress,
+            ).train()
+        draw(outcome.held_out, read_metrics(run.metrics), best, run.path / PICTURE)
+        summary = summary_of(outcome, best)
+        lines = [*result_lines(outcome, best, config.reward.steps), f"picture: {run.path / PICTURE}"]
+        finish(run, progress, summary["before"], summary["after"], summary, time.monotonic() - started, lines)
+
+
+def at_its_end(config: Config) -> bool:
+    """Whether a resume has nothing left to do; says so."""
+    run = Path(config.output) / config.name
+    folder = latest_checkpoint(run)
+    try:
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        ended = folder is not None and summary["kept_step"] == read_state(folder).step
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if ended:
+        print(
+            f"{config.name} ended at step {summary['last_step']} of {config.reward.steps}; "
+            f"go on in a new run with name=... model.path={run}"
+        )
+    return ended
+
+
+def load_judgements(config: Config) -> tuple[Judgements, Judgements]:
+    """(training, held-out) judgements. Raises DataError, ConfigError."""
+    return (
+        judgements(config.preferences, config.data, config.seed, config.preferences.unusable),
+        held_out_judgements(config.preferences, config.data, config.preferences.unusable),
+    )
+
+
+def from_task(config: Config) -> bool:
+    """Whether the true reward behind the labels is known."""
+    return config.preferences.source == "task"
+
+
+def check_start(config: Config) -> None:
+    """Refuse a start that no reward model can be made of. Raises ModelError."""
+    from rlhf_dist.models.hf import resolve
+    from rlhf_dist.models.scalar import inspect_scalar, require_lm_head
+
+    source = resolve(config.model, Path(config.output).absolute() / ".models")
+    inspect_scalar(source.path, config.preferences.max_tokens)
+    if config.reward.lm_coef > 0:
+        require_lm_head(source.path)
+
+
+def needed_files(config: Config) -> list[str]:
+    """What makes a checkpoint whole."""
+    from rlhf_dist.learner.scalar_engine import LM_HEAD_FILE
+
+    return [*checkpoint_files(config.learner.ranks), *([LM_HEAD_FILE] if config.reward.lm_coef > 0 else [])]
+
+
+def dropped_text(train: Judgements, held_out: Judgements) -> str:
+    """How many rows of the files say nothing, and why the first does."""
+    reasons = [*train.dropped, *held_out.dropped]
+    return f"{len(reasons)} row(s) of the preference data left out; the first: {reasons[0]}"
+
+
+def plain(results: dict[str, float]) -> dict[str, float]:
+    """The reward model's own results, by the names that the table shows."""
+    return {
+        name.removeprefix(METRIC_PREFIX): value for name, value in results.items() if name.startswith(METRIC_PREFIX)
+    }
+
+
+def summary_of(outcome: Outcome, best: float | None) -> dict[str, Any]:
+    """`summary.json`; `best` is the accuracy that the labels' noise allows, where it is known."""
+    bins = calibration_bins(outcome.held_out)
+    return {
+        "command": "reward",
+        "before": plain(outcome.before),
+        "after": plain(outcome.after) | ({} if best is None else {"best_accuracy": best}),
+        "kept_step": outcome.kept_step,
+        "last_step": outcome.last_step,
+        "calibration": [{"predicted": b.predicted, "observed": b.observed, "count": b.count} for b in bins],
+    }
+
+
+def result_lines(outcome: Outcome, best: float | None, steps: int) -> list[str]:
+    """What a person wants to know of the model."""
+    after, lines = outcome.after, []
+    if names.REWARD_MODEL_ACCURACY in after:
+        line = (
+            f"held-out accuracy {after[names.REWARD_MODEL_ACCURACY]:.3f} "
+            f"(95%: {after[ACCURACY_LOW]:.3f} to {after[ACCURACY_HIGH]:.3f})"
+        )
+        lines.append(line if best is None else f"{line}; the labels' noise allows {best:.3f}")
+    stopped = "" if outcome.last_step == steps else f"; stopped early, after step {outcome.last_step} of {steps}"
+    lines.append(f"kept: step {outcome.kept_step}, the lowest held-out loss{stopped}")
+    lines.append(f"scores: mean {after[SCORE_MEAN]:.3f}, deviation {after[SCORE_STD]:.3f}, stored with the model")
+    return lines

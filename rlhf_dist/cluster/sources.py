@@ -1,0 +1,128 @@
+"""Which models a run starts from: found, checked and named before any process is started."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from rlhf_dist.cluster import actors, learner_hosts as hosts
+from rlhf_dist.cluster.placement import Command, local_machine
+from rlhf_dist.config.schema import Config, RewardSpec
+from rlhf_dist.errors import ModelError
+from rlhf_dist.learner.critic_files import CRITIC_FOLDER
+
+
+def preflight_rewards(config: Config) -> None:
+    """Try every reward cheaply: models are looked at and not loaded, servers asked for a sign of life."""
+    from rlhf_dist.scoring.scorer import preflight
+
+    def look(name: str, reward: RewardSpec) -> object:
+        from rlhf_dist.scoring.reward_model import reward_source
+
+        policy = model_path(config, config.model.path, "model.path")
+        return reward_source(name, reward, actors.model_setting(config, policy, "cpu"))
+
+    preflight(config.scoring, look)
+
+
+def model_source(config: Config, checkpoint: Path | None, command: Command = "train") -> str:
+    """The Hugging Face directory to start from: the checkpoint's, or what `model.path` names, after checks."""
+    from rlhf_dist.models.hf import inspect
+    from rlhf_dist.models.scalar import inspect_scalar
+
+    if checkpoint is not None:
+        return str((checkpoint / "hf").absolute())
+    source = model_path(config, config.model.path, "model.path")
+    if command == "reward":
+        inspect_scalar(source, config.preferences.max_tokens)
+        return source
+    length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    device = "cuda" if config.cluster.device != "cpu" and local_machine().gpus else "cpu"
+    inspect(source, chat=config.data.chat, device=device, max_tokens=length)
+    return source
+
+
+def with_sources(config: Config, source: str, folder: Path | None, learns: bool) -> Config:
+    """The config as the actors get it: `critic.start` and `reference.path` are directories or hub names.
+
+    `source`: where the policy starts from; `folder`: the checkpoint resumed from, whose own critic and reference go on;
+    `learns`: false for an evaluation, which has no critic.
+    """
+    critic, reference = config.critic.start, config.reference.path
+    if learns and hosts.algorithm(config.algo).needs_critic and critic != "shared":
+        if folder is not None:
+            critic = str((folder / CRITIC_FOLDER / "hf").absolute())
+        else:
+            critic = source if critic == "policy" else model_path(config, critic, "critic.start")
+    if actors.needs_reference(config):
+        moved = None if folder is None else folder / actors.REFERENCE_FOLDER
+        if moved is not None and moved.is_dir():
+            reference = str(moved.absolute())
+        else:
+            key = "reference.path" if reference else "model.path"
+            reference = model_path(config, reference or config.model.path, key)
+    return replace(
+        config,
+        critic=replace(config.critic, start=critic),
+        reference=replace(config.reference, path=reference),
+    )
+
+
+def model_path(config: Config, path: str, key: str) -> str:
+    """The Hugging Face directory, absolute, or hub name that `path`, of the config key `key`, stands for."""
+    from rlhf_dist.models.hf import resolve
+
+    found = Path(resolve(replace(config.model, path=path), models_folder(config), key).path)
+    return str(found.absolute()) if found.exists() else str(found)
+
+
+def models_folder(config: Config) -> Path:
+    """Where models are made on first use."""
+    return Path(config.output).absolute() / ".models"
+
+
+def check_critic(config: Config) -> None:
+    """Refuse a critic that cannot read the policy's tokens. Raises `ModelError`."""
+    if not hosts.algorithm(config.algo).needs_critic or config.critic.start in ("policy", "shared"):
+        return
+    from rlhf_dist.models.hf import load_tokenizer
+    from rlhf_dist.models.scalar import inspect_scalar
+    from rlhf_dist.scoring.reward_model import differs
+
+    critic = model_path(config, config.critic.start, "critic.start")
+    inspect_scalar(critic, config.rollout.max_prompt_tokens + config.rollout.max_response_tokens)
+    policy = model_path(config, config.model.path, "model.path")
+    difference = differs(load_tokenizer(critic), load_tokenizer(policy), chat=False)
+    if difference:
+        raise ModelError(
+            f"critic.start = {config.critic.start}: its {difference} is not that of the policy, {config.model.path}, "
+            "whose tokens it has to value; set critic.start=policy, or start from a reward model of the same tokenizer"
+        )
+    require_rows(f"critic.start = {config.critic.start}", critic, policy)
+
+
+def check_reference(config: Config) -> None:
+    """Refuse a reference that cannot read the policy's tokens. Raises `ModelError`."""
+    if not actors.needs_reference(config) or not config.reference.path:
+        return
+    from rlhf_dist.models.hf import load_tokenizer
+    from rlhf_dist.scoring.reward_model import differs
+
+    reference = model_path(config, config.reference.path, "reference.path")
+    policy = model_path(config, config.model.path, "model.path")
+    difference = differs(load_tokenizer(reference), load_tokenizer(policy), chat=False)
+    if difference:
+        raise ModelError(
+            f"reference.path = {config.reference.path}: its {difference} is not that of the policy, "
+            f"{config.model.path}; KL compares probabilities of the same tokens: give a model of the same tokenizer"
+        )
+    require_rows(f"reference.path = {config.reference.path}", reference, policy)
+
+
+def require_rows(which: str, path: str, policy: str) -> None:
+    """Refuse a model that lacks a row for a token that the policy can sample. Raises `ModelError`."""
+    from rlhf_dist.models.hf import load_config
+
+    own, needed = (load_config(source).get_text_config().vocab_size for source in (path, policy))
+    if own < needed:
+        raise ModelError(f"{which}: has rows for {own} tokens, the policy for {needed}; give a model with as many")

@@ -1,0 +1,56 @@
+"""What an actor is made from, and what every actor's process does first."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_dist.config.schema import Config
+
+
+@dataclass(frozen=True, slots=True)
+class ActorSpec:
+    """What an actor needs to make its plain class."""
+
+    name: str
+    """For messages and its log: `rollout worker 0`."""
+    config: Config
+    source: str
+    """The Hugging Face directory to start from."""
+    device: str
+    """`cpu` or `cuda`."""
+    threads: int
+    log: str
+    """File for everything the process prints, in the run directory."""
+    rank: int
+    seed: int
+    """Of this actor's own random numbers."""
+    search_path: str
+    """Folder of the command, where a user's own modules are."""
+
+
+def enter(spec: ActorSpec) -> None:
+    """Send this process's output to its log file, so that engines do not print over the user's screen."""
+    path = Path(spec.log)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+    if spec.search_path not in sys.path:
+        sys.path.append(spec.search_path)  # last: a file there must not hide a library
+
+
+def environment(spec: ActorSpec) -> dict[str, str]:
+    """OpenMP reads its settings when torch is imported, which is before any code of ours runs in the actor."""
+    variables = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
+    if spec.device == "cpu":
+        # Threads that wait for each other spin for microseconds, then sleep. Sleeping at once halves the speed of
+        # decoding; spinning for milliseconds, OpenMP's own choice, is many times slower where others use the cores too.
+        variables["GOMP_SPINCOUNT"] = "10000"
+        variables["KMP_BLOCKTIME"] = "1"
+    return variables

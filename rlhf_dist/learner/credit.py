@@ -1,0 +1,58 @@
+"""Credit by token for one rank's rows: rewards from scores and KL, then the algorithm's own estimate. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rlhf_dist.algo.recipes import TokenCredit
+from rlhf_dist.algo.rewards import token_rewards
+from rlhf_dist.learner.shard import Estimate, Shard, of_sample, rollout_logprobs
+from rlhf_dist.types import Rollout
+
+
+def estimate(
+    shard: Shard,
+    rollouts: Sequence[Rollout],
+    references: Sequence[np.ndarray],
+    values: Sequence[np.ndarray],
+    credit: TokenCredit,
+    kl_in_reward: bool,
+) -> Estimate:
+    """Advantages and returns of each response token of the shard.
+
+    The reward of a token is -kl_coef x (rollout logprob - reference logprob) where `kl_in_reward`, and the last one's
+    has the score besides. The rollout's logprobs are those of the policy that acted, so this is the reward it earned.
+
+    Args:
+        references: G arrays float32 [tokens of the group], or none.
+        values: b arrays float32 [response length], one for each row of the shard.
+    """
+    pairs = list(zip(shard.groups, shard.samples, strict=True))
+    lengths = np.array([len(row) for row in values], np.int64)
+    if not len(pairs):
+        nothing = np.empty(0, np.float32)
+        return Estimate(nothing, nothing, nothing)
+    kl = [np.zeros(length, np.float32) for length in lengths]
+    if kl_in_reward and references:
+        kl = [rollout_logprobs(rollouts[g], s) - of_sample(rollouts[g], s, references[g]) for g, s in pairs]
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    mask_BT = torch.from_numpy(mask)
+    scores_B = torch.from_numpy(shard.scores.astype(np.float32))
+    rewards_BT = token_rewards(scores_B, padded(kl, mask), mask_BT, shard.kl_coef if kl_in_reward else 0.0)
+    advantages_BT, returns_BT = credit.estimate(rewards_BT, padded(values, mask), mask_BT)
+    return Estimate(advantages_BT.numpy()[mask], returns_BT.numpy()[mask], np.concatenate(list(values)))
+
+
+def padded(rows: Sequence[np.ndarray], mask: np.ndarray) -> torch.Tensor:
+    """Ragged rows -> float32 [B, T], 0 beyond a row's end."""
+    out = np.zeros(mask.shape, np.float32)
+    out[mask] = np.concatenate(list(rows))
+    return torch.from_numpy(out)
+
+
+def by_row(values: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
+    """[N] -> one array a row."""
+    return np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []

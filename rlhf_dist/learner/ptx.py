@@ -1,0 +1,61 @@
+"""The pre-training mix: a language-model batch beside each of the policy's optimizer steps (InstructGPT's PPO-ptx)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_dist.config.schema import PtxConfig
+from rlhf_dist.data.rows import Demonstration
+from rlhf_dist.learner.rows import Row
+from rlhf_dist.learner.supervised import demonstration_rows, epoch_index, rank_share
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """One rank's share of a batch."""
+
+    micro_batches: Sequence[Sequence[Row]]
+    """As many on every rank; one may be empty."""
+    tokens: int
+    """Response tokens of the whole batch, all ranks."""
+    dropped: int
+    """Sequences of the whole batch that were too long."""
+
+
+class PtxMix:
+    """Every rank draws the same sequences from the same seed and takes its own share."""
+
+    def __init__(
+        self,
+        config: PtxConfig,
+        source: Sequence[Demonstration],
+        tokenizer: Any,
+        *,
+        chat: bool,
+        seed: int,
+        rank: int,
+        ranks: int,
+        micro_batch_tokens: int,
+    ) -> None:
+        self.coef = config.coef
+        self._config = config
+        self._source = source
+        self._tokenizer = tokenizer
+        self._chat = chat
+        self._seed = seed
+        self._rank = rank
+        self._ranks = ranks
+        self._budget = micro_batch_tokens
+
+    def batch(self, number: int) -> Mixed:
+        """The batch of optimizer step `number`, from 0. Raises `DataError` when all of it is too long."""
+        size = self._config.batch_size
+        chosen = [epoch_index(n, len(self._source), self._seed) for n in range(number * size, (number + 1) * size)]
+        rows, dropped = demonstration_rows(
+            self._source, chosen, self._tokenizer, self._chat, self._config.max_tokens, "ptx.max_tokens"
+        )
+        return Mixed(
+            rank_share(rows, self._rank, self._ranks, self._budget), sum(row.response_length for row in rows), dropped
+        )

@@ -1,0 +1,166 @@
+"""What the controller sends a learner rank, and what a rank's critic makes of it. No tokens in either."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_dist.learner.rows import Row, rollout_row
+from rlhf_dist.telemetry.metrics import MetricSums
+from rlhf_dist.types import Rollout
+
+WHITEN_EPS = 1e-8
+"""Added to the variance of advantages before the square root, as in `algo.masking`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One rank's share of a training step. Made by the controller; holds no tokens."""
+
+    groups: np.ndarray
+    """int64 [b]; row -> position among the rollouts given beside the shard."""
+    samples: np.ndarray
+    """int64 [b]; row -> sample within its group."""
+    advantages: np.ndarray
+    """float32 [b]; spread over the row's tokens. 0 where a critic's `Estimate` has them by token."""
+    scores: np.ndarray
+    """float32 [b]; the shaped score, reward of the row's last token where credit is by token."""
+    weights: np.ndarray
+    """float64 [b]; factor of each of the row's per-token losses, from global counts."""
+    updates: tuple[tuple[np.ndarray, ...], ...]
+    """[optimizer steps][micro-batches]: row numbers. As many on every rank; an empty one is run with weight 0."""
+    epochs: int
+    """Passes over `updates`."""
+    first_update: int
+    """Number of the first optimizer step in the whole run, from 0."""
+    learning_rates: tuple[float, ...]
+    """One for each optimizer step of all passes."""
+    critic_rates: tuple[float, ...]
+    """The critic's own, as many."""
+    temperature: float
+    """The sampler's, so that logprobs compare."""
+    on_policy: bool
+    """The rollouts come from the learner's present weights and there is one update: old logprobs are the new ones."""
+    kl_coef: float
+    """Of the KL to the reference, as it stands at this step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Credit by token of one shard. Made where the critic is; goes through the object store."""
+
+    advantages: np.ndarray
+    """float32 [N]; the shard's response tokens, row after row. Not whitened yet: that takes all ranks' sums."""
+    returns: np.ndarray
+    """float32 [N]; what the critic learns."""
+    values: np.ndarray
+    """float32 [N]; the critic's, before its update."""
+
+
+@dataclass(frozen=True, slots=True)
+class EstimateSums:
+    """Sums over the tokens of an `Estimate`, which add up over ranks."""
+
+    tokens: float
+    advantages: float
+    advantage_squares: float
+    returns: float
+    return_squares: float
+    values: float
+    error_squares: float
+    """Of returns less values."""
+
+    @staticmethod
+    def of(estimate: Estimate) -> EstimateSums:
+        """The sums of one rank, in float64."""
+        advantages, returns, values = (
+            array.astype(np.float64) for array in (estimate.advantages, estimate.returns, estimate.values)
+        )
+        return EstimateSums(
+            float(len(advantages)),
+            float(advantages.sum()),
+            float(np.square(advantages).sum()),
+            float(returns.sum()),
+            float(np.square(returns).sum()),
+            float(values.sum()),
+            float(np.square(returns - values).sum()),
+        )
+
+    @staticmethod
+    def merge(parts: Iterable[EstimateSums]) -> EstimateSums:
+        """Of all ranks."""
+        parts = list(parts)
+        return EstimateSums(*(math.fsum(getattr(part, f.name) for part in parts) for f in fields(EstimateSums)))
+
+    def whitening(self) -> Whitening:
+        """Mean and deviation of the advantages of the whole step."""
+        mean = self.advantages / max(self.tokens, 1.0)
+        variance = max(self.advantage_squares / max(self.tokens, 1.0) - mean**2, 0.0)
+        return Whitening(mean, math.sqrt(variance + WHITEN_EPS))
+
+    def metrics(self) -> dict[str, float]:
+        """What a reader wants to know of the critic; `explained_variance` is 1 for a perfect one, 0 for a constant."""
+        count = max(self.tokens, 1.0)
+        mean = self.returns / count
+        variance = self.return_squares / count - mean**2
+        scale = self.whitening()
+        explained = 1.0 - (self.error_squares / count) / variance if variance > WHITEN_EPS else 0.0
+        return {
+            "critic/value_mean": self.values / count,
+            "critic/return_mean": mean,
+            "critic/explained_variance": explained,
+            "policy/advantage_mean": scale.mean,
+            "policy/advantage_std": scale.deviation,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Whitening:
+    """Makes the advantages of a step have mean 0 and deviation 1."""
+
+    mean: float
+    deviation: float
+
+    def apply(self, advantages: np.ndarray, clip: float) -> np.ndarray:
+        """(a - mean) / deviation, cut to +-clip where clip is above 0; float32 [N]."""
+        scaled = (advantages - np.float32(self.mean)) / np.float32(self.deviation)
+        return np.clip(scaled, -clip, clip) if clip else scaled
+
+    def clipped(self, advantages: np.ndarray, clip: float) -> tuple[float, float]:
+        """(how many of them `apply` cuts, how many there are)."""
+        scaled = (advantages - self.mean) / self.deviation
+        return float((np.abs(scaled) > clip).sum()) if clip else 0.0, float(len(advantages))
+
+
+AS_THEY_ARE = Whitening(0.0, 1.0)
+"""For algorithms that do not whiten."""
+
+
+def shard_rows(shard: Shard, rollouts: Sequence[Rollout]) -> list[Row]:
+    """The shard's rows with their tokens."""
+    return [rollout_row(rollouts[g], s) for g, s in zip(shard.groups, shard.samples, strict=True)]
+
+
+def rollout_logprobs(rollout: Rollout, sample: int) -> np.ndarray:
+    """float32 [R]: the sampler's own logprobs of one sample."""
+    return of_sample(rollout, sample, rollout.logprobs)
+
+
+def of_sample(rollout: Rollout, sample: int, values: np.ndarray) -> np.ndarray:
+    """The part of a group's per-token values [N] that belongs to one sample."""
+    return values[rollout.offsets[sample] : rollout.offsets[sample + 1]]
+
+
+def flat(arrays: Sequence[np.ndarray], chosen: np.ndarray, device: torch.device) -> Tensor:
+    """The chosen rows' arrays end to end, float32 [N]."""
+    return torch.from_numpy(np.concatenate([arrays[i] for i in chosen])).to(device)
+
+
+def token_sums(values: dict[str, Tensor]) -> MetricSums:
+    """Per-token values [N] -> sum and count of each, so that the mean is right however the batch was cut."""
+    return MetricSums({name: (float(x.detach().double().sum()), float(x.numel())) for name, x in values.items()}, {})

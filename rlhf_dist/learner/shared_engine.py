@@ -1,0 +1,74 @@
+"""The policy's engine where the critic shares its trunk: a value head is trained, saved and restored along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_dist.errors import DataError
+from rlhf_dist.learner.critic_files import HEAD_FILE
+from rlhf_dist.learner.model_engine import PREFIX, ModelEngine, write_tensors
+from rlhf_dist.learner.rows import Row, pack_rows
+from rlhf_dist.models.actor_critic import PackedActorCritic
+
+HEAD = "value_head."
+
+
+class SharedEngine(ModelEngine):
+    """One rank. What it publishes and saves as `hf` is the language model alone."""
+
+    def __init__(self, *args: Any, resumed: Path | None = None, **kwargs: Any) -> None:
+        """As `ModelEngine`; `resumed`: the checkpoint whose value head goes on. Without it the head starts at zero."""
+        self._resumed = resumed
+        super().__init__(*args, **kwargs)
+
+    def _packed(self, model: PreTrainedModel, gradient_checkpointing: bool) -> nn.Module:
+        packed = PackedActorCritic(model, gradient_checkpointing)
+        if self._resumed is not None:
+            packed.value_head.load_state_dict(read_head(self._resumed / HEAD_FILE))
+        return packed
+
+    def logprobs_and_values(
+        self, rows: Sequence[Row], temperature: float, entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(logprobs, entropy, values) of the rows' response tokens, float32 [N] each, row after row."""
+        packed = pack_rows(rows, self.device)
+        return self._deepspeed.forward(
+            packed.tokens, packed.cu_seqlens, packed.predict, packed.targets, temperature, self._chunk, entropy_gradient
+        )
+
+    def logprobs(
+        self, rows: Sequence[Row], temperature: float, entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """See `ModelEngine.logprobs`; the value head has no part in it, and a gradient of zero."""
+        logprobs, entropy, values = self.logprobs_and_values(rows, temperature, entropy_gradient)
+        return logprobs + 0.0 * values, entropy
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """As `Engine.weights`, and nothing is gathered behind the last: a reader that stops there would be alone."""
+        count = sum(name.startswith(PREFIX) for name, _ in self._deepspeed.shapes())
+        return islice(super().weights(), count)
+
+    def save(self, folder: Path) -> None:
+        """As `ModelEngine.save`, with `value_head.safetensors`."""
+        super().save(folder)
+        # Under ZeRO 3 gathering is collective: every rank reads all of them.
+        head = {n.removeprefix(HEAD): t.cpu().clone() for n, t in self._deepspeed.named_weights() if n.startswith(HEAD)}
+        if self.rank == 0:
+            write_tensors(head, folder / HEAD_FILE)
+
+
+def read_head(path: Path) -> dict[str, torch.Tensor]:
+    """The saved head. Raises `DataError`."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; resume from another checkpoint") from None

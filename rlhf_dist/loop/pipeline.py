@@ -1,0 +1,366 @@
+"""What to do with a stage of a pipeline: skip, resume, run, or run anew; decided from files alone.
+
+OUTPUT/NAME/  STAGE/stage.json     left by a finished stage: what it was made from, and fingerprints of its model
+              STAGE.begun.json     the same without the model, while a stage is under way or was cut
+              STAGE.old-N/         a stage whose inputs changed, as it was
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import xxhash
+import yaml
+
+from rlhf_dist.config.load import from_yaml, to_yaml
+from rlhf_dist.config.pipeline_checks import Stage
+from rlhf_dist.config.schema import Config
+from rlhf_dist.errors import ConfigError, DataError, DiskError
+from rlhf_dist.loop import run_directory
+from rlhf_dist.loop.run_directory import CHANGEABLE, config_changes, latest_checkpoint, write_json
+
+T = TypeVar("T")
+
+RECORD_FILE = "stage.json"
+READ_BLOCK = 1 << 22
+
+RANKS = ("learner.ranks", "learner.zero_stage", "learner.micro_batch_tokens", "learner.logprob_chunk_tokens")
+READ = {
+    "sft": ("seed", "model", "data", "sft", "eval.prompts", *RANKS),
+    "reward": ("seed", "model", "data.task", "data.system", "data.chat", "preferences", "reward", *RANKS),
+    "train": (
+        *("seed", "model", "data", "rollout", "scoring", "algo", "learner", "critic", "reference", "ptx"),
+        *("weights", "loop", "eval", "sft.wrong_share"),
+    ),
+}
+"""Command -> the keys and sections that it reads; other keys may change without making its result another one."""
+UNRECORDED = tuple(key for key in CHANGEABLE if key != "loop.steps")
+"""Keys that are read and change nothing in the result; so does every `timeout_s`."""
+PATH_KEYS = ("path", "eval_path", "start")
+"""Last parts of the keys that may name a file or directory whose content is an input."""
+NO_PATHS = ("tiny", "policy", "shared")
+SHOWN_CHANGES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """All that the result of a stage depends on."""
+
+    command: str
+    config: Mapping[str, Any]
+    """Key -> value of what the command reads; <NAME> stands for an earlier stage."""
+    inputs: Mapping[str, str]
+    """What is read -> fingerprint of its content, as in {"the output of stage sft": "9c0f..."}."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What a finished stage says of itself."""
+
+    basis: Basis
+    checkpoint: str
+    """Name of its newest checkpoint, as in step-150."""
+    files: Mapping[str, str]
+    """File in that checkpoint's hf/ -> xxh3-128 of its content."""
+    seconds: float
+    """Wall-clock time of its last start, or of its resume."""
+
+    @property
+    def output(self) -> str:
+        """One fingerprint for the whole model."""
+        return digest(self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do with a stage."""
+
+    kind: Literal["skip", "resume", "run", "rerun"]
+    """run: there is nothing yet; rerun: what is there was made from something else, and is set aside first."""
+    why: str
+    """In words; empty for run."""
+
+    def text(self, stage: Stage) -> str:
+        """For the one line that is shown."""
+        what = "run anew" if self.kind == "rerun" else self.kind
+        return f"{what} {stage.path}" + (f": {self.why}" if self.why else "")
+
+
+def decide(stage: Stage, basis: Basis) -> Decision:
+    """Look at the stage's run directory and say what has to be done to have the result of `basis` there.
+
+    Raises ConfigError when its output was changed by hand or when something else lies there, DataError when a file of
+    it is corrupt.
+    """
+    path = stage.path
+    if not path.exists() and not path.is_symlink():
+        return Decision("run", "")
+    if not (path / "run.lock").exists():
+        raise ConfigError(
+            f"{path}: is in the way of stage {stage.name}, and no run's directory; move it away, or give another name="
+        )
+    finished = read_finished(path)
+    if finished is not None:
+        changes = differences(finished.basis, basis)
+        if changes:
+            return Decision("rerun", listed(changes))
+        check_unchanged(stage, finished)
+        return Decision("skip", f"complete ({finished.checkpoint}), inputs unchanged")
+    if not has_begun(path):
+        return Decision("run", "")
+    return _decide_cut(stage, basis)
+
+
+def _decide_cut(stage: Stage, basis: Basis) -> Decision:
+    """Of a run that began and left no record of its end: cut, started by hand, or to be accepted as it is."""
+    begun = read_begun(stage)
+    changes = [] if begun is None else input_differences(begun, basis)
+    changes += config_changes(stage.path / "config.yaml", to_yaml(resumable(stage)))
+    if changes:
+        return Decision("rerun", listed(changes))
+    checkpoint = latest_checkpoint(stage.path)
+    return Decision("resume", f"it goes on from {checkpoint.name}" if checkpoint else "it was cut before a checkpoint")
+
+
+def has_begun(path: Path) -> bool:
+    """False for a directory that holds nothing but logs: its run failed while its engines started."""
+    return not run_directory._never_began(path)
+
+
+def basis_of(stage: Stage, earlier: Mapping[str, Finished]) -> Basis:
+    """What `stage` is made from, now; `earlier` are the finished stages by name. Raises DataError."""
+    keys = _flat(stage.written)
+    config = {key: value for key, value in keys.items() if _counts(key, stage)}
+    inputs = {f"the output of stage {name}": earlier[name].output for name in stage.needs}
+    for key, value in config.items():
+        for path in _paths(key, value, stage):
+            inputs[f"the content of {key}, {path}"] = content(path)
+    return Basis(stage.command, config, inputs)
+
+
+def _counts(key: str, stage: Stage) -> bool:
+    if stage.command == "train" and stage.config.algo.name != "ppo" and _below(key, ("critic",)):
+        return False
+    return _below(key, READ[stage.command]) and not _below(key, UNRECORDED) and not key.endswith("timeout_s")
+
+
+def _below(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(section + ".") for section in sections)
+
+
+def _paths(key: str, value: Any, stage: Stage) -> Iterator[Path]:
+    """The files and directories that lie here and that `key` makes the stage read; not those of earlier stages."""
+    if not isinstance(value, str) or not value or key in stage.wired:
+        return
+    last = key.rsplit(".", 1)[-1]
+    if last in PATH_KEYS and value not in NO_PATHS:
+        candidates = [Path(value).expanduser()]
+    elif last == "function":
+        module = Path(*value.partition(":")[0].split("."))
+        candidates = [module.with_suffix(".py"), module / "__init__.py"]
+    else:
+        return
+    yield from (path for path in candidates if path.exists())
+
+
+def resumable(stage: Stage) -> Config:
+    """The stage's config, with the cut run's values where its command does not read them: a resume compares all keys.
+
+    Raises DataError or ConfigError when the run's own config.yaml cannot be read.
+    """
+    saved = stage.path / "config.yaml"
+    try:
+        text = saved.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{saved}: cannot be read: {error}; move {stage.path} away to run the stage anew") from error
+    new, old = _flat(stage.config), _flat(from_yaml(text, str(saved)))
+
+    def keeps_new(key: str) -> bool:
+        return _below(key, READ[stage.command]) or _below(key, CHANGEABLE) or key.endswith("timeout_s")
+
+    keys = {key: value for key, value in old.items() if not keeps_new(key)}
+    keys |= {key: value for key, value in new.items() if keeps_new(key)}
+    tree: dict[str, Any] = {}
+    for key, value in keys.items():
+        section = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return from_yaml(yaml.safe_dump(tree, allow_unicode=True), str(saved))
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return run_directory._flat(asdict(config))
+
+
+# ---- what changed ----------------------------------------------------------------------------------------------------
+
+
+def differences(old: Basis, new: Basis) -> list[str]:
+    """What makes the result of `new` another one than that of `old`: keys, then contents. Empty: the same."""
+    if old.command != new.command:
+        return [f"the command from {old.command} to {new.command}"]
+    absent = "(absent)"
+    keys = sorted(old.config.keys() | new.config.keys())
+    pairs = [(key, old.config.get(key, absent), new.config.get(key, absent)) for key in keys]
+    return [f"{key} from {a} to {b}" for key, a, b in pairs if a != b] + input_differences(old, new)
+
+
+def input_differences(old: Basis, new: Basis) -> list[str]:
+    """The contents that differ."""
+    names = sorted(old.inputs.keys() | new.inputs.keys())
+    return [name for name in names if old.inputs.get(name) != new.inputs.get(name)]
+
+
+def listed(changes: Sequence[str]) -> str:
+    """`changed: A; B; C and 2 more`."""
+    more = f" and {len(changes) - SHOWN_CHANGES} more" if len(changes) > SHOWN_CHANGES else ""
+    return f"changed: {'; '.join(changes[:SHOWN_CHANGES])}{more}"
+
+
+def check_unchanged(stage: Stage, finished: Finished) -> None:
+    """Raise ConfigError, naming the file, when the stage's output is not what it left."""
+    changed = _changed_file(stage.path, finished)
+    if changed:
+        raise ConfigError(
+            f"{changed} after stage {stage.name} had finished. To take it as it is now, delete "
+            f"{stage.path / RECORD_FILE}: what comes after it runs anew. To make it anew, move {stage.path} away"
+        )
+
+
+def _changed_file(path: Path, finished: Finished) -> str | None:
+    summary = path / "summary.json"
+    if not summary.is_file():
+        return f"{summary}: was removed"
+    now = latest_checkpoint(path)
+    then = path / "checkpoints" / finished.checkpoint
+    if now is None or now.name != finished.checkpoint:
+        latest = path / "checkpoints" / "LATEST"
+        return f"{latest}: was {'removed' if now is None else f'set from {finished.checkpoint} to {now.name}'}"
+    files = model_files(now)
+    for name in sorted(finished.files.keys() | files.keys()):
+        if finished.files.get(name) != files.get(name):
+            verb = "was removed" if name not in files else "was added" if name not in finished.files else "was changed"
+            return f"{then / 'hf' / name}: {verb}"
+    return None
+
+
+# ---- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def content(path: Path) -> str:
+    """Fingerprint of a file's content, of a run's newest model, or of every file in a directory. Raises DataError."""
+    if not path.is_dir():
+        return _hash_file(path)
+    checkpoint = latest_checkpoint(path)
+    return digest(model_files(checkpoint) if checkpoint else _files(path))
+
+
+def model_files(checkpoint: Path) -> dict[str, str]:
+    """File in the checkpoint's `hf` -> fingerprint. Raises DataError."""
+    return _files(checkpoint / "hf")
+
+
+def _files(folder: Path) -> dict[str, str]:
+    names = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    return {str(name): _hash_file(folder / name) for name in names if not name.parts[0].startswith(".")}
+
+
+def _hash_file(path: Path) -> str:
+    state = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(READ_BLOCK):
+                state.update(block)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    return state.hexdigest()
+
+
+def digest(files: Mapping[str, str]) -> str:
+    """One fingerprint of many."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(sorted(files.items())).encode())
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def begun_file(stage: Stage) -> Path:
+    """Beside the run directory, which is not there yet when the stage begins."""
+    return stage.path.with_name(f"{stage.name}.begun.json")
+
+
+def write_begun(stage: Stage, basis: Basis) -> None:
+    """Say what the stage is made from, before it starts. Raises DiskError."""
+    write_json(begun_file(stage), asdict(basis))
+
+
+def write_finished(stage: Stage, basis: Basis, seconds: float) -> Finished:
+    """Say that the stage is complete, with its model's fingerprints. Raises DiskError, DataError."""
+    checkpoint = latest_checkpoint(stage.path)
+    if checkpoint is None:
+        raise DataError(f"{stage.path}: the stage ended and left no checkpoint")
+    finished = Finished(basis, checkpoint.name, model_files(checkpoint), round(seconds, 1))
+    write_json(stage.path / RECORD_FILE, asdict(finished))
+    begun_file(stage).unlink(missing_ok=True)
+    return finished
+
+
+def read_finished(path: Path) -> Finished | None:
+    """The record in a run directory; None when there is none. Raises DataError when it is corrupt."""
+    return _record(path / RECORD_FILE, _finished)
+
+
+def read_begun(stage: Stage) -> Basis | None:
+    """What a stage that is under way is made from; None when there is no record of it. Raises DataError."""
+    return _record(begun_file(stage), _basis)
+
+
+def _finished(raw: Any) -> Finished:
+    found = Finished(_basis(raw["basis"]), raw["checkpoint"], raw["files"], float(raw["seconds"]))
+    if not isinstance(found.checkpoint, str) or not isinstance(found.files, dict):
+        raise TypeError("checkpoint is text and files a mapping")
+    return found
+
+
+def _basis(raw: Any) -> Basis:
+    found = Basis(raw["command"], raw["config"], raw["inputs"])
+    if not isinstance(found.config, dict) or not isinstance(found.inputs, dict):
+        raise TypeError("config and inputs are mappings")
+    return found
+
+
+def _record(file: Path, make: Callable[[Any], T]) -> T | None:
+    try:
+        return make(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{file}: is no record of a stage ({error!r}). Delete it to take the run as it is, or move "
+            f"{file.parent if file.name == RECORD_FILE else file} away to run the stage anew"
+        ) from error
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a run directory that nobody uses to the first free PATH.old-N. Returns the new path.
+
+    Raises ConfigError naming the process that uses it, DiskError.
+    """
+    lock = run_directory._take_lock(path)
+    try:
+        number = 1
+        while (target := path.with_name(f"{path.name}.old-{number}")).exists():
+            number += 1
+        path.rename(target)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be renamed: {error.strerror}") from error
+    finally:
+        os.close(lock)
+    return target

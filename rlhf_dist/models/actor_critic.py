@@ -1,0 +1,36 @@
+"""A policy with a value head beside its language head, on one trunk."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf_dist.algo.logprobs import chunked_logprobs
+from rlhf_dist.models.policy import PackedPolicy
+
+
+class PackedActorCritic(PackedPolicy):
+    """`PackedPolicy` with `value_head`, a linear layer that starts at zero, so that values start at 0."""
+
+    def __init__(self, model: PreTrainedModel, gradient_checkpointing: bool = False) -> None:
+        super().__init__(model, gradient_checkpointing)
+        parameter = next(model.parameters())
+        size = model.config.get_text_config().hidden_size
+        self.value_head = torch.nn.Linear(size, 1, dtype=parameter.dtype, device=parameter.device)
+        torch.nn.init.zeros_(self.value_head.weight)
+        torch.nn.init.zeros_(self.value_head.bias)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        tokens: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        predict: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        chunk: int,
+        entropy_gradient: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(logprobs, entropy, values), float32 [M] each; values are read where the logprobs are, before the token."""
+        hidden = self.hidden(tokens, cu_seqlens).index_select(0, predict)
+        logprobs, entropy = chunked_logprobs(hidden, self.output_head(), targets, temperature, chunk, entropy_gradient)
+        return logprobs, entropy, self.value_head(hidden)[:, 0].float()

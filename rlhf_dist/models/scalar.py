@@ -1,0 +1,301 @@
+"""A decoder with one number per position: reward models and critics. Load, check, run on packed rows, save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from rlhf_dist.algo.logprobs import chunked_logprobs
+from rlhf_dist.errors import ModelError
+from rlhf_dist.models.attention import SEGMENTED, register_segmented
+from rlhf_dist.models.hf import (
+    LOAD_ERRORS,
+    Companions,
+    check_layers,
+    check_weight_files,
+    collect,
+    load_config,
+    load_model,
+    load_tokenizer,
+    new_model_directory,
+    no_progress_bars,
+    read_companions,
+    unloadable,
+)
+from rlhf_dist.models.packed import PackedModel
+
+SCALE_KEY = "rlhf_dist"
+HEAD = "score"
+HEAD_WEIGHT = f"{HEAD}.weight"
+SUPPORTED = "a decoder whose classification head is a linear layer `score` works: Qwen, Llama, Mistral, GPT-2"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreScale:
+    """What centres a reward model's scores to mean 0 and scales them to deviation 1; in its config.json."""
+
+    score_mean: float
+    """Of the raw scores of held-out responses."""
+    score_std: float
+    """Of the same; greater than 0."""
+
+
+NO_SCALE = ScoreScale(0.0, 1.0)
+
+
+class PackedScalar(PackedModel):
+    """Wraps a sequence classification model with one label (loaded by `load_scalar`); its parameters are `model.*`."""
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor) -> Tensor:
+        """The number at each of `positions` (int64 [M], in the packed row), raw, float32 [M]; the rest as `hidden`."""
+        return self._scalars(self.hidden(tokens, cu_seqlens), positions)
+
+    def _scalars(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        head: nn.Module = self.model.get_submodule(HEAD)
+        return head(hidden.index_select(0, positions))[:, 0].float()
+
+
+class PackedScalarWithLM(PackedScalar):
+    """The same with a language-model head `lm_head` beside it on the same trunk, to be trained along."""
+
+    def __init__(self, model: PreTrainedModel, lm_head: nn.Linear, gradient_checkpointing: bool = False) -> None:
+        super().__init__(model, gradient_checkpointing)
+        self.lm_head = lm_head
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor, predict: Tensor, targets: Tensor, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        """(numbers float32 [M], logprobs float32 [N] of `targets` read at `predict`); as in PackedPolicy.forward."""
+        hidden = self.hidden(tokens, cu_seqlens)
+        logprobs, _ = chunked_logprobs(hidden.index_select(0, predict), self.lm_head, targets, 1.0, chunk)
+        return self._scalars(hidden, positions), logprobs
+
+
+def inspect_scalar(path: str | Path, max_tokens: int, attention: str = SEGMENTED) -> None:
+    """Refuse what `load_scalar` or packed rows could not use, before anything is started; no weights are read.
+
+    `max_tokens` is the longest prompt plus response. Raises ModelError: no config, weights or tokenizer, more than one
+    label, no `score` head, too few positions, layers that packed rows do not work with.
+    """
+    config = _scalar_config(path)
+    if Path(path).is_dir():
+        check_weight_files(Path(path))
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and positions < max_tokens:
+        raise ModelError(
+            f"{path}: the model has {positions} positions, and prompt plus response may take {max_tokens} tokens; "
+            "lower that limit, or use a model with more positions"
+        )
+    check_layers(path, text, max_tokens, attention)
+    _shell(config, torch.float32, path)
+    read_scale(path)
+    if load_tokenizer(path).eos_token_id is None:
+        raise ModelError(f"{path}: its tokenizer has no end token; set eos_token in tokenizer_config.json")
+
+
+def load_scalar(path: str | Path, dtype: str, attention: str) -> PreTrainedModel:
+    """A sequence classification model with one label, weights on the CPU, in evaluation mode.
+
+    `path`: such a model, or a causal LM, which gets a new head `score` of zeros. `dtype` is `float32` or `bfloat16`,
+    `attention` what `choose_attention` gave. Raises ModelError when it is neither, has more than one label, has only
+    pickled weights, or lacks some of them.
+    """
+    register_segmented()
+    config = _scalar_config(path)
+    if Path(path).is_dir():
+        check_weight_files(Path(path))
+    _shell(config, torch.float32, path)
+    try:
+        with no_progress_bars(), _no_report():
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                path,
+                config=config,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except LOAD_ERRORS as error:
+        raise unloadable(path, "model", error) from error
+    model, info = loaded
+    missing = set(info["missing_keys"])
+    if not _is_classifier(config) and missing == {HEAD_WEIGHT}:
+        with torch.no_grad():
+            model.get_submodule(HEAD).weight.zero_()
+        missing = set()
+    if missing:
+        raise ModelError(
+            f"{path}: {len(missing)} weights are missing, the first is {min(missing)}; transformers would fill them "
+            "with random numbers"
+        )
+    return model
+
+
+def require_lm_head(path: str | Path) -> None:
+    """Refuse a start without a language-model head. Reads its config only. Raises ModelError."""
+    if _is_classifier(load_config(path)):
+        raise ModelError(
+            f"{path}: is a reward model, without the language-model head that reward.lm_coef needs; set "
+            "reward.lm_coef=0, or start from a causal language model"
+        )
+
+
+def load_lm_head(path: str | Path, dtype: str) -> nn.Linear:
+    """A copy of a causal LM's output embeddings. Raises ModelError when `path` has none, or none that is linear."""
+    require_lm_head(path)
+    model = load_model(path, dtype, SEGMENTED)
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if not isinstance(head, nn.Linear) or softcap is not None:
+        raise ModelError(f"{path}: its language-model head is no plain linear layer; set reward.lm_coef=0")
+    return linear(head.state_dict())
+
+
+def linear(state: dict[str, Tensor]) -> nn.Linear:
+    """A linear layer that holds copies of the tensors `weight` and, if there is one, `bias`."""
+    weight = state["weight"]
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in state, dtype=weight.dtype)
+    layer.load_state_dict(state)
+    return layer
+
+
+def read_scale(path: str | Path) -> ScoreScale:
+    """The normalisation stored with a reward model; mean 0 and deviation 1 where there is none.
+
+    Raises ModelError when what is stored cannot be one.
+    """
+    stored: Any = getattr(load_config(path), SCALE_KEY, None)
+    if stored is None:
+        return NO_SCALE
+    try:
+        scale = ScoreScale(float(stored["score_mean"]), float(stored["score_std"]))
+    except (TypeError, KeyError, ValueError):
+        scale = ScoreScale(math.nan, math.nan)
+    if not (math.isfinite(scale.score_mean) and 0 < scale.score_std < math.inf):
+        raise ModelError(
+            f"{path}/config.json: {SCALE_KEY} is {stored}; it must hold score_mean, a number, and score_std, a number "
+            "above 0, or be taken out"
+        )
+    return scale
+
+
+def save_scalar(
+    weights: PreTrainedModel | Iterator[tuple[str, Tensor]],
+    source: str | Path | Companions,
+    target: Path,
+    scale: ScoreScale | None,
+) -> Path:
+    """Write a Hugging Face directory for AutoModelForSequenceClassification at `target`, as `save_hf` does.
+
+    `scale`: stored in config.json; None keeps what `source` has. Where padding and end are one token the config names
+    no padding: transformers would look for the last token that is not padding and read the score before the end.
+    Raises DiskError, ModelError.
+    """
+    state = collect(weights)
+    beside = source if isinstance(source, Companions) else read_companions(source)
+    config = _with_one_label(deepcopy(beside.config), beside.source)
+    if scale is not None:
+        setattr(config, SCALE_KEY, asdict(scale))
+    shell = _shell(config, next(iter(state.values())).dtype, beside.source)
+    text = shell.config.get_text_config()
+    if text.pad_token_id is not None and text.pad_token_id == beside.tokenizer.eos_token_id:
+        text.pad_token_id = None
+    with new_model_directory(shell, state, beside.tokenizer, target):
+        pass
+    return target
+
+
+@torch.no_grad()
+def check_scalar(scalar: PackedScalar) -> None:
+    """Compare the packed scores of two short sequences with the model's own, each alone.
+
+    Finds models whose score is more than a linear map of the last hidden state and models whose layers let sequences
+    of a packed row see each other. Where the head is new, all zero, the trunk's last states are compared instead.
+    Collective under ZeRO-3: every rank calls it. Raises ModelError when they differ.
+    """
+    model = scalar.model
+    config = model.config.get_text_config()
+    device = next(scalar.parameters()).device
+    lengths = (7, 12)
+    tokens = torch.arange(1, sum(lengths) + 1, device=device) * 7919 % config.vocab_size
+    if config.pad_token_id is not None:  # transformers takes it for no part of the sequence
+        tokens = torch.where(tokens == config.pad_token_id, (config.pad_token_id + 1) % config.vocab_size, tokens)
+    boundaries = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
+    last = (boundaries[1:] - 1).long()
+    hidden = scalar.hidden(tokens, boundaries).index_select(0, last)
+    packed = torch.cat([hidden, scalar._scalars(hidden, torch.arange(2, device=device))[:, None]], dim=1).float()
+    rows = [row[None] for row in tokens.split(lengths)]
+    trunk: Any = model.base_model
+    states = torch.cat([trunk(input_ids=row, use_cache=False).last_hidden_state[:, -1] for row in rows])
+    scores = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows])
+    alone = torch.cat([states, scores], dim=1).float()
+    difference = float((packed - alone).abs().max())
+    limit = (1e-3 if model.dtype == torch.float32 else 5e-2) * max(1.0, float(alone.abs().max()))
+    if not difference <= limit:
+        raise ModelError(
+            f"{config.name_or_path or type(model).__name__} ({config.model_type}): scores of packed sequences differ "
+            f"from the model's own by {difference:.2g} (limit {limit:.2g}). Models whose layers are not plain "
+            "attention are not supported; use one such as Qwen, Llama or Mistral"
+        )
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Transformers would print that the head is missing and random; it is neither left so nor let through."""
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+
+
+def _is_classifier(config: Any) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def _scalar_config(path: str | Path) -> Any:
+    """The config, with one label. Raises ModelError for a classifier of more."""
+    return _with_one_label(load_config(path), path)
+
+
+def _with_one_label(config: Any, path: str | Path) -> Any:
+    if _is_classifier(config):
+        if config.num_labels != 1:
+            raise ModelError(f"{path}: has {config.num_labels} labels; a reward model has exactly 1: its score")
+        return config
+    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ()):
+        raise ModelError(
+            f"{path}: is {' or '.join(config.architectures or ['of no named architecture'])}; neither a reward model "
+            f"(sequence classification with one label) nor a causal language model to start one from; {SUPPORTED}"
+        )
+    config.num_labels = 1
+    return config
+
+
+def _shell(config: Any, dtype: torch.dtype, path: str | Path) -> PreTrainedModel:
+    """The model without weights. Raises ModelError when its head is not a linear layer `score`."""
+    try:
+        with torch.device("meta"):
+            shell: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    except LOAD_ERRORS as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{path} ({config.model_type}): transformers has no sequence classification model of this kind "
+            f"({first_line[:120]}); {SUPPORTED}"
+        ) from error
+    if not isinstance(getattr(shell, HEAD, None), nn.Linear):
+        raise ModelError(f"{path} ({config.model_type}): cannot give one score per position; {SUPPORTED}")
+    return shell

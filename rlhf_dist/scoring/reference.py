@@ -1,0 +1,192 @@
+"""The reference model: how likely a frozen model finds the policy's responses. KL is measured to it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_dist.config.schema import ModelConfig
+from rlhf_dist.errors import RewardError, WeightSyncError
+from rlhf_dist.models.attention import choose_attention
+from rlhf_dist.models.hf import load_model, read_companions, save_hf
+from rlhf_dist.models.policy import PackedPolicy, check_head
+from rlhf_dist.scoring.batching import TokenBatcher
+from rlhf_dist.scoring.packed_rows import boundaries, laid, passes
+from rlhf_dist.types import Receipt, ReferenceHead, Rollout
+from rlhf_dist.weights.receipts import Announcement
+from rlhf_dist.weights.shared_memory import WeightReader
+
+Distance = tuple[ReferenceHead, np.ndarray]
+"""A group's sums, and the reference's logprob of each of its tokens, float32 [N]."""
+
+
+class ReferenceModel:
+    """A causal LM without gradients. Its methods may be called from several threads; one runs at a time."""
+
+    def __init__(
+        self, source: str, model: ModelConfig, *, device: str, batch_tokens: int, chunk_tokens: int, name: str
+    ) -> None:
+        """Load the Hugging Face directory or hub name `source`, in `model`'s dtype and attention.
+
+        `batch_tokens`: of one pass (a longer sequence goes alone); `chunk_tokens`: whose logits are held at once;
+        `name`: of this server, for messages and receipts. Raises ModelError.
+        """
+        loaded = load_model(source, model.dtype, choose_attention(model.attention, device, model.dtype))
+        self._policy = PackedPolicy(loaded.to(device))  # pyright: ignore[reportArgumentType]
+        self._policy.requires_grad_(False)
+        check_head(self._policy)
+        self._device = torch.device(device)
+        self._source = source
+        self._companions = read_companions(source)
+        self._vocabulary: int = loaded.config.get_text_config().vocab_size
+        self._batch_tokens = batch_tokens
+        self._chunk = chunk_tokens
+        self._name = name
+        self._reader = WeightReader()
+        self._masters: dict[str, torch.Tensor] = {}
+        self._using_weights = threading.Lock()
+
+    def logprobs(self, rollouts: Sequence[Rollout], temperature: float) -> list[Distance]:
+        """For each group its `ReferenceHead` and the logprobs float32 [N] of its tokens, at the sampler's temperature.
+
+        Raises RewardError for a token that the reference has no row for, ConfigError for a temperature of 0.
+        """
+        rows: list[np.ndarray] = []
+        starts: list[int] = []
+        for rollout in rollouts:
+            for response in np.split(rollout.tokens, rollout.offsets[1:-1]):
+                rows.append(np.concatenate([rollout.prompt_tokens, response]))
+                starts.append(len(rollout.prompt_tokens))
+        self._check(rows)
+        found = [np.empty(0, np.float32)] * len(rows)
+        with self._using_weights:
+            for chosen in passes(rows, self._batch_tokens):
+                part = self._pass([rows[i] for i in chosen], [starts[i] for i in chosen], temperature)
+                for i, values in zip(chosen, part, strict=True):
+                    found[i] = values
+        counts = [len(rollout.offsets) - 1 for rollout in rollouts]
+        ends = np.cumsum(counts)
+        return [
+            distance(rollout, found[end - count : end])
+            for rollout, count, end in zip(rollouts, counts, ends, strict=True)
+        ]
+
+    def update(self, announcement: Announcement, keep: float) -> Receipt:
+        """Move to the published weights: reference = keep x reference + (1 - keep) x published; 0 takes them whole.
+
+        Call it between a publication and the next, as rollout workers load theirs. Nothing changes unless every bucket
+        arrived as it was announced. Raises WeightSyncError: another hash, other parameters than the reference's.
+        """
+        assert 0 <= keep < 1, keep
+        arrived = self._read(announcement)
+        parameters = dict(self._policy.model.named_parameters())
+        wrong = {
+            name for name in arrived.keys() | parameters.keys() if _shape(arrived, name) != _shape(parameters, name)
+        }
+        if wrong:
+            raise WeightSyncError(
+                f"{self._name}: version {announcement.version} does not fit {self._source}: {min(wrong)} is "
+                f"{_shape(arrived, min(wrong))} there and {_shape(parameters, min(wrong))} here; a reference that "
+                "takes the policy's weights has to have its shape (reference.update_every, reference.path)"
+            )
+        with self._using_weights, torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(self._moved(name, parameter, arrived[name], keep) if keep else arrived[name])
+            if not keep:
+                self._masters.clear()
+        return Receipt(self._name, announcement.version, announcement.plan.names, announcement.hashes)
+
+    def save(self, folder: Path) -> None:
+        """A Hugging Face directory of the reference as it stands; it may have moved. Raises `DiskError`."""
+        with self._using_weights:
+            save_hf(self._policy.model, self._companions, folder)
+
+    def _read(self, announcement: Announcement) -> dict[str, torch.Tensor]:
+        """A copy of the published weights, each bucket hashed before and after it was taken."""
+        try:
+            arrived = {name: t.clone() for _, tensors in self._reader.read(announcement) for name, t in tensors}
+            for _ in self._reader.read(announcement):  # had the next version begun to be written, it is seen here
+                pass
+        except WeightSyncError as error:
+            raise WeightSyncError(f"{self._name}: {error}") from None
+        except OSError as error:
+            raise WeightSyncError(
+                f"{self._name}: version {announcement.version}: {announcement.path} cannot be read: {error.strerror}"
+            ) from None
+        return arrived
+
+    def _moved(self, name: str, parameter: torch.Tensor, new: torch.Tensor, keep: float) -> torch.Tensor:
+        """The moving average, in float32: steps of (1 - keep) are lost among bfloat16's 8 bits."""
+        if parameter.dtype != torch.float32 and name not in self._masters:
+            self._masters[name] = parameter.float()
+        return self._masters.get(name, parameter).lerp_(new.to(self._device, torch.float32), 1 - keep)
+
+    def _check(self, rows: Sequence[np.ndarray]) -> None:
+        highest = max((int(row.max(initial=0)) for row in rows), default=0)
+        if highest >= self._vocabulary:
+            raise RewardError(
+                f"{self._name} ({self._source}) has rows for {self._vocabulary} tokens, and the policy sampled token "
+                f"{highest}; the reference needs the policy's vocabulary (reference.path)"
+            )
+
+    @torch.inference_mode()
+    def _pass(self, rows: Sequence[np.ndarray], starts: Sequence[int], temperature: float) -> list[np.ndarray]:
+        """float32 [R] for each row, whose response begins at `starts`."""
+        tokens, cu_seqlens = laid(rows, self._device)
+        edges = boundaries(rows)
+        asked = [np.arange(edges[s] + starts[s] - 1, edges[s + 1] - 1) for s in range(len(rows))]
+        predict = torch.from_numpy(np.concatenate(asked)).to(self._device)
+        logprobs, _ = self._policy(tokens, cu_seqlens, predict, tokens[predict + 1], temperature, self._chunk)
+        return np.split(logprobs.cpu().numpy(), np.cumsum([len(positions) for positions in asked])[:-1])
+
+
+class ReferenceServer:
+    """A reference model for callers on many threads: groups that wait are put into one pass."""
+
+    def __init__(self, model: ReferenceModel, *, batch_tokens: int, timeout_s: float, name: str) -> None:
+        self._model = model
+        self._timeout_s = timeout_s
+        self._batcher: TokenBatcher[tuple[Rollout, float], Distance] = TokenBatcher(self._run, batch_tokens, name)
+
+    def logprobs(self, rollout: Rollout, temperature: float) -> Distance:
+        """See `ReferenceModel.logprobs`; for one group. Raises `ActorTimeout` too."""
+        samples = len(rollout.offsets) - 1
+        tokens = samples * len(rollout.prompt_tokens) + len(rollout.tokens)
+        return self._batcher.submit((rollout, temperature), tokens, self._timeout_s)
+
+    def update(self, announcement: Announcement, keep: float) -> Receipt:
+        """See `ReferenceModel.update`; waits for the pass that runs."""
+        return self._model.update(announcement, keep)
+
+    def save(self, folder: Path) -> None:
+        """See `ReferenceModel.save`."""
+        self._model.save(folder)
+
+    def close(self) -> None:
+        """End the thread that computes."""
+        self._batcher.close()
+
+    def _run(self, items: list[tuple[Rollout, float]]) -> list[Distance]:
+        found: dict[int, Distance] = {}
+        for temperature in {temperature for _, temperature in items}:
+            chosen = [i for i, item in enumerate(items) if item[1] == temperature]
+            found |= zip(chosen, self._model.logprobs([items[i][0] for i in chosen], temperature), strict=True)
+        return [found[i] for i in range(len(items))]
+
+
+def distance(rollout: Rollout, logprobs: Sequence[np.ndarray]) -> Distance:
+    """The sums of a group whose n responses have these reference logprobs, float32 [R] each. Pure."""
+    flat = np.concatenate(logprobs)
+    sampled = np.split(rollout.logprobs, rollout.offsets[1:-1])
+    kl = [float((ours.astype(np.float64) - theirs).sum()) for ours, theirs in zip(sampled, logprobs, strict=True)]
+    total = [float(values.sum(dtype=np.float64)) for values in logprobs]
+    return ReferenceHead(np.array(kl, np.float32), np.array(total, np.float32)), flat
+
+
+def _shape(tensors: dict[str, Any], name: str) -> str:
+    return str(tuple(tensors[name].shape)) if name in tensors else "missing"

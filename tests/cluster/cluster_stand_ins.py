@@ -1,0 +1,176 @@
+"""Light actors that stand in for workers, servers and ranks, in a real Ray, and their fixtures."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from rlhf_dist.cluster.groups import gather
+from rlhf_dist.cluster.session import ray_session
+from rlhf_dist.config.schema import ClusterConfig
+from rlhf_dist.errors import DataError, WeightSyncError
+from rlhf_dist.learner.shard import EstimateSums, Whitening
+from rlhf_dist.telemetry.metrics import MetricSums
+from rlhf_dist.types import (
+    DroppedPrompt,
+    Message,
+    Prompt,
+    Receipt,
+    ReferenceHead,
+    Rollout,
+    RolloutHead,
+    Sampling,
+    Scores,
+)
+from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.receipts import Announcement
+
+SAMPLING = Sampling(n=1, temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop=(), seed=None)
+PROMPTS = [Prompt(f"0/{i}", (Message("user", "x"),), "abc", "test") for i in range(5)]
+ANNOUNCEMENT = Announcement(3, "unused", make_plan([("a", (4,), "float32")], 8), ("hash",))
+
+
+def rollout(prompt: Prompt, texts: tuple[str, ...] = ("a", "bc")) -> Rollout:
+    return Rollout(
+        prompt=prompt,
+        prompt_tokens=np.array([1], np.int32),
+        tokens=np.arange(len(texts), dtype=np.int32),
+        offsets=np.arange(len(texts) + 1),
+        logprobs=np.zeros(len(texts), np.float32),
+        versions=np.full(len(texts), 3, np.int32),
+        finish_reasons=("stop",) * len(texts),
+        texts=texts,
+    )
+
+
+class Stand:
+    """Stands in for a worker, a server and a learner rank; does as it was last told."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._mode = "right"
+
+    def be(self, mode: str) -> str:
+        self._mode = mode
+        return mode
+
+    def work(self) -> str:
+        """Answer, or fail in the way it was told."""
+        if self._mode == "sleeps":
+            time.sleep(1.5)
+        if self._mode == "dies":
+            os._exit(7)
+        if self._mode == "refuses":
+            raise DataError("data.jsonl:3: not JSON")
+        if self._mode == "breaks":
+            raise IndexError("list index out of range")
+        return self._name
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> Iterator[Any]:
+        for prompt in prompts:
+            self.work()
+            if prompt.uid == "0/4":
+                yield DroppedPrompt(prompt.uid, "prompt_too_long", "9 tokens")
+                continue
+            yield RolloutHead(prompt.uid, 1, np.array([1, 1]), ("stop", "stop"), 3, 3, self._name)
+            yield rollout(prompt)
+
+    def load_weights(self, announcement: Announcement) -> Receipt:
+        self.work()
+        if self._mode == "torn":
+            raise WeightSyncError("version 3: bucket 0 arrived torn; it was not loaded")
+        found = "another hash" if self._mode == "lies" else announcement.hashes[0]
+        return Receipt(self._name, announcement.version, announcement.plan.names, (found,))
+
+    def publish(self, version: int) -> Announcement | None:
+        return replace(ANNOUNCEMENT, version=version) if self._name == "one" else None
+
+    def update(self, shard: Any, credit: Any, whitening: Whitening, count: int, *arrays: Any) -> MetricSums:
+        rollouts, references = arrays[:count], arrays[count:]
+        tokens = float(sum(len(found.tokens) for found in rollouts))
+        found = {"policy/loss": (shard, 1.0), "tokens": (tokens, 1.0), "references": (float(sum(references)), 1.0)}
+        if credit is not None:
+            found["credit"] = (credit - whitening.mean, 1.0)
+        return MetricSums(found, {})
+
+    def estimate(self, shard: Any, count: int, *arrays: Any) -> tuple[EstimateSums, float]:
+        self.work()
+        return EstimateSums(1.0, shard, float(count), float(len(arrays) - count), 0.0, 0.0, 0.0), 10.0 * shard
+
+    def update_critic(self, shard: Any, credit: float, *rollouts: Rollout) -> MetricSums:
+        self.work()
+        return MetricSums({"critic/loss": (shard + credit, 1.0), "rollouts": (float(len(rollouts)), 1.0)}, {})
+
+    def save_critic(self, folder: Path) -> None:
+        (folder / f"critic-{self._name}").touch()
+
+    def save(self, folder: Path) -> None:
+        (folder / f"policy-{self._name}").touch()
+
+    def score(self, rollout: Rollout) -> Scores:
+        self.work()
+        total = np.full(len(rollout.texts), 1.0 if self._name == "one" else 2.0, np.float32)
+        return Scores(total, {}, total, total.astype(np.uint64))
+
+    def reference(self, rollout: Rollout, temperature: float) -> Any:
+        self.work()
+        head = ReferenceHead(np.full(len(rollout.texts), temperature), np.zeros(len(rollout.texts)))
+        return head, np.full(len(rollout.tokens), 1.0 if self._name == "one" else 2.0, np.float32)
+
+    def move(self, announcement: Announcement, keep: float) -> Receipt:
+        return self.load_weights(announcement)
+
+    def save_reference(self, folder: Path) -> None:
+        (folder / f"reference-{self._name}").touch()
+
+    def hand_over(self, other: Any) -> list[Any]:
+        """A reference to an answer that is not there yet; it is sent to the process that asked for it: this one."""
+        return [other.work.remote()]
+
+    def close(self) -> None:
+        self.work()
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Any]:
+    with ray_session(ClusterConfig(address="local")) as found:
+        yield found
+
+
+def start(name: str) -> Any:
+    # The worker imports this module to know the class.
+    here = {"PYTHONPATH": str(Path(__file__).parent)}
+    return ray.remote(Stand).options(num_cpus=0, max_restarts=0, runtime_env={"env_vars": here}).remote(name)
+
+
+@pytest.fixture(scope="module")
+def pair(machine: Any) -> dict[str, Any]:
+    found = {"one": start("one"), "two": start("two")}
+    assert gather({name: actor.work.remote() for name, actor in found.items()}, "start", 60) == {
+        "one": "one",
+        "two": "two",
+    }
+    return found
+
+
+@pytest.fixture
+def workers(pair: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield pair
+    gather({name: actor.be.remote("right") for name, actor in pair.items()}, "calm down", 30)
+
+
+def tell(actor: Any, mode: str) -> None:
+    # The first call of an actor waits for its process, which takes long on a busy machine.
+    assert gather({"it": actor.be.remote(mode)}, "be", 120) == {"it": mode}
+
+
+def handles(count: int) -> list[Any]:
+    return [ray.put(rollout(prompt)) for prompt in PROMPTS[:count]]

@@ -1,0 +1,154 @@
+"""The fleets of a PPO run: policy, critic, reference and scoring, as light actors in a real Ray."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import cluster_stand_ins
+import pytest
+import ray
+from cluster_stand_ins import ANNOUNCEMENT, PROMPTS, SAMPLING, handles, start, tell
+
+from rlhf_dist.cluster.groups import (
+    CriticGroup,
+    PolicyGroup,
+    ReferenceFleet,
+    RolloutFleet,
+    ScoringFleet,
+    SharedCriticGroup,
+    gather,
+)
+from rlhf_dist.errors import ActorLost, ActorTimeout, RunError, WeightSyncError
+from rlhf_dist.learner.shard import EstimateSums, Whitening
+from rlhf_dist.loop.ports import NO_ESTIMATES, Estimates
+from rlhf_dist.telemetry.metrics import MetricSums
+from rlhf_dist.types import DroppedPrompt
+
+machine, pair, workers = cluster_stand_ins.machine, cluster_stand_ins.pair, cluster_stand_ins.workers
+
+
+def test_policy_ranks_each_get_their_shard_and_credit_and_report_once(workers: dict[str, Any]) -> None:
+    group = PolicyGroup(workers, timeout_s=30)
+    assert group.ranks == 2
+    merged = group.update([2.0, 4.0], handles(3), [], NO_ESTIMATES)  # type: ignore[list-item]
+    assert merged.values() == {"policy/loss": 3.0, "tokens": 6.0, "references": 0.0}
+    references = [ray.put(10.0), ray.put(20.0)]
+    estimates = Estimates([ray.put(5.0), ray.put(9.0)], Whitening(1.0, 1.0), {})
+    merged = group.update([2.0, 4.0], handles(3), references, estimates)  # type: ignore[list-item]
+    assert merged.values() == {"policy/loss": 3.0, "tokens": 6.0, "references": 30.0, "credit": 6.0}
+    assert group.publish(9).version == 9
+
+
+def test_a_critic_estimates_and_learns_its_own_shards(workers: dict[str, Any], tmp_path: Path) -> None:
+    group, rollouts = CriticGroup(workers, timeout_s=30), handles(3)
+    shards: Any = [2.0, 4.0]
+    found, sums = group.estimate(shards, rollouts, [ray.put(1.0)])
+    assert sums == EstimateSums(2.0, 6.0, 6.0, 2.0, 0.0, 0.0, 0.0), "3 rollouts and 1 reference on each rank"
+    assert all(isinstance(handle, ray.ObjectRef) for handle in found), "the arrays stay away"
+    pending = group.begin_update(shards, rollouts, Estimates(found, Whitening(0.0, 1.0), {}))
+    assert list(pending) == ["one", "two"]
+    assert group.finish_update(pending).values() == {"critic/loss": (22.0 + 44.0) / 2, "rollouts": 3.0}
+    group.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["critic-one", "critic-two"]
+
+
+def test_a_critic_that_sleeps_is_not_waited_for_while_the_policy_learns(workers: dict[str, Any]) -> None:
+    group, rollouts = CriticGroup(workers, timeout_s=0.7), handles(1)
+    tell(workers["two"], "sleeps")
+    begun = time.monotonic()
+    estimates = Estimates([ray.put(1.0), ray.put(1.0)], Whitening(0.0, 1.0), {})
+    pending = group.begin_update([1.0, 1.0], rollouts, estimates)  # type: ignore[list-item]
+    assert time.monotonic() - begun < 1.0, "it only begins"
+    message = r"^two did not finish 'update_critic' in 0\.7 s \(learner\.timeout_s\)$"
+    with pytest.raises(ActorTimeout, match=message):
+        group.finish_update(pending)
+
+
+def test_a_critic_that_takes_turns_is_done_before_the_policy_begins(workers: dict[str, Any]) -> None:
+    """On the same ranks its work would count against the limit of the policy's."""
+    group, shards = CriticGroup(workers, timeout_s=0.7, in_turn=True), [2.0, 4.0]
+    estimates = Estimates([ray.put(20.0), ray.put(40.0)], Whitening(0.0, 1.0), {})
+    pending = group.begin_update(shards, handles(1), estimates)  # type: ignore[arg-type]
+    for worker in workers.values():
+        tell(worker, "breaks")
+    assert group.finish_update(pending).values() == {"critic/loss": 33.0, "rollouts": 1.0}, "nobody is asked any more"
+    tell(workers["one"], "right")
+    tell(workers["two"], "sleeps")
+    with pytest.raises(ActorTimeout, match=r"^two did not finish 'update_critic' in 0\.7 s"):
+        group.begin_update(shards, handles(1), estimates)  # type: ignore[arg-type]
+
+
+def test_a_critic_rank_that_dies_is_named(workers: dict[str, Any]) -> None:
+    doomed = start("doomed")
+    tell(doomed, "dies")
+    group = CriticGroup({"critic rank 0": workers["one"], "critic rank 1": doomed}, timeout_s=30)
+    with pytest.raises(ActorLost, match=r"^critic rank 1 died during 'estimate': .*logs/critic-rank-1\.log"):
+        group.estimate([1.0, 2.0], handles(1), [])  # type: ignore[list-item]
+
+
+def test_a_head_on_the_policys_trunk_has_nothing_to_do_of_its_own(workers: dict[str, Any], tmp_path: Path) -> None:
+    group = SharedCriticGroup(workers, timeout_s=30)
+    assert group.estimate([2.0, 4.0], handles(1), [])[1].advantages == 6.0  # type: ignore[list-item]
+    assert group.finish_update(group.begin_update([], [], NO_ESTIMATES)) == MetricSums()
+    group.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_groups_are_dealt_out_to_scoring_servers_in_turn(workers: dict[str, Any]) -> None:
+    scoring = ScoringFleet(workers, timeout_s=30)
+    found = scoring.gather({str(i): scoring.submit(handle) for i, handle in enumerate(handles(5))})
+    assert [found[str(i)].total[0] for i in range(5)] == [1.0, 2.0, 1.0, 2.0, 1.0]
+
+
+def test_groups_are_dealt_out_to_reference_servers_and_logprobs_stay_there(workers: dict[str, Any]) -> None:
+    fleet_of = ReferenceFleet(workers, timeout_s=30)
+    found = fleet_of.gather({str(i): fleet_of.submit(handle, 0.7) for i, handle in enumerate(handles(4))})
+    assert all(isinstance(referenced.logprobs, ray.ObjectRef) for referenced in found.values())
+    assert [found[str(i)].head.kl.tolist() for i in range(4)] == [[0.7, 0.7]] * 4
+    arrays = gather({uid: referenced.logprobs for uid, referenced in found.items()}, "fetch", 30)
+    assert [arrays[str(i)].tolist() for i in range(4)] == [[1.0, 1.0], [2.0, 2.0]] * 2
+
+
+@pytest.mark.parametrize("kind", [ReferenceFleet, ScoringFleet])
+@pytest.mark.parametrize(
+    ("mode", "error", "why"),
+    [
+        ("sleeps", ActorTimeout, "did not finish 'VERB prompt 0/1' in 0.7 s (scoring.timeout_s)"),
+        ("breaks", RunError, "failed in 'VERB prompt 0/1': IndexError: list index out of range"),
+        ("dies", ActorLost, "died during 'VERB prompt 0/1': "),
+    ],
+)
+def test_a_server_that_fails_is_named_with_the_prompt(
+    workers: dict[str, Any], kind: Any, mode: str, error: type[Exception], why: str
+) -> None:
+    bad = start("doomed") if mode == "dies" else workers["two"]
+    tell(bad, mode)
+    fleet_of = kind({"server 0": workers["one"], "server 1": bad}, timeout_s=0.7 if mode == "sleeps" else 30.0)
+    words, verb = ((0.7,), "compare") if kind is ReferenceFleet else ((), "score")
+    pending = {f"0/{i}": fleet_of.submit(handle, *words) for i, handle in enumerate(handles(2))}
+    with pytest.raises(error) as caught:
+        fleet_of.gather(pending)
+    assert str(caught.value).startswith("server 1 " + why.replace("VERB", verb)), str(caught.value)
+
+
+def test_a_reference_that_moves_proves_what_it_took(workers: dict[str, Any], tmp_path: Path) -> None:
+    fleet_of = ReferenceFleet(workers, timeout_s=30, moves=True)
+    fleet_of.update(ANNOUNCEMENT, 0.5)
+    tell(workers["two"], "lies")
+    with pytest.raises(WeightSyncError, match=r"^two, version 3: .*another hash"):
+        fleet_of.update(ANNOUNCEMENT, 0.5)
+    fleet_of.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["reference-one"], "one copy is enough"
+    ReferenceFleet(workers, timeout_s=30).save(tmp_path / "not there")
+
+
+def test_a_failing_reference_quarantines_no_rollout_worker(workers: dict[str, Any]) -> None:
+    rollouts = RolloutFleet(workers, timeout_s=30, sync_timeout_s=30)
+    assert rollouts.load_weights(ANNOUNCEMENT) == []
+    tell(workers["two"], "lies")
+    with pytest.raises(WeightSyncError):
+        ReferenceFleet(workers, timeout_s=30).update(ANNOUNCEMENT, 0.0)
+    served = [item for item in rollouts.generate(PROMPTS[:4], SAMPLING) if not isinstance(item, DroppedPrompt)]
+    assert {head.worker for head, _ in served} == {"one", "two"}

@@ -1,0 +1,92 @@
+"""The hosts of policy and critic, as the actors run them: a step, a checkpoint, and the step after it once more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.timeout(400)
+KINDS = ("turns", "shared", "beside")
+LIMIT_S = 300.0
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Kind -> what `host_rank.py` found; `folder` is where it wrote."""
+    folder = tmp_path_factory.mktemp("hosts")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    script = str(Path(__file__).with_name("host_rank.py"))
+    processes = {}
+    for kind in KINDS:
+        own = folder / kind
+        own.mkdir()
+        words = [sys.executable, script, str(tiny_model), str(own), kind]
+        processes[kind] = subprocess.Popen(words, env=environment, stderr=open(own / "stderr", "w"))  # noqa: SIM115
+    try:
+        for kind, process in processes.items():
+            code = process.wait(LIMIT_S)
+            texts = [
+                path.read_text()[-2000:] for path in (folder / kind).glob("*") if path.name in ("stderr", "host.log")
+            ]
+            assert code == 0, "\n".join([kind, *texts])
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait(30)
+    return {kind: torch.load(folder / kind / f"{kind}.pt") for kind in KINDS} | {"folder": folder}
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, by file and name."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {f"{file.relative_to(folder)}:{name}": t for file in files for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_has_everything_and_makes_the_same_step_after_it(results: dict[str, Any], kind: str) -> None:
+    """Policy, critic, both optimizers and the moving average, bit for bit; the pre-training mix goes on."""
+    folder = results["folder"] / kind
+    second, restored, third, again = (read(folder / f"{kind}-{name}") for name in ("2", "restored", "3", "again"))
+    assert second.keys() == restored.keys() == third.keys() == again.keys()
+    for name, tensor in second.items():
+        assert torch.equal(restored[name], tensor), name
+        # Loaded weights lie elsewhere in memory, which changes the rounding of a sum.
+        torch.testing.assert_close(again[name], third[name], rtol=1e-3, atol=1e-5, msg=name)
+    moved = sum(float((third[name] - tensor).abs().max()) > 1e-3 for name, tensor in second.items())
+    assert moved > len(second) / 2
+    metrics = results[kind]
+    assert metrics["again"] == pytest.approx(metrics["third"], rel=1e-4, abs=1e-6)
+    assert metrics["second"] != pytest.approx(metrics["third"], rel=1e-2)
+    assert {"critic/loss", "policy/loss", "ptx/loss", "learner/updates"} <= metrics["third"].keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_publishing_weights_leaves_their_average_alone(results: dict[str, Any], kind: str) -> None:
+    """A resume publishes the weights of the checkpoint once more, which is no training step."""
+    kept, restored = (
+        load_file(results["folder"] / kind / f"{kind}-{name}" / "hf_ema" / "model.safetensors")
+        for name in ("2", "restored")
+    )
+    policy = load_file(results["folder"] / kind / f"{kind}-2" / "hf" / "model.safetensors")
+    assert all(torch.equal(restored[name], tensor) for name, tensor in kept.items())
+    assert not any(torch.equal(policy[name], tensor) for name, tensor in kept.items()), "another step would be seen"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_holds_policy_average_and_critic(results: dict[str, Any], kind: str) -> None:
+    folder = results["folder"] / kind / f"{kind}-2"
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")}
+    policy = {"hf/model.safetensors", "hf_ema/model.safetensors", "optimizer-0.safetensors"}
+    apart = {"critic/hf/model.safetensors", "critic/optimizer-0.safetensors"}
+    assert found == policy | ({"value_head.safetensors"} if kind == "shared" else apart)
+
+
+def test_side_by_side_is_the_same_as_in_turn(results: dict[str, Any]) -> None:
+    assert results["beside"]["third"] == pytest.approx(results["turns"]["third"], rel=1e-4, abs=1e-6)

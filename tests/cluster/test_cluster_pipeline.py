@@ -1,0 +1,197 @@
+"""Two supervised stages for real in one Ray session: run, cut, resumed, skipped; the rest with stand-ins for runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from rlhf_dist.cli import pipeline as command
+from rlhf_dist.cluster import pipeline as running
+from rlhf_dist.cluster.placement import Machine
+from rlhf_dist.config.load import to_yaml
+from rlhf_dist.config.schema import Config
+from rlhf_dist.errors import ConfigError, ModelError, RunError
+from rlhf_dist.loop import pipeline as on_disk
+from rlhf_dist.loop.run_directory import open_run_directory, write_json
+
+pytestmark = pytest.mark.timeout(600)
+
+CONFIG = """
+name: mine
+model: {tiny: {hidden_size: 64, intermediate_size: 128, layers: 2, heads: 2, kv_heads: 1, max_positions: 64}}
+data: {task: {name: reverse, min_length: 2, max_length: 3, train_size: 200}}
+rollout: {max_prompt_tokens: 40, max_response_tokens: 8}
+sft: {steps: 3, batch_size: 8, max_tokens: 64, eval_every: 0, optimizer: {lr: 3e-3, warmup_steps: 1}}
+learner: {micro_batch_tokens: 200}
+eval: {prompts: 8}
+cluster: {address: local, device: cpu, start_timeout_s: 90}
+telemetry: {wandb: "off"}
+pipeline:
+  stages:
+    first: {command: sft}
+    second: {command: sft, set: ["model.path={first}", sft.steps=2]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with the config."""
+    monkeypatch.chdir(tmp_path)
+    Path("pipe.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def stages(out: str) -> list[str]:
+    """What was done with each stage."""
+    return [line.split(": ", 1)[1] for line in out.splitlines() if line.startswith("stage ")]
+
+
+def test_two_real_stages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    write_finished = on_disk.write_finished
+
+    def cut(stage: Any, basis: Any, seconds: float) -> on_disk.Finished:
+        if stage.name == "second":
+            raise KeyboardInterrupt
+        return write_finished(stage, basis, seconds)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(on_disk, "write_finished", cut)
+        command.run(["pipe.yaml"])
+    assert stages(capsys.readouterr().out) == ["run runs/mine/first", "run runs/mine/second"]
+    assert not ray.is_initialized()
+
+    weights = on_disk.content(Path("runs/mine/second"))
+    assert weights != on_disk.content(Path("runs/mine/first")), "the second stage trained on"
+    assert command.run(["pipe.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert stages(out) == [
+        "skip runs/mine/first: complete (step-3), inputs unchanged",
+        "resume runs/mine/second: it goes on from step-2",
+    ]
+    assert on_disk.content(Path("runs/mine/second")) == weights, "there was nothing left to do"
+    assert out.count("held-out loss") == 2, "one row a stage in the table"
+
+    monkeypatch.setattr(running, "ray_session", lambda _: pytest.fail("nothing is left to run: no Ray"))
+    assert command.run(["pipe.yaml"]) == 0
+    assert [line.split()[0] for line in stages(capsys.readouterr().out)] == ["skip", "skip"]
+    table = json.loads(Path("runs/mine/pipeline.json").read_text())
+    assert [row["model"] for row in table["models"]] == ["first", "second"]
+    assert Path("runs/mine/pipeline.txt").read_text().startswith("Models")
+
+
+class StandIn:
+    """Runs that only leave a directory; counts Ray sessions."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, bool]] = []
+        self.sessions = 0
+        self.fail_at = ""
+
+    def run(self, config: Config, resume: bool) -> None:
+        self.calls.append((config.name, resume))
+        run = open_run_directory(config.output, config.name, to_yaml(config), resume)
+        run.metrics.write_text('{"step": 1}\n')
+        if config.name == self.fail_at:
+            run.close()
+            raise RunError("learner rank 0 died")
+        (run.begin_checkpoint(1) / "hf").mkdir()
+        (run.checkpoints / ".step-1.unfinished" / "hf" / "model.safetensors").write_text(config.model.path)
+        run.commit_checkpoint(1, keep=1)
+        write_json(run.summary, {"after": {"sft/held_out_loss": 1.0}})
+        run.close()
+
+    @contextmanager
+    def session(self, _: Any) -> Iterator[Machine]:
+        self.sessions += 1
+        yield Machine(2, 0)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    made = StandIn()
+    monkeypatch.setattr(running, "runner", lambda _: made.run)
+    monkeypatch.setattr(running, "ray_session", made.session)
+    monkeypatch.setattr(running, "model_source", lambda *_: "")
+    return made
+
+
+def test_one_ray_session_for_all_stages(stand_in: StandIn) -> None:
+    command.run(["pipe.yaml"])
+    assert stand_in.calls == [("mine/first", False), ("mine/second", False)]
+    assert stand_in.sessions == 1
+
+
+def test_a_failed_stage_is_named_and_resumed_next_time(stand_in: StandIn) -> None:
+    stand_in.fail_at = "mine/second"
+    with pytest.raises(RunError, match="stage second: learner rank 0 died"):
+        command.run(["pipe.yaml"])
+    stand_in.calls, stand_in.fail_at = [], ""
+    command.run(["pipe.yaml"])
+    assert stand_in.calls == [("mine/second", True)]
+
+
+def test_changed_inputs_set_the_old_run_aside_and_say_why(
+    stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.run(["pipe.yaml"])
+    Path("pipe.yaml").write_text(CONFIG.replace("sft.steps=2", "sft.steps=4"))
+    stand_in.calls = []
+    capsys.readouterr()
+    command.run(["pipe.yaml"])
+    assert stand_in.calls == [("mine/second", False)]
+    out = capsys.readouterr().out
+    assert "run anew runs/mine/second: changed: sft.steps from 2 to 4" in out
+    assert "the earlier one is kept as runs/mine/second.old-1" in out
+    assert Path("runs/mine/second.old-1/checkpoints/LATEST").exists()
+
+
+def test_an_output_changed_by_hand_stops_it(stand_in: StandIn) -> None:
+    command.run(["pipe.yaml"])
+    weights = Path("runs/mine/first/checkpoints/step-1/hf/model.safetensors")
+    weights.write_text("mine")
+    stand_in.calls = []
+    with pytest.raises(ConfigError, match=rf"stage first: {weights}: was changed after"):
+        command.run(["pipe.yaml"])
+    assert stand_in.calls == [] and weights.read_text() == "mine"
+
+
+def test_what_is_wrong_with_a_later_stage_is_told_before_the_first_runs(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: Config, _: Any) -> str:
+        raise ModelError(f"{config.model.path}: there is no such directory")
+
+    monkeypatch.setattr(running, "model_source", refuse)
+    Path("pipe.yaml").write_text(CONFIG.replace("model.path={first}", "model.path=./nowhere"))
+    with pytest.raises(ModelError, match="stage first: tiny"):
+        command.run(["pipe.yaml"])
+    assert stand_in.calls == [] and not Path("runs").exists()
+
+
+def test_two_pipelines_do_not_share_a_directory(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def again(config: Config, resume: bool) -> None:
+        with pytest.raises(ConfigError, match="is using this run"):
+            command.run(["pipe.yaml"])
+        stand_in.run(config, resume)
+
+    def runner(_: str) -> Callable[[Config, bool], None]:
+        return again
+
+    monkeypatch.setattr(running, "runner", runner)
+    command.run(["pipe.yaml"])
+    assert len(stand_in.calls) == 2
+
+
+def test_a_dry_run_shows_all_configs_and_starts_nothing(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.run(["pipe.yaml", "--dry-run", "model.path=tiny"]) == 0
+    out = capsys.readouterr().out
+    assert "# note: model.path=tiny does not reach second (model.path from first)" in out
+    assert "# stage 2 of 2, second (sft): run runs/mine/second after first" in out
+    assert out.count("\nname: mine/") == 2 and "path: runs/mine/first" in out
+    assert stand_in.calls == [] and not Path("runs").exists()

@@ -1,0 +1,199 @@
+"""What is decided before anything starts: a resume with nothing to do, bad demonstrations, an evaluation's logs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_dist.cluster import build
+from rlhf_dist.cluster.placement import Machine
+from rlhf_dist.cluster.resume import nothing_left
+from rlhf_dist.config.load import to_yaml
+from rlhf_dist.config.schema import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LoopConfig,
+    ModelConfig,
+    PtxConfig,
+    RolloutConfig,
+    SftConfig,
+    TelemetryConfig,
+    TinyConfig,
+)
+from rlhf_dist.errors import ConfigError, DataError, RunError
+from rlhf_dist.loop import supervised, train as training
+from rlhf_dist.loop.evaluate import Evaluation
+from rlhf_dist.loop.run_directory import open_run_directory
+
+TINY = TinyConfig(hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1, max_positions=64)
+SFT_STATE = {"step": 3, "before": {}, "results": {}}
+TRAIN_STATE = {"step": 3, "steps": 3, "cursor": {}, "before": {}, "results": {}}
+
+
+class StartedError(Exception):
+    """The run went on to start Ray."""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A small one; whatever starts Ray raises `StartedError`."""
+
+    @contextmanager
+    def session(config: Any) -> Iterator[Machine]:
+        raise StartedError
+        yield Machine(2, 0)
+
+    monkeypatch.setattr(build, "ray_session", session)
+    made = Config(
+        name="run",
+        output=str(tmp_path),
+        model=ModelConfig(tiny=TINY),
+        rollout=RolloutConfig(max_prompt_tokens=40, max_response_tokens=8, cpus=1),
+        sft=SftConfig(steps=3, max_tokens=48),
+        loop=LoopConfig(steps=3),
+        telemetry=TelemetryConfig(wandb="off", progress="plain"),
+    )
+    return replace(made, cluster=replace(made.cluster, device="cpu"))
+
+
+def at_step_3(config: Config, state: dict[str, Any], summary: dict[str, Any] | None) -> Path:
+    """A run directory with a checkpoint of step 3."""
+    run = open_run_directory(config.output, config.name, to_yaml(config), resume=False)
+    folder = run.checkpoints / "step-3"
+    folder.mkdir()
+    (folder / "state.json").write_text(json.dumps(state))
+    (run.checkpoints / "LATEST").write_text("step-3\n")
+    if summary is not None:
+        run.summary.write_text(json.dumps(summary))
+    run.close()
+    return run.path
+
+
+def contents(path: Path) -> dict[str, tuple[bytes, int]]:
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+COMMANDS = pytest.mark.parametrize(
+    ("command", "state", "key"), [("train", TRAIN_STATE, "loop.steps"), ("sft", SFT_STATE, "sft.steps")]
+)
+
+
+@COMMANDS
+def test_a_run_at_its_end_says_so_and_writes_nothing(
+    config: Config, capsys: pytest.CaptureFixture[str], command: str, state: dict[str, Any], key: str
+) -> None:
+    path = at_step_3(config, state, {"command": command, "step": 3})
+    before = contents(path)
+    getattr(build, command)(config, resume=True)
+    onward = {"train": "raise loop.steps to go on", "sft": f"go on in a new run with name=... model.path={path}"}
+    assert capsys.readouterr().out == f"run is already at step 3 of 3; {onward[command]}\n"
+    assert contents(path) == before
+
+
+@COMMANDS
+def test_a_run_cut_before_its_summary_or_with_an_older_one_goes_on(
+    config: Config, capsys: pytest.CaptureFixture[str], command: str, state: dict[str, Any], key: str
+) -> None:
+    path = at_step_3(config, state, None)
+    for summary in (None, {"command": command, "step": 2}, {"command": command, "step": None}):
+        if summary is not None:
+            (path / "summary.json").write_text(json.dumps(summary))
+        with pytest.raises(StartedError):
+            getattr(build, command)(config, resume=True)
+        captured = capsys.readouterr()
+        assert captured.out == "" and "resumed from step 3\n" in captured.err
+        assert "  starting Ray: stopped after 0.0 s" in captured.err
+
+
+@COMMANDS
+def test_a_target_below_the_checkpoint_is_refused(
+    config: Config, command: str, state: dict[str, Any], key: str
+) -> None:
+    path = at_step_3(config, state, {"command": command, "step": 3})
+    before = contents(path)
+    less = replace(config, loop=replace(config.loop, steps=2), sft=replace(config.sft, steps=2))
+    with pytest.raises(ConfigError, match=rf"{key} is 2, but .*step-3 is at step 3 already; give at least 3"):
+        getattr(build, command)(less, resume=True)
+    assert contents(path) == before
+
+
+def test_more_steps_go_on_and_a_run_that_is_not_there_is_left_to_the_run_directory(config: Config) -> None:
+    assert not nothing_left(config, "loop.steps", 3, training.read_state)
+    at_step_3(config, SFT_STATE, {"step": 3})
+    assert not nothing_left(config, "sft.steps", 4, supervised.read_state)
+
+
+def test_a_resume_before_the_first_checkpoint_says_that_it_begins_again(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_run_directory(config.output, config.name, to_yaml(config), resume=False).close()
+    with pytest.raises(StartedError):
+        build.sft(config, resume=True)
+    assert "no checkpoint yet: beginning again from step 0\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sft", "train"])
+def test_a_bad_demonstration_is_refused_before_a_run_directory_is_made(config: Config, command: str) -> None:
+    bad = Path(config.output) / "bad.jsonl"
+    bad.write_text('{"prompt": "2+2?", "response": "4"}\n{"prompt": "3+3?", "answer": "6"}\n' * 2)
+    if command == "sft":
+        config = replace(config, data=DataConfig(source="jsonl", path=str(bad)), eval=EvalConfig(prompts=1))
+    else:
+        config = replace(config, ptx=PtxConfig(coef=0.1, source="jsonl", path=str(bad)))
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: lacks 'response'.*data\.response_key"):
+        getattr(build, command)(config, resume=False)
+    assert not (Path(config.output) / "run").exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_logs_of_an_evaluation_go_unless_it_fails(
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    fails: bool,
+) -> None:
+    @contextmanager
+    def session(config: Any) -> Iterator[Machine]:
+        yield Machine(2, 0)
+
+    def start(config: Config, placement: Any, source: str, logs: Path, *_: Any) -> build.Parts:
+        (logs / "rollout-worker-0.log").write_text("started")
+        if fails:
+            raise RunError("it died")
+        return build.Parts(None, None, None, None, None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(build, "ray_session", session)
+    monkeypatch.setattr(build, "start_fleets", start)
+    monkeypatch.setattr(build, "run_evaluation", lambda *_, **__: Evaluation({"eval/pass_at_4": 0.5}, ()))
+    if fails:
+        with pytest.raises(RunError, match="it died"):
+            build.evaluate(config)
+    else:
+        build.evaluate(config)
+    captured = capsys.readouterr()
+    kept = list(tmp_path.glob("rlhf-dist-eval-*"))
+    if fails:
+        assert [file.name for folder in kept for file in folder.iterdir()] == ["rollout-worker-0.log"]
+        assert f"logs are kept in {kept[0]}\n" in captured.err and "stopped after" in captured.err
+    else:
+        assert kept == [] and "stopped after" not in captured.err
+        assert captured.out.split() == ["pass@4", "0.500"]
+
+
+def test_an_evaluation_of_a_model_that_is_not_there_makes_no_folder(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(Exception, match="there is no such directory"):
+        build.evaluate(replace(config, model=ModelConfig(path="./nowhere", tiny=TINY)))
+    assert list(tmp_path.glob("rlhf-dist-eval-*")) == []

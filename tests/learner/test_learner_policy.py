@@ -1,0 +1,166 @@
+"""The policy's update on plain torch in one process: what the gradient is, term by term."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import batch_of, rollouts
+from torch import Tensor
+
+from rlhf_dist.algo.recipes import ppo
+from rlhf_dist.config.schema import AlgoConfig, CriticConfig, KLConfig, LearnerConfig, OptimizerConfig
+from rlhf_dist.learner.policy import PolicyLearner
+from rlhf_dist.learner.rows import Row, pack_rows, rollout_row
+from rlhf_dist.learner.shard import AS_THEY_ARE, Estimate, Shard, Whitening
+from rlhf_dist.loop.step import Learning, assign_credit, make_shards
+from rlhf_dist.models.hf import load_model
+from rlhf_dist.models.policy import PackedPolicy
+from rlhf_dist.types import Rollout, Sampling
+
+CPU = torch.device("cpu")
+SAMPLING = Sampling(n=3, temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, stop=(), seed=None)
+LEARNER = LearnerConfig(micro_batch_tokens=100, optimizer=OptimizerConfig(lr=1.0, warmup_steps=0))
+
+
+class PlainEngine:
+    """An engine without DeepSpeed: gradients add up, a step notes and drops them."""
+
+    device = CPU
+
+    def __init__(self, model: Path) -> None:
+        self.policy = PackedPolicy(load_model(model, "float32", "segmented"))
+        self.gradients: list[Tensor] = []
+
+    def logprobs(self, rows: Sequence[Row], temperature: float, entropy_gradient: bool = False) -> Any:
+        packed = pack_rows(rows, CPU)
+        return self.policy(
+            packed.tokens, packed.cu_seqlens, packed.predict, packed.targets, temperature, 64, entropy_gradient
+        )
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        self.gradients.append(torch.cat([p.grad.flatten() for p in self.policy.parameters() if p.grad is not None]))
+        self.policy.zero_grad()
+        return 1.0
+
+
+def shard_of(made: list[Rollout], algo: AlgoConfig, learner: LearnerConfig = LEARNER, kl_coef: float = 0.0) -> Shard:
+    batch, _ = batch_of(made)
+    learning = Learning(ppo(algo), learner, CriticConfig(), SAMPLING, 10)
+    credit = assign_credit(batch, batch.scores, ppo(algo), 0.0)
+    return make_shards(batch, batch.scores, credit, learning, kl_coef, 1, 1)[0]
+
+
+def learnt(
+    model: Path, algo: AlgoConfig, shard: Shard, made: list[Rollout], references: Sequence[np.ndarray] = ()
+) -> tuple[PlainEngine, dict[str, float]]:
+    engine: Any = PlainEngine(model)
+    metrics = PolicyLearner(engine, ppo(algo)).update(shard, made, references, credit_of(shard, made), AS_THEY_ARE)
+    return engine, metrics.values()
+
+
+def credit_of(shard: Shard, made: list[Rollout]) -> Estimate:
+    """An advantage of its own for every token."""
+    tokens = sum(rollout_row(made[g], s).response_length for g, s in zip(shard.groups, shard.samples, strict=True))
+    advantages = np.random.default_rng(7).normal(size=tokens).astype(np.float32)
+    return Estimate(advantages, advantages, advantages)
+
+
+def expected(engine: PlainEngine, shard: Shard, made: list[Rollout], term: Any) -> Tensor:
+    """The gradient of the mean over all tokens of term(logprobs, entropy)."""
+    rows = [rollout_row(made[g], s) for g, s in zip(shard.groups, shard.samples, strict=True)]
+    logprobs, entropy = engine.logprobs(rows, 0.9, True)
+    term(logprobs, entropy).mean().backward()
+    engine.step(0.0)
+    return engine.gradients.pop()
+
+
+@pytest.fixture
+def made() -> list[Rollout]:
+    return rollouts(1)
+
+
+def test_ppo_at_ratio_1_is_reinforce_with_the_same_advantages(tiny_model: Path, made: list[Rollout]) -> None:
+    """-A grad log pi, token by token: at ratio 1 nothing is clipped."""
+    algo = AlgoConfig(name="ppo", clip_low=0.01, clip_high=0.01)
+    shard = shard_of(made, algo)
+    assert shard.on_policy
+    engine, metrics = learnt(tiny_model, algo, shard, made)
+    a = torch.from_numpy(credit_of(shard, made).advantages)
+    reinforce = expected(engine, shard, made, lambda logprobs, _: -a * logprobs)
+    assert reinforce.norm() > 1e-2
+    torch.testing.assert_close(engine.gradients[0], reinforce, rtol=1e-4, atol=1e-6)
+    assert metrics["policy/ratio"] == 1.0 and metrics["policy/clipped_low"] == metrics["policy/clipped_high"] == 0.0
+
+
+def test_kl_and_entropy_stand_beside_it_in_the_loss(tiny_model: Path, made: list[Rollout]) -> None:
+    algo = AlgoConfig(name="ppo", entropy_coef=0.3, kl=KLConfig(place="loss", coef=0.4, estimator="k2"))
+    shard = shard_of(made, algo, kl_coef=0.4)
+    references = [np.linspace(-6, -3, len(r.tokens)).astype(np.float32) for r in made]
+    engine, metrics = learnt(tiny_model, algo, shard, made, references)
+    a = torch.from_numpy(credit_of(shard, made).advantages)
+    ordered = [
+        references[g][made[g].offsets[s] : made[g].offsets[s + 1]]
+        for g, s in zip(shard.groups, shard.samples, strict=True)
+    ]
+    reference = torch.from_numpy(np.concatenate(ordered))
+
+    def term(logprobs: Tensor, entropy: Tensor) -> Tensor:
+        return -a * logprobs + 0.4 * 0.5 * (logprobs - reference).square() - 0.3 * entropy
+
+    torch.testing.assert_close(engine.gradients[0], expected(engine, shard, made, term), rtol=1e-4, atol=1e-6)
+    assert metrics["kl/loss"] > 0.1 and metrics["policy/entropy"] > 1.0
+
+
+def test_the_coefficient_is_that_of_the_step(tiny_model: Path, made: list[Rollout]) -> None:
+    """A controller may have moved it: the shard's counts, not the config's."""
+    algo = AlgoConfig(name="ppo", kl=KLConfig(place="loss", coef=9.0))
+    references = [np.full(len(r.tokens), -5.0, np.float32) for r in made]
+    without, _ = learnt(tiny_model, AlgoConfig(name="ppo"), shard_of(made, algo), made)
+    zero, _ = learnt(tiny_model, algo, shard_of(made, algo, kl_coef=0.0), made, references)
+    some, _ = learnt(tiny_model, algo, shard_of(made, algo, kl_coef=0.5), made, references)
+    torch.testing.assert_close(zero.gradients[0], without.gradients[0])
+    assert (some.gradients[0] - without.gradients[0]).norm() > 1e-2
+
+
+def test_whitened_and_cut_advantages_are_what_is_learnt(tiny_model: Path, made: list[Rollout]) -> None:
+    algo = AlgoConfig(name="ppo", advantage_clip=0.5)
+    shard, engine = shard_of(made, algo), PlainEngine(tiny_model)
+    stand_in: Any = engine
+    PolicyLearner(stand_in, ppo(algo)).update(shard, made, (), credit_of(shard, made), Whitening(0.2, 2.0))
+    a = torch.from_numpy(((credit_of(shard, made).advantages - 0.2) / 2.0).clip(-0.5, 0.5))
+    wanted = expected(engine, shard, made, lambda logprobs, _: -a * logprobs)
+    torch.testing.assert_close(engine.gradients[0], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_every_pass_takes_every_mini_batch(tiny_model: Path, made: list[Rollout]) -> None:
+    """3 passes of 2: the old logprobs are those before the first, so without a step in between all passes agree."""
+    algo = AlgoConfig(name="ppo")
+    learner = replace(LEARNER, epochs=3, updates_per_batch=2)
+    shard = shard_of(made, algo, learner)
+    assert not shard.on_policy
+    engine, metrics = learnt(tiny_model, algo, shard, made)
+    assert metrics["learner/updates"] == 6 and len(engine.gradients) == 6
+    for number in (2, 4):
+        assert torch.equal(engine.gradients[number], engine.gradients[0])
+        assert torch.equal(engine.gradients[number + 1], engine.gradients[1])
+    assert not torch.allclose(engine.gradients[0], engine.gradients[1])
+
+
+def test_the_sentinel_compares_the_samplers_logprobs_once(tiny_model: Path, made: list[Rollout]) -> None:
+    algo = AlgoConfig(name="ppo")
+    shard = shard_of(made, algo, replace(LEARNER, epochs=2))
+    _, metrics = learnt(tiny_model, algo, shard, made)
+    rows = [rollout_row(made[g], s) for g, s in zip(shard.groups, shard.samples, strict=True)]
+    logprobs, _ = PlainEngine(tiny_model).logprobs(rows, 0.9)
+    difference = (logprobs.detach() + 4.0).abs()  # the sampler's are all -4
+    assert metrics["rollout/logprob_diff_max"] == pytest.approx(float(difference.max()), rel=1e-5)
+    assert metrics["rollout/logprob_diff_mean"] == pytest.approx(float(difference.mean()), rel=1e-5)

@@ -1,0 +1,113 @@
+"""Evaluation, with stand-ins for the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+from stand_ins import FakeRollouts, prompts
+
+from rlhf_dist.config.schema import EvalConfig
+from rlhf_dist.errors import DataError
+from rlhf_dist.loop.evaluate import evaluate
+from rlhf_dist.types import Handle, Referenced, ReferenceHead, Sampling, Scores
+from rlhf_dist.weights.receipts import Announcement
+
+SAMPLING = Sampling(n=4, temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, stop=(), seed=None)
+CONFIG = EvalConfig(prompts=4, samples=2)
+
+
+@dataclass
+class Scorers:
+    """The first sample of a group is right and has a total of 1, the others 0; gold is 3 less than twice that."""
+
+    def submit(self, rollout: Handle) -> Handle:
+        return rollout
+
+    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Scores]:
+        found = {}
+        for uid, (_, samples) in pending.items():
+            total = np.zeros(samples, np.float32)
+            total[0] = 1.0
+            components = {"exact": total, "truth": 2 * total - 3}
+            found[uid] = Scores(total, components, np.ones(samples, np.float32), np.arange(samples, dtype=np.uint64))
+        return found
+
+
+@dataclass
+class ReferenceServers:
+    """Sample i of a group is i + 1 nats away."""
+
+    temperatures: set[float] = field(default_factory=set)
+
+    def submit(self, rollout: Handle, temperature: float) -> Handle:
+        self.temperatures.add(temperature)
+        return rollout
+
+    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Referenced]:
+        heads = {uid: ReferenceHead(np.arange(1.0, n + 1), -np.ones(n)) for uid, (_, n) in pending.items()}
+        return {uid: Referenced(head, None) for uid, head in heads.items()}
+
+    def update(self, announcement: Announcement, keep: float) -> None: ...
+
+
+def test_a_prompt_without_a_response_counts_as_not_solved() -> None:
+    every = evaluate(prompts(4), CONFIG, SAMPLING, rollouts=FakeRollouts(), scoring=Scorers()).metrics
+    assert every["eval/greedy_accuracy"] == every["eval/pass_at_2"] == 1.0 and every["eval/sampled_accuracy"] == 0.5
+    assert "eval/dropped" not in every
+    found = evaluate(prompts(4), CONFIG, SAMPLING, rollouts=FakeRollouts(drops=["0/1"]), scoring=Scorers())
+    assert found.metrics["eval/greedy_accuracy"] == found.metrics["eval/pass_at_2"] == 0.75
+    assert found.metrics["eval/sampled_accuracy"] == 3 / 8
+    assert found.metrics["eval/dropped"] == 1.0
+    assert found.answers == ("abc", "(dropped: prompt_empty)", "abc")
+
+
+def test_an_evaluation_without_any_response_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"no held-out prompt could be answered \(prompt_empty: no known characters\)"):
+        evaluate(prompts(3), CONFIG, SAMPLING, rollouts=FakeRollouts(drops=["*"]), scoring=Scorers())
+
+
+def test_without_answers_a_gold_reward_and_kl_take_the_place_of_accuracy() -> None:
+    reference = ReferenceServers()
+    found = evaluate(
+        prompts(4), CONFIG, SAMPLING, rollouts=FakeRollouts(), scoring=Scorers(), reference=reference, gold="truth"
+    )
+    assert found.metrics == {
+        "eval/reward": 0.5,
+        "eval/reward_std": 0.5,
+        "eval/gold": -2.0,
+        "eval/gold_std": 1.0,
+        "eval/exact": 0.5,
+        "eval/distinct_responses": 2 / 8,
+        "eval/kl": 1.5,
+        "eval/greedy_reward": 1.0,
+        "eval/response_length": 3.0,
+    }
+    # At temperature 0 a logprob is 0 or minus infinity.
+    assert reference.temperatures == {SAMPLING.temperature}
+
+
+def test_accuracy_stays_where_a_prompt_has_an_answer() -> None:
+    questions = [replace(prompts(1)[0], answer="cba"), *prompts(4)[1:]]
+    found = evaluate(questions, CONFIG, SAMPLING, rollouts=FakeRollouts(), scoring=Scorers(), gold="truth").metrics
+    assert found["eval/greedy_accuracy"] == 1.0 and found["eval/gold"] == -2.0
+    assert "eval/kl" not in found
+
+
+def test_greedy_responses_stand_in_where_none_is_sampled() -> None:
+    reference = ReferenceServers()
+    found = evaluate(
+        prompts(2),
+        replace(CONFIG, samples=0),
+        SAMPLING,
+        rollouts=FakeRollouts(),
+        scoring=Scorers(),
+        reference=reference,
+        gold="truth",
+    )
+    assert found.metrics["eval/reward"] == found.metrics["eval/greedy_reward"] == 1.0
+    assert found.metrics["eval/gold"] == -1.0 and found.metrics["eval/gold_std"] == 0.0
+    assert "eval/kl" not in found.metrics and reference.temperatures == set()
+    assert found.answers == ("abc", "abc")

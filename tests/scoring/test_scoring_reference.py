@@ -1,0 +1,170 @@
+"""The reference model: logprobs against a plain forward pass, the sums by hand, and how it moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from judges import make_rollout
+from transformers import AutoModelForCausalLM
+
+from rlhf_dist.config.schema import ModelConfig
+from rlhf_dist.errors import ConfigError, RewardError, WeightSyncError
+from rlhf_dist.scoring.reference import ReferenceModel, ReferenceServer, distance
+from rlhf_dist.types import Rollout
+from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.receipts import Announcement, receipt_problem
+from rlhf_dist.weights.shared_memory import WeightWriter
+
+
+def open_reference(path: Path, budget: int = 200, chunk: int = 7, dtype: Any = "float32") -> ReferenceModel:
+    return ReferenceModel(
+        str(path), ModelConfig(dtype=dtype), device="cpu", batch_tokens=budget, chunk_tokens=chunk, name="reference 0"
+    )
+
+
+@pytest.fixture
+def rollouts(tiny_model: Path) -> list[Rollout]:
+    return [
+        make_rollout(tiny_model, ("hi", "hello there", "go"), (True, False, True)),
+        make_rollout(tiny_model, ("x",), (False,)),
+    ]
+
+
+def plain_logprobs(path: Path, rollout: Rollout, temperature: float) -> np.ndarray:
+    model: Any = AutoModelForCausalLM.from_pretrained(path).eval()
+    found = []
+    for response in np.split(rollout.tokens, rollout.offsets[1:-1]):
+        row = torch.from_numpy(np.concatenate([rollout.prompt_tokens, response]).astype(np.int64))
+        with torch.inference_mode():
+            logits = model(input_ids=row[None]).logits[0, len(rollout.prompt_tokens) - 1 : -1]
+        found.append((logits / temperature).log_softmax(-1).gather(1, torch.from_numpy(response).long()[:, None])[:, 0])
+    return torch.cat(found).numpy()
+
+
+@pytest.mark.parametrize("budget", [1, 100, 100_000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_a_plain_forward_pass(
+    tiny_model: Path, rollouts: list[Rollout], budget: int, temperature: float
+) -> None:
+    got = open_reference(tiny_model, budget).logprobs(rollouts, temperature)
+    for (head, logprobs), rollout in zip(got, rollouts, strict=True):
+        expected = plain_logprobs(tiny_model, rollout, temperature)
+        assert logprobs.dtype == head.kl.dtype == head.logprob.dtype == np.float32
+        np.testing.assert_allclose(logprobs, expected, atol=1e-5)
+        sums = [part.sum() for part in np.split(expected, rollout.offsets[1:-1])]
+        np.testing.assert_allclose(head.logprob, sums, atol=1e-4)
+        ours = [part.sum() for part in np.split(rollout.logprobs, rollout.offsets[1:-1])]
+        np.testing.assert_allclose(head.kl, np.array(ours) - sums, atol=1e-4)
+
+
+def test_the_sums_by_hand(rollouts: list[Rollout]) -> None:
+    rollout = replace(
+        rollouts[0],
+        offsets=np.array([0, 2, 3]),
+        tokens=np.zeros(3, np.int32),
+        logprobs=np.array([-1.0, -2.0, -0.5], np.float32),
+    )
+    head, flat = distance(rollout, [np.array([-1.5, -2.5], np.float32), np.array([-0.25], np.float32)])
+    assert head.kl.tolist() == [1.0, -0.25]
+    assert head.logprob.tolist() == [-4.0, -0.25]
+    assert flat.tolist() == [-1.5, -2.5, -0.25]
+
+
+def test_groups_of_many_threads_are_kept_apart(tiny_model: Path) -> None:
+    model = open_reference(tiny_model)
+    groups = [make_rollout(tiny_model, [f"{i}", "x" * i], [True, True]) for i in range(1, 9)]
+    temperatures = [1.0, 0.5] * 4
+    alone = [model.logprobs([group], t)[0] for group, t in zip(groups, temperatures, strict=True)]
+    server = ReferenceServer(model, batch_tokens=200, timeout_s=60, name="reference 0")
+    with closing(server), ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(server.logprobs, groups, temperatures))
+    for (head, logprobs), (alone_head, alone_logprobs) in zip(together, alone, strict=True):
+        np.testing.assert_allclose(logprobs, alone_logprobs, atol=1e-5)
+        np.testing.assert_allclose(head.kl, alone_head.kl, atol=1e-4)
+
+
+def test_what_cannot_be_computed_is_told(tiny_model: Path, rollouts: list[Rollout]) -> None:
+    model = open_reference(tiny_model)
+    with pytest.raises(ConfigError, match="temperature"):
+        model.logprobs(rollouts, 0.0)
+    rollouts[1].tokens[0] = 5000
+    with pytest.raises(RewardError, match=r"reference 0 \(.*\) has rows for 102 tokens, .* sampled token 5000"):
+        model.logprobs(rollouts, 1.0)
+
+
+@contextmanager
+def published(model: Path, change: float) -> Iterator[tuple[WeightWriter, Announcement, dict[str, torch.Tensor]]]:
+    """The model's weights, each moved by `change`, as a learner would publish them."""
+    plain: Any = AutoModelForCausalLM.from_pretrained(model)
+    weights = {name: tensor.detach() + change for name, tensor in plain.named_parameters()}
+    shapes = [(name, tuple(tensor.shape), "float32") for name, tensor in weights.items()]
+    with closing(WeightWriter(make_plan(shapes, bucket_bytes=50_000))) as writer:
+        yield writer, writer.write(3, weights.items()), weights
+
+
+def held(model: ReferenceModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model._policy.model.named_parameters()}
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.75])
+def test_a_moving_reference_takes_its_share_of_the_policy(
+    tiny_model: Path, rollouts: list[Rollout], keep: float
+) -> None:
+    model = open_reference(tiny_model)
+    before = held(model)
+    with published(tiny_model, 0.01) as (_, announcement, weights):
+        assert len(announcement.hashes) > 1
+        receipt = model.update(announcement, keep)
+    assert receipt_problem(announcement, receipt) is None
+    for name, tensor in held(model).items():
+        torch.testing.assert_close(tensor, keep * before[name] + (1 - keep) * weights[name], atol=1e-6, rtol=0)
+    assert abs(model.logprobs(rollouts, 1.0)[0][1] - plain_logprobs(tiny_model, rollouts[0], 1.0)).max() > 1e-4
+
+
+def test_an_average_in_bfloat16_loses_no_small_steps(tiny_model: Path) -> None:
+    """200 updates that keep 255/256, towards weights 0.5 off: each step is smaller than what bfloat16 tells apart."""
+    model = open_reference(tiny_model, dtype="bfloat16")
+    name = "model.norm.weight"  # ones, whose upper neighbour in bfloat16 is 0.0078 away
+    with published(tiny_model, 0.5) as (_, announcement, _):
+        for _ in range(200):
+            model.update(announcement, 255 / 256)
+    moved = held(model)[name].float() - 1
+    assert float(moved.min()) == pytest.approx(0.5 * (1 - (255 / 256) ** 200), abs=0.008)
+
+
+def test_a_wrong_hash_leaves_the_old_weights(tiny_model: Path) -> None:
+    model = open_reference(tiny_model)
+    before = held(model)
+    with published(tiny_model, 0.01) as (writer, announcement, _):
+        last = announcement.plan.buckets[-1]
+        writer._map[last.offset] ^= 1
+        with pytest.raises(WeightSyncError, match=r"reference 0: version 3: bucket \d+ arrived as"):
+            model.update(announcement, 0.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in held(model).items())
+
+
+def test_weights_of_another_shape_and_lost_files_are_refused(tiny_model: Path) -> None:
+    model = open_reference(tiny_model)
+    before = held(model)
+    with published(tiny_model, 0.01) as (_, announcement, weights):
+        fewer = {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"}
+        plan = make_plan([(n, tuple(t.shape), "float32") for n, t in fewer.items()], 50_000)
+        with (
+            closing(WeightWriter(plan)) as other,
+            pytest.raises(
+                WeightSyncError,
+                match=r"version 4 does not fit .*: model\.norm\.weight is missing there and \(64,\) here",
+            ),
+        ):
+            model.update(other.write(4, fewer.items()), 0.0)
+    with pytest.raises(WeightSyncError, match=r"reference 0: version 3: /dev/shm/.* cannot be read: No such file"):
+        model.update(announcement, 0.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in held(model).items())

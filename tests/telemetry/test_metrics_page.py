@@ -1,0 +1,63 @@
+"""docs/metrics.md has every metric that the source names."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from rlhf_dist.algo.losses import clipped_policy_loss, clipped_value_loss
+from rlhf_dist.learner.shard import EstimateSums
+from rlhf_dist.telemetry.timeline import Stopwatch
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+NAME = re.compile(
+    r"(reward|policy|rollout|learner|sync|time|goodput|data|eval|kl|critic|watch|sft|reward_model|ptx)/\w+"
+)
+ROOMS = ("telemetry", "loop", "learner")
+PATTERNS = {"data/dropped_": "data/dropped_REASON", "eval/pass_at_": "eval/pass_at_K"}
+"""Beginnings of names that end with something of the run."""
+
+
+def listed() -> set[str]:
+    """The names in the first column of the page's tables."""
+    cells = [line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `")]
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def texts(room: str) -> Iterator[str]:
+    """Every text in the source of a room."""
+    for file in sorted((ROOT / "rlhf_dist" / room).glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_every_name_in_the_source_is_on_the_page() -> None:
+    found = {text for room in ROOMS for text in texts(room) if NAME.fullmatch(text)}
+    assert len(found) > 60, "the search finds what it looks for"
+    assert {PATTERNS.get(name, name) for name in found} - listed() == set()
+
+
+def test_names_that_are_put_together_are_on_the_page() -> None:
+    one = torch.ones(1)
+    _, policy = clipped_policy_loss(one, one, one, clip_low=0.2, clip_high=0.2)
+    _, critic = clipped_value_loss(one, one, one, clip=0.2)
+    watch = Stopwatch()
+    for phase in ("generate", "value", "train", "sync"):
+        with watch.phase(phase):
+            pass
+    names = {f"policy/{name}" for name in policy} | {f"critic/{name}" for name in critic} | set(watch.lap())
+    assert (names | set(EstimateSums(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0).metrics())) - listed() == set()
+
+
+def test_the_page_lists_nothing_that_is_not_there() -> None:
+    everything = "\n".join(text for room in (*ROOMS, "algo") for text in texts(room))
+    phases = {f"{kind}/{name}" for kind in ("time", "goodput") for name in ("generate", "value", "train", "sync")}
+    for name in listed() - phases:
+        bare = re.sub(r"(REASON|NAME|K)$", "", name)
+        assert bare in everything or name.split("/")[1] in everything, name
