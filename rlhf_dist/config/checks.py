@@ -220,7 +220,7 @@ def _rewards(config: Config) -> Iterator[str]:
         key = f"scoring.rewards.{name}"
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             yield f"{key}: the name {name!r} must consist of letters, digits, '_' and '-'; it names a metric"
-        if name in TAKEN_NAMES and name != config.scoring.gold:
+        if (name in TAKEN_NAMES or name == f"pass_at_{config.eval.samples}") and name != config.scoring.gold:
             yield f"{key}: the name {name!r} is that of another metric, reward/{name} or eval/{name}; give another"
         yield from _reward(key, spec)
         if spec.kind in ("exact", "number") and config.data.source != "task" and not config.data.answer_key:

@@ -164,12 +164,14 @@ def test_an_output_changed_by_hand_stops_it(stand_in: StandIn) -> None:
 def test_what_is_wrong_with_a_later_stage_is_told_before_the_first_runs(
     stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(config: Config, _: Any) -> str:
+    def refuse(config: Config, *_: Any) -> str:
+        if config.model.path == "tiny":
+            return ""
         raise ModelError(f"{config.model.path}: there is no such directory")
 
     monkeypatch.setattr(running, "model_source", refuse)
     Path("pipe.yaml").write_text(CONFIG.replace("model.path={first}", "model.path=./nowhere"))
-    with pytest.raises(ModelError, match="stage first: tiny"):
+    with pytest.raises(ModelError, match=r"stage second: \./nowhere"):
         command.run(["pipe.yaml"])
     assert stand_in.calls == [] and not Path("runs").exists()
 

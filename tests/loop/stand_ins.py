@@ -78,8 +78,13 @@ def with_reference() -> list[Experience]:
     return [replace(e, reference=referenced(i, [2.0 * i, 2.0 * i + 1.0])) for i, e in enumerate(EXPERIENCES)]
 
 
-def write_checkpoint(folder: Path, names: Sequence[str]) -> None:
+def write_checkpoint(folder: Path, ranks: int) -> None:
     """What learner ranks leave behind."""
+    write_files(folder, checkpoint_files(ranks))
+
+
+def write_files(folder: Path, names: Sequence[str]) -> None:
+    """Empty files, with the folders that they are in."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +198,7 @@ class FakePolicy:
 
     def save(self, folder: Path) -> None:
         if self.saves:
-            write_checkpoint(folder, checkpoint_files(self.ranks))
+            write_checkpoint(folder, self.ranks)
 
 
 @dataclass
@@ -229,7 +234,7 @@ class FakeCritic:
 
     def save(self, folder: Path) -> None:
         self.saved.append(folder.name)
-        write_checkpoint(folder, self.leaves)
+        write_files(folder, self.leaves)
 
 
 class Quiet:
