@@ -114,7 +114,7 @@ def test_a_config_runs_as_a_job_on_a_cluster(cluster: Cluster, shared_run: Share
     output = tmp_path / "shared"
     result = submit(
         cluster,
-        str(ROOT / "configs" / "local.yaml"),
+        str(ROOT / "configs" / "reverse.yaml"),
         f"output={output}",
         "name=job",
         f"model.path={shared_run.workplace.output / 'sft'}",
