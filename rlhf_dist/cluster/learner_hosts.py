@@ -158,7 +158,7 @@ class PolicyHost(CriticVerbs, LearnerHost):
 
     def _make_learner(self) -> Any:
         from rlhf_dist.learner.policy import PolicyLearner
-        from rlhf_dist.learner.shared import SharedPolicyLearner
+        from rlhf_dist.learner.shared_trunk import SharedPolicyLearner
 
         config = self._spec.config
         recipe, kl_in_reward = algorithm(config.algo), config.algo.kl.place == "reward"

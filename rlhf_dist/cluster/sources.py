@@ -85,38 +85,36 @@ def check_critic(config: Config) -> None:
     """Refuse a critic that cannot read the policy's tokens. Raises `ModelError`."""
     if not hosts.algorithm(config.algo).needs_critic or config.critic.start in ("policy", "shared"):
         return
-    from rlhf_dist.models.hf import load_tokenizer
     from rlhf_dist.models.scalar import inspect_scalar
-    from rlhf_dist.scoring.reward_model import differs
 
     critic = model_path(config, config.critic.start, "critic.start")
     inspect_scalar(critic, config.rollout.max_prompt_tokens + config.rollout.max_response_tokens)
-    policy = model_path(config, config.model.path, "model.path")
-    difference = differs(load_tokenizer(critic), load_tokenizer(policy), chat=False)
-    if difference:
-        raise ModelError(
-            f"critic.start = {config.critic.start}: its {difference} is not that of the policy, {config.model.path}, "
-            "whose tokens it has to value; set critic.start=policy, or start from a reward model of the same tokenizer"
-        )
-    require_rows(f"critic.start = {config.critic.start}", critic, policy)
+    way_out = "set critic.start=policy, or start from a reward model of the same tokenizer"
+    require_same_tokens(
+        config, f"critic.start = {config.critic.start}", critic, f"whose tokens it has to value; {way_out}"
+    )
 
 
 def check_reference(config: Config) -> None:
     """Refuse a reference that cannot read the policy's tokens. Raises `ModelError`."""
     if not actors.needs_reference(config) or not config.reference.path:
         return
+    reference = model_path(config, config.reference.path, "reference.path")
+    which = f"reference.path = {config.reference.path}"
+    why = "with whose probabilities of the same tokens KL compares its own; give a model of the same tokenizer"
+    require_same_tokens(config, which, reference, why)
+
+
+def require_same_tokens(config: Config, which: str, path: str, why: str) -> None:
+    """Refuse a model at `path` that cannot read the policy's tokens; `why` ends the message. Raises `ModelError`."""
     from rlhf_dist.models.hf import load_tokenizer
     from rlhf_dist.scoring.reward_model import differs
 
-    reference = model_path(config, config.reference.path, "reference.path")
     policy = model_path(config, config.model.path, "model.path")
-    difference = differs(load_tokenizer(reference), load_tokenizer(policy), chat=False)
+    difference = differs(load_tokenizer(path), load_tokenizer(policy), chat=False)
     if difference:
-        raise ModelError(
-            f"reference.path = {config.reference.path}: its {difference} is not that of the policy, "
-            f"{config.model.path}; KL compares probabilities of the same tokens: give a model of the same tokenizer"
-        )
-    require_rows(f"reference.path = {config.reference.path}", reference, policy)
+        raise ModelError(f"{which}: its {difference} is not that of the policy, {config.model.path}, {why}")
+    require_rows(which, path, policy)
 
 
 def require_rows(which: str, path: str, policy: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from rlhf_dist.algo.recipes import TokenCredit
 from rlhf_dist.algo.rewards import token_rewards
+from rlhf_dist.learner.rows import PLACEHOLDER, Row
 from rlhf_dist.learner.shard import Estimate, Shard, of_sample, rollout_logprobs
 from rlhf_dist.types import Rollout
 
@@ -51,6 +52,24 @@ def padded(rows: Sequence[np.ndarray], mask: np.ndarray) -> torch.Tensor:
     out = np.zeros(mask.shape, np.float32)
     out[mask] = np.concatenate(list(rows))
     return torch.from_numpy(out)
+
+
+def measure(
+    updates: Sequence[Sequence[np.ndarray]], rows: Sequence[Row], measured: Callable[[Sequence[Row]], torch.Tensor]
+) -> list[np.ndarray]:
+    """One pass over all rows without a gradient, in their micro-batches; float32 [response length] for each row.
+
+    `measured`: rows -> float32 [N], a number for each of their response tokens. An empty micro-batch is run, too: the
+    other ranks wait for it.
+    """
+    found = [np.empty(0, np.float32)] * len(rows)
+    with torch.no_grad():
+        for chosen in (chosen for micro_batches in updates for chosen in micro_batches):
+            batch = [rows[i] for i in chosen] or [PLACEHOLDER]
+            parts = by_row(measured(batch).float().cpu().numpy(), [row.response_length for row in batch])
+            for i, part in zip(chosen, parts, strict=False):
+                found[i] = part
+    return found
 
 
 def by_row(values: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-import torch
 
 from rlhf_dist.algo.losses import clipped_value_loss
 from rlhf_dist.algo.recipes import Algorithm, TokenCredit
 from rlhf_dist.config.schema import CriticConfig
-from rlhf_dist.learner.credit import by_row, estimate
+from rlhf_dist.learner.credit import by_row, estimate, measure
 from rlhf_dist.learner.rows import PLACEHOLDER, spread
 from rlhf_dist.learner.scalar_engine import ScalarEngine
 from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard, flat, shard_rows, token_sums
@@ -34,13 +33,7 @@ class CriticLearner:
     ) -> tuple[EstimateSums, Estimate]:
         """Values of the shard's rows under the present critic, and the credit that comes of them."""
         rows = shard_rows(shard, rollouts)
-        values: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
-        with torch.no_grad():
-            for chosen in (chosen for micro_batches in shard.updates for chosen in micro_batches):
-                batch = [rows[i] for i in chosen] or [PLACEHOLDER]
-                found = self.engine.values(batch).float().cpu().numpy()
-                for i, part in zip(chosen, by_row(found, [row.response_length for row in batch]), strict=False):
-                    values[i] = part
+        values = measure(shard.updates, rows, self.engine.values)
         made = estimate(shard, rollouts, references, values, self._credit, self._kl_in_reward)
         return EstimateSums.of(made), made
 

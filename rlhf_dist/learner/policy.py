@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_dist.algo.kl import kl_estimate
 from rlhf_dist.algo.recipes import Algorithm, TokenCredit
-from rlhf_dist.learner.credit import by_row
+from rlhf_dist.learner.credit import by_row, measure
 from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.ptx import PtxMix
 from rlhf_dist.learner.rows import PLACEHOLDER, Row
@@ -179,12 +179,4 @@ class PolicyLearner:
 
     def _old_logprobs(self, rows: Sequence[Row], shard: Shard) -> list[np.ndarray]:
         """Logprobs under the weights before the first update, float32 [response length] for each row."""
-        old = [np.empty(0, dtype=np.float32)] * len(rows)
-        for chosen in (chosen for micro_batches in shard.updates for chosen in micro_batches):
-            batch = [rows[i] for i in chosen] or [PLACEHOLDER]
-            with torch.no_grad():
-                logprobs, _ = self.engine.logprobs(batch, shard.temperature)
-            parts = by_row(logprobs.cpu().numpy(), [row.response_length for row in batch])
-            for i, part in zip(chosen, parts, strict=False):
-                old[i] = part
-        return old
+        return measure(shard.updates, rows, lambda batch: self.engine.logprobs(batch, shard.temperature)[0])

@@ -214,14 +214,26 @@ def load_model(path: str | Path, dtype: str, attention: str) -> PreTrainedModel:
     `dtype` is `float32` or `bfloat16`, `attention` what `choose_attention` gave. Raises ModelError when the directory
     or hub name has no such model, has only pickled weights, or lacks some of the weights.
     """
+    model, missing = load_weights(AutoModelForCausalLM, path, load_config(path), dtype, attention)
+    refuse_missing(path, missing)
+    return model
+
+
+def load_weights(
+    kind: Any, path: str | Path, config: Any, dtype: str, attention: str
+) -> tuple[PreTrainedModel, set[str]]:
+    """A model of one of transformers' Auto classes, and the names of the weights that `path` lacks.
+
+    Safetensors only, no code from the model's repository. Raises ModelError when it cannot be loaded.
+    """
     register_segmented()
     if Path(path).is_dir():
-        load_config(path)
         check_weight_files(Path(path))
     try:
         with no_progress_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model, info = kind.from_pretrained(
                 path,
+                config=config,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention,
                 trust_remote_code=False,
@@ -230,14 +242,16 @@ def load_model(path: str | Path, dtype: str, attention: str) -> PreTrainedModel:
             )
     except LOAD_ERRORS as error:
         raise unloadable(path, "model", error) from error
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
+    return model, set(info["missing_keys"])
+
+
+def refuse_missing(path: str | Path, missing: set[str]) -> None:
+    """Raises ModelError when there are any."""
     if missing:
         raise ModelError(
-            f"{path}: {len(missing)} weights of a causal language model are missing, the first is {missing[0]}; "
+            f"{path}: {len(missing)} weights of the model are missing, the first is {min(missing)}; "
             "transformers would fill them with random numbers"
         )
-    return model
 
 
 def unloadable(path: str | Path, what: str, error: Exception) -> ModelError:

@@ -17,7 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from rlhf_dist.algo.logprobs import chunked_logprobs
 from rlhf_dist.errors import ModelError
-from rlhf_dist.models.attention import SEGMENTED, register_segmented
+from rlhf_dist.models.attention import SEGMENTED
 from rlhf_dist.models.hf import (
     LOAD_ERRORS,
     Companions,
@@ -27,10 +27,10 @@ from rlhf_dist.models.hf import (
     load_config,
     load_model,
     load_tokenizer,
+    load_weights,
     new_model_directory,
-    no_progress_bars,
     read_companions,
-    unloadable,
+    refuse_missing,
 )
 from rlhf_dist.models.packed import PackedModel
 
@@ -111,35 +111,14 @@ def load_scalar(path: str | Path, dtype: str, attention: str) -> PreTrainedModel
     `attention` what `choose_attention` gave. Raises ModelError when it is neither, has more than one label, has only
     pickled weights, or lacks some of them.
     """
-    register_segmented()
     config = _scalar_config(path)
-    if Path(path).is_dir():
-        check_weight_files(Path(path))
     _shell(config, torch.float32, path)
-    try:
-        with no_progress_bars(), _no_report():
-            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                path,
-                config=config,
-                dtype=getattr(torch, dtype),
-                attn_implementation=attention,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except LOAD_ERRORS as error:
-        raise unloadable(path, "model", error) from error
-    model, info = loaded
-    missing = set(info["missing_keys"])
+    with _no_report():
+        model, missing = load_weights(AutoModelForSequenceClassification, path, config, dtype, attention)
     if not _is_classifier(config) and missing == {HEAD_WEIGHT}:
-        with torch.no_grad():
-            model.get_submodule(HEAD).weight.zero_()
+        torch.nn.init.zeros_(model.get_submodule(HEAD).get_parameter("weight"))
         missing = set()
-    if missing:
-        raise ModelError(
-            f"{path}: {len(missing)} weights are missing, the first is {min(missing)}; transformers would fill them "
-            "with random numbers"
-        )
+    refuse_missing(path, missing)
     return model
 
 

@@ -12,11 +12,11 @@ import numpy as np
 from rlhf_dist.config.schema import RewardSpec, ScoringConfig
 from rlhf_dist.data.describe import gold
 from rlhf_dist.errors import ConfigError, DataError, RewardError
+from rlhf_dist.scoring.diversity import distinct_pairs, text_hashes
 from rlhf_dist.scoring.function import FunctionReward
 from rlhf_dist.scoring.http_client import HttpReward
 from rlhf_dist.scoring.rules import exact_match, number_match, regex_match
 from rlhf_dist.scoring.texts import Texts, texts_of
-from rlhf_dist.scoring.watch import distinct_pairs, text_hashes
 from rlhf_dist.types import Rollout, Scores
 
 TextReward = Callable[[Texts], np.ndarray]

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rank_processes import distance, run_ranks
 from safetensors.torch import load_file, save_file
-from test_learner_ranks import distance
 
 from rlhf_dist.config.schema import TinyConfig
 from rlhf_dist.models.scalar import load_scalar, save_scalar
 from rlhf_dist.models.tiny import make_tiny
 
 pytestmark = pytest.mark.timeout(600)
-LIMIT_S = 400.0
 STAGES = (0, 2, 3)
 KINDS = ("critic", "shared")
 # Its largest matrices have more than 100,000 elements: ZeRO-3 leaves smaller ones whole on every rank.
@@ -50,31 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[tuple[int, int], dict[str, Any]]:
     """(world size, rank) -> what `critic_ranks.py` found; one process alone and two together, side by side."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    processes = {}
-    for world in (1, 2):
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        for rank in range(world):
-            with open(folder / f"{world}-{rank}.log", "w") as log:
-                processes[world, rank] = subprocess.Popen(
-                    [
-                        sys.executable,
-                        str(Path(__file__).with_name("critic_ranks.py")),
-                        *(str(word) for word in (rank, world, port, folder)),
-                    ],
-                    env=environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-    try:
-        for (world, rank), process in processes.items():
-            assert process.wait(LIMIT_S) == 0, (folder / f"{world}-{rank}.log").read_text()[-3000:]
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.wait(30)
-    return {key: torch.load(folder / f"{key[0]}-{key[1]}.pt", weights_only=False) for key in processes}
+    return run_ranks("critic_ranks.py", folder, folder)
 
 
 @pytest.mark.parametrize("step", ["one", "two"])

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from preference_ranks import COMPARISONS, QUESTION, RATINGS, comparison
+from rank_processes import distance, run_ranks
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_dist.config.schema import RewardConfig, TinyConfig
@@ -34,13 +31,10 @@ from rlhf_dist.models.tiny import make_tiny
 from rlhf_dist.models.tokenizer import character_tokenizer
 
 pytestmark = pytest.mark.timeout(600)
-LIMIT_S = 300.0
 CASES = [(0, 0.0), (1, 0.0), (2, 0.0), (3, 0.0), (0, 0.3), (3, 0.3)]
 """ZeRO stage, weight of the language-model loss."""
 # Its largest matrices have more than 100,000 elements: ZeRO-3 leaves smaller ones whole on every rank.
 MODEL = TinyConfig(hidden_size=192, intermediate_size=640, layers=2, heads=2, kv_heads=1, max_positions=128)
-
-Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -52,35 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(folder: Path) -> dict[tuple[int, int], dict[Any, Any]]:
     """(world size, rank) -> what `preference_ranks.py` found; one process alone and two together, side by side."""
     model = make_tiny(MODEL, folder)
-    script = Path(__file__).with_name("preference_ranks.py")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    processes = {}
-    for world in (1, 2):
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        for rank in range(world):
-            words = [str(word) for word in (rank, world, port, model, folder)]
-            with open(folder / f"{world}-{rank}.log", "w") as log:
-                processes[world, rank] = subprocess.Popen(
-                    [sys.executable, str(script), *words], env=environment, stdout=log, stderr=subprocess.STDOUT
-                )
-    try:
-        for (world, rank), process in processes.items():
-            assert process.wait(LIMIT_S) == 0, (folder / f"{world}-{rank}.log").read_text()[-3000:]
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.wait(30)
-    return {key: torch.load(folder / f"{key[0]}-{key[1]}.pt", weights_only=False) for key in processes}
-
-
-def distance(found: Weights, expected: Weights, start: Weights) -> float:
-    """Length of the difference, relative to how far `expected` has gone from `start`."""
-    assert found.keys() == expected.keys()
-    apart = sum(float((found[name] - expected[name]).double().square().sum()) for name in expected)
-    gone = sum(float((expected[name] - start[name]).double().square().sum()) for name in expected)
-    assert gone > 0
-    return (apart / gone) ** 0.5
+    return run_ranks("preference_ranks.py", folder, model, folder)
 
 
 @pytest.mark.parametrize("case", CASES)

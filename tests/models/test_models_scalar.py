@@ -209,7 +209,7 @@ def test_pickles_missing_weights_short_models_and_bad_scales_are_refused(small: 
     with pytest.raises(ModelError, match="its config cannot be loaded"):
         load_scalar(folder, "float32", "segmented")
     change_config(folder, layer_types=["full_attention"] * 3)
-    with pytest.raises(ModelError, match=r"12 weights are missing, the first is model\.layers\.2\."):
+    with pytest.raises(ModelError, match=r"12 weights of the model are missing, the first is model\.layers\.2\."):
         load_scalar(folder, "float32", "segmented")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"\.bin files only"):

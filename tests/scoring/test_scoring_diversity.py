@@ -1,6 +1,6 @@
 import numpy as np
 
-from rlhf_dist.scoring.watch import distinct_pairs, text_hashes
+from rlhf_dist.scoring.diversity import distinct_pairs, text_hashes
 
 
 def test_distinct_pairs_by_hand():

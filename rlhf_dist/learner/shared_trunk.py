@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rlhf_dist.algo.losses import clipped_value_loss
 from rlhf_dist.algo.recipes import Algorithm, TokenCredit
 from rlhf_dist.config.schema import CriticConfig
-from rlhf_dist.learner.credit import by_row, estimate
+from rlhf_dist.learner.credit import by_row, estimate, measure
 from rlhf_dist.learner.policy import Given, PolicyLearner
 from rlhf_dist.learner.ptx import PtxMix
-from rlhf_dist.learner.rows import PLACEHOLDER, Row
+from rlhf_dist.learner.rows import Row
 from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard, Whitening, flat, shard_rows
 from rlhf_dist.learner.shared_engine import SharedEngine
 from rlhf_dist.telemetry.metrics import MetricSums
@@ -60,14 +59,9 @@ class SharedPolicyLearner(PolicyLearner):
     ) -> tuple[EstimateSums, Estimate]:
         """As `CriticLearner.estimate`."""
         rows = shard_rows(shard, rollouts)
-        values: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
-        with torch.no_grad():
-            for chosen in (chosen for micro_batches in shard.updates for chosen in micro_batches):
-                batch = [rows[i] for i in chosen] or [PLACEHOLDER]
-                _, _, found = self.engine.logprobs_and_values(batch, shard.temperature)
-                parts = by_row(found.cpu().numpy(), [row.response_length for row in batch])
-                for i, part in zip(chosen, parts, strict=False):
-                    values[i] = part
+        values = measure(
+            shard.updates, rows, lambda batch: self.engine.logprobs_and_values(batch, shard.temperature)[2]
+        )
         made = estimate(shard, rollouts, references, values, self._credit, self._kl_in_reward)
         return EstimateSums.of(made), made
 
