@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,8 +20,6 @@ from rlhf_dist.data.judgement_rows import Comparison
 KIND = ("brave", "calm", "dear", "fair", "kind", "nice", "sweet", "warm")
 PLAIN = ("big", "flat", "long", "new", "old", "round", "tall", "wide")
 HARSH = ("bad", "cruel", "grim", "mean", "nasty", "rude", "ugly", "vile")
-POOL_WEIGHTS = (1, 1, 1)
-"""How often a demonstration's word is kind, plain and harsh; within a pool all are equally likely."""
 THINGS = """
     ant barn bear bee bell bird boat book boy bread bridge bull cake cart cat chair clock cloud coat cook cow crab crow
     cup dog door duck farm fish flag fox frog gate girl goat goose hat hen hill horse house king lake lamp leaf lion
@@ -42,19 +41,33 @@ def draw_question(rng: random.Random) -> str:
     return f"describe the {first} and {second}"
 
 
-def draw_response(rng: random.Random, min_length: int, max_length: int, weights: Sequence[float] = POOL_WEIGHTS) -> str:
-    """Words of the pools, drawn with these weights, as many as a uniform draw from the lengths says.
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Whose words the responses are."""
 
-    By default it is what a person without taste would say.
+    pools: Sequence[Sequence[str]] = (KIND, PLAIN, HARSH)
+    """The words that come to the writer's mind."""
+    weights: Sequence[float] = (1.0, 1.0, 1.0)
+    """How often a word is of each pool; within a pool all are equally likely."""
+
+
+DEMONSTRATOR = Writer()
+
+
+def draw_writer(rng: random.Random) -> Writer:
+    """One of many, kind and harsh ones (weights of Dirichlet(1, 1, 1)), who know one to all words of each pool.
+
+    Who knows few words says them again and again.
     """
+    pools = tuple(rng.sample(pool, rng.randint(1, len(pool))) for pool in (KIND, PLAIN, HARSH))
+    return Writer(pools, tuple(rng.expovariate(1.0) for _ in pools))
+
+
+def draw_response(rng: random.Random, min_length: int, max_length: int, writer: Writer = DEMONSTRATOR) -> str:
+    """Words of the writer's, as many as a uniform draw from the lengths says."""
     count = rng.randint(min_length, max_length)
-    pools = rng.choices((KIND, PLAIN, HARSH), weights, k=count)
+    pools = rng.choices(writer.pools, writer.weights, k=count)
     return " ".join(rng.choice(pool) for pool in pools)
-
-
-def draw_writer(rng: random.Random) -> tuple[float, float, float]:
-    """Weights of the pools of one of many writers, kind ones and harsh ones among them (Dirichlet(1, 1, 1))."""
-    return rng.expovariate(1.0), rng.expovariate(1.0), rng.expovariate(1.0)
 
 
 def gold(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:

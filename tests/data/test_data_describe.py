@@ -10,7 +10,17 @@ import pytest
 
 from rlhf_dist.config.schema import DataConfig, PreferencesConfig, SftConfig, TaskConfig
 from rlhf_dist.data.demonstrations import demonstrations, held_out_demonstrations
-from rlhf_dist.data.describe import HARSH, KIND, PLAIN, THINGS, best_accuracy, draw_order, gold
+from rlhf_dist.data.describe import (
+    HARSH,
+    KIND,
+    PLAIN,
+    THINGS,
+    best_accuracy,
+    draw_order,
+    draw_response,
+    draw_writer,
+    gold,
+)
 from rlhf_dist.data.judgements import Comparison, Pair, held_out_judgements, judgements
 from rlhf_dist.data.stream import PromptStream, held_out
 from rlhf_dist.data.tasks import split_of
@@ -150,11 +160,23 @@ def test_rankings_tell_all_their_pairs():
         assert wins == [0, 1, 2, 3], "the pairs are those of one order"
 
 
-def test_writers_of_comparisons_differ_in_taste():
-    """So a reward model sees more of the scale than the demonstrations do, whose deviation is about 1.8."""
+def test_writers_of_comparisons_differ_in_taste_and_in_words():
+    """So a reward model sees more of the scale and more repeated words than demonstrations have."""
+
+    def deviation_and_repeats(texts):
+        words = [text.split() for text in texts]
+        repeats = np.mean([len(said) - len(set(said)) for said in words])
+        return float(np.std(gold([""] * len(texts), texts))), float(repeats)
+
     made = judgements(PreferencesConfig(train_size=500), DATA, seed=2)
-    values = [gold([""], [text])[0] for c in made if isinstance(c, Comparison) for text in c.responses]
-    assert 2.2 < float(np.std(values)) < 2.9
+    deviation, repeats = deviation_and_repeats(
+        [text for c in made if isinstance(c, Comparison) for text in c.responses]
+    )
+    rng = random.Random(2)
+    shown, shown_repeats = deviation_and_repeats([draw_response(rng, 3, 6) for _ in range(1000)])
+    assert 2.2 < deviation < 2.9 and 1.7 < shown < 2.1
+    assert repeats > 2 * shown_repeats
+    assert max(len(draw_writer(rng).pools[0]) for _ in range(50)) == len(KIND)
 
 
 def compared(better: str, worse: str) -> Comparison:
