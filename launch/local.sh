@@ -2,12 +2,12 @@
 # The whole of RLHF on this machine: set-up, then the pipeline of configs/local.yaml: a supervised start, a reward model,
 # PPO against it, and GRPO from the same start; at the end one table of all models.
 #   launch/local.sh [key=value ...]
-# Overrides go to all stages. name=NAME names the runs NAME/sft, NAME/reward, NAME/ppo and NAME/grpo; without it a name is
-# made from the time. The same name again skips what is complete and goes on where it was cut.
+# Overrides go to all stages, STAGE:key=value to one. name=NAME names the runs NAME/sft, NAME/reward, NAME/ppo and NAME/grpo (local without it).
+# The same name again skips what is complete, goes on where it was cut, and runs anew what changed; the old run is kept.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-name=local-$(date +%Y%m%d-%H%M%S)
+name=local
 output=runs
 overrides=()
 for argument in "$@"; do
@@ -34,9 +34,13 @@ printf 'local: %s/%s\n' "$output" "$name"
 code=0
 .venv/bin/rlhf-dist pipeline configs/local.yaml name="$name" "${overrides[@]}" || code=$?
 if ((code != 0)); then
-  printf 'local: to go on from here: %s\n' "$(printf '%q ' launch/local.sh "name=$name" "${overrides[@]}")" >&2
+  # After bad input (2) the same words would fail again.
+  if ((code != 2)) && [[ -d $output/$name ]]; then
+    printf 'local: to go on from here: %s\n' "$(printf '%q ' launch/local.sh "name=$name" "${overrides[@]}")" >&2
+  fi
   exit "$code"
 fi
 printf 'local: done in %s s\n' "$SECONDS"
 printf 'local: %s\n' "table   $output/$name/pipeline.txt" "models  $output/$name/STAGE/checkpoints" \
-  "curves  $output/$name/STAGE/curves.png"
+  "curves  $output/$name/STAGE/curves.png" \
+  "the same command again skips all that is complete; name=ANOTHER begins a new run"

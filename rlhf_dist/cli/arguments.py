@@ -24,17 +24,36 @@ NOT_YET_CHECKED = {
 """Command -> what a dry run leaves to the start."""
 
 
+PAGES = {
+    "train": "docs/configuration.md",
+    "sft": "docs/configuration.md",
+    "reward": "docs/configuration.md, docs/preferences.md, docs/reward-models.md",
+    "pipeline": "docs/configuration.md, docs/pipeline.md",
+    "eval": "docs/configuration.md",
+}
+"""Command with a dry run -> the pages that explain its keys."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong command line is an `InputError` as any other wrong input."""
 
+    closing = ""
+    """The last line of the help; argparse's own epilog may be broken within `--dry-run`."""
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}\n{self.format_usage().strip()}")
+
+    def format_help(self) -> str:
+        """The help as argparse makes it, with the closing line."""
+        return super().format_help() + (f"\n{self.closing}\n" if self.closing else "")
 
 
 def config_parser(name: str, description: str) -> Parser:
     """`rlhf-dist NAME CONFIG.yaml [key=value ...]`, options in any place."""
     usage = f"rlhf-dist {name} CONFIG.yaml [key=value ...] [options]"
     parser = Parser(prog=f"rlhf-dist {name}", usage=usage, description=description, allow_abbrev=False)
+    if name in PAGES:
+        parser.closing = f"Keys: {PAGES[name]}; rlhf-dist {name} CONFIG.yaml --dry-run shows them resolved"
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml, key=value", help="config, then keys to set over it")
     return parser
 

@@ -154,7 +154,7 @@ def evaluate(config: Config) -> None:
                 gold=config.scoring.gold,
             )
     for name, value in results.metrics.items():
-        print(f"{spoken(name):24} {value:.3f}")
+        print(f"{spoken(name):24} {value:z.3f}")
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from rlhf_dist.cluster import build
 from rlhf_dist.cluster.placement import local_machine, place
 from rlhf_dist.cluster.session import joins_cluster, ray_session
 from rlhf_dist.cluster.sources import model_source, preflight_rewards
-from rlhf_dist.config.pipeline_checks import Stage, StageCommand
+from rlhf_dist.config.pipeline_checks import Stage, StageCommand, named
 from rlhf_dist.config.schema import Config
-from rlhf_dist.errors import DataError, ResourceError, RlhfError
+from rlhf_dist.errors import DataError, ResourceError
 from rlhf_dist.loop import pipeline as stages_on_disk, run_directory
 from rlhf_dist.loop.run_directory import write_json, write_text
 from rlhf_dist.telemetry.comparison import StageResult, as_json, as_text, compare_stages, show
@@ -85,7 +85,7 @@ def bring_to_end(
     if decision.kind == "rerun":
         print(f"  the earlier one is kept as {stages_on_disk.set_aside(stage.path)}", flush=True)
     resume = decision.kind == "resume"
-    config = stages_on_disk.resumable(stage) if resume else stage.config
+    config = stages_on_disk.come_back(stage) if resume else stage.config
     stages_on_disk.write_begun(stage, basis)
     started = time.monotonic()
     runner(stage.command)(config, resume)
@@ -110,15 +110,6 @@ def result_of(stage: Stage, finished: stages_on_disk.Finished) -> StageResult:
         raise DataError(f"{path}: cannot be read: {error}; move {stage.path} away to run the stage anew") from error
     start = " ".join(stage.wired.get("model.path", (stage.config.model.path,)))
     return StageResult(stage.name, stage.command, start, summary, finished.seconds)
-
-
-@contextmanager
-def named(stage: Stage) -> Iterator[None]:
-    """Put the stage's name before the message of an error."""
-    try:
-        yield
-    except RlhfError as error:
-        raise type(error)(f"stage {stage.name}: {error}") from error
 
 
 def _lock(folder: Path) -> int:

@@ -228,5 +228,5 @@ def result_lines(outcome: Outcome, best: float | None, steps: int) -> list[str]:
         lines.append(line if best is None else f"{line}; the labels' noise allows {best:.3f}")
     stopped = "" if outcome.last_step == steps else f"; stopped early, after step {outcome.last_step} of {steps}"
     lines.append(f"kept: step {outcome.kept_step}, the lowest held-out loss{stopped}")
-    lines.append(f"scores: mean {after[SCORE_MEAN]:.3f}, deviation {after[SCORE_STD]:.3f}, stored with the model")
+    lines.append(f"scores: mean {after[SCORE_MEAN]:z.3f}, deviation {after[SCORE_STD]:.3f}, stored with the model")
     return lines

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_dist.config.algorithm_checks import algorithm_problems
-from rlhf_dist.config.preference_checks import preference_problems
+from rlhf_dist.config.preference_checks import not_there, preference_problems
 from rlhf_dist.config.ranges import range_problems
 from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.config.scoring_checks import scoring_problems
@@ -107,10 +107,7 @@ def _data(config: Config, command: Command) -> Iterator[str]:
         yield f"data.path is empty; data.source {data.source} needs the path of its data"
     for key, value in (("path", data.path), ("eval_path", data.eval_path)):
         if value and not Path(value).exists():
-            yield (
-                f"data.{key} is {value!r}, which does not exist (looked in {Path.cwd()}); give a file or "
-                "directory that does"
-            )
+            yield f"{not_there(f'data.{key}', value)}; give a file or directory that does"
         elif value and data.source in ("jsonl", "parquet") and Path(value).is_dir():
             yield f"data.{key} is {value!r}, a directory; data.source {data.source} needs a file"
     if command == "sft":

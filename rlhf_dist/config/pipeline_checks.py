@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,13 +13,15 @@ from typing import Literal
 from rlhf_dist.config.checks import problems
 from rlhf_dist.config.load import load
 from rlhf_dist.config.schema import Config, PipelineConfig
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.errors import ConfigError, RlhfError
 
 StageCommand = Literal["sft", "reward", "train"]
 
 NAME = r"[A-Za-z][A-Za-z0-9_-]*"
 REFERENCE = re.compile(r"(?<!\$)\{(" + NAME + r")\}")
 """`{NAME}`; `${...}` is an interpolation, `{2}` and `{a: b}` are a pattern's and YAML's own."""
+OF_ONE_STAGE = re.compile("(" + NAME + "):([^=]*=.*)", re.DOTALL)
+"""`NAME:key=value` on the command line; no key has a colon."""
 RESERVED = ("name", "output", "pipeline")
 """Keys and sections that are the pipeline's own, for all its stages."""
 
@@ -51,27 +54,67 @@ def load_stages(path: Path, overrides: Sequence[str] = ()) -> list[Stage]:
     """The stages of the config file `path`, in order, every one of them checked.
 
     Layers of a stage, later wins: the file's own (with its includes), the stage's `set`, the command line's
-    `overrides`, those of `set` that name an earlier stage. Raises one ConfigError with the problems of all stages.
+    `overrides`, those of them that are for this stage alone (`NAME:key=value`), those of `set` that name an earlier
+    stage. Raises one ConfigError with the problems of all stages.
     """
+    own = [found for found in map(OF_ONE_STAGE.fullmatch, overrides) if found]
+    overrides = [entry for entry in overrides if not OF_ONE_STAGE.fullmatch(entry)]
     base = load(path, overrides)
-    found = list(pipeline_problems(base))
+    found = [
+        *pipeline_problems(base),
+        *_misspelt_stages(path, base, overrides),
+        *(problem for word in own for problem in _word_problems(word[1], word[2], base)),
+    ]
     if found:
         raise ConfigError(_joined(found))
     stages: list[Stage] = []
     of: dict[str, list[str]] = {}
     for name in base.pipeline.stages:
         try:
-            stages.append(_load_stage(path, base, name, overrides))
+            stages.append(_load_stage(path, base, name, [*overrides, *(word[2] for word in own if word[1] == name)]))
         except ConfigError as error:
             of.setdefault(str(error), []).append(name)
     for stage in stages:
         for problem in problems(stage.config, stage.command):
             of.setdefault(problem, []).append(stage.name)
     if of:
-        raise ConfigError(
-            _joined([f"stage{'s' * (len(who) > 1)} {', '.join(who)}: {text}" for text, who in of.items()])
-        )
+        lines = [f"stage{'s' * (len(who) > 1)} {', '.join(who)}: {text}" for text, who in of.items()]
+        some = [who[0] for who in of.values() if len(who) < len(stages)]
+        asked = overrides and some and len(stages) == len(base.pipeline.stages)
+        raise ConfigError(_joined(lines) + (_for_one_stage(path, some[0]) if asked else ""))
     return stages
+
+
+def _for_one_stage(path: Path, name: str) -> str:
+    return (
+        f"\nA key for stage {name} alone: {name}:KEY=VALUE on the command line, or KEY=VALUE in "
+        f"pipeline.stages.{name}.set of {path}"
+    )
+
+
+def _misspelt_stages(path: Path, base: Config, overrides: Sequence[str]) -> Iterator[str]:
+    """A stage that only the command line names, and so much like one of the file that it is taken for a slip."""
+    if not any(entry.startswith("pipeline") for entry in overrides):
+        return
+    in_file = load(path, [entry for entry in overrides if not entry.startswith("pipeline")]).pipeline.stages
+    for name in base.pipeline.stages:
+        close = [] if name in in_file else difflib.get_close_matches(name, in_file, n=1)
+        if close:
+            yield (
+                f"pipeline.stages.{name}: {path} has no stage {name!r}; did you mean {close[0]}? "
+                "A new stage of such a name has to stand in the file"
+            )
+
+
+def _word_problems(name: str, entry: str, config: Config) -> Iterator[str]:
+    """What is wrong with `name:entry` on the command line, before the stage is loaded with it."""
+    stages, key = config.pipeline.stages, entry.partition("=")[0]
+    if name not in stages:
+        close = difflib.get_close_matches(name, stages, n=1)
+        hint = f"did you mean {close[0]}:{entry}?" if close else f"the stages are: {', '.join(stages)}"
+        yield f"{name}:{entry}: there is no stage {name!r}; {hint}"
+    elif key.split(".")[0] in RESERVED:
+        yield f"{name}:{entry}: {key} is set for the whole pipeline: write {entry}"
 
 
 def pipeline_problems(config: Config) -> Iterator[str]:
@@ -124,16 +167,26 @@ def held_back(stages: Sequence[Stage], overrides: Sequence[str]) -> list[str]:
     """A sentence for each override that some stages do not take, because their `set` wires that key."""
     lines = []
     for override in overrides:
-        key = override.partition("=")[0]
+        alone = OF_ONE_STAGE.fullmatch(override)
+        key = (alone[2] if alone else override).partition("=")[0]
         keeps = [
             f"{stage.name} ({target} from {', '.join(sources)})"
             for stage in stages
             for target, sources in stage.wired.items()
-            if target == key or target.startswith(key + ".")
+            if (not alone or alone[1] == stage.name) and (target == key or target.startswith(key + "."))
         ]
         if keeps:
             lines.append(f"{override} does not reach {', '.join(keeps)}: what comes from an earlier stage stays so")
     return lines
+
+
+@contextmanager
+def named(stage: Stage) -> Iterator[None]:
+    """Put the stage's name before the message of an error."""
+    try:
+        yield
+    except RlhfError as error:
+        raise type(error)(f"stage {stage.name}: {error}") from error
 
 
 def _load_stage(path: Path, base: Config, name: str, overrides: Sequence[str]) -> Stage:

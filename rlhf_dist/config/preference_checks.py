@@ -167,9 +167,15 @@ def _ptx(config: Config) -> Iterator[str]:
 
 def _file(key: str, path: str) -> Iterator[str]:
     if not Path(path).exists():
-        yield f"{key} is {path!r}, which does not exist (looked in {Path.cwd()}); give a file that does"
+        yield f"{not_there(key, path)}; give a file that does"
     elif Path(path).is_dir():
         yield f"{key} is {path!r}, a directory; it needs a file"
+
+
+def not_there(key: str, path: str) -> str:
+    """The beginning of a message about a path that does not exist; a relative one with the directory it starts from."""
+    looked = "" if Path(path).is_absolute() else f" (looked in {Path.cwd()})"
+    return f"{key} is {path!r}, which does not exist{looked}"
 
 
 def _fits(config: Config, key: str, tokens: int) -> Iterator[str]:

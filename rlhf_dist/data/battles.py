@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rlhf_dist.algo.preference import elo_ratings, elo_to_score
 from rlhf_dist.config.schema import DataConfig, PreferencesConfig
 from rlhf_dist.data.files import Row, shown
-from rlhf_dist.data.judgement_rows import Rating, prompt, responses
+from rlhf_dist.data.judgement_rows import Rating, column, prompt, responses
 from rlhf_dist.errors import DataError
 from rlhf_dist.types import Message
 
@@ -38,7 +38,7 @@ def battle(row: Row, preferences: PreferencesConfig, data: DataConfig) -> Battle
             "(preferences.form ranking takes more)"
         )
     key = preferences.winner_key
-    winner = row.fields.get(key)
+    winner = column(row, key, "winner_key")
     if winner == TIE:
         return Battle(row.place, messages, texts, 0.5)
     if isinstance(winner, bool) or winner not in (0, 1):

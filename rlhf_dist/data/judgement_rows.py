@@ -10,7 +10,7 @@ from typing import Literal, NoReturn
 
 from rlhf_dist.config.schema import DataConfig, PreferencesConfig
 from rlhf_dist.data.files import Row, shown
-from rlhf_dist.data.rows import ask, behind_system, checked_text, conversation, text_field
+from rlhf_dist.data.rows import ask, behind_system, checked_text, conversation, field, text_field
 from rlhf_dist.errors import DataError
 from rlhf_dist.types import Message
 
@@ -18,6 +18,8 @@ SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 """Who speaks after a mark in a conversation that is one text, as HH-RLHF has it."""
 MARK = re.compile(rf"(?:\A\s*|\n\n)({'|'.join(SPEAKERS)}):")
 THUMBS = {"up": 1.0, "down": 0.0}
+SIDES = ("chosen_key", "rejected_key")
+"""Of `preferences`: they name the columns of the two sides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,8 @@ def judgement(row: Row, preferences: PreferencesConfig, data: DataConfig) -> Jud
         return _ranking(row, preferences, data)
     assert preferences.form in ("rating", "thumbs"), preferences.form
     messages = prompt(row, preferences, data)
-    said = response(row, repr(preferences.response_key), _value(row, preferences.response_key))
+    key = preferences.response_key
+    said = response(row, repr(key), column(row, key, "response_key"))
     if preferences.form == "thumbs":
         return Rating(row.place, messages, said, _thumbs(row, preferences.rating_key), "logistic")
     return Rating(row.place, messages, said, _rating(row, preferences), "regression")
@@ -92,7 +95,7 @@ def prompt(row: Row, preferences: PreferencesConfig, data: DataConfig) -> tuple[
     """The conversation in `prompt_key`, a text or a list of {role, content}, behind `data.system`. Raises DataError."""
     key = preferences.prompt_key
     if not isinstance(row.fields.get(key), list):
-        return ask(text_field(row, key), data.system)
+        return ask(text_field(row, key, hint=_named_by("prompt_key")), data.system)
     messages = conversation(row, key)
     if messages[-1].role != "user":
         raise DataError(
@@ -109,8 +112,8 @@ def response(row: Row, name: str, value: object) -> str:
 
 
 def responses(row: Row, key: str) -> tuple[str, ...]:
-    """The list of response texts in a column, no two alike. Raises NoJudgement for equal or empty ones, DataError."""
-    value = _value(row, key)
+    """The list of texts in `responses_key`, no two alike. Raises NoJudgement for equal or empty ones, DataError."""
+    value = column(row, key, "responses_key")
     if not isinstance(value, list):
         raise DataError(f"{row.place}: {key!r} is {shown(value)}; it has to be a list of texts")
     texts = tuple(response(row, f"{key}[{i}]", item) for i, item in enumerate(value))
@@ -123,19 +126,21 @@ def responses(row: Row, key: str) -> tuple[str, ...]:
     return texts
 
 
-def _value(row: Row, key: str) -> object:
-    """What is in a column. Raises DataError when there is nothing."""
-    value = row.fields.get(key)
-    if value is None:
-        keys = ", ".join(k for k, v in row.fields.items() if v is not None) or "nothing"
-        raise DataError(f"{row.place}: lacks {key!r}; it has {keys}")
-    return value
+def column(row: Row, key: str, setting: str) -> object:
+    """What is in the column `key`, which `preferences.SETTING` names. Raises DataError when there is nothing."""
+    return field(row, key, hint=_named_by(setting))
+
+
+def _named_by(setting: str) -> str:
+    return f"preferences.{setting}; name the column that has it"
 
 
 def _pair(row: Row, preferences: PreferencesConfig, data: DataConfig) -> Comparison:
     messages = prompt(row, preferences, data)
     keys = (preferences.chosen_key, preferences.rejected_key)
-    chosen, rejected = (response(row, repr(key), _value(row, key)) for key in keys)
+    chosen, rejected = (
+        response(row, repr(key), column(row, key, setting)) for key, setting in zip(keys, SIDES, strict=True)
+    )
     if chosen == rejected:
         _equal_sides(row, keys)
     return Comparison(row.place, messages, (chosen, rejected), (Pair(0, 1, _margin(row, preferences)),))
@@ -143,7 +148,7 @@ def _pair(row: Row, preferences: PreferencesConfig, data: DataConfig) -> Compari
 
 def _transcripts(row: Row, preferences: PreferencesConfig, data: DataConfig) -> Comparison:
     keys = (preferences.chosen_key, preferences.rejected_key)
-    chosen, rejected = (_transcript(row, key) for key in keys)
+    chosen, rejected = (_transcript(row, key, setting) for key, setting in zip(keys, SIDES, strict=True))
     if chosen == rejected:
         _equal_sides(row, keys)
     shared = _shared(chosen, rejected)
@@ -180,9 +185,9 @@ def _shared(one: tuple[Message, ...], other: tuple[Message, ...]) -> tuple[Messa
     return one[:count]
 
 
-def _transcript(row: Row, key: str) -> tuple[Message, ...]:
+def _transcript(row: Row, key: str, setting: str) -> tuple[Message, ...]:
     """The turns of a whole conversation, none of them empty. Raises NoJudgement when the closing one is, DataError."""
-    value, closing = _value(row, key), f"the closing turn of {key!r}"
+    value, closing = column(row, key, setting), f"the closing turn of {key!r}"
     if isinstance(value, list):
         if value and isinstance(value[-1], dict):
             response(row, closing, value[-1].get("content"))
@@ -216,7 +221,8 @@ def _marked_turns(row: Row, key: str, text: str) -> tuple[Message, ...]:
 
 def _ranking(row: Row, preferences: PreferencesConfig, data: DataConfig) -> Comparison:
     key = preferences.ranks_key
-    messages, texts, ranks = prompt(row, preferences, data), responses(row, preferences.responses_key), _value(row, key)
+    messages, texts = prompt(row, preferences, data), responses(row, preferences.responses_key)
+    ranks = column(row, key, "ranks_key")
     if len(texts) < 2:
         raise NoJudgement(
             f"{row.place}: {preferences.responses_key!r} has {len(texts)} entries; a ranking needs at least 2"
@@ -242,7 +248,7 @@ def _margin(row: Row, preferences: PreferencesConfig) -> float:
     key = preferences.margin_key
     if not key:
         return 0.0
-    margin = _number(row, repr(key), _value(row, key))
+    margin = _number(row, repr(key), column(row, key, "margin_key"))
     if margin < 0:
         raise DataError(f"{row.place}: {key!r} is {margin:g}; a margin has to be 0 or more")
     return margin
@@ -251,17 +257,17 @@ def _margin(row: Row, preferences: PreferencesConfig) -> float:
 def _rating(row: Row, preferences: PreferencesConfig) -> float:
     """The rating on a scale of -1 to 1."""
     key, low, high = preferences.rating_key, preferences.rating_min, preferences.rating_max
-    rating = _number(row, repr(key), _value(row, key))
+    rating = _number(row, repr(key), column(row, key, "rating_key"))
     if not low <= rating <= high:
         raise DataError(
-            f"{row.place}: {key!r} is {rating:g}; it has to be from {low:g} to {high:g} "
-            "(preferences.rating_min, preferences.rating_max)"
+            f"{row.place}: {key!r} is {rating:g}; it has to be from {low:g} to {high:g}; correct the row, or set "
+            "preferences.rating_min and preferences.rating_max to the scale"
         )
     return 2 * (rating - low) / (high - low) - 1
 
 
 def _thumbs(row: Row, key: str) -> float:
-    value = _value(row, key)
+    value = column(row, key, "rating_key")
     if isinstance(value, str) and value in THUMBS:
         return THUMBS[value]
     if isinstance(value, (bool, int, float)) and value in (0, 1):

@@ -133,11 +133,17 @@ def text_field(row: Row, key: str, beside: str = "", hint: str = "") -> str:
 
     `beside`: the column that could have stood in its place; `hint`: the config key that names it, and the way out.
     """
-    if row.fields.get(key) is None:
+    return checked_text(row, repr(key), field(row, key, beside, hint))
+
+
+def field(row: Row, key: str, beside: str = "", hint: str = "") -> object:
+    """What is in a column. Raises DataError when there is nothing; `beside` and `hint` as for `text_field`."""
+    value = row.fields.get(key)
+    if value is None:
         keys = ", ".join(k for k, v in row.fields.items() if v is not None) or "nothing"
         missing = f"{key!r} or {beside!r}" if beside else repr(key)
         raise DataError(f"{row.place}: lacks {missing}; it has {keys}" + (f" ({hint})" if hint else ""))
-    return checked_text(row, repr(key), row.fields[key])
+    return value
 
 
 def checked_text(row: Row, name: str, value: object) -> str:

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import xxhash
 import yaml
 
 from rlhf_dist.config.load import from_yaml, to_yaml
-from rlhf_dist.config.pipeline_checks import Stage
+from rlhf_dist.config.pipeline_checks import NAME, Stage
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ConfigError, DataError, DiskError
 from rlhf_dist.loop import run_directory
-from rlhf_dist.loop.run_directory import CHANGEABLE, config_changes, latest_checkpoint, write_json
+from rlhf_dist.loop.pipeline_files import content, digest, lacking, model_files
+from rlhf_dist.loop.run_directory import CHANGEABLE, config_changes, latest_checkpoint, write_json, write_text
 
 T = TypeVar("T")
 
 RECORD_FILE = "stage.json"
-READ_BLOCK = 1 << 22
 
 RANKS = ("learner.ranks", "learner.zero_stage", "learner.micro_batch_tokens", "learner.logprob_chunk_tokens")
 READ = {
@@ -109,8 +109,9 @@ def decide(stage: Stage, basis: Basis) -> Decision:
         changes = differences(finished.basis, basis)
         if changes:
             return Decision("rerun", listed(changes))
-        check_unchanged(stage, finished)
-        return Decision("skip", f"complete ({finished.checkpoint}), inputs unchanged")
+        if not lacking(finished.files):  # Else it was left while files were away, and says nothing of a whole model.
+            check_unchanged(stage, finished)
+            return Decision("skip", f"complete ({finished.checkpoint}), inputs unchanged")
     if not has_begun(path):
         return Decision("run", "")
     return _decide_cut(stage, basis)
@@ -120,9 +121,13 @@ def _decide_cut(stage: Stage, basis: Basis) -> Decision:
     """Of a run that began and left no record of its end: cut, started by hand, or to be accepted as it is."""
     begun = read_begun(stage)
     changes = [] if begun is None else input_differences(begun, basis)
-    changes += config_changes(stage.path / "config.yaml", to_yaml(resumable(stage)))
+    changed = config_changes(stage.path / "config.yaml", to_yaml(resumable(stage)))
+    if changed:
+        moved = _moved(stage, known=begun is not None)
+        changes += [change for change in changed if change not in moved]
     if changes:
         return Decision("rerun", listed(changes))
+    check_whole(stage)
     checkpoint = latest_checkpoint(stage.path)
     return Decision("resume", f"it goes on from {checkpoint.name}" if checkpoint else "it was cut before a checkpoint")
 
@@ -173,12 +178,7 @@ def resumable(stage: Stage) -> Config:
 
     Raises DataError or ConfigError when the run's own config.yaml cannot be read.
     """
-    saved = stage.path / "config.yaml"
-    try:
-        text = saved.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{saved}: cannot be read: {error}; move {stage.path} away to run the stage anew") from error
-    new, old = _flat(stage.config), _flat(from_yaml(text, str(saved)))
+    new, old = _flat(stage.config), _saved(stage)
 
     def keeps_new(key: str) -> bool:
         return _below(key, READ[stage.command]) or _below(key, CHANGEABLE) or key.endswith("timeout_s")
@@ -192,7 +192,47 @@ def resumable(stage: Stage) -> Config:
         for parent in parents:
             section = section.setdefault(parent, {})
         section[last] = value
-    return from_yaml(yaml.safe_dump(tree, allow_unicode=True), str(saved))
+    return from_yaml(yaml.safe_dump(tree, allow_unicode=True), str(stage.path / "config.yaml"))
+
+
+def come_back(stage: Stage) -> Config:
+    """The config to resume with. In a copied run, config.yaml gets the new places of the earlier stages first.
+
+    Raises what `resumable` raises, and ConfigError when a process is using the run.
+    """
+    config, saved = resumable(stage), stage.path / "config.yaml"
+    if config_changes(saved, to_yaml(config)):
+        os.close(run_directory._take_lock(stage.path))
+        write_text(saved, to_yaml(config))
+    return config
+
+
+def _saved(stage: Stage) -> dict[str, Any]:
+    """The run's own config.yaml."""
+    saved = stage.path / "config.yaml"
+    try:
+        return _flat(from_yaml(saved.read_text(encoding="utf-8"), str(saved)))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{saved}: cannot be read: {error}; move {stage.path} away to run the stage anew") from error
+
+
+def _moved(stage: Stage, known: bool) -> set[str]:
+    """Those of `config_changes` that are none: the same earlier stage, copied or moved together with this one.
+
+    Unless its fingerprint is `known`, a directory that is still at the old place has to hold the same as the new one.
+    """
+    old, new, written = _saved(stage), _flat(stage.config), _flat(stage.written)
+    root = Path(old["output"]) / Path(old["name"]).parent
+    moved = set()
+    for key, text in written.items():
+        if not isinstance(text, str) or text == new[key]:
+            continue
+        then = re.sub(f"<({NAME})>", lambda found: str(root / found[1]), text)
+        before, now = Path(then), Path(new[key])
+        same = known or not (before.is_dir() and now.is_dir()) or content(before) == content(now)
+        if old.get(key) == then and same:
+            moved.add(f"{key} from {then} to {new[key]}")
+    return moved
 
 
 def _flat(config: Config) -> dict[str, Any]:
@@ -229,8 +269,24 @@ def check_unchanged(stage: Stage, finished: Finished) -> None:
     changed = _changed_file(stage.path, finished)
     if changed:
         raise ConfigError(
-            f"{changed} after stage {stage.name} had finished. To take it as it is now, delete "
-            f"{stage.path / RECORD_FILE}: what comes after it runs anew. To make it anew, move {stage.path} away"
+            f"{changed} after stage {stage.name} had finished. "
+            + (
+                f"Put it back, or move {stage.path} away to make it anew"
+                if changed.endswith(": was removed")
+                else f"To take it as it is now, delete {stage.path / RECORD_FILE}: what comes after it runs anew. "
+                f"To make it anew, move {stage.path} away"
+            )
+        )
+
+
+def check_whole(stage: Stage) -> None:
+    """Raise ConfigError when a file that later stages read is missing from the stage's newest model, if it has one."""
+    checkpoint = latest_checkpoint(stage.path)
+    missing = checkpoint and lacking([file.name for file in checkpoint.glob("hf/*")], checkpoint / "hf")
+    if checkpoint and missing:
+        raise ConfigError(
+            f"{checkpoint / 'hf' / missing}: is not there, and a model is not whole without it. Put it back, or move "
+            f"{stage.path} away to run stage {stage.name} anew"
         )
 
 
@@ -251,43 +307,6 @@ def _changed_file(path: Path, finished: Finished) -> str | None:
     return None
 
 
-# ---- fingerprints ----------------------------------------------------------------------------------------------------
-
-
-def content(path: Path) -> str:
-    """Fingerprint of a file's content, of a run's newest model, or of every file in a directory. Raises DataError."""
-    if not path.is_dir():
-        return _hash_file(path)
-    checkpoint = latest_checkpoint(path)
-    return digest(model_files(checkpoint) if checkpoint else _files(path))
-
-
-def model_files(checkpoint: Path) -> dict[str, str]:
-    """File in the checkpoint's `hf` -> fingerprint. Raises DataError."""
-    return _files(checkpoint / "hf")
-
-
-def _files(folder: Path) -> dict[str, str]:
-    names = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
-    return {str(name): _hash_file(folder / name) for name in names if not name.parts[0].startswith(".")}
-
-
-def _hash_file(path: Path) -> str:
-    state = xxhash.xxh3_128()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(READ_BLOCK):
-                state.update(block)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    return state.hexdigest()
-
-
-def digest(files: Mapping[str, str]) -> str:
-    """One fingerprint of many."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(sorted(files.items())).encode())
-
-
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +325,11 @@ def write_finished(stage: Stage, basis: Basis, seconds: float) -> Finished:
     checkpoint = latest_checkpoint(stage.path)
     if checkpoint is None:
         raise DataError(f"{stage.path}: the stage ended and left no checkpoint")
+    check_whole(stage)
+    if not (stage.path / "summary.json").is_file():
+        raise DataError(
+            f"{stage.path / 'summary.json'}: the stage ended without it; move {stage.path} away to run anew"
+        )
     finished = Finished(basis, checkpoint.name, model_files(checkpoint), round(seconds, 1))
     write_json(stage.path / RECORD_FILE, asdict(finished))
     begun_file(stage).unlink(missing_ok=True)
@@ -348,6 +372,14 @@ def _record(file: Path, make: Callable[[Any], T]) -> T | None:
         ) from error
 
 
+def aside(path: Path) -> Path:
+    """The first free PATH.old-N."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    return target
+
+
 def set_aside(path: Path) -> Path:
     """Rename a run directory that nobody uses to the first free PATH.old-N. Returns the new path.
 
@@ -355,9 +387,7 @@ def set_aside(path: Path) -> Path:
     """
     lock = run_directory._take_lock(path)
     try:
-        number = 1
-        while (target := path.with_name(f"{path.name}.old-{number}")).exists():
-            number += 1
+        target = aside(path)
         path.rename(target)
     except OSError as error:
         raise DiskError(f"{path}: cannot be renamed: {error.strerror}") from error

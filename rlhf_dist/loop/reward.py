@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.sinks import Telemetry
 from rlhf_dist.telemetry.timeline import Stopwatch
+
+SIGN_S = 8.0
+"""Seconds without a line after which a step is shown that `log_every` would pass over."""
 
 
 class RewardTrainer(Protocol):
@@ -93,14 +97,18 @@ class RewardRun:
         self._progress.stage("taking the first steps")
         watch = Stopwatch()
         parts: list[MetricSums] = []
+        shown = time.monotonic()
         while step < config.steps and not (config.patience and waited >= config.patience):
             step += 1
             parts.append(self._trainer.train_step(step))
             measured = due(config.eval_every, step, config.steps)
             if not (measured or due(config.log_every, step, config.steps)):
+                if time.monotonic() - shown >= SIGN_S:
+                    self._progress.step(step, config.steps, MetricSums.merge(parts).values())
+                    shown = time.monotonic()
                 continue
             metrics = MetricSums.merge(parts).values() | per_step(watch.lap(), len(parts))
-            found = self._trainer.evaluate() if measured else None
+            found = self._evaluate() if measured else None
             results = held_out_results(found) if found else {}
             parts = []
             self._telemetry.log(step, metrics | results)
@@ -108,13 +116,13 @@ class RewardRun:
             if found:
                 waited = 0 if self._keep_if_best(step, found, results) else waited + 1
                 watch.lap()  # Evaluation and checkpoint are not part of a step's time.
+            shown = time.monotonic()
         if step < config.steps:
             self._tell_early_stop(step)
         return Outcome(self._kept.before, self._kept.results, self._kept.step, step, self._held_out)
 
     def _start(self, state: RewardState | None) -> None:
-        self._progress.stage("evaluating before training")
-        self._held_out = self._trainer.evaluate()
+        self._held_out = self._evaluate()
         if state is not None:
             self._kept = state
             self._directory.rewind_metrics(state.step)
@@ -128,6 +136,10 @@ class RewardRun:
         self._kept = RewardState(0, before, before)
         self._directory.rewind_metrics(-1)  # Cut before its first checkpoint: back to the very start.
         self._telemetry.log(0, before)
+
+    def _evaluate(self) -> HeldOutScores:
+        self._progress.stage("scoring the held-out judgements")
+        return self._trainer.evaluate()
 
     def _keep_if_best(self, step: int, found: HeldOutScores, results: dict[str, float]) -> bool:
         """Write a checkpoint if the held-out loss is the lowest of a trained model; whether it was."""

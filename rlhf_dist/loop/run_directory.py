@@ -31,7 +31,9 @@ CHANGEABLE = (
     "loop.keep_checkpoints",
     "eval.every",
 )
-"""Keys and sections that a resume may change, besides every `timeout_s`; anything else would make it another run."""
+"""Keys and sections that a resume may change, besides `ENDINGS`; anything else would make it another run."""
+ENDINGS = (".timeout_s", ".retries")
+"""How long something may take, and how often it is tried."""
 CHECKPOINT_PREFIX = "step-"
 
 
@@ -198,7 +200,7 @@ def _make(path: Path, config_text: str) -> RunDirectory:
 
 def _fill(path: Path, config_text: str) -> RunDirectory:
     run = RunDirectory(path, _take_lock(path))
-    for folder in (run.rollouts, run.checkpoints, run.logs):
+    for folder in (run.checkpoints, run.logs):  # `rollouts` is made with its first file: only `train` has any
         folder.mkdir(exist_ok=True)
     run.save_config(config_text)
     return run
@@ -270,7 +272,7 @@ def config_changes(saved: Path, config_text: str) -> list[str]:
 
 def _is_changeable(key: str) -> bool:
     listed = any(key == allowed or key.startswith(allowed + ".") for allowed in CHANGEABLE)
-    return listed or key.endswith("timeout_s")
+    return listed or key.endswith(ENDINGS)
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -291,8 +293,11 @@ def latest_checkpoint(run: Path) -> Path | None:
         return None
     found = pointer.parent / pointer.read_text(encoding="utf-8").strip()
     if found == pointer.parent or not found.is_dir():
-        steps = ", ".join(f"{CHECKPOINT_PREFIX}{step}" for step in checkpoint_steps(pointer.parent)) or "nothing"
-        raise DataError(f"{pointer}: names {found.name!r}, which is not there; the folder holds {steps}")
+        steps = ", ".join(f"{CHECKPOINT_PREFIX}{step}" for step in checkpoint_steps(pointer.parent))
+        way = "write one of those into LATEST" if steps else "start a new run with another name="
+        raise DataError(
+            f"{pointer}: names {found.name!r}, which is not there; the folder holds {steps or 'nothing'}: {way}"
+        )
     return found
 
 

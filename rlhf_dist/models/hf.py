@@ -71,10 +71,19 @@ def resolve(config: ModelConfig, cache: Path, key: str = "model.path") -> ModelS
     looks_like_path = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or not config.path
     if looks_like_path or ("/" in config.path and path.parent.is_dir()):
         raise ModelError(
-            f"{key} = {config.path!r}: there is no such directory{_close_names(path)}. Give `tiny`, a "
-            "Hugging Face directory, a run directory, or a hub name such as Qwen/Qwen2.5-0.5B-Instruct"
+            f"{key} = {config.path!r}: there is no such directory{_close_names(path)}. Give {_right_for(key)}"
         )
     return ModelSource(config.path, "hub")
+
+
+def _right_for(key: str) -> str:
+    """What a config key that names a model takes, for messages."""
+    reward_model = "a reward model: its Hugging Face directory, its run directory or its hub name"
+    if key.startswith("scoring.rewards."):
+        return reward_model
+    if key == "critic.start":
+        return f"policy, shared, or {reward_model}"
+    return "`tiny`, a Hugging Face directory, a run directory, or a hub name such as Qwen/Qwen2.5-0.5B-Instruct"
 
 
 def _newest_checkpoint(run: Path, key: str) -> Path | None:
@@ -90,7 +99,11 @@ def _newest_checkpoint(run: Path, key: str) -> Path | None:
         return None
     checkpoint = run / "checkpoints" / latest.read_text().strip() / "hf"
     if not checkpoint.is_dir():
-        raise ModelError(f"{latest} names {latest.read_text().strip()!r}, but {checkpoint} is not there")
+        whole = sorted((path.parent.name for path in run.glob("checkpoints/step-*/hf")), key=lambda n: (len(n), n))
+        way = f"write {' or '.join(whole)} into {latest.name}" if whole else "give another run"
+        raise ModelError(
+            f"{key} = {run}: {latest} names {latest.read_text().strip()!r}, but {checkpoint} is not there; {way}"
+        )
     return checkpoint
 
 

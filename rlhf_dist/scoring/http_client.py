@@ -80,7 +80,8 @@ class HttpReward:
                 late = time.monotonic() + pause >= deadline
                 if not failed.again or tries > self._retries or late:
                     count = f" (tried {tries} times{', then scoring.timeout_s was near' if late else ''})"
-                    raise RewardError(f"{self._who} {failed}{count if tries > 1 else ''}") from None
+                    way = self._way_out(late) if failed.again else ""
+                    raise RewardError(f"{self._who} {failed}{count if tries > 1 else ''}{way}") from None
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
         scores = answer.get("scores") if isinstance(answer, dict) else None
@@ -102,6 +103,11 @@ class HttpReward:
     def close(self) -> None:
         """Close its connections."""
         self._client.close()
+
+    def _way_out(self, late: bool) -> str:
+        """What to do about a server that went away; `late`: no time was left for another try."""
+        longer = "scoring.timeout_s" if late else f"{self._key}.retries or {self._key}.timeout_s"
+        return f"; start or mend it and go on with --resume (where there is a checkpoint), or raise {longer}"
 
     def _ask(self, method: str, url: str, content: bytes | None, limit_s: float, missing_is_fine: bool = False) -> Any:
         """The answer's JSON; None where a missing page is fine. Raises _Failed."""

@@ -208,7 +208,7 @@ def _models(comparison: Comparison, box: Any) -> Table:
         table.add_column(header, justify="right")
     table.add_column("")
     for row in comparison.rows:
-        lift = NONE if row.lift is None else f"{row.lift:+.2f}"
+        lift = NONE if row.lift is None else f"{row.lift:+z.2f}"
         figures = [_number(row.gold), lift, _number(row.proxy), _number(row.kl), _number(row.length)]
         time = NONE if row.seconds is None else clock(row.seconds)
         table.add_row(Text(row.model), *figures, time, Text(row.note))
@@ -229,7 +229,7 @@ def _side_by_side(answers: Answers, box: Any) -> Table:
 
 
 def _number(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2f}"
+    return NONE if value is None else f"{value:z.2f}"  # z: no -0.00
 
 
 def printable(text: str) -> str:

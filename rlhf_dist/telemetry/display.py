@@ -13,17 +13,17 @@ from rlhf_dist.telemetry import names
 HEARTBEAT_S = 10.0
 """Plain output: seconds between two signs of life of a long stage."""
 SHOWN = (
-    ("reward", names.REWARD_MEAN, "{:.3f}"),
-    ("gold", names.REWARD_GOLD, "{:.3f}"),
-    ("kl", names.KL_REFERENCE, "{:.2f}"),
-    ("loss", names.SFT_LOSS, "{:.4f}"),
-    ("loss", names.REWARD_MODEL_LOSS, "{:.4f}"),
-    ("held-out", names.EVAL_GREEDY, "{:.3f}"),
-    ("held-out", names.REWARD_MODEL_ACCURACY, "{:.3f}"),
+    ("reward", names.REWARD_MEAN, "{:z.3f}"),
+    ("gold", names.REWARD_GOLD, "{:z.3f}"),
+    ("kl", names.KL_REFERENCE, "{:z.2f}"),
+    ("loss", names.SFT_LOSS, "{:z.4f}"),
+    ("loss", names.REWARD_MODEL_LOSS, "{:z.4f}"),
+    ("held-out", names.EVAL_GREEDY, "{:z.3f}"),
+    ("held-out accuracy", names.REWARD_MODEL_ACCURACY, "{:z.3f}"),
     ("length", names.RESPONSE_LENGTH, "{:.1f}"),
     ("tok/s", names.TOKENS_PER_S, "{:,.0f}"),
 )
-"""Label, metric and format of what a step shows; metrics that a run does not have are left out."""
+"""Label, metric and format (`z`: no -0.00) of what a step shows; metrics that a run does not have are left out."""
 EXPENDABLE = ("length", "tok/s", "kl")
 """Labels that give way, in this order, where a terminal is too narrow for all."""
 BAR_WIDTH, BAR_FROM_WIDTH = 24, 120
@@ -113,7 +113,7 @@ def spoken(metric: str) -> str:
 
 def number(value: float) -> str:
     """Counts as whole numbers, everything else with three decimals (so 0 and 1, which may be shares, too)."""
-    return f"{value:.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.3f}"
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:z.3f}"
 
 
 def eval_line(step: int, results: Mapping[str, float]) -> str:

@@ -85,7 +85,7 @@ def compare(before: Mapping[str, float], after: Mapping[str, float]) -> list[Com
     """Rows in the order of `after`, then what only `before` has; "-" where one of them lacks the metric."""
     rows: list[Comparison] = []
     for name in [*after, *(name for name in before if name not in after)]:
-        change = f"{after[name] - before[name]:+.3f}" if name in before and name in after else "-"
+        change = f"{after[name] - before[name]:+z.3f}" if name in before and name in after else "-"
         first = number(before[name]) if name in before else "-"
         second = number(after[name]) if name in after else "-"
         rows.append(Comparison(spoken(name), first, second, change))

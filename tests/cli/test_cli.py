@@ -13,6 +13,7 @@ import pytest
 import rlhf_dist.cluster
 from rlhf_dist import __version__
 from rlhf_dist.cli import bench
+from rlhf_dist.cli.arguments import PAGES
 from rlhf_dist.cli.main import COMMANDS, main
 from rlhf_dist.config.load import from_yaml
 from rlhf_dist.config.schema import Config
@@ -57,6 +58,17 @@ def test_version() -> None:
 def test_each_command_has_help(command: str) -> None:
     result = cli(command, "--help")
     assert result.returncode == 0 and f"rlhf-dist {command}" in result.stdout
+
+
+@pytest.mark.parametrize("command", sorted(PAGES))
+def test_help_ends_with_where_the_keys_are_told(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    shown = f"rlhf-dist {command} CONFIG.yaml --dry-run shows them resolved"
+    assert last == f"Keys: {PAGES[command]}; {shown}"
+    assert all((ROOT / page).is_file() for page in PAGES[command].split(", "))
+    assert len(last) <= 140
 
 
 def test_help_imports_nothing_heavy() -> None:

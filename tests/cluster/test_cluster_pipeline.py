@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,11 @@ import ray
 from rlhf_dist.cli import pipeline as command
 from rlhf_dist.cluster import pipeline as running
 from rlhf_dist.cluster.placement import Machine
-from rlhf_dist.config.load import to_yaml
+from rlhf_dist.config.load import from_yaml, to_yaml
 from rlhf_dist.config.schema import Config
-from rlhf_dist.errors import ConfigError, ModelError, RunError
+from rlhf_dist.errors import ConfigError, InputError, ModelError, ResourceError, RunError
 from rlhf_dist.loop import pipeline as on_disk
+from rlhf_dist.loop.pipeline_files import content
 from rlhf_dist.loop.run_directory import open_run_directory, write_json
 
 pytestmark = pytest.mark.timeout(600)
@@ -66,15 +68,15 @@ def test_two_real_stages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert stages(capsys.readouterr().out) == ["run runs/mine/first", "run runs/mine/second"]
     assert not ray.is_initialized()
 
-    weights = on_disk.content(Path("runs/mine/second"))
-    assert weights != on_disk.content(Path("runs/mine/first")), "the second stage trained on"
+    weights = content(Path("runs/mine/second"))
+    assert weights != content(Path("runs/mine/first")), "the second stage trained on"
     assert command.run(["pipe.yaml"]) == 0
     out = capsys.readouterr().out
     assert stages(out) == [
         "skip runs/mine/first: complete (step-3), inputs unchanged",
         "resume runs/mine/second: it goes on from step-2",
     ]
-    assert on_disk.content(Path("runs/mine/second")) == weights, "there was nothing left to do"
+    assert content(Path("runs/mine/second")) == weights, "there was nothing left to do"
     assert out.count("held-out loss") == 2, "one row a stage in the table"
 
     monkeypatch.setattr(running, "ray_session", lambda _: pytest.fail("nothing is left to run: no Ray"))
@@ -95,13 +97,18 @@ class StandIn:
 
     def run(self, config: Config, resume: bool) -> None:
         self.calls.append((config.name, resume))
+        if resume and (Path(config.output) / config.name / "summary.json").exists():
+            return  # Nothing is left to do, as in a real run.
         run = open_run_directory(config.output, config.name, to_yaml(config), resume)
         run.metrics.write_text('{"step": 1}\n')
         if config.name == self.fail_at:
             run.close()
             raise RunError("learner rank 0 died")
-        (run.begin_checkpoint(1) / "hf").mkdir()
-        (run.checkpoints / ".step-1.unfinished" / "hf" / "model.safetensors").write_text(config.model.path)
+        hf = run.begin_checkpoint(1) / "hf"
+        hf.mkdir()
+        for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+            (hf / name).write_text("{}")
+        (hf / "model.safetensors").write_text(f"{config.sft.steps} steps")
         run.commit_checkpoint(1, keep=1)
         write_json(run.summary, {"after": {"sft/held_out_loss": 1.0}})
         run.close()
@@ -190,10 +197,102 @@ def test_two_pipelines_do_not_share_a_directory(stand_in: StandIn, monkeypatch: 
     assert len(stand_in.calls) == 2
 
 
-def test_a_dry_run_shows_all_configs_and_starts_nothing(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_a_line_a_stage_and_starts_nothing(
+    stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command.run(["pipe.yaml", "--dry-run", "model.path=tiny"]) == 0
     out = capsys.readouterr().out
-    assert "# note: model.path=tiny does not reach second (model.path from first)" in out
-    assert "# stage 2 of 2, second (sft): run runs/mine/second after first" in out
-    assert out.count("\nname: mine/") == 2 and "path: runs/mine/first" in out
+    assert out.splitlines() == [
+        "note: model.path=tiny does not reach second (model.path from first): "
+        "what comes from an earlier stage stays so",
+        "stage 1 of 2, first: run runs/mine/first",
+        "stage 2 of 2, second: run runs/mine/second after first",
+    ]
     assert stand_in.calls == [] and not Path("runs").exists()
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    """The part of each line after the stage's name."""
+    capsys.readouterr()
+    assert command.run(["pipe.yaml", "--dry-run", *words]) == 0
+    return stages(capsys.readouterr().out)
+
+
+def test_a_dry_run_tells_what_later_stages_will_do(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    command.run(["pipe.yaml"])
+    assert [line.split()[0] for line in dry_run(capsys)] == ["skip", "skip"]
+    assert dry_run(capsys, "second:sft.steps=9")[1] == (
+        "run anew runs/mine/second: changed: sft.steps from 2 to 9; the earlier one is kept as second.old-1"
+    )
+    Path("runs/mine/second.old-1").mkdir()
+    assert dry_run(capsys, "first:sft.steps=9") == [
+        "run anew runs/mine/first: changed: sft.steps from 3 to 9; the earlier one is kept as first.old-1",
+        "run anew runs/mine/second if another model comes from first; the earlier one is kept as second.old-2",
+    ]
+    second = dry_run(capsys, "sft.steps=9")[1]
+    assert "runs/mine/second after first: changed: sft.steps from 2 to 9; the output of stage first; " in second
+    Path("runs/mine/second/stage.json").unlink()
+    assert dry_run(capsys)[1] == "resume runs/mine/second: it goes on from step-1"
+    assert len(stand_in.calls) == 2
+
+
+def test_a_dry_run_checks_that_it_fits_on_the_machine(stand_in: StandIn) -> None:
+    with pytest.raises(ResourceError, match=r"stage first: .*learner\.cpus"):
+        command.run(["pipe.yaml", "--dry-run", "learner.cpus=5000"])
+
+
+# ---- files taken away, and copies ------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_is_not_whole_stops_it_before_a_later_one_is_moved(
+    stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.run(["pipe.yaml"])
+    config = Path("runs/mine/first/checkpoints/step-1/hf/config.json")
+    text = config.read_text()
+    config.unlink()
+    with pytest.raises(ConfigError, match=rf"stage first: {config}: was removed .* Put it back, or move"):
+        command.run(["pipe.yaml"])
+    Path("runs/mine/first/stage.json").unlink()
+    with pytest.raises(ConfigError, match=rf"stage first: {config}: is not there, .* or move runs/mine/first away"):
+        command.run(["pipe.yaml"])
+    assert Path("runs/mine/second").is_dir() and not Path("runs/mine/second.old-1").exists()
+    config.write_text(text)
+    capsys.readouterr()
+    command.run(["pipe.yaml"])
+    assert [line.split()[0] for line in stages(capsys.readouterr().out)] == ["resume", "skip"]
+    command.run(["pipe.yaml"])
+    assert [line.split()[0] for line in stages(capsys.readouterr().out)] == ["skip", "skip"]
+
+
+def test_a_stage_of_a_copy_is_taken_up_without_its_record(
+    stand_in: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.run(["pipe.yaml"])
+    shutil.copytree("runs/mine", "runs/yours")
+    Path("runs/yours/second/stage.json").unlink()
+    capsys.readouterr()
+    command.run(["pipe.yaml", "name=yours"])
+    assert [line.split()[0] for line in stages(capsys.readouterr().out)] == ["skip", "resume"]
+    assert stand_in.calls[2:] == [("yours/second", True)]
+    saved = from_yaml(Path("runs/yours/second/config.yaml").read_text())
+    assert saved.model.path == "runs/yours/first", "or a resume in the run itself would see another model.path"
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_it_says_at_once_that_it_checks(stand_in: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    command.run(["pipe.yaml"])
+    assert capsys.readouterr().out.splitlines()[0] == "checking what the 2 stages of pipe.yaml start from"
+
+
+def test_help_and_resume_say_that_it_goes_on_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.run(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("name=my", "OUTPUT/NAME/STAGE", "goes on by itself", "kept as STAGE.old-1", "STAGE:key=value"):
+        assert part in text
+    assert "shows them resolved" not in text, "a dry run prints no configs"
+    with pytest.raises(InputError, match="goes on by itself where it was cut: leave out --resume"):
+        command.run(["pipe.yaml", "--resume"])

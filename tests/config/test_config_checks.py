@@ -108,6 +108,8 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         ("train", ["data.path=x.jsonl"], ["data.path is 'x.jsonl'", "no effect with data.source task"]),
         ("train", ["data.source=jsonl"], ["data.path is empty", "data.source jsonl"]),
         ("train", ["data.source=jsonl", "data.path=no/such.jsonl"], ["data.path is 'no/such.jsonl'", "does not exist"]),
+        ("train", ["data.source=jsonl", "data.path=no/such"], [f"does not exist (looked in {Path.cwd()}); give"]),
+        ("train", ["data.source=jsonl", "data.path=/no/such"], ["data.path is '/no/such', which does not exist; give"]),
         ("train", ["data.source=jsonl", "data.path=."], ["data.path is '.'", "needs a file"]),
         ("train", ["data.task.min_length=9"], ["data.task.min_length is 9", "data.task.max_length, 6"]),
         ("train", ["name=../up"], ["name is '../up'", "below `output`"]),

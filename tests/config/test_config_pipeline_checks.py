@@ -50,6 +50,50 @@ def test_a_stage_gets_files_then_set_then_command_line_then_its_wiring(file: Pat
     assert note.startswith("model.path=my/start does not reach reward (model.path from sft), rl (model.path from sft)")
 
 
+def test_a_word_for_one_stage_reaches_that_one_only(file: Path) -> None:
+    overrides = ["sft:sft.steps=7", "rl:algo.group_size=2", "loop.steps=3", "rl:loop.steps=5", "rl:model.path=x"]
+    sft, reward, rl = load_stages(file, overrides)
+    assert (sft.config.sft.steps, reward.config.sft.steps) == (7, rl.config.sft.steps)
+    assert (sft.config.algo.group_size, rl.config.algo.group_size) == (8, 2), "above `set`"
+    assert [s.config.loop.steps for s in (sft, reward, rl)] == [3, 3, 5], "above a word for all, in whatever order"
+    assert rl.config.model.path == "runs/mine/sft"
+    (note,) = held_back([sft, reward, rl], overrides)
+    assert note.startswith("rl:model.path=x does not reach rl (model.path from sft):")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("rm:seed=3", "rm:seed=3: there is no stage 'rm'; "),
+        ("rewrad:seed=3", "rewrad:seed=3: there is no stage 'rewrad'; did you mean reward:seed=3?"),
+        ("rl:name=x", "rl:name=x: name is set for the whole pipeline: write name=x"),
+        ("rl:loop.stepz=3", "stage rl: override `loop.stepz=3`: unknown key `loop.stepz`"),
+    ],
+)
+def test_what_is_wrong_with_a_word_for_one_stage(file: Path, word: str, message: str) -> None:
+    assert message in refused("", file, word)
+
+
+def test_a_problem_that_a_word_for_all_makes_in_one_stage_comes_with_the_way_to_set_a_key_of_one(file: Path) -> None:
+    learned = '"scoring.rewards.learned.path={reward}"'
+    ppo = f'    ppo: {{command: train, set: [algo.name=ppo, critic.warmup_steps=2, "model.path={{sft}}", {learned}]}}\n'
+    message = refused(ppo, file, "loop.steps=2")
+    assert "stage ppo: critic.warmup_steps is 2 of loop.steps 2" in message
+    assert message.endswith(
+        "\nA key for stage ppo alone: ppo:KEY=VALUE on the command line, or KEY=VALUE in "
+        f"pipeline.stages.ppo.set of {file}"
+    )
+    load_stages(file, ["loop.steps=2", "ppo:critic.warmup_steps=1"])
+
+
+def test_a_stage_that_only_the_command_line_names_and_that_is_much_like_one_of_the_file(file: Path) -> None:
+    message = refused("", file, "pipeline.stages.sfft.command=sft")
+    assert message.startswith(f"pipeline.stages.sfft: {file} has no stage 'sfft'; did you mean sft?")
+    names = [stage.name for stage in load_stages(file, ["pipeline.stages.other.command=sft"])]
+    assert names == ["sft", "reward", "rl", "other"]
+    assert load_stages(file, ["pipeline.stages.rl.command=sft"])[2].command == "sft"
+
+
 def test_interpolations_and_patterns_are_no_stages(file: Path) -> None:
     file.write_text(file.read_text().replace('"learner.ranks=1"', '"sft.steps=${loop.steps}", "data.system=a{2}"'))
     sft = load_stages(file, ["loop.steps=7"])[0]

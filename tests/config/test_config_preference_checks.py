@@ -71,6 +71,8 @@ def test_what_fits_passes(found) -> None:
         (("preferences.source=jsonl",), "preferences.path is empty; preferences.source jsonl needs"),
         (("preferences.source=parquet", "preferences.path=no/such"), "preferences.path is 'no/such', which does not"),
         ((*FILE, "preferences.eval_path=no/such"), "preferences.eval_path is 'no/such', which does not exist"),
+        ((*FILE, "preferences.eval_path=no/such"), f"does not exist (looked in {Path.cwd()}); give a file"),
+        ((*FILE, "preferences.eval_path=/no/such"), "preferences.eval_path is '/no/such', which does not exist; give"),
         (("preferences.source=jsonl", "preferences.path=FOLDER"), "a directory; it needs a file"),
         ((*FILE, "preferences.chosen_key="), "preferences.chosen_key is empty; preferences.form pair needs"),
         ((*FILE, "preferences.form=rating", "preferences.rating_key="), "preferences.rating_key is empty"),

@@ -166,8 +166,19 @@ def test_rows_that_say_nothing_are_refused_or_dropped_and_counted(tmp_path, form
     ("form", "change", "words"),
     [
         ("pair", {"chosen": None}, "lacks 'chosen'; it has prompt, rejected"),
+        ("pair", {"chosen": None}, r"\(preferences\.chosen_key; name the column that has it\)"),
+        ("pair", {"rejected": None}, r"lacks 'rejected'.* \(preferences\.rejected_key; name"),
+        ("pair", {"prompt": None}, r"lacks 'prompt'.* \(preferences\.prompt_key; name"),
+        ("transcripts", {"chosen": None}, r"lacks 'chosen'.* \(preferences\.chosen_key; name"),
+        ("transcripts", {"rejected": None}, r"lacks 'rejected'.* \(preferences\.rejected_key; name"),
+        ("ranking", {"responses": None}, r"lacks 'responses'.* \(preferences\.responses_key; name"),
+        ("ranking", {"ranks": None}, r"lacks 'ranks'.* \(preferences\.ranks_key; name"),
+        ("battles", {"responses": None}, r"lacks 'responses'.* \(preferences\.responses_key; name"),
+        ("battles", {"winner": None}, r"lacks 'winner'.* \(preferences\.winner_key; name"),
+        ("rating", {"response": None}, r"lacks 'response'.* \(preferences\.response_key; name"),
+        ("rating", {"rating": None}, r"lacks 'rating'.* \(preferences\.rating_key; name"),
+        ("thumbs", {"rating": None}, r"lacks 'rating'.* \(preferences\.rating_key; name"),
         ("pair", {"prompt": ""}, "'prompt' is empty"),
-        ("pair", {"prompt": None}, "lacks 'prompt'"),
         ("pair", {"prompt": [{"role": "assistant", "content": "x"}]}, "'prompt' ends with a turn of 'assistant'"),
         ("pair", {"chosen": ["good"]}, r"'chosen' is \['good'\] \(list\); it has to be text"),
         ("transcripts", {"chosen": "good"}, "'chosen' begins with 'good'.*'Human:'"),
@@ -183,8 +194,11 @@ def test_rows_that_say_nothing_are_refused_or_dropped_and_counted(tmp_path, form
         ("battles", {"winner": "a"}, "'winner' is 'a'; it has to be 0 or 1"),
         ("battles", {"winner": 2}, "'winner' is 2"),
         ("battles", {"winner": True}, "'winner' is True"),
-        ("battles", {"winner": None}, "'winner' is None"),
-        ("rating", {"rating": 5.5}, r"'rating' is 5\.5; it has to be from 0 to 5 .*preferences\.rating_max"),
+        (
+            "rating",
+            {"rating": 5.5},
+            r"'rating' is 5\.5; it has to be from 0 to 5; correct the row, or set .*rating_max",
+        ),
         ("rating", {"rating": -0.1}, r"'rating' is -0\.1"),
         ("rating", {"rating": "4"}, "'rating' is '4'; it has to be a number"),
         ("rating", {"rating": 10**400}, "'rating' is 1000.*; it has to be a number"),
@@ -207,7 +221,12 @@ def test_a_bad_row_is_named_with_file_and_number_and_never_dropped(tmp_path, for
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(-1, "'m' is -1; a margin has to be 0 or more"), ("x", "a number"), (None, "lacks 'm'")]
+    ("value", "words"),
+    [
+        (-1, "'m' is -1; a margin has to be 0 or more"),
+        ("x", "a number"),
+        (None, r"lacks 'm'.*\(preferences\.margin_key; name"),
+    ],
 )
 def test_bad_margins(tmp_path, value, words):
     with pytest.raises(DataError, match=rf"a\.jsonl:1: .*{words}"):

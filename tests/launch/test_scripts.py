@@ -228,12 +228,14 @@ def test_local_runs_the_pipeline(repository: Path) -> None:
 
 def test_local_passes_the_exit_code_on_and_says_how_to_go_on(repository: Path) -> None:
     make_ready(repository)
-    stand_in(repository / ".venv" / "bin" / "rlhf-dist", '#!/bin/sh\necho "ran $*"\nexit 2\n')
-    result = call(repository, "launch/local.sh", "loop.steps=2")
-    assert result.returncode == 2
-    named = re.search(r"ran pipeline configs/local.yaml name=(local-[0-9-]+) loop.steps=2", result.stdout)
-    assert named and f"launch/local.sh name={named[1]} loop.steps=2" in result.stderr
+    stand_in(repository / ".venv" / "bin" / "rlhf-dist", '#!/bin/sh\necho "ran $*"\nmkdir -p runs/local\nexit $CODE\n')
+    result = call(repository, "launch/local.sh", "loop.steps=2", CODE="130")
+    assert result.returncode == 130
+    assert "ran pipeline configs/local.yaml name=local loop.steps=2" in result.stdout
+    assert "to go on from here: launch/local.sh name=local loop.steps=2" in result.stderr
     assert "done" not in result.stdout
+    result = call(repository, "launch/local.sh", "loop.steps=x", CODE="2")
+    assert result.returncode == 2 and "to go on" not in result.stderr, "bad input would only fail again"
 
 
 def test_local_explains_itself(repository: Path) -> None:

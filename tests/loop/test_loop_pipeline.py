@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,13 +15,13 @@ import pytest
 from rlhf_dist.config.learning import CriticConfig
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.pipeline_checks import Stage, load_stages
-from rlhf_dist.errors import ConfigError, DataError
+from rlhf_dist.errors import ConfigError
 from rlhf_dist.loop.pipeline import (
     Basis,
     Finished,
     basis_of,
     begun_file,
-    content,
+    come_back,
     decide,
     differences,
     listed,
@@ -31,9 +31,11 @@ from rlhf_dist.loop.pipeline import (
     write_begun,
     write_finished,
 )
-from rlhf_dist.loop.run_directory import open_run_directory, write_json
+from rlhf_dist.loop.pipeline_files import content
+from rlhf_dist.loop.run_directory import config_changes, open_run_directory, write_json
 
 HF = "checkpoints/step-3/hf"
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 CONFIG = """
 name: mine
 data: {task: {name: describe}}
@@ -75,7 +77,8 @@ def begin(stage: Stage, basis: Basis, checkpoint: int | None = 3, weights: str =
         hf = run.begin_checkpoint(checkpoint) / "hf"
         hf.mkdir()
         (hf / "model.safetensors").write_text(weights)
-        (hf / "config.json").write_text("{}")
+        for name in MODEL_FILES:
+            (hf / name).write_text("{}")
         run.commit_checkpoint(checkpoint, keep=1)
     run.close()
 
@@ -98,7 +101,7 @@ def test_nothing_there_is_run_and_what_is_complete_is_skipped(file: Path) -> Non
     finished = finish(sft)
     assert decide(sft, basis).text(sft) == f"skip {sft.path}: complete (step-3), inputs unchanged"
     assert read_finished(sft.path) == finished and finished.seconds == 1.5
-    assert sorted(finished.files) == ["config.json", "model.safetensors"]
+    assert sorted(finished.files) == sorted([*MODEL_FILES, "model.safetensors"])
     assert not begun_file(sft).exists()
 
 
@@ -195,6 +198,38 @@ def test_a_moved_pipeline_is_still_complete(file: Path) -> None:
     assert decide(moved, basis_of(moved, done)).kind == "skip"
 
 
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_stage_of_a_copy_is_the_same_without_its_record(file: Path, moved: bool) -> None:
+    sft, reward, _ = loaded(CONFIG, ())
+    done = {"sft": finish(sft)}
+    finish(reward, done)
+    if moved:
+        Path("runs/mine").rename("runs/copy")
+    else:
+        shutil.copytree("runs/mine", "runs/copy")
+    copy = stage(file, "reward", "name=copy")
+    (copy.path / "stage.json").unlink()
+    basis = basis_of(copy, done)
+    assert decide(copy, basis).kind == "resume"
+    config = come_back(copy)
+    assert config.model.path == "runs/copy/sft"
+    assert config_changes(copy.path / "config.yaml", to_yaml(config)) == [], "the resume itself compares them"
+    elsewhere = stage(file, "reward", "name=copy", "reward.batch_size=8")
+    assert decide(elsewhere, basis).why == "changed: reward.batch_size from 64 to 8"
+
+
+def test_a_stage_that_was_copied_from_beside_another_start_runs_anew(file: Path) -> None:
+    sft, reward, _ = loaded(CONFIG, ())
+    done = {"sft": finish(sft)}
+    finish(reward, done)
+    (reward.path / "stage.json").unlink()
+    other = stage(file, "sft", "name=other")
+    finish(other, weights="others")
+    copy = stage(file, "reward", "name=other")
+    shutil.copytree(reward.path, copy.path)
+    assert decide(copy, basis_of(copy, done)).why == "changed: model.path from runs/mine/sft to runs/other/sft"
+
+
 # ---- cut stages ------------------------------------------------------------------------------------------------------
 
 
@@ -242,85 +277,6 @@ def test_a_run_started_by_hand_is_taken_up(file: Path) -> None:
     begin(sft, basis_of(sft, {}))
     begun_file(sft).unlink()
     assert decide(sft, basis_of(sft, {})).kind == "resume"
-
-
-# ---- changed by hand -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (
-            lambda run: (run / "checkpoints/step-3/hf/model.safetensors").write_text("W"),
-            "model.safetensors: was changed",
-        ),
-        (lambda run: (run / "checkpoints/step-3/hf/config.json").unlink(), "config.json: was removed"),
-        (lambda run: (run / "checkpoints/step-3/hf/more.json").write_text(""), "more.json: was added"),
-        (lambda run: (run / "checkpoints/LATEST").unlink(), "LATEST: was removed"),
-        (lambda run: (run / "summary.json").unlink(), "summary.json: was removed"),
-    ],
-)
-def test_an_output_changed_by_hand_is_refused_with_the_ways_out(
-    file: Path, change: Callable[[Path], None], named: str
-) -> None:
-    sft = stage(file, "sft")
-    finish(sft)
-    change(sft.path)
-    with pytest.raises(ConfigError) as caught:
-        decide(sft, basis_of(sft, {}))
-    message = str(caught.value)
-    assert f"{named} after stage sft had finished" in message
-    assert f"delete {sft.path / 'stage.json'}" in message and f"move {sft.path} away" in message
-
-
-def test_deleting_the_record_accepts_the_change(file: Path) -> None:
-    sft = stage(file, "sft")
-    finish(sft)
-    (sft.path / HF / "model.safetensors").write_text("W")
-    (sft.path / "stage.json").unlink()
-    assert decide(sft, basis_of(sft, {})).kind == "resume"
-
-
-def test_a_run_that_was_trained_on_by_hand_is_refused(file: Path) -> None:
-    sft = stage(file, "sft")
-    finish(sft)
-    (sft.path / "checkpoints" / "step-3").rename(sft.path / "checkpoints" / "step-9")
-    (sft.path / "checkpoints" / "LATEST").write_text("step-9\n")
-    with pytest.raises(ConfigError, match=r"LATEST: was set from step-3 to step-9 after"):
-        decide(sft, basis_of(sft, {}))
-
-
-@pytest.mark.parametrize("text", ["{", "3", "{}", '{"basis": 3}', '{"basis": {}, "files": 3, "checkpoint": 1}'])
-def test_a_corrupt_record(file: Path, text: str) -> None:
-    sft = stage(file, "sft")
-    finish(sft)
-    (sft.path / "stage.json").write_text(text)
-    with pytest.raises(DataError, match=r"stage\.json: is no record of a stage .* Delete it"):
-        decide(sft, basis_of(sft, {}))
-
-
-def test_a_corrupt_run_directory(file: Path) -> None:
-    sft = stage(file, "sft")
-    basis = basis_of(sft, {})
-    begin(sft, basis)
-    (sft.path / "checkpoints" / "LATEST").write_text("step-7\n")
-    with pytest.raises(DataError, match=r"LATEST: names 'step-7', which is not there; the folder holds step-3"):
-        decide(sft, basis)
-    (sft.path / "config.yaml").unlink()
-    with pytest.raises(DataError, match=r"config\.yaml: cannot be read: .* move .*/sft away"):
-        decide(sft, basis)
-
-
-@pytest.mark.parametrize("kind", ["file", "directory"])
-def test_something_else_in_the_way(file: Path, kind: str) -> None:
-    sft = stage(file, "sft")
-    sft.path.parent.mkdir(parents=True)
-    if kind == "file":
-        sft.path.write_text("precious")
-    else:
-        sft.path.mkdir()
-    with pytest.raises(ConfigError, match=r"/sft: is in the way of stage sft, and no run's directory"):
-        decide(sft, basis_of(sft, {}))
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -16,10 +17,12 @@ from rlhf_dist.config.schema import RewardConfig, TelemetryConfig
 from rlhf_dist.errors import DataError, DiskError, RunError
 from rlhf_dist.learner.model_engine import checkpoint_files
 from rlhf_dist.learner.preference import HeldOutScores
+from rlhf_dist.loop import reward as reward_loop
 from rlhf_dist.loop.reward import Outcome, RewardRun, RewardState, read_state
 from rlhf_dist.loop.reward_report import calibration_bins, correlation, draw, held_out_results, predictions
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
 from rlhf_dist.models.scalar import ScoreScale
+from rlhf_dist.telemetry.display import PlainProgress, Progress
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.report import read_metrics
 from rlhf_dist.telemetry.sinks import open_telemetry
@@ -78,13 +81,20 @@ def run(
     config: RewardConfig = CONFIG,
     state: RewardState | None = None,
     again: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[RunDirectory, Outcome]:
     directory = open_run_directory(str(path), "run", "name: run\n", again)
     telemetry, _ = open_telemetry(TelemetryConfig(wandb="off"), directory.path, "run", {}, None, lambda message: None)
     needed = checkpoint_files(trainer.ranks)
     try:
         made = RewardRun(
-            trainer, config, state, needed=needed, directory=directory, telemetry=telemetry, progress=Quiet()
+            trainer,
+            config,
+            state,
+            needed=needed,
+            directory=directory,
+            telemetry=telemetry,
+            progress=progress or Quiet(),
         )
         return directory, made.train()
     finally:
@@ -119,6 +129,31 @@ def test_without_passes_between_only_the_end_is_kept(tmp_path: Path) -> None:
     trainer = FakeTrainer()
     run(tmp_path, trainer, replace(CONFIG, eval_every=0))
     assert [step for step, _ in trainer.saved] == [6]
+
+
+def shown(path: Path) -> list[str]:
+    """What a run of three steps prints that logs and evaluates only its last."""
+    stream = io.StringIO()
+    directory, _ = run(
+        path, FakeTrainer(), RewardConfig(steps=3, log_every=3, eval_every=3), progress=PlainProgress(stream)
+    )
+    assert [line["step"] for line in lines(directory.metrics)] == [0, 3]
+    return stream.getvalue().splitlines()
+
+
+def test_each_scoring_of_the_held_out_judgements_has_its_own_line(tmp_path: Path) -> None:
+    told = shown(tmp_path)
+    assert told.count("scoring the held-out judgements ...") == 2, "before training and at the end"
+    last = told.index("scoring the held-out judgements ...", 3)
+    assert told[last + 1].startswith("  scoring the held-out judgements: ")
+    assert told[last + 2] == "step 3/3  loss 1.0000  held-out accuracy 0.500"
+    assert [line for line in told if line.startswith("step ")] == told[last + 2 :]
+
+
+def test_slow_steps_are_shown_between_the_logged_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_loop, "SIGN_S", 0.0)
+    steps = [line.split("  ")[0] for line in shown(tmp_path) if line.startswith("step ")]
+    assert steps == ["step 1/3", "step 2/3", "step 3/3"]
 
 
 def test_a_run_that_got_worse_than_its_start_keeps_its_best_and_says_so(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ name: run
 seed: 0
 loop: {steps: 10, prompts_per_step: 4}
 rollout: {timeout_s: 600.0, stop: []}
-scoring: {rewards: {exact: {weight: 1.0}}}
+scoring: {rewards: {exact: {weight: 1.0, retries: 3}}}
 telemetry: {wandb: auto}
 """
 
@@ -38,7 +38,10 @@ def test_a_new_run_has_its_folders_and_its_config(tmp_path: Path) -> None:
     run = make(tmp_path)
     assert run.path == tmp_path / "runs" / "my" / "run"
     assert run.config.read_text() == CONFIG
-    assert run.rollouts.is_dir() and run.checkpoints.is_dir() and run.logs.is_dir()
+    assert run.checkpoints.is_dir() and run.logs.is_dir()
+    assert not run.rollouts.exists(), "made with its first file"
+    run.close()
+    assert not make(tmp_path, resume=True).rollouts.exists()
     assert run.latest_checkpoint() is None
 
 
@@ -132,6 +135,7 @@ def test_a_resume_may_change_the_length_of_a_run_but_not_what_it_is(tmp_path: Pa
     checkpoint(run, 5)
     run.close()
     longer = CONFIG.replace("steps: 10", "steps: 20").replace("600.0", "60.0").replace("wandb: auto", "wandb: off")
+    longer = longer.replace("retries: 3", "retries: 9")
     make(tmp_path, resume=True, config=longer).close()
     assert "steps: 20" in run.config.read_text()
     other = longer.replace("seed: 0", "seed: 1").replace("stop: []", "stop: [x]").replace("weight: 1.0", "weight: 2.0")
@@ -201,7 +205,13 @@ def test_an_interrupted_checkpoint_counts_for_nothing_and_is_removed_at_resume(t
 def test_a_latest_that_names_nothing_is_told(tmp_path: Path) -> None:
     run = make(tmp_path)
     shutil.rmtree(checkpoint(run, 3))
-    with pytest.raises(DataError, match=r"LATEST: names 'step-3', which is not there; the folder holds nothing"):
+    with pytest.raises(
+        DataError, match=r"names 'step-3', which is not there; the folder holds nothing: .*another name="
+    ):
+        run.latest_checkpoint()
+    (run.checkpoints / "step-1").mkdir()
+    (run.checkpoints / "step-2").mkdir()
+    with pytest.raises(DataError, match=r"the folder holds step-1, step-2: write one of those into LATEST$"):
         run.latest_checkpoint()
 
 

@@ -70,6 +70,32 @@ def test_resolve_names_what_is_close_to_a_missing_path(tmp_path: Path, monkeypat
         resolve(ModelConfig(path="a-file"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("model.path", "Give `tiny`, a Hugging Face directory, a run directory, or a hub name"),
+        ("scoring.rewards.judge.path", "Give a reward model: its Hugging Face directory, its run directory or its hub"),
+        ("critic.start", "Give policy, shared, or a reward model: its Hugging Face directory"),
+    ],
+)
+def test_a_missing_path_is_told_what_its_key_takes(tmp_path: Path, key: str, words: str) -> None:
+    with pytest.raises(ModelError, match=words) as raised:
+        resolve(ModelConfig(path="./nowhere"), tmp_path, key)
+    assert ("tiny" in str(raised.value)) == (key == "model.path")
+
+
+def test_a_latest_that_names_nothing_is_told_with_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "LATEST").write_text("step-999\n")
+    run = ModelConfig(path=str(tmp_path))
+    with pytest.raises(ModelError, match=r"names 'step-999', but .*is not there; give another run$"):
+        resolve(run, tmp_path)
+    for step in (24, 12, 100):
+        (tmp_path / "checkpoints" / f"step-{step}" / "hf").mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"is not there; write step-12 or step-24 or step-100 into LATEST$"):
+        resolve(run, tmp_path)
+
+
 def test_a_hub_name_is_passed_on_and_a_failing_look_up_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,6 +189,7 @@ def test_answers_without_scores_name_the_address_and_what_came(answer: Answer, t
         ask(url, retries=1, timeout_s=0.5 if answer in (hangs, drips) else 5.0)
     assert str(raised.value).startswith(f"the reward server far ({url}) ")
     assert len(seen.bodies) == tries
+    assert ("--resume" in str(raised.value)) == (tries > 1), "another start helps where another try may"
 
 
 def closed_port() -> int:
@@ -199,12 +200,15 @@ def closed_port() -> int:
 
 def test_a_server_that_is_down() -> None:
     url = f"http://127.0.0.1:{closed_port()}/score"
-    with pytest.raises(RewardError, match=r"cannot be reached: .*refused \(tried 3 times\)"):
+    with pytest.raises(RewardError, match=r"cannot be reached: .*refused \(tried 3 times\)") as raised:
         ask(url)
+    way = "; start or mend it and go on with --resume (where there is a checkpoint), or raise "
+    assert str(raised.value).endswith(f"{way}scoring.rewards.far.retries or scoring.rewards.far.timeout_s")
 
 
 def test_all_tries_together_have_a_limit() -> None:
-    with serving(hangs) as (url, seen), pytest.raises(RewardError, match=r"then scoring\.timeout_s was near"):
+    words = r"then scoring\.timeout_s was near\); .*--resume .*, or raise scoring\.timeout_s$"
+    with serving(hangs) as (url, seen), pytest.raises(RewardError, match=words):
         ask(url, retries=20, timeout_s=0.2, limit_s=0.8)
     assert 1 < len(seen.bodies) < 8
 

@@ -13,12 +13,13 @@ from rlhf_dist.scoring.http_server import ScoreRequest
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "reward-servers.md").read_text(encoding="utf-8")
 
 
-def test_the_config(tmp_path: Path) -> None:
-    (text,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    (tmp_path / "mixed.yaml").write_text(text)
-    config = load(tmp_path / "mixed.yaml")
-    assert list(scoring_problems(config, "train")) == []
-    assert [spec.kind for spec in config.scoring.rewards.values()] == ["model", "http", "regex", "gold"]
+def test_the_configs(tmp_path: Path) -> None:
+    mixed, served = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    for text, kinds in ((mixed, ["model", "http", "regex", "gold"]), (served, ["model"])):
+        (tmp_path / "page.yaml").write_text(text)
+        config = load(tmp_path / "page.yaml")
+        assert list(scoring_problems(config, "train")) == []
+        assert [spec.kind for spec in config.scoring.rewards.values()] == kinds
 
 
 def test_the_request() -> None:

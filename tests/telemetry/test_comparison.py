@@ -44,6 +44,13 @@ def test_a_start_without_spread_gives_no_lift() -> None:
     )
 
 
+def test_next_to_nothing_below_zero_is_shown_as_zero() -> None:
+    after = AFTER | {"eval/gold": 0.4999, "eval/reward": -0.001, "eval/kl": -0.004}
+    text = as_text(compare_stages([StageResult("rl", "train", "x", {"before": BEFORE, "after": after}, 1.0)]))
+    row = next(line for line in text.splitlines() if line.startswith("| rl"))
+    assert [cell.strip() for cell in row.strip("|").split("|")][1:5] == ["0.50", "+0.00", "0.00", "0.00"]
+
+
 def test_answers_stand_side_by_side_under_the_same_prompts() -> None:
     other = {"prompts": ["describe b", "describe a"], "before": ["-", "bad"], "after": ["?", "warm"]}
     found = compare_stages([*results(), StageResult("dr", "train", "sft", {"answers": other}, 1.0)]).answers

@@ -5,7 +5,16 @@ import time
 import pytest
 
 from rlhf_dist.telemetry import names
-from rlhf_dist.telemetry.display import Pace, PlainProgress, Progress, RichProgress, clock, make_progress, step_facts
+from rlhf_dist.telemetry.display import (
+    Pace,
+    PlainProgress,
+    Progress,
+    RichProgress,
+    clock,
+    make_progress,
+    number,
+    step_facts,
+)
 
 METRICS = {names.REWARD_MEAN: 0.4125, names.TOKENS_PER_S: 1234.4, names.RESPONSE_LENGTH: 5.25, "unknown/x": 1.0}
 
@@ -102,7 +111,13 @@ def test_a_reward_model_shows_its_loss_and_its_latest_accuracy() -> None:
     progress = PlainProgress(stream)
     progress.eval(50, {names.REWARD_MODEL_ACCURACY: 0.75, names.REWARD_MODEL_HELD_OUT_LOSS: 0.5})
     progress.step(60, 300, {names.REWARD_MODEL_LOSS: 0.61234})
-    assert stream.getvalue().splitlines()[1] == "step  60/300  loss 0.6123  held-out 0.750"
+    assert stream.getvalue().splitlines()[1] == "step  60/300  loss 0.6123  held-out accuracy 0.750"
+
+
+def test_next_to_nothing_below_zero_is_shown_as_zero() -> None:
+    metrics = {names.REWARD_MEAN: -0.0001, names.KL_REFERENCE: -0.004, names.SFT_LOSS: -0.00001}
+    assert step_facts(metrics, None) == "reward 0.000  kl 0.00  loss 0.0000"
+    assert (number(-0.0001), number(-0.25)) == ("0.000", "-0.250")
 
 
 def in_file() -> tuple[io.StringIO, Progress]:

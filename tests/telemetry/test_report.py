@@ -28,6 +28,11 @@ def test_before_after_in_plain_text() -> None:
     ]
 
 
+def test_next_to_nothing_below_zero_is_shown_as_zero() -> None:
+    (row,) = report.compare({names.EVAL_GREEDY: 0.0}, {names.EVAL_GREEDY: -0.0001})
+    assert (row.after, row.change) == ("0.000", "+0.000")
+
+
 def test_before_after_in_a_terminal() -> None:
     stream = StringIO()
     Console(file=stream, width=80).print(report.before_after_table(BEFORE, AFTER))
