@@ -173,6 +173,8 @@ class Batch:
     """bool [B]; false for a response that was cut before its end token."""
     scores: np.ndarray
     """float32 [B]; total reward as scored."""
+    distinct: np.ndarray
+    """float32 [B]; as `Scores.distinct`."""
     references: tuple[Handle, ...]
     """G references to the reference's logprobs, as `Referenced.logprobs`; none in a run without a reference."""
     kl: np.ndarray
