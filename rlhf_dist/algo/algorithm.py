@@ -73,6 +73,9 @@ class Algorithm:
     """Nats per token: a response with negative advantage that the policy has left by more has no policy loss;
     0: off."""
 
+    greedy_baseline: bool = False
+    """Whether a greedy response to each prompt is sampled and scored too, and its score taken off the others'."""
+
     @property
     def by_token(self) -> bool:
         """Whether credit is made where the tokens are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -82,6 +83,13 @@ def rloo(config: AlgoConfig) -> Algorithm:
 def opo(config: AlgoConfig) -> Algorithm:
     """OPO (arXiv:2505.23585): the baseline that is best for the gradient's variance, exactly on policy."""
     return make("opo", config, GroupCredit(optimal_baseline, optimal_baseline), by_token(reinforce_loss))
+
+
+def remax(config: AlgoConfig) -> Algorithm:
+    """ReMax (arXiv:2310.10505): scores less that of a greedy response to the same prompt, sampled besides."""
+    return replace(
+        make("remax", config, GroupCredit(unchanged, unchanged), by_token(reinforce_loss)), greedy_baseline=True
+    )
 
 
 def grpo(config: AlgoConfig) -> Algorithm:
@@ -208,6 +216,11 @@ def _by_token(
     loss: Callable[..., tuple[Tensor, Statistics]], logprobs: Tensor, old: Tensor, advantages: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Statistics]:
     return loss(logprobs, old, advantages)
+
+
+def unchanged(scores: Tensor, groups: Tensor, lengths: Tensor) -> Tensor:
+    """For credit that is compared already."""
+    return scores
 
 
 def of_scores(advantages: Callable[[Tensor], Tensor], scores: Tensor, groups: Tensor, lengths: Tensor) -> Tensor:

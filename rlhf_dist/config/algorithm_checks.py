@@ -83,6 +83,11 @@ def _method(config: Config, method: Method) -> Iterator[str]:
             "length and hardly leaves 1: nothing would ever be clipped; 3e-4 below and 4e-4 above are usual "
             "(algo.clip_low, algo.clip_high)"
         )
+    if algo.filter_rounds != AlgoConfig().filter_rounds and not algo.filter_groups:
+        yield (
+            f"algo.filter_rounds is {algo.filter_rounds} and has no effect with algo.filter_groups false; set that to "
+            "true, or take it out"
+        )
     yield from _correction(algo, method)
 
 

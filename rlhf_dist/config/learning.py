@@ -100,6 +100,10 @@ class AlgoConfig:
     """With a critic, and reinforce_pp: advantages of a step to mean 0 and deviation 1, over all its tokens."""
     advantage_clip: float = 0.0
     """With a critic, and reinforce_pp: advantages are cut to +-advantage_clip, after whitening; 0: off."""
+    filter_groups: bool = False
+    """Drop prompts whose samples all score the same, and make up for them by others (DAPO's dynamic sampling)."""
+    filter_rounds: int = 4
+    """filter_groups: after so many rounds of sampling a step takes such prompts, too."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
     """How losses by token become one: token_mean, over all tokens of an optimizer step; sequence_mean, the mean over
     responses of their token means; sequence_sum, the sum over tokens by (responses x longest response allowed)."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Baseline = Literal["critic", "group", "step", "none"]
+Baseline = Literal["critic", "group", "step", "greedy", "none"]
 
 CLIP = ("clip_low", "clip_high")
 DUAL_CLIP = (*CLIP, "dual_clip")
 RETURNS = ("gamma", "whiten_advantages", "advantage_clip")
 GAE = (*RETURNS, "lam")
 AGGREGATION = ("aggregation",)
+FILTER = ("filter_groups",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class Method:
     """MODULE:FUNCTION; the function makes an `Algorithm` of `AlgoConfig`."""
     baseline: Baseline
     """What a response is compared with. critic: values by token; group: the other samples of its prompt, so that one
-    sample a prompt is too few; step: all responses of the step; none: nothing but the whitening of the step."""
+    sample a prompt is too few; step: all responses of the step; greedy: a greedy response to the same prompt, sampled
+    besides; none: nothing but the whitening of the step."""
     keys: tuple[str, ...]
     """Keys of `algo` that have an effect with it, beside those that all methods have."""
     ratio: bool = True
@@ -40,15 +42,16 @@ METHODS: dict[str, Method] = {
     "reinforce": Method("rlhf_dist.algo.recipes:reinforce", "step", AGGREGATION, ratio=False),
     "reinforce_pp": Method("rlhf_dist.algo.recipes:reinforce_pp", "none", (*DUAL_CLIP, *RETURNS, *AGGREGATION)),
     "reinforce_pp_baseline": Method(
-        "rlhf_dist.algo.recipes:reinforce_pp_baseline", "group", (*DUAL_CLIP, *AGGREGATION)
+        "rlhf_dist.algo.recipes:reinforce_pp_baseline", "group", (*DUAL_CLIP, *AGGREGATION, *FILTER)
     ),
-    "rloo": Method("rlhf_dist.algo.recipes:rloo", "group", AGGREGATION, ratio=False),
-    "opo": Method("rlhf_dist.algo.recipes:opo", "group", AGGREGATION, ratio=False),
-    "grpo": Method("rlhf_dist.algo.recipes:grpo", "group", (*DUAL_CLIP, *AGGREGATION)),
-    "dr_grpo": Method("rlhf_dist.algo.recipes:dr_grpo", "group", (*DUAL_CLIP, *AGGREGATION)),
-    "dapo": Method("rlhf_dist.algo.recipes:dapo", "group", (*DUAL_CLIP, *AGGREGATION)),
-    "gspo": Method("rlhf_dist.algo.recipes:gspo", "group", CLIP),
-    "cispo": Method("rlhf_dist.algo.recipes:cispo", "group", (*CLIP, *AGGREGATION)),
+    "remax": Method("rlhf_dist.algo.recipes:remax", "greedy", AGGREGATION, ratio=False),
+    "rloo": Method("rlhf_dist.algo.recipes:rloo", "group", (*AGGREGATION, *FILTER), ratio=False),
+    "opo": Method("rlhf_dist.algo.recipes:opo", "group", (*AGGREGATION, *FILTER), ratio=False),
+    "grpo": Method("rlhf_dist.algo.recipes:grpo", "group", (*DUAL_CLIP, *AGGREGATION, *FILTER)),
+    "dr_grpo": Method("rlhf_dist.algo.recipes:dr_grpo", "group", (*DUAL_CLIP, *AGGREGATION, *FILTER)),
+    "dapo": Method("rlhf_dist.algo.recipes:dapo", "group", (*DUAL_CLIP, *AGGREGATION, *FILTER)),
+    "gspo": Method("rlhf_dist.algo.recipes:gspo", "group", (*CLIP, *FILTER)),
+    "cispo": Method("rlhf_dist.algo.recipes:cispo", "group", (*CLIP, *AGGREGATION, *FILTER)),
 }
 """`algo.name` -> row."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_dist.algo.advantages import against_greedy
 from rlhf_dist.algo.controllers import make_controller
 from rlhf_dist.algo.rewards import (
     RunningMoments,
@@ -82,8 +83,9 @@ class Shaper:
 
 
 def penalized(batch: Batch, shaping: ShapingConfig, max_tokens: int) -> torch.Tensor:
-    """float32 [B]: scores by length, then with the penalties that are told from the response alone."""
-    scores, lengths = torch.from_numpy(batch.scores), torch.from_numpy(batch.response_lengths)
+    """float32 [B]: scores less their baselines, by length, then with the penalties that a response alone tells."""
+    scores = against_greedy(torch.from_numpy(batch.scores), torch.from_numpy(batch.baselines))
+    lengths = torch.from_numpy(batch.response_lengths)
     if shaping.length_normalize:
         scores = length_normalized(scores, lengths)
     if shaping.overlong_buffer:

@@ -103,6 +103,7 @@ def collate(experiences: Sequence[Experience]) -> Batch:
         ended=np.array([reason == "stop" for e in experiences for reason in e.head.finish_reasons]),
         scores=np.concatenate([e.scores.total for e in experiences]),
         distinct=np.concatenate([e.scores.distinct for e in experiences]),
+        baselines=np.repeat(np.array([e.baseline for e in experiences], np.float32), counts),
         references=tuple(reference.logprobs for reference in references),
         kl=np.concatenate([r.head.kl for r in references]) if references else np.zeros(sum(counts), np.float32),
         oldest_version=min(e.head.oldest_version for e in experiences),
