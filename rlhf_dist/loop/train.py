@@ -49,7 +49,7 @@ class Run:
     algorithm: Algorithm
     policy: Policy
     critic: Critic | None
-    """None where credit is by response."""
+    """What gives credit by token, a critic or not; None where credit is by response."""
     rollouts: Rollouts
     scoring: Scoring
     reference: References | None
@@ -346,7 +346,7 @@ def checkpoint(run: Run, state: State) -> None:
         run.reference.save(folder)
     write_json(folder / STATE_FILE, asdict(state))
     needed = checkpoint_files(run.policy.ranks)
-    if run.critic is not None:
+    if run.algorithm.needs_critic:
         needed += critic_files(run.config.critic.start == "shared", run.policy.ranks)
     final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints, needed)
     run.telemetry.event("checkpoint", f"wrote {final}", step=state.step)
