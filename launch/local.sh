@@ -2,7 +2,8 @@
 # The whole of RLHF on this machine: set-up, then the pipeline of configs/local.yaml: a supervised start, a reward model,
 # PPO against it, and GRPO from the same start; at the end one table of all models.
 #   launch/local.sh [key=value ...]
-# Overrides go to all stages, STAGE:key=value to one. name=NAME names the runs NAME/sft, NAME/reward, NAME/ppo and NAME/grpo (local without it).
+# Overrides go to all stages, STAGE:key=value to one. name=NAME names the runs NAME/sft, NAME/reward, NAME/ppo and
+# NAME/grpo (local without it).
 # The same name again skips what is complete, goes on where it was cut, and runs anew what changed; the old run is kept.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +14,7 @@ overrides=()
 for argument in "$@"; do
   case $argument in
     -h | --help)
-      sed -n '2,6s/^# //p' launch/local.sh
+      sed -n '2,7s/^# //p' launch/local.sh
       exit 0
       ;;
     name=*) name=${argument#name=} ;;

@@ -153,6 +153,8 @@ class Experience:
     """Reference to the `Rollout`."""
     reference: Referenced | None
     """None in a run without a reference model."""
+    baseline: float = 0.0
+    """Taken off each of its scores: with remax the score of the greedy response to the same prompt, else 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,10 @@ class Batch:
     """bool [B]; false for a response that was cut before its end token."""
     scores: np.ndarray
     """float32 [B]; total reward as scored."""
+    distinct: np.ndarray
+    """float32 [B]; as `Scores.distinct`."""
+    baselines: np.ndarray
+    """float32 [B]; as `Experience.baseline`."""
     references: tuple[Handle, ...]
     """G references to the reference's logprobs, as `Referenced.logprobs`; none in a run without a reference."""
     kl: np.ndarray

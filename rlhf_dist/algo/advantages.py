@@ -7,15 +7,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_dist.algo.masking import at_least_float32
+from rlhf_dist.algo.masking import at_least_float32, whiten
 from rlhf_dist.errors import ConfigError
 
 StdKind = Literal["unbiased", "population", "none"]
 
 
-class _Centered(NamedTuple):
+class _Grouped(NamedTuple):
     value_B: Tensor
-    """Score less the mean of its group; exactly 0 where all scores of the group are equal."""
+    """Score less a number of its group; exactly 0 where all scores of the group are equal."""
     group_B: Tensor
     """Row -> group, renumbered from 0."""
     count_G: Tensor
@@ -65,6 +65,79 @@ def leave_one_out(score_B: Tensor, group_B: Tensor) -> Tensor:
     return centered.value_B * scale_G[centered.group_B]
 
 
+def batch_centered(score_B: Tensor) -> Tensor:
+    """Score less the mean score of the step: A_i = s_i - mean(s).
+
+    REINFORCE (Williams, "Simple statistical gradient-following algorithms", 1992) with the average reward as baseline
+    (Greensmith, Bartlett and Baxter, "Variance reduction techniques for gradient estimates in reinforcement learning",
+    2004). Prompts are not told apart, so one sample of each is enough.
+
+    Takes [B], all scores of the step. Returns [B] float32 (float64 for float64 scores), in the unit of the scores;
+    exactly 0 where all are equal, one alone included.
+    """
+    return _centered(score_B, torch.zeros_like(score_B, dtype=torch.long)).value_B
+
+
+def group_centered_batch_whitened(score_B: Tensor, group_B: Tensor, eps: float = 1e-6) -> Tensor:
+    """Score less its group's mean, over the deviation of all these in the step: A_i = c_i / (sqrt(mean(c^2)) + eps).
+
+        c_i = s_i - mean(s) over i's group
+
+    REINFORCE++ with baseline (arXiv:2501.03262): one divisor for the whole step, so a group of nearly equal scores is
+    not blown up as in `group_normalized`. The paper takes the mean of all c off as well, which is 0 as that of each
+    group is. Every response counts once, however long it is; those of groups of equal scores count with c = 0.
+
+    Shapes and dtypes as in `group_normalized`, unitless; eps above 0, in the unit of the scores. Exactly 0 for a group
+    of equal scores or of one row.
+    """
+    assert eps > 0, eps
+    centered_B = _centered(score_B, group_B).value_B
+    return centered_B / (centered_B.square().mean().sqrt() + eps)
+
+
+def optimal_baseline(score_B: Tensor, group_B: Tensor, length_B: Tensor) -> Tensor:
+    """Score less the mean of its group weighed by length: A_i = s_i - sum_j length_j s_j / sum_j length_j.
+
+    OPO (arXiv:2505.23585): the baseline with the least variance of the gradient, where the squared norm of a response's
+    gradient grows with its tokens. sum_i length_i A_i is 0 in each group; with equal lengths it is the plain mean.
+
+    Args:
+        score_B: [B] one score a response.
+        group_B: [B] integers, as in `group_normalized`.
+        length_B: [B] response tokens, 0 or more. A group without any token takes its plain mean.
+
+    Returns:
+        [B] float32 (float64 for float64 scores), in the unit of the scores; exactly 0 for a group of equal scores or of
+        one row.
+    """
+    assert length_B.shape == score_B.shape and bool((length_B >= 0).all()), (length_B, score_B.shape)
+    above = _above_lowest(score_B, group_B)
+    zero_G = torch.zeros_like(above.count_G)
+    length_B = length_B.to(above.value_B.dtype)
+    tokens_G = zero_G.index_add(0, above.group_B, length_B)
+    weight_B = torch.where(tokens_G[above.group_B] > 0, length_B, 1.0)
+    weighed_G = zero_G.index_add(0, above.group_B, weight_B * above.value_B)
+    baseline_G = weighed_G / zero_G.index_add(0, above.group_B, weight_B)
+    return above.value_B - baseline_G[above.group_B]
+
+
+def against_greedy(score_B: Tensor, greedy_B: Tensor) -> Tensor:
+    """Score less that of the greedy response to the same prompt: A_i = s_i - g_i.
+
+    ReMax (arXiv:2310.10505). A greedy response takes the most probable token at every place; one for each prompt is
+    enough, whatever the number of samples.
+
+    Args:
+        score_B: [B] one score a response.
+        greedy_B: [B] score of the greedy response to that row's prompt, by the same judge.
+
+    Returns:
+        [B] float32 (float64 if either is), in the unit of the scores; 0 where the response is worth as much.
+    """
+    assert score_B.ndim == 1 and score_B.shape == greedy_B.shape, (score_B.shape, greedy_B.shape)
+    return at_least_float32(score_B) - at_least_float32(greedy_B)
+
+
 def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv:1506.02438), from the last token of each row to its first.
 
@@ -110,14 +183,31 @@ def discounted_returns(rewards_BT: Tensor, mask_BT: Tensor, gamma: float) -> Ten
     return advantages_BT
 
 
-def _centered(score_B: Tensor, group_B: Tensor) -> _Centered:
+def reinforce_pp(rewards_BT: Tensor, mask_BT: Tensor, gamma: float) -> Tensor:
+    """Discounted rewards to come, to mean 0 and deviation 1: A = (G - mean(G)) / sqrt(var(G) + 1e-8).
+
+    G as `discounted_returns` has it, mean and population variance over every token of the mask (`masking.whiten`).
+    REINFORCE++ (arXiv:2501.03262), whose rewards are those of `rewards.token_rewards`, with the KL to the reference in
+    them. No critic and no groups: one sample of each prompt is enough.
+
+    Arguments, masked places and precision as in `gae`; rows of the whole step, since the mean is over all of them.
+    Returns [B, T], unitless, without gradient; 0 where masked out, and 0 everywhere if all of G are equal.
+    """
+    return whiten(discounted_returns(rewards_BT, mask_BT, gamma), mask_BT)
+
+
+def _centered(score_B: Tensor, group_B: Tensor) -> _Grouped:
+    above = _above_lowest(score_B, group_B)
+    mean_G = torch.zeros_like(above.count_G).index_add(0, above.group_B, above.value_B) / above.count_G
+    return above._replace(value_B=above.value_B - mean_G[above.group_B])
+
+
+def _above_lowest(score_B: Tensor, group_B: Tensor) -> _Grouped:
+    # Measured from the group's lowest score, equal scores are exactly 0 whatever the rounding of a mean would do.
     assert score_B.ndim == 1 and score_B.shape == group_B.shape, (score_B.shape, group_B.shape)
     score_B = at_least_float32(score_B)
     names_G, row_group_B = torch.unique(group_B, return_inverse=True)
     zero_G = score_B.new_zeros(len(names_G))
-    # Measured from the group's lowest score, equal scores are exactly 0 whatever the rounding of a mean would do.
     lowest_G = zero_G.scatter_reduce(0, row_group_B, score_B, reduce="amin", include_self=False)
-    above_B = score_B - lowest_G[row_group_B]
     count_G = zero_G.index_add(0, row_group_B, torch.ones_like(score_B))
-    mean_G = zero_G.index_add(0, row_group_B, above_B) / count_G
-    return _Centered(above_B - mean_G[row_group_B], row_group_B, count_G)
+    return _Grouped(score_B - lowest_G[row_group_B], row_group_B, count_G)

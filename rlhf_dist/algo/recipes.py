@@ -1,99 +1,31 @@
-"""Algorithms: frozen values made of the functions of this room, one row each in `ALGORITHMS`."""
+"""The algorithms: for each a function that makes an `Algorithm` of `AlgoConfig` and of the functions of this room."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
-from rlhf_dist.algo.advantages import gae, group_normalized
-from rlhf_dist.algo.kl import KLKind
-from rlhf_dist.algo.losses import clipped_policy_loss
-from rlhf_dist.config.schema import AlgoConfig
+from rlhf_dist.algo.advantages import (
+    batch_centered,
+    gae,
+    group_centered_batch_whitened,
+    group_normalized,
+    leave_one_out,
+    optimal_baseline,
+)
+from rlhf_dist.algo.aggregation import sequence_mean, sequence_sum, token_mean
+from rlhf_dist.algo.algorithm import Algorithm, Correction, GroupCredit, Loss, ResponseCredit, Statistics, TokenCredit
+from rlhf_dist.algo.corrections import Level, Mode, importance_weights
+from rlhf_dist.algo.losses import cispo_loss, clipped_policy_loss, reinforce_loss, sequence_policy_loss
+from rlhf_dist.config.methods import METHODS
+from rlhf_dist.config.schema import AlgoConfig, CorrectionConfig
 
-Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-
-
-@dataclass(frozen=True, slots=True)
-class GroupCredit:
-    """Credit by response: from the scores of a step alone, so the controller gives it."""
-
-    advantages: Callable[[Tensor, Tensor], Tensor]
-    """(scores [B], groups [B]) -> advantages [B], each spread over its row's response tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenCredit:
-    """Credit by token: from rewards and a critic's values, given where the tokens are."""
-
-    estimate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    """(rewards [B, T], values [B, T], mask [B, T]) -> (advantages [B, T], returns [B, T])."""
-    whiten: bool
-    """Advantages to mean 0 and deviation 1, over all tokens of the step."""
-    clip: float
-    """Then cut to +-clip; 0: off."""
-
-
-@dataclass(frozen=True, slots=True)
-class Algorithm:
-    """What the loop and the learner know of an algorithm. Made of module functions and numbers, so that it pickles."""
-
-    name: str
-    """The key in `ALGORITHMS`."""
-    credit: GroupCredit | TokenCredit
-    loss: Loss
-    """(logprobs [N], old_logprobs [N], advantages [N]) -> (per-token loss [N], per-token statistics [N] each)."""
-    token_weights: Callable[[Tensor, int], Tensor]
-    """(response lengths [B] of the whole optimizer step, longest response allowed) -> weights [B] float64.
-    The step's loss is the sum over rows and their response tokens of weight x per-token loss. Because the weights are
-    made once, from all rows of all ranks, the cut into ranks and micro-batches changes nothing."""
-    idle_without_credit: bool
-    """A row with advantage 0 has loss 0 and gradient 0, so the learner may leave it out; its tokens still count in
-    `token_weights`."""
-    entropy_coef: float
-    """Weight of the entropy bonus: loss - entropy_coef x entropy, per token."""
-    kl_estimator: KLKind | None
-    """Estimator of the KL to the reference that the loss has beside it; None: none in the loss."""
-    kl_stop: float
-    """Mean approximate KL per token to the sampling policy after which a batch's other updates are left out; 0: off."""
-
-    @property
-    def needs_critic(self) -> bool:
-        """Whether credit comes from values."""
-        return isinstance(self.credit, TokenCredit)
-
-
-def token_mean(response_lengths_B: Tensor, max_tokens: int) -> Tensor:
-    """Every token of the optimizer step weighs the same: w_b = 1 / sum_b length_b, float64 [B], per token.
-
-    DAPO's token-level loss (arXiv:2503.14476). A long response is not diluted by its own length. All weights are 0
-    where there are no tokens. `max_tokens` (the longest response allowed) belongs to the signature of token weights
-    and has no part in this one.
-    """
-    total = int(response_lengths_B.sum())
-    return torch.full(response_lengths_B.shape, 1.0 / total if total else 0.0, dtype=torch.float64)
-
-
-def grpo(config: AlgoConfig) -> Algorithm:
-    """GRPO: group-normalised scores (unbiased standard deviation), PPO's clipped loss, mean over the step's tokens.
-
-    DeepSeekMath (arXiv:2402.03300), which averages within each response first; the token mean is DAPO's
-    (arXiv:2503.14476).
-    """
-    return _algorithm("grpo", config, GroupCredit(partial(group_normalized, std="unbiased")))
-
-
-def dr_grpo(config: AlgoConfig) -> Algorithm:
-    """Dr. GRPO (arXiv:2503.20783): scores less their group's mean, the scale kept; mean over the step's tokens.
-
-    The paper divides the sum over tokens by a constant (responses x longest response allowed), so that no response is
-    diluted by its own length. The global token count has the same property within a step, and keeps the size of a step
-    from depending on the length limit; from step to step it differs from the paper by the mean length over that limit.
-    """
-    return _algorithm("dr_grpo", config, GroupCredit(partial(group_normalized, std="none")))
+AGGREGATIONS = {"token_mean": token_mean, "sequence_mean": sequence_mean, "sequence_sum": sequence_sum}
+"""`algo.aggregation` -> token weights."""
 
 
 def ppo(config: AlgoConfig) -> Algorithm:
@@ -102,31 +34,202 @@ def ppo(config: AlgoConfig) -> Algorithm:
     The score is the reward of a response's last token; the KL to the reference, when it is in the reward, is taken off
     that of each.
     """
-    credit = TokenCredit(
-        partial(gae, gamma=config.gamma, lam=config.lam), config.whiten_advantages, config.advantage_clip
+    return make("ppo", config, critic_credit(config), clipped(config))
+
+
+def decoupled_ppo(config: AlgoConfig) -> Algorithm:
+    """PPO whose clip is around the learner's own weights, not around those that sampled (arXiv:2110.00641).
+
+    The ratio that is clipped is to the logprobs under the weights before the update (proximal); the distance from
+    there to the sampler's (behaviour) is an importance weight, `algo.correction`. Of use where rollouts are older than
+    the weights (AReaL, arXiv:2505.24298).
+    """
+    return make("decoupled_ppo", config, critic_credit(config), clipped(config))
+
+
+def a2c(config: AlgoConfig) -> Algorithm:
+    """Synchronous advantage actor-critic (arXiv:1602.01783, without the asynchrony): a critic, no ratio, no clip."""
+    return make("a2c", config, critic_credit(config), by_token(reinforce_loss))
+
+
+def reinforce(config: AlgoConfig) -> Algorithm:
+    """REINFORCE (Williams, 1992) with a baseline: scores less the mean of the step's."""
+    credit = GroupCredit(partial(of_scores, batch_centered), partial(of_scores, batch_centered))
+    return make("reinforce", config, credit, by_token(reinforce_loss))
+
+
+def reinforce_pp(config: AlgoConfig) -> Algorithm:
+    """REINFORCE++ (arXiv:2501.03262): discounted rewards to come, whitened over the step; PPO's loss, no critic.
+
+    Its KL is in the reward, token by token.
+    """
+    estimate = partial(gae, gamma=config.gamma, lam=1.0)
+    credit = TokenCredit(estimate, config.whiten_advantages, config.advantage_clip, needs_values=False)
+    return make("reinforce_pp", config, credit, clipped(config))
+
+
+def reinforce_pp_baseline(config: AlgoConfig) -> Algorithm:
+    """REINFORCE++-baseline (arXiv:2501.03262): scores less their group's mean, divided by the step's deviation."""
+    credit = GroupCredit(partial(of_groups, group_centered_batch_whitened), group_centered())
+    return make("reinforce_pp_baseline", config, credit, clipped(config))
+
+
+def rloo(config: AlgoConfig) -> Algorithm:
+    """RLOO (arXiv:2402.14740): scores less the mean of the other samples of their prompt; no ratio, no clip."""
+    credit = GroupCredit(partial(of_groups, leave_one_out), partial(of_groups, leave_one_out))
+    return make("rloo", config, credit, by_token(reinforce_loss))
+
+
+def opo(config: AlgoConfig) -> Algorithm:
+    """OPO (arXiv:2505.23585): the baseline that is best for the gradient's variance, exactly on policy."""
+    return make("opo", config, GroupCredit(optimal_baseline, optimal_baseline), by_token(reinforce_loss))
+
+
+def remax(config: AlgoConfig) -> Algorithm:
+    """ReMax (arXiv:2310.10505): scores less that of a greedy response to the same prompt, sampled besides."""
+    return replace(
+        make("remax", config, GroupCredit(unchanged, unchanged), by_token(reinforce_loss)), greedy_baseline=True
     )
-    return _algorithm("ppo", config, credit)
 
 
-ALGORITHMS: dict[str, Callable[[AlgoConfig], Algorithm]] = {"grpo": grpo, "dr_grpo": dr_grpo, "ppo": ppo}
-"""`algo.name` -> builder."""
+def grpo(config: AlgoConfig) -> Algorithm:
+    """GRPO: group-normalised scores (unbiased standard deviation), PPO's clipped loss.
+
+    DeepSeekMath (arXiv:2402.03300), which averages within each response first (`algo.aggregation=sequence_mean`); the
+    token mean is DAPO's (arXiv:2503.14476).
+    """
+    return make("grpo", config, grpo_credit(), clipped(config))
 
 
-def _algorithm(name: str, config: AlgoConfig, credit: GroupCredit | TokenCredit) -> Algorithm:
-    """The clipped loss, the mean over the step's tokens, and what the config puts beside them."""
+def dr_grpo(config: AlgoConfig) -> Algorithm:
+    """Dr. GRPO (arXiv:2503.20783): scores less their group's mean, the scale kept.
+
+    The paper divides the sum over tokens by a constant (`algo.aggregation=sequence_sum`), so that no response is
+    diluted by its own length. The token mean has the same property within a step, and keeps the size of a step
+    from depending on the length limit; from step to step it differs from the paper by the mean length over that limit.
+    """
+    return make("dr_grpo", config, GroupCredit(group_centered(), group_centered()), clipped(config))
+
+
+def dapo(config: AlgoConfig) -> Algorithm:
+    """DAPO (arXiv:2503.14476): GRPO with a wider upper bound, the mean over tokens and a penalty near the length limit.
+
+    What sets it apart are keys: `algo.clip_high`, `algo.aggregation`, `algo.shaping.overlong_buffer`;
+    configs/algo/dapo.yaml sets them.
+    """
+    return make("dapo", config, grpo_credit(), clipped(config))
+
+
+def gspo(config: AlgoConfig) -> Algorithm:
+    """GSPO (arXiv:2507.18071): GRPO's credit, the ratio and the clip of whole sequences, the mean over sequences."""
+    loss = partial(sequence_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high)
+    return make("gspo", config, grpo_credit(), loss, "sequence_mean")
+
+
+def cispo(config: AlgoConfig) -> Algorithm:
+    """CISPO (MiniMax-M1, arXiv:2506.13585): GRPO's credit; the ratio is a bounded weight, so all tokens learn."""
+    loss = partial(cispo_loss, clip_low=config.clip_low, clip_high=config.clip_high)
+    return make("cispo", config, grpo_credit(), by_token(loss))
+
+
+def _recipe(place: str, config: AlgoConfig) -> Algorithm:
+    module, function = place.split(":")
+    return getattr(importlib.import_module(module), function)(config)
+
+
+ALGORITHMS: dict[str, Callable[[AlgoConfig], Algorithm]] = {
+    name: partial(_recipe, method.recipe) for name, method in METHODS.items()
+}
+"""`algo.name` -> its recipe, imported when it is called."""
+
+
+def make(
+    name: str, config: AlgoConfig, credit: GroupCredit | TokenCredit, loss: Loss, aggregation: str = ""
+) -> Algorithm:
+    """An algorithm of its credit, its loss, and what the config puts beside them.
+
+    `aggregation` overrides the config's, where the loss fits one only.
+    """
     kl_in_loss = config.kl.place == "loss" and config.kl.coef > 0
     return Algorithm(
         name=name,
         credit=credit,
-        loss=partial(
-            clipped_policy_loss,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip or None,  # 0 means off in the config
-        ),
-        token_weights=token_mean,
+        loss=loss,
+        token_weights=AGGREGATIONS[aggregation or config.aggregation],
+        correction=correction(config.correction),
         idle_without_credit=isinstance(credit, GroupCredit) and not kl_in_loss and config.entropy_coef == 0,
         entropy_coef=config.entropy_coef,
         kl_estimator=config.kl.estimator if kl_in_loss else None,
         kl_stop=config.kl_stop,
+        entropy_share=config.entropy_share,
+        off_policy_limit=config.off_policy_limit,
     )
+
+
+def correction(config: CorrectionConfig) -> Correction | None:
+    """The weights of `algo.correction`, or None where it is off."""
+    if config.level == "off":
+        return None
+    return partial(_weights, config.level, config.mode, config.low, config.high)
+
+
+def _weights(
+    level: Level, mode: Mode, low: float, high: float, old: Tensor, sampled: Tensor, offsets: Tensor
+) -> tuple[Tensor, Statistics]:
+    return importance_weights(old, sampled, level, mode, low, high, offsets)
+
+
+def critic_credit(config: AlgoConfig) -> TokenCredit:
+    """GAE from a critic's values."""
+    estimate = partial(gae, gamma=config.gamma, lam=config.lam)
+    return TokenCredit(estimate, config.whiten_advantages, config.advantage_clip)
+
+
+def grpo_credit() -> GroupCredit:
+    """Scores by their group's mean and deviation; the KL by its mean only."""
+    return GroupCredit(partial(of_groups, partial(group_normalized, std="unbiased")), group_centered())
+
+
+def group_centered() -> ResponseCredit:
+    """Less the group's mean."""
+    return partial(of_groups, partial(group_normalized, std="none"))
+
+
+def clipped(config: AlgoConfig) -> Loss:
+    """PPO's loss."""
+    return by_token(
+        partial(
+            clipped_policy_loss,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip or None,  # 0 means off in the config
+        )
+    )
+
+
+def by_token(loss: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Statistics]]) -> Loss:
+    """A loss that looks at each token alone, as one that is given the sequences too."""
+    return partial(_by_token, loss)
+
+
+def _by_token(
+    loss: Callable[..., tuple[Tensor, Statistics]], logprobs: Tensor, old: Tensor, advantages: Tensor, offsets: Tensor
+) -> tuple[Tensor, Statistics]:
+    return loss(logprobs, old, advantages)
+
+
+def unchanged(scores: Tensor, groups: Tensor, lengths: Tensor) -> Tensor:
+    """For credit that is compared already."""
+    return scores
+
+
+def of_scores(advantages: Callable[[Tensor], Tensor], scores: Tensor, groups: Tensor, lengths: Tensor) -> Tensor:
+    """For credit that looks at scores only."""
+    return advantages(scores)
+
+
+def of_groups(
+    advantages: Callable[[Tensor, Tensor], Tensor], scores: Tensor, groups: Tensor, lengths: Tensor
+) -> Tensor:
+    """For credit that looks at scores and groups."""
+    return advantages(scores, groups)

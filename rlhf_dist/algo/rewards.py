@@ -81,6 +81,68 @@ def clip_scores(scores: Tensor, clip: float) -> Tensor:
     return scores.clamp(-clip, clip) if clip else scores
 
 
+def soft_overlong_penalty(length: Tensor, max_length: int, buffer: int) -> Tensor:
+    """What a response loses for being nearly too long: from 0 in a straight line to -1 over the last `buffer` tokens.
+
+        0                                         length <= max_length - buffer
+        (max_length - buffer - length) / buffer   up to max_length
+        -1                                        beyond
+
+    DAPO's soft overlong punishment (arXiv:2503.14476); to be added to the score, times a weight of the
+    caller's.
+
+    Args:
+        length: [B] response tokens.
+        max_length: the longest that is wanted, tokens.
+        buffer: tokens before it where the loss begins, above 0 and at most `max_length`.
+
+    Returns:
+        [B] float32 (float64 for float64 lengths), -1 to 0.
+    """
+    if not 0 < buffer <= max_length:
+        raise ConfigError(
+            f"the overlong buffer is {buffer} tokens and the longest response {max_length}: "
+            "give a buffer above 0 and no longer than that"
+        )
+    return (at_least_float32(max_length - buffer - length) / buffer).clamp(-1.0, 0.0)
+
+
+def repetition_penalty(distinct_B: Tensor, coef: float) -> Tensor:
+    """What a response loses for repeating itself: -coef (1 - distinct).
+
+    Args:
+        distinct_B: [B] share of a response's neighbouring word pairs that differ from each other, 0 to 1: distinct-2
+            (Li et al., arXiv:1510.03055), as `scoring/diversity.py` counts it.
+        coef: 0 or more, in the unit of the scores.
+
+    Returns:
+        [B] float32 (float64 for float64 shares), -coef to 0; 0 where no pair comes twice.
+    """
+    if not coef >= 0:
+        raise ConfigError(f"the coefficient of the repetition penalty is {coef}: give 0 or more")
+    assert bool(((distinct_B >= 0) & (distinct_B <= 1)).all()), distinct_B
+    return coef * (at_least_float32(distinct_B) - 1.0)
+
+
+def length_normalized(score_B: Tensor, length_B: Tensor) -> Tensor:
+    """Score by response token: s_i / length_i, so that a sum over tokens pays no longer for length alone.
+
+    SimPO (arXiv:2405.14734) does it to a sum of logprobs. For a score that is not such a sum it favours short responses
+    where scores are above 0, and long ones where they are below.
+
+    Args:
+        score_B: [B] one score a response.
+        length_B: [B] response tokens, 0 or more.
+
+    Returns:
+        [B] float32 (float64 for float64 scores), in the unit of the scores per token; a response without tokens keeps
+        its score.
+    """
+    assert score_B.shape == length_B.shape and bool((length_B >= 0).all()), (score_B.shape, length_B)
+    score_B = at_least_float32(score_B)
+    return score_B / length_B.to(score_B.dtype).clamp(min=1)
+
+
 def shape_scores(
     scores_B: Tensor, ended_B: Tensor, shaping: ShapingConfig, moments: RunningMoments
 ) -> tuple[Tensor, RunningMoments]:

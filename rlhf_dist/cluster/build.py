@@ -92,7 +92,7 @@ def train(config: Config, resume: bool) -> None:
                 directory=run,
                 telemetry=telemetry,
                 progress=progress,
-                shaper=Shaper(config.algo),
+                shaper=Shaper(config.algo, config.rollout.max_response_tokens),
                 watch=CollapseWatch(config.algo.group_size),
             )
             outcome = training.train(wired, state)
@@ -278,8 +278,10 @@ def start_fleets(
     gather(ready, "start", config.cluster.start_timeout_s, START_KEY)
     limit = config.learner.timeout_s
     critic = None
-    if ranks and hosts.algorithm(config.algo).needs_critic:
-        kind = SharedCriticGroup if hosts.shares_trunk(config) else CriticGroup
+    recipe = hosts.algorithm(config.algo)
+    if ranks and recipe.by_token:
+        own = recipe.needs_critic and not hosts.shares_trunk(config)
+        kind = CriticGroup if own else SharedCriticGroup
         critic = kind(critics or ranks, timeout_s=limit, in_turn=not critics)
     reference = None
     if actors.needs_reference(config):

@@ -302,7 +302,11 @@ class CriticGroup(LearnerGroup):
 
 
 class SharedCriticGroup(CriticGroup):
-    """A value head on the policy's trunk: it learns in the policy's own update, and is saved with it."""
+    """Credit by token from the policy's ranks, with no update or file of its own.
+
+    A value head on the policy's trunk learns in the policy's update and is saved with it; without a critic there is
+    nothing to learn.
+    """
 
     def begin_update(self, shards: Sequence[Shard], rollouts: Sequence[Handle], estimates: Estimates) -> Handle:
         """Nothing to begin."""

@@ -6,7 +6,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.algo.recipes import ALGORITHMS, Algorithm
+from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
+from rlhf_dist.algo.recipes import ALGORITHMS
 from rlhf_dist.cluster.groups import LearnerGroup
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.config.schema import AlgoConfig, OptimizerConfig
@@ -92,7 +93,7 @@ class LearnerHost:
 
 
 class CriticVerbs:
-    """What a process that holds a critic with its own trunk can be asked for."""
+    """What a process that gives credit by token can be asked for."""
 
     _critic: Any
 
@@ -132,7 +133,7 @@ class PolicyHost(CriticVerbs, LearnerHost):
 
     def _restore(self, folder: Path) -> None:
         self._engine.restore(folder)
-        if self._critic is not None and self._critic is not self._learner:
+        if algorithm(self._spec.config.algo).needs_critic and self._critic not in (None, self._learner):
             self._critic.engine.restore(folder / CRITIC_FOLDER)
         if self._ema is not None:
             self._ema.restore(folder)
@@ -158,6 +159,7 @@ class PolicyHost(CriticVerbs, LearnerHost):
 
     def _make_learner(self) -> Any:
         from rlhf_dist.learner.policy import PolicyLearner
+        from rlhf_dist.learner.returns import ReturnsLearner
         from rlhf_dist.learner.shared_trunk import SharedPolicyLearner
 
         config = self._spec.config
@@ -170,6 +172,8 @@ class PolicyHost(CriticVerbs, LearnerHost):
             return self._critic
         if recipe.needs_critic and not config.critic.side_by_side:
             self._critic = make_critic(self._spec)
+        elif isinstance(recipe.credit, TokenCredit) and not recipe.needs_critic:
+            self._critic = ReturnsLearner(recipe.credit, kl_in_reward=kl_in_reward)
         return PolicyLearner(self._engine, recipe, make_ptx(self._spec))
 
 

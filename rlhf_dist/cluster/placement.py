@@ -15,6 +15,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
+from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ResourceError
 
@@ -69,7 +70,11 @@ def local_machine() -> Machine:
 
 def critic_apart(config: Config) -> bool:
     """Whether the critic has ranks of its own, as many as the policy."""
-    return config.algo.name == "ppo" and config.critic.side_by_side and config.critic.start != "shared"
+    return (
+        METHODS[config.algo.name].baseline == "critic"
+        and config.critic.side_by_side
+        and config.critic.start != "shared"
+    )
 
 
 def cpu_quota(path: Path) -> int | None:

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
-from typing import Any
 
-from rlhf_dist.config.schema import AlgoConfig, Config, CriticConfig
+from rlhf_dist.config.methods import METHOD_KEYS, METHODS, Method, methods_with
+from rlhf_dist.config.schema import AlgoConfig, Config, CorrectionConfig, CriticConfig
 
-GROUP_METHODS = ("grpo", "dr_grpo")
-"""Their baseline is the group of a prompt's samples."""
-CRITIC_METHODS = ("ppo",)
-"""Their baseline is a critic."""
-CRITIC_KEYS = ("gamma", "lam", "whiten_advantages", "advantage_clip")
-"""Of `algo`: without effect for methods that have no critic."""
+CRITIC_SECTION = ("start", "side_by_side", "warmup_steps", "clip", "coef")
 
 
 def algorithm_problems(config: Config) -> Iterator[str]:
-    """For `train`: a sentence for each."""
+    """For `train`: a sentence for each; none where `name_problems` has one."""
     algo = config.algo
-    if algo.name in GROUP_METHODS:
-        if algo.group_size == 1:
-            yield (
-                f"algo.group_size is {algo.group_size} with algo.name {algo.name}; with one sample "
-                "the group has no baseline and every advantage is 0: it must be at least 2, 8 is usual"
-            )
-        yield from _changed("algo", algo, AlgoConfig(), CRITIC_KEYS, f"algo.name {algo.name}, which has no critic")
-        critic_keys = ("start", "side_by_side", "warmup_steps", "clip", "coef")
-        yield from _changed(
-            "critic", config.critic, CriticConfig(), critic_keys, f"algo.name {algo.name}, which has no critic"
-        )
-    else:
+    method = METHODS.get(algo.name)
+    if method is None:
+        return
+    yield from _method(config, method)
+    if method.baseline == "critic":
         yield from _critic(config)
     yield from _kl(config)
     if config.loop.max_policy_lag != 0:
@@ -37,12 +26,86 @@ def algorithm_problems(config: Config) -> Iterator[str]:
             f"loop.max_policy_lag is {config.loop.max_policy_lag}; this version generates and learns in turn: "
             "it must be 0"
         )
+    longest = config.rollout.max_response_tokens
+    if algo.shaping.overlong_buffer > longest:
+        yield (
+            f"algo.shaping.overlong_buffer is {algo.shaping.overlong_buffer} and rollout.max_response_tokens "
+            f"{longest}; the penalty would begin before the first token: it must be at most that"
+        )
     updates = config.learner.updates_per_batch * config.learner.epochs
     if algo.kl_stop and updates == 1:
         yield (
             f"algo.kl_stop is {algo.kl_stop} with one optimizer step a batch (learner.epochs 1, "
             "learner.updates_per_batch 1); there is nothing to leave out: raise those, or set it to 0"
         )
+
+
+def name_problems(config: Config) -> Iterator[str]:
+    """For every command: `algo.name` is a row of `METHODS`."""
+    name = config.algo.name
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        yield f"algo.name is {name}; it must be one of {', '.join(METHODS)}{hint}"
+
+
+def _method(config: Config, method: Method) -> Iterator[str]:
+    """Keys that the method has not, and what it cannot do without."""
+    algo, learner = config.algo, config.learner
+    if method.baseline == "group" and algo.group_size == 1:
+        yield (
+            f"algo.group_size is {algo.group_size} with algo.name {algo.name}; with one sample "
+            "the group has no baseline and every advantage is 0: it must be at least 2, 8 is usual"
+        )
+    for key in METHOD_KEYS:
+        if key not in method.keys and getattr(algo, key) != getattr(AlgoConfig(), key):
+            yield (
+                f"algo.{key} is {str(getattr(algo, key)).lower()} and has no effect with algo.name {algo.name}; "
+                f"take it out, or choose {methods_with(key)}"
+            )
+    if method.baseline != "critic":
+        for key in CRITIC_SECTION:
+            value = getattr(config.critic, key)
+            if value != getattr(CriticConfig(), key):
+                yield (
+                    f"critic.{key} is {str(value).lower()} and has no effect with algo.name {algo.name}, which has no "
+                    f"critic; take it out, or choose {methods_with('lam')}"
+                )
+    if not method.ratio and learner.epochs * learner.updates_per_batch > 1:
+        yield (
+            f"learner.epochs is {learner.epochs} and learner.updates_per_batch {learner.updates_per_batch} with "
+            f"algo.name {algo.name}, whose loss does not know that the policy has moved: both must be 1, or choose "
+            f"{methods_with('clip_low')}"
+        )
+    if algo.name == "gspo" and algo.clip_high > 0.1:
+        yield (
+            f"algo.clip_high is {algo.clip_high} with algo.name gspo, whose ratio is that of a whole response by its "
+            "length and hardly leaves 1: nothing would ever be clipped; 3e-4 below and 4e-4 above are usual "
+            "(algo.clip_low, algo.clip_high)"
+        )
+    if algo.filter_rounds != AlgoConfig().filter_rounds and not algo.filter_groups:
+        yield (
+            f"algo.filter_rounds is {algo.filter_rounds} and has no effect with algo.filter_groups false; set that to "
+            "true, or take it out"
+        )
+    yield from _correction(algo, method)
+
+
+def _correction(algo: AlgoConfig, method: Method) -> Iterator[str]:
+    correction = algo.correction
+    if correction.level == "off":
+        if method.corrected:
+            yield (
+                f"algo.correction.level is off with algo.name {algo.name}, which weighs by it; set it to token, or "
+                "choose ppo"
+            )
+        for key in ("mode", "low", "high"):
+            value = getattr(correction, key)
+            if value != getattr(CorrectionConfig(), key):
+                yield (
+                    f"algo.correction.{key} is {value} and has no effect with algo.correction.level off; set that to "
+                    "token, sequence or geometric, or take it out"
+                )
 
 
 def _critic(config: Config) -> Iterator[str]:
@@ -93,10 +156,3 @@ def _kl(config: Config) -> Iterator[str]:
         )
     if reference.ema and not reference.update_every:
         yield f"reference.ema is {reference.ema} and has no effect with reference.update_every 0; set both or none"
-
-
-def _changed(section: str, found: Any, default: Any, keys: tuple[str, ...], why: str) -> Iterator[str]:
-    for key in keys:
-        value = getattr(found, key)
-        if value != getattr(default, key):
-            yield f"{section}.{key} is {str(value).lower()} and has no effect with {why}; take it out, or choose ppo"

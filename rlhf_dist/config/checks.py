@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from rlhf_dist.config.algorithm_checks import algorithm_problems
+from rlhf_dist.config.algorithm_checks import algorithm_problems, name_problems
 from rlhf_dist.config.preference_checks import not_there, preference_problems
 from rlhf_dist.config.ranges import range_problems
 from rlhf_dist.config.schema import Config, RewardSpec
@@ -57,7 +57,7 @@ def check(config: Config, command: Command) -> None:
 def problems(config: Config, command: Command) -> list[str]:
     """Every problem, a sentence each: key, value, what would be right. Empty: nothing is wrong."""
     found = list(range_problems(config))
-    rules = [_names(config), _data(config, command), _device(config)]
+    rules = [_names(config), name_problems(config), _data(config, command), _device(config)]
     if not found:  # sizes say nothing about each other while one of them is out of range
         rules += [_model(config)]
         rules += [_batches(config)] if command == "train" else []

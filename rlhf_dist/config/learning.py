@@ -40,8 +40,8 @@ class KLConfig:
     response, less its group's mean, off the advantage); loss: added to the loss with `estimator`."""
     coef: float = 0.0
     """0: no reference model is run, unless `measure`. Usual: 0.05 in the reward, 0.001 to 0.04 in the loss."""
-    estimator: Literal["k1", "k2", "k3", "abs"] = "k3"
-    """Of place loss."""
+    estimator: Literal["k1", "k2", "k3", "k3+", "abs"] = "k3"
+    """Of place loss; k3+ has the value of k3 and the gradient of the true KL."""
     controller: Literal["fixed", "adaptive"] = "fixed"
     """adaptive: `coef` is only the start, then moved so that the KL of a response comes to `target`."""
     target: float = 6.0
@@ -56,6 +56,14 @@ class KLConfig:
 class ShapingConfig:
     """What is done to the scores of a step before they become rewards, in this order."""
 
+    length_normalize: bool = False
+    """Divide each score by its response's tokens."""
+    overlong_buffer: int = 0
+    """Tokens before the longest response allowed in which a penalty grows from 0 to `overlong_penalty`; 0: off."""
+    overlong_penalty: float = 1.0
+    """Taken off the score of a response as long as is allowed."""
+    repetition_penalty: float = 0.0
+    """Times the share of a response's word pairs that it had before, taken off its score; 0: off."""
     missing_end_penalty: float = 0.0
     """Taken off the score of a response that was cut before its end token; 0: off."""
     normalize: Literal["off", "scale", "running", "batch"] = "off"
@@ -65,30 +73,57 @@ class ShapingConfig:
 
 
 @dataclass(frozen=True)
+class CorrectionConfig:
+    """Weights for the distance between the policy that sampled and the learner before its update."""
+
+    level: Literal["off", "token", "sequence", "geometric"] = "off"
+    """Whose ratio: each token's; the product over the response; the geometric mean over the response."""
+    mode: Literal["truncate", "mask"] = "truncate"
+    """What is done to a ratio beyond the bounds: truncate, cut to them; mask, the weight is 0."""
+    low: float = 0.0
+    """Lower bound, at most 1."""
+    high: float = 2.0
+    """Upper bound, at least 1."""
+
+
+@dataclass(frozen=True)
 class AlgoConfig:
-    name: Literal["grpo", "dr_grpo", "ppo"] = "grpo"
-    """grpo: scores by their group's mean and deviation; dr_grpo: by its mean only; ppo: a critic and GAE."""
+    name: str = "grpo"
+    """The method: a row of `config/methods.py`; docs/algorithms.md compares them."""
     group_size: int = 8
-    """Samples per prompt; 1 is usual with ppo."""
+    """Samples per prompt; 1 is usual with a critic and with reinforce_pp."""
     gamma: float = 1.0
-    """ppo: discount of a token's future."""
+    """With a critic, and reinforce_pp: discount of a token's future."""
     lam: float = 0.95
-    """ppo: lambda of GAE."""
+    """With a critic: lambda of GAE."""
     whiten_advantages: bool = True
-    """ppo: advantages of a step to mean 0 and deviation 1, over all its tokens."""
+    """With a critic, and reinforce_pp: advantages of a step to mean 0 and deviation 1, over all its tokens."""
     advantage_clip: float = 0.0
-    """ppo: advantages are cut to +-advantage_clip, after whitening; 0: off."""
+    """With a critic, and reinforce_pp: advantages are cut to +-advantage_clip, after whitening; 0: off."""
+    filter_groups: bool = False
+    """Drop prompts whose samples all score the same, and make up for them by others (DAPO's dynamic sampling)."""
+    filter_rounds: int = 4
+    """filter_groups: after so many rounds of sampling a step takes such prompts, too."""
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
+    """How losses by token become one: token_mean, over all tokens of an optimizer step; sequence_mean, the mean over
+    responses of their token means; sequence_sum, the sum over tokens by (responses x longest response allowed)."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus in the loss."""
     kl_stop: float = 0.0
     """The rest of a batch's optimizer steps is left out once the approximate KL to the sampling policy, mean per token,
     passes this; 0: off."""
+    entropy_share: float = 1.0
+    """Only this share of the tokens, those of the highest entropy, has a policy gradient; 1: all. Usual: 0.2."""
+    off_policy_limit: float = 0.0
+    """No policy gradient for a response with a negative advantage once its tokens are less likely than for the sampler
+    by more than this, mean in nats; 0: off."""
     kl: KLConfig = field(default_factory=KLConfig)
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     clip_low: float = 0.2
     """The probability ratio is clipped at 1 - clip_low."""
     clip_high: float = 0.2
-    """... and at 1 + clip_high. DAPO's clip-higher uses 0.28."""
+    """... and at 1 + clip_high. DAPO's clip-higher uses 0.28; gspo bounds the ratio of whole responses: 3e-4, 4e-4."""
     dual_clip: float = 0.0
     """0: off; usual value 3."""
 

@@ -92,7 +92,7 @@ def _suggest_files(path: Path) -> str:
     beside = sorted(str(p) for pattern in ("*.yaml", "*.yml") for p in path.parent.glob(pattern))
     shipped = sorted(str(p) for p in Path("configs").rglob("*.yaml"))
     names = {Path(p).name: p for p in (*shipped, *beside)}
-    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.8)
     if close:
         return f"; did you mean {' or '.join(names[name] for name in close)}?"
     return f"; there is {', '.join((beside or shipped)[:8])}" if beside or shipped else ""

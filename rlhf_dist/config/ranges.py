@@ -16,7 +16,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         model.tiny.max_positions data.task.min_length data.task.max_length data.task.train_size rollout.workers
         rollout.tensor_parallel rollout.max_prompt_tokens rollout.max_response_tokens rollout.max_concurrent
         algo.group_size learner.ranks learner.micro_batch_tokens learner.updates_per_batch learner.logprob_chunk_tokens
-        learner.epochs weights.bucket_mib loop.steps loop.prompts_per_step loop.keep_checkpoints eval.prompts sft.steps
+        learner.epochs algo.correction.high algo.filter_rounds
+        weights.bucket_mib loop.steps loop.prompts_per_step loop.keep_checkpoints eval.prompts sft.steps
         sft.batch_size sft.max_tokens sft.log_every scoring.replicas scoring.batch_tokens algo.kl.horizon ptx.batch_size
         ptx.max_tokens preferences.held_out preferences.train_size preferences.max_tokens reward.steps reward.batch_size
         reward.log_every reward.eval_every
@@ -29,8 +30,9 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         model.tiny.seed rollout.cpus rollout.top_k rollout.temperature learner.cpus learner.optimizer.warmup_steps
         learner.optimizer.weight_decay loop.max_policy_lag loop.checkpoint_every eval.every eval.samples
         sft.optimizer.warmup_steps sft.optimizer.weight_decay sft.eval_every sft.checkpoint_every telemetry.samples
-        telemetry.samples_every algo.advantage_clip algo.entropy_coef algo.kl_stop algo.kl.coef
-        algo.shaping.missing_end_penalty algo.shaping.clip critic.warmup_steps critic.clip critic.coef
+        telemetry.samples_every algo.advantage_clip algo.entropy_coef algo.kl_stop algo.off_policy_limit algo.kl.coef
+        algo.shaping.missing_end_penalty algo.shaping.clip algo.shaping.overlong_buffer algo.shaping.overlong_penalty
+        algo.shaping.repetition_penalty critic.warmup_steps critic.clip critic.coef
         critic.optimizer.warmup_steps critic.optimizer.weight_decay reference.replicas reference.update_every ptx.coef
         reward.lm_coef reward.optimizer.warmup_steps reward.optimizer.weight_decay reward.patience
         """,
@@ -42,11 +44,13 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         loop.logprob_diff_limit cluster.start_timeout_s learner.optimizer.lr learner.optimizer.eps
         learner.optimizer.max_grad_norm sft.optimizer.lr sft.optimizer.eps sft.optimizer.max_grad_norm algo.kl.target
         preferences.noise critic.optimizer.lr critic.optimizer.eps critic.optimizer.max_grad_norm reward.optimizer.lr
-        reward.optimizer.eps reward.optimizer.max_grad_norm
+        reward.optimizer.eps reward.optimizer.max_grad_norm algo.clip_high
         """,
     ),
-    "between 0 and 1, both excluded": (lambda x: 0 < x < 1, "algo.clip_low algo.clip_high"),
-    "greater than 0 and at most 1": (lambda x: 0 < x <= 1, "rollout.top_p rollout.gpu_memory_utilization"),
+    "greater than 0 and at most 1": (
+        lambda x: 0 < x <= 1,
+        "rollout.top_p rollout.gpu_memory_utilization algo.clip_low algo.entropy_share",
+    ),
     "at least 0 and less than 1": (
         lambda x: 0 <= x < 1,
         """
@@ -58,7 +62,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda x: 0 <= x <= 1,
         """
         learner.optimizer.final_lr_share sft.optimizer.final_lr_share critic.optimizer.final_lr_share
-        reward.optimizer.final_lr_share sft.wrong_share algo.gamma algo.lam
+        reward.optimizer.final_lr_share sft.wrong_share algo.gamma algo.lam algo.correction.low
         """,
     ),
     "0 (off) or greater than 1": (lambda x: x == 0 or x > 1, "algo.dual_clip"),

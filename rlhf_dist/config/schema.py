@@ -10,6 +10,7 @@ from typing import Literal
 
 from rlhf_dist.config.learning import (
     AlgoConfig as AlgoConfig,
+    CorrectionConfig as CorrectionConfig,
     CriticConfig as CriticConfig,
     KLConfig as KLConfig,
     LearnerConfig as LearnerConfig,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from rlhf_dist.algo.recipes import TokenCredit
+from rlhf_dist.algo.algorithm import TokenCredit
 from rlhf_dist.algo.rewards import token_rewards
 from rlhf_dist.learner.rows import PLACEHOLDER, Row
 from rlhf_dist.learner.shard import Estimate, Shard, of_sample, rollout_logprobs

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
+from rlhf_dist.algo.corrections import entropy_threshold, off_policy_sequence_mask
 from rlhf_dist.algo.kl import kl_estimate
-from rlhf_dist.algo.recipes import Algorithm, TokenCredit
 from rlhf_dist.learner.credit import by_row, measure
 from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.ptx import PtxMix
@@ -42,6 +43,8 @@ class Given:
     """float32 [R]."""
     references: Sequence[np.ndarray]
     """float32 [R]; the reference's logprobs; none where the loss has no KL."""
+    kept: Sequence[np.ndarray] | None
+    """float32 [R]; 1 for tokens that have a policy loss, 0 for the others. None: all have."""
     weights: np.ndarray
     """float64 [b]."""
     temperature: float
@@ -113,6 +116,7 @@ class PolicyLearner:
             old=None if shard.on_policy else self._old_logprobs(rows, shard),
             advantages=advantages,
             references=[of_sample(rollouts[g], s, references[g]) for g, s in pairs] if in_loss else [],
+            kept=self._kept(rows, shard) if self._algorithm.entropy_share < 1 else None,
             weights=shard.weights,
             temperature=shard.temperature,
             kl_coef=shard.kl_coef,
@@ -126,9 +130,17 @@ class PolicyLearner:
         if len(chosen) == 0:
             return (logprobs + beside).sum() * 0.0, MetricSums({}, {})
         before = logprobs.detach() if given.old is None else flat(given.old, chosen, device)
-        losses, stats = algorithm.loss(logprobs, before, flat(given.advantages, chosen, device))
+        lengths = [row.response_length for row in batch]
+        offsets = torch.from_numpy(np.cumsum([0, *lengths])).to(device)
+        losses, stats = algorithm.loss(logprobs, before, flat(given.advantages, chosen, device), offsets)
         found = {f"policy/{name}": values for name, values in stats.items()} | beside_stats
-        found["policy/loss"] = losses.detach()
+        largest = {"policy/ratio_max": float(stats["ratio"].max())}
+        if algorithm.correction is not None:
+            weight, stats = algorithm.correction(before, flat(given.sampled, chosen, device), offsets)
+            losses = weight * losses
+            found |= {f"correction/{name}": values for name, values in stats.items()}
+        losses, masked = self._masked(losses, logprobs, given, chosen, offsets)
+        found |= masked | {"policy/loss": losses.detach()}
         if algorithm.kl_estimator is not None:
             kl = kl_estimate(logprobs, flat(given.references, chosen, device), algorithm.kl_estimator)
             losses = losses + given.kl_coef * kl
@@ -136,14 +148,14 @@ class PolicyLearner:
         if algorithm.entropy_coef:
             losses = losses - algorithm.entropy_coef * entropy
         losses = losses + beside
-        weights = np.repeat(given.weights[chosen].astype(np.float32), [row.response_length for row in batch])
+        weights = np.repeat(given.weights[chosen].astype(np.float32), lengths)
         loss = (losses * torch.from_numpy(weights).to(device)).sum()
         sums = token_sums(found | {"policy/entropy": entropy})
         if not sentinel:
-            return loss, sums
+            return loss, MetricSums.merge([sums, MetricSums({}, largest)])
         # The sentinel: before the first step both sides hold the same weights, so their logprobs have to agree.
         difference = (logprobs.detach() - flat(given.sampled, chosen, device)).abs()
-        largest = {"rollout/logprob_diff_max": float(difference.max())}
+        largest["rollout/logprob_diff_max"] = float(difference.max())
         return loss, MetricSums.merge(
             [sums, token_sums({"rollout/logprob_diff_mean": difference}), MetricSums({}, largest)]
         )
@@ -176,6 +188,28 @@ class PolicyLearner:
         sums = torch.tensor([total, count], dtype=torch.float64, device=self.engine.device)
         torch.distributed.all_reduce(sums)
         return float(sums[0]) > self._algorithm.kl_stop * max(float(sums[1]), 1.0)
+
+    def _masked(
+        self, losses: Tensor, logprobs: Tensor, given: Given, chosen: np.ndarray, offsets: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Without the tokens that are to have no policy loss; those still count in the token weights."""
+        found: dict[str, Tensor] = {}
+        if given.kept is not None:
+            losses = losses * flat(given.kept, chosen, losses.device)
+        if self._algorithm.off_policy_limit:
+            sampled, advantages = (flat(x, chosen, losses.device) for x in (given.sampled, given.advantages))
+            kept = off_policy_sequence_mask(logprobs, sampled, advantages, offsets, self._algorithm.off_policy_limit)
+            losses, found = losses * kept, {"policy/off_policy_masked": 1.0 - kept}
+        return losses, found
+
+    def _kept(self, rows: Sequence[Row], shard: Shard) -> list[np.ndarray]:
+        """1 for the tokens whose entropy before the update is among the highest, over all ranks; by row."""
+        entropies = measure(shard.updates, rows, lambda batch: self.engine.logprobs(batch, shard.temperature)[1])
+        mine = np.concatenate([np.empty(0, np.float32), *entropies])
+        everyone: list[np.ndarray] = [mine] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, mine)
+        threshold = float(entropy_threshold(torch.from_numpy(np.concatenate(everyone)), self._algorithm.entropy_share))
+        return [(entropy >= np.float32(threshold)).astype(np.float32) for entropy in entropies]
 
     def _old_logprobs(self, rows: Sequence[Row], shard: Shard) -> list[np.ndarray]:
         """Logprobs under the weights before the first update, float32 [response length] for each row."""

@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
+from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
 from rlhf_dist.algo.losses import clipped_value_loss
-from rlhf_dist.algo.recipes import Algorithm, TokenCredit
 from rlhf_dist.config.schema import CriticConfig
 from rlhf_dist.learner.credit import by_row, estimate, measure
 from rlhf_dist.learner.policy import Given, PolicyLearner

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from rlhf_dist.config.load import from_yaml, to_yaml
+from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.pipeline_checks import NAME, Stage
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ConfigError, DataError, DiskError
@@ -149,7 +150,7 @@ def basis_of(stage: Stage, earlier: Mapping[str, Finished]) -> Basis:
 
 
 def _counts(key: str, stage: Stage) -> bool:
-    if stage.command == "train" and stage.config.algo.name != "ppo" and _below(key, ("critic",)):
+    if stage.command == "train" and _below(key, ("critic",)) and METHODS[stage.config.algo.name].baseline != "critic":
         return False
     return _below(key, READ[stage.command]) and not _below(key, UNRECORDED) and not key.endswith("timeout_s")
 

@@ -9,17 +9,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf_dist.algo.advantages import against_greedy
 from rlhf_dist.algo.controllers import make_controller
-from rlhf_dist.algo.rewards import RunningMoments, shape_scores
-from rlhf_dist.config.schema import AlgoConfig
+from rlhf_dist.algo.rewards import (
+    RunningMoments,
+    length_normalized,
+    repetition_penalty,
+    shape_scores,
+    soft_overlong_penalty,
+)
+from rlhf_dist.config.schema import AlgoConfig, ShapingConfig
 from rlhf_dist.types import Batch
 
 
 class Shaper:
     """The controller's memory of rewards; part of a checkpoint."""
 
-    def __init__(self, config: AlgoConfig) -> None:
+    def __init__(self, config: AlgoConfig, max_tokens: int) -> None:
+        """`max_tokens`: the longest response allowed."""
         self._shaping = config.shaping
+        self._max_tokens = max_tokens
         self._kl_in_reward = config.kl.place == "reward"
         self._controller = make_controller(config.kl)
         self._moments = RunningMoments()
@@ -32,7 +41,10 @@ class Shaper:
     def shape(self, batch: Batch) -> np.ndarray:
         """float32 [B]: scores with penalties, normalised and clipped as `algo.shaping` says."""
         shaped, self._moments = shape_scores(
-            torch.from_numpy(batch.scores), torch.from_numpy(batch.ended), self._shaping, self._moments
+            penalized(batch, self._shaping, self._max_tokens),
+            torch.from_numpy(batch.ended),
+            self._shaping,
+            self._moments,
         )
         return shaped.numpy().astype(np.float32)
 
@@ -45,7 +57,7 @@ class Shaper:
         """What shaping did to the scores of a step; nothing where it is off."""
         shaping = self._shaping
         found: dict[str, float] = {}
-        if shaping.normalize != "off" or shaping.clip or shaping.missing_end_penalty:
+        if shaping != ShapingConfig():
             found |= {
                 "reward/shaped_mean": float(shaped.mean()),
                 "reward/running_mean": self._moments.mean,
@@ -68,3 +80,17 @@ class Shaper:
         """What `state` gave."""
         self._controller = replace(self._controller, coef=float(state["kl_coef"]))
         self._moments = RunningMoments(**state["moments"])
+
+
+def penalized(batch: Batch, shaping: ShapingConfig, max_tokens: int) -> torch.Tensor:
+    """float32 [B]: scores less their baselines, by length, then with the penalties that a response alone tells."""
+    scores = against_greedy(torch.from_numpy(batch.scores), torch.from_numpy(batch.baselines))
+    lengths = torch.from_numpy(batch.response_lengths)
+    if shaping.length_normalize:
+        scores = length_normalized(scores, lengths)
+    if shaping.overlong_buffer:
+        penalty = soft_overlong_penalty(lengths, max_tokens, shaping.overlong_buffer)
+        scores = scores + shaping.overlong_penalty * penalty
+    if shaping.repetition_penalty:
+        scores = scores + repetition_penalty(torch.from_numpy(batch.distinct), shaping.repetition_penalty)
+    return scores

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from rlhf_dist.algo.advantages import group_normalized
-from rlhf_dist.algo.recipes import Algorithm, GroupCredit
+from rlhf_dist.algo.algorithm import Algorithm, GroupCredit
+from rlhf_dist.algo.corrections import effective_sample_share
+from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.schema import CriticConfig, LearnerConfig, OptimizerConfig
 from rlhf_dist.data.packing import plan
 from rlhf_dist.learner.schedule import learning_rate
@@ -72,11 +73,14 @@ def train_step(
     with watch.phase("sync"):
         announcement = policy.publish(version=step)
         problems = rollouts.load_weights(announcement)
+    learnt = stats.values()
     metrics = (
-        stats.values()
+        learnt
+        | correction_metrics(learnt)
         | critic_stats.values()
         | dict(estimates.metrics)
         | {"learner/trained_share": sum(len(shard.groups) for shard in shards) / len(batch.groups)}
+        | credit_metrics(credit, learning.algorithm)
         | batch_metrics(batch, scores, learning, step)
         | shaper.metrics(scores)
         | reward_metrics(experiences)
@@ -98,6 +102,8 @@ def collate(experiences: Sequence[Experience]) -> Batch:
         response_lengths=np.concatenate([e.head.lengths for e in experiences]),
         ended=np.array([reason == "stop" for e in experiences for reason in e.head.finish_reasons]),
         scores=np.concatenate([e.scores.total for e in experiences]),
+        distinct=np.concatenate([e.scores.distinct for e in experiences]),
+        baselines=np.repeat(np.array([e.baseline for e in experiences], np.float32), counts),
         references=tuple(reference.logprobs for reference in references),
         kl=np.concatenate([r.head.kl for r in references]) if references else np.zeros(sum(counts), np.float32),
         oldest_version=min(e.head.oldest_version for e in experiences),
@@ -113,15 +119,15 @@ def learns_policy(learning: Learning, step: int) -> bool:
 def assign_credit(batch: Batch, scores: np.ndarray, algorithm: Algorithm, kl_coef: float) -> Credit:
     """Scores -> advantages by response; all 0 where the algorithm gives credit by token, from a critic's values.
 
-    `kl_coef` x (the response's KL less its group's mean) is taken off after the scores were normalised: before, in a
-    group whose scores are equal, the deviation would be that of the KL, and the coefficient would cancel.
+    `kl_coef` x (the response's KL, compared as the scores are) is taken off after the scores were normalised: before,
+    in a group whose scores are equal, the deviation would be that of the KL, and the coefficient would cancel.
     """
     if not isinstance(algorithm.credit, GroupCredit):
         return Credit(np.zeros(len(scores), np.float32))
-    groups = torch.from_numpy(batch.groups)
-    advantages = algorithm.credit.advantages(torch.from_numpy(scores), groups)
+    groups, lengths = torch.from_numpy(batch.groups), torch.from_numpy(batch.response_lengths)
+    advantages = algorithm.credit.advantages(torch.from_numpy(scores), groups, lengths)
     if kl_coef:
-        advantages = advantages - kl_coef * group_normalized(torch.from_numpy(batch.kl), groups, std="none")
+        advantages = advantages - kl_coef * algorithm.credit.centered(torch.from_numpy(batch.kl), groups, lengths)
     return Credit(advantages.numpy())
 
 
@@ -129,7 +135,10 @@ def estimate(critic: Critic, shards: Sequence[Shard], batch: Batch, algorithm: A
     """Credit by token, and what makes the advantages of all ranks have mean 0 and deviation 1."""
     handles, sums = critic.estimate(shards, batch.rollouts, batch.references)
     whiten = not isinstance(algorithm.credit, GroupCredit) and algorithm.credit.whiten
-    return Estimates(handles, sums.whitening() if whiten else AS_THEY_ARE, sums.metrics())
+    found = sums.metrics()
+    if not algorithm.needs_critic:
+        found = {name: value for name, value in found.items() if not name.startswith("critic/")}
+    return Estimates(handles, sums.whitening() if whiten else AS_THEY_ARE, found)
 
 
 def make_shards(
@@ -211,10 +220,26 @@ def batch_metrics(batch: Batch, scores: np.ndarray, learning: Learning, step: in
         "rollout/policy_lag_max": float(step - 1 - batch.oldest_version),
         "learner/tokens": float(batch.prompt_lengths.sum()) + tokens,
     }
-    if isinstance(learning.algorithm.credit, GroupCredit):
+    if METHODS[learning.algorithm.name].baseline == "group":
         flat = sum(bool(np.ptp(scores[batch.groups == g]) == 0) for g in range(groups))
         found["reward/groups_without_signal"] = flat / groups
     return found
+
+
+def credit_metrics(credit: Credit, algorithm: Algorithm) -> dict[str, float]:
+    """Spread of the advantages of the step's responses; where credit is by token its estimates tell it."""
+    if algorithm.by_token:
+        return {}
+    mean, std = float(credit.advantages.mean()), float(credit.advantages.std())
+    return {"policy/advantage_mean": mean, "policy/advantage_std": std}
+
+
+def correction_metrics(learnt: Mapping[str, float]) -> dict[str, float]:
+    """How many of the tokens count, as it were, under the weights of `algo.correction`."""
+    if names.CORRECTION_WEIGHT not in learnt:
+        return {}
+    share = effective_sample_share(learnt[names.CORRECTION_WEIGHT], learnt["correction/weight_square"])
+    return {"correction/effective_sample_share": share}
 
 
 def reward_metrics(experiences: Sequence[Experience]) -> dict[str, float]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.algo.recipes import Algorithm
+import numpy as np
+
+from rlhf_dist.algo.algorithm import Algorithm
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import DataError
@@ -29,10 +31,14 @@ from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.sinks import Telemetry
 from rlhf_dist.telemetry.timeline import Stopwatch
-from rlhf_dist.types import Experience, Prompt, Sampling
+from rlhf_dist.types import DroppedPrompt, Experience, Prompt, Sampling
 from rlhf_dist.weights.receipts import Announcement, changed_share
 
 STATE_FILE = "state.json"
+NO_SIGNAL = "no_signal"
+"""A prompt whose samples all scored the same."""
+GREEDY_LOST = "greedy_lost"
+"""A prompt whose greedy response did not come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,7 @@ class Run:
     algorithm: Algorithm
     policy: Policy
     critic: Critic | None
-    """None where credit is by response."""
+    """What gives credit by token, a critic or not; None where credit is by response."""
     rollouts: Rollouts
     scoring: Scoring
     reference: References | None
@@ -234,6 +240,7 @@ def next_batch(run: Run, version: int) -> tuple[tuple[Experience, ...], dict[str
     Returns them and how many prompts were dropped meanwhile, by reason. A dropped prompt is made up for by another.
     """
     dropped: Counter[str] = Counter()
+    rounds = 0
     while True:
         experiences, stale = run.queue.take(run.config.loop.prompts_per_step, version)
         if stale:
@@ -252,6 +259,16 @@ def next_batch(run: Run, version: int) -> tuple[tuple[Experience, ...], dict[str
             reference=run.reference,
             ledger=run.ledger,
         )
+        rounds += 1
+        if run.algorithm.greedy_baseline:
+            arrived, without = against_greedy_scores(run, arrived)
+            lost += without
+        if run.config.algo.filter_groups and rounds < run.config.algo.filter_rounds:
+            flat = [experience for experience in arrived if np.ptp(experience.scores.total) == 0]
+            arrived = [experience for experience in arrived if np.ptp(experience.scores.total) != 0]
+            run.ledger.drop([experience.prompt.uid for experience in flat], NO_SIGNAL)
+            run.queue.dropped(len(flat))
+            dropped[NO_SIGNAL] += len(flat)
         run.queue.dropped(len(lost))
         run.queue.put(arrived)
         for drop in lost:
@@ -260,6 +277,17 @@ def next_batch(run: Run, version: int) -> tuple[tuple[Experience, ...], dict[str
         if lost and not arrived and dropped.total() >= len(run.stream):
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
             raise DataError(f"a whole epoch of prompts was dropped ({reasons}; the last: {lost[-1].detail})")
+
+
+def against_greedy_scores(run: Run, experiences: Sequence[Experience]) -> tuple[list[Experience], list[DroppedPrompt]]:
+    """The experiences with the score of the greedy response to their prompt; those whose prompt gave none apart."""
+    greedy = replace(run.sampling, n=1, temperature=0.0, top_p=1.0, top_k=0)
+    prompts = [experience.prompt for experience in experiences]
+    found, lost = collect(prompts, greedy, rollouts=run.rollouts, scoring=run.scoring)
+    scores = {experience.prompt.uid: float(experience.scores.total[0]) for experience in found}
+    run.ledger.drop([drop.uid for drop in lost], GREEDY_LOST)
+    kept = [replace(e, baseline=scores[e.prompt.uid]) for e in experiences if e.prompt.uid in scores]
+    return kept, [replace(drop, reason=GREEDY_LOST) for drop in lost]
 
 
 def tell(
@@ -318,7 +346,7 @@ def checkpoint(run: Run, state: State) -> None:
         run.reference.save(folder)
     write_json(folder / STATE_FILE, asdict(state))
     needed = checkpoint_files(run.policy.ranks)
-    if run.critic is not None:
+    if run.algorithm.needs_critic:
         needed += critic_files(run.config.critic.start == "shared", run.policy.ranks)
     final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints, needed)
     run.telemetry.event("checkpoint", f"wrote {final}", step=state.step)

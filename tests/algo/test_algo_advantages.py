@@ -1,4 +1,4 @@
-"""Group-relative advantages, GAE and discounted returns."""
+"""Advantages by response, GAE and discounted returns, by hand and at their edges."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from rlhf_dist.algo.advantages import discounted_returns, gae, group_normalized, leave_one_out
+from rlhf_dist.algo.advantages import (
+    against_greedy,
+    batch_centered,
+    discounted_returns,
+    gae,
+    group_centered_batch_whitened,
+    group_normalized,
+    leave_one_out,
+    optimal_baseline,
+    reinforce_pp,
+)
 from rlhf_dist.errors import ConfigError
 
 STDS = ("unbiased", "population", "none")
@@ -43,14 +53,66 @@ def test_leave_one_out_by_hand() -> None:
     torch.testing.assert_close(got, torch.tensor([1.0 - 4.0, 2.0 - 3.5, 6.0 - 1.5, 0.0]))
 
 
+def test_batch_centered_by_hand() -> None:
+    torch.testing.assert_close(batch_centered(torch.tensor([1.0, 2.0, 6.0])), torch.tensor([-2.0, -1.0, 3.0]))
+    assert batch_centered(torch.tensor([7.3])).tolist() == [0.0]
+
+
+def test_group_centered_batch_whitened_by_hand() -> None:
+    # Centred: -1, 1, -3, 3, 0, 0, 0; their squares' mean over the step: 20 / 7.
+    score, group = torch.tensor([0.0, 2.0, 4.0, 10.0, 5.0, 5.0, 9.0]), torch.tensor([0, 0, 1, 1, 2, 2, 3])
+    got = group_centered_batch_whitened(score, group)
+    torch.testing.assert_close(got, torch.tensor([-1.0, 1, -3, 3, 0, 0, 0]) / math.sqrt(20 / 7))
+    assert got[4:].tolist() == [0.0] * 3
+
+
+def test_optimal_baseline_by_hand() -> None:
+    score, group = torch.tensor([1.0, 0.0, 3.0, 4.0, 9.0]), torch.tensor([0, 0, 1, 1, 2])
+    # (3 x 1 + 1 x 0) / 4 in the first group; only the second row of the next has tokens; one row alone.
+    got = optimal_baseline(score, group, torch.tensor([3, 1, 0, 5, 2]))
+    torch.testing.assert_close(got, torch.tensor([0.25, -0.75, -1.0, 0.0, 0.0]))
+    # Without any token: the plain mean, in that group only.
+    got = optimal_baseline(score, group, torch.tensor([0, 0, 1, 3, 0]))
+    torch.testing.assert_close(got, torch.tensor([0.5, -0.5, -0.75, 0.25, 0.0]))
+    with pytest.raises(AssertionError):
+        optimal_baseline(score, group, torch.tensor([0, 0, 1, -3, 0]))
+
+
+def test_against_greedy_by_hand() -> None:
+    got = against_greedy(torch.tensor([1, 2, 0]), torch.tensor([1.0, 0.5, 3.0]))
+    assert got.tolist() == [0.0, 1.5, -3.0] and got.dtype == torch.float32
+    assert against_greedy(torch.ones(2), torch.ones(2).double()).dtype == torch.float64
+
+
+def test_reinforce_pp_by_hand() -> None:
+    nan = math.nan
+    rewards, mask = (
+        torch.tensor([[0.0, nan, 0.0, 1.0], [0.0, -1.0, nan, nan]]),
+        torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0]]),
+    )
+    # Returns 0.25, 0.5, 1 and -0.5, -1: mean 0.05, variance 0.51.
+    got = reinforce_pp(rewards, mask, 0.5)
+    expected = torch.tensor([[0.2, 0, 0.45, 0.95], [-0.55, -1.05, 0, 0]]) / math.sqrt(0.51)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+    assert got.dtype == torch.float32 and not got[~mask.bool()].any()
+
+
 @given(score=st.floats(-1e6, 1e6, width=32), rows=st.integers(1, 9), double=st.booleans())
 def test_a_group_without_variance_is_exactly_zero(score: float, rows: int, double: bool) -> None:
     same = torch.full((rows,), score, dtype=torch.float64 if double else torch.float32) * 1.1
     mixed = torch.cat([same, same.new_tensor([0.0, 1.0])])
     group = torch.cat([torch.zeros(rows, dtype=torch.long), torch.ones(2, dtype=torch.long)])
-    for got in (*(group_normalized(mixed, group, std) for std in STDS), leave_one_out(mixed, group)):
+    for got in (
+        *(group_normalized(mixed, group, std) for std in STDS),
+        leave_one_out(mixed, group),
+        group_centered_batch_whitened(mixed, group),
+        optimal_baseline(mixed, group, torch.arange(1, rows + 3)),
+        optimal_baseline(mixed, group, torch.arange(rows + 2) // rows),  # no token at all in the first group
+    ):
         assert not got[:rows].any()
-        assert got[rows:].abs().min() > 0.4
+        assert got[rows:].abs().min() > 0.3
+    assert not batch_centered(same).any()
+    assert not reinforce_pp(same.float()[:, None], torch.ones(rows, 1), 1.0).any()
 
 
 @given(rows=scores, data=st.data())
@@ -88,9 +150,19 @@ def test_no_rows_and_precision() -> None:
     nothing = torch.zeros(0)
     assert group_normalized(nothing, nothing.long()).shape == (0,)
     assert leave_one_out(nothing, nothing.long()).shape == (0,)
+    assert batch_centered(nothing).shape == against_greedy(nothing, nothing).shape == (0,)
+    assert group_centered_batch_whitened(nothing, nothing.long()).shape == (0,)
+    assert optimal_baseline(nothing, nothing.long(), nothing.long()).shape == (0,)
     score, group = torch.tensor([1, 0]), torch.zeros(2, dtype=torch.long)
     assert group_normalized(score, group).dtype == torch.float32
     assert group_normalized(score.double(), group).dtype == torch.float64
+    for function in (
+        batch_centered,
+        lambda s: group_centered_batch_whitened(s, group),
+        lambda s: optimal_baseline(s, group, torch.ones(2)),
+    ):
+        assert function(score).dtype == function(score.bfloat16()).dtype == torch.float32
+        assert function(score.double()).dtype == torch.float64
 
 
 def test_an_unknown_kind_is_refused() -> None:
@@ -165,6 +237,11 @@ def test_gae_has_no_gradient_and_takes_nothing() -> None:
         assert got.dtype == torch.float32 and not got.requires_grad
     for shape in ((0, 3), (2, 0)):
         assert gae(torch.ones(shape), torch.ones(shape), torch.ones(shape), 1.0, 0.95)[0].shape == shape
+        assert reinforce_pp(torch.ones(shape), torch.ones(shape), 1.0).shape == shape
+    rewards = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    assert not reinforce_pp(rewards, torch.ones(1, 2), 1.0).requires_grad
+    assert not reinforce_pp(rewards, torch.zeros(1, 2), 1.0).any()
+    assert not reinforce_pp(rewards, torch.tensor([[0, 1]]), 1.0).any()  # one token
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.1, 0.9), (1.0, -0.1), (math.nan, 1.0)])

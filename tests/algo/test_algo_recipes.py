@@ -4,78 +4,167 @@ from __future__ import annotations
 
 import math
 import pickle
-from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from rlhf_dist.algo.recipes import ALGORITHMS, GroupCredit, token_mean
-from rlhf_dist.config.schema import AlgoConfig
+from rlhf_dist.algo.aggregation import sequence_mean, sequence_sum, token_mean
+from rlhf_dist.algo.algorithm import Algorithm, GroupCredit, TokenCredit
+from rlhf_dist.algo.recipes import ALGORITHMS
+from rlhf_dist.config.methods import METHODS
+from rlhf_dist.config.schema import AlgoConfig, CorrectionConfig, KLConfig
 
 NAMES = sorted(ALGORITHMS)
+CLIPPED = [name for name, method in METHODS.items() if "dual_clip" in method.keys]
+UNCLIPPED = [name for name, method in METHODS.items() if not method.ratio]
+SCORES, GROUPS, LENGTHS = torch.tensor([0.0, 2.0, 5.0, 5.0]), torch.tensor([0, 0, 1, 1]), torch.tensor([1, 3, 2, 2])
 
 
-def test_every_name_of_the_config_is_built() -> None:
-    assert set(get_args(get_type_hints(AlgoConfig)["name"])) == set(ALGORITHMS)
-    for name, build in ALGORITHMS.items():
-        assert build(AlgoConfig()).name == name
+def made(name: str, config: AlgoConfig | None = None) -> Algorithm:
+    return ALGORITHMS[name](config or AlgoConfig())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_what_its_row_says(name: str) -> None:
+    algorithm, method = made(name), METHODS[name]
+    assert algorithm.name == name
+    assert algorithm.needs_critic == (method.baseline == "critic")
+    assert algorithm.by_token == (method.baseline in ("critic", "none"))
+    assert algorithm.correction is None
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("grpo", [-math.sqrt(0.5), math.sqrt(0.5), 0.0, 0.0]), ("dr_grpo", [-1.0, 1.0, 0.0, 0.0])],
+    [
+        ("grpo", [-math.sqrt(0.5), math.sqrt(0.5), 0.0, 0.0]),
+        ("dapo", [-math.sqrt(0.5), math.sqrt(0.5), 0.0, 0.0]),
+        ("gspo", [-math.sqrt(0.5), math.sqrt(0.5), 0.0, 0.0]),
+        ("cispo", [-math.sqrt(0.5), math.sqrt(0.5), 0.0, 0.0]),
+        ("dr_grpo", [-1.0, 1.0, 0.0, 0.0]),
+        ("rloo", [-2.0, 2.0, 0.0, 0.0]),
+        ("reinforce", [-3.0, -1.0, 2.0, 2.0]),
+        # The first group's baseline is (1 x 0 + 3 x 2) / 4.
+        ("opo", [-1.5, 0.5, 0.0, 0.0]),
+        # Less the group's mean: -1, 1, 0, 0, whose deviation over the step is sqrt(2 / 4).
+        ("reinforce_pp_baseline", [-math.sqrt(2), math.sqrt(2), 0.0, 0.0]),
+    ],
 )
 def test_credit_by_hand(name: str, expected: list[float]) -> None:
-    credit = ALGORITHMS[name](AlgoConfig()).credit
+    credit = made(name).credit
     assert isinstance(credit, GroupCredit)
-    got = credit.advantages(torch.tensor([0.0, 2.0, 5.0, 5.0]), torch.tensor([0, 0, 1, 1]))
-    torch.testing.assert_close(got, torch.tensor(expected))
+    torch.testing.assert_close(credit.advantages(SCORES, GROUPS, LENGTHS), torch.tensor(expected), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if METHODS[name].baseline in ("group", "step")])
+def test_the_kl_is_compared_in_its_own_unit(name: str) -> None:
+    """Twice the KL, twice the penalty: no division by a deviation."""
+    credit = made(name).credit
+    assert isinstance(credit, GroupCredit)
+    once, twice = (credit.centered(x * SCORES, GROUPS, LENGTHS) for x in (1.0, 2.0))
+    torch.testing.assert_close(twice, 2 * once)
+    assert once.abs().max() >= 1.0
+
+
+def test_credit_by_token_by_hand() -> None:
+    """Rewards 0, 0, 4 with gamma 1/2: to come are 1, 2, 4; a critic's values are taken off, and 0 without one."""
+    rewards, values = torch.tensor([[0.0, 0.0, 4.0]]), torch.tensor([[1.0, 1.0, 1.0]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    for name, expected in (("reinforce_pp", [1.0, 2.0, 4.0]), ("a2c", [0.0, 1.0, 3.0])):
+        credit = made(name, AlgoConfig(gamma=0.5, lam=1.0, advantage_clip=7.0)).credit
+        assert isinstance(credit, TokenCredit)
+        found, _ = credit.estimate(rewards, values * credit.needs_values, mask)
+        torch.testing.assert_close(found, torch.tensor([expected]))
+        assert credit.whiten and credit.clip == 7.0
+
+
+@pytest.mark.parametrize("name", CLIPPED)
 def test_the_loss_uses_the_configs_clips(name: str) -> None:
     logprobs, old = torch.tensor([1.0, -1.0, 1.5]), torch.zeros(3)
-    advantages = torch.tensor([1.0, -1.0, -1.0])
-    loss, _ = ALGORITHMS[name](AlgoConfig(clip_low=0.1, clip_high=0.3)).loss(logprobs, old, advantages)
+    advantages, offsets = torch.tensor([1.0, -1.0, -1.0]), torch.tensor([0, 2, 3])
+    loss, _ = made(name, AlgoConfig(clip_low=0.1, clip_high=0.3)).loss(logprobs, old, advantages, offsets)
     torch.testing.assert_close(loss, torch.tensor([-1.3, 0.9, math.exp(1.5)]))
-    loss, _ = ALGORITHMS[name](AlgoConfig(clip_low=0.1, clip_high=0.3, dual_clip=3.0)).loss(logprobs, old, advantages)
+    config = AlgoConfig(clip_low=0.1, clip_high=0.3, dual_clip=3.0)
+    loss, _ = made(name, config).loss(logprobs, old, advantages, offsets)
     torch.testing.assert_close(loss, torch.tensor([-1.3, 0.9, 3.0]))
+
+
+def test_the_other_losses_by_hand() -> None:
+    logprobs, old = torch.tensor([1.0, -1.0, 1.5]), torch.zeros(3)
+    advantages, offsets = torch.tensor([1.0, 1.0, -1.0]), torch.tensor([0, 2, 3])
+    for name in UNCLIPPED:
+        loss, _ = made(name).loss(logprobs, old, advantages, offsets)
+        torch.testing.assert_close(loss, torch.tensor([-1.0, 1.0, 1.5]))
+    config = AlgoConfig(clip_low=0.5, clip_high=1.0)
+    loss, _ = made("cispo", config).loss(logprobs, old, advantages, offsets)
+    torch.testing.assert_close(loss, torch.tensor([-2.0, 0.5, 3.0]))  # ratios 2.7, 0.37, 4.5 cut to 0.5 and 2
+    loss, _ = made("gspo", config).loss(logprobs, old, advantages, offsets)
+    torch.testing.assert_close(loss, torch.tensor([-1.0, -1.0, math.exp(1.5)]))  # ratios e^0 twice, and e^1.5
+
+
+def test_token_weights_are_the_configs() -> None:
+    for name, function in (
+        ("token_mean", token_mean),
+        ("sequence_mean", sequence_mean),
+        ("sequence_sum", sequence_sum),
+    ):
+        assert made("grpo", AlgoConfig(aggregation=name)).token_weights is function  # type: ignore[arg-type]
+    assert made("gspo").token_weights is sequence_mean
+
+
+def test_a_correction_by_hand() -> None:
+    algorithm = made("grpo", AlgoConfig(correction=CorrectionConfig(level="token", mode="truncate", high=2.0)))
+    assert algorithm.correction is not None
+    weight, _ = algorithm.correction(torch.tensor([0.0, -1.0]), torch.tensor([-1.0, 0.0]), torch.tensor([0, 2]))
+    torch.testing.assert_close(weight, torch.tensor([2.0, math.exp(-1)]))
+
+
+def test_rows_without_credit_are_idle_only_where_nothing_else_moves_them() -> None:
+    assert made("rloo").idle_without_credit
+    assert not made("ppo").idle_without_credit
+    assert not made("rloo", AlgoConfig(entropy_coef=0.1)).idle_without_credit
+    assert not made("rloo", AlgoConfig(kl=KLConfig(place="loss", coef=0.1))).idle_without_credit
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_algorithm_survives_pickling(name: str) -> None:
-    algorithm = ALGORITHMS[name](AlgoConfig(clip_high=0.28, dual_clip=3.0))
+    correction = CorrectionConfig(level="geometric", mode="mask", low=0.5)
+    algorithm = made(name, AlgoConfig(clip_high=0.28, dual_clip=3.0, correction=correction))
     copy = pickle.loads(pickle.dumps(algorithm))
-    inputs = torch.tensor([0.4, -0.4, 1.2]), torch.zeros(3), torch.tensor([1.0, -1.0, -2.0])
+    offsets = torch.tensor([0, 1, 3])
+    inputs = torch.tensor([0.4, -0.4, 1.2]), torch.zeros(3), torch.tensor([1.0, -1.0, -2.0]), offsets
     assert torch.equal(copy.loss(*inputs)[0], algorithm.loss(*inputs)[0])
+    assert torch.equal(
+        copy.correction(*inputs[:2], offsets)[0],
+        algorithm.correction(*inputs[:2], offsets)[0],  # type: ignore[misc]
+    )
     assert copy.token_weights is algorithm.token_weights
 
 
-def test_token_mean_by_hand() -> None:
-    weights = token_mean(torch.tensor([1, 4, 0, 3]), max_tokens=16)
-    assert weights.dtype == torch.float64
-    assert weights.tolist() == [0.125] * 4
-    assert token_mean(torch.tensor([5]), max_tokens=16).tolist() == [0.2]
-    assert token_mean(torch.tensor([0, 0]), max_tokens=16).tolist() == [0.0, 0.0]
-
-
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "rloo"])
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=8), data=st.data())
-def test_the_cut_into_micro_batches_never_changes_the_gradient(lengths: list[int], data) -> None:
-    algorithm = ALGORITHMS["grpo"](AlgoConfig())
+def test_the_cut_into_micro_batches_never_changes_the_gradient(name: str, lengths: list[int], data) -> None:
+    """By whole responses, as the learner cuts."""
+    algorithm = made(name, AlgoConfig(correction=CorrectionConfig(level="sequence")))
+    assert algorithm.correction is not None
     weights = algorithm.token_weights(torch.tensor(lengths), 6)
+    rows = [slice(stop - length, stop) for length, stop in zip(lengths, torch.tensor(lengths).cumsum(0), strict=True)]
     tokens = sum(lengths)
-    row = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    old, advantages = -torch.rand(tokens, dtype=torch.float64), torch.randn(tokens, dtype=torch.float64)
+    old, sampled = (-torch.rand(tokens, dtype=torch.float64) for _ in range(2))
+    advantages = torch.randn(len(lengths), dtype=torch.float64)
     shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
-    def gradient(keep: torch.Tensor) -> torch.Tensor:
-        loss, _ = algorithm.loss(old[keep] * (1 + shift), old[keep], advantages[keep])
-        return torch.autograd.grad((weights[row[keep]] * loss).sum(), shift)[0]
+    def gradient(chosen: list[int]) -> torch.Tensor:
+        if not chosen:
+            return torch.zeros(())
+        before, engine = (torch.cat([x[rows[i]] for i in chosen]) for x in (old, sampled))
+        count = torch.tensor([lengths[i] for i in chosen])
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), count.cumsum(0)])
+        spread = advantages[chosen].repeat_interleave(count)
+        loss, _ = algorithm.loss(before * (1 + shift), before, spread, offsets)
+        factor, _ = algorithm.correction(before, engine, offsets)  # type: ignore[misc]
+        return torch.autograd.grad((weights[chosen].repeat_interleave(count) * factor * loss).sum(), shift)[0]
 
-    micro_batch = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths))))[
-        row
-    ]
-    pieces = sum(gradient(micro_batch == piece) for piece in range(3))
-    mean = torch.autograd.grad(algorithm.loss(old * (1 + shift), old, advantages)[0].mean(), shift)[0]
-    torch.testing.assert_close(pieces, mean)
+    place = data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths)))
+    pieces = sum(gradient([i for i, piece in enumerate(place) if piece == chosen]) for chosen in range(3))
+    torch.testing.assert_close(pieces, gradient(list(range(len(lengths)))), check_dtype=False)

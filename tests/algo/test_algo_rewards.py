@@ -8,11 +8,20 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
-from rlhf_dist.algo.rewards import RunningMoments, clip_scores, shape_scores, token_rewards
+from rlhf_dist.algo.rewards import (
+    RunningMoments,
+    clip_scores,
+    length_normalized,
+    repetition_penalty,
+    shape_scores,
+    soft_overlong_penalty,
+    token_rewards,
+)
 from rlhf_dist.config.schema import ShapingConfig
 from rlhf_dist.errors import ConfigError
+from rlhf_dist.scoring.diversity import distinct_pairs
 
 numbers = st.floats(-100, 100, width=32)
 NOTHING = RunningMoments()
@@ -82,6 +91,72 @@ def test_clip() -> None:
     assert clip_scores(scores, 0.0).tolist() == [-7.0, 0.5, 7.0]
     with pytest.raises(ConfigError, match="score clip is -1"):
         clip_scores(scores, -1.0)
+
+
+def test_soft_overlong_penalty_by_hand() -> None:
+    length = torch.tensor([0, 1, 80, 81, 85, 90, 99, 100, 101, 10000])
+    got = soft_overlong_penalty(length, 100, 20)
+    assert got.dtype == torch.float32
+    assert got.tolist() == pytest.approx([0, 0, 0, -0.05, -0.25, -0.5, -0.95, -1, -1, -1])
+    assert soft_overlong_penalty(length.double(), 100, 20).dtype == torch.float64
+    # The whole length as buffer: straight down from the first token; of one token: only what is as long as allowed.
+    assert soft_overlong_penalty(torch.tensor([0, 1, 2, 4, 5]), 4, 4).tolist() == [0, -0.25, -0.5, -1, -1]
+    assert soft_overlong_penalty(torch.tensor([3, 4, 5]), 4, 1).tolist() == [0, -1, -1]
+    assert soft_overlong_penalty(torch.zeros(0), 4, 1).shape == (0,)
+
+
+@settings(max_examples=50)
+@given(lengths=st.lists(st.integers(0, 400), min_size=1, max_size=12), longest=st.integers(1, 200), data=st.data())
+def test_soft_overlong_penalty_has_the_papers_three_pieces(lengths: list[int], longest: int, data) -> None:
+    buffer = data.draw(st.integers(1, longest))
+    got = soft_overlong_penalty(torch.tensor(lengths), longest, buffer).tolist()
+    for length, penalty in zip(lengths, got, strict=True):
+        if length <= longest - buffer:
+            assert penalty == 0
+        elif length <= longest:
+            assert penalty == pytest.approx((longest - buffer - length) / buffer)
+        else:
+            assert penalty == -1
+
+
+@pytest.mark.parametrize(("longest", "buffer"), [(100, 0), (100, -1), (100, 101), (0, 0)])
+def test_an_overlong_buffer_that_does_not_fit_is_refused(longest: int, buffer: int) -> None:
+    with pytest.raises(ConfigError, match=f"buffer is {buffer} tokens and the longest response {longest}: give a"):
+        soft_overlong_penalty(torch.tensor([1]), longest, buffer)
+
+
+def test_repetition_penalty_by_hand() -> None:
+    got = repetition_penalty(torch.tensor([1.0, 0.75, 0.0]), 2.0)
+    assert got.tolist() == [0.0, -0.5, -2.0] and got.dtype == torch.float32
+    assert not repetition_penalty(torch.tensor([0.5, 0.1]), 0.0).any()
+    assert repetition_penalty(torch.tensor([0.3]).double(), 1.0).item() == pytest.approx(-0.7, abs=1e-7)
+    assert repetition_penalty(torch.zeros(0), 1.0).shape == (0,)
+    for coef in (-0.5, math.nan):
+        with pytest.raises(ConfigError, match=f"repetition penalty is {coef}: give 0 or more"):
+            repetition_penalty(torch.ones(1), coef)
+    with pytest.raises(AssertionError):
+        repetition_penalty(torch.tensor([1.5]), 1.0)
+
+
+def test_repetition_penalty_of_texts() -> None:
+    texts = ["a b c d", "a b a b a", "x x x x x", "one", ""]
+    distinct = torch.from_numpy(distinct_pairs(texts))
+    assert repetition_penalty(distinct, 1.0).tolist() == pytest.approx([0.0, -0.5, -0.75, 0.0, 0.0])
+
+
+def test_length_normalized_by_hand() -> None:
+    got = length_normalized(torch.tensor([6.0, -3.0, 5.0, 2.0]), torch.tensor([3, 2, 1, 0]))
+    assert got.tolist() == [2.0, -1.5, 5.0, 2.0] and got.dtype == torch.float32
+    assert length_normalized(torch.ones(1).double(), torch.tensor([4])).dtype == torch.float64
+    assert length_normalized(torch.tensor([6]), torch.tensor([4])).item() == 1.5
+    assert length_normalized(torch.zeros(0), torch.zeros(0).long()).shape == (0,)
+
+
+@settings(max_examples=25)
+@given(rows=st.lists(st.tuples(numbers, st.integers(0, 50)), min_size=1, max_size=8))
+def test_length_normalized_times_length_is_the_score(rows) -> None:
+    score, length = torch.tensor([s for s, _ in rows]).double(), torch.tensor([n for _, n in rows])
+    torch.testing.assert_close(length_normalized(score, length) * length.clamp(min=1), score)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from ranks import batch_of, rollouts
 from torch import Tensor
 
 from rlhf_dist.algo.advantages import gae
-from rlhf_dist.algo.recipes import Algorithm, ppo
+from rlhf_dist.algo.algorithm import Algorithm
+from rlhf_dist.algo.recipes import ppo
 from rlhf_dist.config.schema import (
     AlgoConfig,
     CriticConfig,

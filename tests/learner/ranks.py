@@ -14,8 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_dist.algo.recipes import grpo
-from rlhf_dist.config.schema import AlgoConfig, CriticConfig, LearnerConfig, ModelConfig, OptimizerConfig
+from rlhf_dist.algo.algorithm import Algorithm
+from rlhf_dist.algo.recipes import cispo, dr_grpo, grpo, gspo, rloo
+from rlhf_dist.config.schema import (
+    AlgoConfig,
+    CorrectionConfig,
+    CriticConfig,
+    LearnerConfig,
+    ModelConfig,
+    OptimizerConfig,
+)
 from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.policy import PolicyLearner
@@ -33,6 +41,22 @@ SAMPLING = Sampling(n=3, temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, sto
 OPTIMIZER = OptimizerConfig(lr=0.5, eps=1.0, warmup_steps=0, weight_decay=0.01, max_grad_norm=0.05)
 LEARNER = LearnerConfig(optimizer=OPTIMIZER)
 STEPS = 9
+GRPO = grpo(AlgoConfig())
+# The stand-in rollouts' logprobs are -4, those of the random model about -4.6: all of these bounds are met.
+METHODS: dict[str, Algorithm] = {
+    "gspo, corrected by sequence": gspo(
+        AlgoConfig(clip_low=0.01, clip_high=0.01, correction=CorrectionConfig("geometric", "truncate", 0.5, 2.0))
+    ),
+    "cispo, half of the tokens": cispo(AlgoConfig(entropy_share=0.5, aggregation="sequence_mean")),
+    "dr_grpo, corrected by token, off-policy responses left out": dr_grpo(
+        AlgoConfig(
+            aggregation="sequence_sum",
+            off_policy_limit=0.6,
+            correction=CorrectionConfig("token", "mask", 0.45, 1.5),
+        )
+    ),
+    "rloo, sequence mask": rloo(AlgoConfig(correction=CorrectionConfig("sequence", "mask", 1e-4, 2.0))),
+}
 
 
 def rollouts(seed: int) -> list[Rollout]:
@@ -71,10 +95,10 @@ def batch_of(made: list[Rollout]) -> tuple[Batch, Credit]:
     return batch, Credit(advantages)
 
 
-def cut(made: list[Rollout], learner: LearnerConfig, step: int, world: int) -> list[Shard]:
+def cut(made: list[Rollout], learner: LearnerConfig, step: int, world: int, algorithm: Algorithm = GRPO) -> list[Shard]:
     """The shards of all ranks."""
     batch, credit = batch_of(made)
-    learning = Learning(grpo(AlgoConfig()), learner, CriticConfig(), SAMPLING, STEPS)
+    learning = Learning(algorithm, learner, CriticConfig(), SAMPLING, STEPS)
     return make_shards(batch, batch.scores, credit, learning, 0.0, step, world)
 
 
@@ -90,8 +114,10 @@ def budget(world: int) -> int:
 class Trainer:
     """A learner with its batches."""
 
-    def __init__(self, model: Path, learner: LearnerConfig, dtype: str, world: int) -> None:
-        self.config, self.world = learner, world
+    def __init__(
+        self, model: Path, learner: LearnerConfig, dtype: str, world: int, algorithm: Algorithm = GRPO
+    ) -> None:
+        self.config, self.world, self.algorithm = learner, world, algorithm
         self.engine = ModelEngine(
             model,
             ModelConfig(dtype=dtype),
@@ -100,11 +126,11 @@ class Trainer:
             device="cpu",
             bucket_mib=1,  # type: ignore[arg-type]
         )
-        self.learner = PolicyLearner(self.engine, grpo(AlgoConfig()))
+        self.learner = PolicyLearner(self.engine, algorithm)
 
     def step(self, step: int) -> dict[str, float]:
         made = rollouts(step)
-        shard = cut(made, self.config, step, self.world)[self.engine.rank]
+        shard = cut(made, self.config, step, self.world, self.algorithm)[self.engine.rank]
         return self.learner.update(shard, made, (), None, AS_THEY_ARE).values()
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -140,6 +166,24 @@ def run_stage(stage: int, world: int, model: Path, folder: Path) -> dict[str, An
     fresh.step(3)
     found["three_without_restore"] = fresh.weights()
     return found
+
+
+def run_method(algorithm: Algorithm, stage: int, world: int, model: Path) -> dict[str, Any]:
+    """Three steps of a method, each two passes in two updates (one without a ratio), so that old logprobs matter."""
+    passes = 1 if algorithm.name == "rloo" else 2
+    learner = replace(
+        LEARNER,
+        zero_stage=stage,
+        ranks=world,
+        micro_batch_tokens=budget(world),
+        epochs=passes,
+        updates_per_batch=passes,
+    )
+    trainer = Trainer(model, learner, "float32", world, algorithm)
+    start = trainer.weights()
+    metrics = [trainer.step(step) for step in (1, 2, 3)]
+    trainer.engine.close()
+    return {"start": start, "three": trainer.weights(), "metrics": metrics}
 
 
 def run_bfloat16(stage: int, world: int, model: Path) -> dict[str, Any]:
@@ -187,6 +231,8 @@ def main() -> None:
     model, folder = Path(sys.argv[4]), Path(sys.argv[5])
     init_process_group(rank, world, "127.0.0.1", port, device="cpu", threads=1, timeout_s=120.0)
     found: dict[Any, Any] = {stage: run_stage(stage, world, model, folder) for stage in (0, 1, 2, 3)}
+    for name, algorithm in METHODS.items():
+        found[name] = {stage: run_method(algorithm, stage, world, model) for stage in (2, 3)}
     if world == 1:
         found["plain"] = plain(model)
     else:

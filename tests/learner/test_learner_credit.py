@@ -11,8 +11,9 @@ from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rlhf_dist.algo.advantages import gae
+from rlhf_dist.algo.algorithm import TokenCredit
 from rlhf_dist.algo.masking import whiten
-from rlhf_dist.algo.recipes import TokenCredit, ppo
+from rlhf_dist.algo.recipes import ppo
 from rlhf_dist.config.schema import AlgoConfig
 from rlhf_dist.learner.credit import by_row, estimate
 from rlhf_dist.learner.shard import AS_THEY_ARE, Estimate, EstimateSums, Shard, Whitening

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from rank_processes import distance, run_ranks
+from ranks import METHODS
 
 from rlhf_dist.config.schema import TinyConfig
 from rlhf_dist.models.tiny import make_tiny
@@ -55,6 +56,30 @@ def test_published_weights_have_moved_and_are_the_trained_ones(results: dict, st
         assert torch.equal(tensor, found["two"][name]), name
         assert not torch.equal(tensor, found["start"][name]), f"{name} did not move"
     assert all("published" not in results[2, 1][s] for s in STAGES), "only rank 0 writes"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_part_of_a_method_is_the_same_on_one_rank_and_two(results: dict, method: str, stage: int) -> None:
+    """Ratios of sequences, corrections, masks by entropy and distance: three steps on uneven rows."""
+    one, two = results[1, 0][method][stage], results[2, 0][method][stage]
+    assert distance(two["three"], one["three"], one["start"]) <= 1e-5
+    for alone, together in zip(one["metrics"], two["metrics"], strict=True):
+        assert together["learner/grad_norm"] == pytest.approx(alone["learner/grad_norm"], rel=1e-4)
+
+
+def test_the_bounds_of_those_methods_were_met(results: dict) -> None:
+    """Else the test above would compare nothing."""
+
+    def largest(method: str, name: str) -> float:
+        return max(values[name] for values in results[1, 0][method][2]["metrics"])
+
+    gspo, _, dr_grpo, rloo = METHODS
+    assert 0 < largest(gspo, "policy/clipped_low") + largest(gspo, "policy/clipped_high") < 1
+    assert largest(gspo, "correction/weight") < 1
+    assert 0 < largest(dr_grpo, "correction/masked") < 1
+    assert 0 < largest(dr_grpo, "policy/off_policy_masked") < 1
+    assert largest(rloo, "correction/masked") > 0 and largest(rloo, "learner/grad_norm") > 0
 
 
 def test_zero_3_really_holds_parts(results: dict) -> None:

@@ -183,7 +183,7 @@ def run_step(
     policy: FakePolicy | None = None,
     step: int = 7,
 ) -> tuple[StepReport, Shaper]:
-    shaper = Shaper(algo)
+    shaper = Shaper(algo, SAMPLING.max_tokens)
     algorithm = ppo(algo) if critic else grpo(algo)
     report, announcement, problems = train_step(
         experiences,

@@ -66,7 +66,7 @@ def wired(path: Path, config: Config = CONFIG, again: bool = False, **parts: Any
         directory=directory,
         telemetry=telemetry,
         progress=Quiet(),
-        shaper=Shaper(config.algo),
+        shaper=Shaper(config.algo, config.rollout.max_response_tokens),
         watch=CollapseWatch(config.algo.group_size),
         **made | parts,
     )
@@ -263,7 +263,7 @@ def test_a_checkpoint_from_before_there_were_shapers_goes_on_with_a_new_one(tmp_
     run = wired(tmp_path)
     assert resume(run, State(2, STEPS, dict(run.stream.cursor()), {}, {})) == 2
     close(run)
-    assert run.shaper.state() == Shaper(CONFIG.algo).state()
+    assert run.shaper.state() == Shaper(CONFIG.algo, 8).state()
 
 
 def test_critic_and_reference_are_saved_with_every_checkpoint(tmp_path: Path) -> None:

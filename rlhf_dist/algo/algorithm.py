@@ -1,0 +1,87 @@
+"""What an algorithm is: a frozen value made of functions. Its recipe, in a file of this room, fills it in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlhf_dist.algo.kl import KLKind
+
+Statistics = dict[str, Tensor]
+"""Name -> per-token values [N], without gradient."""
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Statistics]]
+"""(logprobs [N], old_logprobs [N], advantages [N], offsets [B + 1]) -> (per-token loss [N], statistics)."""
+Correction = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Statistics]]
+"""(old_logprobs [N], the sampler's logprobs [N], offsets [B + 1]) -> (factor of each token's loss [N], statistics)."""
+ResponseCredit = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(scores [B], groups [B], response lengths [B]) -> [B], one number a response."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCredit:
+    """Credit by response: from the scores of a step alone, so the controller gives it."""
+
+    advantages: ResponseCredit
+    """Each is spread over its row's response tokens."""
+    centered: ResponseCredit
+    """What is done to the KL of the responses before it is taken off the advantages: the same comparison without a
+    division, so that the coefficient keeps its meaning."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCredit:
+    """Credit by token: from rewards and a critic's values, given where the tokens are."""
+
+    estimate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """(rewards [B, T], values [B, T], mask [B, T]) -> (advantages [B, T], returns [B, T])."""
+    whiten: bool
+    """Advantages to mean 0 and deviation 1, over all tokens of the step."""
+    clip: float
+    """Then cut to +-clip; 0: off."""
+    needs_values: bool = True
+    """Whether there is a critic; else all values are 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """What the loop and the learner know of an algorithm. Made of module functions and numbers, so that it pickles."""
+
+    name: str
+    """The key in `ALGORITHMS`."""
+    credit: GroupCredit | TokenCredit
+    loss: Loss
+    token_weights: Callable[[Tensor, int], Tensor]
+    """(response lengths [B] of the whole optimizer step, longest response allowed) -> weights [B] float64.
+    The step's loss is the sum over rows and their response tokens of weight x per-token loss. Because the weights are
+    made once, from all rows of all ranks, the cut into ranks and micro-batches changes nothing."""
+    correction: Correction | None
+    """None: off."""
+    idle_without_credit: bool
+    """A row with advantage 0 has loss 0 and gradient 0, so the learner may leave it out; its tokens still count in
+    `token_weights`."""
+    entropy_coef: float
+    """Weight of the entropy bonus: loss - entropy_coef x entropy, per token."""
+    kl_estimator: KLKind | None
+    """Estimator of the KL to the reference that the loss has beside it; None: none in the loss."""
+    kl_stop: float
+    """Mean approximate KL per token to the sampling policy after which a batch's other updates are left out; 0: off."""
+    entropy_share: float
+    """Share of the tokens, those of the highest entropy, that have a policy loss; 1: all."""
+    off_policy_limit: float
+    """Nats per token: a response with negative advantage that the policy has left by more has no policy loss;
+    0: off."""
+
+    greedy_baseline: bool = False
+    """Whether a greedy response to each prompt is sampled and scored too, and its score taken off the others'."""
+
+    @property
+    def by_token(self) -> bool:
+        """Whether credit is made where the tokens are."""
+        return isinstance(self.credit, TokenCredit)
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether credit comes from a critic's values."""
+        return isinstance(self.credit, TokenCredit) and self.credit.needs_values

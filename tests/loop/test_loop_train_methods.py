@@ -1,0 +1,111 @@
+"""What single methods ask of the loop: prompts without signal made up for, a greedy response to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from stand_ins import FakePolicy, FakeRollouts, FakeScoring, lines, scores_of
+from test_loop_train import CONFIG, PROMPTS, STEPS, close, wired
+
+from rlhf_dist.config.schema import AlgoConfig, Config
+from rlhf_dist.data.stream import PromptStream
+from rlhf_dist.loop.train import train
+from rlhf_dist.types import Handle, Sampling, Scores
+
+
+def with_algo(algo: AlgoConfig) -> Config:
+    return replace(CONFIG, algo=algo, eval=replace(CONFIG.eval, every=0))
+
+
+class FlatHalf(FakeScoring):
+    """All samples of every second prompt (in the order asked) score the same."""
+
+    def __init__(self, flat: int = 2) -> None:
+        self.asked = 0
+        self.flat = flat
+
+    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Scores]:
+        found = super().gather(pending)
+        for uid, scores in found.items():
+            samples = len(scores.total)
+            self.asked += samples > 1  # an evaluation's single answers are left alone
+            if samples > 1 and self.asked % self.flat == 0:
+                same = np.ones(samples, np.float32)
+                found[uid] = scores_of(same, {"exact": same})
+        return found
+
+
+def test_prompts_without_signal_are_made_up_for(tmp_path: Path) -> None:
+    policy, scoring = FakePolicy(), FlatHalf()
+    config = with_algo(AlgoConfig(name="dapo", group_size=2, filter_groups=True, filter_rounds=50))
+    run = wired(tmp_path, config, policy=policy, scoring=scoring)
+    train(run, None)
+    proof = run.ledger.proof()
+    close(run)
+    found = [line for line in lines(run.directory.metrics) if "reward/mean" in line]
+    assert [line["reward/groups_without_signal"] for line in found] == [0.0] * STEPS
+    dropped = sum(line["data/dropped_no_signal"] for line in found)
+    assert proof.consumed == STEPS * PROMPTS, "every step had all its groups"
+    assert proof.dropped == {"no_signal": int(dropped)} and dropped >= STEPS
+    assert proof.holds
+
+
+def test_after_so_many_rounds_a_step_takes_what_there_is(tmp_path: Path) -> None:
+    """Nothing ever has a signal: the run goes on, and says so."""
+    config = with_algo(AlgoConfig(group_size=2, filter_groups=True, filter_rounds=3))
+    run = wired(tmp_path, config, scoring=FlatHalf(flat=1))
+    train(run, None)
+    proof = run.ledger.proof()
+    close(run)
+    found = [line for line in lines(run.directory.metrics) if "reward/mean" in line]
+    assert [line["reward/groups_without_signal"] for line in found] == [1.0] * STEPS
+    assert [line["data/dropped_no_signal"] for line in found] == [2.0 * PROMPTS] * STEPS
+    assert proof.holds and proof.consumed == STEPS * PROMPTS
+
+
+@dataclass
+class GreedyRollouts(FakeRollouts):
+    """Remembers how it was asked to sample; some prompts give no greedy response."""
+
+    greedy: list[str] = field(default_factory=list)
+    greedy_drops: tuple[str, ...] = ()
+
+    def generate(self, prompts, sampling: Sampling):
+        if sampling.temperature == 0:
+            assert sampling.n == 1 and self.drops == ()
+            self.greedy += [prompt.uid for prompt in prompts]
+            try:
+                self.drops = self.greedy_drops
+                yield from super().generate(prompts, sampling)
+            finally:
+                self.drops = ()
+        else:
+            yield from super().generate(prompts, sampling)
+
+
+def test_the_greedy_score_is_taken_off_with_remax(tmp_path: Path) -> None:
+    """The stand-in gives the first sample of a group 1 and the others 0; the greedy response is a first sample."""
+    policy, rollouts = FakePolicy(), GreedyRollouts()
+    run = wired(tmp_path, with_algo(AlgoConfig(name="remax", group_size=2)), policy=policy, rollouts=rollouts)
+    train(run, None)
+    close(run)
+    assert len(rollouts.greedy) >= STEPS * PROMPTS
+    assert policy.updates == STEPS
+    for shards, *_ in policy.given:
+        advantages = np.concatenate([shard.advantages for shard in shards])
+        assert sorted(advantages) == [-1.0] * PROMPTS, "1 - 1 has no gradient and is left out, 0 - 1 is there"
+
+
+def test_a_prompt_without_its_greedy_response_is_dropped_and_made_up_for(tmp_path: Path) -> None:
+    config = with_algo(AlgoConfig(name="remax", group_size=1))
+    first = PromptStream(config.data, config.seed, config.eval.prompts).take(2)
+    rollouts = GreedyRollouts(greedy_drops=tuple(prompt.uid for prompt in first))
+    run = wired(tmp_path, config, rollouts=rollouts)
+    train(run, None)
+    proof = run.ledger.proof()
+    close(run)
+    assert proof.dropped == {"greedy_lost": 2} and proof.holds and proof.consumed == STEPS * PROMPTS
+    assert sum("greedy_lost" in event["message"] for event in lines(run.directory.events)) == 2
