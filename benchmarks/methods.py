@@ -43,13 +43,14 @@ BASE: dict[str, Any] = {
         "micro_batch_tokens": 4096,
         "optimizer": {"lr": 3e-4, "warmup_steps": 5, "schedule": "linear"},
     },
-    "critic": {"optimizer": {"lr": 1e-3, "warmup_steps": 5, "schedule": "linear"}},
     "loop": {"checkpoint_every": 0},
     "eval": {"prompts": 256, "every": 0, "samples": 4},
     "telemetry": {"wandb": "off", "progress": "plain"},
 }
 SHORT = {"dapo": {"shaping": {"overlong_buffer": 4}}}
 """For responses of at most 16 tokens."""
+SHIPPED = [name for name in METHODS if (METHOD_FILES / f"{name}.yaml").is_file()]
+CRITIC = {"optimizer": {"lr": 1e-3, "warmup_steps": 5, "schedule": "linear"}}
 ACCURACY = "eval/greedy_accuracy"
 REWARD = "eval/reward"
 
@@ -87,7 +88,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("words", nargs="*", metavar="key=value", help="keys set over every method's config")
-    parser.add_argument("--only", default=",".join(METHODS), help="methods, with commas between (all)")
+    parser.add_argument("--only", default=",".join(SHIPPED), help="methods, with commas between (all)")
     parser.add_argument("--steps", type=at_least(1), default=STEPS, help=f"training steps of each ({STEPS})")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights, data and sampling (0)")
     parser.add_argument("--folder", type=Path, help="new folder for models and runs, which stay (a temporary one)")
@@ -96,8 +97,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(list(argv))
     args.only = args.only.split(",")
     for name in args.only:
-        if name not in METHODS:
-            raise ConfigError(f"--only names {name!r}, which is no method; there are {', '.join(METHODS)}")
+        if name not in SHIPPED:
+            raise ConfigError(
+                f"--only names {name!r}, which has no file in configs/algo; there are {', '.join(SHIPPED)}"
+            )
     return args
 
 
@@ -114,6 +117,8 @@ def write_configs(folder: Path, only: Sequence[str], steps: int, seed: int, word
                 "algo": {"group_size": group} | SHORT.get(name, {}),
                 "loop": BASE["loop"] | {"steps": steps, "prompts_per_step": SAMPLES // group},
             }
+            if METHODS[name].baseline == "critic":
+                made["critic"] = CRITIC
         files[name] = folder / f"{name}.yaml"
         files[name].write_text(yaml.safe_dump(made))
         check(load(files[name], list(words)), "sft" if name == "sft" else "train")

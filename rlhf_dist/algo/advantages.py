@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_dist.algo.masking import at_least_float32, whiten
+from rlhf_dist.algo.masking import EQUAL_SCORES, at_least_float32, whiten
 from rlhf_dist.errors import ConfigError
 
 StdKind = Literal["unbiased", "population", "none"]
@@ -209,5 +209,9 @@ def _above_lowest(score_B: Tensor, group_B: Tensor) -> _Grouped:
     names_G, row_group_B = torch.unique(group_B, return_inverse=True)
     zero_G = score_B.new_zeros(len(names_G))
     lowest_G = zero_G.scatter_reduce(0, row_group_B, score_B, reduce="amin", include_self=False)
+    above_B = score_B - lowest_G[row_group_B]
+    # Else the last digit of a model's score would become an advantage of full size.
+    spread_G = zero_G.scatter_reduce(0, row_group_B, above_B, reduce="amax", include_self=False)
+    equal_G = spread_G <= EQUAL_SCORES * lowest_G.abs().clamp(min=1.0)
     count_G = zero_G.index_add(0, row_group_B, torch.ones_like(score_B))
-    return _Grouped(score_B - lowest_G[row_group_B], row_group_B, count_G)
+    return _Grouped(above_B.masked_fill(equal_G[row_group_B], 0.0), row_group_B, count_G)

@@ -66,7 +66,8 @@ class Algorithm:
     kl_estimator: KLKind | None
     """Estimator of the KL to the reference that the loss has beside it; None: none in the loss."""
     kl_stop: float
-    """Mean approximate KL per token to the sampling policy after which a batch's other updates are left out; 0: off."""
+    """Mean approximate KL per token to the policy before the batch's first update, after which its other updates are
+    left out; 0: off."""
     entropy_share: float
     """Share of the tokens, those of the highest entropy, that have a policy loss; 1: all."""
     off_policy_limit: float

@@ -127,8 +127,9 @@ def off_policy_sequence_mask(
 def entropy_threshold(entropy: Tensor, share: float) -> Tensor:
     """The entropy that the `share` of tokens with the highest entropy reach or pass: a scalar in nats, no gradient.
 
-    The k-th largest of N, k = share x N rounded, at least 1. A learner of several ranks calls it with the tokens of
-    all, and every rank keeps its own tokens with entropy >= threshold. 0.0 where there are no tokens.
+    "Beyond the 80/20 Rule" (arXiv:2506.01939): where the policy hesitates is where it learns; the paper has a share of
+    0.2. The k-th largest of N, k = share x N rounded, at least 1. A learner of several ranks calls it with the tokens
+    of all, and every rank keeps its own tokens with entropy >= threshold. 0.0 where there are no tokens.
 
     Args:
         entropy: [N] of the policy's distribution at each token, nats.
@@ -141,20 +142,6 @@ def entropy_threshold(entropy: Tensor, share: float) -> Tensor:
         return entropy.new_zeros(())
     kept = max(1, round(share * entropy.numel()))
     return entropy.kthvalue(entropy.numel() - kept + 1).values
-
-
-def high_entropy_mask(entropy: Tensor, share: float) -> Tensor:
-    """1.0 at the `share` of the given tokens with the highest entropy, else 0.0: [N], no gradient.
-
-    "Beyond the 80/20 Rule" (arXiv:2506.01939): where the policy hesitates is where it learns; the paper has a share of
-    0.2, of the tokens of a whole batch. All tokens that are level with the last one kept are kept as well.
-
-    Args:
-        entropy: [N] of the policy's distribution at each token, nats; may be empty.
-        share: above 0, up to 1, which keeps all. See `entropy_threshold`.
-    """
-    entropy = at_least_float32(entropy.detach())
-    return (entropy >= entropy_threshold(entropy, share)).to(entropy.dtype)
 
 
 def _check_correction(level: str, mode: str, low: float, high: float) -> None:

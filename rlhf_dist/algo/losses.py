@@ -86,10 +86,12 @@ def sequence_policy_loss(
         s = exp(mean over the sequence of (logprobs - old_logprobs))    each log ratio cut to +-20 (no gradient beyond)
         loss = -min(s A, clip(s, 1 - clip_low, 1 + clip_high) A)        at each token of the sequence
 
-    GSPO (arXiv:2507.18071). Every token carries its sequence's whole loss, and the gradient of s reaches all tokens of
-    the sequence. So weights 1 / (B length), which add up to 1 / B over a sequence, give the paper's mean over
-    sequences; weights by token make a sequence count by its length. Where every sequence is one token this is
-    `clipped_policy_loss` without its second bound.
+    GSPO (arXiv:2507.18071), in its form by token: every token carries its sequence's whole loss, whose gradient goes to
+    that token's logprob alone, as if s were exp(that logprob - itself held still) times s held still. The sum over a
+    sequence has the gradient of length x s, and a mask or a weight on one token acts on that token. Weights
+    1 / (B length), which add up to 1 / B over a sequence, give the paper's mean over sequences; weights by token make
+    a sequence count by its length. Where every sequence is one token this is `clipped_policy_loss` without its second
+    bound.
 
     Args:
         logprobs: [N] of the learner, nats, with gradient.
@@ -106,7 +108,8 @@ def sequence_policy_loss(
     """
     _check_clips(clip_low, clip_high)
     sums, lengths = sequence_log_ratio(logprobs, old_logprobs, offsets)
-    ratio = (sums / lengths).exp()
+    own = log_ratio(logprobs, old_logprobs)
+    ratio = (sums / lengths).detach().exp() * (own - own.detach()).exp()
     surrogate, stopped = _clipped_surrogate(ratio, at_least_float32(advantages), clip_low, clip_high)
     return -surrogate, _statistics(logprobs, old_logprobs, ratio, **stopped)
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+EQUAL_SCORES = 1e-6
+"""Scores that differ by at most this share of their size (of 1, where they are smaller) count as equal: a model
+gives the same text scores that differ in the last digit."""
 WHITEN_EPS = 1e-8
 """Added to the variance before the square root."""
 
@@ -16,6 +19,12 @@ WHITEN_EPS = 1e-8
 def at_least_float32(x: Tensor) -> Tensor:
     """The same values in the precision of the maths here: float64 stays float64, everything else becomes float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def all_equal(scores: Tensor) -> bool:
+    """Whether all scores (any shape, at least one) count as equal: max - min <= 1e-6 max(1, |min|)."""
+    lowest, highest = (float(x) for x in scores.aminmax())
+    return highest - lowest <= EQUAL_SCORES * max(1.0, abs(lowest))
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:

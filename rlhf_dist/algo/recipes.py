@@ -38,11 +38,11 @@ def ppo(config: AlgoConfig) -> Algorithm:
 
 
 def decoupled_ppo(config: AlgoConfig) -> Algorithm:
-    """PPO whose clip is around the learner's own weights, not around those that sampled (arXiv:2110.00641).
+    """PPO with the distance of the sampler (behaviour) from the learner before its update (proximal) as a weight.
 
-    The ratio that is clipped is to the logprobs under the weights before the update (proximal); the distance from
-    there to the sampler's (behaviour) is an importance weight, `algo.correction`. Of use where rollouts are older than
-    the weights (AReaL, arXiv:2505.24298).
+    Batch-size invariance (arXiv:2110.00641); AReaL (arXiv:2505.24298) uses it where rollouts are older than the
+    weights. All methods here take their ratio to the proximal logprobs; this one must have the weight,
+    `algo.correction`, too.
     """
     return make("decoupled_ppo", config, critic_credit(config), clipped(config))
 
@@ -88,7 +88,8 @@ def opo(config: AlgoConfig) -> Algorithm:
 def remax(config: AlgoConfig) -> Algorithm:
     """ReMax (arXiv:2310.10505): scores less that of a greedy response to the same prompt, sampled besides."""
     return replace(
-        make("remax", config, GroupCredit(unchanged, unchanged), by_token(reinforce_loss)), greedy_baseline=True
+        make("remax", config, GroupCredit(unchanged, partial(of_scores, batch_centered)), by_token(reinforce_loss)),
+        greedy_baseline=True,
     )
 
 
@@ -157,7 +158,11 @@ def make(
         loss=loss,
         token_weights=AGGREGATIONS[aggregation or config.aggregation],
         correction=correction(config.correction),
-        idle_without_credit=isinstance(credit, GroupCredit) and not kl_in_loss and config.entropy_coef == 0,
+        # The share of entropies is of all tokens.
+        idle_without_credit=isinstance(credit, GroupCredit)
+        and not kl_in_loss
+        and config.entropy_coef == 0
+        and config.entropy_share == 1,
         entropy_coef=config.entropy_coef,
         kl_estimator=config.kl.estimator if kl_in_loss else None,
         kl_stop=config.kl_stop,

@@ -8,12 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_dist.algo.masking import at_least_float32
+from rlhf_dist.algo.masking import EQUAL_SCORES, at_least_float32
 from rlhf_dist.config.schema import ShapingConfig
 from rlhf_dist.errors import ConfigError
-
-EQUAL_SCORES = 1e-6
-"""Scores whose deviation is at most this share of their size (of 1, where they are smaller) count as equal."""
 
 
 def token_rewards(score_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, kl_coef: float) -> Tensor:

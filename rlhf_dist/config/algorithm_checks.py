@@ -6,9 +6,10 @@ import difflib
 from collections.abc import Iterator
 
 from rlhf_dist.config.methods import METHOD_KEYS, METHODS, Method, methods_with
-from rlhf_dist.config.schema import AlgoConfig, Config, CorrectionConfig, CriticConfig
+from rlhf_dist.config.schema import AlgoConfig, Config, CorrectionConfig, CriticConfig, KLConfig, ShapingConfig
 
 CRITIC_SECTION = ("start", "side_by_side", "warmup_steps", "clip", "coef")
+"""`critic.optimizer` is left out: a config of several stages has it for the one that needs it."""
 
 
 def algorithm_problems(config: Config) -> Iterator[str]:
@@ -25,6 +26,11 @@ def algorithm_problems(config: Config) -> Iterator[str]:
         yield (
             f"loop.max_policy_lag is {config.loop.max_policy_lag}; this version generates and learns in turn: "
             "it must be 0"
+        )
+    if algo.shaping.overlong_penalty != ShapingConfig().overlong_penalty and not algo.shaping.overlong_buffer:
+        yield (
+            f"algo.shaping.overlong_penalty is {algo.shaping.overlong_penalty} and has no effect with "
+            "algo.shaping.overlong_buffer 0; set both or none"
         )
     longest = config.rollout.max_response_tokens
     if algo.shaping.overlong_buffer > longest:
@@ -77,18 +83,43 @@ def _method(config: Config, method: Method) -> Iterator[str]:
             f"algo.name {algo.name}, whose loss does not know that the policy has moved: both must be 1, or choose "
             f"{methods_with('clip_low')}"
         )
-    if algo.name == "gspo" and algo.clip_high > 0.1:
+    yield from _baseline(config, method)
+    yield from _correction(algo, method)
+
+
+def _baseline(config: Config, method: Method) -> Iterator[str]:
+    """What a method is compared with, and what would spoil the comparison."""
+    algo = config.algo
+    if algo.name == "gspo" and max(algo.clip_low, algo.clip_high) > 0.1:
         yield (
-            f"algo.clip_high is {algo.clip_high} with algo.name gspo, whose ratio is that of a whole response by its "
-            "length and hardly leaves 1: nothing would ever be clipped; 3e-4 below and 4e-4 above are usual "
-            "(algo.clip_low, algo.clip_high)"
+            f"algo.clip_low is {algo.clip_low} and algo.clip_high {algo.clip_high} with algo.name gspo, whose ratio is "
+            "that of a whole response by its length and hardly leaves 1: nothing would ever be clipped; 3e-4 and 4e-4 "
+            "are usual"
         )
+    if method.baseline == "greedy":
+        for key in ("length_normalize", "overlong_buffer", "repetition_penalty", "missing_end_penalty"):
+            if getattr(algo.shaping, key):
+                yield (
+                    f"algo.shaping.{key} is {str(getattr(algo.shaping, key)).lower()} with algo.name {algo.name}, "
+                    "whose greedy responses are not shaped: the two would not compare; take it out"
+                )
+        if algo.shaping.normalize in ("running", "batch"):
+            yield (
+                f"algo.shaping.normalize is {algo.shaping.normalize} with algo.name {algo.name}, which has a baseline "
+                "of its own; set it to off or scale"
+            )
+    if method.baseline == "step" and algo.group_size * config.loop.prompts_per_step == 1:
+        yield (
+            f"loop.prompts_per_step is 1 and algo.group_size 1 with algo.name {algo.name}, which compares the "
+            "responses of a step; raise one of them"
+        )
+    if algo.filter_groups and algo.filter_rounds == 1:
+        yield "algo.filter_rounds is 1 with algo.filter_groups true; nothing could be made up for: give 2 or more"
     if algo.filter_rounds != AlgoConfig().filter_rounds and not algo.filter_groups:
         yield (
             f"algo.filter_rounds is {algo.filter_rounds} and has no effect with algo.filter_groups false; set that to "
             "true, or take it out"
         )
-    yield from _correction(algo, method)
 
 
 def _correction(algo: AlgoConfig, method: Method) -> Iterator[str]:
@@ -154,5 +185,17 @@ def _kl(config: Config) -> Iterator[str]:
             "(algo.kl); the sampler's logprobs are then of a cut distribution and the reference's are not, which would "
             "count as KL: set top_p to 1 and top_k to 0, or algo.kl.coef to 0"
         )
+    if kl.place == "reward" and kl.estimator != KLConfig().estimator:
+        yield (
+            f"algo.kl.estimator is {kl.estimator} and has no effect with algo.kl.place reward, which is always by k1; "
+            "set algo.kl.place to loss, or take it out"
+        )
+    if kl.controller == "fixed":
+        for key in ("target", "horizon"):
+            if getattr(kl, key) != getattr(KLConfig(), key):
+                yield (
+                    f"algo.kl.{key} is {getattr(kl, key)} and has no effect with algo.kl.controller fixed; set that to "
+                    "adaptive, or take it out"
+                )
     if reference.ema and not reference.update_every:
         yield f"reference.ema is {reference.ema} and has no effect with reference.update_every 0; set both or none"

@@ -40,6 +40,7 @@ TAKEN_NAMES = (
     "dropped",
     "running_mean",
     "running_std",
+    "greedy",
     "score_clipped",
 )
 """Rewards are shown as reward/NAME and eval/NAME: these names are in use there (`gold` for the one it is)."""

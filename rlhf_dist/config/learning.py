@@ -101,7 +101,8 @@ class AlgoConfig:
     advantage_clip: float = 0.0
     """With a critic, and reinforce_pp: advantages are cut to +-advantage_clip, after whitening; 0: off."""
     filter_groups: bool = False
-    """Drop prompts whose samples all score the same, and make up for them by others (DAPO's dynamic sampling)."""
+    """Drop prompts whose samples all score the same (before shaping and KL), and make up for them by others (DAPO's
+    dynamic sampling)."""
     filter_rounds: int = 4
     """filter_groups: after so many rounds of sampling a step takes such prompts, too."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
@@ -110,8 +111,8 @@ class AlgoConfig:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus in the loss."""
     kl_stop: float = 0.0
-    """The rest of a batch's optimizer steps is left out once the approximate KL to the sampling policy, mean per token,
-    passes this; 0: off."""
+    """The rest of a batch's optimizer steps is left out once the approximate KL to the policy before them, mean per
+    token, passes this; 0: off."""
     entropy_share: float = 1.0
     """Only this share of the tokens, those of the highest entropy, has a policy gradient; 1: all. Usual: 0.2."""
     off_policy_limit: float = 0.0

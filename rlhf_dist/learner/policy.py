@@ -134,6 +134,7 @@ class PolicyLearner:
         offsets = torch.from_numpy(np.cumsum([0, *lengths])).to(device)
         losses, stats = algorithm.loss(logprobs, before, flat(given.advantages, chosen, device), offsets)
         found = {f"policy/{name}": values for name, values in stats.items()} | beside_stats
+        found["policy/behaviour_kl"] = kl_estimate(flat(given.sampled, chosen, device), logprobs.detach(), "k3")
         largest = {"policy/ratio_max": float(stats["ratio"].max())}
         if algorithm.correction is not None:
             weight, stats = algorithm.correction(before, flat(given.sampled, chosen, device), offsets)

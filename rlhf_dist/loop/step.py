@@ -10,6 +10,7 @@ import torch
 
 from rlhf_dist.algo.algorithm import Algorithm, GroupCredit
 from rlhf_dist.algo.corrections import effective_sample_share
+from rlhf_dist.algo.masking import all_equal
 from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.schema import CriticConfig, LearnerConfig, OptimizerConfig
 from rlhf_dist.data.packing import plan
@@ -221,8 +222,10 @@ def batch_metrics(batch: Batch, scores: np.ndarray, learning: Learning, step: in
         "learner/tokens": float(batch.prompt_lengths.sum()) + tokens,
     }
     if METHODS[learning.algorithm.name].baseline == "group":
-        flat = sum(bool(np.ptp(scores[batch.groups == g]) == 0) for g in range(groups))
+        flat = sum(all_equal(torch.from_numpy(scores[batch.groups == g])) for g in range(groups))
         found["reward/groups_without_signal"] = flat / groups
+    if learning.algorithm.greedy_baseline:
+        found["reward/greedy"] = float(batch.baselines.mean())
     return found
 
 

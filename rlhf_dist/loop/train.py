@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 from rlhf_dist.algo.algorithm import Algorithm
+from rlhf_dist.algo.masking import all_equal
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import DataError
@@ -264,8 +265,8 @@ def next_batch(run: Run, version: int) -> tuple[tuple[Experience, ...], dict[str
             arrived, without = against_greedy_scores(run, arrived)
             lost += without
         if run.config.algo.filter_groups and rounds < run.config.algo.filter_rounds:
-            flat = [experience for experience in arrived if np.ptp(experience.scores.total) == 0]
-            arrived = [experience for experience in arrived if np.ptp(experience.scores.total) != 0]
+            flat = [e for e in arrived if all_equal(torch.from_numpy(e.scores.total))]
+            arrived = [e for e in arrived if not all_equal(torch.from_numpy(e.scores.total))]
             run.ledger.drop([experience.prompt.uid for experience in flat], NO_SIGNAL)
             run.queue.dropped(len(flat))
             dropped[NO_SIGNAL] += len(flat)

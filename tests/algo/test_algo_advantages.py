@@ -248,3 +248,14 @@ def test_gae_has_no_gradient_and_takes_nothing() -> None:
 def test_a_discount_outside_of_zero_to_one_is_refused(gamma: float, lam: float) -> None:
     with pytest.raises(ConfigError, match=f"gamma is {gamma} and lambda {lam}"):
         gae(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1), gamma, lam)
+
+
+def test_scores_that_differ_in_their_last_digit_are_equal() -> None:
+    """A reward model gives one text scores that differ by its batch; divided by their deviation they would count."""
+    close = torch.tensor([5.0, 5.0 + 1e-6, 5.0 - 1e-6, 0.0, 1e-7, -5e-7])
+    groups = torch.tensor([0, 0, 0, 1, 1, 1])
+    for function in (group_normalized, leave_one_out, group_centered_batch_whitened):
+        assert function(close, groups).tolist() == [0.0] * 6
+    assert optimal_baseline(close, groups, torch.ones(6, dtype=torch.long)).tolist() == [0.0] * 6
+    apart = torch.tensor([5.0, 5.0 + 1e-3])
+    assert group_normalized(apart, groups[:2])[1] > 0.6

@@ -283,13 +283,22 @@ def test_gradients_of_gspo_and_reinforce_by_finite_differences_and_of_cispo_by_i
     logprobs = (old + torch.tensor([0.05, -0.7, 0.9, -0.1, 1.4, -0.6])).requires_grad_()
     advantages = torch.tensor([1.0, -1.0, 2.0, -0.5, -1.0, 1.0], dtype=torch.float64)
     offsets = torch.tensor([0, 2, 2, 3, 6])
+    same = torch.tensor([1.0, 1.0, 2.0, -0.5, -0.5, -0.5], dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda x: sequence_policy_loss(x, old, advantages, offsets, 0.2, 0.28)[0], (logprobs,)
+        lambda x: sequence_policy_loss(x, old, same, offsets, 0.2, 0.28)[0].sum(), (logprobs,)
     )
     assert torch.autograd.gradcheck(lambda x: reinforce_loss(x, old, advantages)[0], (logprobs,))
     weight = (logprobs - old).detach().exp().clamp(0.8, 1.28)
     gradient = gradient_of(lambda x: cispo_loss(x, old, advantages, 0.2, 0.28), logprobs.detach())
     torch.testing.assert_close(gradient, -weight * advantages)
+
+
+def test_a_mask_on_one_token_of_gspo_stops_that_tokens_gradient_alone() -> None:
+    old, offsets = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([0, 3])
+    logprobs = (old + torch.tensor([0.1, -0.2, 0.4])).requires_grad_()
+    loss, _ = sequence_policy_loss(logprobs, old, torch.ones(3), offsets, 0.5, 0.5)
+    (gradient,) = torch.autograd.grad((loss * torch.tensor([1.0, 0.0, 1.0])).sum(), logprobs)
+    torch.testing.assert_close(gradient, -math.exp(0.1) * torch.tensor([1.0, 0.0, 1.0]))
 
 
 def test_nan_in_one_sequence_does_not_reach_another_nor_its_gradient() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_dist.config.checks import CPU_HEAD_DIMS, Command, check, problems
 from rlhf_dist.config.load import load
+from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.pipeline_checks import load_stages
 from rlhf_dist.config.ranges import ranged_keys
 from rlhf_dist.config.schema import Config
@@ -208,7 +209,7 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         ("train", ["algo.name=reinforce_pp", "algo.lam=0.5"], ["algo.lam is 0.5", "choose ppo, decoupled_ppo, a2c"]),
         (
             "train",
-            ["algo.name=gspo", "algo.clip_high=4e-4", "algo.aggregation=sequence_sum"],
+            ["algo.name=gspo", "algo.clip_low=3e-4", "algo.clip_high=4e-4", "algo.aggregation=sequence_sum"],
             ["algo.aggregation is sequence_sum", "no effect with algo.name gspo"],
         ),
         ("train", ["algo.name=rloo", "algo.group_size=1"], ["algo.group_size is 1 with algo.name rloo", "at least 2"]),
@@ -218,7 +219,7 @@ def test_every_number_of_the_schema_has_a_range() -> None:
             ["learner.updates_per_batch 2 with algo.name opo", "both must be 1"],
         ),
         ("train", ["algo.name=a2c", "learner.epochs=2"], ["learner.epochs is 2", "algo.name a2c"]),
-        ("train", ["algo.name=gspo"], ["algo.clip_high is 0.2 with algo.name gspo", "4e-4 above"]),
+        ("train", ["algo.name=gspo"], ["algo.clip_high 0.2 with algo.name gspo", "3e-4 and 4e-4"]),
         (
             "train",
             ["algo.name=reinforce", "critic.clip=0.5"],
@@ -248,6 +249,30 @@ def test_every_number_of_the_schema_has_a_range() -> None:
             ["algo.shaping.overlong_buffer is 1000", "rollout.max_response_tokens", "at most that"],
         ),
         ("train", ["algo.shaping.repetition_penalty=-1"], ["algo.shaping.repetition_penalty is -1", "0 or more"]),
+        (
+            "train",
+            ["algo.name=remax", "algo.shaping.missing_end_penalty=1"],
+            ["algo.shaping.missing_end_penalty is 1.0 with algo.name remax", "not shaped", "take it out"],
+        ),
+        (
+            "train",
+            ["algo.name=remax", "algo.shaping.normalize=running"],
+            ["algo.shaping.normalize is running", "off or scale"],
+        ),
+        (
+            "train",
+            ["algo.name=reinforce", "algo.group_size=1", "loop.prompts_per_step=1"],
+            ["loop.prompts_per_step is 1 and algo.group_size 1", "raise one"],
+        ),
+        ("train", ["algo.filter_rounds=2"], ["algo.filter_rounds is 2", "no effect with algo.filter_groups false"]),
+        ("train", ["algo.filter_groups=true", "algo.filter_rounds=1"], ["algo.filter_rounds is 1", "give 2 or more"]),
+        ("train", ["algo.kl.estimator=k2", "algo.kl.coef=0.1"], ["algo.kl.estimator is k2", "algo.kl.place to loss"]),
+        ("train", ["algo.kl.target=3", "algo.kl.coef=0.1"], ["algo.kl.target is 3", "algo.kl.controller fixed"]),
+        (
+            "train",
+            ["algo.shaping.overlong_penalty=2"],
+            ["algo.shaping.overlong_penalty is 2.0", "no effect", "set both or none"],
+        ),
         ("train", ["learner.epochs=0"], ["learner.epochs is 0", "at least 1"]),
         ("train", ["learner.ema_decay=1"], ["learner.ema_decay is 1", "less than 1"]),
     ],
@@ -256,6 +281,14 @@ def test_each_problem(tmp_path: Path, command: Command, overrides: list[str], pa
     found = problems(config(tmp_path, *overrides), command)
     assert len(found) == 1, found
     assert all(part in found[0] for part in parts), found
+
+
+def test_every_method_has_its_file_and_every_file_its_method() -> None:
+    files = {path.stem: path for path in (ROOT / "configs" / "algo").glob("*.yaml")}
+    assert files.keys() == METHODS.keys()
+    for name, path in files.items():
+        assert load(path).algo.name == name
+        assert problems(load(path), "train") == []
 
 
 @pytest.mark.parametrize(

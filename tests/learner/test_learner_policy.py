@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from ranks import batch_of, rollouts
 from torch import Tensor
 
+from rlhf_dist.algo.corrections import Level, Mode, importance_weights
 from rlhf_dist.algo.recipes import ppo
-from rlhf_dist.config.schema import AlgoConfig, CriticConfig, KLConfig, LearnerConfig, OptimizerConfig
+from rlhf_dist.config.schema import AlgoConfig, CorrectionConfig, CriticConfig, KLConfig, LearnerConfig, OptimizerConfig
 from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.rows import Row, pack_rows, rollout_row
 from rlhf_dist.learner.shard import AS_THEY_ARE, Estimate, Shard, Whitening
@@ -118,6 +120,74 @@ def test_kl_and_entropy_stand_beside_it_in_the_loss(tiny_model: Path, made: list
 
     torch.testing.assert_close(engine.gradients[0], expected(engine, shard, made, term), rtol=1e-4, atol=1e-6)
     assert metrics["kl/loss"] > 0.1 and metrics["policy/entropy"] > 1.0
+
+
+def in_row_order(shard: Shard, made: list[Rollout], values: Sequence[np.ndarray]) -> Tensor:
+    """Per-token values by group, in the order of the shard's rows, [N]."""
+    ordered = [
+        values[g][made[g].offsets[s] : made[g].offsets[s + 1]] for g, s in zip(shard.groups, shard.samples, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(ordered))
+
+
+def offsets_of(shard: Shard, made: list[Rollout]) -> Tensor:
+    lengths = [rollout_row(made[g], s).response_length for g, s in zip(shard.groups, shard.samples, strict=True)]
+    return torch.from_numpy(np.cumsum([0, *lengths]))
+
+
+@pytest.mark.parametrize(("level", "mode"), [("token", "mask"), ("geometric", "truncate")])
+def test_a_correction_weighs_every_tokens_gradient(
+    tiny_model: Path, made: list[Rollout], level: Level, mode: Mode
+) -> None:
+    algo = AlgoConfig(name="ppo", correction=CorrectionConfig(level, mode, 0.45, 1.5))
+    shard = shard_of(made, algo)
+    engine, metrics = learnt(tiny_model, algo, shard, made)
+    a = torch.from_numpy(credit_of(shard, made).advantages)
+    sampled, offsets = in_row_order(shard, made, [r.logprobs for r in made]), offsets_of(shard, made)
+
+    def term(logprobs: Tensor, _: Tensor) -> Tensor:
+        weight, _ = importance_weights(logprobs.detach(), sampled, level, mode, 0.45, 1.5, offsets)
+        assert float((weight != 1).float().mean()) > 0.2
+        return -weight * a * logprobs
+
+    torch.testing.assert_close(engine.gradients[0], expected(engine, shard, made, term), rtol=1e-4, atol=1e-6)
+    assert metrics["correction/weight"] != 1.0
+
+
+def test_only_tokens_of_high_entropy_have_a_gradient(tiny_model: Path, made: list[Rollout]) -> None:
+    algo = AlgoConfig(name="ppo", entropy_share=0.3)
+    shard = shard_of(made, algo)
+    # `_kept` gathers the entropies of all ranks.
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        engine, _ = learnt(tiny_model, algo, shard, made)
+    finally:
+        torch.distributed.destroy_process_group()
+    a = torch.from_numpy(credit_of(shard, made).advantages)
+
+    def term(logprobs: Tensor, entropy: Tensor) -> Tensor:
+        kept = entropy.detach() >= entropy.detach().topk(round(0.3 * len(entropy))).values[-1]
+        assert 0.25 < float(kept.float().mean()) < 0.35
+        return -(kept * a * logprobs)
+
+    torch.testing.assert_close(engine.gradients[0], expected(engine, shard, made, term), rtol=1e-4, atol=1e-6)
+
+
+def test_what_the_policy_has_left_has_no_gradient_where_it_was_bad(tiny_model: Path, made: list[Rollout]) -> None:
+    """Advantages here are by token, so the tokens with negative ones of responses beyond the limit."""
+    algo = AlgoConfig(name="ppo", off_policy_limit=0.6)
+    shard = shard_of(made, algo)
+    engine, metrics = learnt(tiny_model, algo, shard, made)
+    a = torch.from_numpy(credit_of(shard, made).advantages)
+    sampled, offsets = in_row_order(shard, made, [r.logprobs for r in made]), offsets_of(shard, made)
+
+    def term(logprobs: Tensor, _: Tensor) -> Tensor:
+        far = [float((sampled - logprobs.detach())[i:j].mean()) > 0.6 for i, j in pairwise(offsets.tolist())]
+        left = torch.repeat_interleave(torch.tensor(far), offsets.diff()) & (a < 0)
+        assert 0 < float(left.float().mean()) == pytest.approx(metrics["policy/off_policy_masked"])
+        return -(~left * a * logprobs)
+
+    torch.testing.assert_close(engine.gradients[0], expected(engine, shard, made, term), rtol=1e-4, atol=1e-6)
 
 
 def test_the_coefficient_is_that_of_the_step(tiny_model: Path, made: list[Rollout]) -> None:

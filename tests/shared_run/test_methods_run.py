@@ -1,0 +1,74 @@
+"""Two methods learn on real Ray, vLLM and DeepSpeed: REINFORCE++, and the one of the guide in docs/algorithms.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.timeout(600)
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "algorithms.md"
+LIMIT_S = 280.0
+STEPS = 14
+REWARD = """
+def share_of_e(prompts, responses, answers):
+    return [response.count("e") / max(1, len(response)) for response in responses]
+"""
+CONFIG = f"""
+output: runs
+data: {{source: task, task: {{name: reverse, min_length: 3, max_length: 3}}}}
+model: {{tiny: {{hidden_size: 64, intermediate_size: 128, layers: 2, heads: 2, kv_heads: 2}}}}
+scoring: {{rewards: {{e: {{kind: function, function: "rewards:share_of_e"}}}}}}
+rollout: {{max_prompt_tokens: 48, max_response_tokens: 8, kv_cache_gib: 0.1}}
+learner: {{optimizer: {{lr: 3e-3, warmup_steps: 1}}}}
+loop: {{steps: {STEPS}, checkpoint_every: 0}}
+eval: {{prompts: 4, every: 0, samples: 1}}
+telemetry: {{wandb: "off", progress: plain}}
+"""
+CALL = [sys.executable, "-m", "rlhf_dist", "train", "run.yaml"]
+
+
+def run(folder: Path, *words: str) -> list[float]:
+    """Mean reward of each step of a run in `folder`, with the package that lies there if one does."""
+    (folder / "rewards.py").write_text(REWARD)
+    (folder / "run.yaml").write_text(CONFIG)
+    package = folder if (folder / "rlhf_dist").exists() else ROOT
+    done = subprocess.run(
+        [*CALL, "name=run", *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(package)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = [json.loads(line) for line in (folder / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [line["reward/mean"] for line in lines if "reward/mean" in line]
+
+
+def test_reinforce_pp_learns(tmp_path: Path) -> None:
+    rewards = run(tmp_path, "algo.name=reinforce_pp", "algo.group_size=1", "loop.prompts_per_step=64")
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2, rewards
+
+
+def test_the_method_of_the_guide_learns_in_one_file_and_one_row(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    file, row = blocks
+    shutil.copytree(ROOT / "rlhf_dist", tmp_path / "rlhf_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "rlhf_dist" / "algo" / "mine.py").write_text(file)
+    methods = tmp_path / "rlhf_dist" / "config" / "methods.py"
+    text = methods.read_text(encoding="utf-8")
+    opening = "METHODS: dict[str, Method] = {\n"
+    assert text.count(opening) == 1
+    methods.write_text(text.replace(opening, opening + row), encoding="utf-8")
+    rewards = run(tmp_path, "algo.name=mine", "algo.group_size=4", "loop.prompts_per_step=16")
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2, rewards
