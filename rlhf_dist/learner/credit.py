@@ -57,9 +57,9 @@ def padded(rows: Sequence[np.ndarray], mask: np.ndarray) -> torch.Tensor:
 def measure(
     updates: Sequence[Sequence[np.ndarray]], rows: Sequence[Row], measured: Callable[[Sequence[Row]], torch.Tensor]
 ) -> list[np.ndarray]:
-    """One pass over all rows without a gradient, in their micro-batches; float32 [response length] for each row.
+    """One pass over all rows without a gradient, by micro-batches; float32 [response length, ...] for each row.
 
-    `measured`: rows -> float32 [N], a number for each of their response tokens. An empty micro-batch is run, too: the
+    `measured`: rows -> float32 [N, ...], what is wanted of each of their response tokens. An empty micro-batch is run, too: the
     other ranks wait for it.
     """
     found = [np.empty(0, np.float32)] * len(rows)

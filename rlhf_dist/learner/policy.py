@@ -109,14 +109,15 @@ class PolicyLearner:
         if estimate is not None:
             assert isinstance(self._algorithm.credit, TokenCredit)
             advantages = by_row(whitening.apply(estimate.advantages, self._algorithm.credit.clip), lengths)
-        in_loss = self._algorithm.kl_estimator is not None
+        in_loss, by_entropy = self._algorithm.kl_estimator is not None, self._algorithm.entropy_share < 1
+        old, entropies = self._before(rows, shard) if by_entropy or not shard.on_policy else (None, [])
         return Given(
             rows=rows,
             sampled=[rollout_logprobs(rollouts[g], s) for g, s in pairs],
-            old=None if shard.on_policy else self._old_logprobs(rows, shard),
+            old=None if shard.on_policy else old,
             advantages=advantages,
             references=[of_sample(rollouts[g], s, references[g]) for g, s in pairs] if in_loss else [],
-            kept=self._kept(rows, shard) if self._algorithm.entropy_share < 1 else None,
+            kept=self._of_high_entropy(entropies) if by_entropy else None,
             weights=shard.weights,
             temperature=shard.temperature,
             kl_coef=shard.kl_coef,
@@ -203,15 +204,17 @@ class PolicyLearner:
             losses, found = losses * kept, {"policy/off_policy_masked": 1.0 - kept}
         return losses, found
 
-    def _kept(self, rows: Sequence[Row], shard: Shard) -> list[np.ndarray]:
-        """1 for the tokens whose entropy before the update is among the highest, over all ranks; by row."""
-        entropies = measure(shard.updates, rows, lambda batch: self.engine.logprobs(batch, shard.temperature)[1])
+    def _before(self, rows: Sequence[Row], shard: Shard) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Logprobs and entropies under the weights before the first update, float32 [response length] for each row."""
+        both = measure(
+            shard.updates, rows, lambda batch: torch.stack(self.engine.logprobs(batch, shard.temperature), -1)
+        )
+        return [row[:, 0] for row in both], [row[:, 1] for row in both]
+
+    def _of_high_entropy(self, entropies: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """1 for the tokens whose entropy is among the highest, over all ranks; by row."""
         mine = np.concatenate([np.empty(0, np.float32), *entropies])
         everyone: list[np.ndarray] = [mine] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, mine)
         threshold = float(entropy_threshold(torch.from_numpy(np.concatenate(everyone)), self._algorithm.entropy_share))
         return [(entropy >= np.float32(threshold)).astype(np.float32) for entropy in entropies]
-
-    def _old_logprobs(self, rows: Sequence[Row], shard: Shard) -> list[np.ndarray]:
-        """Logprobs under the weights before the first update, float32 [response length] for each row."""
-        return measure(shard.updates, rows, lambda batch: self.engine.logprobs(batch, shard.temperature)[0])

@@ -157,7 +157,7 @@ def test_a_correction_weighs_every_tokens_gradient(
 def test_only_tokens_of_high_entropy_have_a_gradient(tiny_model: Path, made: list[Rollout]) -> None:
     algo = AlgoConfig(name="ppo", entropy_share=0.3)
     shard = shard_of(made, algo)
-    # `_kept` gathers the entropies of all ranks.
+    # the learner gathers the entropies of all ranks.
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         engine, _ = learnt(tiny_model, algo, shard, made)
