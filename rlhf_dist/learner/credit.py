@@ -59,8 +59,8 @@ def measure(
 ) -> list[np.ndarray]:
     """One pass over all rows without a gradient, by micro-batches; float32 [response length, ...] for each row.
 
-    `measured`: rows -> float32 [N, ...], what is wanted of each of their response tokens. An empty micro-batch is run, too: the
-    other ranks wait for it.
+    `measured`: rows -> float32 [N, ...], what is wanted of each of their response tokens. An empty micro-batch is run,
+    too: the other ranks wait for it.
     """
     found = [np.empty(0, np.float32)] * len(rows)
     with torch.no_grad():
