@@ -57,6 +57,8 @@ class Sampling:
     """Strings that end a response."""
     seed: int | None
     """None: the engine's own stream."""
+    masked: bool = False
+    """Under the engine's mask, if it has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +111,25 @@ class DroppedPrompt:
 
 
 @dataclass(frozen=True, slots=True)
+class NonFinite:
+    """A response with a reward that is NaN or infinite. What becomes of it says `scoring.non_finite`."""
+
+    uid: str
+    """Of its prompt; empty for a text that came without one."""
+    sample: int
+    """Which of its group's."""
+    rewards: Mapping[str, float]
+    """Name of each reward that is not finite -> what it was."""
+    response: str
+    """Its text as Python writes it, cut for a message."""
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """The rewards of one prompt group."""
 
     total: np.ndarray
-    """float32 [n]; weighted sum of the components."""
+    """float32 [n]; weighted sum of the components; NaN for a response that is to be left out (`scoring.non_finite`)."""
     components: Mapping[str, np.ndarray]
     """Name of each reward -> float32 [n], before its weight."""
     distinct: np.ndarray
@@ -121,6 +137,8 @@ class Scores:
     of less than two words."""
     hashes: np.ndarray
     """uint64 [n]; of each response's text, to tell how many of a step are different."""
+    non_finite: tuple[NonFinite, ...] = ()
+    """The responses with a reward that came as NaN or infinite, also where that counts as 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +162,7 @@ class Referenced:
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """A rollout with its scores: what the learner learns from."""
+    """A rollout with its scores: what the learner learns from. `n` below are the samples that were not left out."""
 
     prompt: Prompt
     head: RolloutHead
@@ -155,6 +173,13 @@ class Experience:
     """None in a run without a reference model."""
     baseline: float = 0.0
     """Taken off each of its scores: with remax the score of the greedy response to the same prompt, else 0."""
+    left_out: tuple[int, ...] = ()
+    """Samples of the rollout that have no place in head, scores and reference: a reward of theirs is not finite."""
+
+    @property
+    def samples(self) -> np.ndarray:
+        """int64 [n]; place in head, scores and reference -> sample of the rollout."""
+        return np.setdiff1d(np.arange(len(self.head.lengths) + len(self.left_out)), self.left_out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,14 @@ import pytest
 
 from rlhf_dist.config.checks import problems
 from rlhf_dist.config.load import from_yaml, load
-from rlhf_dist.config.schema import Config, DataConfig, RewardSpec, SftConfig
+from rlhf_dist.config.schema import Config, DataConfig, RewardSpec, ScoringConfig, SftConfig
 from rlhf_dist.data.demonstrations import demonstrations
 from rlhf_dist.data.stream import PromptStream, held_out
 from rlhf_dist.errors import RlhfError
 from rlhf_dist.scoring.function import FunctionReward
+from rlhf_dist.scoring.scorer import Scorer
+from rlhf_dist.scoring.texts import Texts
+from rlhf_dist.types import Message
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -100,7 +103,9 @@ def bad_reward(body: str, timeout_s: float = 5.0) -> Callable[[Path], object]:
     def score(folder: Path) -> object:
         (folder / f"{MODULE}.py").write_text(f"def brief(prompts, responses, answers):\n    {body}\n", encoding="utf-8")
         spec = RewardSpec(kind="function", function=f"{MODULE}:brief", timeout_s=timeout_s)
-        return FunctionReward("brief", spec)(["q"] * 2, ["x", "y"], ["a"] * 2)
+        user, ends = (Message("user", "q"),), (True, True)
+        texts = Texts(("q", "q"), ("x", "y"), ("a", "a"), (user, user), ends)
+        return Scorer(ScoringConfig({"brief": spec})).score_texts(texts)
 
     return score
 

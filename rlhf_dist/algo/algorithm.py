@@ -45,6 +45,20 @@ class TokenCredit:
 
 
 @dataclass(frozen=True, slots=True)
+class LaggingMask:
+    """Only the likeliest tokens of the policy as it was some steps ago can be drawn."""
+
+    top_p: float
+    """What their probabilities add up to."""
+    every: int
+    """Versions after which that policy takes the weights of the one that learns."""
+
+    def follows(self, version: int) -> bool:
+        """Whether it takes the weights of this version."""
+        return version % self.every == 0
+
+
+@dataclass(frozen=True, slots=True)
 class Algorithm:
     """What the loop and the learner know of an algorithm. Made of module functions and numbers, so that it pickles."""
 
@@ -76,9 +90,11 @@ class Algorithm:
 
     greedy_baseline: bool = False
     """Whether a greedy response to each prompt is sampled and scored too, and its score taken off the others'."""
+    mask: LaggingMask | None = None
+    """What may be drawn, by the sampler and in the learner's probabilities; None: everything."""
 
     @property
-    def by_token(self) -> bool:
+    def credit_by_token(self) -> bool:
         """Whether credit is made where the tokens are."""
         return isinstance(self.credit, TokenCredit)
 

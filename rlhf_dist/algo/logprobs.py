@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from rlhf_dist.algo.action_mask import ActionMask
 from rlhf_dist.algo.masking import at_least_float32
 from rlhf_dist.errors import ConfigError
 
@@ -79,6 +80,7 @@ def chunked_logprobs(
     temperature: float,
     chunk: int,
     entropy_gradient: bool = False,
+    mask: ActionMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` of `head(hidden_ND)`, with the logits of at most `chunk` tokens held at once.
 
@@ -91,6 +93,7 @@ def chunked_logprobs(
         temperature: see `token_logprobs`.
         chunk: tokens, at least 1.
         entropy_gradient: see `token_logprobs`.
+        mask: of the same N positions; what it leaves out cannot be drawn. None: everything can.
 
     Returns:
         (logprobs [N] with gradient to the hidden states and the head, entropy [N] with or without), nats.
@@ -98,16 +101,20 @@ def chunked_logprobs(
     if chunk < 1:
         raise ConfigError(f"the logprob chunk is {chunk} tokens: give 1 or more")
 
-    def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(head(hidden), targets, temperature, entropy_gradient)
+    def of_chunk(hidden: Tensor, targets: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden)
+        if mask is not None:
+            logits = logits.masked_fill(mask.outside(beside, targets, temperature), -torch.inf)
+        return token_logprobs(logits, targets, temperature, entropy_gradient)
 
     recompute = torch.is_grad_enabled() and len(hidden_ND) > chunk
     parts: list[tuple[Tensor, Tensor]] = []
-    for hidden, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
+    beside_ND = hidden_ND if mask is None else mask.hidden
+    for inputs in zip(hidden_ND.split(chunk), targets_N.split(chunk), beside_ND.split(chunk), strict=True):
         if recompute:
-            part = checkpoint(of_chunk, hidden, targets, use_reentrant=False, preserve_rng_state=False)
+            part = checkpoint(of_chunk, *inputs, use_reentrant=False, preserve_rng_state=False)
             assert isinstance(part, tuple)
             parts.append(part)
         else:
-            parts.append(of_chunk(hidden, targets))
+            parts.append(of_chunk(*inputs))
     return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])

@@ -18,7 +18,16 @@ from rlhf_dist.algo.advantages import (
     optimal_baseline,
 )
 from rlhf_dist.algo.aggregation import sequence_mean, sequence_sum, token_mean
-from rlhf_dist.algo.algorithm import Algorithm, Correction, GroupCredit, Loss, ResponseCredit, Statistics, TokenCredit
+from rlhf_dist.algo.algorithm import (
+    Algorithm,
+    Correction,
+    GroupCredit,
+    LaggingMask,
+    Loss,
+    ResponseCredit,
+    Statistics,
+    TokenCredit,
+)
 from rlhf_dist.algo.corrections import Level, Mode, importance_weights
 from rlhf_dist.algo.losses import cispo_loss, clipped_policy_loss, reinforce_loss, sequence_policy_loss
 from rlhf_dist.config.methods import METHODS
@@ -45,6 +54,14 @@ def decoupled_ppo(config: AlgoConfig) -> Algorithm:
     `algo.correction`, too.
     """
     return make("decoupled_ppo", config, critic_credit(config), clipped(config))
+
+
+def nlpo(config: AlgoConfig) -> Algorithm:
+    """NLPO (arXiv:2210.01241): PPO whose actions are the likeliest tokens (top-p) of the policy some steps ago."""
+    return replace(
+        make("nlpo", config, critic_credit(config), clipped(config)),
+        mask=LaggingMask(config.mask_top_p, config.mask_every),
+    )
 
 
 def a2c(config: AlgoConfig) -> Algorithm:

@@ -23,10 +23,13 @@ REFERENCE_FOLDER = "reference"
 
 def make_rollout_worker(spec: ActorSpec) -> Any:
     """Engine and worker, inside the actor's process."""
+    from rlhf_dist.algo.recipes import ALGORITHMS
+    from rlhf_dist.rollout.action_mask import MaskStart
     from rlhf_dist.rollout.vllm_engine import VllmEngine
     from rlhf_dist.rollout.worker import RolloutWorker
 
     config = spec.config
+    lag = ALGORITHMS[config.algo.name](config.algo).mask if spec.mask else None
     engine = VllmEngine(
         Path(spec.source),
         config.rollout,
@@ -35,6 +38,7 @@ def make_rollout_worker(spec: ActorSpec) -> Any:
         threads=spec.threads,
         seed=spec.seed,
         name=spec.name,
+        mask=None if lag is None else MaskStart(Path(spec.mask), lag),
     )
     return RolloutWorker(spec.name, engine, chat=config.data.chat, max_prompt_tokens=config.rollout.max_prompt_tokens)
 

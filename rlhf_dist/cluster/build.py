@@ -10,36 +10,33 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf_dist.cluster import actors, learner_hosts as hosts
 from rlhf_dist.cluster.groups import (
     CriticGroup,
+    PolicyCreditGroup,
     PolicyGroup,
     ReferenceFleet,
     RolloutFleet,
     ScoringFleet,
-    SharedCriticGroup,
     gather,
     log_name,
 )
-from rlhf_dist.cluster.placement import Command, Placement, bundles, first_learner_bundle, local_machine, place
+from rlhf_dist.cluster.placement import Command, Placement, bundles, first_learner_bundle, place
+from rlhf_dist.cluster.preflight import check_before_start, disk_need
 from rlhf_dist.cluster.resume import SUMMARY_STEP, nothing_left, resumed
-from rlhf_dist.cluster.session import joins_cluster, ray_session, reserve
+from rlhf_dist.cluster.session import ray_session, reserve
 from rlhf_dist.cluster.sources import (
-    check_critic,
-    check_reference,
+    mask_source,
     model_source,
-    preflight_rewards,
     with_sources,
 )
 from rlhf_dist.cluster.spec import ActorSpec
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.schema import Config
-from rlhf_dist.data.demonstrations import demonstrations, held_out_demonstrations, ptx_demonstrations
-from rlhf_dist.data.judgements import held_out_judgements, judgements
 from rlhf_dist.data.stream import PromptStream, held_out
 from rlhf_dist.errors import RunError
 from rlhf_dist.loop import supervised, train as training
@@ -49,6 +46,7 @@ from rlhf_dist.loop.queue import ExperienceQueue
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory, require_free_disk, write_json, write_text
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.watch import CollapseWatch
+from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.telemetry.display import Progress, make_progress, spoken
 from rlhf_dist.telemetry.report import before_after_text, curves
 from rlhf_dist.telemetry.sinks import Telemetry, open_telemetry
@@ -153,6 +151,8 @@ def evaluate(config: Config) -> None:
                 reference=parts.reference,
                 gold=config.scoring.gold,
             )
+        if results.non_finite:
+            progress.note(told(results.non_finite, config.scoring.non_finite))
     for name, value in results.metrics.items():
         print(f"{spoken(name):24} {value:z.3f}")
 
@@ -170,31 +170,6 @@ def eval_display(config: Config) -> Iterator[tuple[Progress, Path]]:
         raise
     progress.close()
     shutil.rmtree(logs, ignore_errors=True)
-
-
-def check_before_start(config: Config, command: Command) -> None:
-    """Everything that can be known to be wrong before a process is started or a file written."""
-    if not joins_cluster(config.cluster):
-        place(config, local_machine(), command)
-    if command in ("train", "eval"):
-        preflight_rewards(config)
-        check_reference(config)
-    if command == "train":
-        check_critic(config)
-    read_data(config, command)
-
-
-def read_data(config: Config, command: Command) -> None:
-    """Read what the processes of `command` will read, so that a bad row is told before any of them starts."""
-    held_back = config.eval.prompts
-    if command == "sft":
-        demonstrations(config.data, config.sft, config.seed, held_back)
-        held_out_demonstrations(config.data, config.sft, held_back)
-    if command == "reward":
-        judgements(config.preferences, config.data, config.seed, config.preferences.unusable)
-        held_out_judgements(config.preferences, config.data, config.preferences.unusable)
-    if command == "train" and config.ptx.coef:
-        ptx_demonstrations(config.data, config.ptx, config.seed, held_back)
 
 
 @contextmanager
@@ -220,24 +195,6 @@ def opened(config: Config, command: Command, resume: bool) -> Iterator[tuple[Run
         yield run, telemetry, progress
 
 
-def disk_need(source: str, config: Config, command: Command) -> int:
-    """Bytes of the checkpoints kept: weights, and three float32 copies by the optimizer.
-
-    A critic with its own trunk takes as much again; a moving average is float32; a reference that moves is like the
-    model.
-    """
-    folder = Path(source)
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    kept = 1 if command in ("sft", "reward") else config.loop.keep_checkpoints
-    width = 1 if config.model.dtype == "float32" else 2
-    parts = float(1 + 3 * width)
-    if command == "train":
-        parts *= 2 if hosts.algorithm(config.algo).needs_critic and not hosts.shares_trunk(config) else 1
-        parts += width if config.learner.ema_decay else 0
-        parts += 1 if config.reference.update_every else 0
-    return int(weights * parts * (kept + 1))
-
-
 @dataclass(frozen=True, slots=True)
 class Parts:
     """The processes of a run, ready to work."""
@@ -259,6 +216,8 @@ def start_fleets(
         spec(config, f"rollout worker {i}", source, placement.device, placement.rollout_threads, logs, i, folder)
         for i in range(placement.rollout_workers)
     ]
+    if placement.learner_ranks and hosts.algorithm(config.algo).mask is not None:
+        specs = [replace(made, mask=mask_source(source, folder)) for made in specs]
     workers = actors.start_all(
         actors.RolloutHost, specs, group, 0, placement.rollout_num_cpus, placement.rollout_num_gpus
     )
@@ -279,9 +238,9 @@ def start_fleets(
     limit = config.learner.timeout_s
     critic = None
     recipe = hosts.algorithm(config.algo)
-    if ranks and recipe.by_token:
+    if ranks and recipe.credit_by_token:
         own = recipe.needs_critic and not hosts.shares_trunk(config)
-        kind = CriticGroup if own else SharedCriticGroup
+        kind = CriticGroup if own else PolicyCreditGroup
         critic = kind(critics or ranks, timeout_s=limit, in_turn=not critics)
     reference = None
     if actors.needs_reference(config):

@@ -301,7 +301,7 @@ class CriticGroup(LearnerGroup):
         self.call("save_critic", folder)
 
 
-class SharedCriticGroup(CriticGroup):
+class PolicyCreditGroup(CriticGroup):
     """Credit by token from the policy's ranks, with no update or file of its own.
 
     A value head on the policy's trunk learns in the policy's update and is saved with it; without a critic there is

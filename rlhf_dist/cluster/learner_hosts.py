@@ -86,7 +86,12 @@ class LearnerHost:
             self._optimizer(),
             device=spec.device,
             bucket_mib=config.weights.bucket_mib,
+            mask=self._make_mask(),
         )
+
+    def _make_mask(self) -> Any:
+        """What may be drawn; None: everything."""
+        return None
 
     def _make_learner(self) -> Any:
         raise AssertionError("a learner host is a policy's, a critic's, a supervised or a reward model's one")
@@ -154,6 +159,7 @@ class PolicyHost(CriticVerbs, LearnerHost):
             self._optimizer(),
             device=self._spec.device,
             bucket_mib=config.weights.bucket_mib,
+            mask=self._make_mask(),
             resumed=self._folder,
         )
 
@@ -175,6 +181,16 @@ class PolicyHost(CriticVerbs, LearnerHost):
         elif isinstance(recipe.credit, TokenCredit) and not recipe.needs_critic:
             self._critic = ReturnsLearner(recipe.credit, kl_in_reward=kl_in_reward)
         return PolicyLearner(self._engine, recipe, make_ptx(self._spec))
+
+    def _make_mask(self) -> Any:
+        lag = algorithm(self._spec.config.algo).mask
+        if lag is None:
+            return None
+        from rlhf_dist.cluster.sources import mask_source
+        from rlhf_dist.learner.mask_policy import MaskPolicy
+
+        source = mask_source(self._spec.source, self._folder)
+        return MaskPolicy(source, self._spec.config.model, lag, device=self._spec.device)
 
 
 class CriticHost(CriticVerbs, LearnerHost):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cluster import build
+from rlhf_dist.cluster import build, preflight
 from rlhf_dist.cluster.placement import local_machine, place
 from rlhf_dist.cluster.session import joins_cluster, ray_session
 from rlhf_dist.cluster.sources import model_source, preflight_rewards
@@ -71,7 +71,7 @@ def check_before_start(stage: Stage) -> None:
             preflight_rewards(replace(config, scoring=replace(config.scoring, rewards=known)))
     if "model.path" not in stage.wired:
         model_source(config, None, stage.command)
-    build.read_data(config, stage.command)
+    preflight.read_data(config, stage.command)
 
 
 def bring_to_end(

@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cluster.build import check_before_start, finish, join_ranks, opened, start_ranks
+from rlhf_dist.cluster.build import finish, join_ranks, opened, start_ranks
 from rlhf_dist.cluster.groups import LearnerGroup
 from rlhf_dist.cluster.learner_hosts import LearnerHost
 from rlhf_dist.cluster.placement import bundles, place
+from rlhf_dist.cluster.preflight import check_before_start
 from rlhf_dist.cluster.session import ray_session, reserve
 from rlhf_dist.cluster.sources import model_source
 from rlhf_dist.config.schema import Config

@@ -10,6 +10,7 @@ from rlhf_dist.cluster.placement import Command, local_machine
 from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.errors import ModelError
 from rlhf_dist.learner.critic_files import CRITIC_FOLDER
+from rlhf_dist.learner.mask_policy import MASK_FOLDER
 
 
 def preflight_rewards(config: Config) -> None:
@@ -66,6 +67,12 @@ def with_sources(config: Config, source: str, folder: Path | None, learns: bool)
         critic=replace(config.critic, start=critic),
         reference=replace(config.reference, path=reference),
     )
+
+
+def mask_source(source: str, folder: Path | None) -> str:
+    """Where the mask policy starts: in the checkpoint resumed from, or like the policy, from `source`."""
+    saved = None if folder is None else folder / MASK_FOLDER
+    return source if saved is None or not saved.is_dir() else str(saved.absolute())
 
 
 def model_path(config: Config, path: str, key: str) -> str:

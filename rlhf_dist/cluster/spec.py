@@ -29,6 +29,8 @@ class ActorSpec:
     """Of this actor's own random numbers."""
     search_path: str
     """Folder of the command, where a user's own modules are."""
+    mask: str = ""
+    """Of a rollout worker: the Hugging Face directory of the mask policy; empty: there is none."""
 
 
 def enter(spec: ActorSpec) -> None:

@@ -83,6 +83,8 @@ def _method(config: Config, method: Method) -> Iterator[str]:
             f"algo.name {algo.name}, whose loss does not know that the policy has moved: both must be 1, or choose "
             f"{methods_with('clip_low')}"
         )
+    if "mask_top_p" in method.keys:
+        yield from _mask(config)
     yield from _baseline(config, method)
     yield from _correction(algo, method)
 
@@ -119,6 +121,22 @@ def _baseline(config: Config, method: Method) -> Iterator[str]:
         yield (
             f"algo.filter_rounds is {algo.filter_rounds} and has no effect with algo.filter_groups false; set that to "
             "true, or take it out"
+        )
+
+
+def _mask(config: Config) -> Iterator[str]:
+    """What a mask in the sampler does not go with."""
+    rollout = config.rollout
+    if rollout.tensor_parallel > 1:
+        yield (
+            f"rollout.tensor_parallel is {rollout.tensor_parallel} with algo.name {config.algo.name}, whose mask "
+            "policy is held whole by each process of an engine: set it to 1, or choose ppo"
+        )
+    if rollout.top_p < 1 or rollout.top_k:
+        yield (
+            f"rollout.top_p is {rollout.top_p} and rollout.top_k {rollout.top_k} with algo.name {config.algo.name}, "
+            "which has a mask of its own that the learner knows: set top_p to 1 and top_k to 0, and algo.mask_top_p "
+            "instead"
         )
 
 

@@ -42,6 +42,7 @@ TAKEN_NAMES = (
     "running_std",
     "greedy",
     "score_clipped",
+    "non_finite",
 )
 """Rewards are shown as reward/NAME and eval/NAME: these names are in use there (`gold` for the one it is)."""
 

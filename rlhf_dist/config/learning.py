@@ -100,6 +100,10 @@ class AlgoConfig:
     """With a critic, and reinforce_pp: advantages of a step to mean 0 and deviation 1, over all its tokens."""
     advantage_clip: float = 0.0
     """With a critic, and reinforce_pp: advantages are cut to +-advantage_clip, after whitening; 0: off."""
+    mask_top_p: float = 0.9
+    """nlpo: only the likeliest tokens of the mask policy that make up this probability can be sampled; below 1."""
+    mask_every: int = 20
+    """nlpo: training steps after which the mask policy takes the policy's weights; at first both are the same."""
     filter_groups: bool = False
     """Drop prompts whose samples all score the same (before shaping and KL), and make up for them by others (DAPO's
     dynamic sampling)."""

@@ -13,6 +13,7 @@ RETURNS = ("gamma", "whiten_advantages", "advantage_clip")
 GAE = (*RETURNS, "lam")
 AGGREGATION = ("aggregation",)
 FILTER = ("filter_groups",)
+MASK = ("mask_top_p", "mask_every")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ METHODS: dict[str, Method] = {
     "decoupled_ppo": Method(
         "rlhf_dist.algo.recipes:decoupled_ppo", "critic", (*DUAL_CLIP, *GAE, *AGGREGATION), corrected=True
     ),
+    "nlpo": Method("rlhf_dist.algo.recipes:nlpo", "critic", (*DUAL_CLIP, *GAE, *AGGREGATION, *MASK)),
     "a2c": Method("rlhf_dist.algo.recipes:a2c", "critic", (*GAE, *AGGREGATION), ratio=False),
     "reinforce": Method("rlhf_dist.algo.recipes:reinforce", "step", AGGREGATION, ratio=False),
     "reinforce_pp": Method("rlhf_dist.algo.recipes:reinforce_pp", "none", (*DUAL_CLIP, *RETURNS, *AGGREGATION)),

@@ -16,7 +16,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         model.tiny.max_positions data.task.min_length data.task.max_length data.task.train_size rollout.workers
         rollout.tensor_parallel rollout.max_prompt_tokens rollout.max_response_tokens rollout.max_concurrent
         algo.group_size learner.ranks learner.micro_batch_tokens learner.updates_per_batch learner.logprob_chunk_tokens
-        learner.epochs algo.correction.high algo.filter_rounds
+        learner.epochs algo.correction.high algo.filter_rounds algo.mask_every
         weights.bucket_mib loop.steps loop.prompts_per_step loop.keep_checkpoints eval.prompts sft.steps
         sft.batch_size sft.max_tokens sft.log_every scoring.replicas scoring.batch_tokens algo.kl.horizon ptx.batch_size
         ptx.max_tokens preferences.held_out preferences.train_size preferences.max_tokens reward.steps reward.batch_size
@@ -51,6 +51,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda x: 0 < x <= 1,
         "rollout.top_p rollout.gpu_memory_utilization algo.clip_low algo.entropy_share",
     ),
+    "greater than 0 and less than 1": (lambda x: 0 < x < 1, "algo.mask_top_p"),
     "at least 0 and less than 1": (
         lambda x: 0 <= x < 1,
         """

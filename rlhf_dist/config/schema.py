@@ -161,6 +161,9 @@ class ScoringConfig:
     """Name -> reward; the total is their weighted sum."""
     gold: str = ""
     """Name of the reward that is the truth (its weight may be 0), to watch for over-optimisation of the others."""
+    non_finite: Literal["fail", "mask", "zero"] = "fail"
+    """A reward that is NaN or infinite: ends the run; or leaves its response out of training (mask); or counts as 0
+    before its weight (zero)."""
     replicas: int = 1
     """Scoring servers; each holds every reward."""
     batch_tokens: int = 8192

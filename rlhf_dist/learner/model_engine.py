@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel
 from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.errors import ConfigError, DataError, DiskError
 from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine
-from rlhf_dist.learner.rows import Row, pack_rows
+from rlhf_dist.learner.mask_policy import MaskPolicy
+from rlhf_dist.learner.rows import Packed, Row, pack_rows
 from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.hf import load_model, read_companions, save_hf
 from rlhf_dist.models.policy import PackedPolicy, check_head
@@ -108,11 +110,13 @@ class ModelEngine(Engine):
         *,
         device: str,
         bucket_mib: int,
+        mask: MaskPolicy | None = None,
     ) -> None:
-        """Load the Hugging Face directory `source`; the process group is up already."""
+        """Load the Hugging Face directory `source`; the process group is up already. `mask`: what may be drawn."""
         hf_model = load_model(source, model.dtype, choose_attention(model.attention, device, model.dtype))
         check_head(PackedPolicy(hf_model.to(device)))  # pyright: ignore[reportArgumentType]
         self._source = source
+        self._mask = mask
         policy = self._packed(hf_model, model.gradient_checkpointing)
         self._chunk = learner.logprob_chunk_tokens
         self._dtype = model.dtype
@@ -121,13 +125,16 @@ class ModelEngine(Engine):
         super().__init__(policy, source, model, learner, optimizer, device)
 
     def logprobs(
-        self, rows: Sequence[Row], temperature: float, entropy_gradient: bool = False
+        self, rows: Sequence[Row], temperature: float, entropy_gradient: bool = False, masked: bool = True
     ) -> tuple[Tensor, Tensor]:
         """(logprobs, entropy) of the rows' response tokens, float32 [N] each, row after row.
 
-        The entropy carries a gradient only where it is asked for: it costs memory.
+        The entropy carries a gradient only where it is asked for: it costs memory. `masked`: under the mask, where
+        there is one; false for text that was not sampled.
         """
-        packed = pack_rows(rows, self.device)
+        return self._forward(pack_rows(rows, self.device), temperature, entropy_gradient, masked)
+
+    def _forward(self, packed: Packed, temperature: float, entropy_gradient: bool, masked: bool) -> Any:
         return self._deepspeed.forward(
             packed.tokens,
             packed.cu_seqlens,
@@ -136,6 +143,7 @@ class ModelEngine(Engine):
             temperature,
             self._chunk,
             entropy_gradient,
+            self._mask.mask(packed) if self._mask is not None and masked else None,
         )
 
     def _packed(self, model: PreTrainedModel, gradient_checkpointing: bool) -> nn.Module:
@@ -143,6 +151,12 @@ class ModelEngine(Engine):
 
     def publish(self, version: int) -> Announcement | None:
         """Write the weights where rollout workers read them. Every rank calls it; rank 0 returns the announcement."""
+        announcement = self._publish(version)
+        if self._mask is not None:
+            self._mask.follow(version, self.weights())
+        return announcement
+
+    def _publish(self, version: int) -> Announcement | None:
         if self.rank > 0:
             self._join_gathering()
             return None
@@ -159,6 +173,8 @@ class ModelEngine(Engine):
         """Checkpoint into `folder`: `hf/` by rank 0, and each rank's `optimizer-RANK.safetensors`."""
         if self.rank == 0:
             save_hf(self.weights(), self.companions, folder / "hf")
+            if self._mask is not None:
+                self._mask.save(self.companions, folder)
         else:
             self._join_gathering()
         self.save_optimizer(folder)

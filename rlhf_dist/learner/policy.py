@@ -176,7 +176,7 @@ class PolicyLearner:
         mixed = self._ptx.batch(number)
         found = [MetricSums({"data/dropped_ptx": (mixed.dropped, 1.0)}, {})]
         for rows in mixed.micro_batches:
-            logprobs, _ = self.engine.logprobs(rows or [PLACEHOLDER], 1.0)
+            logprobs, _ = self.engine.logprobs(rows or [PLACEHOLDER], 1.0, masked=False)
             self.engine.backward(-logprobs.sum() * (self._ptx.coef / mixed.tokens if rows else 0.0), last=False)
             if rows:
                 found.append(token_sums({"ptx/loss": -logprobs}))

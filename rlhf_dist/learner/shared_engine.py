@@ -37,19 +37,16 @@ class SharedEngine(ModelEngine):
         return packed
 
     def logprobs_and_values(
-        self, rows: Sequence[Row], temperature: float, entropy_gradient: bool = False
+        self, rows: Sequence[Row], temperature: float, entropy_gradient: bool = False, masked: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(logprobs, entropy, values) of the rows' response tokens, float32 [N] each, row after row."""
-        packed = pack_rows(rows, self.device)
-        return self._deepspeed.forward(
-            packed.tokens, packed.cu_seqlens, packed.predict, packed.targets, temperature, self._chunk, entropy_gradient
-        )
+        return self._forward(pack_rows(rows, self.device), temperature, entropy_gradient, masked)
 
     def logprobs(
-        self, rows: Sequence[Row], temperature: float, entropy_gradient: bool = False
+        self, rows: Sequence[Row], temperature: float, entropy_gradient: bool = False, masked: bool = True
     ) -> tuple[Tensor, Tensor]:
         """See `ModelEngine.logprobs`; the value head has no part in it, and a gradient of zero."""
-        logprobs, entropy, values = self.logprobs_and_values(rows, temperature, entropy_gradient)
+        logprobs, entropy, values = self.logprobs_and_values(rows, temperature, entropy_gradient, masked)
         return logprobs + 0.0 * values, entropy
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rlhf_dist.errors import RunError
 from rlhf_dist.loop.ledger import Ledger
+from rlhf_dist.loop.non_finite import NON_FINITE, dropped as without_rewards, with_finite_rewards
 from rlhf_dist.loop.ports import References, Rollouts, Scoring
-from rlhf_dist.types import DroppedPrompt, Experience, Handle, Prompt, RolloutHead, Sampling
+from rlhf_dist.types import DroppedPrompt, Experience, Handle, NonFinite, Prompt, RolloutHead, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What became of prompts that were sampled and scored."""
+
+    experiences: list[Experience]
+    """In the order of the prompts, without the samples that `scoring.non_finite: mask` leaves out."""
+    dropped: list[DroppedPrompt]
+    """Prompts that gave none, and why."""
+    non_finite: tuple[NonFinite, ...]
+    """All responses with a reward that came as NaN or infinite."""
 
 
 def collect(
@@ -18,11 +32,11 @@ def collect(
     scoring: Scoring,
     reference: References | None = None,
     ledger: Ledger | None = None,
-) -> tuple[list[Experience], list[DroppedPrompt]]:
+) -> Collected:
     """Sample and score each prompt; a group is scored while the others are still being sampled.
 
-    Returns (experiences in the order of the prompts, prompts that gave none and why). Evaluation has no ledger, and a
-    run without KL no reference. Raises `RunError` when a prompt is neither.
+    Evaluation has no ledger, and a run without KL no reference. Raises `RunError` when a prompt gave neither an
+    experience nor a reason.
     """
     by_uid = {prompt.uid: prompt for prompt in prompts}
     finished: dict[str, tuple[RolloutHead, Handle]] = {}
@@ -58,4 +72,12 @@ def collect(
         for uid, prompt in by_uid.items()
         if uid in finished
     ]
-    return experiences, dropped
+    kept = [with_finite_rewards(experience) for experience in experiences]
+    gone = [without_rewards(whole) for whole, left in zip(experiences, kept, strict=True) if left is None]
+    if ledger is not None:
+        ledger.drop([drop.uid for drop in gone], NON_FINITE)
+    return Collected(
+        [experience for experience in kept if experience is not None],
+        dropped + gone,
+        tuple(found for experience in experiences for found in experience.scores.non_finite),
+    )

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rlhf_dist.config.schema import EvalConfig
-from rlhf_dist.errors import DataError
-from rlhf_dist.loop.collect import collect
+from rlhf_dist.errors import DataError, RewardError
+from rlhf_dist.loop.collect import Collected, collect
+from rlhf_dist.loop.non_finite import NON_FINITE
 from rlhf_dist.loop.ports import References, Rollouts, Scoring
 from rlhf_dist.telemetry import names
-from rlhf_dist.types import DroppedPrompt, Experience, Prompt, Sampling
+from rlhf_dist.types import DroppedPrompt, Experience, NonFinite, Prompt, Sampling
 
 SHOWN_ANSWERS = 3
 """Greedy responses that an evaluation hands back, for people to read."""
@@ -26,6 +27,8 @@ class Evaluation:
     """`eval/...` -> value."""
     answers: tuple[str, ...]
     """Greedy responses to the first prompts, in their order; why there is none, for a prompt that was dropped."""
+    non_finite: tuple[NonFinite, ...]
+    """Responses with a reward that is not finite, greedy ones first."""
 
 
 def evaluate(
@@ -47,20 +50,24 @@ def evaluate(
     `eval/gold`, `eval/gold_std` of the reward named `gold`; `eval/NAME` of every other reward;
     `eval/distinct_responses`. Of the sampled ones only: `eval/kl`, nats per response, with a `reference`.
     Of the greedy ones: `eval/greedy_reward`; `eval/response_length`, tokens.
-    `eval/dropped`: prompts that gave no response, if any; they count as not solved. Raises `DataError` if all.
+    `eval/dropped`: prompts that gave no greedy response, if any; they count as not solved. `eval/non_finite`: responses
+    with a reward that is not finite, if any; those that `scoring.non_finite` leaves out count as not solved and in no
+    mean. Raises `DataError` if all prompts are dropped, `RewardError` if that is for their rewards.
     """
-    greedy, dropped = collect(
+    found = collect(
         prompts, replace(sampling, n=1, temperature=0.0, top_p=1.0, top_k=0), rollouts=rollouts, scoring=scoring
     )
-    if not greedy:
-        raise DataError(f"no held-out prompt could be answered ({dropped[-1].reason}: {dropped[-1].detail})")
+    require_some(found)
+    greedy, dropped, non_finite = found.experiences, found.dropped, found.non_finite
     sampled: list[Experience] = []
     if config.samples:
         # Without chance there is no distribution to compare.
         compared = reference if sampling.temperature > 0 else None
-        sampled, _ = collect(
+        found = collect(
             prompts, replace(sampling, n=config.samples), rollouts=rollouts, scoring=scoring, reference=compared
         )
+        require_some(found)
+        sampled, non_finite = found.experiences, non_finite + found.non_finite
     metrics: dict[str, float] = {}
     if not gold or any(prompt.answer for prompt in prompts):
         metrics |= accuracies(greedy, sampled, len(prompts), config)
@@ -72,18 +79,32 @@ def evaluate(
     metrics["eval/response_length"] = float(np.mean([e.head.lengths.mean() for e in greedy]))
     if dropped:
         metrics["eval/dropped"] = float(len(dropped))
-    return Evaluation(metrics, sample_answers(prompts, greedy, dropped, rollouts))
+    if non_finite:
+        metrics["eval/non_finite"] = float(len(non_finite))
+    return Evaluation(metrics, sample_answers(prompts, greedy, dropped, rollouts), non_finite)
+
+
+def require_some(found: Collected) -> None:
+    """Raise where no prompt gave an experience: `RewardError` or `DataError`."""
+    if not found.experiences:
+        last = found.dropped[-1]
+        if last.reason == NON_FINITE:
+            raise RewardError(
+                f"no held-out prompt has a response with finite rewards ({last.detail}); mend the reward, or set "
+                "scoring.non_finite to zero"
+            )
+        raise DataError(f"no held-out prompt could be answered ({last.reason}: {last.detail})")
 
 
 def accuracies(
     greedy: Sequence[Experience], sampled: Sequence[Experience], prompts: int, config: EvalConfig
 ) -> dict[str, float]:
-    """Shares solved, of all `prompts`: one that was dropped is one that was not solved."""
+    """Shares solved, of all `prompts` and samples: what was dropped or left out was not solved."""
     metrics = {names.EVAL_GREEDY: float((_totals(greedy) >= config.solved_at).sum() / prompts)}
     if sampled:
-        solved = _totals(sampled) >= config.solved_at
-        metrics[f"{names.EVAL_PASS_PREFIX}{config.samples}"] = float(solved.any(axis=1).sum() / prompts)
-        metrics["eval/sampled_accuracy"] = float(solved.sum() / (prompts * config.samples))
+        solved = [int((e.scores.total >= config.solved_at).sum()) for e in sampled]
+        metrics[f"{names.EVAL_PASS_PREFIX}{config.samples}"] = float(np.count_nonzero(solved) / prompts)
+        metrics["eval/sampled_accuracy"] = float(sum(solved) / (prompts * config.samples))
     return metrics
 
 
@@ -117,5 +138,5 @@ def sample_answers(
 
 
 def _totals(experiences: Sequence[Experience]) -> np.ndarray:
-    """float32 [prompts, samples]."""
-    return np.stack([e.scores.total for e in experiences])
+    """float32 [B], response by response."""
+    return np.concatenate([e.scores.total for e in experiences])

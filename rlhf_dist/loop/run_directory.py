@@ -30,6 +30,7 @@ CHANGEABLE = (
     "loop.checkpoint_every",
     "loop.keep_checkpoints",
     "eval.every",
+    "scoring.non_finite",
 )
 """Keys and sections that a resume may change, besides `ENDINGS`; anything else would make it another run."""
 ENDINGS = (".timeout_s", ".retries")

@@ -98,7 +98,7 @@ def collate(experiences: Sequence[Experience]) -> Batch:
     return Batch(
         rollouts=tuple(e.rollout for e in experiences),
         groups=np.repeat(np.arange(len(experiences)), counts),
-        samples=np.concatenate([np.arange(count) for count in counts]),
+        samples=np.concatenate([e.samples for e in experiences]),
         prompt_lengths=np.repeat([e.head.prompt_length for e in experiences], counts),
         response_lengths=np.concatenate([e.head.lengths for e in experiences]),
         ended=np.array([reason == "stop" for e in experiences for reason in e.head.finish_reasons]),
@@ -231,7 +231,7 @@ def batch_metrics(batch: Batch, scores: np.ndarray, learning: Learning, step: in
 
 def credit_metrics(credit: Credit, algorithm: Algorithm) -> dict[str, float]:
     """Spread of the advantages of the step's responses; where credit is by token its estimates tell it."""
-    if algorithm.by_token:
+    if algorithm.credit_by_token:
         return {}
     mean, std = float(credit.advantages.mean()), float(credit.advantages.std())
     return {"policy/advantage_mean": mean, "policy/advantage_std": std}

@@ -15,12 +15,14 @@ from rlhf_dist.algo.algorithm import Algorithm
 from rlhf_dist.algo.masking import all_equal
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream
-from rlhf_dist.errors import DataError
+from rlhf_dist.errors import DataError, RewardError
 from rlhf_dist.learner.critic_files import critic_files
+from rlhf_dist.learner.mask_policy import MASK_FILES
 from rlhf_dist.learner.model_engine import checkpoint_files
-from rlhf_dist.loop.collect import collect
+from rlhf_dist.loop.collect import Collected, collect
 from rlhf_dist.loop.evaluate import Evaluation, evaluate
 from rlhf_dist.loop.ledger import Ledger
+from rlhf_dist.loop.non_finite import NON_FINITE, counted, refuse_if_hopeless
 from rlhf_dist.loop.ports import Critic, Policy, References, Rollouts, Scoring
 from rlhf_dist.loop.queue import ExperienceQueue
 from rlhf_dist.loop.run_directory import RunDirectory, write_json
@@ -28,11 +30,12 @@ from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.step import Learning, train_step
 from rlhf_dist.loop.watch import CollapseWatch, watch_metrics
+from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.sinks import Telemetry
 from rlhf_dist.telemetry.timeline import Stopwatch
-from rlhf_dist.types import DroppedPrompt, Experience, Prompt, Sampling
+from rlhf_dist.types import Experience, NonFinite, Prompt, Sampling
 from rlhf_dist.weights.receipts import Announcement, changed_share
 
 STATE_FILE = "state.json"
@@ -68,7 +71,7 @@ class Run:
     @property
     def sampling(self) -> Sampling:
         """How training samples."""
-        return sampling_of(self.config)
+        return replace(sampling_of(self.config), masked=self.algorithm.mask is not None)
 
     @property
     def learning(self) -> Learning:
@@ -171,12 +174,13 @@ def measure(run: Run, step: int) -> Evaluation:
     found = evaluate(
         run.held_out,
         run.config.eval,
-        run.sampling,
+        replace(run.sampling, masked=False),  # what is measured is the model that is saved, and it has no mask
         rollouts=run.rollouts,
         scoring=run.scoring,
         reference=run.reference,
         gold=run.config.scoring.gold,
     )
+    warn_of_non_finite(run, f"evaluation at step {step}", found.non_finite)
     run.progress.eval(step, found.metrics)
     return found
 
@@ -190,7 +194,7 @@ def move_reference(run: Run, announcement: Announcement) -> None:
 
 
 def sampling_of(config: Config) -> Sampling:
-    """Training's own way to sample: a group for each prompt."""
+    """Training's own way to sample, but for a mask: a group for each prompt."""
     rollout = config.rollout
     return Sampling(
         n=config.algo.group_size,
@@ -238,9 +242,11 @@ def publish_first(run: Run, step: int) -> tuple[str, ...]:
 def next_batch(run: Run, version: int) -> tuple[tuple[Experience, ...], dict[str, float]]:
     """Issue prompts, as many as the queue lets, until a step's worth of experiences is there.
 
-    Returns them and how many prompts were dropped meanwhile, by reason. A dropped prompt is made up for by another.
+    Returns them and how many prompts were dropped meanwhile, by reason, and how many responses had rewards that are not
+    finite. A dropped prompt is made up for by another.
     """
     dropped: Counter[str] = Counter()
+    non_finite: tuple[NonFinite, ...] = ()
     rounds = 0
     while True:
         experiences, stale = run.queue.take(run.config.loop.prompts_per_step, version)
@@ -248,11 +254,14 @@ def next_batch(run: Run, version: int) -> tuple[tuple[Experience, ...], dict[str
             run.ledger.drop([experience.prompt.uid for experience in stale], "stale")
             dropped["stale"] += len(stale)
         if experiences:
-            return experiences, {f"data/dropped_{reason}": float(count) for reason, count in dropped.items()}
+            warn_of_non_finite(run, f"step {version + 1}", non_finite)
+            lost_by_reason = {f"data/dropped_{reason}": float(count) for reason, count in dropped.items()}
+            return experiences, lost_by_reason | counted(non_finite, run.config.scoring.non_finite)
+        refuse_if_hopeless(dropped[NON_FINITE], run.config.loop.prompts_per_step, non_finite)
         prompts = run.stream.take(run.queue.may_issue(version))
         run.ledger.issue([prompt.uid for prompt in prompts], version)
         run.queue.issued(len(prompts))
-        arrived, lost = collect(
+        found = collect(
             prompts,
             run.sampling,
             rollouts=run.rollouts,
@@ -261,9 +270,10 @@ def next_batch(run: Run, version: int) -> tuple[tuple[Experience, ...], dict[str
             ledger=run.ledger,
         )
         rounds += 1
+        arrived, lost, non_finite = found.experiences, found.dropped, non_finite + found.non_finite
         if run.algorithm.greedy_baseline:
-            arrived, without = against_greedy_scores(run, arrived)
-            lost += without
+            found = against_greedy_scores(run, arrived)
+            arrived, lost, non_finite = found.experiences, lost + found.dropped, non_finite + found.non_finite
         if run.config.algo.filter_groups and rounds < run.config.algo.filter_rounds:
             flat = [e for e in arrived if all_equal(torch.from_numpy(e.scores.total))]
             arrived = [e for e in arrived if not all_equal(torch.from_numpy(e.scores.total))]
@@ -274,21 +284,32 @@ def next_batch(run: Run, version: int) -> tuple[tuple[Experience, ...], dict[str
         run.queue.put(arrived)
         for drop in lost:
             dropped[drop.reason] += 1
-            run.telemetry.event("dropped", f"prompt {drop.uid}: {drop.reason}: {drop.detail}", uid=drop.uid)
+            if drop.reason != NON_FINITE:  # of those there is one warning a step
+                run.telemetry.event("dropped", f"prompt {drop.uid}: {drop.reason}: {drop.detail}", uid=drop.uid)
         if lost and not arrived and dropped.total() >= len(run.stream):
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-            raise DataError(f"a whole epoch of prompts was dropped ({reasons}; the last: {lost[-1].detail})")
+            failure = RewardError if lost[-1].reason == NON_FINITE else DataError
+            raise failure(f"a whole epoch of prompts was dropped ({reasons}; the last: {lost[-1].detail})")
 
 
-def against_greedy_scores(run: Run, experiences: Sequence[Experience]) -> tuple[list[Experience], list[DroppedPrompt]]:
+def warn_of_non_finite(run: Run, when: str, found: Sequence[NonFinite]) -> None:
+    """One warning for all responses of `when` whose rewards are not finite; none where there are none."""
+    if found:
+        facts = {"responses": len(found), "uid": found[0].uid, "rewards": list(found[0].rewards)}
+        run.telemetry.warn(f"{when}: {told(found, run.config.scoring.non_finite)}", **facts)
+
+
+def against_greedy_scores(run: Run, experiences: Sequence[Experience]) -> Collected:
     """The experiences with the score of the greedy response to their prompt; those whose prompt gave none apart."""
     greedy = replace(run.sampling, n=1, temperature=0.0, top_p=1.0, top_k=0)
     prompts = [experience.prompt for experience in experiences]
-    found, lost = collect(prompts, greedy, rollouts=run.rollouts, scoring=run.scoring)
-    scores = {experience.prompt.uid: float(experience.scores.total[0]) for experience in found}
-    run.ledger.drop([drop.uid for drop in lost], GREEDY_LOST)
+    found = collect(prompts, greedy, rollouts=run.rollouts, scoring=run.scoring)
+    scores = {experience.prompt.uid: float(experience.scores.total[0]) for experience in found.experiences}
+    lost = [drop if drop.reason == NON_FINITE else replace(drop, reason=GREEDY_LOST) for drop in found.dropped]
+    for drop in lost:
+        run.ledger.drop([drop.uid], drop.reason)
     kept = [replace(e, baseline=scores[e.prompt.uid]) for e in experiences if e.prompt.uid in scores]
-    return kept, [replace(drop, reason=GREEDY_LOST) for drop in lost]
+    return Collected(kept, lost, found.non_finite)
 
 
 def tell(
@@ -328,7 +349,7 @@ def sample_rows(run: Run, experiences: Sequence[Experience]) -> list[dict[str, A
             {
                 "uid": experience.prompt.uid,
                 "prompt": experience.prompt.messages[-1].content,
-                "response": run.rollouts.texts(experience.rollout)[0],
+                "response": run.rollouts.texts(experience.rollout)[int(experience.samples[0])],
                 "answer": experience.prompt.answer,
                 "reward": float(experience.scores.total[0]),
                 "components": {name: float(values[0]) for name, values in experience.scores.components.items()},
@@ -347,6 +368,8 @@ def checkpoint(run: Run, state: State) -> None:
         run.reference.save(folder)
     write_json(folder / STATE_FILE, asdict(state))
     needed = checkpoint_files(run.policy.ranks)
+    if run.algorithm.mask is not None:
+        needed += MASK_FILES
     if run.algorithm.needs_critic:
         needed += critic_files(run.config.critic.start == "shared", run.policy.ranks)
     final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints, needed)

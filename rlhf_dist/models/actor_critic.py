@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from rlhf_dist.algo.action_mask import ActionMask
 from rlhf_dist.algo.logprobs import chunked_logprobs
 from rlhf_dist.models.policy import PackedPolicy
 
@@ -29,8 +30,10 @@ class PackedActorCritic(PackedPolicy):
         temperature: float,
         chunk: int,
         entropy_gradient: bool = False,
+        mask: ActionMask | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(logprobs, entropy, values), float32 [M] each; values are read where the logprobs are, before the token."""
         hidden = self.hidden(tokens, cu_seqlens).index_select(0, predict)
-        logprobs, entropy = chunked_logprobs(hidden, self.output_head(), targets, temperature, chunk, entropy_gradient)
+        head = self.output_head()
+        logprobs, entropy = chunked_logprobs(hidden, head, targets, temperature, chunk, entropy_gradient, mask)
         return logprobs, entropy, self.value_head(hidden)[:, 0].float()

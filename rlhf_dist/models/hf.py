@@ -302,6 +302,15 @@ def read_companions(source: str | Path) -> Companions:
     )
 
 
+@torch.no_grad()
+def copy_weights(model: PreTrainedModel, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Overwrite all of the model's parameters by those of one of the same shape, by name, on any device."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in weights:
+        parameters.pop(name).copy_(tensor)
+    assert not parameters, f"weights that did not come: {sorted(parameters)[:3]}"
+
+
 def save_hf(
     weights: PreTrainedModel | Iterator[tuple[str, torch.Tensor]], source: str | Path | Companions, target: Path
 ) -> Path:

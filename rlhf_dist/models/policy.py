@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from rlhf_dist.algo.action_mask import ActionMask
 from rlhf_dist.algo.logprobs import chunked_logprobs
 from rlhf_dist.errors import ModelError
 from rlhf_dist.models.packed import PackedModel
@@ -26,16 +27,25 @@ class PackedPolicy(PackedModel):
         temperature: float,
         chunk: int,
         entropy_gradient: bool = False,
+        mask: ActionMask | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of `targets` and the entropies of the distributions they are from.
 
         tokens int64 [T], the sequences one after another; cu_seqlens int32 [S + 1], their boundaries (0 first, T
         last, none empty); predict int64 [M], positions in the row whose next token is asked for; targets int64 [M],
         those next tokens. temperature divides the logits; chunk: positions whose logits are held at once.
-        entropy_gradient: the entropy carries a gradient too. Returns (logprobs float32 [M], entropy float32 [M]), nats.
+        entropy_gradient: the entropy carries a gradient too; mask: what may be drawn at the M positions.
+        Returns (logprobs float32 [M], entropy float32 [M]), nats.
         """
         hidden = self.hidden(tokens, cu_seqlens).index_select(0, predict)
-        return chunked_logprobs(hidden, self.output_head(), targets, temperature, chunk, entropy_gradient)
+        return chunked_logprobs(hidden, self.output_head(), targets, temperature, chunk, entropy_gradient, mask)
+
+    @torch.no_grad()
+    def action_mask(
+        self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, predict: torch.Tensor, top_p: float
+    ) -> ActionMask:
+        """What this policy lets another draw at positions `predict` of the packed row; shapes as in `forward`."""
+        return ActionMask(self.hidden(tokens, cu_seqlens).index_select(0, predict), self.output_head(), top_p)
 
     def output_head(self) -> torch.nn.Module:
         """Hidden states -> logits."""

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rlhf_dist.config.schema import RolloutConfig
+from rlhf_dist.models.hf import load_model
+from rlhf_dist.rollout.action_mask import MaskReader, MaskStart, Reading
 from rlhf_dist.types import Prompt, Receipt, Rollout, Sampling
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.shared_memory import WeightReader
 
+MASKED = "masked"
+"""In a request's extra arguments: its tokens are drawn under the mask."""
 UNPUBLISHED = -1
 """Version of weights that the engine loaded itself, before the learner published any."""
 
@@ -39,10 +45,22 @@ class VllmEngine:
     """Continuous batching of prompt groups, with weights that can be replaced between two steps."""
 
     def __init__(
-        self, model: Path, config: RolloutConfig, *, dtype: str, device: str, threads: int, seed: int, name: str
+        self,
+        model: Path,
+        config: RolloutConfig,
+        *,
+        dtype: str,
+        device: str,
+        threads: int,
+        seed: int,
+        name: str,
+        mask: MaskStart | None = None,
     ) -> None:
-        """Start the engine: about 12 s on a CPU. `model` is a Hugging Face directory."""
+        """Start the engine: about 12 s on a CPU. `model` is a Hugging Face directory; `mask`: what may be drawn."""
         set_environment(config, device, threads)
+        if mask is not None:
+            # The second runner, vLLM's choice on a GPU, has another interface for processors of logits.
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -62,6 +80,7 @@ class VllmEngine:
                 enable_prefix_caching=True,
                 # Log-probabilities of the distribution that was drawn from: temperature and cuts included.
                 logprobs_mode="processed_logprobs",
+                logits_processors=None if mask is None else [mask_processor()],
                 worker_extension_cls="rlhf_dist.rollout.vllm_engine.WeightReceiver",
                 seed=seed,
                 trust_remote_code=False,
@@ -69,6 +88,8 @@ class VllmEngine:
                 **memory,
             )
         )
+        if mask is not None:
+            self._engine.collective_rpc("start_mask", args=(mask,))
         self._name = name
         self._version = UNPUBLISHED
         self._engine.set_weight_version(str(UNPUBLISHED))
@@ -146,6 +167,7 @@ def sampling_params(sampling: Sampling) -> Any:
         logprobs=0,
         flat_logprobs=True,
         detokenize=bool(sampling.stop),
+        extra_args={MASKED: True} if sampling.masked else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
@@ -156,13 +178,60 @@ def sampled_logprobs(sample: Any) -> np.ndarray:
     return np.asarray([flat.logprobs[start] for start in flat.start_indices], dtype=np.float32)
 
 
+@cache
+def mask_processor() -> Any:
+    """The class of vLLM's form of `MaskReader`; made here, since vllm is imported after its environment is set."""
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+    from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+    class MaskProcessor(LogitsProcessor):
+        """Takes what is outside the mask from the logits. vLLM makes it with the engine, `start_mask` fills it."""
+
+        reader: MaskReader
+
+        def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+            self._readings: dict[int, Reading] = {}
+
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def update_state(self, batch_update: Any) -> None:
+            process_dict_updates(self._readings, batch_update, self._begin)
+
+        def apply(self, logits: torch.Tensor) -> torch.Tensor:
+            if self._readings:
+                rows = torch.tensor(list(self._readings), device=logits.device)
+                allowed = self.reader.allowed(list(self._readings.values()))
+                logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
+            return logits
+
+        @staticmethod
+        def _begin(params: Any, prompt: list[int] | None, response: list[int]) -> Reading | None:
+            if not (params.extra_args or {}).get(MASKED):
+                return None
+            assert prompt is not None, "a prompt of tokens"
+            return Reading(prompt, response, params.temperature)
+
+    return MaskProcessor
+
+
 class WeightReceiver:
     """Mixed into vLLM's worker, whose attributes it uses: runs in every process of the engine, beside the model."""
 
     model_runner: Any
     model_config: Any
     vllm_config: Any
+    device: Any
     _weight_reader: WeightReader | None = None
+    _mask_reader: MaskReader | None = None
+
+    def start_mask(self, mask: MaskStart) -> None:
+        """Load the mask policy, and give it to the processor of logits that vLLM made."""
+        dtype = str(self.model_config.dtype).removeprefix("torch.")
+        model = load_model(mask.source, dtype, "sdpa").to(self.device)
+        self._mask_reader = MaskReader(model, mask.lag)
+        (processor,) = (p for p in self.model_runner.input_batch.logitsprocs.all if isinstance(p, mask_processor()))
+        processor.reader = self._mask_reader
 
     def receive_weights(self, announcement: Announcement) -> list[str]:
         """Load all buckets; returns their hashes as received. Raises before loading one with a wrong hash."""
@@ -184,6 +253,9 @@ class WeightReceiver:
             model.load_weights(parameters())
             finalize_layerwise_reload(model, self.model_config)
             repack_tied_heads(model)
+        if self._mask_reader is not None:
+            named = (pair for _, tensors in self._weight_reader.read(announcement) for pair in tensors)
+            self._mask_reader.follow(announcement.version, named)
         return hashes
 
 

@@ -35,8 +35,9 @@ class FunctionReward:
         self._turn = threading.Lock()
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-        """float32 [n]. Raises RewardError when the function raises, does not return in time, or returns the wrong
-        number of values or one that is not a finite number. After a timeout its thread stays: Python cannot stop it.
+        """float32 [n], NaN and infinity as they came. Raises RewardError when the function raises, does not return in
+        time, or returns the wrong number of values or one that is no number. After a timeout its thread stays: Python
+        cannot stop it.
 
         Called from several threads, one call after another reaches the function: it need not be made for more.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import ssl
@@ -60,7 +61,10 @@ class HttpReward:
         )
 
     def __call__(self, texts: Texts) -> np.ndarray:
-        """float32 [n]. May be called from several threads. Raises RewardError naming the address and what came."""
+        """float32 [n]; NaN and infinity as they came, null, which stands for either in JSON, as NaN.
+
+        May be called from several threads. Raises RewardError naming the address and what came.
+        """
         body = {
             "prompts": texts.prompts,
             "responses": texts.responses,
@@ -87,6 +91,8 @@ class HttpReward:
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if scores is None:
             raise RewardError(f'{self._who} answered {self._shown(answer)}; it has to be {{"scores": [numbers]}}')
+        if isinstance(scores, list):
+            scores = [math.nan if score is None else score for score in scores]
         return checked_scores(self._who, scores, texts.responses)
 
     def check(self) -> None:

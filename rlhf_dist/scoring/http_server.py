@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import socket
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from starlette.types import ASGIApp, Message as Event, Receive, Scope, Send
 
 from rlhf_dist.errors import DataError, ResourceError, RlhfError
+from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.scoring.scorer import Scorer
 from rlhf_dist.scoring.texts import Texts
 from rlhf_dist.types import Message
@@ -26,6 +28,8 @@ CONNECTIONS = 256
 KEEP_ALIVE_S = 75
 """Longer than clients keep an idle connection, so that it is they who close it."""
 CLOSE_LIMIT_S = 10
+LOG = logging.getLogger("uvicorn.error")
+"""The server's own, which prints."""
 
 
 def _whole(text: str) -> str:
@@ -132,8 +136,10 @@ def make_app(scorer: Scorer, token: str) -> FastAPI:
         if not request.responses:
             return {"scores": [], "components": {}}
         scores = scorer.score_texts(request.texts())
+        if scores.non_finite:
+            LOG.warning(told(scores.non_finite, scorer.policy))
         return {
-            "scores": scores.total.tolist(),
+            "scores": scores.total.tolist(),  # NaN and infinity are written as null
             "components": {name: values.tolist() for name, values in scores.components.items()},
         }
 

@@ -15,6 +15,7 @@ from rlhf_dist.errors import ConfigError, DataError, RewardError
 from rlhf_dist.scoring.diversity import distinct_pairs, text_hashes
 from rlhf_dist.scoring.function import FunctionReward
 from rlhf_dist.scoring.http_client import HttpReward
+from rlhf_dist.scoring.non_finite import find_non_finite, refusal, zeroed
 from rlhf_dist.scoring.rules import exact_match, number_match, regex_match
 from rlhf_dist.scoring.texts import Texts, texts_of
 from rlhf_dist.types import Rollout, Scores
@@ -43,11 +44,15 @@ CheckModel = Callable[[str, RewardSpec], object]
 class Scorer:
     """Scores by the rewards of the `scoring` section. Its methods may be called from several threads."""
 
+    policy: str
+    """`scoring.non_finite`."""
+
     def __init__(self, config: ScoringConfig, make_model: MakeModel | None = None) -> None:
         """`make_model` is needed for rewards of kind model. Raises ConfigError for a pattern that does not compile or a
         function that cannot be imported, and what `make_model` raises."""
         _require_some(config)
         self._specs = dict(config.rewards)
+        self.policy = config.non_finite
         self._models: dict[str, TokenReward] = {}
         self._texts: dict[str, TextReward] = {}
         self._clients: list[HttpReward] = []
@@ -65,14 +70,15 @@ class Scorer:
     def score(self, rollout: Rollout) -> Scores:
         """The group's rewards, float32 [n] each; functions see the last user turn as the prompt.
 
-        Raises RewardError and, where a model or a server does not answer, ActorTimeout."""
+        Raises RewardError, also for a reward that is not finite where `scoring.non_finite` is fail, and, where a model
+        or a server does not answer, ActorTimeout."""
         texts, prompt = texts_of(rollout), rollout.prompt
         for name in self._comparing() if not prompt.answer else ():
             raise RewardError(
                 f"the reward {name} compares with an answer and prompt {prompt.uid} of {prompt.source} has none; "
                 "set data.answer_key or use a reward of another kind"
             )
-        return self._scores(texts, {name: model.score(rollout) for name, model in self._models.items()})
+        return self._scores(texts, {name: model.score(rollout) for name, model in self._models.items()}, prompt.uid)
 
     def score_texts(self, texts: Texts) -> Scores:
         """The same for responses that come as text, each with a prompt of its own. Raises DataError too, for a missing
@@ -91,11 +97,23 @@ class Scorer:
     def _comparing(self) -> list[str]:
         return [name for name, spec in self._specs.items() if spec.kind in ("exact", "number")]
 
-    def _scores(self, texts: Texts, by_models: Mapping[str, np.ndarray]) -> Scores:
+    def _scores(self, texts: Texts, by_models: Mapping[str, np.ndarray], uid: str = "") -> Scores:
         components = {name: by_models[name] if name in by_models else self._texts[name](texts) for name in self._specs}
-        total = np.zeros(len(texts.responses), np.float64)
+        found = find_non_finite(components, texts.responses, uid)
+        if found and self.policy == "fail":
+            name = next(iter(found[0].rewards))
+            raise RewardError(refusal(_label(name, self._specs[name]), found[0]))
+        if found and self.policy == "zero":
+            components = zeroed(components)
+        total = self._total(components)
+        return Scores(total, components, distinct_pairs(texts.responses), text_hashes(texts.responses), found)
+
+    def _total(self, components: Mapping[str, np.ndarray]) -> np.ndarray:
+        """float32 [n]; NaN where a component is not finite. Raises RewardError for a sum beyond float32."""
+        finite = np.logical_and.reduce([np.isfinite(values) for values in components.values()])
+        total = np.zeros(len(finite), np.float64)
         for name, spec in self._specs.items():
-            total += spec.weight * components[name].astype(np.float64)
+            total += spec.weight * np.where(finite, components[name], 0.0).astype(np.float64)
         with np.errstate(over="ignore"):
             rounded = total.astype(np.float32)
         if not np.isfinite(rounded).all():
@@ -103,7 +121,7 @@ class Scorer:
                 f"the weighted sum of {', '.join(self._specs)} is {total[~np.isfinite(rounded)][0]:g} for a response, "
                 "beyond float32; lower the weights under scoring.rewards"
             )
-        return Scores(rounded, components, distinct_pairs(texts.responses), text_hashes(texts.responses))
+        return np.where(finite, rounded, np.float32(np.nan))
 
 
 def preflight(config: ScoringConfig, check_model: CheckModel | None = None) -> None:
@@ -124,6 +142,15 @@ def preflight(config: ScoringConfig, check_model: CheckModel | None = None) -> N
 def _require_some(config: ScoringConfig) -> None:
     if not config.rewards:
         raise ConfigError("scoring.rewards is empty; name at least one reward, such as exact: {kind: exact}")
+
+
+def _label(name: str, spec: RewardSpec) -> str:
+    """A reward in a message, as its own messages have it."""
+    if spec.kind == "http":
+        return f"the reward server {name} ({spec.url})"
+    if spec.kind == "model":
+        return f"the reward model {name} ({spec.path})"
+    return f"the reward {name} ({spec.function})" if spec.function else f"the reward {name}"
 
 
 def _text_reward(name: str, spec: RewardSpec) -> TextReward:

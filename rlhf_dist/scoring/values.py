@@ -11,7 +11,10 @@ from rlhf_dist.errors import RewardError
 
 
 def checked_scores(who: str, result: Any, responses: Sequence[str]) -> np.ndarray:
-    """`result` as float32 [n], one finite number for each of the responses. Raises RewardError beginning with `who`."""
+    """`result` as float32 [n], one number for each of the responses: what is beyond float32 becomes infinite.
+
+    Raises RewardError beginning with `who`.
+    """
     if not isinstance(result, list):
         raise RewardError(
             f"{who} returned {short(result)} ({type(result).__name__}); "
@@ -19,18 +22,15 @@ def checked_scores(who: str, result: Any, responses: Sequence[str]) -> np.ndarra
         )
     if len(result) != len(responses):
         raise RewardError(f"{who} returned {len(result)} values for {len(responses)} responses")
-    values = np.zeros(len(result), np.float32)
+    values = np.zeros(len(result), np.float64)
     for i, (value, response) in enumerate(zip(result, responses, strict=True)):
         number = _number(value)
         if number is None:
             wrong = f"not a number ({type(value).__name__})"
-        elif not abs(number) <= float(np.finfo(np.float32).max):  # false for NaN too
-            wrong = "not finite in float32"
-        else:
-            values[i] = number
-            continue
-        raise RewardError(f"{who} returned {short(value)}, {wrong}, for response {i}: {short(response)}")
-    return values
+            raise RewardError(f"{who} returned {short(value)}, {wrong}, for response {i}: {short(response)}")
+        values[i] = number
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
 
 
 def short(value: object) -> str:

@@ -30,7 +30,7 @@ def test_a_recipe_is_what_its_row_says(name: str) -> None:
     algorithm, method = made(name), METHODS[name]
     assert algorithm.name == name
     assert algorithm.needs_critic == (method.baseline == "critic")
-    assert algorithm.by_token == (method.baseline in ("critic", "none"))
+    assert algorithm.credit_by_token == (method.baseline in ("critic", "none"))
     assert algorithm.correction is None
 
 

@@ -13,11 +13,11 @@ from cluster_stand_ins import ANNOUNCEMENT, PROMPTS, SAMPLING, handles, start, t
 
 from rlhf_dist.cluster.groups import (
     CriticGroup,
+    PolicyCreditGroup,
     PolicyGroup,
     ReferenceFleet,
     RolloutFleet,
     ScoringFleet,
-    SharedCriticGroup,
     gather,
 )
 from rlhf_dist.errors import ActorLost, ActorTimeout, RunError, WeightSyncError
@@ -89,7 +89,7 @@ def test_a_critic_rank_that_dies_is_named(workers: dict[str, Any]) -> None:
 
 
 def test_a_head_on_the_policys_trunk_has_nothing_to_do_of_its_own(workers: dict[str, Any], tmp_path: Path) -> None:
-    group = SharedCriticGroup(workers, timeout_s=30)
+    group = PolicyCreditGroup(workers, timeout_s=30)
     assert group.estimate([2.0, 4.0], handles(1), [])[1].advantages == 6.0  # type: ignore[list-item]
     assert group.finish_update(group.begin_update([], [], NO_ESTIMATES)) == MetricSums()
     group.save(tmp_path)

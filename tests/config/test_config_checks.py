@@ -206,7 +206,11 @@ def test_every_number_of_the_schema_has_a_range() -> None:
             ["algo.clip_low is 0.1", "no effect with algo.name rloo", "take it out, or choose ppo", "grpo"],
         ),
         ("train", ["algo.name=cispo", "algo.dual_clip=3"], ["algo.dual_clip is 3", "algo.name cispo"]),
-        ("train", ["algo.name=reinforce_pp", "algo.lam=0.5"], ["algo.lam is 0.5", "choose ppo, decoupled_ppo, a2c"]),
+        (
+            "train",
+            ["algo.name=reinforce_pp", "algo.lam=0.5"],
+            ["algo.lam is 0.5", "choose ppo, decoupled_ppo, nlpo, a2c"],
+        ),
         (
             "train",
             ["algo.name=gspo", "algo.clip_low=3e-4", "algo.clip_high=4e-4", "algo.aggregation=sequence_sum"],
@@ -219,6 +223,19 @@ def test_every_number_of_the_schema_has_a_range() -> None:
             ["learner.updates_per_batch 2 with algo.name opo", "both must be 1"],
         ),
         ("train", ["algo.name=a2c", "learner.epochs=2"], ["learner.epochs is 2", "algo.name a2c"]),
+        ("train", ["algo.mask_every=5"], ["algo.mask_every is 5", "no effect with algo.name grpo", "or choose nlpo"]),
+        (
+            "train",
+            ["algo.name=nlpo", "rollout.tensor_parallel=2"],
+            ["rollout.tensor_parallel is 2 with algo.name nlpo", "set it to 1, or choose ppo"],
+        ),
+        (
+            "train",
+            ["algo.name=nlpo", "rollout.top_p=0.9"],
+            ["rollout.top_p is 0.9", "set top_p to 1", "algo.mask_top_p instead"],
+        ),
+        ("train", ["algo.name=nlpo", "algo.mask_top_p=1"], ["algo.mask_top_p is 1", "greater than 0 and less than 1"]),
+        ("train", ["algo.name=nlpo", "algo.mask_every=0"], ["algo.mask_every is 0", "at least 1"]),
         ("train", ["algo.name=gspo"], ["algo.clip_high 0.2 with algo.name gspo", "3e-4 and 4e-4"]),
         (
             "train",

@@ -19,12 +19,10 @@ SAMPLING = Sampling(n=4, temperature=1.0, top_p=1.0, top_k=0, max_tokens=9, stop
 def test_experiences_come_in_the_order_of_the_prompts_and_drops_beside_them(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.issue([prompt.uid for prompt in prompts(4)], 0)
-    found, dropped = collect(
-        prompts(4), SAMPLING, rollouts=FakeRollouts(drops=["0/1"]), scoring=FakeScoring(), ledger=ledger
-    )
-    assert [experience.prompt.uid for experience in found] == ["0/0", "0/2", "0/3"]
-    assert [experience.scores.total.tolist() for experience in found] == [[1, 0, 0, 0]] * 3
-    assert [(drop.uid, drop.reason) for drop in dropped] == [("0/1", "prompt_empty")]
+    found = collect(prompts(4), SAMPLING, rollouts=FakeRollouts(drops=["0/1"]), scoring=FakeScoring(), ledger=ledger)
+    assert [experience.prompt.uid for experience in found.experiences] == ["0/0", "0/2", "0/3"]
+    assert [experience.scores.total.tolist() for experience in found.experiences] == [[1, 0, 0, 0]] * 3
+    assert [(drop.uid, drop.reason) for drop in found.dropped] == [("0/1", "prompt_empty")]
     assert (ledger.counts()["scored"], ledger.counts()["dropped"]) == (3, 1)
 
 
@@ -35,18 +33,18 @@ def test_a_prompt_that_never_comes_back_ends_the_run() -> None:
 
 def test_every_group_is_compared_with_the_reference_at_the_samplers_temperature() -> None:
     reference = FakeReference()
-    found, _ = collect(
+    found = collect(
         prompts(3),
         replace(SAMPLING, temperature=0.6),
         rollouts=FakeRollouts(drops=["0/1"]),
         scoring=FakeScoring(),
         reference=reference,
-    )
+    ).experiences
     assert sorted(reference.asked) == [(("0/0", 4), 0.6), (("0/2", 4), 0.6)], "one that was dropped is not"
     assert [e.reference.logprobs for e in found if e.reference] == ["reference 0/0", "reference 0/2"]
     assert [e.reference.head.kl.tolist() for e in found if e.reference] == [[2.0] * 4] * 2
 
 
 def test_without_a_reference_there_is_nothing_to_compare() -> None:
-    found, _ = collect(prompts(2), SAMPLING, rollouts=FakeRollouts(), scoring=FakeScoring())
-    assert [experience.reference for experience in found] == [None, None]
+    found = collect(prompts(2), SAMPLING, rollouts=FakeRollouts(), scoring=FakeScoring())
+    assert [experience.reference for experience in found.experiences] == [None, None]

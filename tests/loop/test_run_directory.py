@@ -10,7 +10,7 @@ import pytest
 from rlhf_dist.errors import ConfigError, DataError, DiskError, ResourceError
 from rlhf_dist.learner.model_engine import checkpoint_files
 from rlhf_dist.loop import run_directory
-from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
+from rlhf_dist.loop.run_directory import RunDirectory, config_changes, open_run_directory
 from rlhf_dist.telemetry.sinks import JsonlSink
 
 CONFIG = """
@@ -146,6 +146,13 @@ def test_a_resume_may_change_the_length_of_a_run_but_not_what_it_is(tmp_path: Pa
     )
     assert run.config.read_text() == longer
     make(tmp_path, resume=True, config=longer)
+
+
+def test_a_resume_may_take_the_way_out_of_a_reward_that_is_not_finite(tmp_path: Path) -> None:
+    """Also of a run whose saved config does not know the key."""
+    for number, saved in enumerate(("scoring: {non_finite: fail}", "scoring: {}")):
+        (tmp_path / f"{number}.yaml").write_text(saved)
+        assert config_changes(tmp_path / f"{number}.yaml", "scoring: {non_finite: mask}") == []
 
 
 def test_two_processes_never_share_a_run(tmp_path: Path) -> None:

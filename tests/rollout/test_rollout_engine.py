@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_dist.algo.algorithm import LaggingMask
 from rlhf_dist.config.schema import RolloutConfig
 from rlhf_dist.errors import WeightSyncError
 from rlhf_dist.learner.rows import pack_rows, rollout_row
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.policy import PackedPolicy
+from rlhf_dist.rollout.action_mask import MaskStart
 from rlhf_dist.rollout.vllm_engine import UNPUBLISHED, VllmEngine
 from rlhf_dist.rollout.worker import RolloutWorker
 from rlhf_dist.types import DroppedPrompt, Message, Prompt, Rollout, RolloutHead, Sampling
@@ -27,12 +29,15 @@ pytestmark = pytest.mark.timeout(600)
 CONFIG = RolloutConfig(max_prompt_tokens=24, max_response_tokens=24, kv_cache_gib=0.1, max_concurrent=32)
 SAMPLING = Sampling(n=4, temperature=1.0, top_p=1.0, top_k=0, max_tokens=16, stop=(), seed=None)
 PROMPTS = [Prompt(f"0/{i}", (Message("user", text),), "", "test") for i, text in enumerate(["abc", "b", "zyxwv"])]
+LAG = LaggingMask(top_p=0.6, every=20)
+"""Of the pushes below, version 20 is the only one that the mask follows."""
 
 
 class Learner:
-    """The learner's side in plain torch: a policy, and the writer of its weights."""
+    """The learner's side in plain torch: a policy, the mask policy, and the writer of its weights."""
 
     def __init__(self, source: Path) -> None:
+        self.earlier = PackedPolicy(load_model(source, "float32", "segmented"))
         self.policy = PackedPolicy(load_model(source, "float32", "segmented"))
         shapes = [(name, tuple(tensor.shape), "float32") for name, tensor in self.weights()]
         # Small buckets, so that a push has several.
@@ -52,12 +57,13 @@ class Learner:
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.05)
 
     @torch.no_grad()
-    def logprobs(self, rollout: Rollout, temperature: float) -> np.ndarray:
+    def logprobs(self, rollout: Rollout, temperature: float, masked: bool = False) -> np.ndarray:
         """float32 [N], of the rollout's tokens."""
         rows = [rollout_row(rollout, sample) for sample in range(len(rollout.texts))]
         packed = pack_rows(rows, torch.device("cpu"))
-        found, _ = self.policy(packed.tokens, packed.cu_seqlens, packed.predict, packed.targets, temperature, 64)
-        return found.numpy()
+        where = (packed.tokens, packed.cu_seqlens, packed.predict)
+        mask = self.earlier.action_mask(*where, LAG.top_p) if masked else None
+        return self.policy(*where, packed.targets, temperature, 64, False, mask)[0].numpy()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,17 @@ def learner(tiny_model: Path) -> Iterator[Learner]:
 
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path) -> VllmEngine:
-    return VllmEngine(tiny_model, CONFIG, dtype="float32", device="cpu", threads=1, seed=1, name="rollout worker 0")
+    """With a mask, which requests of their own accord are not under."""
+    return VllmEngine(
+        tiny_model,
+        CONFIG,
+        dtype="float32",
+        device="cpu",
+        threads=1,
+        seed=1,
+        name="rollout worker 0",
+        mask=MaskStart(tiny_model, LAG),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +117,22 @@ def test_before_any_push_it_samples_its_own_weights(worker: RolloutWorker, learn
     assert all((r.versions == UNPUBLISHED).all() for r in found)
 
 
+def under_the_mask(worker: RolloutWorker, learner: Learner, temperature: float) -> None:
+    """What is sampled is what the learner's mask allows, at the learner's probabilities."""
+    found = rollouts(worker, replace(SAMPLING, n=8, masked=True, temperature=temperature))
+    sampled = np.concatenate([r.logprobs for r in found])
+    difference = np.abs(np.concatenate([learner.logprobs(r, temperature, masked=True) for r in found]) - sampled)
+    # A random model is close to uniform: now and then rounding puts one of a hundred tokens in or out.
+    assert np.quantile(difference, 0.95) <= 1e-4 and difference.max() <= 0.05, difference.max()
+    plain = np.concatenate([learner.logprobs(r, temperature) for r in found])
+    assert (sampled - plain).min() > 0.1, "what is left of the distribution is more likely than in the whole"
+
+
+def test_masked_requests_draw_under_the_mask_of_the_start(worker: RolloutWorker, learner: Learner) -> None:
+    under_the_mask(worker, learner, temperature=1.0)
+    under_the_mask(worker, learner, temperature=0.7)
+
+
 def test_a_group_has_n_samples_of_ragged_length(worker: RolloutWorker) -> None:
     found = rollouts(worker, replace(SAMPLING, n=8))
     assert [r.prompt.uid for r in found] == ["0/0", "0/1", "0/2"]
@@ -126,6 +158,10 @@ def test_a_push_is_proved_and_changes_the_logprobs(
     found = rollouts(worker, SAMPLING)
     assert largest_difference(learner, found) <= 1e-4
     assert all((r.versions == version).all() for r in found)
+
+
+def test_the_mask_stays_behind_the_pushes(worker: RolloutWorker, learner: Learner) -> None:
+    under_the_mask(worker, learner, temperature=1.0)
 
 
 def test_processed_logprobs_include_the_temperature(worker: RolloutWorker, learner: Learner) -> None:
@@ -227,3 +263,10 @@ def test_a_push_in_the_middle_of_a_response_shows_in_its_versions(engine: VllmEn
         engine._engine.step = inner
     assert set(rollout.versions.tolist()) == {20, 21}
     assert (np.diff(rollout.versions) >= 0).all() and (rollout.versions == 20).sum() == 3
+
+
+def test_the_mask_has_followed_the_version_that_it_waits_for(worker: RolloutWorker, learner: Learner) -> None:
+    with pytest.raises(AssertionError):
+        under_the_mask(worker, learner, temperature=1.0)
+    learner.earlier.load_state_dict(learner.policy.state_dict())  # version 20 and 21 have the same weights
+    under_the_mask(worker, learner, temperature=1.0)

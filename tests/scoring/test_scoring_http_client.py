@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -110,6 +111,12 @@ def test_what_is_sent_and_what_comes_back() -> None:
     assert seen.tokens == [f"Bearer {TOKEN}"] and seen.paths == ["/score"]
 
 
+def test_scores_that_are_not_finite_come_as_they_are_and_null_as_nan() -> None:
+    with serving(says('{"scores": [NaN, -Infinity]}'), says({"scores": [None, 1e300]})) as (url, _):
+        np.testing.assert_array_equal(ask(url), [math.nan, -math.inf])
+        np.testing.assert_array_equal(ask(url), [math.nan, math.inf])
+
+
 @pytest.mark.parametrize("bad", [says("oops", 500), says({"detail": "busy"}, 503), says({"detail": "slow down"}, 429)])
 def test_what_may_pass_is_tried_again(bad: Answer) -> None:
     with serving(bad, bad, FINE) as (url, seen):
@@ -178,9 +185,7 @@ def test_a_silent_or_broken_answer_is_tried_again(bad: Answer) -> None:
         (says({"score": [1, 2]}), 1, r'answered \{"score": \[1, 2\]\}; it has to be'),
         (says({"scores": 3}), 1, r"returned 3 \(int\); it has to return a list of 2 numbers"),
         (says({"scores": [1]}), 1, "returned 1 values for 2 responses"),
-        (says({"scores": [1, None]}), 1, r"returned None, not a number \(NoneType\), for response 1: 'two'"),
-        (says('{"scores": [NaN, 1]}'), 1, "returned nan, not finite in float32, for response 0: 'one'"),
-        (says('{"scores": [1e999, 1]}'), 1, "returned inf, not finite"),
+        (says({"scores": [[1], 2]}), 1, r"returned \[1\], not a number \(list\), for response 0: 'one'"),
         (says({"scores": ["1", 2]}), 1, r"returned '1', not a number \(str\)"),
     ],
 )

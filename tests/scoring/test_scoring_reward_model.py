@@ -137,13 +137,14 @@ def test_what_does_not_fit_is_told(judge: Path, tiny_model: Path, model: RewardM
     assert reward_source("judge", judge_spec(judge), setting(tiny_model, max_tokens=128)).through_text is False
 
 
-def test_scores_that_are_not_numbers_are_told(copied: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_that_are_not_numbers_come_as_they_are(
+    copied: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with closing(open_judge(copied, tiny_model)) as model:
         weight: Any = model._scalar.model.get_submodule("score").weight
         with torch.no_grad():
             weight.fill_(float("nan"))
-        with pytest.raises(RewardError, match=r"the reward model judge \(.*\) gave nan for response 0"):
-            model.score(make_rollout(tiny_model, RESPONSES, ENDED))
+        assert np.isnan(model.score(make_rollout(tiny_model, RESPONSES, ENDED))).all()
 
 
 def no_template(judge: Path) -> None:

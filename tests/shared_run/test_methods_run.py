@@ -1,8 +1,12 @@
-"""Two methods learn on real Ray, vLLM and DeepSpeed: REINFORCE++, and the one of the guide in docs/algorithms.md."""
+"""Two methods learn on real Ray, vLLM and DeepSpeed: REINFORCE++, and the one of the guide in docs/algorithms.md.
+
+A third, NLPO, samples and learns under one mask, which is where it was after a resume.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -12,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
@@ -36,8 +42,8 @@ telemetry: {{wandb: "off", progress: plain}}
 CALL = [sys.executable, "-m", "rlhf_dist", "train", "run.yaml"]
 
 
-def run(folder: Path, *words: str) -> list[float]:
-    """Mean reward of each step of a run in `folder`, with the package that lies there if one does."""
+def run(folder: Path, *words: str) -> list[dict[str, float]]:
+    """What a run in `folder` has logged of its steps, by the package that lies there if one does."""
     (folder / "rewards.py").write_text(REWARD)
     (folder / "run.yaml").write_text(CONFIG)
     package = folder if (folder / "rlhf_dist").exists() else ROOT
@@ -52,12 +58,17 @@ def run(folder: Path, *words: str) -> list[float]:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = [json.loads(line) for line in (folder / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [line["reward/mean"] for line in lines if "reward/mean" in line]
+    return [line for line in lines if "reward/mean" in line]
+
+
+def learnt(steps: list[dict[str, float]]) -> bool:
+    rewards = [step["reward/mean"] for step in steps]
+    return bool(np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2)
 
 
 def test_reinforce_pp_learns(tmp_path: Path) -> None:
-    rewards = run(tmp_path, "algo.name=reinforce_pp", "algo.group_size=1", "loop.prompts_per_step=64")
-    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2, rewards
+    steps = run(tmp_path, "algo.name=reinforce_pp", "algo.group_size=1", "loop.prompts_per_step=64")
+    assert learnt(steps), steps
 
 
 def test_the_method_of_the_guide_learns_in_one_file_and_one_row(tmp_path: Path) -> None:
@@ -70,5 +81,32 @@ def test_the_method_of_the_guide_learns_in_one_file_and_one_row(tmp_path: Path) 
     opening = "METHODS: dict[str, Method] = {\n"
     assert text.count(opening) == 1
     methods.write_text(text.replace(opening, opening + row), encoding="utf-8")
-    rewards = run(tmp_path, "algo.name=mine", "algo.group_size=4", "loop.prompts_per_step=16")
-    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2, rewards
+    steps = run(tmp_path, "algo.name=mine", "algo.group_size=4", "loop.prompts_per_step=16")
+    assert learnt(steps), steps
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_nlpo_samples_and_learns_under_one_mask_and_goes_on_with_it(tmp_path: Path) -> None:
+    every = ["loop.checkpoint_every=1", "loop.keep_checkpoints=9", "loop.prompts_per_step=16"]
+    mask = ["algo.name=nlpo", "algo.group_size=1", "algo.mask_top_p=0.5", "algo.mask_every=3", *every]
+    run(tmp_path, *mask, "loop.steps=1")
+    steps = run(tmp_path, *mask, "loop.steps=4", "--resume")
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    folders = {n: tmp_path / "runs" / "run" / "checkpoints" / f"step-{n}" for n in (1, 2, 3, 4)}
+    masks, policies = ({n: weights(f / part) for n, f in folders.items()} for part in ("mask", "hf"))
+    assert same(masks[1], masks[2]), "the mask of a resumed run is the one it had"
+    assert not same(masks[1], policies[1])
+    assert same(masks[3], policies[3]) and same(masks[4], policies[3]), "it follows every third version"
+    size = next(tensor for name, tensor in masks[1].items() if "embed" in name).shape[0]
+    for step in steps:
+        # Unmasked, the random model's entropy is close to the logarithm of its vocabulary.
+        assert step["policy/entropy"] < math.log(size) - 0.5, step
+        # A sampler without the mask, or with another, would be off by about 0.7, the logarithm of what is masked.
+        assert step["rollout/logprob_diff_max"] < 0.05, step

@@ -1,0 +1,57 @@
+"""What can be known to be wrong before a process is started or a file written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf_dist.cluster import learner_hosts as hosts
+from rlhf_dist.cluster.placement import Command, local_machine, place
+from rlhf_dist.cluster.session import joins_cluster
+from rlhf_dist.cluster.sources import check_critic, check_reference, preflight_rewards
+from rlhf_dist.config.schema import Config
+from rlhf_dist.data.demonstrations import demonstrations, held_out_demonstrations, ptx_demonstrations
+from rlhf_dist.data.judgements import held_out_judgements, judgements
+
+
+def check_before_start(config: Config, command: Command) -> None:
+    """Everything that can be known to be wrong before a process is started or a file written."""
+    if not joins_cluster(config.cluster):
+        place(config, local_machine(), command)
+    if command in ("train", "eval"):
+        preflight_rewards(config)
+        check_reference(config)
+    if command == "train":
+        check_critic(config)
+    read_data(config, command)
+
+
+def read_data(config: Config, command: Command) -> None:
+    """Read what the processes of `command` will read, so that a bad row is told before any of them starts."""
+    held_back = config.eval.prompts
+    if command == "sft":
+        demonstrations(config.data, config.sft, config.seed, held_back)
+        held_out_demonstrations(config.data, config.sft, held_back)
+    if command == "reward":
+        judgements(config.preferences, config.data, config.seed, config.preferences.unusable)
+        held_out_judgements(config.preferences, config.data, config.preferences.unusable)
+    if command == "train" and config.ptx.coef:
+        ptx_demonstrations(config.data, config.ptx, config.seed, held_back)
+
+
+def disk_need(source: str, config: Config, command: Command) -> int:
+    """Bytes of the checkpoints kept: weights, and three float32 copies by the optimizer.
+
+    A critic with its own trunk takes as much again; a moving average is float32; a reference that moves and a mask
+    policy are like the model.
+    """
+    folder = Path(source)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    kept = 1 if command in ("sft", "reward") else config.loop.keep_checkpoints
+    width = 1 if config.model.dtype == "float32" else 2
+    parts = float(1 + 3 * width)
+    if command == "train":
+        parts *= 2 if hosts.algorithm(config.algo).needs_critic and not hosts.shares_trunk(config) else 1
+        parts += width if config.learner.ema_decay else 0
+        parts += 1 if config.reference.update_every else 0
+        parts += 1 if hosts.algorithm(config.algo).mask is not None else 0
+    return int(weights * parts * (kept + 1))

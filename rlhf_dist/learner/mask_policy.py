@@ -1,0 +1,45 @@
+"""The policy as it was some steps ago, whole on every rank: what it found likely is what the policy may choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from rlhf_dist.algo.action_mask import ActionMask
+from rlhf_dist.algo.algorithm import LaggingMask
+from rlhf_dist.config.schema import ModelConfig
+from rlhf_dist.learner.rows import Packed
+from rlhf_dist.models.attention import choose_attention
+from rlhf_dist.models.hf import Companions, copy_weights, load_model, save_hf
+from rlhf_dist.models.policy import PackedPolicy
+
+MASK_FOLDER = "mask"
+"""In a checkpoint, where the mask policy is."""
+MASK_FILES = [f"{MASK_FOLDER}/config.json"]
+"""The files, by relative path, that tell that it is there."""
+
+
+class MaskPolicy:
+    """One rank's copy, without gradients."""
+
+    def __init__(self, source: str | Path, model: ModelConfig, lag: LaggingMask, *, device: str) -> None:
+        """Load the Hugging Face directory `source`. Raises ModelError."""
+        loaded = load_model(source, model.dtype, choose_attention(model.attention, device, model.dtype))
+        self._policy = PackedPolicy(loaded.to(device))  # pyright: ignore[reportArgumentType]
+        self._policy.requires_grad_(False)
+        self._lag = lag
+
+    def mask(self, packed: Packed) -> ActionMask:
+        """What may be drawn at the rows' response tokens."""
+        return self._policy.action_mask(packed.tokens, packed.cu_seqlens, packed.predict, self._lag.top_p)
+
+    def follow(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Take the policy's weights, those of `version`, if it is time. Every rank calls it, since it gathers."""
+        if self._lag.follows(version):
+            copy_weights(self._policy.model, weights)
+
+    def save(self, companions: Companions, folder: Path) -> None:
+        """A Hugging Face directory in `folder`; rank 0's is enough. Raises `DiskError`."""
+        save_hf(self._policy.model, companions, folder / MASK_FOLDER)
