@@ -81,6 +81,7 @@ def chunked_logprobs(
     chunk: int,
     entropy_gradient: bool = False,
     mask: ActionMask | None = None,
+    least_chunks: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` of `head(hidden_ND)`, with the logits of at most `chunk` tokens held at once.
 
@@ -94,12 +95,13 @@ def chunked_logprobs(
         chunk: tokens, at least 1.
         entropy_gradient: see `token_logprobs`.
         mask: of the same N positions; what it leaves out cannot be drawn. None: everything can.
+        least_chunks: cut into so many at least, empty ones too. Under ZeRO-3 a call of the head gathers its weights
+            from all ranks, so all have to call it equally often: give them all the largest of their `chunk_count`.
 
     Returns:
         (logprobs [N] with gradient to the hidden states and the head, entropy [N] with or without), nats.
     """
-    if chunk < 1:
-        raise ConfigError(f"the logprob chunk is {chunk} tokens: give 1 or more")
+    count = max(chunk_count(len(hidden_ND), chunk), least_chunks)
 
     def of_chunk(hidden: Tensor, targets: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(hidden)
@@ -107,10 +109,11 @@ def chunked_logprobs(
             logits = logits.masked_fill(mask.outside(beside, targets, temperature), -torch.inf)
         return token_logprobs(logits, targets, temperature, entropy_gradient)
 
-    recompute = torch.is_grad_enabled() and len(hidden_ND) > chunk
+    recompute = torch.is_grad_enabled() and count > 1
     parts: list[tuple[Tensor, Tensor]] = []
     beside_ND = hidden_ND if mask is None else mask.hidden
-    for inputs in zip(hidden_ND.split(chunk), targets_N.split(chunk), beside_ND.split(chunk), strict=True):
+    parted = (tensor.tensor_split(count) for tensor in (hidden_ND, targets_N, beside_ND))
+    for inputs in zip(*parted, strict=True):
         if recompute:
             part = checkpoint(of_chunk, *inputs, use_reentrant=False, preserve_rng_state=False)
             assert isinstance(part, tuple)
@@ -118,3 +121,10 @@ def chunked_logprobs(
         else:
             parts.append(of_chunk(*inputs))
     return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
+
+
+def chunk_count(tokens: int, chunk: int) -> int:
+    """Into how many chunks of at most `chunk` so many tokens are cut; 1 for none."""
+    if chunk < 1:
+        raise ConfigError(f"the logprob chunk is {chunk} tokens: give 1 or more")
+    return max(1, -(-tokens // chunk))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_dist.algo.logprobs import chunk_count
 from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.errors import ConfigError, DataError, DiskError
 from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine
@@ -144,6 +145,7 @@ class ModelEngine(Engine):
             self._chunk,
             entropy_gradient,
             self._mask.mask(packed) if self._mask is not None and masked else None,
+            self._deepspeed.equally_often(chunk_count(len(packed.predict), self._chunk)),
         )
 
     def _packed(self, model: PreTrainedModel, gradient_checkpointing: bool) -> nn.Module:

@@ -129,7 +129,8 @@ class PolicyLearner:
         batch = [given.rows[i] for i in chosen] or [PLACEHOLDER]
         logprobs, entropy, beside, beside_stats = self._forward(batch, given, chosen)
         if len(chosen) == 0:
-            return (logprobs + beside).sum() * 0.0, MetricSums({}, {})
+            # All that the other ranks' losses depend on: under ZeRO 3 their backward passes gather the same modules.
+            return (logprobs + entropy + beside).sum() * 0.0, MetricSums({}, {})
         before = logprobs.detach() if given.old is None else flat(given.old, chosen, device)
         lengths = [row.response_length for row in batch]
         offsets = torch.from_numpy(np.cumsum([0, *lengths])).to(device)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_dist.algo.logprobs import chunk_count
 from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.learner.model_engine import Engine, write_tensors
 from rlhf_dist.learner.rows import Packed, Row, pack_rows, spread
@@ -107,13 +108,15 @@ class ScalarEngineWithLM(ScalarEngine):
         """(scores float32 [S] as `scores`, logprobs float32 [N] of the response tokens of the rows that are learnt)."""
         packed = pack_rows(rows, self.device)
         mask = spread(np.asarray(learnt), rows, self.device) > 0
+        predict = packed.predict[mask]
         raw, logprobs = self._deepspeed.forward(
             packed.tokens,
             packed.cu_seqlens,
             last_tokens(packed),
-            packed.predict[mask],
+            predict,
             packed.targets[mask],
             self._chunk,
+            self._deepspeed.equally_often(chunk_count(len(predict), self._chunk)),
         )
         return self._normalized(raw), logprobs
 

@@ -31,9 +31,12 @@ class PackedActorCritic(PackedPolicy):
         chunk: int,
         entropy_gradient: bool = False,
         mask: ActionMask | None = None,
+        least_chunks: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(logprobs, entropy, values), float32 [M] each; values are read where the logprobs are, before the token."""
         hidden = self.hidden(tokens, cu_seqlens).index_select(0, predict)
         head = self.output_head()
-        logprobs, entropy = chunked_logprobs(hidden, head, targets, temperature, chunk, entropy_gradient, mask)
+        logprobs, entropy = chunked_logprobs(
+            hidden, head, targets, temperature, chunk, entropy_gradient, mask, least_chunks
+        )
         return logprobs, entropy, self.value_head(hidden)[:, 0].float()

@@ -28,17 +28,20 @@ class PackedPolicy(PackedModel):
         chunk: int,
         entropy_gradient: bool = False,
         mask: ActionMask | None = None,
+        least_chunks: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of `targets` and the entropies of the distributions they are from.
 
         tokens int64 [T], the sequences one after another; cu_seqlens int32 [S + 1], their boundaries (0 first, T
         last, none empty); predict int64 [M], positions in the row whose next token is asked for; targets int64 [M],
         those next tokens. temperature divides the logits; chunk: positions whose logits are held at once.
-        entropy_gradient: the entropy carries a gradient too; mask: what may be drawn at the M positions.
-        Returns (logprobs float32 [M], entropy float32 [M]), nats.
+        entropy_gradient: the entropy carries a gradient too; mask: what may be drawn at the M positions; least_chunks:
+        see `chunked_logprobs`. Returns (logprobs float32 [M], entropy float32 [M]), nats.
         """
         hidden = self.hidden(tokens, cu_seqlens).index_select(0, predict)
-        return chunked_logprobs(hidden, self.output_head(), targets, temperature, chunk, entropy_gradient, mask)
+        return chunked_logprobs(
+            hidden, self.output_head(), targets, temperature, chunk, entropy_gradient, mask, least_chunks
+        )
 
     @torch.no_grad()
     def action_mask(

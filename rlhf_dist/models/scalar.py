@@ -73,11 +73,19 @@ class PackedScalarWithLM(PackedScalar):
         self.lm_head = lm_head
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor, predict: Tensor, targets: Tensor, chunk: int
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor,
+        positions: Tensor,
+        predict: Tensor,
+        targets: Tensor,
+        chunk: int,
+        least_chunks: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """(numbers float32 [M], logprobs float32 [N] of `targets` read at `predict`); as in PackedPolicy.forward."""
         hidden = self.hidden(tokens, cu_seqlens)
-        logprobs, _ = chunked_logprobs(hidden.index_select(0, predict), self.lm_head, targets, 1.0, chunk)
+        read = hidden.index_select(0, predict)
+        logprobs, _ = chunked_logprobs(read, self.lm_head, targets, 1.0, chunk, least_chunks=least_chunks)
         return self._scalars(hidden, positions), logprobs
 
 

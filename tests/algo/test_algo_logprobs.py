@@ -110,12 +110,26 @@ def test_chunks_equal_the_whole_in_value_and_gradient(tokens: int, chunk: int, t
     assert len(head.rows) == (once if once == 1 else 2 * once)  # recomputed in backward, but for a chunk that is alone
 
 
+@pytest.mark.parametrize("least", [3, 9])
+def test_more_chunks_than_needed_change_nothing(least: int) -> None:
+    """For ranks that have to call the head as often as another; some chunks are empty then."""
+    head = CountingHead()
+    hidden, targets = batch(5)
+    expected = chunked_logprobs(hidden, head, targets, 0.7, 5, entropy_gradient=True)
+    gradients = torch.autograd.grad(sum(part.sum() for part in expected), [hidden, head.linear.weight])
+    head.rows.clear()
+    got = chunked_logprobs(hidden, head, targets, 0.7, 5, entropy_gradient=True, least_chunks=least)
+    again = torch.autograd.grad(sum(part.sum() for part in got), [hidden, head.linear.weight])
+    torch.testing.assert_close((got, again), (expected, gradients))
+    assert len(head.rows) == 2 * least and sum(head.rows) == 2 * 5, "in forward, and again in backward"
+
+
 def test_without_gradient_every_chunk_is_computed_once() -> None:
     head = CountingHead()
     hidden, targets = batch(10)
     with torch.no_grad():
         logprobs, _ = chunked_logprobs(hidden, head, targets, 1.0, 4)
-    assert head.rows == [4, 4, 2]
+    assert head.rows == [4, 3, 3]
     torch.testing.assert_close(logprobs, token_logprobs(head(hidden), targets)[0].detach())
 
 

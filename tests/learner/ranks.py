@@ -1,7 +1,8 @@
 """One learner rank in a process of its own: `python ranks.py RANK WORLD PORT MODEL FOLDER`.
 
 Trains a fixed batch of uneven rows on real DeepSpeed, under every ZeRO stage in turn, and leaves in FOLDER what the
-tests compare: `WORLD-RANK.pt`, a dict of results by stage.
+tests compare: `WORLD-RANK.pt`, a dict of results by stage. Two ranks also run the methods of `plain_methods.py`; the
+process that is alone runs them in plain torch, before it has seen DeepSpeed.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from method_ranks import run_methods
+from plain_methods import METHODS, run_plain
 
-from rlhf_dist.algo.algorithm import Algorithm
-from rlhf_dist.algo.recipes import cispo, dr_grpo, grpo, gspo, rloo
+from rlhf_dist.algo.algorithm import LaggingMask
+from rlhf_dist.algo.recipes import grpo
 from rlhf_dist.config.schema import (
     AlgoConfig,
-    CorrectionConfig,
     CriticConfig,
     LearnerConfig,
     ModelConfig,
     OptimizerConfig,
 )
 from rlhf_dist.learner.deepspeed_engine import init_process_group
+from rlhf_dist.learner.mask_policy import MASK_FOLDER, MaskPolicy
 from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.rows import pack_rows, rollout_row, spread
@@ -41,22 +44,8 @@ SAMPLING = Sampling(n=3, temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, sto
 OPTIMIZER = OptimizerConfig(lr=0.5, eps=1.0, warmup_steps=0, weight_decay=0.01, max_grad_norm=0.05)
 LEARNER = LearnerConfig(optimizer=OPTIMIZER)
 STEPS = 9
+LAG = LaggingMask(top_p=0.5, every=2)
 GRPO = grpo(AlgoConfig())
-# The stand-in rollouts' logprobs are -4, those of the random model about -4.6: all of these bounds are met.
-METHODS: dict[str, Algorithm] = {
-    "gspo, corrected by sequence": gspo(
-        AlgoConfig(clip_low=0.01, clip_high=0.01, correction=CorrectionConfig("geometric", "truncate", 0.5, 2.0))
-    ),
-    "cispo, half of the tokens": cispo(AlgoConfig(entropy_share=0.5, aggregation="sequence_mean")),
-    "dr_grpo, corrected by token, off-policy responses left out": dr_grpo(
-        AlgoConfig(
-            aggregation="sequence_sum",
-            off_policy_limit=0.6,
-            correction=CorrectionConfig("token", "mask", 0.45, 1.5),
-        )
-    ),
-    "rloo, sequence mask": rloo(AlgoConfig(correction=CorrectionConfig("sequence", "mask", 1e-4, 2.0))),
-}
 
 
 def rollouts(seed: int) -> list[Rollout]:
@@ -95,10 +84,10 @@ def batch_of(made: list[Rollout]) -> tuple[Batch, Credit]:
     return batch, Credit(advantages)
 
 
-def cut(made: list[Rollout], learner: LearnerConfig, step: int, world: int, algorithm: Algorithm = GRPO) -> list[Shard]:
+def cut(made: list[Rollout], learner: LearnerConfig, step: int, world: int) -> list[Shard]:
     """The shards of all ranks."""
     batch, credit = batch_of(made)
-    learning = Learning(algorithm, learner, CriticConfig(), SAMPLING, STEPS)
+    learning = Learning(GRPO, learner, CriticConfig(), SAMPLING, STEPS)
     return make_shards(batch, batch.scores, credit, learning, 0.0, step, world)
 
 
@@ -114,10 +103,8 @@ def budget(world: int) -> int:
 class Trainer:
     """A learner with its batches."""
 
-    def __init__(
-        self, model: Path, learner: LearnerConfig, dtype: str, world: int, algorithm: Algorithm = GRPO
-    ) -> None:
-        self.config, self.world, self.algorithm = learner, world, algorithm
+    def __init__(self, model: Path, learner: LearnerConfig, dtype: str, world: int) -> None:
+        self.config, self.world = learner, world
         self.engine = ModelEngine(
             model,
             ModelConfig(dtype=dtype),
@@ -126,11 +113,11 @@ class Trainer:
             device="cpu",
             bucket_mib=1,  # type: ignore[arg-type]
         )
-        self.learner = PolicyLearner(self.engine, algorithm)
+        self.learner = PolicyLearner(self.engine, GRPO)
 
     def step(self, step: int) -> dict[str, float]:
         made = rollouts(step)
-        shard = cut(made, self.config, step, self.world, self.algorithm)[self.engine.rank]
+        shard = cut(made, self.config, step, self.world)[self.engine.rank]
         return self.learner.update(shard, made, (), None, AS_THEY_ARE).values()
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -168,22 +155,28 @@ def run_stage(stage: int, world: int, model: Path, folder: Path) -> dict[str, An
     return found
 
 
-def run_method(algorithm: Algorithm, stage: int, world: int, model: Path) -> dict[str, Any]:
-    """Three steps of a method, each two passes in two updates (one without a ratio), so that old logprobs matter."""
-    passes = 1 if algorithm.name == "rloo" else 2
-    learner = replace(
-        LEARNER,
-        zero_stage=stage,
-        ranks=world,
-        micro_batch_tokens=budget(world),
-        epochs=passes,
-        updates_per_batch=passes,
-    )
-    trainer = Trainer(model, learner, "float32", world, algorithm)
-    start = trainer.weights()
-    metrics = [trainer.step(step) for step in (1, 2, 3)]
-    trainer.engine.close()
-    return {"start": start, "three": trainer.weights(), "metrics": metrics}
+def run_masked(stage: int, world: int, model: Path, folder: Path) -> dict[str, Any]:
+    """A step under a mask that follows every second version: weights, and the logprobs that it leaves, by version."""
+    learner = replace(LEARNER, zero_stage=stage, ranks=world, micro_batch_tokens=budget(world))
+    mask = MaskPolicy(model, ModelConfig(), LAG, device="cpu")
+    engine = ModelEngine(model, ModelConfig(), learner, OPTIMIZER, device="cpu", bucket_mib=1, mask=mask)
+    trainer = PolicyLearner(engine, GRPO)
+    made = rollouts(1)
+    rows = [rollout_row(made[0], sample) for sample in range(3)]
+    found: dict[str, Any] = {}
+    for version in (0, 1, 2):
+        engine.publish(version)
+        found[f"weights {version}"] = {name: tensor.clone() for name, tensor in engine.weights()}
+        found[f"masked {version}"] = engine.logprobs(rows, 1.0)[0].detach().clone()
+        found[f"plain {version}"] = engine.logprobs(rows, 1.0, masked=False)[0].detach().clone()
+        trainer.update(cut(made, learner, version + 1, world)[engine.rank], made, (), None, AS_THEY_ARE)
+    target = folder / f"masked-{world}-{stage}"
+    target.mkdir(exist_ok=True)
+    engine.save(target)
+    torch.distributed.barrier()
+    found["saved"] = dict(load_model(target / MASK_FOLDER, "float32", "eager").named_parameters())
+    engine.close()
+    return found
 
 
 def run_bfloat16(stage: int, world: int, model: Path) -> dict[str, Any]:
@@ -229,13 +222,17 @@ def plain(model: Path) -> dict[str, Any]:
 def main() -> None:
     rank, world, port = (int(word) for word in sys.argv[1:4])
     model, folder = Path(sys.argv[4]), Path(sys.argv[5])
+    found: dict[Any, Any] = {}
+    if world == 1:
+        found["methods"] = {name: run_plain(model, method) for name, method in METHODS.items()}
+        assert "deepspeed" not in sys.modules, "plain torch"
     init_process_group(rank, world, "127.0.0.1", port, device="cpu", threads=1, timeout_s=120.0)
-    found: dict[Any, Any] = {stage: run_stage(stage, world, model, folder) for stage in (0, 1, 2, 3)}
-    for name, algorithm in METHODS.items():
-        found[name] = {stage: run_method(algorithm, stage, world, model) for stage in (2, 3)}
+    found |= {stage: run_stage(stage, world, model, folder) for stage in (0, 1, 2, 3)}
     if world == 1:
         found["plain"] = plain(model)
     else:
+        found["methods"] = {stage: run_methods(model, stage) for stage in (2, 3)}
+        found["masked"] = {stage: run_masked(stage, world, model, folder) for stage in (2, 3)}
         found["bfloat16"] = {}
         for stage in (0, 1, 2, 3):
             try:

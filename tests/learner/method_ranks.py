@@ -1,0 +1,129 @@
+"""The methods of `plain_methods.py` on a learner rank: the same samples through shards, packed rows and DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from plain_methods import LONGEST, METHODS, OPTIMIZER, SIZES, STEPS, TEMPERATURE, Method, Sample, samples_of
+
+from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
+from rlhf_dist.algo.recipes import ALGORITHMS
+from rlhf_dist.config.schema import CriticConfig, LearnerConfig, ModelConfig
+from rlhf_dist.learner.model_engine import ModelEngine
+from rlhf_dist.learner.policy import PolicyLearner
+from rlhf_dist.learner.returns import ReturnsLearner
+from rlhf_dist.learner.shard import AS_THEY_ARE, EstimateSums, Shard
+from rlhf_dist.loop.step import Learning, assign_credit, collate, make_shards
+from rlhf_dist.rollout.worker import head_of
+from rlhf_dist.types import Experience, Message, Prompt, Rollout, Sampling, Scores
+
+SAMPLING = Sampling(n=0, temperature=TEMPERATURE, top_p=1.0, top_k=0, max_tokens=LONGEST, stop=(), seed=None)
+MICRO_BATCH_TOKENS = 48
+"""Two or three rows: an update has several micro-batches on each rank."""
+CHUNK_TOKENS = 16
+"""Ranks need a different number of logprob chunks in the same pass."""
+
+
+def rollout_of(group: Sequence[Sample], version: int) -> Rollout:
+    """The samples of one prompt."""
+    lengths = [len(sample.response) for sample in group]
+    return Rollout(
+        prompt=Prompt(f"0/{group[0].group}", (Message("user", "x"),), "", "test"),
+        prompt_tokens=np.array(group[0].prompt, np.int32),
+        tokens=np.concatenate([np.array(sample.response, np.int32) for sample in group]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        logprobs=np.concatenate([np.array(sample.sampled, np.float32) for sample in group]),
+        versions=np.full(sum(lengths), version, np.int32),
+        finish_reasons=("stop",) * len(group),
+        texts=("",) * len(group),
+    )
+
+
+def cut(made: Sequence[Rollout], scores: Sequence[np.ndarray], learning: Learning, kl: float, step: int) -> list[Shard]:
+    """The shards of both ranks."""
+    experiences = [
+        Experience(r.prompt, head_of(r, "w"), Scores(s, {}, np.zeros(len(s)), np.zeros(len(s))), i, None)
+        for i, (r, s) in enumerate(zip(made, scores, strict=True))
+    ]
+    batch = collate(experiences)
+    credit = assign_credit(batch, batch.scores, learning.algorithm, 0.0)
+    return make_shards(batch, batch.scores, credit, learning, kl, step, learning.learner.ranks)
+
+
+class NotingEngine(ModelEngine):
+    """Notes the gradient norm of each optimizer step."""
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        self.norms: list[float] = []
+
+    def step(self, lr: float) -> float:
+        self.norms.append(super().step(lr))
+        return self.norms[-1]
+
+
+class MethodTrainer:
+    """One rank of two."""
+
+    def __init__(self, model: Path, method: Method, stage: int) -> None:
+        self.config = method.algo
+        learner = LearnerConfig(
+            ranks=2,
+            zero_stage=stage,
+            micro_batch_tokens=MICRO_BATCH_TOKENS,
+            logprob_chunk_tokens=CHUNK_TOKENS,
+            updates_per_batch=method.updates,
+            epochs=method.epochs,
+            optimizer=OPTIMIZER,
+        )
+        self.algorithm: Algorithm = ALGORITHMS[method.algo.name](method.algo)
+        self.learning = Learning(self.algorithm, learner, CriticConfig(), SAMPLING, STEPS)
+        self.engine = NotingEngine(
+            model,
+            ModelConfig(),
+            learner,
+            OPTIMIZER,
+            device="cpu",
+            bucket_mib=1,
+        )
+        self.learner = PolicyLearner(self.engine, self.algorithm)
+        self.rows: list[list[int]] = []
+        """[optimizer steps of first passes][micro-batches of this rank]: rows."""
+
+    def step(self, step: int) -> None:
+        samples = samples_of(step)
+        groups = [[sample for sample in samples if sample.group == group] for group in range(len(SIZES[step]))]
+        made = [rollout_of(group, step - 1) for group in groups]
+        scores = [np.array([sample.score for sample in group], np.float32) for group in groups]
+        references = [np.concatenate([np.array(s.reference, np.float32) for s in group]) for group in groups]
+        shard = cut(made, scores, self.learning, self.config.kl.coef, step)[self.engine.rank]
+        self.rows += [[len(chosen) for chosen in micro_batches] for micro_batches in shard.updates]
+        in_loss = self.algorithm.kl_estimator is not None
+        estimate, whitening = None, AS_THEY_ARE
+        if isinstance(self.algorithm.credit, TokenCredit):
+            credit = ReturnsLearner(self.algorithm.credit, kl_in_reward=True)
+            sums, estimate = credit.estimate(shard, made, references)
+            everyone: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everyone, sums)
+            whitening = EstimateSums.merge(everyone).whitening()
+        self.learner.update(shard, made, references if in_loss else (), estimate, whitening)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.engine.weights()}
+
+
+def run_methods(model: Path, stage: int) -> dict[str, dict[str, Any]]:
+    """Three steps of each method, every one from the same start."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, method in METHODS.items():
+        trainer = MethodTrainer(model, method, stage)
+        start = trainer.weights()
+        for step in range(1, STEPS + 1):
+            trainer.step(step)
+        trainer.engine.close()
+        found[name] = {"start": start, "three": trainer.weights(), "norms": trainer.engine.norms, "rows": trainer.rows}
+    return found
