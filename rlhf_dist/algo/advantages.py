@@ -14,12 +14,16 @@ StdKind = Literal["unbiased", "population", "none"]
 
 
 class _Grouped(NamedTuple):
+    """In float64: squares of float32 scores beyond 1e19 would be infinite, and divide whole groups to 0."""
+
     value_B: Tensor
     """Score less a number of its group; exactly 0 where all scores of the group are equal."""
     group_B: Tensor
     """Row -> group, renumbered from 0."""
     count_G: Tensor
     """Rows of each group, as floats."""
+    dtype: torch.dtype
+    """Of results."""
 
 
 def group_normalized(score_B: Tensor, group_B: Tensor, std: StdKind = "unbiased", eps: float = 1e-6) -> Tensor:
@@ -41,7 +45,7 @@ def group_normalized(score_B: Tensor, group_B: Tensor, std: StdKind = "unbiased"
     centered = _centered(score_B, group_B)
     match std:
         case "none":
-            return centered.value_B
+            return centered.value_B.to(centered.dtype)
         case "unbiased":
             divisor_G = (centered.count_G - 1).clamp(min=1)
         case "population":
@@ -50,7 +54,7 @@ def group_normalized(score_B: Tensor, group_B: Tensor, std: StdKind = "unbiased"
             raise ConfigError(f"group standard deviation {std!r} is unknown: one of unbiased, population, none")
     squares_G = torch.zeros_like(centered.count_G).index_add_(0, centered.group_B, centered.value_B.square())
     std_G = (squares_G / divisor_G).sqrt()
-    return centered.value_B / (std_G + eps)[centered.group_B]
+    return (centered.value_B / (std_G + eps)[centered.group_B]).to(centered.dtype)
 
 
 def leave_one_out(score_B: Tensor, group_B: Tensor) -> Tensor:
@@ -62,7 +66,7 @@ def leave_one_out(score_B: Tensor, group_B: Tensor) -> Tensor:
     centered = _centered(score_B, group_B)
     # The same as n / (n - 1) times the distance from the mean of all.
     scale_G = centered.count_G / (centered.count_G - 1).clamp(min=1)
-    return centered.value_B * scale_G[centered.group_B]
+    return (centered.value_B * scale_G[centered.group_B]).to(centered.dtype)
 
 
 def batch_centered(score_B: Tensor) -> Tensor:
@@ -75,7 +79,8 @@ def batch_centered(score_B: Tensor) -> Tensor:
     Takes [B], all scores of the step. Returns [B] float32 (float64 for float64 scores), in the unit of the scores;
     exactly 0 where all are equal, one alone included.
     """
-    return _centered(score_B, torch.zeros_like(score_B, dtype=torch.long)).value_B
+    centered = _centered(score_B, torch.zeros_like(score_B, dtype=torch.long))
+    return centered.value_B.to(centered.dtype)
 
 
 def group_centered_batch_whitened(score_B: Tensor, group_B: Tensor, eps: float = 1e-6) -> Tensor:
@@ -91,8 +96,9 @@ def group_centered_batch_whitened(score_B: Tensor, group_B: Tensor, eps: float =
     of equal scores or of one row.
     """
     assert eps > 0, eps
-    centered_B = _centered(score_B, group_B).value_B
-    return centered_B / (centered_B.square().mean().sqrt() + eps)
+    centered = _centered(score_B, group_B)
+    deviation = centered.value_B.square().mean().sqrt()
+    return (centered.value_B / (deviation + eps)).to(centered.dtype)
 
 
 def optimal_baseline(score_B: Tensor, group_B: Tensor, length_B: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ def optimal_baseline(score_B: Tensor, group_B: Tensor, length_B: Tensor) -> Tens
     weight_B = torch.where(tokens_G[above.group_B] > 0, length_B, 1.0)
     weighed_G = zero_G.index_add(0, above.group_B, weight_B * above.value_B)
     baseline_G = weighed_G / zero_G.index_add(0, above.group_B, weight_B)
-    return above.value_B - baseline_G[above.group_B]
+    return (above.value_B - baseline_G[above.group_B]).to(above.dtype)
 
 
 def against_greedy(score_B: Tensor, greedy_B: Tensor) -> Tensor:
@@ -205,7 +211,8 @@ def _centered(score_B: Tensor, group_B: Tensor) -> _Grouped:
 def _above_lowest(score_B: Tensor, group_B: Tensor) -> _Grouped:
     # Measured from the group's lowest score, equal scores are exactly 0 whatever the rounding of a mean would do.
     assert score_B.ndim == 1 and score_B.shape == group_B.shape, (score_B.shape, group_B.shape)
-    score_B = at_least_float32(score_B)
+    dtype = at_least_float32(score_B).dtype
+    score_B = score_B.double()
     names_G, row_group_B = torch.unique(group_B, return_inverse=True)
     zero_G = score_B.new_zeros(len(names_G))
     lowest_G = zero_G.scatter_reduce(0, row_group_B, score_B, reduce="amin", include_self=False)
@@ -214,4 +221,4 @@ def _above_lowest(score_B: Tensor, group_B: Tensor) -> _Grouped:
     spread_G = zero_G.scatter_reduce(0, row_group_B, above_B, reduce="amax", include_self=False)
     equal_G = spread_G <= EQUAL_SCORES * lowest_G.abs().clamp(min=1.0)
     count_G = zero_G.index_add(0, row_group_B, torch.ones_like(score_B))
-    return _Grouped(above_B.masked_fill(equal_G[row_group_B], 0.0), row_group_B, count_G)
+    return _Grouped(above_B.masked_fill(equal_G[row_group_B], 0.0), row_group_B, count_G, dtype)

@@ -55,7 +55,11 @@ class LaggingMask:
 
     def follows(self, version: int) -> bool:
         """Whether it takes the weights of this version."""
-        return version % self.every == 0
+        return self.at(version) == version
+
+    def at(self, version: int) -> int:
+        """Its own version while the policy is at `version`."""
+        return version - version % self.every
 
 
 @dataclass(frozen=True, slots=True)

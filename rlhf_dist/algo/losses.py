@@ -19,7 +19,7 @@ def reinforce_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -
 
     Args:
         logprobs: [N] of the learner, nats, with gradient.
-        old_logprobs: [N] of the policy that sampled, nats; for the statistics only.
+        old_logprobs: [N] of the policy before the update, nats; for the statistics only.
         advantages: [N], or broadcastable to it.
 
     Returns:

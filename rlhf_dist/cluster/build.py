@@ -43,7 +43,14 @@ from rlhf_dist.loop import supervised, train as training
 from rlhf_dist.loop.evaluate import evaluate as run_evaluation
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.queue import ExperienceQueue
-from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory, require_free_disk, write_json, write_text
+from rlhf_dist.loop.run_directory import (
+    RunDirectory,
+    open_run_directory,
+    require_free_disk,
+    step_of,
+    write_json,
+    write_text,
+)
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.watch import CollapseWatch
 from rlhf_dist.scoring.non_finite import told
@@ -217,7 +224,8 @@ def start_fleets(
         for i in range(placement.rollout_workers)
     ]
     if placement.learner_ranks and hosts.algorithm(config.algo).mask is not None:
-        specs = [replace(made, mask=mask_source(source, folder)) for made in specs]
+        version = step_of(folder) if folder else 0
+        specs = [replace(made, mask=mask_source(source, folder), version=version) for made in specs]
     workers = actors.start_all(
         actors.RolloutHost, specs, group, 0, placement.rollout_num_cpus, placement.rollout_num_gpus
     )

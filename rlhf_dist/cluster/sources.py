@@ -70,9 +70,8 @@ def with_sources(config: Config, source: str, folder: Path | None, learns: bool)
 
 
 def mask_source(source: str, folder: Path | None) -> str:
-    """Where the mask policy starts: in the checkpoint resumed from, or like the policy, from `source`."""
-    saved = None if folder is None else folder / MASK_FOLDER
-    return source if saved is None or not saved.is_dir() else str(saved.absolute())
+    """Where the mask policy starts: like the policy from `source`, or in the checkpoint `folder`, which has its own."""
+    return source if folder is None else str((folder / MASK_FOLDER).absolute())
 
 
 def model_path(config: Config, path: str, key: str) -> str:

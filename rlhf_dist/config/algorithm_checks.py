@@ -155,6 +155,11 @@ def _correction(algo: AlgoConfig, method: Method) -> Iterator[str]:
                     f"algo.correction.{key} is {value} and has no effect with algo.correction.level off; set that to "
                     "token, sequence or geometric, or take it out"
                 )
+    elif correction.low == correction.high == 1:
+        yield (
+            f"algo.correction.low and algo.correction.high are both 1; every ratio but that one would be "
+            f"{'left out' if correction.mode == 'mask' else 'cut to it'}: set low below 1 or high above, 0 and 2 are usual"
+        )
 
 
 def _critic(config: Config) -> Iterator[str]:
@@ -167,6 +172,11 @@ def _critic(config: Config) -> Iterator[str]:
                 f"critic.warmup_steps is {critic.warmup_steps} with critic.start shared; the policy's trunk cannot be "
                 "frozen while its value head learns: set it to 0, or critic.start to policy"
             )
+    elif critic.coef != CriticConfig().coef:
+        yield (
+            f"critic.coef is {critic.coef} and has no effect with critic.start {critic.start}, whose loss stands alone; "
+            "take it out, or set critic.start to shared"
+        )
     if not critic.start:
         yield "critic.start is empty; give `policy`, `shared` or a reward model"
     if critic.warmup_steps >= config.loop.steps:
@@ -202,6 +212,15 @@ def _kl(config: Config) -> Iterator[str]:
             f"rollout.top_p is {config.rollout.top_p} and rollout.top_k {config.rollout.top_k} with a reference "
             "(algo.kl); the sampler's logprobs are then of a cut distribution and the reference's are not, which would "
             "count as KL: set top_p to 1 and top_k to 0, or algo.kl.coef to 0"
+        )
+    if kl.place == "loss" and kl.coef == 0:
+        yield (
+            "algo.kl.place is loss and has no effect with algo.kl.coef 0; set that above 0, as 0.001, or take it out"
+        )
+    if kl.place == "loss" and kl.estimator == "k1":
+        yield (
+            "algo.kl.estimator is k1 with algo.kl.place loss, where its gradient is 0 on average: only noise; choose k2, "
+            "k3 or k3+, or set algo.kl.place to reward"
         )
     if kl.place == "reward" and kl.estimator != KLConfig().estimator:
         yield (

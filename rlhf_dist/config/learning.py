@@ -158,7 +158,7 @@ class LearnerConfig:
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """The value model of `ppo`."""
+    """The value model, of methods that have one."""
 
     start: str = "policy"
     """Where it comes from: `policy`, the policy's own start with a new head; `shared`, a value head on the policy's

@@ -84,5 +84,7 @@ def range_problems(config: Config) -> Iterator[str]:
     for right, (test, keys) in _RANGES.items():
         for key in keys.split():
             value = operator.attrgetter(key)(config)
-            if not (math.isfinite(value) and test(value)):
+            if not math.isfinite(value):
+                yield f"{key} is {value}; it must be a finite number, {right}"
+            elif not test(value):
                 yield f"{key} is {value}; it must be {right}"

@@ -10,12 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_dist.algo.masking import WHITEN_EPS
 from rlhf_dist.learner.rows import Row, rollout_row
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Rollout
-
-WHITEN_EPS = 1e-8
-"""Added to the variance of advantages before the square root, as in `algo.masking`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +119,7 @@ class EstimateSums:
 
 @dataclass(frozen=True, slots=True)
 class Whitening:
-    """Makes the advantages of a step have mean 0 and deviation 1."""
+    """Makes the advantages of a step have mean 0 and deviation 1: `algo.masking.whiten`, from the sums of all ranks."""
 
     mean: float
     deviation: float

@@ -60,7 +60,9 @@ class SharedPolicyLearner(PolicyLearner):
         """As `CriticLearner.estimate`."""
         rows = shard_rows(shard, rollouts)
         values = measure(
-            shard.updates, rows, lambda batch: self.engine.logprobs_and_values(batch, shard.temperature)[2]
+            shard.updates,
+            rows,
+            lambda batch: self.engine.logprobs_and_values(batch, shard.temperature, masked=False)[2],
         )
         made = estimate(shard, rollouts, references, values, self._credit, self._kl_in_reward)
         return EstimateSums.of(made), made

@@ -308,6 +308,11 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a finished checkpoint was written after."""
+    return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` as a whole: after a crash it holds the old or the new text. Raises DiskError."""
     unfinished = path.with_name(path.name + ".tmp")

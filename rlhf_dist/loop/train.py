@@ -286,7 +286,8 @@ def next_batch(run: Run, version: int) -> tuple[tuple[Experience, ...], dict[str
             dropped[drop.reason] += 1
             if drop.reason != NON_FINITE:  # of those there is one warning a step
                 run.telemetry.event("dropped", f"prompt {drop.uid}: {drop.reason}: {drop.detail}", uid=drop.uid)
-        if lost and not arrived and dropped.total() >= len(run.stream):
+        # A prompt without signal is fit for use, and taken after so many rounds.
+        if lost and not found.experiences and dropped.total() - dropped[NO_SIGNAL] >= len(run.stream):
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
             failure = RewardError if lost[-1].reason == NON_FINITE else DataError
             raise failure(f"a whole epoch of prompts was dropped ({reasons}; the last: {lost[-1].detail})")

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlhf_dist.algo.action_mask import likeliest
 from rlhf_dist.algo.algorithm import LaggingMask
+from rlhf_dist.errors import WeightSyncError
 from rlhf_dist.models.hf import copy_weights
 
 PREFILL_TOKENS = 8192
@@ -26,6 +27,8 @@ class MaskStart:
 
     source: Path
     """The Hugging Face directory of the mask policy."""
+    version: int
+    """Of the policy that it goes with: 0, or that of the checkpoint."""
     lag: LaggingMask
 
 
@@ -55,9 +58,11 @@ class MaskReader:
     whenever a sequence came or how long its prompt is.
     """
 
-    def __init__(self, model: PreTrainedModel, lag: LaggingMask) -> None:
+    def __init__(self, model: PreTrainedModel, lag: LaggingMask, version: int) -> None:
+        """`model` is the mask that goes with the policy's `version`."""
         self._model = model.eval().requires_grad_(False)
         self._lag = lag
+        self._version = lag.at(version)
         self._rows: list[Reading] = []
         self._cache: list[tuple[Tensor, Tensor]] = []
         """Keys and values [B, heads, L, head_dim] of each layer."""
@@ -65,12 +70,21 @@ class MaskReader:
         """[B, L]; 1 where a column holds a token of the row."""
 
     def follow(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Take the published weights if it is time for them; what was read by the old ones is forgotten."""
+        """Take the published weights if it is time for them; what was read by the old ones is forgotten.
+
+        Raises WeightSyncError where an earlier publication did not arrive whose weights it would have.
+        """
         if self._lag.follows(version):
             copy_weights(self._model, weights)
+            self._version = version
             for row in self._rows:
                 row.read = 0
             self._select([])
+        if self._version != self._lag.at(version):
+            raise WeightSyncError(
+                f"version {version} goes with the mask of version {self._lag.at(version)}, which did not arrive; the "
+                f"next that brings one is {self._lag.at(version) + self._lag.every}"
+            )
 
     @torch.inference_mode()
     def allowed(self, sequences: Sequence[Reading]) -> Tensor:

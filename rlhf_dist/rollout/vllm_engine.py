@@ -81,6 +81,8 @@ class VllmEngine:
                 # Log-probabilities of the distribution that was drawn from: temperature and cuts included.
                 logprobs_mode="processed_logprobs",
                 logits_processors=None if mask is None else [mask_processor()],
+                # A mask looks at the newest token before the next is scheduled.
+                async_scheduling=False if mask is not None else None,
                 worker_extension_cls="rlhf_dist.rollout.vllm_engine.WeightReceiver",
                 seed=seed,
                 trust_remote_code=False,
@@ -210,7 +212,7 @@ def mask_processor() -> Any:
             if not (params.extra_args or {}).get(MASKED):
                 return None
             assert prompt is not None, "a prompt of tokens"
-            return Reading(prompt, response, params.temperature)
+            return Reading(prompt, response, params.temperature or 1.0)  # greedy: the likeliest of what is allowed
 
     return MaskProcessor
 
@@ -229,7 +231,7 @@ class WeightReceiver:
         """Load the mask policy, and give it to the processor of logits that vLLM made."""
         dtype = str(self.model_config.dtype).removeprefix("torch.")
         model = load_model(mask.source, dtype, "sdpa").to(self.device)
-        self._mask_reader = MaskReader(model, mask.lag)
+        self._mask_reader = MaskReader(model, mask.lag, mask.version)
         (processor,) = (p for p in self.model_runner.input_batch.logitsprocs.all if isinstance(p, mask_processor()))
         processor.reader = self._mask_reader
 

@@ -259,3 +259,17 @@ def test_scores_that_differ_in_their_last_digit_are_equal() -> None:
     assert optimal_baseline(close, groups, torch.ones(6, dtype=torch.long)).tolist() == [0.0] * 6
     apart = torch.tensor([5.0, 5.0 + 1e-3])
     assert group_normalized(apart, groups[:2])[1] > 0.6
+
+
+@pytest.mark.parametrize("large", [1e20, 1e38])
+def test_a_large_score_does_not_wipe_out_the_others(large: float) -> None:
+    """Its square is beyond float32; the three are then, to all digits, [1, 0, 0] times the large one."""
+    scores, groups = torch.tensor([large, 0.0, 1.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 1, 1])
+    found = group_normalized(scores, groups)
+    third = math.sqrt(1 / 3)
+    torch.testing.assert_close(found[:3], torch.tensor([2 * third, -third, -third]))
+    torch.testing.assert_close(found[3:], torch.tensor([-math.sqrt(0.5), math.sqrt(0.5)]), rtol=1e-5, atol=0)
+    whitened = group_centered_batch_whitened(scores, groups)
+    # Over the root of the mean square, (4/9 + 1/9 + 1/9) / 5 of the large one's.
+    torch.testing.assert_close(whitened[:3], torch.tensor([2 / 3, -1 / 3, -1 / 3]) / math.sqrt(6 / 45))
+    assert found.dtype == whitened.dtype == torch.float32

@@ -7,6 +7,8 @@ A trainer is made without its constructor and given the attributes that the call
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +30,8 @@ with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     # TRL sets it when imported, for all that this process starts, too; so it is taken back.
     patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    if os.environ.get("CI"):
+        importlib.import_module("trl")  # where every change is tested, parity is not to be skipped unseen
     import_utils = pytest.importorskip("trl.import_utils", reason=WANTED)
     # Its client for vLLM asks for other versions of vLLM, and nothing here samples.
     patch.setattr(import_utils, "is_vllm_available", lambda *_, **__: False)

@@ -11,7 +11,6 @@ import pytest
 
 from rlhf_dist.config.checks import CPU_HEAD_DIMS, Command, check, problems
 from rlhf_dist.config.load import load
-from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.pipeline_checks import load_stages
 from rlhf_dist.config.ranges import ranged_keys
 from rlhf_dist.config.schema import Config
@@ -283,6 +282,23 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         ),
         ("train", ["algo.filter_rounds=2"], ["algo.filter_rounds is 2", "no effect with algo.filter_groups false"]),
         ("train", ["algo.filter_groups=true", "algo.filter_rounds=1"], ["algo.filter_rounds is 1", "give 2 or more"]),
+        ("train", ["algo.kl.place=loss"], ["algo.kl.place is loss", "no effect with algo.kl.coef 0"]),
+        (
+            "train",
+            ["algo.kl.place=loss", "algo.kl.coef=0.1", "algo.kl.estimator=k1"],
+            ["algo.kl.estimator is k1", "gradient is 0 on average", "k3+"],
+        ),
+        (
+            "train",
+            ["algo.correction.level=token", "algo.correction.low=1", "algo.correction.high=1"],
+            ["algo.correction.low and algo.correction.high are both 1", "cut to it"],
+        ),
+        (
+            "train",
+            ["algo.name=ppo", "critic.coef=0.5"],
+            ["critic.coef is 0.5 and has no effect with critic.start policy", "critic.start to shared"],
+        ),
+        ("train", ["algo.correction.level=token", "algo.correction.high=.inf"], ["is inf; it must be a finite number"]),
         ("train", ["algo.kl.estimator=k2", "algo.kl.coef=0.1"], ["algo.kl.estimator is k2", "algo.kl.place to loss"]),
         ("train", ["algo.kl.target=3", "algo.kl.coef=0.1"], ["algo.kl.target is 3", "algo.kl.controller fixed"]),
         (
@@ -298,42 +314,6 @@ def test_each_problem(tmp_path: Path, command: Command, overrides: list[str], pa
     found = problems(config(tmp_path, *overrides), command)
     assert len(found) == 1, found
     assert all(part in found[0] for part in parts), found
-
-
-def test_every_method_has_its_file_and_every_file_its_method() -> None:
-    files = {path.stem: path for path in (ROOT / "configs" / "algo").glob("*.yaml")}
-    assert files.keys() == METHODS.keys()
-    for name, path in files.items():
-        assert load(path).algo.name == name
-        assert problems(load(path), "train") == []
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["algo.name=ppo", "algo.group_size=1", "algo.gamma=0.9", "algo.advantage_clip=5", "critic.side_by_side=true"],
-        ["algo.name=ppo", "critic.start=shared", "critic.coef=0.5", "critic.clip=0"],
-        ["algo.name=a2c", "algo.lam=1", "critic.clip=0"],
-        ["algo.name=reinforce", "algo.group_size=1", "algo.aggregation=sequence_mean"],
-        ["algo.name=reinforce_pp", "algo.group_size=1", "algo.gamma=0.9", "algo.dual_clip=3", "learner.epochs=2"],
-        ["algo.name=decoupled_ppo", "algo.correction.level=token", "algo.correction.high=5"],
-        ["algo.name=cispo", "algo.clip_low=1", "algo.clip_high=4", "algo.correction.level=geometric"],
-        ["algo.name=dapo", "algo.shaping.overlong_buffer=4", "algo.entropy_share=0.2", "algo.off_policy_limit=0.1"],
-        ["algo.name=ppo", "critic.warmup_steps=99", "algo.kl_stop=0.1", "learner.epochs=2"],
-        ["algo.kl.measure=true", "reference.update_every=5", "reference.ema=0.9", "reference.path=model"],
-        ["algo.kl.controller=adaptive", "algo.kl.coef=0.1", "algo.kl.horizon=26"],
-        ["algo.kl_stop=0.1", "learner.updates_per_batch=2"],
-        ["rollout.top_p=0.9", "rollout.top_k=5"],
-    ],
-)
-def test_what_goes_together_passes(tmp_path: Path, overrides: list[str]) -> None:
-    assert problems(config(tmp_path, *overrides), "train") == []
-
-
-def test_rules_of_algorithms_are_for_train_alone(tmp_path: Path) -> None:
-    bad = config(tmp_path, "critic.coef=0.5", "algo.kl.controller=adaptive", "reference.path=model")
-    assert len(problems(bad, "train")) == 3
-    assert problems(bad, "sft") == problems(bad, "eval") == []
 
 
 def test_a_reward_cannot_have_the_name_of_another_metric(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -234,3 +235,55 @@ def test_the_sentinel_compares_the_samplers_logprobs_once(tiny_model: Path, made
     difference = (logprobs.detach() + 4.0).abs()  # the sampler's are all -4
     assert metrics["rollout/logprob_diff_max"] == pytest.approx(float(difference.max()), rel=1e-5)
     assert metrics["rollout/logprob_diff_mean"] == pytest.approx(float(difference.mean()), rel=1e-5)
+
+
+class MaskedEngine(PlainEngine):
+    """Under the mask of a policy that is far from the one that learns."""
+
+    def __init__(self, model: Path) -> None:
+        super().__init__(model)
+        self.earlier = PackedPolicy(load_model(model, "float32", "segmented"))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.earlier.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+
+    def logprobs(
+        self, rows: Sequence[Row], temperature: float, entropy_gradient: bool = False, masked: bool = True
+    ) -> Any:
+        if not masked:
+            return super().logprobs(rows, temperature, entropy_gradient)
+        packed = pack_rows(rows, CPU)
+        where = (packed.tokens, packed.cu_seqlens, packed.predict)
+        mask = self.earlier.action_mask(*where, top_p=0.5)
+        return self.policy(*where, packed.targets, temperature, 64, entropy_gradient, mask)
+
+
+class Texts:
+    """A pre-training mix of one row."""
+
+    coef = 0.5
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+
+    def batch(self, number: int) -> Any:
+        return SimpleNamespace(micro_batches=[[self.row]], tokens=self.row.response_length, dropped=0)
+
+
+def test_pre_training_text_is_not_under_the_mask_and_responses_are(tiny_model: Path, made: list[Rollout]) -> None:
+    algo = AlgoConfig(name="nlpo")
+    shard, row = shard_of(made, algo), rollout_row(made[1], 0)
+    engine: Any = MaskedEngine(tiny_model)
+    mix: Any = Texts(row)
+    PolicyLearner(engine, ppo(algo), mix).update(shard, made, (), credit_of(shard, made), AS_THEY_ARE)
+    a = torch.from_numpy(credit_of(shard, made).advantages)
+    responses = expected(engine, shard, made, lambda logprobs, _: -a * logprobs)
+    texts = []
+    for masked in (False, True):
+        logprobs, _ = engine.logprobs([row], 1.0, masked=masked)
+        (-0.5 * logprobs.mean()).backward()
+        engine.step(0.0)
+        texts.append(engine.gradients.pop())
+    torch.testing.assert_close(engine.gradients[0], responses + texts[0], rtol=1e-4, atol=1e-6)
+    assert (texts[0] - texts[1]).norm() > 1e-2, "the mask would have shown"

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from stand_ins import FakePolicy, FakeRollouts, FakeScoring, lines, scores_of
+import pytest
+from stand_ins import FakeCritic, FakePolicy, FakeRollouts, FakeScoring, lines, scores_of, write_files
 from test_loop_train import CONFIG, PROMPTS, STEPS, close, wired
 
 from rlhf_dist.config.schema import AlgoConfig, Config
 from rlhf_dist.data.stream import PromptStream
+from rlhf_dist.errors import RunError
+from rlhf_dist.learner.mask_policy import MASK_FILES
 from rlhf_dist.loop.train import train
 from rlhf_dist.types import Handle, Sampling, Scores
 
@@ -36,6 +39,14 @@ class FlatHalf(FakeScoring):
                 same = np.ones(samples, np.float32)
                 found[uid] = scores_of(same, {"exact": same})
         return found
+
+
+class MaskedPolicy(FakePolicy):
+    """Leaves a mask policy in each checkpoint."""
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        write_files(folder, MASK_FILES)
 
 
 def test_prompts_without_signal_are_made_up_for(tmp_path: Path) -> None:
@@ -64,6 +75,51 @@ def test_after_so_many_rounds_a_step_takes_what_there_is(tmp_path: Path) -> None
     assert [line["reward/groups_without_signal"] for line in found] == [1.0] * STEPS
     assert [line["data/dropped_no_signal"] for line in found] == [2.0 * PROMPTS] * STEPS
     assert proof.holds and proof.consumed == STEPS * PROMPTS
+
+
+def test_an_unusable_prompt_beside_those_without_signal_does_not_end_the_run(tmp_path: Path) -> None:
+    """Of 20 prompts one is empty, and the others never have a signal: in 20 rounds all are seen many times."""
+    config = with_algo(AlgoConfig(group_size=2, filter_groups=True, filter_rounds=20))
+    small = replace(config.data, task=replace(config.data.task, train_size=20))
+    first = PromptStream(small, config.seed, config.eval.prompts).take(20)
+    rollouts = FakeRollouts(drops=[f"{epoch}/{first[3].uid.split('/')[1]}" for epoch in range(99)])
+    run = wired(tmp_path, replace(config, data=small), rollouts=rollouts, scoring=FlatHalf(flat=1))
+    train(run, None)
+    proof = run.ledger.proof()
+    close(run)
+    assert proof.dropped["no_signal"] > 3 * 20 and proof.dropped["prompt_empty"] >= 3, "more than whole epochs"
+    assert proof.holds and proof.consumed == STEPS * PROMPTS
+
+
+@dataclass
+class MaskedRollouts(FakeRollouts):
+    """Remembers which requests were to be under the mask."""
+
+    asked: list[tuple[bool, float, int]] = field(default_factory=list)
+
+    def generate(self, prompts, sampling: Sampling):
+        self.asked.append((sampling.masked, sampling.temperature, sampling.n))
+        yield from super().generate(prompts, sampling)
+
+
+def test_training_samples_under_the_mask_of_nlpo_and_evaluation_without(tmp_path: Path) -> None:
+    rollouts, policy = MaskedRollouts(), MaskedPolicy()
+    config = with_algo(AlgoConfig(name="nlpo", group_size=3))
+    config = replace(config, eval=replace(config.eval, samples=2))
+    run = wired(tmp_path, config, rollouts=rollouts, policy=policy, critic=FakeCritic())
+    train(run, None)
+    close(run)
+    assert {asked for asked in rollouts.asked if asked[0]} == {(True, 1.0, 3)}
+    assert len([asked for asked in rollouts.asked if asked[0]]) == STEPS
+    assert {asked[1:] for asked in rollouts.asked if not asked[0]} == {(0.0, 1), (1.0, 2)}
+
+
+def test_a_checkpoint_without_the_mask_is_not_whole(tmp_path: Path) -> None:
+    config = with_algo(AlgoConfig(name="nlpo", group_size=3))
+    run = wired(tmp_path, config, critic=FakeCritic())
+    with pytest.raises(RunError, match=r"mask/config\.json"):
+        train(run, None)
+    close(run)
 
 
 @dataclass

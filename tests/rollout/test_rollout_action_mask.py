@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from rlhf_dist.algo.action_mask import likeliest
 from rlhf_dist.algo.algorithm import LaggingMask
+from rlhf_dist.errors import WeightSyncError
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.rollout import action_mask
 from rlhf_dist.rollout.action_mask import MaskReader, Reading
@@ -47,7 +48,7 @@ def test_sequences_come_go_wait_and_change_places(
     model: PreTrainedModel, prefill: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(action_mask, "PREFILL_TOKENS", prefill)
-    reader, chance = MaskReader(model, LaggingMask(TOP_P, 1)), random.Random(0)
+    reader, chance = MaskReader(model, LaggingMask(TOP_P, 1), 0), random.Random(0)
     live: list[Reading] = []
     most = 0
     for _ in range(40):
@@ -74,7 +75,7 @@ def test_a_step_reads_one_token_a_sequence_and_a_prompt_is_read_once(model: PreT
     model.register_forward_pre_hook(
         lambda _, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    reader = MaskReader(model, LaggingMask(TOP_P, 1))
+    reader = MaskReader(model, LaggingMask(TOP_P, 1), 0)
     readings = [Reading([5, 6, 7], [], 1.0) for _ in range(4)] + [Reading([8], [], 1.0)]
     reader.allowed(readings)
     assert widths == [(2, 3)], "four of the five are alike"
@@ -86,7 +87,7 @@ def test_a_step_reads_one_token_a_sequence_and_a_prompt_is_read_once(model: PreT
 
 
 def test_it_follows_every_so_many_versions_and_forgets_what_it_read(model: PreTrainedModel) -> None:
-    reader = MaskReader(model, LaggingMask(TOP_P, 3))
+    reader = MaskReader(model, LaggingMask(TOP_P, 3), 4)
     newer = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in newer.parameters():
@@ -101,3 +102,16 @@ def test_it_follows_every_so_many_versions_and_forgets_what_it_read(model: PreTr
     check(newer, reader, [reading])
     reading.response.pop()
     assert not torch.equal(alone(newer, reading), before[0])
+
+
+def test_a_publication_that_it_missed_is_told_until_the_next_comes(model: PreTrainedModel) -> None:
+    reader = MaskReader(model, LaggingMask(TOP_P, 3), 4)
+    weights = dict(copy.deepcopy(model).named_parameters())
+    reader.follow(5, iter(weights.items()))
+    for version in (7, 8):
+        with pytest.raises(
+            WeightSyncError, match=f"version {version} goes with the mask of version 6, .* brings one is 9"
+        ):
+            reader.follow(version, iter(weights.items()))
+    reader.follow(9, iter(weights.items()))
+    reader.follow(10, iter(weights.items()))

@@ -84,7 +84,7 @@ def engine(tiny_model: Path) -> VllmEngine:
         threads=1,
         seed=1,
         name="rollout worker 0",
-        mask=MaskStart(tiny_model, LAG),
+        mask=MaskStart(tiny_model, 0, LAG),
     )
 
 

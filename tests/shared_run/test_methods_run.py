@@ -1,6 +1,6 @@
-"""Two methods learn on real Ray, vLLM and DeepSpeed: REINFORCE++, and the one of the guide in docs/algorithms.md.
+"""Methods that learn on real Ray, vLLM and DeepSpeed: REINFORCE++, GSPO, and that of the guide in docs/algorithms.md.
 
-A third, NLPO, samples and learns under one mask, which is where it was after a resume.
+Another, NLPO, samples and learns under one mask, which is where it was after a resume.
 """
 
 from __future__ import annotations
@@ -69,6 +69,14 @@ def learnt(steps: list[dict[str, float]]) -> bool:
 def test_reinforce_pp_learns(tmp_path: Path) -> None:
     steps = run(tmp_path, "algo.name=reinforce_pp", "algo.group_size=1", "loop.prompts_per_step=64")
     assert learnt(steps), steps
+
+
+def test_gspo_learns_in_several_updates_a_batch(tmp_path: Path) -> None:
+    clip = ["algo.clip_low=0.02", "algo.clip_high=0.03", "learner.updates_per_batch=2"]
+    steps = run(tmp_path, "algo.name=gspo", "algo.group_size=4", "loop.prompts_per_step=16", *clip)
+    assert learnt(steps), steps
+    assert all(step["policy/clipped_low"] + step["policy/clipped_high"] < 1 for step in steps)
+    assert max(step["policy/clipped_low"] + step["policy/clipped_high"] for step in steps) > 0, "the bounds are met"
 
 
 def test_the_method_of_the_guide_learns_in_one_file_and_one_row(tmp_path: Path) -> None:
