@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from ranks import batch_of, rollouts
+from method_ranks import CHUNK_TOKENS
+from ranks import batch_of, chunks, rollouts
 from torch import Tensor
 
 from rlhf_dist.algo.advantages import gae
 from rlhf_dist.algo.algorithm import Algorithm
-from rlhf_dist.algo.recipes import ppo
+from rlhf_dist.algo.recipes import nlpo, ppo
 from rlhf_dist.config.schema import (
     AlgoConfig,
     CriticConfig,
@@ -32,6 +33,7 @@ from rlhf_dist.config.schema import (
 from rlhf_dist.data.rows import Demonstration
 from rlhf_dist.learner.critic import CriticLearner
 from rlhf_dist.learner.deepspeed_engine import init_process_group
+from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.ptx import PtxMix
 from rlhf_dist.learner.rows import Row, pack_rows, rollout_row
@@ -42,6 +44,7 @@ from rlhf_dist.learner.shared_trunk import SharedPolicyLearner
 from rlhf_dist.loop.step import Learning, assign_credit, make_shards
 from rlhf_dist.models.actor_critic import PackedActorCritic
 from rlhf_dist.models.hf import load_model, load_tokenizer
+from rlhf_dist.models.policy import PackedPolicy
 from rlhf_dist.models.scalar import PackedScalar, load_scalar
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Rollout, Sampling
@@ -50,13 +53,14 @@ STAGES = (0, 2, 3)
 SAMPLING = Sampling(n=3, temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, stop=(), seed=None)
 # eps 1 makes Adam's step all but lr x gradient, so that equal weights mean equal gradients, small ones too.
 OPTIMIZER = OptimizerConfig(lr=0.5, eps=1.0, warmup_steps=0, weight_decay=0.01, max_grad_norm=0.5)
-LEARNER = LearnerConfig(optimizer=OPTIMIZER, epochs=2, updates_per_batch=2)
+LEARNER = LearnerConfig(optimizer=OPTIMIZER, epochs=2, updates_per_batch=2, logprob_chunk_tokens=CHUNK_TOKENS)
 # Bounds that are met after one optimizer step.
 CRITIC = CriticConfig(clip=0.01, coef=0.5, optimizer=OPTIMIZER)
 APART = AlgoConfig(name="ppo", kl=KLConfig(coef=0.1))
 SHARED = AlgoConfig(
     name="ppo", clip_low=0.01, clip_high=0.01, entropy_coef=0.05, kl=KLConfig(place="loss", coef=0.2, estimator="k3")
 )
+MASKED = replace(SHARED, name="nlpo", mask_top_p=0.5, mask_every=2)
 PTX = PtxConfig(coef=0.3, batch_size=3, max_tokens=16)
 TEXTS = [Demonstration((), text) for text in ("abc", "hello there", "a", "too long to be learnt from", "xyz xyz")]
 HALVES = ((0, 1), (2, 3))
@@ -132,23 +136,37 @@ class Trainer:
 class SharedTrainer(Trainer):
     """Policy and critic on one trunk, with everything that can stand in the loss."""
 
+    algorithm = ppo(SHARED)
+
     def make(self, source: Path) -> None:
-        self.engine = shared_engine(source, self.config, resumed=source.parent)
+        mask = self.algorithm.mask and MaskPolicy(source, ModelConfig(), self.algorithm.mask, device="cpu")
+        self.engine = shared_engine(source, self.config, resumed=source.parent, mask=mask)
         ptx = mix(source, self.engine.rank, self.world)
-        self.learner = SharedPolicyLearner(self.engine, ppo(SHARED), ptx, CRITIC, kl_in_reward=False)
+        self.learner = SharedPolicyLearner(self.engine, self.algorithm, ptx, CRITIC, kl_in_reward=False)
 
     def step(self, step: int) -> dict[str, Any]:
         made = rollouts(step)
         given = references(made, step)
-        shard = cut(made, ppo(SHARED), self.config, 0.2, self.world)[self.engine.rank]
+        shard = cut(made, self.algorithm, self.config, 0.2, self.world)[self.engine.rank]
         sums, estimate = self.learner.estimate(shard, made, given)
         sums = merged(sums)
         metrics = self.learner.update(shard, made, given, estimate, sums.whitening())
-        return {"estimate": by_sample(shard, estimate, made), "sums": sums, "metrics": metrics}
+        found = {"estimate": by_sample(shard, estimate, made), "sums": sums, "metrics": metrics}
+        return found | {"chunks": chunks(shard, made)}
 
 
-def shared_engine(source: Path, learner: LearnerConfig, resumed: Path | None) -> SharedEngine:
-    return SharedEngine(source, ModelConfig(), learner, OPTIMIZER, device="cpu", bucket_mib=1, resumed=resumed)
+class MaskedTrainer(SharedTrainer):
+    """The same under a mask: NLPO."""
+
+    algorithm = nlpo(MASKED)
+
+
+def shared_engine(
+    source: Path, learner: LearnerConfig, resumed: Path | None, mask: MaskPolicy | None = None
+) -> SharedEngine:
+    return SharedEngine(
+        source, ModelConfig(), learner, OPTIMIZER, device="cpu", bucket_mib=1, resumed=resumed, mask=mask
+    )
 
 
 def head_of_another_run(source: Path, learner: LearnerConfig) -> dict[str, Tensor]:
@@ -187,6 +205,12 @@ def run(kind: type[Trainer], source: Path, stage: int, world: int, folder: Path)
     if kind is SharedTrainer:
         found["of_another_run"] = head_of_another_run(checkpoint / "hf", trainer.config)
     return found
+
+
+def run_masked(source: Path, world: int) -> dict[str, Any]:
+    """A step under a mask, by two ranks under ZeRO 3."""
+    trainer = MaskedTrainer(source, 3 if world == 2 else 0, world)
+    return {"start": trainer.weights(), "first": trainer.step(1), "one": trainer.weights()}
 
 
 class Recording(PolicyLearner):
@@ -292,17 +316,20 @@ def plain_critic(source: Path) -> dict[str, Any]:
     return found
 
 
-def plain_shared(source: Path) -> dict[str, Any]:
-    """The same in plain torch, every term of the loss written out."""
+def plain_shared(source: Path, masked: bool = False) -> dict[str, Any]:
+    """The same in plain torch, every term of the loss written out; one step where masked."""
+    lagging = PackedPolicy(load_model(source, "float32", "segmented"))
     both = PackedActorCritic(load_model(source, "float32", "segmented"))
     both.value_head.load_state_dict(read_head(source.parent / "value_head.safetensors"))
     optimizer, found, number, ptx = adamw(both), {}, 0, mix(source, 0, 1)
 
-    def forward(rows: Sequence[Row], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(rows: Sequence[Row], temperature: float, masked: bool = masked) -> tuple[Tensor, Tensor, Tensor]:
         packed = pack_rows(rows, CPU)
-        return both(packed.tokens, packed.cu_seqlens, packed.predict, packed.targets, temperature, 1024, True)
+        where = packed.tokens, packed.cu_seqlens, packed.predict
+        mask = lagging.action_mask(*where, MASKED.mask_top_p) if masked else None
+        return both(*where, packed.targets, temperature, 1024, True, mask)
 
-    for step, name in ((1, "one"), (2, "two")):
+    for step, name in ((1, "one"),) if masked else ((1, "one"), (2, "two")):
         made = rollouts(step)
         given = references(made, step)
         reference = torch.from_numpy(np.concatenate(given))
@@ -319,7 +346,7 @@ def plain_shared(source: Path) -> dict[str, Any]:
             losses = losses + 0.2 * ((-apart).exp() - 1 + apart) - 0.05 * entropy
             losses = losses + 0.5 * value_loss(values, old[part], returns[part])
             text = [row for batch in ptx.batch(number).micro_batches for row in batch]
-            updated(both, optimizer, losses.mean() - 0.3 * forward(text, 1.0)[0].mean())
+            updated(both, optimizer, losses.mean() - 0.3 * forward(text, 1.0, masked=False)[0].mean())
             number += 1
         # make_shards is told step 1 each time: the mix begins again with every step.
         number = 0
@@ -335,10 +362,12 @@ def main() -> None:
     found: dict[str, Any] = {
         "critic": {stage: run(Trainer, critic, stage, world, folder) for stage in STAGES},
         "shared": {stage: run(SharedTrainer, shared, stage, world, folder) for stage in STAGES},
+        "masked": run_masked(shared, world),
         "stop": run_stop(shared, world, folder),
     }
     if world == 1:
         found["plain"] = {"critic": plain_critic(critic), "shared": plain_shared(shared)}
+        found["plain"]["masked"] = plain_shared(shared, masked=True)
     torch.save(found, folder / f"{world}-{rank}.pt")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from plain_methods import LONGEST, METHODS, OPTIMIZER, SIZES, STEPS, TEMPERATURE, Method, Sample, samples_of
+from plain_methods import GREEDY, LONGEST, METHODS, OPTIMIZER, SIZES, STEPS, TEMPERATURE, Method, Sample, samples_of
 
 from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
 from rlhf_dist.algo.recipes import ALGORITHMS
@@ -17,6 +17,7 @@ from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.returns import ReturnsLearner
 from rlhf_dist.learner.shard import AS_THEY_ARE, EstimateSums, Shard
+from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.step import Learning, assign_credit, collate, make_shards
 from rlhf_dist.rollout.worker import head_of
 from rlhf_dist.types import Experience, Message, Prompt, Rollout, Sampling, Scores
@@ -43,15 +44,19 @@ def rollout_of(group: Sequence[Sample], version: int) -> Rollout:
     )
 
 
-def cut(made: Sequence[Rollout], scores: Sequence[np.ndarray], learning: Learning, kl: float, step: int) -> list[Shard]:
+def cut(
+    made: Sequence[Rollout], scores: Sequence[np.ndarray], learning: Learning, shaper: Shaper, step: int
+) -> list[Shard]:
     """The shards of both ranks."""
+    greedy = GREEDY[step] if learning.algorithm.greedy_baseline else (0.0,) * len(made)
     experiences = [
-        Experience(r.prompt, head_of(r, "w"), Scores(s, {}, np.zeros(len(s)), np.zeros(len(s))), i, None)
-        for i, (r, s) in enumerate(zip(made, scores, strict=True))
+        Experience(r.prompt, head_of(r, "w"), Scores(s, {}, np.zeros(len(s)), np.zeros(len(s))), i, None, baseline)
+        for i, (r, s, baseline) in enumerate(zip(made, scores, greedy, strict=True))
     ]
     batch = collate(experiences)
-    credit = assign_credit(batch, batch.scores, learning.algorithm, 0.0)
-    return make_shards(batch, batch.scores, credit, learning, kl, step, learning.learner.ranks)
+    shaped = shaper.shape(batch)
+    credit = assign_credit(batch, shaped, learning.algorithm, 0.0)
+    return make_shards(batch, shaped, credit, learning, shaper.kl_coef, step, learning.learner.ranks)
 
 
 class NotingEngine(ModelEngine):
@@ -70,12 +75,13 @@ class MethodTrainer:
     """One rank of two."""
 
     def __init__(self, model: Path, method: Method, stage: int) -> None:
-        self.config = method.algo
+        self.shaper = Shaper(method.algo, LONGEST)
         learner = LearnerConfig(
             ranks=2,
             zero_stage=stage,
             micro_batch_tokens=MICRO_BATCH_TOKENS,
-            logprob_chunk_tokens=CHUNK_TOKENS,
+            # In one chunk a rank without rows has to take the entropy's way back as well; in several none is missed.
+            logprob_chunk_tokens=1024 if method.algo.entropy_coef else CHUNK_TOKENS,
             updates_per_batch=method.updates,
             epochs=method.epochs,
             optimizer=OPTIMIZER,
@@ -100,7 +106,7 @@ class MethodTrainer:
         made = [rollout_of(group, step - 1) for group in groups]
         scores = [np.array([sample.score for sample in group], np.float32) for group in groups]
         references = [np.concatenate([np.array(s.reference, np.float32) for s in group]) for group in groups]
-        shard = cut(made, scores, self.learning, self.config.kl.coef, step)[self.engine.rank]
+        shard = cut(made, scores, self.learning, self.shaper, step)[self.engine.rank]
         self.rows += [[len(chosen) for chosen in micro_batches] for micro_batches in shard.updates]
         in_loss = self.algorithm.kl_estimator is not None
         estimate, whitening = None, AS_THEY_ARE
@@ -120,6 +126,8 @@ def run_methods(model: Path, stage: int) -> dict[str, dict[str, Any]]:
     """Three steps of each method, every one from the same start."""
     found: dict[str, dict[str, Any]] = {}
     for name, method in METHODS.items():
+        if stage not in method.stages:
+            continue
         trainer = MethodTrainer(model, method, stage)
         start = trainer.weights()
         for step in range(1, STEPS + 1):

@@ -24,6 +24,8 @@ LONGEST = 20
 STEPS = 3
 SIZES = {1: (4, 5, 2), 2: (3, 6, 1), 3: (5, 2, 3)}
 """Step -> samples of each group. Of two updates a step the first has two groups, the second the last one alone."""
+GREEDY = {1: (1.5, 0.5, 3.0), 2: (1.0, 2.5, 0.0), 3: (2.0, 1.0, 0.5)}
+"""Step -> score of a greedy response to each group's prompt."""
 # eps 1 makes Adam's step all but lr x gradient, so that equal weights mean equal gradients, small ones too.
 OPTIMIZER = OptimizerConfig(lr=0.01, eps=1.0, warmup_steps=4, weight_decay=0.4, max_grad_norm=3.0)
 
@@ -35,10 +37,32 @@ class Method:
     algo: AlgoConfig
     updates: int = 2
     epochs: int = 2
+    stages: tuple[int, ...] = (2, 3)
+    """Of ZeRO. One is enough for what only the advantages tell from another method: they are made before the cut."""
 
 
 # The bounds are such that every one of them is met, and no token so close to one that rounding would decide.
 METHODS: dict[str, Method] = {
+    "reinforce, truncated by sequence": Method(
+        AlgoConfig(name="reinforce", correction=CorrectionConfig("sequence", "truncate", 0.2, 5.0)),
+        updates=1,
+        epochs=1,
+        stages=(3,),
+    ),
+    "opo, sequence mean, geometric truncation": Method(
+        AlgoConfig(
+            name="opo", aggregation="sequence_mean", correction=CorrectionConfig("geometric", "truncate", 0.75, 1.25)
+        ),
+        updates=1,
+        epochs=1,
+        stages=(3,),
+    ),
+    "remax, token mask": Method(
+        AlgoConfig(name="remax", correction=CorrectionConfig("token", "mask", 0.6, 1.8)),
+        updates=1,
+        epochs=1,
+        stages=(3,),
+    ),
     "rloo, truncated by token": Method(
         AlgoConfig(name="rloo", correction=CorrectionConfig("token", "truncate", 0.6, 1.4)), updates=1, epochs=1
     ),
@@ -76,6 +100,9 @@ METHODS: dict[str, Method] = {
             correction=CorrectionConfig("token", "mask", 0.5, 2.0),
         )
     ),
+    "reinforce_pp_baseline": Method(
+        AlgoConfig(name="reinforce_pp_baseline", clip_low=0.005, clip_high=0.005), epochs=1, stages=(3,)
+    ),
     "reinforce_pp, KL in the reward": Method(
         AlgoConfig(
             name="reinforce_pp", gamma=0.9, advantage_clip=1.2, clip_low=0.02, clip_high=0.02, kl=KLConfig(coef=0.3)
@@ -96,6 +123,8 @@ class Sample:
     reference: list[float]
     """The reference's."""
     score: float
+    greedy: float
+    """Of a greedy response to the same prompt."""
 
 
 def samples_of(step: int) -> list[Sample]:
@@ -115,6 +144,7 @@ def samples_of(step: int) -> list[Sample]:
                     (near + 0.4 * chance.normal(size=length)).astype(np.float32).tolist(),
                     (-4.8 + 0.4 * chance.normal(size=length)).astype(np.float32).tolist(),
                     float(chance.integers(0, 4)),
+                    GREEDY[step][group],
                 )
             )
     return made
@@ -237,7 +267,7 @@ class Plain:
         low, high = 1 - self.algo.clip_low, 1 + self.algo.clip_high
         ratio = (logprobs - old).exp()
         match self.algo.name:
-            case "rloo":
+            case "rloo" | "reinforce" | "opo" | "remax":
                 return -a * logprobs
             case "cispo":
                 self.seen.where("clipped below", -ratio.detach(), -low, a != 0)
@@ -276,18 +306,31 @@ class Plain:
 
 
 def by_response(samples: Sequence[Sample], algo: AlgoConfig) -> list[Tensor]:
-    """The response's score against those of its group, at each of its tokens."""
-    found = []
+    """The response's score against a baseline, at each of its tokens."""
+    everyone = [sample.score for sample in samples]
+    from_means, found = [], []
     for i, sample in enumerate(samples):
-        group = np.array([other.score for other in samples if other.group == sample.group])
+        mates = [other for other in samples if other.group == sample.group]
+        group, lengths = np.array([other.score for other in mates]), [len(other.response) for other in mates]
         others = [other.score for j, other in enumerate(samples) if other.group == sample.group and j != i]
-        a = 0.0
-        if len(set(group)) > 1:
-            a = sample.score - (np.mean(others) if algo.name == "rloo" else group.mean())
-            if algo.name not in ("rloo", "dr_grpo"):
-                a /= group.std(ddof=1) + 1e-6
-        found.append(torch.full((len(sample.response),), float(a)))
-    return found
+        equal = len(set(group)) == 1
+        from_means.append(sample.score - group.mean())
+        match algo.name:
+            case "reinforce":
+                a = sample.score - np.mean(everyone)
+            case "remax":
+                a = sample.score - sample.greedy
+            case "opo":
+                a = sample.score - np.dot(lengths, group) / sum(lengths)
+            case "rloo":
+                a = 0.0 if equal else sample.score - np.mean(others)
+            case "dr_grpo" | "reinforce_pp_baseline":
+                a = from_means[-1]
+            case _:
+                a = 0.0 if equal else from_means[-1] / (group.std(ddof=1) + 1e-6)
+        found.append(a)
+    scale = np.sqrt(np.mean(np.square(from_means))) + 1e-6 if algo.name == "reinforce_pp_baseline" else 1.0
+    return [torch.full((len(s.response),), float(a / scale)) for s, a in zip(samples, found, strict=True)]
 
 
 def by_token(samples: Sequence[Sample], algo: AlgoConfig) -> list[Tensor]:

@@ -7,6 +7,7 @@ results by (ZeRO stage, what).
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rlhf_dist.data.judgement_rows import Comparison, Judgement, Pair, Rating
 from rlhf_dist.data.packing import plan
 from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.preference import PreferenceLearner, tokenize_judgement
-from rlhf_dist.learner.rows import pack_rows
+from rlhf_dist.learner.rows import Row, pack_rows
 from rlhf_dist.learner.scalar_engine import ScalarEngine, ScalarEngineWithLM
 from rlhf_dist.models.hf import load_tokenizer
 from rlhf_dist.models.scalar import PackedScalar, PackedScalarWithLM, ScoreScale, load_lm_head, load_scalar
@@ -28,6 +29,8 @@ from rlhf_dist.types import Message
 OPTIMIZER = OptimizerConfig(lr=0.5, eps=1.0, warmup_steps=0, weight_decay=0.01, max_grad_norm=0.5)
 CONFIG = RewardConfig(steps=3, batch_size=6, optimizer=OPTIMIZER)
 QUESTION = (Message("user", "say it"),)
+CHUNK_TOKENS = 8
+"""Ranks need a different number of logprob chunks in the same pass."""
 
 
 def comparison(place: int, *responses: str, margin: float = 0.0) -> Comparison:
@@ -53,6 +56,19 @@ RATINGS: dict[str, list[Judgement]] = {
 }
 
 
+class NotingEngine(ScalarEngineWithLM):
+    """Notes how many chunks each pass needs."""
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        self.chunks: list[int] = []
+
+    def scores_and_logprobs(self, rows: Sequence[Row], learnt: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = sum(row.response_length for row, is_learnt in zip(rows, learnt, strict=True) if is_learnt)
+        self.chunks.append(-(-tokens // CHUNK_TOKENS))
+        return super().scores_and_logprobs(rows, learnt)
+
+
 class Trainer:
     """A learner with its judgements; in one micro-batch, or in 4 shared by the ranks."""
 
@@ -67,8 +83,8 @@ class Trainer:
         judgements: list[Judgement] = COMPARISONS,
         optimizer: OptimizerConfig = OPTIMIZER,
     ) -> None:
-        learner = LearnerConfig(zero_stage=stage, ranks=world)
-        engine = ScalarEngineWithLM if lm else ScalarEngine
+        learner = LearnerConfig(zero_stage=stage, ranks=world, logprob_chunk_tokens=CHUNK_TOKENS)
+        engine = NotingEngine if lm else ScalarEngine
         self.engine = engine(
             model,
             ModelConfig(dtype=dtype),  # type: ignore[arg-type]
@@ -115,6 +131,8 @@ def run_stage(stage: int, lm: float, world: int, model: Path, folder: Path) -> d
     torch.distributed.barrier()
     found["norm"] = trainer.learner.train_step(3).values()["learner/grad_norm"]
     found["three"] = trainer.weights()
+    if isinstance(trainer.engine, NotingEngine):
+        found["chunks"] = trainer.engine.chunks
     again = Trainer(checkpoint / "hf", stage, world, lm=lm)
     again.engine.restore(checkpoint)
     again.learner.train_step(3)

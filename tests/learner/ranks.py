@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from method_ranks import run_methods
+from method_ranks import CHUNK_TOKENS, run_methods
 from plain_methods import METHODS, run_plain
 
 from rlhf_dist.algo.algorithm import LaggingMask
@@ -31,7 +31,7 @@ from rlhf_dist.learner.mask_policy import MASK_FOLDER, MaskPolicy
 from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.rows import pack_rows, rollout_row, spread
-from rlhf_dist.learner.shard import AS_THEY_ARE, Shard
+from rlhf_dist.learner.shard import AS_THEY_ARE, Shard, shard_rows
 from rlhf_dist.loop.step import Learning, collate, make_shards
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.policy import PackedPolicy
@@ -124,6 +124,13 @@ class Trainer:
         return {name: tensor.clone() for name, tensor in self.engine.weights()}
 
 
+def chunks(shard: Shard, made: list[Rollout]) -> list[int]:
+    """How many parts of `CHUNK_TOKENS` or less the response tokens of each micro-batch make."""
+    rows = shard_rows(shard, made)
+    counts = [sum(rows[i].response_length for i in chosen) for update in shard.updates for chosen in update]
+    return [-(-count // CHUNK_TOKENS) for count in counts]
+
+
 def run_stage(stage: int, world: int, model: Path, folder: Path) -> dict[str, Any]:
     """Three steps, a publication and a restored checkpoint under one ZeRO stage."""
     learner = replace(LEARNER, zero_stage=stage, ranks=world, micro_batch_tokens=budget(world))
@@ -157,7 +164,13 @@ def run_stage(stage: int, world: int, model: Path, folder: Path) -> dict[str, An
 
 def run_masked(stage: int, world: int, model: Path, folder: Path) -> dict[str, Any]:
     """A step under a mask that follows every second version: weights, and the logprobs that it leaves, by version."""
-    learner = replace(LEARNER, zero_stage=stage, ranks=world, micro_batch_tokens=budget(world))
+    learner = replace(
+        LEARNER,
+        zero_stage=stage,
+        ranks=world,
+        micro_batch_tokens=budget(world),
+        logprob_chunk_tokens=CHUNK_TOKENS,
+    )
     mask = MaskPolicy(model, ModelConfig(), LAG, device="cpu")
     engine = ModelEngine(model, ModelConfig(), learner, OPTIMIZER, device="cpu", bucket_mib=1, mask=mask)
     trainer = PolicyLearner(engine, GRPO)
@@ -169,13 +182,42 @@ def run_masked(stage: int, world: int, model: Path, folder: Path) -> dict[str, A
         found[f"weights {version}"] = {name: tensor.clone() for name, tensor in engine.weights()}
         found[f"masked {version}"] = engine.logprobs(rows, 1.0)[0].detach().clone()
         found[f"plain {version}"] = engine.logprobs(rows, 1.0, masked=False)[0].detach().clone()
-        trainer.update(cut(made, learner, version + 1, world)[engine.rank], made, (), None, AS_THEY_ARE)
+        shard = cut(made, learner, version + 1, world)[engine.rank]
+        trainer.update(shard, made, (), None, AS_THEY_ARE)
+        found["chunks"] = chunks(shard, made)
     target = folder / f"masked-{world}-{stage}"
     target.mkdir(exist_ok=True)
     engine.save(target)
     torch.distributed.barrier()
     found["saved"] = dict(load_model(target / MASK_FOLDER, "float32", "eager").named_parameters())
     engine.close()
+    return found
+
+
+def plain_masked(model: Path) -> dict[str, Any]:
+    """The same by hand, one response at a time: the weights of versions 1 and 2, both under the mask of version 0."""
+    policy, lagging = (load_model(model, "float32", "eager").requires_grad_(learns) for learns in (True, False))
+    optimizer = adamw(policy)
+    made = rollouts(1)
+    batch, credit = batch_of(made)
+    found: dict[str, Any] = {}
+    for version in (1, 2):
+        optimizer.zero_grad()
+        for g, s, advantage in zip(batch.groups, batch.samples, credit.advantages, strict=True):
+            row = rollout_row(made[g], s)
+            tokens, where = torch.from_numpy(row.tokens.astype(np.int64)), slice(row.prompt_length - 1, -1)
+            own, other = (side(tokens[None], use_cache=False).logits[0, where] / 0.9 for side in (policy, lagging))
+            p = other.softmax(-1)
+            # [R, V]: what all likelier tokens have together. Those with too much before them are out.
+            before = torch.where(p[:, None] > p[..., None], p[:, None], 0.0).sum(-1)
+            drawn = (torch.arange(len(own)), tokens[row.prompt_length :])
+            outside = before >= LAG.top_p
+            outside[drawn] = False
+            loss = -advantage * own.masked_fill(outside, -torch.inf).log_softmax(-1)[drawn].sum()
+            (loss / int(batch.response_lengths.sum())).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), OPTIMIZER.max_grad_norm)
+        optimizer.step()
+        found[f"weights {version}"] = {name: tensor.detach().clone() for name, tensor in policy.named_parameters()}
     return found
 
 
@@ -194,13 +236,17 @@ def run_bfloat16(stage: int, world: int, model: Path) -> dict[str, Any]:
     }
 
 
+def adamw(module: torch.nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        module.parameters(), lr=OPTIMIZER.lr, betas=(OPTIMIZER.beta1, OPTIMIZER.beta2), eps=OPTIMIZER.eps,
+        weight_decay=OPTIMIZER.weight_decay,
+    )  # fmt: skip
+
+
 def plain(model: Path) -> dict[str, Any]:
     """The same steps in plain torch: one rank, one micro-batch, AdamW."""
     policy = PackedPolicy(load_model(model, "float32", "segmented"))
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=OPTIMIZER.lr, betas=(OPTIMIZER.beta1, OPTIMIZER.beta2), eps=OPTIMIZER.eps,
-        weight_decay=OPTIMIZER.weight_decay,
-    )  # fmt: skip
+    optimizer = adamw(policy)
     found: dict[str, Any] = {}
     for step, name in ((1, "one"), (2, "two"), (3, "three")):
         made = rollouts(step)
@@ -230,6 +276,7 @@ def main() -> None:
     found |= {stage: run_stage(stage, world, model, folder) for stage in (0, 1, 2, 3)}
     if world == 1:
         found["plain"] = plain(model)
+        found["masked"] = plain_masked(model)
     else:
         found["methods"] = {stage: run_methods(model, stage) for stage in (2, 3)}
         found["masked"] = {stage: run_masked(stage, world, model, folder) for stage in (2, 3)}

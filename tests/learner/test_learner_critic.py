@@ -63,6 +63,22 @@ def test_one_rank_with_4_micro_batches_is_two_ranks_with_2_is_plain_adamw(
         assert distance(found[step], expected, one["start"]) <= 2e-6
 
 
+@pytest.mark.parametrize("key", [(1, 0), (2, 0), (2, 1)])
+def test_a_shared_trunk_learns_under_a_mask_as_plain_torch_does(results: dict, key: tuple[int, int]) -> None:
+    """Text that is mixed in is not masked. Alone without ZeRO, two ranks under ZeRO 3."""
+    expected, found = results[1, 0]["plain"]["masked"]["one"], results[key]["masked"]
+    assert distance(found["one"], expected, found["start"]) <= 1e-5
+    assert distance(results[1, 0]["plain"]["shared"]["one"], expected, found["start"]) > 0.05, "the mask is to be seen"
+
+
+def test_the_ranks_needed_a_different_number_of_chunks(results: dict) -> None:
+    """Of the logprobs of one pass. Under ZeRO-3 they wait for each other in every call of the language-model head."""
+    ranks = [results[2, rank] for rank in range(2)]
+    for found in ([rank["shared"][3] for rank in ranks], [rank["masked"] for rank in ranks]):
+        first, second = (part["first"]["chunks"] for part in found)
+        assert len(first) == len(second) and any(a != b for a, b in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_weight_moved_and_the_bounds_were_met(results: dict, kind: str) -> None:
     """Otherwise the comparison above would say little."""

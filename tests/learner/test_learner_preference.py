@@ -61,6 +61,12 @@ def test_however_a_batch_is_cut_it_is_plain_torch(results: dict, case: tuple[int
         assert found["norm"] == pytest.approx(expected["norm"], rel=1e-5)
 
 
+def test_the_ranks_needed_a_different_number_of_chunks(results: dict) -> None:
+    """Of the logprobs of one pass. Under ZeRO-3 they wait for each other in every call of the language-model head."""
+    first, second = (results[2, rank][3, 0.3]["chunks"] for rank in range(2))
+    assert len(first) == len(second) and any(a != b for a, b in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_restored_checkpoint_goes_on_as_if_never_cut(results: dict, case: tuple[int, float], world: int) -> None:

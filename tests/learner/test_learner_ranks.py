@@ -63,8 +63,7 @@ def test_published_weights_have_moved_and_are_the_trained_ones(results: dict, st
     assert all("published" not in results[2, 1][s] for s in STAGES), "only rank 0 writes"
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "stage"), [(name, stage) for name in METHODS for stage in METHODS[name].stages])
 def test_two_ranks_learn_every_method_as_plain_torch_does(results: dict, method: str, stage: int) -> None:
     """Three steps, whose loss stands in `plain_methods.py` by hand, one response at a time."""
     expected, found = results[1, 0]["methods"][method], results[2, 0]["methods"][stage][method]
@@ -78,12 +77,14 @@ def test_two_ranks_learn_every_method_as_plain_torch_does(results: dict, method:
 def test_those_batches_were_uneven(results: dict) -> None:
     """Several micro-batches, not as many rows on both ranks, and none at all on one."""
     for method in METHODS:
-        first, second = (results[2, rank]["methods"][2][method]["rows"] for rank in range(2))
+        first, second = (results[2, rank]["methods"][3][method]["rows"] for rank in range(2))
         assert [len(counts) for counts in first] == [len(counts) for counts in second]
         assert max(len(counts) for counts in first) >= 2
         assert any(sum(a) != sum(b) for a, b in zip(first, second, strict=True))
-    ppo = [results[2, rank]["methods"][2]["reinforce_pp, KL in the reward"]["rows"] for rank in range(2)]
-    assert any(0 in counts for counts in (*ppo[0], *ppo[1]))
+    # The entropy bonus too: a term of the loss that a rank without rows has to have as well.
+    for method in ("reinforce_pp, KL in the reward", "grpo, dual clip, KL and entropy in the loss"):
+        first, second = (results[2, rank]["methods"][3][method]["rows"] for rank in range(2))
+        assert any(0 in counts for counts in (*first, *second))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -94,7 +95,8 @@ def test_the_bounds_of_those_methods_were_met(results: dict, method: str) -> Non
     assert seen.closest > 2e-5
     norms = results[1, 0]["methods"][method]["norms"]
     assert max(norms) > OPTIMIZER.max_grad_norm
-    assert method.startswith(("rloo", "cispo")) or 0.05 < min(norm for norm in norms if norm) < OPTIMIZER.max_grad_norm
+    smallest = min(norm for norm in norms if norm)
+    assert method.startswith("cispo") or METHODS[method].epochs == 1 or 0.05 < smallest < OPTIMIZER.max_grad_norm
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -122,6 +124,18 @@ def test_every_ranks_mask_follows_every_second_version(
         with torch.no_grad():
             other, _ = policies[0](*where, packed.targets, 1.0, 1024, mask=unmoved)
         assert float((other - expected).abs().max()) > 1e-2, "the lag is to be seen"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_gradient_under_a_mask_is_that_of_plain_torch(results: dict, stage: int) -> None:
+    """Two steps, of logprobs among the tokens that are left, under the mask of version 0; by hand."""
+    ranks = [results[2, rank]["masked"][stage] for rank in range(2)]
+    start, expected = ranks[0]["weights 0"], results[1, 0]["masked"]
+    for version in ("weights 1", "weights 2"):
+        assert distance(ranks[0][version], expected[version], start) <= 1e-5
+        assert distance(ranks[1][version], ranks[0][version], start) == 0
+    assert distance(results[2, 0][stage]["one"], expected["weights 1"], start) > 1e-2, "another one than without"
+    assert any(a != b for a, b in zip(*(found["chunks"] for found in ranks), strict=True)), "uneven under ZeRO-3"
 
 
 def test_zero_3_really_holds_parts(results: dict) -> None:
