@@ -84,7 +84,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="rlhf-dist bench methods",
         usage="rlhf-dist bench methods [--only NAME,NAME] [--steps N] [--seed N] [--folder DIR] [--out FILE] "
         "[key=value ...]",
-        description="A short run of each method from one supervised start, and what it learned.",
+        description="A short run of each method from one supervised start, and what it learned: 256 responses a step, "
+        "1 to 5 s a step on two cores. Methods: " + ", ".join(SHIPPED) + ".",
         allow_abbrev=False,
     )
     parser.add_argument("words", nargs="*", metavar="key=value", help="keys set over every method's config")

@@ -30,8 +30,9 @@ from rlhf_dist.algo.algorithm import (
 )
 from rlhf_dist.algo.corrections import Level, Mode, importance_weights
 from rlhf_dist.algo.losses import cispo_loss, clipped_policy_loss, reinforce_loss, sequence_policy_loss
-from rlhf_dist.config.methods import METHODS
+from rlhf_dist.config.methods import METHODS, Method
 from rlhf_dist.config.schema import AlgoConfig, CorrectionConfig
+from rlhf_dist.errors import ConfigError
 
 AGGREGATIONS = {"token_mean": token_mean, "sequence_mean": sequence_mean, "sequence_sum": sequence_sum}
 """`algo.aggregation` -> token weights."""
@@ -150,13 +151,36 @@ def cispo(config: AlgoConfig) -> Algorithm:
     return make("cispo", config, grpo_credit(), by_token(loss))
 
 
-def _recipe(place: str, config: AlgoConfig) -> Algorithm:
-    module, function = place.split(":")
-    return getattr(importlib.import_module(module), function)(config)
+def _recipe(name: str, method: Method, config: AlgoConfig) -> Algorithm:
+    """What the row's function makes. Raises ConfigError where there is none, or where it is not what the row says."""
+    where = f"the method {name} ({method.recipe}, its row in rlhf_dist/config/methods.py)"
+    module, _, function = method.recipe.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"{where}: {error.filename}:{error.lineno}: {error.msg}") from None
+    except ImportError as error:
+        raise ConfigError(f"{where} cannot be imported: {error}") from None
+    recipe = getattr(found, function, None)
+    if not callable(recipe):
+        raise ConfigError(f"{where}: {module} has no function {function!r}")
+    made = recipe(config)
+    if not isinstance(made, Algorithm):
+        raise ConfigError(f"{where} returned {type(made).__name__}; it has to return an Algorithm, as make(...) does")
+    for has, kind, what in (
+        (made.needs_critic, "critic", "a critic"),
+        (made.greedy_baseline, "greedy", "greedy responses to compare with"),
+    ):
+        if has != (method.baseline == kind):
+            raise ConfigError(
+                f"{where}: its algorithm has {what if has else 'no ' + what.removeprefix('a ')}, and the row's "
+                f"baseline is {method.baseline}; make the two agree"
+            )
+    return replace(made, name=name)
 
 
 ALGORITHMS: dict[str, Callable[[AlgoConfig], Algorithm]] = {
-    name: partial(_recipe, method.recipe) for name, method in METHODS.items()
+    name: partial(_recipe, name, method) for name, method in METHODS.items()
 }
 """`algo.name` -> its recipe, imported when it is called."""
 

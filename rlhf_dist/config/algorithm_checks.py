@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from dataclasses import fields
+from typing import get_args
 
-from rlhf_dist.config.methods import METHOD_KEYS, METHODS, Method, methods_with
+from rlhf_dist.config.methods import METHOD_KEYS, METHODS, Baseline, Method, methods_with
 from rlhf_dist.config.schema import AlgoConfig, Config, CorrectionConfig, CriticConfig, KLConfig, ShapingConfig
 
 CRITIC_SECTION = ("start", "side_by_side", "warmup_steps", "clip", "coef")
@@ -17,6 +19,10 @@ def algorithm_problems(config: Config) -> Iterator[str]:
     algo = config.algo
     method = METHODS.get(algo.name)
     if method is None:
+        return
+    wrong = list(_row(algo.name, method))
+    yield from wrong
+    if wrong:
         return
     yield from _method(config, method)
     if method.baseline == "critic":
@@ -50,9 +56,23 @@ def name_problems(config: Config) -> Iterator[str]:
     """For every command: `algo.name` is a row of `METHODS`."""
     name = config.algo.name
     if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, 1)
+        plain = name.lower().replace("++", "_pp").replace("-", "_").replace(".", "_").replace(" ", "_")
+        close = [plain] if plain in METHODS else difflib.get_close_matches(plain, METHODS, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         yield f"algo.name is {name}; it must be one of {', '.join(METHODS)}{hint}"
+
+
+def _row(name: str, method: Method) -> Iterator[str]:
+    """What is wrong with a row of `METHODS`: somebody added it."""
+    row = f"the row of {name} in rlhf_dist/config/methods.py"
+    module, colon, function = method.recipe.partition(":")
+    if not (module and colon and function):
+        yield f"{row}: recipe is {method.recipe!r}; it must be MODULE:FUNCTION"
+    if method.baseline not in get_args(Baseline):
+        yield f"{row}: baseline is {method.baseline!r}; it must be one of {', '.join(get_args(Baseline))}"
+    known = {key.name for key in fields(AlgoConfig)}
+    if not isinstance(method.keys, tuple) or not known.issuperset(method.keys):
+        yield f"{row}: keys is {method.keys!r}; it must be a tuple of keys of `algo`"
 
 
 def _method(config: Config, method: Method) -> Iterator[str]:
@@ -92,6 +112,15 @@ def _method(config: Config, method: Method) -> Iterator[str]:
 def _baseline(config: Config, method: Method) -> Iterator[str]:
     """What a method is compared with, and what would spoil the comparison."""
     algo = config.algo
+    if (
+        algo.name == "dapo"
+        and algo.clip_low == algo.clip_high
+        and not (algo.filter_groups or algo.shaping.overlong_buffer)
+    ):
+        yield (
+            f"algo.name is dapo with clip_low and clip_high {algo.clip_low}, no filter_groups and no "
+            "shaping.overlong_buffer: that is grpo; include configs/algo/dapo.yaml, or choose grpo"
+        )
     if algo.name == "gspo" and max(algo.clip_low, algo.clip_high) > 0.1:
         yield (
             f"algo.clip_low is {algo.clip_low} and algo.clip_high {algo.clip_high} with algo.name gspo, whose ratio is "
@@ -145,8 +174,8 @@ def _correction(algo: AlgoConfig, method: Method) -> Iterator[str]:
     if correction.level == "off":
         if method.corrected:
             yield (
-                f"algo.correction.level is off with algo.name {algo.name}, which weighs by it; set it to token, or "
-                "choose ppo"
+                f"algo.correction.level is off with algo.name {algo.name}, which weighs by it; set it to token, as "
+                "configs/algo/decoupled_ppo.yaml does, or choose ppo"
             )
         for key in ("mode", "low", "high"):
             value = getattr(correction, key)
@@ -157,8 +186,9 @@ def _correction(algo: AlgoConfig, method: Method) -> Iterator[str]:
                 )
     elif correction.low == correction.high == 1:
         yield (
-            f"algo.correction.low and algo.correction.high are both 1; every ratio but that one would be "
-            f"{'left out' if correction.mode == 'mask' else 'cut to it'}: set low below 1 or high above, 0 and 2 are usual"
+            "algo.correction.low and algo.correction.high are both 1; every ratio but that one would be "
+            f"{'left out' if correction.mode == 'mask' else 'cut to it'}: set low below 1 or high above; 0 and 2 are "
+            "usual"
         )
 
 
@@ -174,8 +204,8 @@ def _critic(config: Config) -> Iterator[str]:
             )
     elif critic.coef != CriticConfig().coef:
         yield (
-            f"critic.coef is {critic.coef} and has no effect with critic.start {critic.start}, whose loss stands alone; "
-            "take it out, or set critic.start to shared"
+            f"critic.coef is {critic.coef} and has no effect with critic.start {critic.start}, whose loss stands "
+            "alone; take it out, or set critic.start to shared"
         )
     if not critic.start:
         yield "critic.start is empty; give `policy`, `shared` or a reward model"
@@ -219,8 +249,8 @@ def _kl(config: Config) -> Iterator[str]:
         )
     if kl.place == "loss" and kl.estimator == "k1":
         yield (
-            "algo.kl.estimator is k1 with algo.kl.place loss, where its gradient is 0 on average: only noise; choose k2, "
-            "k3 or k3+, or set algo.kl.place to reward"
+            "algo.kl.estimator is k1 with algo.kl.place loss, where its gradient is 0 on average: only noise; choose "
+            "k2, k3 or k3+, or set algo.kl.place to reward"
         )
     if kl.place == "reward" and kl.estimator != KLConfig().estimator:
         yield (

@@ -177,7 +177,8 @@ def _override_layer(text: str) -> Layer:
     key, equals, value = text.partition("=")
     parts = key.split(".")
     if not equals or not all(re.fullmatch(r"[\w-]+", part) for part in parts):
-        raise ConfigError(f"{_OVERRIDE}`{text}`: an override has the form key=value, as in loop.steps=20")
+        files = "; a second file goes into the first one's `include:`" if text.endswith((".yaml", ".yml")) else ""
+        raise ConfigError(f"{_OVERRIDE}`{text}`: an override has the form key=value, as in loop.steps=20{files}")
     where = f"{_OVERRIDE}`{text}`"
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     # A regex or a sentence is no YAML: `pattern=<a>: {b` must arrive as it stands.

@@ -107,13 +107,14 @@ class EstimateSums:
         mean = self.returns / count
         variance = self.return_squares / count - mean**2
         scale = self.whitening()
+        deviation = math.sqrt(max(scale.deviation**2 - WHITEN_EPS, 0.0))
         explained = 1.0 - (self.error_squares / count) / variance if variance > WHITEN_EPS else 0.0
         return {
             "critic/value_mean": self.values / count,
             "critic/return_mean": mean,
             "critic/explained_variance": explained,
             "policy/advantage_mean": scale.mean,
-            "policy/advantage_std": scale.deviation,
+            "policy/advantage_std": deviation,
         }
 
 

@@ -14,6 +14,7 @@ from rlhf_dist.algo.masking import all_equal
 from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.schema import CriticConfig, LearnerConfig, OptimizerConfig
 from rlhf_dist.data.packing import plan
+from rlhf_dist.errors import RunError
 from rlhf_dist.learner.schedule import learning_rate
 from rlhf_dist.learner.shard import AS_THEY_ARE, Shard
 from rlhf_dist.loop.ports import NO_ESTIMATES, Critic, Estimates, Policy, Rollouts
@@ -127,6 +128,12 @@ def assign_credit(batch: Batch, scores: np.ndarray, algorithm: Algorithm, kl_coe
         return Credit(np.zeros(len(scores), np.float32))
     groups, lengths = torch.from_numpy(batch.groups), torch.from_numpy(batch.response_lengths)
     advantages = algorithm.credit.advantages(torch.from_numpy(scores), groups, lengths)
+    if not isinstance(advantages, torch.Tensor) or advantages.shape != groups.shape or not advantages.isfinite().all():
+        found = tuple(advantages.shape) if isinstance(advantages, torch.Tensor) else type(advantages).__name__
+        raise RunError(
+            f"the method {algorithm.name}: its advantages must be finite numbers of shape ({len(scores)},), one for "
+            f"each response; they are {found}, for scores from {scores.min():g} to {scores.max():g}"
+        )
     if kl_coef:
         advantages = advantages - kl_coef * algorithm.credit.centered(torch.from_numpy(batch.kl), groups, lengths)
     return Credit(advantages.numpy())

@@ -39,7 +39,7 @@ def refusal(who: str, found: NonFinite) -> str:
     value = next(iter(found.rewards.values()))
     return (
         f"{who} returned {value:g}, not finite in float32, for {_place(found)}; mend it, or set scoring.non_finite to "
-        "mask or zero"
+        "mask or zero; a run that has begun goes on with --resume"
     )
 
 

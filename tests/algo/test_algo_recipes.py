@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from hypothesis import given, strategies as st
 
 from rlhf_dist.algo.aggregation import sequence_mean, sequence_sum, token_mean
 from rlhf_dist.algo.algorithm import Algorithm, GroupCredit, TokenCredit
-from rlhf_dist.algo.recipes import ALGORITHMS
-from rlhf_dist.config.methods import METHODS
+from rlhf_dist.algo.recipes import ALGORITHMS, _recipe
+from rlhf_dist.config.methods import METHODS, Method
 from rlhf_dist.config.schema import AlgoConfig, CorrectionConfig, KLConfig
+from rlhf_dist.errors import ConfigError
 
 NAMES = sorted(ALGORITHMS)
 CLIPPED = [name for name, method in METHODS.items() if "dual_clip" in method.keys]
@@ -168,3 +171,41 @@ def test_the_cut_into_micro_batches_never_changes_the_gradient(name: str, length
     place = data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths)))
     pieces = sum(gradient([i for i, piece in enumerate(place) if piece == chosen]) for chosen in range(3))
     torch.testing.assert_close(pieces, gradient(list(range(len(lengths)))), check_dtype=False)
+
+
+MINE = """
+from rlhf_dist.algo.recipes import rloo, ppo, remax
+mine, critical, greedy = rloo, ppo, remax
+def nothing(config): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "baseline", "parts"),
+    [
+        ("own_method:mien", "group", ["own_method has no function 'mien'"]),
+        ("own_methods:mine", "group", ["cannot be imported: No module named 'own_methods'"]),
+        ("broken_method:mine", "group", ["broken_method.py:1: ", "'('"]),
+        ("own_method:nothing", "group", ["returned NoneType", "as make(...) does"]),
+        ("own_method:mine", "critic", ["has no critic", "baseline is critic"]),
+        ("own_method:critical", "group", ["has a critic", "baseline is group"]),
+        ("own_method:greedy", "step", ["has greedy responses to compare with", "baseline is step"]),
+    ],
+)
+def test_what_is_wrong_with_a_method_of_ones_own_is_told(
+    recipe: str, baseline: Any, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_method.py").write_text(MINE)
+    (tmp_path / "broken_method.py").write_text("def mine(config:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        _recipe("own", Method(recipe, baseline, ()), AlgoConfig())
+    message = str(caught.value)
+    assert message.startswith(f"the method own ({recipe}, its row in rlhf_dist/config/methods.py)")
+    assert all(part in message for part in parts), message
+
+
+def test_an_algorithm_has_the_name_of_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_method.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert _recipe("own", Method("own_method:mine", "group", ()), AlgoConfig()).name == "own"

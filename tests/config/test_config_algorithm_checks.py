@@ -9,7 +9,7 @@ from test_config_checks import ROOT, config
 
 from rlhf_dist.config.checks import problems
 from rlhf_dist.config.load import load
-from rlhf_dist.config.methods import METHODS
+from rlhf_dist.config.methods import METHODS, Method
 
 
 def test_every_method_has_its_file_and_every_file_its_method() -> None:
@@ -56,3 +56,33 @@ def test_rules_of_algorithms_are_for_train_alone(tmp_path: Path) -> None:
     bad = config(tmp_path, "critic.coef=0.5", "algo.kl.controller=adaptive", "reference.path=model")
     assert len(problems(bad, "train")) == 3
     assert problems(bad, "sft") == problems(bad, "eval") == []
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        (Method("mine", "group", ()), ["recipe is 'mine'; it must be MODULE:FUNCTION"]),
+        (Method("a:b", "groups", ()), ["baseline is 'groups'; it must be one of critic, group"]),  # pyright: ignore[reportArgumentType]
+        (Method("a:b", "group", "aggregation"), ["keys is 'aggregation'; it must be a tuple"]),  # pyright: ignore[reportArgumentType]
+        (Method("a:b", "group", ("clip_hi",)), ["keys is ('clip_hi',)"]),
+    ],
+)
+def test_a_row_that_makes_no_sense_is_told(
+    tmp_path: Path, row: Method, parts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "own", row)
+    (found,) = problems(config(tmp_path, "algo.name=own"), "train")
+    assert found.startswith("the row of own in rlhf_dist/config/methods.py: ")
+    assert all(part in found for part in parts), found
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("reinforce++", "reinforce_pp"), ("PPO", "ppo"), ("dr-grpo", "dr_grpo")])
+def test_a_method_is_known_by_other_spellings(tmp_path: Path, typed: str, meant: str) -> None:
+    (found,) = problems(config(tmp_path, f"algo.name={typed}"), "train")
+    assert found.endswith(f"did you mean {meant}?")
+
+
+def test_dapo_without_any_of_its_keys_is_grpo(tmp_path: Path) -> None:
+    (found,) = problems(config(tmp_path, "algo.name=dapo"), "train")
+    assert "that is grpo; include configs/algo/dapo.yaml" in found
+    assert problems(config(tmp_path, "algo.name=dapo", "algo.clip_high=0.28"), "train") == []

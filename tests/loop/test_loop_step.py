@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from stand_ins import EXPERIENCES, FakeCritic, FakePolicy, FakeRollouts, experience, with_reference
 
+from rlhf_dist.algo.algorithm import GroupCredit
 from rlhf_dist.algo.recipes import dr_grpo, grpo, ppo
 from rlhf_dist.config.schema import (
     AlgoConfig,
@@ -18,6 +21,7 @@ from rlhf_dist.config.schema import (
     OptimizerConfig,
     ShapingConfig,
 )
+from rlhf_dist.errors import RunError
 from rlhf_dist.learner.shard import AS_THEY_ARE, Shard
 from rlhf_dist.loop.ports import NO_ESTIMATES
 from rlhf_dist.loop.shaper import Shaper
@@ -372,3 +376,20 @@ def test_what_shaping_did_is_told() -> None:
     squares = 1 + 9 + 4 + 1
     assert report.metrics["reward/running_std"] == pytest.approx((squares / 8 - 1 / 64) ** 0.5)
     assert report.metrics["reward/score_clipped"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("advantages", "found"),
+    [
+        (torch.zeros(3), "they are (3,)"),
+        (torch.zeros(8, 1), "they are (8, 1)"),
+        ([0.0] * 8, "they are list"),
+        (torch.full((8,), math.nan), "finite numbers of shape (8,)"),
+    ],
+)
+def test_a_method_whose_advantages_do_not_fit_is_named(advantages: Any, found: str) -> None:
+    algorithm = replace(ALGORITHM, name="own", credit=GroupCredit(lambda *_: advantages, lambda *_: advantages))
+    batch = collate(EXPERIENCES)
+    with pytest.raises(RunError, match="the method own: its advantages must be finite numbers") as caught:
+        assign_credit(batch, batch.scores, algorithm, 0.0)
+    assert found in str(caught.value)

@@ -88,7 +88,8 @@ KINDS = ("function", "http", "model", "gold")
     ],
 )
 def test_fail_names_reward_value_response_prompt_and_the_way_out(opened: Open, kind: str, who: str) -> None:
-    place = "for response 1 of prompt 0/3: 'b'; mend it, or set scoring.non_finite to mask or zero"
+    place = "for response 1 of prompt 0/3: 'b'; mend it, or set scoring.non_finite to mask or zero; "
+    place += "a run that has begun goes on with --resume"
     with (
         opened(kind, "fail") as scorer,
         pytest.raises(RewardError, match=rf"^{who} returned nan, not finite in float32, {place}$"),
