@@ -38,7 +38,7 @@ def make_rollout_worker(spec: ActorSpec) -> Any:
         threads=spec.threads,
         seed=spec.seed,
         name=spec.name,
-        mask=None if lag is None else MaskStart(Path(spec.mask), spec.version, lag),
+        mask=None if lag is None else MaskStart(Path(spec.mask), spec.mask_version, lag),
     )
     return RolloutWorker(spec.name, engine, chat=config.data.chat, max_prompt_tokens=config.rollout.max_prompt_tokens)
 

@@ -225,7 +225,7 @@ def start_fleets(
     ]
     if placement.learner_ranks and hosts.algorithm(config.algo).mask is not None:
         version = step_of(folder) if folder else 0
-        specs = [replace(made, mask=mask_source(source, folder), version=version) for made in specs]
+        specs = [replace(made, mask=mask_source(source, folder), mask_version=version) for made in specs]
     workers = actors.start_all(
         actors.RolloutHost, specs, group, 0, placement.rollout_num_cpus, placement.rollout_num_gpus
     )

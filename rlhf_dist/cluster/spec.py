@@ -31,8 +31,8 @@ class ActorSpec:
     """Folder of the command, where a user's own modules are."""
     mask: str = ""
     """Of a rollout worker: the Hugging Face directory of the mask policy; empty: there is none."""
-    version: int = 0
-    """Of the weights at `source`: 0, or that of the checkpoint resumed from."""
+    mask_version: int = 0
+    """Version of the policy that this mask goes with: 0, or that of the checkpoint resumed from."""
 
 
 def enter(spec: ActorSpec) -> None:

@@ -174,7 +174,7 @@ def measure(run: Run, step: int) -> Evaluation:
     found = evaluate(
         run.held_out,
         run.config.eval,
-        replace(run.sampling, masked=False),  # what is measured is the model that is saved, and it has no mask
+        sampling_of(run.config),  # without a mask: what is measured is the model that is saved, and that has none
         rollouts=run.rollouts,
         scoring=run.scoring,
         reference=run.reference,
