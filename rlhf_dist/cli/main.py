@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from rlhf_dist import __version__
 from rlhf_dist.errors import InputError, RlhfError
+from rlhf_dist.telemetry.streams import print_any_text
 
 COMMANDS = {
     "train": ("train", "reinforcement learning: generate, score, update, push the weights, repeat"),
@@ -32,6 +33,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; an unexpected exception keeps its traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
+    print_any_text(sys.stdout, sys.stderr)
     try:
         code = _dispatch(words)
         sys.stdout.flush()

@@ -242,6 +242,7 @@ def make_ptx(spec: ActorSpec) -> Any:
         rank=spec.rank,
         ranks=config.learner.ranks,
         micro_batch_tokens=config.learner.micro_batch_tokens,
+        shuffle=config.data.shuffle,
     )
 
 
@@ -275,6 +276,7 @@ class SupervisedHost(LearnerHost):
             seed=config.seed,
             ranks=config.learner.ranks,
             micro_batch_tokens=config.learner.micro_batch_tokens,
+            shuffle=config.data.shuffle,
         )
 
 

@@ -86,6 +86,7 @@ class RewardHost(LearnerHost):
             seed=config.seed,
             ranks=config.learner.ranks,
             micro_batch_tokens=config.learner.micro_batch_tokens,
+            shuffle=config.data.shuffle,
         )
 
 

@@ -93,7 +93,8 @@ class DataConfig:
     chat: bool = True
     """Render with the model's chat template; false: the prompt's text as it is."""
     shuffle: bool = True
-    """A new order in each epoch; false: the file's own."""
+    """A new order in each epoch, of prompts, demonstrations, judgements and the pre-training mix; false: the file's
+    own."""
     task: TaskConfig = field(default_factory=TaskConfig)
 
 

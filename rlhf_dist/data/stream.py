@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 from rlhf_dist.config.schema import DataConfig, TaskConfig
 from rlhf_dist.data.files import held_out_rows, training_rows
+from rlhf_dist.data.order import epoch_order
 from rlhf_dist.data.rows import Question, ask, question
 from rlhf_dist.data.tasks import Split, check_task, example
 from rlhf_dist.errors import ConfigError
@@ -134,11 +134,8 @@ class PromptStream:
         self._epoch, self._position = epoch, position
         self._order = self._epoch_order()
 
-    def _epoch_order(self) -> list[int]:
-        order = list(range(len(self)))
-        if self._shuffle:
-            random.Random(f"order/{self._seed}/{self._epoch}").shuffle(order)
-        return order
+    def _epoch_order(self) -> Sequence[int]:
+        return epoch_order(len(self), self._seed, self._epoch, self._shuffle)
 
 
 def held_out(config: DataConfig, n: int) -> list[Prompt]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_dist.algo.preference import ranking_losses, rating_loss, thumbs_loss
 from rlhf_dist.config.schema import RewardConfig
 from rlhf_dist.data.judgement_rows import Comparison, Judgement, Rating
+from rlhf_dist.data.order import RowOrder
 from rlhf_dist.data.packing import plan
 from rlhf_dist.data.render import tokenize_demonstration
 from rlhf_dist.data.rows import Demonstration
@@ -20,7 +21,6 @@ from rlhf_dist.errors import DataError
 from rlhf_dist.learner.rows import PLACEHOLDER, Row
 from rlhf_dist.learner.scalar_engine import ScalarEngine, ScalarEngineWithLM
 from rlhf_dist.learner.schedule import learning_rate
-from rlhf_dist.learner.supervised import epoch_index
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
 
@@ -112,6 +112,7 @@ class PreferenceLearner:
         seed: int,
         ranks: int,
         micro_batch_tokens: int,
+        shuffle: bool = True,
     ) -> None:
         """`engine` is a ScalarEngineWithLM if `config.lm_coef` is above 0; it gives raw scores."""
         self.engine = engine
@@ -120,16 +121,14 @@ class PreferenceLearner:
         self._tokenizer = tokenizer
         self._chat = chat
         self._max_tokens = max_tokens
-        self._seed = seed
+        self._order = RowOrder(len(train), seed, shuffle)
         self._ranks = ranks
         self._budget = micro_batch_tokens
         self._held_out, self._held_out_dropped = self._elements(held_out, range(len(held_out)))
 
     def train_step(self, step: int) -> MetricSums:
         """Optimizer step `step` (from 1): mean loss over the whole batch's judgements, all ranks."""
-        size = self._config.batch_size
-        numbers = range((step - 1) * size, step * size)
-        elements, dropped = self._elements(self._train, [epoch_index(n, len(self._train), self._seed) for n in numbers])
+        elements, dropped = self._elements(self._train, self._order.batch(step - 1, self._config.batch_size))
         learnt = sum(row.response_length for element in elements for row in better_rows(element))
         micro_batches = self._mine(elements)
         parts = []

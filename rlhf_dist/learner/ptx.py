@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_dist.config.schema import PtxConfig
+from rlhf_dist.data.order import RowOrder
 from rlhf_dist.data.rows import Demonstration
 from rlhf_dist.learner.rows import Row
-from rlhf_dist.learner.supervised import demonstration_rows, epoch_index, rank_share
+from rlhf_dist.learner.supervised import demonstration_rows, rank_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +39,21 @@ class PtxMix:
         rank: int,
         ranks: int,
         micro_batch_tokens: int,
+        shuffle: bool = True,
     ) -> None:
         self.coef = config.coef
         self._config = config
         self._source = source
         self._tokenizer = tokenizer
         self._chat = chat
-        self._seed = seed
+        self._order = RowOrder(len(source), seed, shuffle)
         self._rank = rank
         self._ranks = ranks
         self._budget = micro_batch_tokens
 
     def batch(self, number: int) -> Mixed:
         """The batch of optimizer step `number`, from 0. Raises `DataError` when all of it is too long."""
-        size = self._config.batch_size
-        chosen = [epoch_index(n, len(self._source), self._seed) for n in range(number * size, (number + 1) * size)]
+        chosen = self._order.batch(number, self._config.batch_size)
         rows, dropped = demonstration_rows(
             self._source, chosen, self._tokenizer, self._chat, self._config.max_tokens, "ptx.max_tokens"
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import torch
 
 from rlhf_dist.config.schema import SftConfig
+from rlhf_dist.data.order import RowOrder
 from rlhf_dist.data.packing import plan
 from rlhf_dist.data.render import tokenize_demonstration
 from rlhf_dist.data.rows import Demonstration
@@ -37,6 +36,7 @@ class SupervisedLearner:
         seed: int,
         ranks: int,
         micro_batch_tokens: int,
+        shuffle: bool = True,
     ) -> None:
         self.engine = engine
         self._config = config
@@ -44,15 +44,13 @@ class SupervisedLearner:
         self._held_out = held_out
         self._tokenizer = tokenizer
         self._chat = chat
-        self._seed = seed
+        self._order = RowOrder(len(train), seed, shuffle)
         self._ranks = ranks
         self._budget = micro_batch_tokens
 
     def train_step(self, step: int) -> MetricSums:
         """Optimizer step `step` (from 1): mean negative logprob over the whole batch's response tokens, all ranks."""
-        size = self._config.batch_size
-        numbers = range((step - 1) * size, step * size)
-        rows, dropped = self._tokenized(self._train, [epoch_index(n, len(self._train), self._seed) for n in numbers])
+        rows, dropped = self._tokenized(self._train, self._order.batch(step - 1, self._config.batch_size))
         tokens = sum(row.response_length for row in rows)
         micro_batches = rank_share(rows, self.engine.rank, self._ranks, self._budget)
         nll = 0.0
@@ -116,14 +114,3 @@ def rank_share(rows: Sequence[Row], rank: int, ranks: int, budget: int) -> list[
     """One rank's micro-batches of at most `budget` tokens, as many as every other rank's."""
     lengths = np.asarray([len(row.tokens) for row in rows], dtype=np.int64)
     return [[rows[i] for i in chosen] for chosen in plan(lengths, ranks, budget)[rank]]
-
-
-def epoch_index(number: int, size: int, seed: int) -> int:
-    """The demonstration drawn as the `number`-th: every epoch passes over all `size` of them in an order of its own.
-
-    The order is an affine walk (a stride prime to the size), so that nothing of the data set's length is kept or made.
-    """
-    epoch, position = divmod(number, size)
-    chance = random.Random(f"{seed}/{epoch}")
-    stride = next(s for s in iter(lambda: chance.randrange(1, size + 1), None) if math.gcd(s, size) == 1)
-    return (chance.randrange(size) + stride * position) % size

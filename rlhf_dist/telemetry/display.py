@@ -196,7 +196,7 @@ class RichProgress:
         self._console = Console(file=stream, highlight=False)
         self._has_bar = self._console.width >= BAR_FROM_WIDTH
         self._bars = progress.Progress(
-            progress.SpinnerColumn(),
+            progress.SpinnerColumn("dots" if self._console.encoding.startswith("utf") else "line"),
             progress.TextColumn("{task.description}", markup=False),
             *([progress.BarColumn(bar_width=BAR_WIDTH)] if self._has_bar else []),
             progress.TextColumn("{task.fields[facts]}", markup=False),

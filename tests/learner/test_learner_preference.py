@@ -26,6 +26,7 @@ from rlhf_dist.learner.preference import (
     pairs_of,
     tokenize_judgement,
 )
+from rlhf_dist.learner.rows import Row
 from rlhf_dist.models.hf import load_tokenizer
 from rlhf_dist.models.tiny import make_tiny
 from rlhf_dist.models.tokenizer import character_tokenizer
@@ -196,3 +197,31 @@ def test_a_comparison_with_one_side_too_long_is_left_out_whole_and_counted() -> 
 def test_nothing_that_fits_is_an_error_with_the_key() -> None:
     with pytest.raises(DataError, match=r"none of 1 judgements fits in preferences\.max_tokens 5"):
         learner([comparison(1, "a", "b")], 5)
+
+
+def test_judgements_come_in_the_files_own_order_without_shuffle() -> None:
+    """`data/tokens` tells which judgement a step of one was made of."""
+    texts = ["a" * length for length in range(2, 8)]
+    judged = [Comparison(text, QUESTION, (text, text + "b"), (Pair(0, 1, 0.0),)) for text in texts]
+
+    class Scores:
+        rank = 0
+
+        def scores(self, rows: list[Row]) -> torch.Tensor:
+            return torch.zeros(len(rows), requires_grad=True)
+
+        def backward(self, loss: torch.Tensor, last: bool) -> None: ...
+
+        def step(self, lr: float) -> float:
+            return 1.0
+
+    def tokens(shuffle: bool) -> list[float]:
+        engine: Any = Scores()
+        learner = PreferenceLearner(
+            engine, RewardConfig(batch_size=1), judged, judged, character_tokenizer(), chat=True, max_tokens=100,
+            seed=0, ranks=1, micro_batch_tokens=1000, shuffle=shuffle,
+        )  # fmt: skip
+        return [learner.train_step(step).values()["data/tokens"] for step in range(1, 13)]
+
+    assert tokens(False)[:6] == tokens(False)[6:] == sorted(tokens(False)[:6])
+    assert sorted(tokens(True)[:6]) == sorted(tokens(True)[6:]) == tokens(False)[:6] != tokens(True)[:6]

@@ -21,10 +21,20 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> object:
     return load_tokenizer(make_tiny(SIZES, tmp_path_factory.mktemp("ptx")))
 
 
-def mix(tokenizer: object, rank: int = 0, ranks: int = 1, size: int = 3, max_tokens: int = 20, seed: int = 0) -> PtxMix:
+def mix(
+    tokenizer: object,
+    rank: int = 0,
+    ranks: int = 1,
+    size: int = 3,
+    max_tokens: int = 20,
+    seed: int = 0,
+    shuffle: bool = True,
+) -> PtxMix:
     texts = [Demonstration((), text) for text in TEXTS]
     config = PtxConfig(coef=0.5, batch_size=size, max_tokens=max_tokens)
-    return PtxMix(config, texts, tokenizer, chat=True, seed=seed, rank=rank, ranks=ranks, micro_batch_tokens=12)
+    return PtxMix(
+        config, texts, tokenizer, chat=True, seed=seed, rank=rank, ranks=ranks, micro_batch_tokens=12, shuffle=shuffle
+    )
 
 
 def tokens(batches: list[PtxMix], number: int) -> list[tuple[int, ...]]:
@@ -62,3 +72,8 @@ def test_optimizer_steps_pass_over_all_texts_and_repeat_with_their_number(tokeni
 def test_a_batch_of_which_nothing_fits_is_an_error(tokenizer: object) -> None:
     with pytest.raises(DataError, match=r"none of 3 demonstrations has a token to learn within ptx\.max_tokens 1;"):
         mix(tokenizer, max_tokens=1).batch(0)
+
+
+def test_texts_come_in_the_files_own_order_without_shuffle(tokenizer: object) -> None:
+    made = mix(tokenizer, size=1, max_tokens=60, shuffle=False)
+    assert [made.batch(number).tokens for number in range(10)] == [len(text) for text in TEXTS] * 2

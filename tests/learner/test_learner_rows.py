@@ -10,7 +10,6 @@ from hypothesis import given, strategies as st
 from rlhf_dist.config.schema import OptimizerConfig
 from rlhf_dist.learner.rows import PLACEHOLDER, Row, pack_rows, rollout_row, spread
 from rlhf_dist.learner.schedule import learning_rate
-from rlhf_dist.learner.supervised import epoch_index
 from rlhf_dist.types import Message, Prompt, Rollout
 
 CPU = torch.device("cpu")
@@ -85,14 +84,3 @@ def test_linear_and_cosine_end_at_their_last_share() -> None:
 def test_a_resume_beyond_the_planned_end_stays_at_the_last_share() -> None:
     config = OptimizerConfig(lr=8.0, warmup_steps=2, schedule="linear", final_lr_share=0.25)
     assert learning_rate(config, 9, 6) == 2.0
-
-
-@given(st.integers(1, 300), st.integers(0, 5), st.integers(0, 3))
-def test_an_epoch_passes_over_every_demonstration_once(size: int, seed: int, epoch: int) -> None:
-    drawn = [epoch_index(epoch * size + position, size, seed) for position in range(size)]
-    assert sorted(drawn) == list(range(size))
-
-
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    orders = {tuple(epoch_index(n, 50, seed) for n in range(e * 50, e * 50 + 50)) for seed in (0, 1) for e in (0, 1, 2)}
-    assert len(orders) == 6

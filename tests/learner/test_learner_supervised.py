@@ -112,3 +112,23 @@ def test_plain_text_is_learnt_for_real(tmp_path: Path) -> None:
     assert sum(lengths) == sum(len(text) for text in texts[:12])
     assert found[3]["sft/held_out_loss"] < found[0]["sft/held_out_loss"] - 0.3
     assert (place.output / "text" / "checkpoints" / "step-3" / "state.json").exists()
+
+
+def test_rows_come_in_the_files_own_order_without_shuffle(tiny_model: Path) -> None:
+    texts = [letter * length for length, letter in enumerate("abcdefgh", start=2)]
+    demos = [Demonstration((), text) for text in texts]
+    engine: Any = Engine()
+
+    def tokens(shuffle: bool, steps: range) -> list[int]:
+        made = SupervisedLearner(
+            engine, SftConfig(batch_size=1, objective="text"), demos, demos, load_tokenizer(tiny_model), chat=True,
+            seed=0, ranks=1, micro_batch_tokens=1000, shuffle=shuffle,
+        )  # fmt: skip
+        return [int(made.train_step(step).values()["data/tokens"]) for step in steps]
+
+    in_order = [len(text) for text in texts]
+    assert tokens(False, range(1, 17)) == in_order * 2
+    shuffled = tokens(True, range(1, 17))
+    assert sorted(shuffled[:8]) == sorted(shuffled[8:]) == in_order
+    assert shuffled[:8] != in_order and shuffled[8:] != shuffled[:8]
+    assert tokens(True, range(6, 17)) == shuffled[5:], "a resume"
