@@ -1,11 +1,12 @@
 import re
-from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from rlhf_dist.errors import RewardError
-from rlhf_dist.scoring.rules import exact_match, final_number, number_match, regex_match
+from rlhf_dist.scoring.answers import final_numeral
+from rlhf_dist.scoring.rules import exact_match, number_match, regex_match
 
 
 def test_exact_match_ignores_only_the_space_around():
@@ -27,7 +28,7 @@ def test_exact_match_ignores_only_the_space_around():
         ("−7", "-7"),
         ("-$7", "-7"),
         ("$-7", "-7"),
-        ("10-7", "7"),
+        ("10 -7", "-7"),
         ("- 7 apples", "7"),
         (".5", "0.5"),
         ("1e3", "1000"),
@@ -39,13 +40,14 @@ def test_exact_match_ignores_only_the_space_around():
     ],
 )
 def test_final_number(text, value):
-    assert final_number(text) == (None if value is None else Decimal(value))
+    numeral = final_numeral(text)
+    assert (numeral and numeral.value) == (None if value is None else Fraction(value))
 
 
 def test_number_match_compares_values():
     responses = ["2.0", "two", "so 2", "3", "0.1+0.2 = 0.30"]
     assert number_match(responses, ["2", "2", "<<1+1=2>>\n#### 2", "2", "0.3"]).tolist() == [1, 0, 1, 0, 1]
-    with pytest.raises(RewardError, match="the prompt's answer is 'abc'"):
+    with pytest.raises(RewardError, match="cannot compare with the prompt's answer 'abc': it has no number"):
         number_match(["1"], ["abc"])
 
 
