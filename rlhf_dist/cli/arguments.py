@@ -73,12 +73,19 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(list(argv))
 
 
+def is_override(word: str) -> bool:
+    """Whether `word` is a key=value where a config file should be."""
+    from rlhf_dist.config.paths import is_missing, lookup_problem
+
+    return "=" in word and (is_missing(word) or bool(lookup_problem(word)))
+
+
 def load_checked(words: Sequence[str], name: str, command: Command) -> Config:
     """The config that `words` (file, overrides) give, after all checks. Raises `InputError`."""
     from rlhf_dist.config.checks import check
     from rlhf_dist.config.load import load
 
-    if not words or ("=" in words[0] and not Path(words[0]).exists()):
+    if not words or is_override(words[0]):
         shipped = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
         there = f"; there is {', '.join(shipped)}" if shipped else ""
         raise InputError(f"{name} needs a config file first: rlhf-dist {name} CONFIG.yaml [key=value ...]{there}")

@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
     args = arguments.parse(parser, argv)
     if args.resume:
         raise InputError("a pipeline goes on by itself where it was cut: leave out --resume")
-    if not args.words or ("=" in args.words[0] and not Path(args.words[0]).exists()):
+    if not args.words or arguments.is_override(args.words[0]):
         raise InputError("pipeline needs a config file first: rlhf-dist pipeline CONFIG.yaml [key=value ...]")
     from rlhf_dist.config.pipeline_checks import held_back, load_stages
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 from rlhf_dist.config.algorithm_checks import algorithm_problems, name_problems
+from rlhf_dist.config.paths import is_missing, path_problems
 from rlhf_dist.config.preference_checks import not_there, preference_problems
 from rlhf_dist.config.ranges import range_problems
 from rlhf_dist.config.schema import Config, RewardSpec
@@ -58,7 +59,7 @@ def check(config: Config, command: Command) -> None:
 
 def problems(config: Config, command: Command) -> list[str]:
     """Every problem, a sentence each: key, value, what would be right. Empty: nothing is wrong."""
-    found = list(range_problems(config))
+    found = [*range_problems(config), *path_problems(config)]
     rules = [_names(config), name_problems(config), _data(config, command), _device(config)]
     if not found:  # sizes say nothing about each other while one of them is out of range
         rules += [_model(config)]
@@ -108,9 +109,9 @@ def _data(config: Config, command: Command) -> Iterator[str]:
     if not data.path:
         yield f"data.path is empty; data.source {data.source} needs the path of its data"
     for key, value in (("path", data.path), ("eval_path", data.eval_path)):
-        if value and not Path(value).exists():
+        if value and is_missing(value):
             yield f"{not_there(f'data.{key}', value)}; give a file or directory that does"
-        elif value and data.source in ("jsonl", "parquet") and Path(value).is_dir():
+        elif value and data.source in ("jsonl", "parquet") and os.path.isdir(value):
             yield f"data.{key} is {value!r}, a directory; data.source {data.source} needs a file"
     if command == "sft":
         if not data.response_key:

@@ -18,9 +18,19 @@ Every key, its type, its default and its meaning. Made from `rlhf_dist/config/sc
 
 A config is a YAML file. It may begin with `include: [other.yaml]`: paths count from the file's own folder, and what
 comes later wins. `key=value` on the command line wins over all files: `learner.optimizer.lr=1e-4`. Unknown keys are
-refused. Problems are told together, in three rounds: first keys and types, then ranges and rules across keys, then
+rejected. Problems are reported together, in three rounds: first keys and types, then ranges and rules across keys, then
 whether this machine has what is asked for. `rlhf-dist train CONFIG --dry-run` goes so far, prints the resolved config
-and the plan, and starts nothing; models, rewards and the contents of data files are checked when a run starts."""
+and the plan, and starts nothing; models, rewards and the contents of data files are checked when a run starts.
+
+Sections are merged key by key. Mappings whose names are your own (`scoring.rewards`, `pipeline.stages`) are replaced by
+whoever gives them as a whole, an included file, the file or the command line:
+`'scoring.rewards={judge: {kind: model, path: runs/rm}}'` leaves `judge` only, and `scoring.rewards={}` leaves none. A
+longer key changes or adds one entry: `scoring.rewards.judge.weight=2`.
+
+`${output}` in a text stands for the value of another key, `${oc.env:HOME}` for an environment variable. For the text
+`${` itself write `\\${`, in YAML in single quotes or without quotes: `system: 'costs \\${5}'`.
+
+A config has at most 50 levels of nesting and 8 MiB, is UTF-8, and gives each key once. Tags (`!!...`) are rejected."""
 NAMES: dict[Any, str] = {str: "text", list[str]: "list of texts"}
 
 

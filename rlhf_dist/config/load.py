@@ -18,11 +18,17 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rlhf_dist.config.paths import lookup_problem, short, special_kind
 from rlhf_dist.config.schema import Config, ScoringConfig
+from rlhf_dist.config.yaml_text import MAX_DEPTH, Dumper, parse
 from rlhf_dist.errors import ConfigError
 
 _OVERRIDE = "override "
 """Opens the `where` of a layer that comes from the command line."""
+MAX_BYTES = 8 << 20
+"""Of a config file: a data file that is named in its place would be parsed for hours."""
+ESCAPE = r"write \${ for the text ${ itself (in YAML in single quotes, or without quotes)"
+"""The way out where a text holds `${` by chance."""
 
 
 class Layer(NamedTuple):
@@ -31,6 +37,8 @@ class Layer(NamedTuple):
     where: str
     """The file, or the override as it was typed; opens every message about the layer."""
     values: dict[Any, Any]
+    key: tuple[str, ...] = ()
+    """Of an override: where its value goes; empty for a file, whose values begin at the top."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -51,7 +59,7 @@ def from_yaml(text: str, where: str = "config") -> Config:
 def to_yaml(config: Config) -> str:
     """The whole config, every default written out; `from_yaml` gives back an equal one."""
     return yaml.dump(
-        _escaped(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
+        _escaped(dataclasses.asdict(config)), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120
     )
 
 
@@ -60,11 +68,14 @@ def to_yaml(config: Config) -> str:
 
 def _file_layers(path: Path, including: tuple[Path, ...]) -> Iterator[Layer]:
     """The layers of a file in order of precedence, lowest first: what it includes, then itself."""
+    text = _read(path, including)
     real = path.resolve()
     if real in including:
         chain = " -> ".join(str(p) for p in (*including[including.index(real) :], real))
         raise ConfigError(f"{including[-1]}: `include` goes round in a circle: {chain}; take one of them out")
-    values = _parse_mapping(_read(path, including), str(path))
+    if len(including) >= MAX_DEPTH:
+        raise ConfigError(f"{path}: more than {MAX_DEPTH} files include each other; put some of them together")
+    values = _parse_mapping(text, str(path))
     includes = values.pop("include", [])
     if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
         raise ConfigError(
@@ -77,14 +88,28 @@ def _file_layers(path: Path, including: tuple[Path, ...]) -> Iterator[Layer]:
 
 def _read(path: Path, including: tuple[Path, ...]) -> str:
     by = f" (included by {including[-1]})" if including else ""
+    reason = lookup_problem(path)
+    if reason:
+        raise ConfigError(f"{short(str(path))}{by} cannot be looked up: {reason}; give the path of a YAML file")
     if path.is_dir():
         raise ConfigError(f"{path}{by} is a directory; name a YAML file{_suggest_files(path / 'config.yaml')}")
     if not path.exists():
         raise ConfigError(f"{path}{by} does not exist{_suggest_files(path)}")
+    if special_kind(path):
+        raise ConfigError(f"{path}{by} is {special_kind(path)}; a config is read more than once: write it to a file")
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}{by} cannot be read: {error}") from error
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise ConfigError(
+                f"{path}{by} has {size >> 20} MiB; a config has at most {MAX_BYTES >> 20}: name a YAML file"
+            )
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}{by} cannot be read as UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"{path}{by} cannot be read: {error.strerror}") from error
 
 
 def _suggest_files(path: Path) -> str:
@@ -101,52 +126,8 @@ def _suggest_files(path: Path) -> str:
 # ---- YAML ------------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: `off`, `no` and `yes` are words, `1e-3` is a number; and a key may come only once."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own name and place)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key `{key.value}` comes twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML 1.1 or `_Loader` would not read back as text."""
-
-
-_SCALARS = (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+0123456789.",
-    ),
-    ("merge", r"<<", "<"),
-)
-for _tag, _pattern, _first in _SCALARS:
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
-
-
 def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{where}:{mark.line + 1}" if mark and not where.startswith(_OVERRIDE) else where
-        raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    return parse(text, where, has_lines=not where.startswith(_OVERRIDE))
 
 
 def _parse_mapping(text: str, where: str) -> dict[Any, Any]:
@@ -176,17 +157,23 @@ def _override_layer(text: str) -> Layer:
     """`a.b=1` as the layer `{a: {b: 1}}`. The value is YAML, except that a text key takes it as it is typed."""
     key, equals, value = text.partition("=")
     parts = key.split(".")
-    if not equals or not all(re.fullmatch(r"[\w-]+", part) for part in parts):
+    if not equals or len(parts) > MAX_DEPTH or not all(re.fullmatch(r"[\w-]+", part) for part in parts):
         files = "; a second file goes into the first one's `include:`" if text.endswith((".yaml", ".yml")) else ""
-        raise ConfigError(f"{_OVERRIDE}`{text}`: an override has the form key=value, as in loop.steps=20{files}")
-    where = f"{_OVERRIDE}`{text}`"
+        raise ConfigError(
+            f"{_OVERRIDE}`{_clipped(text)}`: an override has the form key=value, as in loop.steps=20{files}"
+        )
+    where = f"{_OVERRIDE}`{_clipped(text)}`"
     quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     # A regex or a sentence is no YAML: `pattern=<a>: {b` must arrive as it stands.
     verbatim = _type_at(parts) is str and not quoted
     tree: Any = value if verbatim else _parse(value, where)
     for part in reversed(parts):
         tree = {part: tree}
-    return Layer(where, tree)
+    return Layer(where, tree, tuple(parts))
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _type_at(parts: Sequence[str]) -> Any:
@@ -211,29 +198,55 @@ def _build(layers: Sequence[Layer]) -> Config:
         raise ConfigError("\n".join(problems))
     tree = dataclasses.asdict(Config())
     for layer in layers:
-        whole = not layer.where.startswith(_OVERRIDE)
-        tree = _merged(tree, layer.values, Config, whole)
+        tree = _merged(tree, layer.values, Config, layer.key)
     # The defaults are in `tree`: the empty `rewards` here only keeps OmegaConf from adding the default reward again.
     schema = OmegaConf.structured(Config(scoring=ScoringConfig(rewards={})))
     try:
         return cast(Config, OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(tree))))
     except OmegaConfBaseException as error:
-        key = f"`{error.full_key}`: " if error.full_key else ""
-        raise ConfigError(f"{key}{(error.msg or str(error)).splitlines()[0]}") from error
+        reason = _clipped((error.msg or str(error)).splitlines()[0])
+        raise ConfigError(_unresolved(layers, error.full_key or "", reason)) from error
+    except RecursionError as error:
+        raise ConfigError(f"{layers[0].where}: a reference ${{...}} is nested too deeply; {ESCAPE}") from error
 
 
-def _merged(tree: dict[str, Any], values: dict[Any, Any], kind: Any, whole: bool) -> dict[str, Any]:
+def _unresolved(layers: Sequence[Layer], key: str, reason: str) -> str:
+    """The message for a `${...}` that OmegaConf cannot resolve, with the layer that it comes from."""
+    for layer in reversed(layers):
+        value = _value_at(layer.values, key)
+        if isinstance(value, str) and "${" in value:
+            return (
+                f"{layer.where}: `{key}` is {_shown(value)}, in which ${{ begins a reference to another key: {reason}; "
+                f"name a key, as in ${{output}}, or {ESCAPE}"
+            )
+    return f"`{key}`: {reason}" if key else reason
+
+
+def _value_at(values: Any, key: str) -> Any:
+    """What stands at a dotted key, [index] for lists, as OmegaConf writes one; None where there is nothing."""
+    for part in re.findall(r"[^.\[\]]+", key):
+        if isinstance(values, dict):
+            values = values.get(part)
+        elif isinstance(values, list) and part.isdecimal() and int(part) < len(values):
+            values = values[int(part)]
+        else:
+            return None
+    return values
+
+
+def _merged(tree: dict[str, Any], values: dict[Any, Any], kind: Any, key: Sequence[str]) -> dict[str, Any]:
     """`tree` with `values` put over it, section by section.
 
-    A mapping whose names are the user's own (`scoring.rewards`) is replaced by a file that gives one (`whole`): a run
-    that names its rewards must not also be paid by the default one. An override of one name changes that name only.
+    A mapping whose names are the user's own (`scoring.rewards`) is replaced by whoever gives it as a whole, a file or
+    an override: a run that names its rewards must not also be paid by the default one. An override of a longer key
+    (`scoring.rewards.judge.weight`) changes or adds that entry only. `key`: what of the override's key is still ahead.
     """
     result = dict(tree)
     for name, value in values.items():
         inner = _type_at_child(kind, name)
-        replace = get_origin(inner) is dict and whole
+        replace = get_origin(inner) is dict and len(key) <= 1
         descend = _is_section(inner) and not replace
-        result[name] = _merged(result.get(name, {}), value, inner, whole) if descend else value
+        result[name] = _merged(result.get(name, {}), value, inner, key[1:]) if descend else value
     return result
 
 
@@ -265,11 +278,24 @@ def _problems(value: Any, kind: Any, key: str) -> Iterator[str]:
     elif get_origin(kind) is list and isinstance(value, list):
         for index, inner in enumerate(value):
             yield from _problems(inner, get_args(kind)[0], f"{key}[{index}]")
+    elif isinstance(value, str) and (half := _half_character(value)):
+        yield f"`{key}` holds {half}; it has to be text that can be written as UTF-8"
+    elif isinstance(value, str) and value.count("${") > MAX_DEPTH:
+        yield f"`{key}` has more than {MAX_DEPTH} references ${{...}} to other keys; {ESCAPE}"
     elif isinstance(value, str) and "${" in value and not _is_section(kind):
         return  # an interpolation: OmegaConf resolves it and checks the result
     elif not _fits(value, kind):
         quote = "; put it in quotes" if kind is str and not isinstance(value, dict | list) else ""
         yield f"`{key}` is {_shown(value)}; expected {_expected(kind)}{quote}"
+
+
+def _half_character(text: str) -> str:
+    """Names a character that no file can hold, as bytes of the command line that are not UTF-8 become; else empty."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half a surrogate pair, or a byte that is not UTF-8, at character {error.start}"
+    return ""
 
 
 def _fits(value: Any, kind: Any) -> bool:

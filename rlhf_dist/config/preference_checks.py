@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import chain, combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_dist.config.paths import is_missing
 from rlhf_dist.config.schema import Config, PreferencesConfig
 
 if TYPE_CHECKING:  # checks.py joins these rules to its own
@@ -166,9 +168,9 @@ def _ptx(config: Config) -> Iterator[str]:
 
 
 def _file(key: str, path: str) -> Iterator[str]:
-    if not Path(path).exists():
+    if is_missing(path):
         yield f"{not_there(key, path)}; give a file that does"
-    elif Path(path).is_dir():
+    elif os.path.isdir(path):
         yield f"{key} is {path!r}, a directory; it needs a file"
 
 
