@@ -10,6 +10,7 @@ from typing import Literal
 
 from rlhf_dist.config.algorithm_checks import algorithm_problems, name_problems
 from rlhf_dist.config.paths import is_missing, path_problems
+from rlhf_dist.config.patterns import pattern_problem
 from rlhf_dist.config.preference_checks import not_there, preference_problems
 from rlhf_dist.config.ranges import range_problems
 from rlhf_dist.config.schema import Config, RewardSpec
@@ -252,10 +253,9 @@ def _reward(key: str, spec: RewardSpec) -> Iterator[str]:
     if spec.kind == "regex":
         if not spec.pattern:
             yield f"{key}.pattern is empty; kind regex needs one, as in pattern: '<answer>.*</answer>'"
-        try:
-            re.compile(spec.pattern, re.DOTALL)
-        except re.error as error:
-            yield f"{key}.pattern is {spec.pattern!r}, which is not a regular expression: {error}"
+        wrong = pattern_problem(spec.pattern)
+        if wrong:
+            yield f"{key}.pattern is {spec.pattern!r}, which is not a regular expression: {wrong}"
     elif spec.pattern:
         yield (
             f"{key}.pattern is {spec.pattern!r} and has no effect with kind {spec.kind}; set kind to regex, "

@@ -153,7 +153,8 @@ class RewardSpec:
     retries: int = 3
     """kind http: further tries after one that failed."""
     timeout_s: float = 30.0
-    """kind function, http: limit for one call."""
+    """kind regex, function, http: limit for the responses of one prompt group. `scoring.timeout_s` holds for all rewards
+    together, kind model included."""
 
 
 @dataclass(frozen=True)

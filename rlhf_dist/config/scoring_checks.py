@@ -11,8 +11,15 @@ from urllib.parse import SplitResult, urlsplit
 from rlhf_dist.config.schema import Config, RewardSpec
 
 MOST_RETRIES = 20
-ONLY_FOR = {"path": "model", "url": "http", "token_env": "http", "normalize": "model", "retries": "http"}
-"""Key of a reward -> the one kind that reads it."""
+ONLY_FOR = {
+    "path": ("model",),
+    "url": ("http",),
+    "token_env": ("http",),
+    "normalize": ("model",),
+    "retries": ("http",),
+    "timeout_s": ("regex", "function", "http"),
+}
+"""Key of a reward -> the kinds that read it."""
 VARIABLE = r"[A-Z_][A-Z0-9_]*"
 
 
@@ -54,11 +61,15 @@ def is_loopback(host: str) -> bool:
 
 def _unused(key: str, spec: RewardSpec) -> Iterator[str]:
     default = RewardSpec()
-    for name, kind in ONLY_FOR.items():
+    for name, kinds in ONLY_FOR.items():
         value = getattr(spec, name)
-        if spec.kind != kind and value != getattr(default, name):
-            shown = "set" if name in ("url", "token_env") else f"{value!r}"  # either may hold a secret
-            yield f"{key}.{name} is {shown} and has no effect with kind {spec.kind}; set kind to {kind}, or take it out"
+        if spec.kind in kinds or value == getattr(default, name) or (name == "timeout_s" and not value > 0):
+            continue
+        shown = "set" if name in ("url", "token_env") else f"{value!r}"  # either may hold a secret
+        way = f"set kind to {' or '.join(kinds)}, or take it out"
+        if name == "timeout_s":
+            way = f"take it out; {'scoring.timeout_s is its limit' if spec.kind == 'model' else 'it cannot take long'}"
+        yield f"{key}.{name} is {shown} and has no effect with kind {spec.kind}; {way}"
 
 
 def _model(key: str, spec: RewardSpec) -> Iterator[str]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from rlhf_dist.config.schema import RewardSpec
 from rlhf_dist.errors import ConfigError, ResourceError, RewardError
+from rlhf_dist.scoring.limits import SHARE_OF_LIMIT, Limit
 from rlhf_dist.scoring.texts import Texts
 from rlhf_dist.scoring.values import checked_scores
 
@@ -23,8 +24,6 @@ CONNECT_LIMIT_S = 10.0
 FIRST_PAUSE_S = 0.5
 """Before the second try; doubled before each further one."""
 LONGEST_PAUSE_S = 8.0
-SHARE_OF_LIMIT = 0.9
-"""Of `scoring.timeout_s` for all tries together, so that the reason is told before the caller's own limit passes."""
 ANSWER_BYTES = 16 * 2**20
 SHOWN = 120
 """Characters of an answer in a message."""
@@ -60,7 +59,7 @@ class HttpReward:
             verify=ssl.create_default_context(),
         )
 
-    def __call__(self, texts: Texts) -> np.ndarray:
+    def __call__(self, texts: Texts, limit: Limit | None = None) -> np.ndarray:
         """float32 [n]; NaN and infinity as they came, null, which stands for either in JSON, as NaN.
 
         May be called from several threads. Raises RewardError naming the address and what came.
@@ -73,7 +72,7 @@ class HttpReward:
             "ended": texts.ended,
         }
         content = json.dumps(body).encode()
-        deadline = time.monotonic() + self._total_s
+        deadline = time.monotonic() + self._total_s if limit is None else limit.deadline
         tries, pause = 0, FIRST_PAUSE_S
         while True:
             tries += 1

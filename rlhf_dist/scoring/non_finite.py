@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rlhf_dist.scoring.values import short
+from rlhf_dist.scoring.score_list import short
 from rlhf_dist.types import NonFinite
 
 DONE = {"mask": ("is left out", "are left out"), "zero": ("counts as 0 there", "count as 0 there")}

@@ -17,6 +17,7 @@ from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.hf import load_config, load_tokenizer, resolve
 from rlhf_dist.models.scalar import NO_SCALE, PackedScalar, check_scalar, inspect_scalar, load_scalar, read_scale
 from rlhf_dist.scoring.batching import TokenBatcher
+from rlhf_dist.scoring.limits import SHARE_OF_LIMIT
 from rlhf_dist.scoring.packed_rows import boundaries, laid, passes
 from rlhf_dist.scoring.texts import Texts, texts_of
 from rlhf_dist.types import Message, Rollout
@@ -103,7 +104,7 @@ class RewardModel:
         """Load the model that `spec.path` names. Raises ModelError, see `reward_source`."""
         source = reward_source(name, spec, setting)
         self._label = f"the reward model {name} ({source.path})"
-        self._timeout_s = scoring.timeout_s
+        self._timeout_s = SHARE_OF_LIMIT * scoring.timeout_s
         self._budget = scoring.batch_tokens
         self._chat = setting.chat
         self._tokenizer, self._through_text = source.tokenizer, source.through_text

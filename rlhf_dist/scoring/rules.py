@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,16 +23,6 @@ def number_match(responses: Sequence[str], answers: Sequence[str]) -> np.ndarray
     known = {answer: _number(answer) for answer in set(answers)}
     found = [(final_numeral(response), known[answer]) for response, answer in zip(responses, answers, strict=True)]
     return np.array([said is not None and same_value(said, right) for said, right in found], np.float32)
-
-
-def regex_match(pattern: str) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
-    """A rule: 1 where the pattern matches the whole response (a dot matches newlines too). Raises re.error."""
-    compiled = re.compile(pattern, re.DOTALL)
-
-    def match(responses: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-        return np.array([compiled.fullmatch(response) is not None for response in responses], np.float32)
-
-    return match
 
 
 def _number(answer: str) -> Numeral:

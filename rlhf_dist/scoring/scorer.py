@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Protocol
 
@@ -15,13 +14,19 @@ from rlhf_dist.errors import ConfigError, DataError, RewardError
 from rlhf_dist.scoring.diversity import distinct_pairs, text_hashes
 from rlhf_dist.scoring.function import FunctionReward
 from rlhf_dist.scoring.http_client import HttpReward
+from rlhf_dist.scoring.limits import Limit
 from rlhf_dist.scoring.non_finite import find_non_finite, refusal, zeroed
-from rlhf_dist.scoring.rules import exact_match, number_match, regex_match
+from rlhf_dist.scoring.pattern import PatternReward
+from rlhf_dist.scoring.rules import exact_match, number_match
 from rlhf_dist.scoring.texts import Texts, texts_of
 from rlhf_dist.types import Rollout, Scores
 
-TextReward = Callable[[Texts], np.ndarray]
-"""n responses -> float32 [n]."""
+TextReward = Callable[[Texts, Limit], np.ndarray]
+"""n responses and until when -> float32 [n]."""
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
 
 
 class TokenReward(Protocol):
@@ -55,50 +60,53 @@ class Scorer:
         self.policy = config.non_finite
         self._models: dict[str, TokenReward] = {}
         self._texts: dict[str, TextReward] = {}
-        self._clients: list[HttpReward] = []
+        self._timeout_s = config.timeout_s
+        self._owned: list[Closable] = []
         for name, spec in config.rewards.items():
             if spec.kind == "model":
                 assert make_model is not None, f"the reward {name} is a model, and nobody makes models here"
                 self._models[name] = make_model(name, spec)
-            elif spec.kind == "http":
-                client = HttpReward(name, spec, config.timeout_s)
-                self._clients.append(client)
-                self._texts[name] = client
             else:
-                self._texts[name] = _text_reward(name, spec)
+                self._texts[name], owned = _text_reward(name, spec, config.timeout_s)
+                self._owned += owned
 
     def score(self, rollout: Rollout) -> Scores:
         """The group's rewards, float32 [n] each; functions see the last user turn as the prompt.
 
         Raises RewardError, also for a reward that is not finite where `scoring.non_finite` is fail, and, where a model
         or a server does not answer, ActorTimeout."""
+        limit = Limit.of_group(self._timeout_s)
         texts, prompt = texts_of(rollout), rollout.prompt
         for name in self._comparing() if not prompt.answer else ():
             raise RewardError(
                 f"the reward {name} compares with an answer and prompt {prompt.uid} of {prompt.source} has none; "
                 "set data.answer_key or use a reward of another kind"
             )
-        return self._scores(texts, {name: model.score(rollout) for name, model in self._models.items()}, prompt.uid)
+        by_models = {name: model.score(rollout) for name, model in self._models.items()}
+        return self._scores(texts, limit, by_models, prompt.uid)
 
     def score_texts(self, texts: Texts) -> Scores:
         """The same for responses that come as text, each with a prompt of its own. Raises DataError too, for a missing
         answer."""
+        limit = Limit.of_group(self._timeout_s)
         for name in self._comparing() if not all(texts.answers) else ():
             raise DataError(
                 f"the reward {name} compares with an answer, and response {texts.answers.index('')} has an empty one"
             )
-        return self._scores(texts, {name: model.score_texts(texts) for name, model in self._models.items()})
+        return self._scores(texts, limit, {name: model.score_texts(texts) for name, model in self._models.items()})
 
     def close(self) -> None:
-        """End the threads of models and the connections of clients."""
-        for closable in (*self._models.values(), *self._clients):
+        """End the threads of models, the connections of clients and the processes of functions."""
+        for closable in (*self._models.values(), *self._owned):
             closable.close()
 
     def _comparing(self) -> list[str]:
         return [name for name, spec in self._specs.items() if spec.kind in ("exact", "number")]
 
-    def _scores(self, texts: Texts, by_models: Mapping[str, np.ndarray], uid: str = "") -> Scores:
-        components = {name: by_models[name] if name in by_models else self._texts[name](texts) for name in self._specs}
+    def _scores(self, texts: Texts, limit: Limit, by_models: Mapping[str, np.ndarray], uid: str = "") -> Scores:
+        components = {
+            name: by_models[name] if name in by_models else self._texts[name](texts, limit) for name in self._specs
+        }
         found = find_non_finite(components, texts.responses, uid)
         if found and self.policy == "fail":
             name = next(iter(found[0].rewards))
@@ -136,7 +144,8 @@ def preflight(config: ScoringConfig, check_model: CheckModel | None = None) -> N
             with closing(HttpReward(name, spec, config.timeout_s)) as client:
                 client.check()
         else:
-            _text_reward(name, spec)
+            for owned in _text_reward(name, spec, config.timeout_s)[1]:
+                owned.close()
 
 
 def _require_some(config: ScoringConfig) -> None:
@@ -153,26 +162,18 @@ def _label(name: str, spec: RewardSpec) -> str:
     return f"the reward {name} ({spec.function})" if spec.function else f"the reward {name}"
 
 
-def _text_reward(name: str, spec: RewardSpec) -> TextReward:
+def _text_reward(name: str, spec: RewardSpec, timeout_s: float) -> tuple[TextReward, list[Closable]]:
+    """(the reward, what it owns)."""
+    if spec.kind == "http":
+        client = HttpReward(name, spec, timeout_s)
+        return client, [client]
     if spec.kind == "function":
         function = FunctionReward(name, spec)
-        return lambda texts: function(texts.prompts, texts.responses, texts.answers)
+        return lambda texts, limit: function(texts.prompts, texts.responses, texts.answers, limit), [function]
+    if spec.kind == "regex":
+        pattern = PatternReward(name, spec)
+        return lambda texts, limit: pattern(texts.responses, limit), [pattern]
     if spec.kind == "gold":
-        return lambda texts: gold(texts.prompts, texts.responses)
-    if spec.kind == "exact":
-        rule = exact_match
-    elif spec.kind == "number":
-        rule = number_match
-    else:
-        rule = _regex(name, spec.pattern)
-    return lambda texts: rule(texts.responses, texts.answers)
-
-
-def _regex(name: str, pattern: str) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
-    key = f"scoring.rewards.{name}.pattern"
-    if not pattern:
-        raise ConfigError(f"{key} is empty; kind regex needs a Python pattern for the whole response")
-    try:
-        return regex_match(pattern)
-    except re.error as error:
-        raise ConfigError(f"{key}={pattern!r} is not a Python pattern: {error}") from error
+        return lambda texts, limit: gold(texts.prompts, texts.responses), []
+    rule = exact_match if spec.kind == "exact" else number_match
+    return lambda texts, limit: rule(texts.responses, texts.answers), []

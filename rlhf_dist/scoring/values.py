@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_dist.errors import RewardError
+from rlhf_dist.scoring.score_list import NotNumbers, plain_numbers
 
 
 def checked_scores(who: str, result: Any, responses: Sequence[str]) -> np.ndarray:
@@ -15,34 +16,13 @@ def checked_scores(who: str, result: Any, responses: Sequence[str]) -> np.ndarra
 
     Raises RewardError beginning with `who`.
     """
-    if not isinstance(result, list):
-        raise RewardError(
-            f"{who} returned {short(result)} ({type(result).__name__}); "
-            f"it has to return a list of {len(responses)} numbers"
-        )
-    if len(result) != len(responses):
-        raise RewardError(f"{who} returned {len(result)} values for {len(responses)} responses")
-    values = np.zeros(len(result), np.float64)
-    for i, (value, response) in enumerate(zip(result, responses, strict=True)):
-        number = _number(value)
-        if number is None:
-            wrong = f"not a number ({type(value).__name__})"
-            raise RewardError(f"{who} returned {short(value)}, {wrong}, for response {i}: {short(response)}")
-        values[i] = number
-    with np.errstate(over="ignore"):
-        return values.astype(np.float32)
-
-
-def short(value: object) -> str:
-    """Its `repr`, cut for a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, (str, bytes)):
-        return None
     try:
-        return float(value)
-    except Exception:  # the value is the user's, and so is what its conversion may raise
-        return None
+        return as_float32(plain_numbers(result, responses))
+    except NotNumbers as wrong:
+        raise RewardError(f"{who} {wrong}") from None
+
+
+def as_float32(values: Sequence[float]) -> np.ndarray:
+    """float32 [n]; what is beyond it becomes infinite."""
+    with np.errstate(over="ignore"):
+        return np.array(values, np.float64).astype(np.float32)

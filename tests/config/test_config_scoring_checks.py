@@ -66,6 +66,11 @@ def test_what_is_right_has_no_problem(spec: dict[str, object]) -> None:
             "mine.path is 'runs/rm' and has no effect with kind exact; set",
         ),
         (
+            {"kind": "model", "path": "x", "timeout_s": 5.0},
+            "mine.timeout_s is 5.0 and has no effect with kind model; take it out; scoring.timeout_s is its limit",
+        ),
+        ({"kind": "gold", "timeout_s": 5.0}, "has no effect with kind gold; take it out; it cannot take long"),
+        (
             {"kind": "model", "path": "x", "url": URL},
             "mine.url is set and has no effect with kind model; set",
         ),

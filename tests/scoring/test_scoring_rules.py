@@ -1,4 +1,3 @@
-import re
 from fractions import Fraction
 
 import numpy as np
@@ -6,7 +5,7 @@ import pytest
 
 from rlhf_dist.errors import RewardError
 from rlhf_dist.scoring.answers import final_numeral
-from rlhf_dist.scoring.rules import exact_match, number_match, regex_match
+from rlhf_dist.scoring.rules import exact_match, number_match
 
 
 def test_exact_match_ignores_only_the_space_around():
@@ -53,10 +52,3 @@ def test_number_match_compares_values():
 
 def test_long_numbers_are_compared_exactly():
     assert number_match(["9007199254740993"], ["9007199254740992"]).tolist() == [0]
-
-
-def test_regex_match_takes_the_whole_response():
-    match = regex_match(r"<think>.*</think>\d+")
-    assert match(["<think>a\nb</think>12", "<think></think>", "x<think></think>1"], [""] * 3).tolist() == [1, 0, 0]
-    with pytest.raises(re.error):
-        regex_match("(")

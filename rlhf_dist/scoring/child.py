@@ -1,0 +1,112 @@
+"""A process that runs what is not ours, a user's function or pattern, and that can be ended when it hangs.
+
+A thread could not be: Python cannot stop one, and one that holds the interpreter's lock (`re` does) stops all others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from rlhf_dist.scoring import child_main
+
+END_LIMIT_S = 5.0
+"""For a killed process to be gone."""
+
+
+class ChildLate(Exception):
+    """The process did not answer in time and was killed."""
+
+
+class ChildEnded(Exception):
+    """The process ended by itself; the message says how, as in `signal SIGSEGV`."""
+
+
+class Child:
+    """One process with one task. Not for several threads at once."""
+
+    def __init__(self, task: dict[str, str]) -> None:
+        """`task`: {"function": "module:name"} or {"pattern": text}. The process starts here."""
+        self._channel, theirs = socket.socketpair()
+        self._started = threading.Event()
+        self._failed: OSError | None = None
+        # The system ends the process with the thread that started it, so this thread lives as long as the process.
+        self._keeper = threading.Thread(target=self._keep, args=(theirs,), daemon=True, name="keeper of a child")
+        self._keeper.start()
+        self._started.wait()
+        if self._failed is not None:
+            self._channel.close()
+            raise self._failed
+        child_main.send(self._channel, {**task, "path": sys.path, "parent": os.getpid()})
+
+    def ask(self, request: Any, deadline: float) -> Any:
+        """Its answer. Raises ChildLate after `deadline` (monotonic), ChildEnded; either way the process is gone."""
+        return self._within(deadline, request)
+
+    def first_word(self, deadline: float) -> Any:
+        """What it says before any request. Raises as `ask`."""
+        return self._within(deadline)
+
+    def close(self) -> None:
+        """End the process and everything that it started. May be called twice."""
+        self._channel.close()
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._keeper.join(END_LIMIT_S)
+
+    def _within(self, deadline: float, *requests: Any) -> Any:
+        try:
+            for request in requests:
+                self._wait_until(deadline)
+                child_main.send(self._channel, request)
+            answer = child_main.receive(self._channel, lambda: self._wait_until(deadline))
+        except TimeoutError:
+            self.close()
+            raise ChildLate from None
+        except OSError:  # a broken pipe
+            answer = None
+        if answer is None:
+            self._keeper.join(END_LIMIT_S)
+            code = self._process.poll()
+            self.close()
+            raise ChildEnded(_how(code))
+        return answer
+
+    def _wait_until(self, deadline: float) -> None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._channel.settimeout(left)
+
+    def _keep(self, theirs: socket.socket) -> None:
+        command = [sys.executable, "-P", child_main.__file__, str(theirs.fileno())]
+        try:
+            # A session of its own: Ctrl-C is for us, and what the user's code starts ends with it.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), start_new_session=True
+            )
+        except OSError as error:
+            self._failed = error
+        finally:
+            theirs.close()
+            self._started.set()
+        if self._failed is None:
+            self._process.wait()
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "it closed its end and still runs"
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        return f"signal {signal.Signals(-code).name}"
+    return f"signal {-code}"

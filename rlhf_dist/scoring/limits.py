@@ -1,0 +1,51 @@
+"""How long a reward may take: the nearer of its own `timeout_s` and what is left of `scoring.timeout_s`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rlhf_dist.errors import RewardError
+
+SHARE_OF_LIMIT = 0.9
+"""Of `scoring.timeout_s` for all rewards of a group, so that the reason comes before the caller's limit passes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A time by which something has to be done, and the key that says so."""
+
+    deadline: float
+    """monotonic."""
+    seconds: float
+    """That it allows, for messages."""
+    key: str
+
+    @classmethod
+    def of_group(cls, timeout_s: float) -> Limit:
+        """For all rewards of a group together, from now on; `timeout_s`: `scoring.timeout_s`."""
+        return cls(time.monotonic() + SHARE_OF_LIMIT * timeout_s, SHARE_OF_LIMIT * timeout_s, "scoring.timeout_s")
+
+    @classmethod
+    def within(cls, timeout_s: float, key: str, outer: Limit | None) -> Limit:
+        """`timeout_s` from now on, or `outer` where that passes earlier."""
+        own = cls(time.monotonic() + timeout_s, timeout_s, key)
+        return own if outer is None or own.deadline <= outer.deadline else outer
+
+
+@contextmanager
+def take_turn(turn: threading.Lock, limit: Limit | None, who: str) -> Iterator[None]:
+    """Hold `turn`. Raises RewardError naming `who` where other groups kept it until the limit."""
+    if not turn.acquire(timeout=-1 if limit is None else max(0.0, limit.deadline - time.monotonic())):
+        assert limit is not None, "without a limit the lock is waited for"
+        raise RewardError(
+            f"{who} was busy with other groups for {limit.seconds:g} s; make it faster, or raise {limit.key} or "
+            "scoring.replicas"
+        )
+    try:
+        yield
+    finally:
+        turn.release()
