@@ -57,6 +57,7 @@ from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.telemetry.display import Progress, make_progress, spoken
 from rlhf_dist.telemetry.report import before_after_text, curves
 from rlhf_dist.telemetry.sinks import Telemetry, open_telemetry
+from rlhf_dist.telemetry.wandb_key import wandb_mode
 from rlhf_dist.types import Prompt
 
 START_KEY = "cluster.start_timeout_s"
@@ -75,7 +76,7 @@ def train(config: Config, resume: bool) -> None:
         state = training.read_state(folder) if folder else None
         source = model_source(config, folder)
         progress.stage("starting Ray")
-        with ray_session(config.cluster) as machine, ExitStack() as stack:
+        with ray_session(config.cluster, run.logs / "ray", progress.note) as machine, ExitStack() as stack:
             placement = place(config, machine, "train")
             workers = f"{placement.rollout_workers} vLLM worker(s)"
             progress.stage(f"starting {workers} and {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
@@ -121,7 +122,7 @@ def sft(config: Config, resume: bool) -> None:
         state = supervised.read_state(folder) if folder else None
         source = model_source(config, folder)
         progress.stage("starting Ray")
-        with ray_session(config.cluster) as machine, ExitStack() as stack:
+        with ray_session(config.cluster, run.logs / "ray", progress.note) as machine, ExitStack() as stack:
             placement = place(config, machine, "sft")
             progress.stage(f"starting {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
             group = stack.enter_context(
@@ -144,7 +145,7 @@ def evaluate(config: Config) -> None:
     source = model_source(config, None)
     with eval_display(config) as (progress, logs):
         progress.stage(f"starting Ray and vLLM (logs in {logs})")
-        with ray_session(config.cluster) as machine, ExitStack() as stack:
+        with ray_session(config.cluster, logs / "ray", progress.note) as machine, ExitStack() as stack:
             placement = place(config, machine, "eval")
             parts = start_fleets(config, placement, source, logs, None, stack)
             progress.stage(f"evaluating {len(prompts)} prompts")
@@ -181,7 +182,9 @@ def eval_display(config: Config) -> Iterator[tuple[Progress, Path]]:
 
 @contextmanager
 def opened(config: Config, command: Command, resume: bool) -> Iterator[tuple[RunDirectory, Telemetry, Progress]]:
-    """Run directory, telemetry and progress of a run; the model is checked before the directory is made."""
+    """Run directory, telemetry and progress of a run; the model and wandb's key are checked before the directory is
+    made."""
+    wandb_mode(config.telemetry)
     if not resume:
         require_free_disk(Path(config.output), disk_need(model_source(config, None, command), config, command))
     run = open_run_directory(config.output, config.name, to_yaml(config), resume)

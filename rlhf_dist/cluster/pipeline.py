@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.cluster import build, preflight
+from rlhf_dist.cluster.address import joins_cluster
 from rlhf_dist.cluster.placement import local_machine, place
-from rlhf_dist.cluster.session import joins_cluster, ray_session
+from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import model_source, preflight_rewards
 from rlhf_dist.config.pipeline_checks import Stage, StageCommand, named
 from rlhf_dist.config.schema import Config
@@ -31,6 +32,7 @@ def pipeline(stages: Sequence[Stage]) -> None:
     goes on from there.
     """
     started = time.monotonic()
+    preflight.check_session(stages[0].config.cluster)
     for stage in stages:
         with named(stage):
             check_before_start(stage)
@@ -45,7 +47,7 @@ def pipeline(stages: Sequence[Stage]) -> None:
                 decision = stages_on_disk.decide(stage, basis)
                 print(f"stage {number} of {len(stages)}, {stage.name}: {decision.text(stage)}", flush=True)
                 if decision.kind != "skip" and not session:
-                    stack.enter_context(ray_session(stage.config.cluster))
+                    stack.enter_context(ray_session(stage.config.cluster, folder / "ray-logs", print))
                     session = True
                 finished[stage.name] = bring_to_end(stage, basis, decision)
         comparison = compare_stages([result_of(stage, finished[stage.name]) for stage in stages])

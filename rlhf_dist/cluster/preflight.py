@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from rlhf_dist.cluster import learner_hosts as hosts
+from rlhf_dist.cluster.address import check_cluster, joins_cluster
 from rlhf_dist.cluster.placement import Command, local_machine, place
-from rlhf_dist.cluster.session import joins_cluster
+from rlhf_dist.cluster.private_folder import temporary_parent
 from rlhf_dist.cluster.sources import check_critic, check_reference, preflight_rewards
-from rlhf_dist.config.schema import Config
+from rlhf_dist.config.schema import ClusterConfig, Config
 from rlhf_dist.data.demonstrations import demonstrations, held_out_demonstrations, ptx_demonstrations
 from rlhf_dist.data.judgements import held_out_judgements, judgements
 
 
 def check_before_start(config: Config, command: Command) -> None:
     """Everything that can be known to be wrong before a process is started or a file written."""
+    check_session(config.cluster)
     if not joins_cluster(config.cluster):
         place(config, local_machine(), command)
     if command in ("train", "eval"):
@@ -23,6 +26,15 @@ def check_before_start(config: Config, command: Command) -> None:
     if command == "train":
         check_critic(config)
     read_data(config, command)
+
+
+def check_session(config: ClusterConfig) -> None:
+    """Refuse a cluster that does not answer, or a folder for temporary files that is not there. Raises
+    `ResourceError`."""
+    if joins_cluster(config):
+        check_cluster(config)
+    else:
+        temporary_parent(os.environ)
 
 
 def read_data(config: Config, command: Command) -> None:

@@ -122,7 +122,7 @@ def reward(config: Config, resume: bool) -> None:
         if train.dropped or held_out.dropped:
             telemetry.warn(dropped_text(train, held_out))
         progress.stage("starting Ray")
-        with ray_session(config.cluster) as machine, ExitStack() as stack:
+        with ray_session(config.cluster, run.logs / "ray", progress.note) as machine, ExitStack() as stack:
             placement = place(config, machine, "reward")
             progress.stage(f"starting {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
             group = stack.enter_context(

@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
+from rlhf_dist.cluster.address import joins_cluster
 from rlhf_dist.cluster.placement import Machine, local_machine
+from rlhf_dist.cluster.private_folder import private_folder, temporary_parent
 from rlhf_dist.config.schema import ClusterConfig
 from rlhf_dist.errors import ResourceError, RunError
 
 LOOPBACK = "127.0.0.1"
-
-
-def joins_cluster(config: ClusterConfig) -> bool:
-    """Whether a cluster is there to be joined, which is so inside a Ray job."""
-    return config.address == "auto" and bool(os.environ.get("RAY_ADDRESS"))
+RAY_LOGS = ("gcs_server.out", "gcs_server.err", "raylet.out", "raylet.err")
+LOG_LIMIT = 2**20
+"""Bytes of a log that are kept."""
 
 
 def prepare(config: ClusterConfig) -> None:
@@ -47,10 +49,12 @@ def largest_node(nodes: Sequence[Mapping[str, float]]) -> Machine:
 
 
 @contextmanager
-def ray_session(config: ClusterConfig) -> Iterator[Machine]:
+def ray_session(config: ClusterConfig, logs: Path, tell: Callable[[str], None]) -> Iterator[Machine]:
     """Ray, up for the time of the block; yields the machine to plan for: this one, or the cluster's largest node.
 
-    A local one listens on loopback only. A session inside a session is the same one.
+    A local one listens on loopback only, and keeps its files in a folder that only this user can enter and that is
+    removed with it; when the block fails, the logs of Ray's own processes are copied to `logs`. `tell` gets a line for
+    the user where that folder is not where the environment says. A session inside a session is the same one.
     """
     join = joins_cluster(config)
     assert join or os.environ.get("RAY_AUTH_MODE") == "token", "call prepare() before ray is imported"
@@ -62,25 +66,78 @@ def ray_session(config: ClusterConfig) -> Iterator[Machine]:
         return
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if join:
-        settings |= {"address": "auto"}
-    else:
-        settings |= {
-            "address": "local",
-            "num_cpus": machine.cpus,
-            "num_gpus": machine.gpus,
-            "include_dashboard": False,
-            "_node_ip_address": LOOPBACK,
-        }
+        try:
+            start_ray(settings | {"address": "auto"})
+            yield largest_node([node["Resources"] for node in ray.nodes() if node["Alive"]])
+        finally:
+            ray.shutdown()
+        return
+    settings |= {
+        "address": "local",
+        "num_cpus": machine.cpus,
+        "num_gpus": machine.gpus,
+        "include_dashboard": False,
+        "_node_ip_address": LOOPBACK,
+    }
+    parent, note = temporary_parent(os.environ)
+    if note:
+        tell(note)
+    with private_folder(parent) as folder, kept_on_failure(folder, logs):
+        try:
+            with temporary_files_in(folder / "tmp"):
+                start_ray(settings | {"_temp_dir": str(folder)})
+            yield machine
+        finally:
+            ray.shutdown()
+
+
+def start_ray(settings: Mapping[str, Any]) -> None:
+    """`ray.init`, with its errors in one line. Raises `RunError`."""
+    import ray
+
     try:
         ray.init(**settings)
-    except (RuntimeError, ConnectionError, ValueError) as error:
-        raise RunError(f"Ray did not start: {error}") from None
+    except Exception as error:  # Ray's own errors have many types, and no common one
+        raise RunError(f"Ray did not start: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+@contextmanager
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """What starts in the block, and what that starts, has its temporary files in `folder`; this process does not."""
+    tempfile.gettempdir()  # Python remembers the first answer
+    folder.mkdir()
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(folder)
     try:
-        if join:
-            machine = largest_node([node["Resources"] for node in ray.nodes() if node["Alive"]])
-        yield machine
+        yield
     finally:
-        ray.shutdown()
+        del os.environ["TMPDIR"]
+        if before is not None:
+            os.environ["TMPDIR"] = before
+
+
+@contextmanager
+def kept_on_failure(folder: Path, logs: Path) -> Iterator[None]:
+    """When the block fails, copy the logs of Ray's own processes from the session's `folder` to `logs`."""
+    try:
+        yield
+    except Exception:
+        for name in RAY_LOGS:
+            with suppress(OSError):
+                copy_end(folder / "session_latest" / "logs" / name, logs / name)
+        raise
+
+
+def copy_end(source: Path, target: Path) -> None:
+    """Copy the end of a log, for this user's eyes only; not one that holds the session's token."""
+    with source.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_LIMIT))
+        data = file.read(LOG_LIMIT)
+    token = os.environ.get("RAY_AUTH_TOKEN", "").encode()
+    if data and not (token and token in data):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch(mode=0o600)
+        target.write_bytes(data)
 
 
 @contextmanager

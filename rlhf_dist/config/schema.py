@@ -235,7 +235,7 @@ class ClusterConfig:
     colocate: bool = True
     """Rollout workers and learner ranks take turns on the same CPUs or GPUs; false: each has its own."""
     start_timeout_s: float = 300.0
-    """Limit for engines to be ready."""
+    """Limit for a cluster to answer, and for engines to be ready."""
 
 
 @dataclass(frozen=True)

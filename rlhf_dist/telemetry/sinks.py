@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import json
 import math
-import netrc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from rlhf_dist.config.schema import TelemetryConfig
-from rlhf_dist.errors import ConfigError, DiskError
+from rlhf_dist.errors import DiskError
+from rlhf_dist.telemetry.wandb_key import wandb_mode
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -176,49 +175,6 @@ def _flatten(row: SampleRow) -> dict[str, Any]:
     return flat | {f"reward/{name}": float(value) for name, value in row.get("components", {}).items()}
 
 
-def has_wandb_key(environment: Mapping[str, str]) -> bool:
-    """Whether wandb would find a key: WANDB_API_KEY, or the netrc file's entry for its host. The key is not kept.
-
-    Raises ConfigError when the netrc file cannot be read; its contents are never part of a message.
-    """
-    if environment.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    home = Path(environment["HOME"]) if "HOME" in environment else Path.home()
-    named = environment.get("NETRC")
-    candidates = [Path(named)] if named else [home / ".netrc", home / "_netrc"]
-    for path in candidates:
-        if path.is_file():
-            try:
-                return netrc.netrc(path).authenticators(host) is not None
-            except netrc.NetrcParseError as error:
-                raise ConfigError(
-                    f"{path}:{error.lineno}: not a valid netrc line; mend it, or set telemetry.wandb=offline"
-                ) from None
-            except OSError as error:
-                raise ConfigError(
-                    f"{path}: cannot be read ({error.strerror}); make it readable, or set telemetry.wandb=offline"
-                ) from error
-    return False
-
-
-def wandb_mode(config: TelemetryConfig, environment: Mapping[str, str]) -> str:
-    """`online`, `offline` or `off`. auto follows WANDB_MODE where it is set, else asks whether there is a key.
-
-    Raises ConfigError when online is asked for and there is no key.
-    """
-    if config.wandb == "auto":
-        asked = environment.get("WANDB_MODE", "")
-        if asked in ("offline", "disabled", "dryrun"):
-            return "off" if asked == "disabled" else "offline"
-        return "online" if has_wandb_key(environment) else "offline"
-    if config.wandb == "online" and not has_wandb_key(environment):
-        raise ConfigError(
-            "telemetry.wandb is online, but there is no wandb key: run `wandb login`, or set it to offline"
-        )
-    return config.wandb
-
-
 class WandbSink:
     """Metrics and sample tables to Weights & Biases, offline by itself when there is no key.
 
@@ -247,7 +203,7 @@ class WandbSink:
         """Keep it, to continue the same wandb run after a resume; None when wandb is off or did not start."""
         self._on_failure = on_failure
         self._run: Any = None
-        mode = wandb_mode(config, os.environ)
+        mode = wandb_mode(config)
         if mode == "off":
             return
         attempts = ["online", "offline"] if mode == "online" else ["offline"]

@@ -17,12 +17,37 @@ from pathlib import Path
 
 import torch
 
-from rlhf_dist.errors import DiskError, WeightSyncError
+from rlhf_dist.errors import DiskError, ResourceError, WeightSyncError
 from rlhf_dist.weights.plan import Slot, WeightPlan
 from rlhf_dist.weights.receipts import Announcement, bucket_hash
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "rlhf_dist-"
+MAKE_ROOM = (
+    "remove old files there, or make it larger (in a container --shm-size, elsewhere "
+    f"mount -o remount,size=... {SHARED_MEMORY})"
+)
+
+
+def require_room(nbytes: int) -> None:
+    """Refuse to start where shared memory has no room for the weights. Raises `ResourceError`."""
+    sweep(SHARED_MEMORY)
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError as error:
+        raise ResourceError(f"{SHARED_MEMORY}: shared memory cannot be used: {error.strerror}") from None
+    free = found.f_bavail * found.f_frsize
+    if free < nbytes:
+        raise ResourceError(
+            f"{SHARED_MEMORY}: a push needs {size_text(nbytes)} for the weights, and "
+            f"{size_text(free, up=False)} are free; {MAKE_ROOM}"
+        )
+
+
+def size_text(nbytes: int, up: bool = True) -> str:
+    """Bytes in whole MiB, or KiB below that, so that what is needed is never shown as 0: rounded up, or down."""
+    unit, name = (2**20, "MiB") if nbytes >= 2**20 else (2**10, "KiB")
+    return f"{-(-nbytes // unit) if up else nbytes // unit:,} {name}"
 
 
 class WeightWriter:
@@ -41,8 +66,9 @@ class WeightWriter:
             os.posix_fallocate(self._file.fileno(), 0, max(plan.nbytes, 1))
         except OSError as error:
             self.path.unlink(missing_ok=True)
-            need = plan.nbytes / 2**20
-            raise DiskError(f"{SHARED_MEMORY}: {need:.0f} MiB for the weights: {error.strerror}") from None
+            raise DiskError(
+                f"{SHARED_MEMORY}: {size_text(plan.nbytes)} for the weights: {error.strerror}; {MAKE_ROOM}"
+            ) from None
         self._map = map_file(self.path)
 
     def write(self, version: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> Announcement:

@@ -140,8 +140,8 @@ class Stand:
 
 
 @pytest.fixture(scope="module")
-def machine() -> Iterator[Any]:
-    with ray_session(ClusterConfig(address="local")) as found:
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with ray_session(ClusterConfig(address="local"), tmp_path_factory.mktemp("ray"), print) as found:
         yield found
 
 

@@ -76,7 +76,7 @@ def test_a_run_whose_ledger_does_not_add_up_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, leaves: str
 ) -> None:
     @contextmanager
-    def session(config: Any) -> Iterator[Machine]:
+    def session(*_: Any) -> Iterator[Machine]:
         yield Machine(2, 0)
 
     def trained(run: Run, state: Any) -> Outcome:

@@ -11,6 +11,8 @@ import pytest
 import ray
 from cluster_stand_ins import ANNOUNCEMENT, PROMPTS, SAMPLING, handles, start, tell
 
+from rlhf_dist.cluster import join_probe
+from rlhf_dist.cluster.address import check_cluster
 from rlhf_dist.cluster.groups import (
     CriticGroup,
     PolicyCreditGroup,
@@ -20,7 +22,8 @@ from rlhf_dist.cluster.groups import (
     ScoringFleet,
     gather,
 )
-from rlhf_dist.errors import ActorLost, ActorTimeout, RunError, WeightSyncError
+from rlhf_dist.config.schema import ClusterConfig
+from rlhf_dist.errors import ActorLost, ActorTimeout, ResourceError, RunError, WeightSyncError
 from rlhf_dist.learner.shard import EstimateSums, Whitening
 from rlhf_dist.loop.ports import NO_ESTIMATES, Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
@@ -152,3 +155,14 @@ def test_a_failing_reference_quarantines_no_rollout_worker(workers: dict[str, An
         ReferenceFleet(workers, timeout_s=30).update(ANNOUNCEMENT, 0.0)
     served = [item for item in rollouts.generate(PROMPTS[:4], SAMPLING) if not isinstance(item, DroppedPrompt)]
     assert {head.worker for head, _ in served} == {"one", "two"}
+
+
+def test_a_cluster_that_is_there_can_be_joined_and_one_with_another_token_not(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = ray.get_runtime_context().gcs_address
+    assert join_probe.problem(where, 30.0) == ""
+    monkeypatch.setenv("RAY_ADDRESS", where)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "another-token" * 3)
+    with pytest.raises(ResourceError, match=rf"RAY_ADDRESS={where}: the cluster rejects the token; .* RAY_AUTH_TOKEN"):
+        check_cluster(ClusterConfig(start_timeout_s=60))

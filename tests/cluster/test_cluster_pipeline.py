@@ -79,7 +79,7 @@ def test_two_real_stages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert content(Path("runs/mine/second")) == weights, "there was nothing left to do"
     assert out.count("held-out loss") == 2, "one row a stage in the table"
 
-    monkeypatch.setattr(running, "ray_session", lambda _: pytest.fail("nothing is left to run: no Ray"))
+    monkeypatch.setattr(running, "ray_session", lambda *_: pytest.fail("nothing is left to run: no Ray"))
     assert command.run(["pipe.yaml"]) == 0
     assert [line.split()[0] for line in stages(capsys.readouterr().out)] == ["skip", "skip"]
     table = json.loads(Path("runs/mine/pipeline.json").read_text())
@@ -114,7 +114,7 @@ class StandIn:
         run.close()
 
     @contextmanager
-    def session(self, _: Any) -> Iterator[Machine]:
+    def session(self, *_: Any) -> Iterator[Machine]:
         self.sessions += 1
         yield Machine(2, 0)
 

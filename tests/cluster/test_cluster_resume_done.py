@@ -46,7 +46,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """A small one; whatever starts Ray raises `StartedError`."""
 
     @contextmanager
-    def session(config: Any) -> Iterator[Machine]:
+    def session(*_: Any) -> Iterator[Machine]:
         raise StartedError
         yield Machine(2, 0)
 
@@ -162,7 +162,7 @@ def test_the_logs_of_an_evaluation_go_unless_it_fails(
     fails: bool,
 ) -> None:
     @contextmanager
-    def session(config: Any) -> Iterator[Machine]:
+    def session(*_: Any) -> Iterator[Machine]:
         yield Machine(2, 0)
 
     def start(config: Config, placement: Any, source: str, logs: Path, *_: Any) -> build.Parts:

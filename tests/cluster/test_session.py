@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from rlhf_dist.cluster import session
 from rlhf_dist.cluster.placement import Machine
 from rlhf_dist.cluster.session import largest_node, ray_session
 from rlhf_dist.config.schema import ClusterConfig
+from rlhf_dist.errors import RunError
 
 
 @pytest.mark.parametrize(
@@ -27,13 +32,88 @@ def test_the_largest_node_is_the_one_with_the_most_gpus_then_cpus(
     assert largest_node(nodes) == machine
 
 
-def test_a_joined_cluster_is_planned_for_by_its_largest_living_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_joined_cluster_is_planned_for_by_its_largest_living_node(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     nodes = [(True, 8.0), (True, 12.0), (False, 96.0)]
     seen: dict[str, Any] = {}
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setattr(ray, "init", lambda **settings: seen.update(settings))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": alive, "Resources": {"CPU": cpus}} for alive, cpus in nodes])
-    with ray_session(ClusterConfig(address="auto")) as machine:
+    with ray_session(ClusterConfig(address="auto"), tmp_path / "logs", pytest.fail) as machine:
         assert machine == Machine(12, 0)
-    assert seen["address"] == "auto"
+    assert seen["address"] == "auto" and "_temp_dir" not in seen, "a cluster has its own folder"
+
+
+@dataclass
+class FakeRay:
+    """What stands for Ray's start and end, and what it was told."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    tmpdir: str = ""
+    ended: int = 0
+    error: Exception | None = None
+
+    def init(self, **settings: Any) -> None:
+        self.settings, self.tmpdir = settings, os.environ["TMPDIR"]
+        logs = Path(settings["_temp_dir"]) / "session_latest" / "logs"
+        logs.mkdir(parents=True)
+        (logs / "raylet.out").write_bytes(b"old" + b"x" * 2**20 + b"why")
+        (logs / "gcs_server.out").write_text(f"token {os.environ['RAY_AUTH_TOKEN']}")
+        (logs / "worker-1.out").write_text("a user's own output")
+        if self.error:
+            raise self.error
+
+    def shutdown(self) -> None:
+        self.ended += 1
+
+
+@pytest.fixture
+def fake_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeRay:
+    fake = FakeRay()
+    for name in ("init", "shutdown"):
+        monkeypatch.setattr(ray, name, getattr(fake, name))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(session, "temporary_parent", lambda _: (tmp_path, "it is elsewhere"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    monkeypatch.setenv("TMPDIR", "/as-it-was")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return fake
+
+
+def test_a_local_ray_and_its_workers_keep_their_files_in_a_private_folder(fake_ray: FakeRay, tmp_path: Path) -> None:
+    told: list[str] = []
+    with ray_session(ClusterConfig(), tmp_path / "logs", told.append):
+        folder = Path(fake_ray.settings["_temp_dir"])
+        assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+        assert fake_ray.tmpdir == str(folder / "tmp") and (folder / "tmp").is_dir()
+        assert os.environ["TMPDIR"] == "/as-it-was", "this process goes on with its own"
+    assert list(tmp_path.iterdir()) == [] and fake_ray.ended == 1 and told == ["it is elsewhere"]
+
+
+@pytest.mark.parametrize("when", ["at the start", "in a step"])
+def test_after_a_failure_the_logs_of_rays_own_processes_are_kept_without_secrets(
+    fake_ray: FakeRay, tmp_path: Path, when: str
+) -> None:
+    logs = tmp_path / "logs" / "ray"
+
+    def run() -> None:
+        with ray_session(ClusterConfig(), logs, print):
+            raise RunError("a worker died")
+
+    fake_ray.error = OSError("AF_UNIX\npath too long") if when == "at the start" else None
+    told = "Ray did not start: AF_UNIX path too long" if fake_ray.error else "a worker died"
+    with pytest.raises(RunError, match=f"^{told}"):
+        run()
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"] and fake_ray.ended == 1
+    assert [path.name for path in logs.iterdir()] == ["raylet.out"]
+    data = (logs / "raylet.out").read_bytes()
+    assert len(data) == 2**20 and data.endswith(b"why") and (logs / "raylet.out").stat().st_mode & 0o777 == 0o600
+
+
+def test_an_interrupted_run_keeps_no_logs_and_no_folder(fake_ray: FakeRay, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), ray_session(ClusterConfig(), tmp_path / "logs", print):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == [] and fake_ray.ended == 1

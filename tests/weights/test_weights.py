@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from rlhf_dist.errors import DiskError, WeightSyncError
+from rlhf_dist.errors import DiskError, ResourceError, WeightSyncError
 from rlhf_dist.types import Receipt
 from rlhf_dist.weights import shared_memory
 from rlhf_dist.weights.plan import ALIGNMENT, make_plan
@@ -158,9 +159,34 @@ def test_too_small_shared_memory_is_an_error_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(DiskError, match=r"8 MiB for the weights: No space left on device"):
-        WeightWriter(make_plan([("a", (2**21,), "float32")], 2**20))
+    for size, told in ((2**21, "8 MiB"), (2**10, "4 KiB")):
+        with pytest.raises(DiskError, match=rf": {told} for the weights: No space left on device; .*--shm-size"):
+            WeightWriter(make_plan([("a", (size,), "float32")], 2**20))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("need", "free_blocks", "told"),
+    [
+        (5 * 2**20 + 1, 512, r"needs 6 MiB for the weights, and 2 MiB are free; .*--shm-size"),
+        (100, 0, r"needs 1 KiB for the weights, and 0 KiB are free"),
+        (3 * 2**30, 3 * 2**18 - 1, r"needs 3,072 MiB for the weights, and 3,071 MiB are free"),
+    ],
+)
+def test_shared_memory_without_room_is_told_before_the_start_in_numbers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, need: int, free_blocks: int, told: str
+) -> None:
+    monkeypatch.setattr(shared_memory, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free_blocks, f_frsize=4096))
+    with pytest.raises(ResourceError, match=told):
+        shared_memory.require_room(need)
+    shared_memory.require_room(free_blocks * 4096)
+
+
+def test_shared_memory_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shared_memory, "SHARED_MEMORY", tmp_path / "none")
+    with pytest.raises(ResourceError, match="none: shared memory cannot be used: No such file or directory"):
+        shared_memory.require_room(1)
 
 
 def test_close_removes_the_file_and_maps_stay_valid(writer: WeightWriter) -> None:

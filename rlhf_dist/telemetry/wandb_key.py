@@ -1,0 +1,81 @@
+"""Whether wandb would find a key, and so whether a run is online: as the installed wandb itself looks it up.
+
+Where wandb looks changes with its versions: variables, netrc, settings files, and which server it asks by default. No
+network is used, and the key is not kept.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.config.schema import TelemetryConfig
+from rlhf_dist.errors import ConfigError
+
+WAY_OUT = "correct it, or set telemetry.wandb=offline"
+
+
+def wandb_mode(config: TelemetryConfig) -> str:
+    """`online`, `offline` or `off`. auto follows WANDB_MODE where it is set, else asks whether there is a key.
+
+    Raises ConfigError when online is asked for and there is no key.
+    """
+    if config.wandb == "auto":
+        asked = os.environ.get("WANDB_MODE", "")
+        if asked in ("offline", "disabled", "dryrun"):
+            return "off" if asked == "disabled" else "offline"
+        return "online" if has_wandb_key() else "offline"
+    if config.wandb == "online" and not has_wandb_key():
+        raise ConfigError(
+            "telemetry.wandb is online, but there is no wandb key: run `wandb login`, or set it to offline"
+        )
+    return config.wandb
+
+
+def has_wandb_key() -> bool:
+    """Whether wandb finds credentials for the server that it is set to, which may be one of your own.
+
+    Raises ConfigError when a key, a netrc file or the server's address is malformed; no contents are in the message.
+    """
+    check_netrc()
+    os.environ.setdefault("WANDB_SILENT", "true")
+    from wandb.errors import AuthenticationError
+    from wandb.sdk import wandb_setup
+    from wandb.sdk.lib import wbauth
+
+    try:
+        server = wandb_setup.singleton().settings.base_url
+        found = wbauth.authenticate_session(host=server, source="rlhf-dist", prompt=False, update_session=False)
+    except AuthenticationError as error:
+        raise ConfigError(f"{error} {WAY_OUT.capitalize()}") from None
+    except ValueError as error:
+        raise ConfigError(
+            f"WANDB_BASE_URL, or base_url in a settings file of wandb: {reason(error)}; {WAY_OUT}"
+        ) from None
+    return found is not None
+
+
+def reason(error: Any) -> str:
+    """What wandb says of an address; the address itself may hold a password."""
+    told = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
+    return "not the address of a server" if "@" in told else told
+
+
+def check_netrc() -> None:
+    """Refuse a netrc file that cannot be read: wandb would ignore it, and quote from it. Raises ConfigError."""
+    named = os.environ.get("NETRC")
+    home = Path("~").expanduser()
+    candidates = [Path(named).expanduser()] if named else [home / ".netrc", home / "_netrc"]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        return
+    try:
+        netrc.netrc(path)
+    except netrc.NetrcParseError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not a valid netrc line; {WAY_OUT}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file in UTF-8; {WAY_OUT}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); {WAY_OUT}") from None
