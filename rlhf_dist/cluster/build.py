@@ -26,7 +26,7 @@ from rlhf_dist.cluster.groups import (
     log_name,
 )
 from rlhf_dist.cluster.placement import Command, Placement, bundles, first_learner_bundle, place
-from rlhf_dist.cluster.preflight import check_before_start, disk_need
+from rlhf_dist.cluster.preflight import check_before_start, disk_need, require_shared_memory
 from rlhf_dist.cluster.resume import SUMMARY_STEP, nothing_left, resumed
 from rlhf_dist.cluster.session import ray_session, reserve
 from rlhf_dist.cluster.sources import (
@@ -75,6 +75,8 @@ def train(config: Config, resume: bool) -> None:
         folder = run.latest_checkpoint() if resume else None
         state = training.read_state(folder) if folder else None
         source = model_source(config, folder)
+        if resume:
+            require_shared_memory(source, config)
         progress.stage("starting Ray")
         with ray_session(config.cluster, run.logs / "ray", progress.note) as machine, ExitStack() as stack:
             placement = place(config, machine, "train")
@@ -182,11 +184,13 @@ def eval_display(config: Config) -> Iterator[tuple[Progress, Path]]:
 
 @contextmanager
 def opened(config: Config, command: Command, resume: bool) -> Iterator[tuple[RunDirectory, Telemetry, Progress]]:
-    """Run directory, telemetry and progress of a run; the model and wandb's key are checked before the directory is
-    made."""
+    """Run directory, telemetry and progress of a run; model, memory and wandb's key are checked before it is made."""
     wandb_mode(config.telemetry)
     if not resume:
-        require_free_disk(Path(config.output), disk_need(model_source(config, None, command), config, command))
+        source = model_source(config, None, command)
+        require_free_disk(Path(config.output), disk_need(source, config, command))
+        if command == "train":
+            require_shared_memory(source, config)
     run = open_run_directory(config.output, config.name, to_yaml(config), resume)
     with ExitStack() as stack:
         stack.callback(run.close)

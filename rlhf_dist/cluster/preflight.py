@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from safetensors import safe_open
+
 from rlhf_dist.cluster import learner_hosts as hosts
 from rlhf_dist.cluster.address import check_cluster, joins_cluster
 from rlhf_dist.cluster.placement import Command, local_machine, place
@@ -13,6 +15,8 @@ from rlhf_dist.cluster.sources import check_critic, check_reference, preflight_r
 from rlhf_dist.config.schema import ClusterConfig, Config
 from rlhf_dist.data.demonstrations import demonstrations, held_out_demonstrations, ptx_demonstrations
 from rlhf_dist.data.judgements import held_out_judgements, judgements
+from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.shared_memory import require_room
 
 
 def check_before_start(config: Config, command: Command) -> None:
@@ -48,6 +52,21 @@ def read_data(config: Config, command: Command) -> None:
         held_out_judgements(config.preferences, config.data, config.preferences.unusable)
     if command == "train" and config.ptx.coef:
         ptx_demonstrations(config.data, config.ptx, config.seed, held_back)
+
+
+def require_shared_memory(source: str, config: Config) -> None:
+    """Refuse to start where a push of the weights in the directory `source` would find no room on this machine.
+
+    Raises `ResourceError`.
+    """
+    if joins_cluster(config.cluster):
+        return  # the run may be on another node
+    stored: dict[str, tuple[int, ...]] = {}
+    for file in Path(source).glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            stored |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    dtype = config.model.dtype
+    require_room(make_plan(((name, shape, dtype) for name, shape in stored.items()), bucket_bytes=1).nbytes)
 
 
 def disk_need(source: str, config: Config, command: Command) -> int:

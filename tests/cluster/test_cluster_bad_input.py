@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -52,6 +55,50 @@ def test_a_bad_line_of_data(place: Workplace, capsys: pytest.CaptureFixture[str]
     (place.folder / "data.jsonl").write_text("\n".join([good[0], line, *good[1:]]) + "\n")
     found = refused(capsys, place, "train", "data.source=jsonl", "data.path=data.jsonl")
     assert message in found and found.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "reward", "eval"])
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("RAY_ADDRESS", "foo", "RAY_ADDRESS=foo: not an address; the address of a cluster is HOST:PORT"),
+        ("TMPDIR", "/no/such/folder", "TMPDIR=/no/such/folder: does not exist; TMPDIR has to name a folder"),
+    ],
+)
+def test_an_environment_in_which_no_ray_can_run(
+    place: Workplace,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    variable: str,
+    value: str,
+    message: str,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    source = ["preferences.max_tokens=48", "data.task.name=describe"] if command == "reward" else []
+    found = refused(capsys, place, command, "cluster.address=auto", *source)
+    assert message in found and found.count("\n") == 1
+
+
+def test_shared_memory_without_room_for_the_weights(
+    place: Workplace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.statvfs
+
+    def little(path: object) -> object:
+        return SimpleNamespace(f_bavail=3, f_frsize=4096) if str(path) == "/dev/shm" else real(path)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "statvfs", little)
+    found = refused(capsys, place, "train")
+    assert re.search(r"/dev/shm: a push needs \d{3} KiB for the weights, and 12 KiB are free; .*--shm-size", found)
+
+
+def test_a_malformed_wandb_key(
+    place: Workplace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "not-a-key")
+    found = refused(capsys, place, "train", "telemetry.wandb=online")
+    assert "WANDB_API_KEY invalid: " in found and "not-a-key" not in found
 
 
 def test_a_missing_data_file(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:

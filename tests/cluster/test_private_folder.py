@@ -102,7 +102,9 @@ def test_the_limit_leaves_room_for_what_ray_adds() -> None:
 
 
 @pytest.mark.parametrize("ending", [None, ValueError, KeyboardInterrupt, SystemExit])
-def test_the_folder_is_private_and_goes_however_the_block_ends(tmp_path: Path, ending: type[BaseException] | None) -> None:
+def test_the_folder_is_private_and_goes_however_the_block_ends(
+    tmp_path: Path, ending: type[BaseException] | None
+) -> None:
     def use() -> None:
         with private_folder(tmp_path) as folder:
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
