@@ -159,6 +159,8 @@ def sample(work: Work) -> list[dict[str, list[float]]]:
         threads=placement.rollout_threads,
         seed=work.seed,
         name="sampler",
+        chat=config.data.chat,
+        special_texts=any(reward.keep_special_tokens for reward in config.scoring.rewards.values()),
     )
     worker = RolloutWorker("sampler", engine, chat=config.data.chat, max_prompt_tokens=config.rollout.max_prompt_tokens)
 

@@ -69,7 +69,7 @@ class Rollout:
     prompt_tokens: np.ndarray
     """int32 [P]; shared by the group's samples."""
     tokens: np.ndarray
-    """int32 [N]; the responses one after another, the end token included when it was sampled."""
+    """int32 [N]; the responses one after another, the token that ended one included."""
     offsets: np.ndarray
     """int64 [n + 1]; sample i is tokens[offsets[i]:offsets[i + 1]]."""
     logprobs: np.ndarray
@@ -80,6 +80,9 @@ class Rollout:
     """n of `stop` (ended by itself) or `length` (cut at max_tokens)."""
     texts: tuple[str, ...]
     """n decoded responses, special tokens left out."""
+    special_texts: tuple[str, ...] = ()
+    """n decoded responses with the special tokens inside them, without the token that ended them; none where no reward
+    asks for them (`keep_special_tokens`)."""
 
 
 @dataclass(frozen=True, slots=True)

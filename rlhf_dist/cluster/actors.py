@@ -38,6 +38,8 @@ def make_rollout_worker(spec: ActorSpec) -> Any:
         threads=spec.threads,
         seed=spec.seed,
         name=spec.name,
+        chat=config.data.chat,
+        special_texts=any(reward.keep_special_tokens for reward in config.scoring.rewards.values()),
         mask=None if lag is None else MaskStart(Path(spec.mask), spec.mask_version, lag),
     )
     return RolloutWorker(spec.name, engine, chat=config.data.chat, max_prompt_tokens=config.rollout.max_prompt_tokens)

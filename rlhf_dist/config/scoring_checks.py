@@ -18,6 +18,7 @@ ONLY_FOR = {
     "normalize": ("model",),
     "retries": ("http",),
     "timeout_s": ("regex", "function", "http"),
+    "keep_special_tokens": ("exact", "number", "regex", "function", "http"),
 }
 """Key of a reward -> the kinds that read it."""
 VARIABLE = r"[A-Z_][A-Z0-9_]*"

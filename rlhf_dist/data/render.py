@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
-
-from jinja2 import TemplateError
+from typing import TYPE_CHECKING
 
 from rlhf_dist.data.rows import Demonstration
-from rlhf_dist.errors import ModelError
+from rlhf_dist.models.text_format import chat_tokens, text_format
 from rlhf_dist.types import Message
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and the tokenizer is handed in
@@ -19,21 +17,25 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat
     """The prompt's token ids [P].
 
     chat: through the model's template, up to where the assistant begins. Otherwise the turns' texts as they are, one
-    line after another, with the special tokens that the tokenizer puts before a text.
-    Raises ModelError when there is no template or it refuses the turns.
+    line after another, behind the start token that the tokenizer puts before a text; a text that brings that token
+    gets no second one, and what the tokenizer puts after a text is left away.
+    Raises ModelError when there is no template or it rejects the turns.
     """
-    if not chat or not messages:
-        return list(tokenizer.encode("\n".join(m.content for m in messages), add_special_tokens=True))
-    if not tokenizer.chat_template:
-        raise ModelError("the model's tokenizer has no chat template; set data.chat=false or use a model that has one")
-    turns = [{"role": m.role, "content": m.content} for m in messages]
-    try:
-        # return_dict: transformers 5 gives a BatchEncoding otherwise, whose iteration yields names, not tokens.
-        tokens = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except TemplateError as error:
-        roles = ", ".join(m.role for m in messages)
-        raise ModelError(f"the model's chat template refuses a conversation of the roles {roles}: {error}") from error
-    return cast(list[int], tokens)
+    if chat and messages:
+        return chat_tokens(tokenizer, messages)
+    start = list(text_format(tokenizer, chat=False).start)
+    tokens = list(tokenizer.encode("\n".join(m.content for m in messages), add_special_tokens=False))
+    return tokens if tokens[: len(start)] == start else start + tokens
+
+
+def tokenize_response(tokenizer: PreTrainedTokenizerBase, response: str, chat: bool, ended: bool = True) -> list[int]:
+    """The tokens of a response to a conversation, closed with the one token that ends it.
+
+    A response that brings its own end token gets no second one. `ended`: false for one that was truncated.
+    """
+    form = text_format(tokenizer, chat)
+    tokens = list(tokenizer.encode(form.without_end(response), add_special_tokens=False))
+    return [*tokens, form.end] if ended else tokens
 
 
 def tokenize_demonstration(
@@ -42,13 +44,10 @@ def tokenize_demonstration(
     """(prompt tokens [P], response tokens [R]); the response closes with the end token.
 
     Plain text has no prompt beyond the tokenizer's own start token; where there is none, its first token is the prompt,
-    since nothing comes before it to predict it from. Raises ModelError as `render` does,
-    and when the tokenizer has no end token.
+    since nothing comes before it to predict it from. Raises ModelError as `text_format` and `render` do.
     """
-    end = cast(int | None, tokenizer.eos_token_id)
-    if end is None:
-        raise ModelError("the model's tokenizer has no end token (eos_token), so a response could never end")
-    response = list(tokenizer.encode(demo.response, add_special_tokens=False))
     prompt = render(tokenizer, demo.messages, chat)
-    sequence = [*response, end]
+    sequence = tokenize_response(tokenizer, demo.response, chat and bool(demo.messages))
+    if not demo.messages and sequence[: len(prompt)] == prompt:  # the text brings its own start token
+        sequence = sequence[len(prompt) :]
     return (prompt, sequence) if prompt else (sequence[:1], sequence[1:])

@@ -23,6 +23,7 @@ from rlhf_dist.config.schema import ModelConfig
 from rlhf_dist.errors import ModelError
 from rlhf_dist.models.attention import SEGMENTED, register_segmented
 from rlhf_dist.models.directory import atomic_directory
+from rlhf_dist.models.text_format import require_system, text_format
 from rlhf_dist.models.tiny import make_tiny
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -116,14 +117,21 @@ def _close_names(path: Path) -> str:
 
 
 def inspect(
-    path: str | Path, chat: bool, device: Literal["cpu", "cuda"], max_tokens: int, attention: str = SEGMENTED
+    path: str | Path,
+    chat: bool,
+    device: Literal["cpu", "cuda"],
+    max_tokens: int,
+    attention: str = SEGMENTED,
+    system: str = "",
 ) -> None:
     """Refuse a model that the run could not use, before anything is started. Loads the tokenizer but no weights.
 
-    `chat` is `data.chat`, `max_tokens` the longest prompt plus response, `attention` what `choose_attention` gave.
+    `chat` is `data.chat`, `system` is `data.system`, `max_tokens` the longest prompt plus response, `attention` what
+    `choose_attention` gave.
 
-    Raises ModelError: no config, no safetensors weights, no tokenizer, no chat template, a head_dim that vLLM's CPU
-    attention refuses, too few positions, layers that packed rows do not work with.
+    Raises ModelError: no config, no safetensors weights, no tokenizer, a chat template that cannot be used (see
+    `text_format`), a head_dim that vLLM's CPU attention refuses, too few positions, layers that packed rows do not
+    work with.
     """
     config = load_config(path)
     if Path(path).is_dir():
@@ -144,7 +152,7 @@ def inspect(
             "model.tiny.max_positions)"
         )
     check_layers(path, text, max_tokens, attention)
-    _check_tokenizer(path, chat, text.vocab_size)
+    _check_tokenizer(path, chat, text.vocab_size, system)
 
 
 def check_layers(path: str | Path, text: Any, max_tokens: int, attention: str) -> None:
@@ -166,15 +174,11 @@ def check_layers(path: str | Path, text: Any, max_tokens: int, attention: str) -
         )
 
 
-def _check_tokenizer(path: str | Path, chat: bool, vocab_size: int) -> None:
+def _check_tokenizer(path: str | Path, chat: bool, vocab_size: int, system: str) -> None:
     tokenizer = load_tokenizer(path)
-    if chat and not tokenizer.chat_template:
-        raise ModelError(
-            f"{path}: its tokenizer has no chat template; set data.chat=false to use prompts as they are, or add "
-            "chat_template.jinja to the directory"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"{path}: its tokenizer has no end token; set eos_token in tokenizer_config.json")
+    text_format(tokenizer, chat)
+    if chat and system:
+        require_system(tokenizer)
     if len(tokenizer) > vocab_size:
         raise ModelError(f"{path}: its tokenizer has {len(tokenizer)} tokens, its model embeds only {vocab_size}")
 

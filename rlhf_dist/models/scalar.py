@@ -33,6 +33,7 @@ from rlhf_dist.models.hf import (
     refuse_missing,
 )
 from rlhf_dist.models.packed import PackedModel
+from rlhf_dist.models.text_format import end_tokens
 
 SCALE_KEY = "rlhf_dist"
 HEAD = "score"
@@ -197,7 +198,7 @@ def save_scalar(
         setattr(config, SCALE_KEY, asdict(scale))
     shell = _shell(config, next(iter(state.values())).dtype, beside.source)
     text = shell.config.get_text_config()
-    if text.pad_token_id is not None and text.pad_token_id == beside.tokenizer.eos_token_id:
+    if text.pad_token_id in end_tokens(beside.tokenizer):
         text.pad_token_id = None
     with new_model_directory(shell, state, beside.tokenizer, target):
         pass

@@ -17,6 +17,7 @@ import torch
 
 from rlhf_dist.config.schema import RolloutConfig
 from rlhf_dist.models.hf import load_model
+from rlhf_dist.models.text_format import text_format
 from rlhf_dist.rollout.action_mask import MaskReader, MaskStart, Reading
 from rlhf_dist.types import Prompt, Receipt, Rollout, Sampling
 from rlhf_dist.weights.receipts import Announcement
@@ -28,13 +29,16 @@ UNPUBLISHED = -1
 """Version of weights that the engine loaded itself, before the learner published any."""
 
 
-def set_environment(config: RolloutConfig, device: str, threads: int) -> None:
+def set_environment(config: RolloutConfig, device: str, threads: int, masked: bool) -> None:
     """Settings that vLLM and OpenMP read once, at import."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_DO_NOT_TRACK"] = "1"
     # Colour codes and the banner do not belong into a log file.
     os.environ["VLLM_LOGGING_COLOR"] = "0"
+    if masked:
+        # The second runner, vLLM's choice on a GPU, has another interface for processors of logits.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if device == "cpu":
         os.environ["OMP_NUM_THREADS"] = str(threads)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -54,13 +58,16 @@ class VllmEngine:
         threads: int,
         seed: int,
         name: str,
+        chat: bool,
+        special_texts: bool = False,
         mask: MaskStart | None = None,
     ) -> None:
-        """Start the engine: about 12 s on a CPU. `model` is a Hugging Face directory; `mask`: what may be drawn."""
-        set_environment(config, device, threads)
-        if mask is not None:
-            # The second runner, vLLM's choice on a GPU, has another interface for processors of logits.
-            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        """Start the engine: about 12 s on a CPU. `model` is a Hugging Face directory; `mask`: what may be drawn.
+
+        `chat` is `data.chat`: then a response ends at the chat template's end of turn, too. `special_texts`: whether
+        rollouts have `Rollout.special_texts`.
+        """
+        set_environment(config, device, threads, masked=mask is not None)
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -96,11 +103,14 @@ class VllmEngine:
         self._version = UNPUBLISHED
         self._engine.set_weight_version(str(UNPUBLISHED))
         self.tokenizer: Any = self._engine.get_tokenizer()
+        self._special_texts = special_texts
+        # vLLM by itself stops at the tokenizer's end token and at those of generation_config.json.
+        self._stops = text_format(self.tokenizer, chat).stops
 
     def generate(self, prompts: Sequence[tuple[Prompt, list[int]]], sampling: Sampling) -> Iterator[Rollout]:
         """Sample every (prompt, prompt tokens); yields groups as they finish, so not in order."""
         waiting: dict[str, tuple[Prompt, list[int]]] = {}
-        params = sampling_params(sampling)
+        params = sampling_params(sampling, self._stops)
         for prompt, tokens in prompts:
             self._engine.add_request(prompt.uid, {"prompt_token_ids": tokens}, params)
             waiting[prompt.uid] = (prompt, tokens)
@@ -143,18 +153,40 @@ class VllmEngine:
             logprobs=np.concatenate([sampled_logprobs(sample) for sample in samples]),
             versions=versions,
             finish_reasons=tuple(str(sample.finish_reason) for sample in samples),
-            texts=tuple(s.text for s in samples) if use_text else self._decode(token_ids),
+            texts=tuple(s.text for s in samples) if use_text else decoded(self.tokenizer, samples, special=False),
+            special_texts=decoded(self.tokenizer, samples, special=True) if self._special_texts else (),
         )
 
-    def _decode(self, token_ids: list[list[int]]) -> tuple[str, ...]:
-        # A model may have more rows than its tokenizer has tokens; such an id has no text.
-        size = len(self.tokenizer)
-        known = [[token for token in ids if token < size] for ids in token_ids]
-        return tuple(self.tokenizer.batch_decode(known, skip_special_tokens=True))
+
+def decoded(tokenizer: Any, samples: Sequence[Any], special: bool) -> tuple[str, ...]:
+    """The text of each of vLLM's samples without the token or the stop text that ended it.
+
+    `special`: with the special tokens inside. A token without text, as a model with more rows than its tokenizer has
+    tokens can sample, is left out.
+    """
+    size = len(tokenizer)
+    known = [
+        [token for token in (sample.token_ids[:-1] if ended_by_token(sample) else sample.token_ids) if token < size]
+        for sample in samples
+    ]
+    texts = tokenizer.batch_decode(known, skip_special_tokens=not special)
+    stops = [sample.stop_reason for sample in samples]
+    return tuple(
+        text[: text.rindex(stop)] if isinstance(stop, str) and stop in text else text
+        for text, stop in zip(texts, stops, strict=True)
+    )
 
 
-def sampling_params(sampling: Sampling) -> Any:
-    """vLLM's form of `Sampling`: final outputs, the sampled tokens' logprobs, no text unless stop strings need it."""
+def ended_by_token(sample: Any) -> bool:
+    """Whether the last token of one of vLLM's samples is the one that ended it."""
+    return sample.finish_reason == "stop" and not isinstance(sample.stop_reason, str)
+
+
+def sampling_params(sampling: Sampling, stops: Sequence[int]) -> Any:
+    """vLLM's form of `Sampling`: final outputs, the sampled tokens' logprobs, no text unless stop strings need it.
+
+    `stops`: tokens that end a response; each is its last token then, as the end token is.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -165,6 +197,7 @@ def sampling_params(sampling: Sampling) -> Any:
         top_k=sampling.top_k,
         max_tokens=sampling.max_tokens,
         stop=list(sampling.stop) or None,
+        stop_token_ids=list(stops),
         seed=sampling.seed,
         logprobs=0,
         flat_logprobs=True,

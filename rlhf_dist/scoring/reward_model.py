@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.config.schema import ModelConfig, RewardSpec, ScoringConfig
-from rlhf_dist.data.render import render
+from rlhf_dist.data.render import render, tokenize_response
 from rlhf_dist.errors import ModelError, RewardError
 from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.hf import load_config, load_tokenizer, resolve
@@ -149,8 +149,7 @@ class RewardModel:
 
     def _row(self, conversation: Sequence[Message], response: str, ended: bool) -> np.ndarray:
         prompt = render(self._tokenizer, conversation, self._chat)
-        tokens = list(self._tokenizer.encode(response, add_special_tokens=False))
-        return np.array([*prompt, *tokens, *([self._tokenizer.eos_token_id] if ended else [])], np.int32)
+        return np.array([*prompt, *tokenize_response(self._tokenizer, response, self._chat, ended)], np.int32)
 
     def _submit(self, rows: list[np.ndarray]) -> np.ndarray:
         for i, row in enumerate(rows):

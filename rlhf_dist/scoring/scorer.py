@@ -82,8 +82,9 @@ class Scorer:
                 f"the reward {name} compares with an answer and prompt {prompt.uid} of {prompt.source} has none; "
                 "set data.answer_key or use a reward of another kind"
             )
+        special = texts_of(rollout, special=True) if rollout.special_texts else texts
         by_models = {name: model.score(rollout) for name, model in self._models.items()}
-        return self._scores(texts, limit, by_models, prompt.uid)
+        return self._scores(texts, special, limit, by_models, prompt.uid)
 
     def score_texts(self, texts: Texts) -> Scores:
         """The same for responses that come as text, each with a prompt of its own. Raises DataError too, for a missing
@@ -93,7 +94,8 @@ class Scorer:
             raise DataError(
                 f"the reward {name} compares with an answer, and response {texts.answers.index('')} has an empty one"
             )
-        return self._scores(texts, limit, {name: model.score_texts(texts) for name, model in self._models.items()})
+        by_models = {name: model.score_texts(texts) for name, model in self._models.items()}
+        return self._scores(texts, texts, limit, by_models)
 
     def close(self) -> None:
         """End the threads of models, the connections of clients and the processes of functions."""
@@ -103,9 +105,15 @@ class Scorer:
     def _comparing(self) -> list[str]:
         return [name for name, spec in self._specs.items() if spec.kind in ("exact", "number")]
 
-    def _scores(self, texts: Texts, limit: Limit, by_models: Mapping[str, np.ndarray], uid: str = "") -> Scores:
+    def _scores(
+        self, texts: Texts, special: Texts, limit: Limit, by_models: Mapping[str, np.ndarray], uid: str = ""
+    ) -> Scores:
+        """`special`: `texts` with the special tokens inside, for the rewards that ask for them."""
         components = {
-            name: by_models[name] if name in by_models else self._texts[name](texts, limit) for name in self._specs
+            name: by_models[name]
+            if name in by_models
+            else self._texts[name](special if spec.keep_special_tokens else texts, limit)
+            for name, spec in self._specs.items()
         }
         found = find_non_finite(components, texts.responses, uid)
         if found and self.policy == "fail":

@@ -76,6 +76,10 @@ def test_what_is_right_has_no_problem(spec: dict[str, object]) -> None:
         ),
         ({"kind": "exact", "token_env": "X"}, "mine.token_env is set and has no effect with kind exact"),
         ({"kind": "exact", "normalize": False}, "mine.normalize is False and has no effect with kind exact"),
+        (
+            {"kind": "gold", "keep_special_tokens": True},
+            "mine.keep_special_tokens is True and has no effect with kind gold; set kind to exact or",
+        ),
         ({"kind": "exact", "retries": 1}, "mine.retries is 1 and has no effect with kind exact"),
         ({"kind": "gold", "data": DataConfig()}, "mine.kind is gold, .* and the prompts are reverse"),
         ({"kind": "gold", "data": DataConfig(source="jsonl")}, "the prompts are of data.source jsonl"),

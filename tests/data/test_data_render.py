@@ -68,7 +68,7 @@ def test_an_empty_text_without_a_start_token_leaves_nothing_to_learn():
 def test_models_that_cannot_do_it_say_so():
     with pytest.raises(ModelError, match=r"no chat template; set data\.chat=false"):
         render(make(), USER, chat=True)
-    with pytest.raises(ModelError, match="refuses a conversation of the roles system, user: no system turns here"):
+    with pytest.raises(ModelError, match="rejects a conversation of the roles system, user: no system turns here"):
         render(make(chat_template=TEMPLATE), (Message("system", "x"), *USER), chat=True)
     with pytest.raises(ModelError, match="no end token"):
         tokenize_demonstration(make(eos_token=None), Demonstration(USER, "ba"), chat=False)

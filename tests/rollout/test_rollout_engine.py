@@ -84,6 +84,7 @@ def engine(tiny_model: Path) -> VllmEngine:
         threads=1,
         seed=1,
         name="rollout worker 0",
+        chat=True,
         mask=MaskStart(tiny_model, 0, LAG),
     )
 
@@ -198,6 +199,28 @@ def test_a_stop_string_ends_a_response(worker: RolloutWorker) -> None:
     assert found.tokens.tolist() == plain.tokens[:length].tolist(), "the token that made the stop string is kept"
     assert found.finish_reasons == ("stop",) and letter not in found.texts[0]
     assert len(found.logprobs) == len(found.versions) == length
+
+
+def test_a_token_that_ends_a_turn_ends_a_response(worker: RolloutWorker, engine: VllmEngine) -> None:
+    """Not the tokenizer's end token, and not special either: as a chat template may close its turns."""
+    greedy = replace(SAMPLING, n=1, temperature=0.0)
+    plain = rollouts(worker, greedy)[0]
+    known = plain.tokens.tolist()
+    turn_end = next(token for token in known if engine.tokenizer.decode([token]).strip())
+    before = engine._stops, engine._special_texts
+    engine._stops, engine._special_texts = (*engine._stops, turn_end), True
+    try:
+        found = rollouts(worker, greedy)[0]
+        sampled = rollouts(worker, replace(SAMPLING, n=8))
+    finally:
+        engine._stops, engine._special_texts = before
+    assert found.tokens.tolist() == known[: known.index(turn_end) + 1], "the token is the response's last"
+    assert found.finish_reasons == ("stop",)
+    assert found.texts == (engine.tokenizer.decode(found.tokens[:-1], skip_special_tokens=True),)
+    for rollout in sampled:
+        parts = np.split(rollout.tokens, rollout.offsets[1:-1])
+        for tokens, reason, text in zip(parts, rollout.finish_reasons, rollout.special_texts, strict=True):
+            assert text == engine.tokenizer.decode(tokens[:-1] if reason == "stop" else tokens)
 
 
 def test_a_prompt_that_is_too_long_is_dropped_with_its_reason(worker: RolloutWorker) -> None:

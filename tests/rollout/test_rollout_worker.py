@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from small_tokenizers import small_tokenizer
 
 from rlhf_dist.config.schema import RolloutConfig
 from rlhf_dist.models.hf import load_tokenizer
-from rlhf_dist.rollout.vllm_engine import VllmEngine
+from rlhf_dist.rollout.vllm_engine import VllmEngine, decoded, sampling_params
 from rlhf_dist.rollout.worker import RolloutWorker
 from rlhf_dist.types import DroppedPrompt, Message, Prompt, Receipt, Rollout, RolloutHead, Sampling
 from rlhf_dist.weights.receipts import Announcement
@@ -73,5 +75,31 @@ def test_vllm_never_asks_ray_for_gpus_of_its_own(
     monkeypatch.setattr(vllm, "EngineArgs", arguments)
     config = RolloutConfig(tensor_parallel=parallel)
     with pytest.raises(Seen):
-        VllmEngine(tiny_model, config, dtype="float32", device="cpu", threads=1, seed=1, name="w")
+        VllmEngine(tiny_model, config, dtype="float32", device="cpu", threads=1, seed=1, name="w", chat=True)
     assert (settings["tensor_parallel_size"], settings["distributed_executor_backend"]) == (parallel, executor)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason", "stop", "plain", "special"),
+    [
+        ("a<think>b</think>c</s>", "stop", None, "abc", "a<think>b</think>c"),
+        ("ab<end>", "stop", "<end>", "ab", "ab"),  # closed by a token that is not special
+        ("ab<end>c", "length", None, "ab<end>c", "ab<end>c"),
+        ("a<think>b##", "stop", "##", "ab", "a<think>b"),  # closed by a stop text
+        ("ab", "length", None, "ab", "ab"),
+    ],
+)
+def test_the_text_of_a_response_lacks_what_ended_it(
+    tokens: str, reason: str, stop: str | None, plain: str, special: str
+) -> None:
+    tokenizer = small_tokenizer(plain=["<end>"])
+    ids = tokenizer.encode(tokens, add_special_tokens=False)
+    by_token = ids[-1] if stop == "<end>" else stop
+    unknown = [len(tokenizer) + 3]  # a row of the model that the tokenizer has no token for
+    sample = SimpleNamespace(token_ids=[*unknown, *ids], finish_reason=reason, stop_reason=by_token)
+    assert decoded(tokenizer, [sample], special=False) == (plain,)
+    assert decoded(tokenizer, [sample], special=True) == (special,)
+
+
+def test_tokens_that_end_a_turn_end_a_sample() -> None:
+    assert sampling_params(SAMPLING, (7, 2)).stop_token_ids == [7, 2]

@@ -46,7 +46,9 @@ def set_other_tokenizer(judge: Path) -> Any:
         eos_token=END,
         pad_token=PAD,
         unk_token=UNKNOWN,
-        chat_template=CHAT_TEMPLATE.replace("'<|' + message['role'] + '|>'", "'<|user|>'"),
+        chat_template=CHAT_TEMPLATE.replace(
+            "message['role'] + '|>'", "message['role'].replace('system', 'user') + '|>'"
+        ),
     )
     other.save_pretrained(judge)
     return load_tokenizer(judge)

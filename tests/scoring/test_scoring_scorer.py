@@ -1,6 +1,8 @@
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from rlhf_dist.errors import ConfigError, DataError, InputError, ModelError, Rew
 from rlhf_dist.scoring import function as functions
 from rlhf_dist.scoring.function import FunctionReward
 from rlhf_dist.scoring.scorer import Scorer, preflight
+from rlhf_dist.scoring.texts import texts_of
 from rlhf_dist.types import Message, Prompt, Rollout
 
 MODULE = """
@@ -118,6 +121,20 @@ def rollout(texts: tuple[str, ...], answer: str = "ba") -> Rollout:
         finish_reasons=("stop",) * n,
         texts=texts,
     )
+
+
+def test_special_tokens_are_shown_to_the_rewards_that_ask_for_them():
+    pattern = "<think>.*</think>b"
+    plain, kept = (RewardSpec(kind="regex", pattern=pattern, keep_special_tokens=keep) for keep in (False, True))
+    with closing(Scorer(ScoringConfig({"plain": plain, "kept": kept}))) as scorer:
+        group = replace(rollout(("ab", "b")), special_texts=("<think>a</think>b", "b"))
+        found = scorer.score(group)
+        assert {name: values.tolist() for name, values in found.components.items()} == {
+            "plain": [0, 0],
+            "kept": [1, 0],
+        }
+        sent = replace(texts_of(group), responses=("<think>a</think>b", "b"))
+        assert all(values.tolist() == [1, 0] for values in scorer.score_texts(sent).components.values())
 
 
 def test_functions_are_called_in_batch(here):
