@@ -106,8 +106,10 @@ def print_dry_run(config: Config, command: Command) -> int:
     """Print the resolved config as YAML and the plan on this machine as comments below it; returns the exit code."""
     from rlhf_dist.cluster.placement import local_machine
     from rlhf_dist.config.load import to_yaml
+    from rlhf_dist.config.rewards import reward_lines
 
     lines = plan_lines(config, local_machine(), command)
+    lines += reward_lines(config) if command in ("train", "eval") else []
     lines.append(f"checked only at the start: {NOT_YET_CHECKED[command]}")
     print(to_yaml(config) + "\n".join(f"# {line}" for line in lines))
     return 0

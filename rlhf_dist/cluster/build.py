@@ -36,6 +36,7 @@ from rlhf_dist.cluster.sources import (
 )
 from rlhf_dist.cluster.spec import ActorSpec
 from rlhf_dist.config.load import to_yaml
+from rlhf_dist.config.rewards import reward_lines, solved_by
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream, held_out
 from rlhf_dist.errors import RunError
@@ -146,6 +147,8 @@ def evaluate(config: Config) -> None:
     prompts: list[Prompt] = held_out(config.data, config.eval.prompts)
     source = model_source(config, None)
     with eval_display(config) as (progress, logs):
+        for line in reward_lines(config):
+            progress.note(line)
         progress.stage(f"starting Ray and vLLM (logs in {logs})")
         with ray_session(config.cluster, logs / "ray", progress.note) as machine, ExitStack() as stack:
             placement = place(config, machine, "eval")
@@ -160,6 +163,7 @@ def evaluate(config: Config) -> None:
                 scoring=parts.scoring,
                 reference=parts.reference,
                 gold=config.scoring.gold,
+                solved_by=solved_by(config),
             )
         if results.non_finite:
             progress.note(told(results.non_finite, config.scoring.non_finite))
@@ -206,6 +210,9 @@ def opened(config: Config, command: Command, resume: bool) -> Iterator[tuple[Run
         stack.callback(telemetry.close)
         if new_id is not None and new_id != wandb_id:
             write_text(run.wandb_id, new_id + "\n")
+        for line in reward_lines(config) if command == "train" else ():
+            progress.note(line)
+            telemetry.event("rewards", line)
         yield run, telemetry, progress
 
 

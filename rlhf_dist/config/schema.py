@@ -225,7 +225,8 @@ class EvalConfig:
     samples: int = 4
     """Sampled responses per prompt for pass@k, k = samples; 0: greedy only."""
     solved_at: float = 1.0
-    """A response counts as solved when its total reward is at least this."""
+    """A response counts as solved when the rewards that say what is right come to at least this: kinds exact, number,
+    regex and function, or `scoring.gold`."""
 
 
 @dataclass(frozen=True)

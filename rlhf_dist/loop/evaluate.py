@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,12 +40,14 @@ def evaluate(
     scoring: Scoring,
     reference: References | None = None,
     gold: str = "",
+    solved_by: Mapping[str, float],
 ) -> Evaluation:
     """One greedy response a prompt, and `config.samples` sampled ones with the training's own sampling.
 
-    `eval/greedy_accuracy`: share of prompts solved (total reward at least `eval.solved_at`); `eval/pass_at_K`: share
-    of prompts with a solved one among K = `eval.samples`; `eval/sampled_accuracy`. These three are left out where no
-    prompt has an answer and a gold reward is named: nothing is right or wrong there.
+    `eval/greedy_accuracy`: share of prompts solved; `eval/pass_at_K`: share of prompts with a solved one among K =
+    `eval.samples`; `eval/sampled_accuracy`. A response is solved where the rewards that `solved_by` names, each times
+    its factor, come to `eval.solved_at`. These three are left out where it names none, and where no prompt has an
+    answer and a gold reward is named: nothing is right or wrong there.
     Of the sampled responses (the greedy ones where there are none): `eval/reward`, `eval/reward_std` of the total;
     `eval/gold`, `eval/gold_std` of the reward named `gold`; `eval/NAME` of every other reward;
     `eval/distinct_responses`. Of the sampled ones only: `eval/kl`, nats per response, with a `reference`.
@@ -69,8 +71,8 @@ def evaluate(
         require_some(found)
         sampled, non_finite = found.experiences, non_finite + found.non_finite
     metrics: dict[str, float] = {}
-    if not gold or any(prompt.answer for prompt in prompts):
-        metrics |= accuracies(greedy, sampled, len(prompts), config)
+    if solved_by and (not gold or any(prompt.answer for prompt in prompts)):
+        metrics |= accuracies(greedy, sampled, len(prompts), config, solved_by)
     metrics |= rewards(sampled or greedy, gold)
     kl = [e.reference.head.kl for e in sampled if e.reference is not None]
     if kl:
@@ -97,15 +99,30 @@ def require_some(found: Collected) -> None:
 
 
 def accuracies(
-    greedy: Sequence[Experience], sampled: Sequence[Experience], prompts: int, config: EvalConfig
+    greedy: Sequence[Experience],
+    sampled: Sequence[Experience],
+    prompts: int,
+    config: EvalConfig,
+    solved_by: Mapping[str, float],
 ) -> dict[str, float]:
     """Shares solved, of all `prompts` and samples: what was dropped or left out was not solved."""
-    metrics = {names.EVAL_GREEDY: float((_totals(greedy) >= config.solved_at).sum() / prompts)}
+    solved = [solved_responses(e, solved_by, config.solved_at) for e in greedy]
+    metrics = {names.EVAL_GREEDY: float(np.concatenate(solved).sum() / prompts)}
     if sampled:
-        solved = [int((e.scores.total >= config.solved_at).sum()) for e in sampled]
-        metrics[f"{names.EVAL_PASS_PREFIX}{config.samples}"] = float(np.count_nonzero(solved) / prompts)
-        metrics["eval/sampled_accuracy"] = float(sum(solved) / (prompts * config.samples))
+        counts = [int(solved_responses(e, solved_by, config.solved_at).sum()) for e in sampled]
+        metrics[f"{names.EVAL_PASS_PREFIX}{config.samples}"] = float(np.count_nonzero(counts) / prompts)
+        metrics["eval/sampled_accuracy"] = float(sum(counts) / (prompts * config.samples))
     return metrics
+
+
+def solved_responses(experience: Experience, solved_by: Mapping[str, float], solved_at: float) -> np.ndarray:
+    """bool [n]; a response whose total is not finite is left out and counts as not solved."""
+    scores = experience.scores
+    total = np.zeros(len(scores.total), np.float64)
+    for name, factor in solved_by.items():
+        total += factor * scores.components[name].astype(np.float64)
+    # As the total is: weights of 0.7, 0.2 and 0.1 come to 1.
+    return (total.astype(np.float32) >= solved_at) & np.isfinite(scores.total)
 
 
 def rewards(experiences: Sequence[Experience], gold: str) -> dict[str, float]:

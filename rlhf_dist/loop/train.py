@@ -13,6 +13,7 @@ import torch
 
 from rlhf_dist.algo.algorithm import Algorithm
 from rlhf_dist.algo.masking import all_equal
+from rlhf_dist.config.rewards import solved_by
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import DataError, RewardError
@@ -179,6 +180,7 @@ def measure(run: Run, step: int) -> Evaluation:
         scoring=run.scoring,
         reference=run.reference,
         gold=run.config.scoring.gold,
+        solved_by=solved_by(run.config),
     )
     warn_of_non_finite(run, f"evaluation at step {step}", found.non_finite)
     run.progress.eval(step, found.metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from rlhf_dist.weights.receipts import Announcement
 
 SAMPLING = Sampling(n=4, temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, stop=(), seed=None)
 CONFIG = EvalConfig(prompts=4, samples=2)
+EXACT = {"exact": 1.0}
 
 
 @dataclass
@@ -34,6 +36,9 @@ class Scorers:
             components = {"exact": total, "truth": 2 * total - 3}
             found[uid] = Scores(total, components, np.ones(samples, np.float32), np.arange(samples, dtype=np.uint64))
         return found
+
+
+BY_RULE: Any = {"scoring": Scorers(), "solved_by": EXACT}
 
 
 @dataclass
@@ -54,10 +59,10 @@ class ReferenceServers:
 
 
 def test_a_prompt_without_a_response_counts_as_not_solved() -> None:
-    every = evaluate(prompts(4), CONFIG, SAMPLING, rollouts=FakeRollouts(), scoring=Scorers()).metrics
+    every = evaluate(prompts(4), CONFIG, SAMPLING, rollouts=FakeRollouts(), **BY_RULE).metrics
     assert every["eval/greedy_accuracy"] == every["eval/pass_at_2"] == 1.0 and every["eval/sampled_accuracy"] == 0.5
     assert "eval/dropped" not in every
-    found = evaluate(prompts(4), CONFIG, SAMPLING, rollouts=FakeRollouts(drops=["0/1"]), scoring=Scorers())
+    found = evaluate(prompts(4), CONFIG, SAMPLING, rollouts=FakeRollouts(drops=["0/1"]), **BY_RULE)
     assert found.metrics["eval/greedy_accuracy"] == found.metrics["eval/pass_at_2"] == 0.75
     assert found.metrics["eval/sampled_accuracy"] == 3 / 8
     assert found.metrics["eval/dropped"] == 1.0
@@ -66,13 +71,20 @@ def test_a_prompt_without_a_response_counts_as_not_solved() -> None:
 
 def test_an_evaluation_without_any_response_is_an_error() -> None:
     with pytest.raises(DataError, match=r"no held-out prompt could be answered \(prompt_empty: no known characters\)"):
-        evaluate(prompts(3), CONFIG, SAMPLING, rollouts=FakeRollouts(drops=["*"]), scoring=Scorers())
+        evaluate(prompts(3), CONFIG, SAMPLING, rollouts=FakeRollouts(drops=["*"]), **BY_RULE)
 
 
 def test_without_answers_a_gold_reward_and_kl_take_the_place_of_accuracy() -> None:
     reference = ReferenceServers()
     found = evaluate(
-        prompts(4), CONFIG, SAMPLING, rollouts=FakeRollouts(), scoring=Scorers(), reference=reference, gold="truth"
+        prompts(4),
+        CONFIG,
+        SAMPLING,
+        rollouts=FakeRollouts(),
+        scoring=Scorers(),
+        solved_by=EXACT,
+        reference=reference,
+        gold="truth",
     )
     assert found.metrics == {
         "eval/reward": 0.5,
@@ -91,7 +103,7 @@ def test_without_answers_a_gold_reward_and_kl_take_the_place_of_accuracy() -> No
 
 def test_accuracy_stays_where_a_prompt_has_an_answer() -> None:
     questions = [replace(prompts(1)[0], answer="cba"), *prompts(4)[1:]]
-    found = evaluate(questions, CONFIG, SAMPLING, rollouts=FakeRollouts(), scoring=Scorers(), gold="truth").metrics
+    found = evaluate(questions, CONFIG, SAMPLING, rollouts=FakeRollouts(), **BY_RULE, gold="truth").metrics
     assert found["eval/greedy_accuracy"] == 1.0 and found["eval/gold"] == -2.0
     assert "eval/kl" not in found
 
@@ -104,6 +116,7 @@ def test_greedy_responses_stand_in_where_none_is_sampled() -> None:
         SAMPLING,
         rollouts=FakeRollouts(),
         scoring=Scorers(),
+        solved_by=EXACT,
         reference=reference,
         gold="truth",
     )
@@ -111,3 +124,17 @@ def test_greedy_responses_stand_in_where_none_is_sampled() -> None:
     assert found.metrics["eval/gold"] == -1.0 and found.metrics["eval/gold_std"] == 0.0
     assert "eval/kl" not in found.metrics and reference.temperatures == set()
     assert found.answers == ("abc", "abc")
+
+
+def test_accuracy_is_of_the_rewards_that_say_what_is_right() -> None:
+    def accuracy(solved_by: dict[str, float]) -> float | None:
+        every = evaluate(
+            prompts(4), CONFIG, SAMPLING, rollouts=FakeRollouts(), scoring=Scorers(), solved_by=solved_by
+        ).metrics
+        assert ("eval/greedy_accuracy" in every) == ("eval/pass_at_2" in every) == ("eval/sampled_accuracy" in every)
+        return every.get("eval/greedy_accuracy")
+
+    assert accuracy({"truth": 1.0}) == 0.0  # the total of 1 is not what counts
+    assert accuracy({"truth": -1.0}) == 1.0
+    assert accuracy({"exact": 0.5}) == 0.0
+    assert accuracy({}) is None
