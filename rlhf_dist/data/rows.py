@@ -10,6 +10,17 @@ from rlhf_dist.errors import DataError
 from rlhf_dist.types import Message
 
 ROLES = ("system", "user", "assistant")
+REASONING = "write the reasoning into content, as the model is to write it (<think>...</think> before the answer)"
+TOOLS = "tool calls are not supported: write the call into content as the model is to write it, or take the row out"
+WEIGHT = "sft learns the closing assistant turn of a row and nothing else: split the row, or take the key out"
+MORE_KEYS = {
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thought"), REASONING),
+    **dict.fromkeys(("tool_calls", "tool_call_id", "function_call", "tools"), TOOLS),
+    **dict.fromkeys(("weight", "train", "loss", "mask"), WEIGHT),
+    **dict.fromkeys(("audio", "images", "image", "video"), "only text is supported; take the row out"),
+    "name": "write the name into content, or take the key out",
+}
+"""Key of a turn that is rejected -> the way out."""
 FINAL = "####"
 """GSM8K writes the final answer of a worked solution after this mark."""
 GSM8K_COLUMNS = "data.source=gsm8k wants question and answer; data.source=jsonl lets you name the columns"
@@ -122,10 +133,29 @@ def behind_system(row: Row, key: str, messages: tuple[Message, ...], system: str
 def _message(row: Row, name: str, item: object) -> Message:
     if not isinstance(item, dict) or not {"role", "content"} <= item.keys():
         raise DataError(f"{row.place}: {name} is {shown(item)}; it has to be an object with role and content")
+    _require_no_more(row, name, item)
     role = item["role"]
     if role not in ROLES:
         raise DataError(f"{row.place}: {name} has the role {shown(role)}; it has to be one of {', '.join(ROLES)}")
-    return Message(role, checked_text(row, f"the content of {name}", item["content"]))
+    content = item["content"]
+    if isinstance(content, list):
+        raise DataError(
+            f"{row.place}: the content of {name} is a list of parts, {shown(content)}; it has to be one text: join the "
+            "text of its parts (images and audio are not supported)"
+        )
+    return Message(role, checked_text(row, f"the content of {name}", content))
+
+
+def _require_no_more(row: Row, name: str, item: dict[str, object]) -> None:
+    """A turn is its role and its content: whatever else it holds would be lost. Raises DataError."""
+    # Tables store an absent value as null, and an absent list as an empty one.
+    more = [key for key, value in item.items() if key not in ("role", "content") and value not in (None, "", [], {})]
+    if more:
+        way = MORE_KEYS.get(more[0], "take the key out")
+        raise DataError(
+            f"{row.place}: {name} has {', '.join(map(repr, more))} beside role and content, which would not be used; "
+            f"{way}"
+        )
 
 
 def text_field(row: Row, key: str, beside: str = "", hint: str = "") -> str:

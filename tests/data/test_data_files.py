@@ -97,7 +97,11 @@ def test_a_byte_order_mark_and_odd_line_ends_are_text(tmp_path):
             {"messages": [{"role": "human", "content": "a"}]},
             r"messages\[0\] has the role 'human'.*system, user, assistant",
         ),
-        ({"messages": [{"role": "user", "content": [1]}]}, r"the content of messages\[0\] is \[1\] \(list\)"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+            r"the content of messages\[0\] is a list of parts, .* it has to be one text: join the text",
+        ),
+        ({"messages": [{"role": "user", "content": {"text": "a"}}]}, r"the content of messages\[0\] is .* \(dict\)"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "ends with a turn of 'assistant'.*user turn"),
     ],
 )
