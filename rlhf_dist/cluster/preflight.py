@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from rlhf_dist.cluster import learner_hosts as hosts
 from rlhf_dist.cluster.address import check_cluster, joins_cluster
@@ -15,6 +15,7 @@ from rlhf_dist.cluster.sources import check_critic, check_reference, preflight_r
 from rlhf_dist.config.schema import ClusterConfig, Config
 from rlhf_dist.data.demonstrations import demonstrations, held_out_demonstrations, ptx_demonstrations
 from rlhf_dist.data.judgements import held_out_judgements, judgements
+from rlhf_dist.errors import ModelError
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.shared_memory import require_room
 
@@ -57,14 +58,17 @@ def read_data(config: Config, command: Command) -> None:
 def require_shared_memory(source: str, config: Config) -> None:
     """Refuse to start where a push of the weights in the directory `source` would find no room on this machine.
 
-    Raises `ResourceError`.
+    Raises `ResourceError`, or `ModelError` for a file that is damaged.
     """
     if joins_cluster(config.cluster):
         return  # the run may be on another node
     stored: dict[str, tuple[int, ...]] = {}
     for file in Path(source).glob("model*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            stored |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as weights:
+                stored |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: is damaged or truncated: {error}; download or copy it again") from None
     dtype = config.model.dtype
     require_room(make_plan(((name, shape, dtype) for name, shape in stored.items()), bucket_bytes=1).nbytes)
 

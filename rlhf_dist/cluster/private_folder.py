@@ -81,7 +81,7 @@ def unfit_for_ray(folder: Path, environment: Mapping[str, str]) -> str:
     if length > FOLDER_LIMIT:
         return f"too long for Ray's sockets ({length} bytes, the limit is {FOLDER_LIMIT})"
     if not str(folder).isascii() or any(c.isspace() for c in str(folder)):
-        return "Ray needs a path of ASCII characters without spaces"
+        return "Ray and compilers need a path of ASCII characters without spaces"
     virtual = environment.get("VIRTUAL_ENV")
     if virtual and folder.resolve().is_relative_to(Path(virtual).resolve()):
         return "inside the virtual environment, which Ray does not accept"

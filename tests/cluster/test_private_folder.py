@@ -57,8 +57,8 @@ def test_a_relative_folder_is_one_of_the_working_directory(short: Path, monkeypa
     [
         ("x" * 90, r"too long for Ray's sockets \(\d+ bytes, the limit is \d+\)"),
         ("é" * 10, r"too long for Ray's sockets \(\d+ bytes"),
-        ("a b", "Ray needs a path of ASCII characters without spaces"),
-        ("é", "Ray needs a path of ASCII characters without spaces"),
+        ("a b", "Ray and compilers need a path of ASCII characters without spaces"),
+        ("é", "Ray and compilers need a path of ASCII characters without spaces"),
         ("venv/tmp", "inside the virtual environment"),
     ],
 )
