@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_dist.config.load import from_yaml
 from rlhf_dist.config.schema import Config, DataConfig, PreferencesConfig, TinyConfig
-from rlhf_dist.data.files import Row, read_rows
+from rlhf_dist.data.files import read_rows
 from rlhf_dist.data.judgement_rows import Comparison, NoJudgement, judgement
+from rlhf_dist.data.records import Row
 from rlhf_dist.errors import DataError
 
 if TYPE_CHECKING:

@@ -117,6 +117,8 @@ def bad_reward(body: str, timeout_s: float = 5.0) -> Callable[[Path], object]:
         bad_data('{"question": "a", "answer": "b"}\n'),
         bad_data('{"prompt": " ", "answer": "b"}\n'),
         bad_data('{"prompt": "a"}\n'),
+        bad_data('{"prompt": "a", "answer": NaN}\n'),
+        bad_data('[{"prompt": "a", "answer": "b"}]'),
         bad_data('{"prompt": "a", "answer": "b"}\n' * 3, held_back=Config().eval.prompts),
         bad_reward("1 / 0"),
         bad_reward("return [1.0]"),

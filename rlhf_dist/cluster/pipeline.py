@@ -15,6 +15,7 @@ from typing import Any
 from rlhf_dist.cluster import build, preflight
 from rlhf_dist.cluster.address import joins_cluster
 from rlhf_dist.cluster.placement import local_machine, place
+from rlhf_dist.cluster.row_checks import check_tokens, read_data
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import model_source, preflight_rewards
 from rlhf_dist.config.pipeline_checks import Stage, StageCommand, named
@@ -73,7 +74,9 @@ def check_before_start(stage: Stage) -> None:
             preflight_rewards(replace(config, scoring=replace(config.scoring, rewards=known)))
     if "model.path" not in stage.wired:
         model_source(config, None, stage.command)
-    preflight.read_data(config, stage.command)
+    texts = read_data(config, stage.command)
+    if "model.path" not in stage.wired:
+        check_tokens(config, texts)
 
 
 def bring_to_end(

@@ -11,10 +11,9 @@ from rlhf_dist.cluster import learner_hosts as hosts
 from rlhf_dist.cluster.address import check_cluster, joins_cluster
 from rlhf_dist.cluster.placement import Command, local_machine, place
 from rlhf_dist.cluster.private_folder import temporary_parent
+from rlhf_dist.cluster.row_checks import check_tokens, read_data
 from rlhf_dist.cluster.sources import check_critic, check_reference, preflight_rewards
 from rlhf_dist.config.schema import ClusterConfig, Config
-from rlhf_dist.data.demonstrations import demonstrations, held_out_demonstrations, ptx_demonstrations
-from rlhf_dist.data.judgements import held_out_judgements, judgements
 from rlhf_dist.errors import ModelError
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.shared_memory import require_room
@@ -30,7 +29,7 @@ def check_before_start(config: Config, command: Command) -> None:
         check_reference(config)
     if command == "train":
         check_critic(config)
-    read_data(config, command)
+    check_tokens(config, read_data(config, command))
 
 
 def check_session(config: ClusterConfig) -> None:
@@ -40,19 +39,6 @@ def check_session(config: ClusterConfig) -> None:
         check_cluster(config)
     else:
         temporary_parent(os.environ)
-
-
-def read_data(config: Config, command: Command) -> None:
-    """Read what the processes of `command` will read, so that a bad row is told before any of them starts."""
-    held_back = config.eval.prompts
-    if command == "sft":
-        demonstrations(config.data, config.sft, config.seed, held_back)
-        held_out_demonstrations(config.data, config.sft, held_back)
-    if command == "reward":
-        judgements(config.preferences, config.data, config.seed, config.preferences.unusable)
-        held_out_judgements(config.preferences, config.data, config.preferences.unusable)
-    if command == "train" and config.ptx.coef:
-        ptx_demonstrations(config.data, config.ptx, config.seed, held_back)
 
 
 def require_shared_memory(source: str, config: Config) -> None:

@@ -19,6 +19,8 @@ from rlhf_dist.config.schema import Config
 from rlhf_dist.data.describe import best_accuracy
 from rlhf_dist.data.judgement_rows import Comparison
 from rlhf_dist.data.judgements import Judgements, held_out_judgements, judgements
+from rlhf_dist.data.records import LISTED, together
+from rlhf_dist.data.token_checks import told_apart
 from rlhf_dist.learner.model_engine import checkpoint_files
 from rlhf_dist.learner.preference import HeldOutScores
 from rlhf_dist.loop.reward import Outcome, RewardRun, read_state
@@ -73,14 +75,15 @@ class RewardHost(LearnerHost):
         from rlhf_dist.learner.preference import PreferenceLearner
         from rlhf_dist.models.hf import load_tokenizer
 
-        config = self._spec.config
-        train, held_out = load_judgements(config)
+        config, tokenizer = self._spec.config, load_tokenizer(Path(self._spec.source))
+        # Where such rows are refused, the command has found none: the ranks need not look again.
+        train, held_out = load_judgements(config, tokenizer if config.preferences.unusable == "drop" else None)
         return PreferenceLearner(
             self._engine,
             config.reward,
             train,
             held_out,
-            load_tokenizer(Path(self._spec.source)),
+            tokenizer,
             chat=config.data.chat,
             max_tokens=config.preferences.max_tokens,
             seed=config.seed,
@@ -111,8 +114,7 @@ def reward(config: Config, resume: bool) -> None:
     if resume and at_its_end(config):
         return
     check_before_start(config, "reward")
-    train, held_out = load_judgements(config)
-    check_start(config)
+    train, held_out = load_judgements(config, check_start(config))
     best = best_accuracy([j for j in held_out if isinstance(j, Comparison)]) if from_task(config) else None
     started = time.monotonic()
     with opened(config, "reward", resume) as (run, telemetry, progress):
@@ -162,12 +164,23 @@ def at_its_end(config: Config) -> bool:
     return ended
 
 
-def load_judgements(config: Config) -> tuple[Judgements, Judgements]:
-    """(training, held-out) judgements. Raises DataError, ConfigError."""
-    return (
-        judgements(config.preferences, config.data, config.seed, config.preferences.unusable),
-        held_out_judgements(config.preferences, config.data, config.preferences.unusable),
+def load_judgements(config: Config, tokenizer: Any | None) -> tuple[Judgements, Judgements]:
+    """(training, held-out) judgements that the model can tell apart by their tokens. Raises DataError, ConfigError.
+
+    Without a `tokenizer` nothing is compared.
+    """
+    preferences, unusable = config.preferences, config.preferences.unusable
+
+    def usable(found: Judgements) -> Judgements:
+        return told_apart(found, tokenizer, unusable) if tokenizer is not None else found
+
+    train, held_out = together(
+        (
+            lambda: usable(judgements(preferences, config.data, config.seed, unusable)),
+            lambda: usable(held_out_judgements(preferences, config.data, unusable)),
+        )
     )
+    return train, held_out
 
 
 def from_task(config: Config) -> bool:
@@ -175,15 +188,16 @@ def from_task(config: Config) -> bool:
     return config.preferences.source == "task"
 
 
-def check_start(config: Config) -> None:
-    """Refuse a start that no reward model can be made of. Raises ModelError."""
-    from rlhf_dist.models.hf import resolve
+def check_start(config: Config) -> Any:
+    """Refuse a start that no reward model can be made of; returns its tokenizer. Raises ModelError."""
+    from rlhf_dist.models.hf import load_tokenizer, resolve
     from rlhf_dist.models.scalar import inspect_scalar, require_lm_head
 
     source = resolve(config.model, Path(config.output).absolute() / ".models")
     inspect_scalar(source.path, config.preferences.max_tokens)
     if config.reward.lm_coef > 0:
         require_lm_head(source.path)
+    return load_tokenizer(Path(source.path))
 
 
 def needed_files(config: Config) -> list[str]:
@@ -194,9 +208,11 @@ def needed_files(config: Config) -> list[str]:
 
 
 def dropped_text(train: Judgements, held_out: Judgements) -> str:
-    """How many rows of the files say nothing, and why the first does."""
-    reasons = [*train.dropped, *held_out.dropped]
-    return f"{len(reasons)} row(s) of the preference data left out; the first: {reasons[0]}"
+    """How many rows of the files say nothing, and why the first few do."""
+    # Of battles, both parts know of the whole file's.
+    reasons = list(dict.fromkeys((*train.dropped, *held_out.dropped)))
+    more = f" (and {len(reasons) - LISTED} more)" if len(reasons) > LISTED else ""
+    return f"{len(reasons)} row(s) of the preference data left out: {' | '.join(reasons[:LISTED])}{more}"
 
 
 def plain(results: dict[str, float]) -> dict[str, float]:

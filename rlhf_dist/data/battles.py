@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from rlhf_dist.algo.preference import elo_ratings, elo_to_score
 from rlhf_dist.config.schema import DataConfig, PreferencesConfig
-from rlhf_dist.data.files import Row, shown
 from rlhf_dist.data.judgement_rows import Rating, column, prompt, responses
+from rlhf_dist.data.records import Row, shown
 from rlhf_dist.errors import DataError
 from rlhf_dist.types import Message
 

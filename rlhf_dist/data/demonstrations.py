@@ -11,6 +11,7 @@ from typing import overload
 from rlhf_dist.config.schema import DataConfig, PtxConfig, SftConfig, TaskConfig
 from rlhf_dist.data.describe import draw_response
 from rlhf_dist.data.files import held_out_rows, read_rows, training_rows
+from rlhf_dist.data.records import Row, parsed
 from rlhf_dist.data.rows import Demonstration, ask, demonstration, plain_text
 from rlhf_dist.data.stream import EVAL_SEED
 from rlhf_dist.data.tasks import Split, check_task, example
@@ -66,7 +67,7 @@ def demonstrations(config: DataConfig, sft: SftConfig, seed: int, held_out: int)
         size = config.task.train_size
         return TaskDemonstrations(config.task, seed, "train", size, sft.wrong_share, config.system)
     parse = plain_text if sft.objective == "text" else demonstration
-    return [parse(row, config) for row in training_rows(config, held_out)]
+    return parsed(training_rows(config, held_out), lambda row: parse(row, config))
 
 
 def held_out_demonstrations(config: DataConfig, sft: SftConfig, n: int) -> Demonstrations:
@@ -75,7 +76,7 @@ def held_out_demonstrations(config: DataConfig, sft: SftConfig, n: int) -> Demon
     if config.source == "task":
         return TaskDemonstrations(config.task, EVAL_SEED, "eval", n, 0.0, config.system)
     parse = plain_text if sft.objective == "text" else demonstration
-    return [parse(row, config) for row in held_out_rows(config, n)]
+    return parsed(held_out_rows(config, n), lambda row: parse(row, config))
 
 
 def ptx_demonstrations(data: DataConfig, ptx: PtxConfig, seed: int, held_out: int) -> Demonstrations:
@@ -88,12 +89,12 @@ def ptx_demonstrations(data: DataConfig, ptx: PtxConfig, seed: int, held_out: in
     if ptx.source == "task":
         check_task(data.task)
         return TaskDemonstrations(data.task, seed, "train", data.task.train_size, 0.0, data.system)
-    rows = read_rows(ptx.source, ptx.path, "ptx.path")
+    rows: Sequence[Row] = read_rows(ptx.source, ptx.path, "ptx.path")
     if data.source == ptx.source and not data.eval_path and Path(data.path).resolve() == Path(ptx.path).resolve():
         rows = training_rows(data, held_out)
     parse = plain_text if ptx.objective == "text" else demonstration
     columns = replace(data, source=ptx.source)
-    return [parse(row, columns) for row in rows]
+    return parsed(rows, lambda row: parse(row, columns))
 
 
 def _check(config: DataConfig, sft: SftConfig) -> None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import combinations
 from typing import Literal, NoReturn
 
 from rlhf_dist.config.schema import DataConfig, PreferencesConfig
-from rlhf_dist.data.files import Row, shown
-from rlhf_dist.data.rows import ask, behind_system, checked_text, conversation, field, text_field
+from rlhf_dist.data.records import Row, shown
+from rlhf_dist.data.rows import ask, behind_system, checked_text, conversation, text_field, value_of
 from rlhf_dist.errors import DataError
 from rlhf_dist.types import Message
 
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 """Who speaks after a mark in a conversation that is one text, as HH-RLHF has it."""
+LINE_END = re.compile(r"\r\n?")
+"""Of Windows and of old Macs; a transcript's are read as LF."""
 MARK = re.compile(rf"(?:\A\s*|\n\n)({'|'.join(SPEAKERS)}):")
+LARGEST_MARGIN = 1e30
+"""The sum of a batch's losses stays within float32."""
 THUMBS = {"up": 1.0, "down": 0.0}
 SIDES = ("chosen_key", "rejected_key")
 """Of `preferences`: they name the columns of the two sides."""
@@ -128,7 +133,7 @@ def responses(row: Row, key: str) -> tuple[str, ...]:
 
 def column(row: Row, key: str, setting: str) -> object:
     """What is in the column `key`, which `preferences.SETTING` names. Raises DataError when there is nothing."""
-    return field(row, key, hint=_named_by(setting))
+    return value_of(row, key, hint=_named_by(setting))
 
 
 def _named_by(setting: str) -> str:
@@ -205,7 +210,7 @@ def _marked_turns(row: Row, key: str, text: str) -> tuple[Message, ...]:
     A mark begins a turn when the other one spoke before. Within a speaker's own turn it is part of the text: a few
     real responses hold one.
     """
-    before, *pieces = MARK.split(text)
+    before, *pieces = MARK.split(LINE_END.sub("\n", text.removeprefix("\ufeff")))
     if before.strip() or not pieces:
         raise DataError(
             f"{row.place}: {key!r} begins with {shown(text[:40])}; a conversation has to begin with 'Human:', with "
@@ -251,6 +256,11 @@ def _margin(row: Row, preferences: PreferencesConfig) -> float:
     margin = _number(row, repr(key), column(row, key, "margin_key"))
     if margin < 0:
         raise DataError(f"{row.place}: {key!r} is {margin:g}; a margin has to be 0 or more")
+    if margin > LARGEST_MARGIN:
+        raise DataError(
+            f"{row.place}: {key!r} is {margin:g}; a margin, in the unit of scores, has to be at most "
+            f"{LARGEST_MARGIN:g}, so that losses stay within float32"
+        )
     return margin
 
 
@@ -276,7 +286,7 @@ def _thumbs(row: Row, key: str) -> float:
 
 
 def _number(row: Row, name: str, value: object) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         try:
             number = float(value)
         except OverflowError:  # JSON sets whole numbers no limit

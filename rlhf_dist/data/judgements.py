@@ -11,7 +11,7 @@ from typing import Literal, TypeVar, overload
 from rlhf_dist.config.schema import DataConfig, PreferencesConfig
 from rlhf_dist.data.battles import battle, elo_judgements
 from rlhf_dist.data.describe import draw_order, draw_response, draw_writer
-from rlhf_dist.data.files import Row, check_enough, read_rows
+from rlhf_dist.data.files import check_enough, read_rows
 from rlhf_dist.data.judgement_rows import (
     Comparison as Comparison,
     Judgement as Judgement,
@@ -20,6 +20,7 @@ from rlhf_dist.data.judgement_rows import (
     Rating as Rating,
     judgement,
 )
+from rlhf_dist.data.records import Row, listed
 from rlhf_dist.data.rows import ask
 from rlhf_dist.data.stream import EVAL_SEED
 from rlhf_dist.data.tasks import Split, check_task, example
@@ -28,6 +29,8 @@ from rlhf_dist.errors import ConfigError, DataError
 Item = TypeVar("Item")
 Part = Literal["whole", "train", "held_out"]
 Unusable = Literal["refuse", "drop"]
+WAY_OUT = "take the row out, or set preferences.unusable=drop"
+"""For rows that nothing can be learnt from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,16 +160,21 @@ def _read(
 def _parsed(
     rows: Sequence[Row], parse: Callable[[Row], Item], unusable: Unusable
 ) -> tuple[list[Item], tuple[str, ...]]:
-    """What the rows say, and why some say nothing."""
+    """What the rows say, and why some say nothing. Raises one DataError for all that are wrong."""
     items: list[Item] = []
     dropped: list[str] = []
+    wrong: list[str] = []
     for row in rows:
         try:
             items.append(parse(row))
         except NoJudgement as error:
-            if unusable == "refuse":
-                raise DataError(f"{error}; take the row out, or set preferences.unusable=drop") from error
             dropped.append(str(error))
+        except DataError as error:
+            wrong.append(str(error))
+    if unusable == "refuse" and dropped:
+        raise DataError(listed([*wrong, *dropped], len(rows), WAY_OUT if not wrong else ""))
+    if wrong:
+        raise DataError(listed(wrong, len(rows)))
     return items, tuple(dropped)
 
 

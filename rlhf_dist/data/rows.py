@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from rlhf_dist.config.schema import DataConfig
-from rlhf_dist.data.files import Row, shown
+from rlhf_dist.data.answers import number_text
+from rlhf_dist.data.records import Row, shown
 from rlhf_dist.errors import DataError
 from rlhf_dist.types import Message
 
@@ -44,6 +46,8 @@ class Demonstration:
     """Ends with a user turn; empty for plain text."""
     response: str
     """The text to learn; never empty."""
+    place: str = field(default="", compare=False)
+    """Where it came from, for messages; empty for a built-in task's."""
 
 
 def ask(text: str, system: str) -> tuple[Message, ...]:
@@ -70,12 +74,12 @@ def demonstration(row: Row, config: DataConfig) -> Demonstration:
     if config.source == "gsm8k":
         _final_answer(row)  # a worked answer without its final line is a broken row
         asked = ask(text_field(row, "question", hint=GSM8K_COLUMNS), config.system)
-        return Demonstration(asked, text_field(row, "answer", hint=GSM8K_COLUMNS))
+        return Demonstration(asked, text_field(row, "answer", hint=GSM8K_COLUMNS), row.place)
     if not _has_messages(row, config):
-        return Demonstration(_prompt(row, config), _response(row, config))
+        return Demonstration(_prompt(row, config), _response(row, config), row.place)
     messages = _conversation(row, config)
     if messages[-1].role == "user":
-        return Demonstration(messages, _response(row, config))
+        return Demonstration(messages, _response(row, config), row.place)
     before = messages[:-1]
     if messages[-1].role != "assistant" or not before or before[-1].role != "user":
         raise DataError(
@@ -87,12 +91,12 @@ def demonstration(row: Row, config: DataConfig) -> Demonstration:
             f"{row.place}: has both a closing assistant turn in {config.messages_key!r} and "
             f"{config.response_key!r}; keep one of them"
         )
-    return Demonstration(before, messages[-1].content)
+    return Demonstration(before, messages[-1].content, row.place)
 
 
 def plain_text(row: Row, config: DataConfig) -> Demonstration:
     """The text in `response_key`, without a prompt. Raises DataError."""
-    return Demonstration((), _response(row, config))
+    return Demonstration((), _response(row, config), row.place)
 
 
 def _has_messages(row: Row, config: DataConfig) -> bool:
@@ -163,10 +167,10 @@ def text_field(row: Row, key: str, beside: str = "", hint: str = "") -> str:
 
     `beside`: the column that could have stood in its place; `hint`: the config key that names it, and the way out.
     """
-    return checked_text(row, repr(key), field(row, key, beside, hint))
+    return checked_text(row, repr(key), value_of(row, key, beside, hint))
 
 
-def field(row: Row, key: str, beside: str = "", hint: str = "") -> object:
+def value_of(row: Row, key: str, beside: str = "", hint: str = "") -> object:
     """What is in a column. Raises DataError when there is nothing; `beside` and `hint` as for `text_field`."""
     value = row.fields.get(key)
     if value is None:
@@ -178,6 +182,8 @@ def field(row: Row, key: str, beside: str = "", hint: str = "") -> object:
 
 def checked_text(row: Row, name: str, value: object) -> str:
     """`value`, when it is text that is not empty and can be encoded; `name` says what it is. Raises DataError."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{row.place}: {name} is {value}, as tables have it for a missing value; it has to be text")
     if not isinstance(value, str):
         raise DataError(f"{row.place}: {name} is {shown(value)} ({type(value).__name__}); it has to be text")
     if not value.strip():
@@ -194,11 +200,9 @@ def _answer(row: Row, config: DataConfig) -> str:
     key = config.answer_key
     if not key:
         return ""
-    value = row.fields.get(key)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
     try:
-        return text_field(row, key)
+        number = number_text(row, key)
+        return text_field(row, key) if number is None else number
     except DataError as error:
         raise DataError(f"{error} (data.answer_key; set it empty when the data has no answers)") from error
 

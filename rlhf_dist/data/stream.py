@@ -11,6 +11,7 @@ from typing import Protocol
 from rlhf_dist.config.schema import DataConfig, TaskConfig
 from rlhf_dist.data.files import held_out_rows, training_rows
 from rlhf_dist.data.order import epoch_order
+from rlhf_dist.data.records import parsed
 from rlhf_dist.data.rows import Question, ask, question
 from rlhf_dist.data.tasks import Split, check_task, example
 from rlhf_dist.errors import ConfigError
@@ -143,7 +144,7 @@ def held_out(config: DataConfig, n: int) -> list[Prompt]:
     if config.source == "task":
         questions: Questions = TaskQuestions(config.task, EVAL_SEED, "eval", n, config.system)
     else:
-        questions = FileQuestions(tuple(question(row, config) for row in held_out_rows(config, n)))
+        questions = FileQuestions(tuple(parsed(held_out_rows(config, n), lambda row: question(row, config))))
     source = _source_name(config, config.eval_path or config.path)
     return [_prompt(f"eval/{i}", questions[i], source) for i in range(n)]
 
@@ -156,7 +157,7 @@ def _training_questions(config: DataConfig, seed: int, held_out: int) -> Questio
     if config.source == "task":
         check_task(config.task)
         return TaskQuestions(config.task, seed, "train", config.task.train_size, config.system)
-    return FileQuestions(tuple(question(row, config) for row in training_rows(config, held_out)))
+    return FileQuestions(tuple(parsed(training_rows(config, held_out), lambda row: question(row, config))))
 
 
 def _prompt(uid: str, asked: Question, source: str) -> Prompt:

@@ -1,0 +1,85 @@
+"""Rows of data files against what a run makes of them, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from rlhf_dist.cluster.placement import Command
+from rlhf_dist.cluster.sources import model_path
+from rlhf_dist.config.schema import Config
+from rlhf_dist.data.answers import ambiguous_whole
+from rlhf_dist.data.demonstrations import (
+    TaskDemonstrations,
+    demonstrations,
+    held_out_demonstrations,
+    ptx_demonstrations,
+)
+from rlhf_dist.data.files import held_out_rows, used_rows
+from rlhf_dist.data.judgements import held_out_judgements, judgements
+from rlhf_dist.data.records import Row, parsed, together
+from rlhf_dist.data.rows import question
+from rlhf_dist.data.token_checks import PlacedText, require_tokens, texts_of_demonstrations
+from rlhf_dist.errors import DataError
+
+
+def read_data(config: Config, command: Command) -> list[PlacedText]:
+    """Read what the processes of `command` will read, so that bad rows are told before any of them starts.
+
+    Returns the texts of files that need a token (`check_tokens`). Raises one DataError for all bad rows.
+    """
+    held_back = config.eval.prompts
+    reads: list[Callable[[], Sequence[PlacedText]]] = []
+    if command in ("train", "eval") and config.data.source != "task":
+        reads.append(partial(_prompts, config, command))
+    if command == "sft":
+        reads.append(lambda: _texts(demonstrations(config.data, config.sft, config.seed, held_back)))
+        reads.append(lambda: _texts(held_out_demonstrations(config.data, config.sft, held_back)))
+    if command == "reward":
+        unusable = config.preferences.unusable
+        reads.append(lambda: judgements(config.preferences, config.data, config.seed, unusable) and [])
+        reads.append(lambda: held_out_judgements(config.preferences, config.data, unusable) and [])
+    if command == "train" and config.ptx.coef:
+        reads.append(lambda: _texts(ptx_demonstrations(config.data, config.ptx, config.seed, held_back)))
+    return [text for texts in together(reads) for text in texts]
+
+
+def check_tokens(config: Config, texts: Sequence[PlacedText]) -> None:
+    """Refuse texts that the policy's tokenizer makes no token of. Raises DataError, and ModelError for the model."""
+    if not texts:
+        return
+    from rlhf_dist.models.hf import load_tokenizer
+
+    path = model_path(config, config.model.path, "model.path")
+    require_tokens(texts, load_tokenizer(path), config.model.path)
+
+
+def _prompts(config: Config, command: Command) -> list[PlacedText]:
+    held_back = config.eval.prompts
+    rows = used_rows(config.data, held_back) if command == "train" else held_out_rows(config.data, held_back)
+    return parsed(rows, lambda row: _prompt(row, config))
+
+
+def _prompt(row: Row, config: Config) -> PlacedText:
+    """The question of a row. Raises DataError for one that cannot be used, or an answer that a reward cannot read."""
+    from rlhf_dist.scoring.answers import unreadable_answer
+
+    asked, key = question(row, config.data), config.data.answer_key
+    for name, spec in config.scoring.rewards.items():
+        reason = unreadable_answer(spec.kind, asked.answer)
+        if reason:
+            raise DataError(
+                f"{row.place}: the answer {asked.answer!r} cannot be compared with by the reward {name} of kind "
+                f"{spec.kind}: {reason}"
+            )
+        if spec.kind == "exact" and config.data.source != "gsm8k" and ambiguous_whole(row, key):
+            raise DataError(
+                f"{row.place}: {key!r} is {asked.answer} in a column that holds fractions too, and the reward {name} "
+                "of kind exact compares text: write the answers as text, or use kind number"
+            )
+    return PlacedText(row.place, "the prompt", asked.messages[-1].content)
+
+
+def _texts(demos: object) -> list[PlacedText]:
+    """Texts of files; a built-in task's are made by the thousand, of characters that every tokenizer knows."""
+    return [] if isinstance(demos, TaskDemonstrations) else texts_of_demonstrations(demos)  # type: ignore[arg-type]

@@ -1,0 +1,111 @@
+"""Texts that say nothing to a model: without a token, or with the same tokens as the other side of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, combinations, pairwise
+from typing import TYPE_CHECKING
+
+from rlhf_dist.data.judgement_rows import Comparison, Judgement
+from rlhf_dist.data.judgements import WAY_OUT, FileJudgements, Judgements, Unusable
+from rlhf_dist.data.records import listed, shown
+from rlhf_dist.data.rows import Demonstration
+from rlhf_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK = 1000
+"""Texts tokenised by one call."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedText:
+    """A text of a row that a model has to read."""
+
+    place: str
+    """File and line, for messages."""
+    what: str
+    """`the prompt` or `the response`."""
+    text: str
+
+
+def texts_of_demonstrations(demos: Iterable[Demonstration]) -> list[PlacedText]:
+    """What a model has to read of demonstrations of files."""
+    found = []
+    for demo in demos:
+        if demo.messages:
+            found.append(PlacedText(demo.place, "the prompt", demo.messages[-1].content))
+        found.append(PlacedText(demo.place, "the response", demo.response))
+    return found
+
+
+def require_tokens(texts: Sequence[PlacedText], tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    """Refuse texts that the tokenizer of `model` makes no token of: all of them in one DataError."""
+    problems = [
+        f"{one.place}: {one.what}, {shown(one.text)}, has no token: the tokenizer of {model} leaves all of it out"
+        for one in _without_tokens(texts, tokenizer)
+    ]
+    if problems:
+        raise DataError(listed(problems, len({one.place for one in texts}), "take the rows out, or use another model"))
+
+
+def _without_tokens(texts: Sequence[PlacedText], tokenizer: PreTrainedTokenizerBase) -> list[PlacedText]:
+    characters: set[str] = set()
+    for one in texts:
+        characters.update(one.text)
+    alphabet = sorted(characters)
+    # Texts by the million would take minutes; their alphabet is a few thousand characters, mostly none of them unknown.
+    unknown = {c for c, ids in zip(alphabet, _encoded(alphabet, tokenizer), strict=True) if not ids}
+    candidates = [one for one in texts if unknown.issuperset(one.text)] if unknown else []
+    encoded = _encoded([one.text for one in candidates], tokenizer)
+    return [one for one, ids in zip(candidates, encoded, strict=True) if not ids]
+
+
+def told_apart(judgements: Judgements, tokenizer: PreTrainedTokenizerBase, unusable: Unusable) -> Judgements:
+    """The judgements without those from whose tokens nothing can be learnt, which are added to `dropped`.
+
+    Raises DataError, listing them, where `unusable` is refuse, or where nothing is left.
+    """
+    if not isinstance(judgements, FileJudgements) or not judgements.items:
+        return judgements
+    sides = [j.responses if isinstance(j, Comparison) else (j.response,) for j in judgements.items]
+    encoded = _encoded([text for texts in sides for text in texts], tokenizer)
+    starts = [0, *accumulate(map(len, sides))]
+    reasons = [
+        _reason(judgement, encoded[start:end])
+        for judgement, (start, end) in zip(judgements.items, pairwise(starts), strict=True)
+    ]
+    found = [reason for reason in reasons if reason]
+    if not found:
+        return judgements
+    if unusable == "refuse":
+        raise DataError(listed(found, len(judgements), WAY_OUT))
+    kept = [judgement for judgement, reason in zip(judgements.items, reasons, strict=True) if not reason]
+    if not kept:
+        raise DataError(listed(found, len(judgements), "no row is left to learn from"))
+    return FileJudgements(kept, (*judgements.dropped, *found))
+
+
+def _reason(judgement: Judgement, encoded: Sequence[Sequence[int]]) -> str:
+    texts = judgement.responses if isinstance(judgement, Comparison) else (judgement.response,)
+    for text, ids in zip(texts, encoded, strict=True):
+        if not ids:
+            return f"{judgement.place}: the response {shown(text)} has no token: the tokenizer leaves all of it out"
+    for (one, mine), (other, theirs) in combinations(zip(texts, encoded, strict=True), 2):
+        if mine == theirs:
+            return (
+                f"{judgement.place}: the responses {shown(one)} and {shown(other)} differ as text, and are the same "
+                "tokens to the model"
+            )
+    return ""
+
+
+def _encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    encoded: list[list[int]] = []
+    for start in range(0, len(texts), CHUNK):
+        chunk = list(texts[start : start + CHUNK])
+        # verbose: a text longer than the model's positions is dropped and counted later; no warning of the library's.
+        encoded += tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+    return encoded
