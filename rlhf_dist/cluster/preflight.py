@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from rlhf_dist.cluster import learner_hosts as hosts
-from rlhf_dist.cluster.address import check_cluster, joins_cluster
+from rlhf_dist.cluster.address import joins_cluster
 from rlhf_dist.cluster.placement import Command, local_machine, place
-from rlhf_dist.cluster.private_folder import temporary_parent
 from rlhf_dist.cluster.row_checks import check_tokens, read_data
 from rlhf_dist.cluster.sources import check_critic, check_reference, preflight_rewards
-from rlhf_dist.config.schema import ClusterConfig, Config
+from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ModelError
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.shared_memory import require_room
@@ -21,7 +19,6 @@ from rlhf_dist.weights.shared_memory import require_room
 
 def check_before_start(config: Config, command: Command) -> None:
     """Everything that can be known to be wrong before a process is started or a file written."""
-    check_session(config.cluster)
     if not joins_cluster(config.cluster):
         place(config, local_machine(), command)
     if command in ("train", "eval"):
@@ -30,15 +27,6 @@ def check_before_start(config: Config, command: Command) -> None:
     if command == "train":
         check_critic(config)
     check_tokens(config, read_data(config, command))
-
-
-def check_session(config: ClusterConfig) -> None:
-    """Refuse a cluster that does not answer, or a folder for temporary files that is not there. Raises
-    `ResourceError`."""
-    if joins_cluster(config):
-        check_cluster(config)
-    else:
-        temporary_parent(os.environ)
 
 
 def require_shared_memory(source: str, config: Config) -> None:

@@ -1,7 +1,7 @@
 """A folder of one run, for Ray's session and the workers' temporary files: for this user's eyes only, and removed.
 
-Ray makes its folder of sockets writable for everybody, so that another user of the machine could put a socket of their
-own in the place of one; a parent that only this user can enter prevents it.
+Ray makes its folders writable for everybody, also one that was made for it, so that another user of the machine could
+put a socket of their own in the place of one; a parent that only this user can enter prevents it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from rlhf_dist.errors import ResourceError
 
 PREFIX = "rlhf_ray_"
 PROBE = "rlhf_probe_"
+SESSION, TEMPORARY = "ray", "tmp"
+"""What is in the folder: Ray's own, and that of the workers' temporary files."""
+RANDOM = 8
+"""Characters that `mkdtemp` adds."""
 SOCKET_PATH_LIMIT = 107
 """Bytes of a socket's path, on Linux."""
 LONGEST_SOCKET = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 """Of those that Ray makes below its folder."""
-OWN_NAME = len(PREFIX) + 9
-"""What the private folder adds to its parent's path."""
+OWN_NAME = len(f"/{PREFIX}") + RANDOM + len(f"/{SESSION}")
+"""What is added to the parent's path."""
 FOLDER_LIMIT = SOCKET_PATH_LIMIT - LONGEST_SOCKET - OWN_NAME
 VARIABLES = ("RAY_TMPDIR", "TMPDIR")
 """Those that name the folder for temporary files, as Ray reads them: the first that is set counts."""
@@ -105,13 +109,17 @@ def shown(path: str) -> str:
 
 @contextmanager
 def private_folder(parent: Path) -> Iterator[Path]:
-    """A new folder in `parent` for the time of the block, of mode 0700; those that killed runs left are swept first.
+    """A new folder in `parent` for the time of the block, of mode 0700, with the two in it.
+
+    Those that killed runs left are swept first.
 
     Raises `ResourceError` where it cannot be made.
     """
     sweep(parent)
     try:
         path, lock = make_locked(parent)
+        for name in (SESSION, TEMPORARY):
+            (path / name).mkdir()
     except OSError as error:
         raise ResourceError(f"{parent}: no folder can be made there: {error.strerror}") from None
     try:
@@ -151,12 +159,12 @@ def remove(path: Path) -> None:
 
 def sweep(parent: Path) -> None:
     """Remove this user's private folders of runs that were killed: nobody holds their lock."""
-    for path in parent.glob(f"{PREFIX}*"):
+    for path in parent.glob(PREFIX + "?" * RANDOM):
         with suppress(OSError):  # another process is removing it too, or its run holds the lock
             lock = open_folder(path)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(lock).st_uid == os.getuid():
+                if os.fstat(lock).st_uid == os.getuid() and {SESSION, TEMPORARY}.issuperset(os.listdir(lock)):
                     shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(lock)

@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cluster.address import joins_cluster
+from rlhf_dist.cluster.address import check_cluster, joins_cluster
 from rlhf_dist.cluster.placement import Machine, local_machine
-from rlhf_dist.cluster.private_folder import private_folder, temporary_parent
+from rlhf_dist.cluster.private_folder import SESSION, TEMPORARY, private_folder, temporary_parent
 from rlhf_dist.config.schema import ClusterConfig
 from rlhf_dist.errors import ResourceError, RunError
 
@@ -24,10 +24,16 @@ LOG_LIMIT = 2**20
 
 
 def prepare(config: ClusterConfig) -> None:
-    """Settings that Ray reads once, when it is imported: call this first.
+    """Settings that Ray reads once, when it is imported: call this first, before anything heavy is imported.
 
     A local Ray asks for a token, made up for this session, so that no other user of the machine can send it work.
+
+    Raises `ResourceError` where the cluster to join does not answer, or there is no folder for temporary files.
     """
+    if joins_cluster(config):
+        check_cluster(config)
+    else:
+        temporary_parent(os.environ)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # 0 GPUs asked for has to mean that CUDA_VISIBLE_DEVICES is left alone: Ray's coming default.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -84,8 +90,8 @@ def ray_session(config: ClusterConfig, logs: Path, tell: Callable[[str], None]) 
         tell(note)
     with private_folder(parent) as folder, kept_on_failure(folder, logs):
         try:
-            with temporary_files_in(folder / "tmp"):
-                start_ray(settings | {"_temp_dir": str(folder)})
+            with temporary_files_in(folder / TEMPORARY):
+                start_ray(settings | {"_temp_dir": str(folder / SESSION)})
             yield machine
         finally:
             ray.shutdown()
@@ -105,7 +111,6 @@ def start_ray(settings: Mapping[str, Any]) -> None:
 def temporary_files_in(folder: Path) -> Iterator[None]:
     """What starts in the block, and what that starts, has its temporary files in `folder`; this process does not."""
     tempfile.gettempdir()  # Python remembers the first answer
-    folder.mkdir()
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = str(folder)
     try:
@@ -124,7 +129,7 @@ def kept_on_failure(folder: Path, logs: Path) -> Iterator[None]:
     except Exception:
         for name in RAY_LOGS:
             with suppress(OSError):
-                copy_end(folder / "session_latest" / "logs" / name, logs / name)
+                copy_end(folder / SESSION / "session_latest" / "logs" / name, logs / name)
         raise
 
 

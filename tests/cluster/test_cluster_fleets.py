@@ -157,6 +157,11 @@ def test_a_failing_reference_quarantines_no_rollout_worker(workers: dict[str, An
     assert {head.worker for head, _ in served} == {"one", "two"}
 
 
+def test_nobody_else_can_enter_the_folder_of_the_session(machine: Any) -> None:
+    session = Path(ray._private.worker._global_node.get_temp_dir_path())  # pyright: ignore[reportAttributeAccessIssue]
+    assert session.parent.stat().st_mode & 0o777 == 0o700
+
+
 def test_a_cluster_that_is_there_can_be_joined_and_one_with_another_token_not(
     machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,7 +97,7 @@ def test_sockets_that_cannot_be_made_are_seen(tmp_path: Path) -> None:
 
 
 def test_the_limit_leaves_room_for_what_ray_adds() -> None:
-    longest = "/" + "x" * (FOLDER_LIMIT - 1) + f"/{PREFIX}12345678" + "y" * module.LONGEST_SOCKET
+    longest = "/" + "x" * (FOLDER_LIMIT - 1) + f"/{PREFIX}12345678/ray" + "y" * module.LONGEST_SOCKET
     assert len(longest) == SOCKET_PATH_LIMIT and len("/var/tmp") <= FOLDER_LIMIT
 
 
@@ -108,9 +108,8 @@ def test_the_folder_is_private_and_goes_however_the_block_ends(
     def use() -> None:
         with private_folder(tmp_path) as folder:
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-            (folder / "session").mkdir()
-            (folder / "session" / "log").write_text("x")
-            (folder / "session_latest").symlink_to(outside)
+            (folder / "ray" / "log").write_text("x")
+            (folder / "ray" / "session_latest").symlink_to(outside)
             if ending:
                 raise ending
 
@@ -137,24 +136,27 @@ def hold(parent: Path, ready: Any) -> None:
 
 def test_folders_of_killed_runs_are_swept_and_those_of_the_living_and_links_stay(tmp_path: Path) -> None:
     target = make(tmp_path / "target")
-    (tmp_path / f"{PREFIX}link").symlink_to(target)
+    (tmp_path / f"{PREFIX}linklink").symlink_to(target)
+    make(tmp_path / f"{PREFIX}users_own")
+    make(tmp_path / f"{PREFIX}12345678" / "data")
     (target / "kept").write_text("")
     context = multiprocessing.get_context("fork")
     ready = context.Event()
     process = context.Process(target=hold, args=(tmp_path, ready), daemon=True)
     process.start()
     assert ready.wait(30)
+    kept = {"target", f"{PREFIX}linklink", f"{PREFIX}users_own", f"{PREFIX}12345678"}
     living = {path.name for path in tmp_path.iterdir()}
     module.sweep(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == living
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join(30)
     module.sweep(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"target", f"{PREFIX}link"} and (target / "kept").exists()
+    assert {path.name for path in tmp_path.iterdir()} == kept and (target / "kept").exists()
 
 
 def test_a_folder_of_another_user_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = make(tmp_path / f"{PREFIX}other")
+    other = make(tmp_path / f"{PREFIX}someones")
     monkeypatch.setattr(module.os, "getuid", lambda: 12345)
     module.sweep(tmp_path)
     assert other.exists()

@@ -57,6 +57,7 @@ class FakeRay:
 
     def init(self, **settings: Any) -> None:
         self.settings, self.tmpdir = settings, os.environ["TMPDIR"]
+        Path(settings["_temp_dir"]).chmod(0o777)  # as Ray does
         logs = Path(settings["_temp_dir"]) / "session_latest" / "logs"
         logs.mkdir(parents=True)
         (logs / "raylet.out").write_bytes(b"old" + b"x" * 2**20 + b"why")
@@ -86,7 +87,7 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeRay:
 def test_a_local_ray_and_its_workers_keep_their_files_in_a_private_folder(fake_ray: FakeRay, tmp_path: Path) -> None:
     told: list[str] = []
     with ray_session(ClusterConfig(), tmp_path / "logs", told.append):
-        folder = Path(fake_ray.settings["_temp_dir"])
+        folder = Path(fake_ray.settings["_temp_dir"]).parent
         assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
         assert fake_ray.tmpdir == str(folder / "tmp") and (folder / "tmp").is_dir()
         assert os.environ["TMPDIR"] == "/as-it-was", "this process goes on with its own"
