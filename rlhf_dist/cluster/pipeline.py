@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cluster import build, preflight
+from rlhf_dist.cluster import build
 from rlhf_dist.cluster.address import joins_cluster
 from rlhf_dist.cluster.placement import local_machine, place
 from rlhf_dist.cluster.row_checks import check_tokens, read_data
