@@ -123,7 +123,7 @@ def sft(config: Config, resume: bool) -> None:
     with opened(config, "sft", resume) as (run, telemetry, progress):
         folder = run.latest_checkpoint() if resume else None
         state = supervised.read_state(folder) if folder else None
-        source = model_source(config, folder)
+        source = model_source(config, folder, "sft")
         progress.stage("starting Ray")
         with ray_session(config.cluster, run.logs / "ray", progress.note) as machine, ExitStack() as stack:
             placement = place(config, machine, "sft")
@@ -145,7 +145,7 @@ def evaluate(config: Config) -> None:
     """`model.path` on held-out prompts; prints the results."""
     check_before_start(config, "eval")
     prompts: list[Prompt] = held_out(config.data, config.eval.prompts)
-    source = model_source(config, None)
+    source = model_source(config, None, "eval")
     with eval_display(config) as (progress, logs):
         for line in reward_lines(config):
             progress.note(line)

@@ -14,7 +14,7 @@ from rlhf_dist.cluster.learner_hosts import LearnerHost
 from rlhf_dist.cluster.placement import bundles, place
 from rlhf_dist.cluster.preflight import check_before_start
 from rlhf_dist.cluster.session import ray_session, reserve
-from rlhf_dist.cluster.sources import model_source
+from rlhf_dist.cluster.sources import attention, longest, model_source
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.describe import best_accuracy
 from rlhf_dist.data.judgement_rows import Comparison
@@ -194,7 +194,7 @@ def check_start(config: Config) -> Any:
     from rlhf_dist.models.scalar import inspect_scalar, require_lm_head
 
     source = resolve(config.model, Path(config.output).absolute() / ".models")
-    inspect_scalar(source.path, config.preferences.max_tokens)
+    inspect_scalar(source.path, *longest(config, "reward"), attention=attention(config))
     if config.reward.lm_coef > 0:
         require_lm_head(source.path)
     return load_tokenizer(Path(source.path))

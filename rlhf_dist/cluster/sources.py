@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from rlhf_dist.cluster import actors, learner_hosts as hosts
 from rlhf_dist.cluster.placement import Command, local_machine
@@ -28,19 +29,47 @@ def preflight_rewards(config: Config) -> None:
 
 def model_source(config: Config, checkpoint: Path | None, command: Command = "train") -> str:
     """The Hugging Face directory to start from: the checkpoint's, or what `model.path` names, after checks."""
-    from rlhf_dist.models.hf import inspect
+    from rlhf_dist.models.inspect import inspect
+    from rlhf_dist.models.limits import check_positions
+    from rlhf_dist.models.model_config import load_config
     from rlhf_dist.models.scalar import inspect_scalar
 
     if checkpoint is not None:
-        return str((checkpoint / "hf").absolute())
-    source = model_path(config, config.model.path, "model.path")
+        source = str((checkpoint / "hf").absolute())
+    else:
+        source = model_path(config, config.model.path, "model.path")
+    tokens, keys = longest(config, command)
     if command == "reward":
-        inspect_scalar(source, config.preferences.max_tokens)
+        inspect_scalar(source, tokens, keys, attention(config))
         return source
-    length = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    device = "cuda" if config.cluster.device != "cpu" and local_machine().gpus else "cpu"
-    inspect(source, chat=config.data.chat, device=device, max_tokens=length)
+    inspect(source, config.data.chat, device(config), tokens, attention(config), keys, config.data.system)
+    if command == "train" and config.ptx.coef:
+        check_positions(source, load_config(source), config.ptx.max_tokens, "ptx.max_tokens")
     return source
+
+
+def longest(config: Config, command: Command) -> tuple[int, str]:
+    """Tokens of the longest sequence that `command` puts through its models, and the config keys that say so."""
+    from rlhf_dist.models.limits import ROLLOUT_TOKENS
+
+    if command == "sft":
+        return config.sft.max_tokens, "sft.max_tokens"
+    if command == "reward":
+        return config.preferences.max_tokens, "preferences.max_tokens"
+    return config.rollout.max_prompt_tokens + config.rollout.max_response_tokens, ROLLOUT_TOKENS
+
+
+def device(config: Config) -> Literal["cpu", "cuda"]:
+    """Where models will run, as far as this machine tells."""
+    return "cuda" if config.cluster.device != "cpu" and local_machine().gpus else "cpu"
+
+
+def attention(config: Config) -> str:
+    """The attention that models will be loaded with, as far as this machine tells."""
+    from rlhf_dist.models.attention import choose_attention
+
+    asked = config.model.attention
+    return choose_attention(asked, device(config), config.model.dtype) if asked == "auto" else asked
 
 
 def with_sources(config: Config, source: str, folder: Path | None, learns: bool) -> Config:
@@ -88,13 +117,16 @@ def models_folder(config: Config) -> Path:
 
 
 def check_critic(config: Config) -> None:
-    """Refuse a critic that cannot read the policy's tokens. Raises `ModelError`."""
-    if not hosts.algorithm(config.algo).needs_critic or config.critic.start in ("policy", "shared"):
+    """Refuse a critic that cannot be made, or that cannot read the policy's tokens. Raises `ModelError`."""
+    if not hosts.algorithm(config.algo).needs_critic or config.critic.start == "shared":
         return
     from rlhf_dist.models.scalar import inspect_scalar
 
-    critic = model_path(config, config.critic.start, "critic.start")
-    inspect_scalar(critic, config.rollout.max_prompt_tokens + config.rollout.max_response_tokens)
+    of_policy = config.critic.start == "policy"
+    critic = model_path(config, config.model.path if of_policy else config.critic.start, "critic.start")
+    inspect_scalar(critic, *longest(config, "train"), attention=attention(config))
+    if of_policy:
+        return
     way_out = "set critic.start=policy, or start from a reward model of the same tokenizer"
     require_same_tokens(
         config, f"critic.start = {config.critic.start}", critic, f"whose tokens it has to value; {way_out}"
@@ -102,10 +134,14 @@ def check_critic(config: Config) -> None:
 
 
 def check_reference(config: Config) -> None:
-    """Refuse a reference that cannot read the policy's tokens. Raises `ModelError`."""
+    """Refuse a reference that cannot be used, or that cannot read the policy's tokens. Raises `ModelError`."""
     if not actors.needs_reference(config) or not config.reference.path:
         return
+    from rlhf_dist.models.inspect import inspect_causal
+
     reference = model_path(config, config.reference.path, "reference.path")
+    tokens, keys = longest(config, "train")
+    inspect_causal(reference, tokens, attention(config), keys)
     which = f"reference.path = {config.reference.path}"
     why = "with whose probabilities of the same tokens KL compares its own; give a model of the same tokenizer"
     require_same_tokens(config, which, reference, why)
@@ -125,7 +161,7 @@ def require_same_tokens(config: Config, which: str, path: str, why: str) -> None
 
 def require_rows(which: str, path: str, policy: str) -> None:
     """Refuse a model that lacks a row for a token that the policy can sample. Raises `ModelError`."""
-    from rlhf_dist.models.hf import load_config
+    from rlhf_dist.models.model_config import load_config
 
     own, needed = (load_config(source).get_text_config().vocab_size for source in (path, policy))
     if own < needed:

@@ -57,13 +57,15 @@ def segmented(
     scaling: float | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
     **extras: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment of a packed row, by PyTorch's own kernel, segment by segment.
 
     query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim]; cu_seq_lens_q int [S + 1] holds the
-    boundaries (0 first, T last). Without it each row is one whole sequence without padding. Returns [1, T, heads,
-    head_dim]. No dropout: the engine that sampled the tokens has none.
+    boundaries (0 first, T last). Some models (StableLM, Falcon) hand on only position_ids int [1, T]: a segment begins
+    where they are 0. Without both each row is one whole sequence without padding. Returns [1, T, heads, head_dim]. No
+    dropout: the engine that sampled the tokens has none.
 
     Segment by segment with `split` (whose backward is one `cat`) was the fastest of what was measured on a CPU, ahead
     of padding groups of similar lengths: for 64 segments of 10-265 tokens the kernel's own work is what is left.
@@ -71,11 +73,7 @@ def segmented(
     Raises ModelError for attention that this kernel does not do: a sliding window shorter than a segment, capped
     scores, sinks, position biases, a key-value cache.
     """
-    if cu_seq_lens_q is None:
-        lengths = [query.shape[2]]
-    else:
-        boundaries: list[int] = cu_seq_lens_q.tolist()
-        lengths = [stop - start for start, stop in pairwise(boundaries)]
+    lengths = _lengths(query.shape[2], cu_seq_lens_q, position_ids)
     _refuse_unsupported(query, key, attention_mask, sliding_window, max(lengths), extras)
     grouped = query.shape[1] != key.shape[1]
     pieces = [
@@ -83,6 +81,18 @@ def segmented(
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(pieces, dim=1), None
+
+
+def _lengths(tokens: int, cu_seq_lens: torch.Tensor | None, position_ids: torch.Tensor | None) -> list[int]:
+    if cu_seq_lens is None and position_ids is None:
+        return [tokens]
+    if cu_seq_lens is not None:
+        boundaries: list[int] = cu_seq_lens.tolist()
+    else:
+        assert position_ids is not None and position_ids.shape == (1, tokens), "one packed row"
+        boundaries = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), tokens]
+        assert boundaries[0] == 0, "a row begins with a sequence"
+    return [stop - start for start, stop in pairwise(boundaries)]
 
 
 def _refuse_unsupported(

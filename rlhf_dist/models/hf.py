@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -12,36 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as hf_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from rlhf_dist.config.checks import CPU_HEAD_DIMS
 from rlhf_dist.config.schema import ModelConfig
 from rlhf_dist.errors import ModelError
-from rlhf_dist.models.attention import SEGMENTED, register_segmented
+from rlhf_dist.models.attention import register_segmented
 from rlhf_dist.models.directory import atomic_directory
-from rlhf_dist.models.text_format import require_system, text_format
+from rlhf_dist.models.falcon import FALCON, teach_falcon
+from rlhf_dist.models.fit import quiet, refuse_unknown
+from rlhf_dist.models.model_config import load_config, unloadable
+from rlhf_dist.models.model_files import check_large_files, check_small_files, is_there
 from rlhf_dist.models.tiny import make_tiny
+from rlhf_dist.models.weight_files import read_headers
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-PACKABLE_LAYERS = ("full_attention", "sliding_attention")
-
-LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    ImportError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    SafetensorError,
-    StrictDataclassError,
-)
-"""What transformers raises on a directory that it cannot make a model of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,112 +100,21 @@ def _close_names(path: Path) -> str:
     return f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
 
 
-def inspect(
-    path: str | Path,
-    chat: bool,
-    device: Literal["cpu", "cuda"],
-    max_tokens: int,
-    attention: str = SEGMENTED,
-    system: str = "",
-) -> None:
-    """Refuse a model that the run could not use, before anything is started. Loads the tokenizer but no weights.
-
-    `chat` is `data.chat`, `system` is `data.system`, `max_tokens` the longest prompt plus response, `attention` what
-    `choose_attention` gave.
-
-    Raises ModelError: no config, no safetensors weights, no tokenizer, a chat template that cannot be used (see
-    `text_format`), a head_dim that vLLM's CPU attention refuses, too few positions, layers that packed rows do not
-    work with.
-    """
-    config = load_config(path)
-    if Path(path).is_dir():
-        check_weight_files(Path(path))
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
-    if device == "cpu" and head_dim is not None and head_dim not in CPU_HEAD_DIMS:
-        raise ModelError(
-            f"{path}: its head_dim is {head_dim}; on a CPU the engine supports {', '.join(map(str, CPU_HEAD_DIMS))} "
-            "(for the tiny model, head_dim = model.tiny.hidden_size / model.tiny.heads). Use another model or a GPU"
-        )
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and positions < max_tokens:
-        raise ModelError(
-            f"{path}: the model has {positions} positions, and prompt plus response may take {max_tokens} tokens. "
-            "Lower rollout.max_prompt_tokens or rollout.max_response_tokens (the tiny model: raise "
-            "model.tiny.max_positions)"
-        )
-    check_layers(path, text, max_tokens, attention)
-    _check_tokenizer(path, chat, text.vocab_size, system)
-
-
-def check_layers(path: str | Path, text: Any, max_tokens: int, attention: str) -> None:
-    """Refuse layers that packed rows do not work with; `text` is the model's text config. Raises ModelError."""
-    layers: list[str] | None = getattr(text, "layer_types", None)
-    unpackable = sorted(set(layers or ()) - set(PACKABLE_LAYERS))
-    if unpackable:
-        raise ModelError(
-            f"{path}: layers of type {', '.join(unpackable)} cannot be trained on packed rows; use another model"
-        )
-    window = getattr(text, "sliding_window", None)
-    if layers is not None and "sliding_attention" not in layers:
-        window = None
-    if window is not None and window < max_tokens and attention == SEGMENTED:
-        raise ModelError(
-            f"{path}: its attention has a sliding window of {window} tokens, shorter than prompt plus response "
-            f"({max_tokens}); attention {SEGMENTED} cannot do that. Lower rollout.max_prompt_tokens or "
-            "rollout.max_response_tokens, or set model.attention=flash_attention_2 on a GPU"
-        )
-
-
-def _check_tokenizer(path: str | Path, chat: bool, vocab_size: int, system: str) -> None:
-    tokenizer = load_tokenizer(path)
-    text_format(tokenizer, chat)
-    if chat and system:
-        require_system(tokenizer)
-    if len(tokenizer) > vocab_size:
-        raise ModelError(f"{path}: its tokenizer has {len(tokenizer)} tokens, its model embeds only {vocab_size}")
-
-
-def check_weight_files(path: Path) -> None:
-    """Refuse a directory without all its safetensors weights. Raises ModelError."""
-    if not any((path / name).is_file() for name in WEIGHT_FILES):
-        if any(path.glob("*.bin")):
-            raise ModelError(
-                f"{path}: has weights as .bin files only, which are never read because a pickle can run code; save "
-                "the model again with save_pretrained of transformers 5, which writes safetensors"
-            )
-        raise ModelError(f"{path}: has no weights ({' or '.join(WEIGHT_FILES)})")
-    index = path / WEIGHT_FILES[1]
-    if (path / WEIGHT_FILES[0]).is_file() or not index.is_file():
-        return
-    missing = sorted(
-        {name for name in json.loads(index.read_text())["weight_map"].values() if not (path / name).is_file()}
-    )
-    if missing:
-        raise ModelError(f"{path}: {index.name} names files that are not there: {', '.join(missing)}")
-
-
-def load_config(path: str | Path) -> Any:
-    """The transformers config of a Hugging Face directory or hub name. Raises ModelError when there is none."""
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ModelError(f"{path}: has no config.json, so it is no Hugging Face model directory")
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except LOAD_ERRORS as error:
-        raise unloadable(path, "config", error) from error
-
-
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face directory or hub name. Raises ModelError when there is none that loads."""
-    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+    if Path(path).is_dir() and True not in [is_there(Path(path) / name) for name in TOKENIZER_FILES]:
         # transformers would make an empty tokenizer of the model's class
         raise ModelError(
             f"{path}: has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the files of its base model there"
         )
+    if Path(path).is_dir():
+        check_small_files(Path(path))
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except LOAD_ERRORS as error:
+    except Exception as error:
+        # Here only transformers runs, and what its tokenizers raise has no common type.
+        if Path(path).is_dir():
+            check_large_files(Path(path))
         raise unloadable(path, "tokenizer", error) from error
 
 
@@ -244,10 +137,12 @@ def load_weights(
     Safetensors only, no code from the model's repository. Raises ModelError when it cannot be loaded.
     """
     register_segmented()
+    if config.model_type == FALCON:
+        teach_falcon()
     if Path(path).is_dir():
-        check_weight_files(Path(path))
+        read_headers(Path(path))
     try:
-        with no_progress_bars():
+        with quiet():
             model, info = kind.from_pretrained(
                 path,
                 config=config,
@@ -257,8 +152,10 @@ def load_weights(
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except LOAD_ERRORS as error:
+    except Exception as error:
+        # Here only transformers runs, and what it raises on a damaged file has no common type.
         raise unloadable(path, "model", error) from error
+    refuse_unknown(path, info["unexpected_keys"])
     return model, set(info["missing_keys"])
 
 
@@ -269,17 +166,6 @@ def refuse_missing(path: str | Path, missing: set[str]) -> None:
             f"{path}: {len(missing)} weights of the model are missing, the first is {min(missing)}; "
             "transformers would fill them with random numbers"
         )
-
-
-def unloadable(path: str | Path, what: str, error: Exception) -> ModelError:
-    """What to raise when transformers could not load `what` of `path`."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if Path(path).is_dir():
-        return ModelError(f"{path}: its {what} cannot be loaded: {first_line}")
-    return ModelError(
-        f"model.path = {path}: no such directory here, and its {what} cannot be loaded from the hub: {first_line} "
-        "Check the name, or download the model on a machine with access and give its directory"
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +238,7 @@ def new_model_directory(
     Yields the directory for what else belongs there; at the end it is put in the place of `target`, whole.
     """
     _check_complete(shell, state)
-    with atomic_directory(target, replace=True) as directory, no_progress_bars():
+    with atomic_directory(target, replace=True) as directory, quiet():
         shell.save_pretrained(directory, state_dict=state)
         tokenizer.save_pretrained(directory)
         yield directory
@@ -368,15 +254,3 @@ def _check_complete(shell: PreTrainedModel, state: dict[str, torch.Tensor]) -> N
         name for name in shapes.keys() | state.keys() if name not in state or shapes.get(name) != state[name].shape
     }
     assert not wrong, f"weights to save do not fit the model: {sorted(wrong)[:3]}"
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Transformers' own bars would print over the run's display."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()

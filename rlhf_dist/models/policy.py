@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -16,7 +18,7 @@ class PackedPolicy(PackedModel):
 
     def __init__(self, model: PreTrainedModel, gradient_checkpointing: bool = False) -> None:
         super().__init__(model, gradient_checkpointing)
-        self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.scale, self.softcap = logit_shape(model.config)
 
     def forward(
         self,
@@ -54,26 +56,43 @@ class PackedPolicy(PackedModel):
         """Hidden states -> logits."""
         head = self.model.get_output_embeddings()
         assert head is not None, "a causal LM has output embeddings"
-        return head if self.softcap is None else _CappedHead(head, self.softcap)
+        plain = self.scale == 1.0 and self.softcap is None
+        return head if plain else _ShapedHead(head, self.scale, self.softcap)
 
 
-class _CappedHead(torch.nn.Module):
-    """logits -> cap x tanh(logits / cap) (Gemma 2, arXiv:2408.00118). Made per call: it must not own the head twice."""
+def logit_shape(config: Any) -> tuple[float, float | None]:
+    """(scale, cap) of a kind of model: logits = cap x tanh(scale x head / cap), or scale x head without a cap.
 
-    def __init__(self, head: torch.nn.Module, cap: float) -> None:
+    Cohere multiplies by logit_scale, HyperCLOVA X by logits_scaling; Granite and MiniCPM3 divide by logits_scaling.
+    Gemma 2 caps (arXiv:2408.00118). `check_head` finds the kinds that do something else.
+    """
+    text = config.get_text_config()
+    scale, divisor = getattr(text, "logit_scale", None), getattr(text, "logits_scaling", None)
+    if isinstance(divisor, int | float):
+        scale = divisor if text.model_type == "hyperclovax" else 1.0 / divisor
+    cap: float | None = getattr(text, "final_logit_softcapping", None)
+    return (float(scale) if isinstance(scale, int | float) else 1.0), cap
+
+
+class _ShapedHead(torch.nn.Module):
+    """A head whose logits are scaled, then capped. Made per call: it must not own the head twice."""
+
+    def __init__(self, head: torch.nn.Module, scale: float, cap: float | None) -> None:
         super().__init__()
         self.head = head
+        self.scale = scale
         self.cap = cap
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.cap * torch.tanh(self.head(hidden) / self.cap)
+        logits = self.scale * self.head(hidden)
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
 @torch.no_grad()
 def check_head(policy: PackedPolicy) -> None:
     """Compare the packed log-probabilities of two short sequences with the model's own, each alone.
 
-    Finds models whose logits are more than the output embedding of the last hidden state (scaled logits) and models
+    Finds models whose logits are more than `logit_shape` of the output embedding of the last hidden state, and models
     whose layers let sequences of a packed row see each other (state spaces, linear attention). Collective under
     ZeRO-3: every rank calls it.
 
@@ -96,6 +115,6 @@ def check_head(policy: PackedPolicy) -> None:
     if not difference <= limit:
         raise ModelError(
             f"{config.name_or_path or type(model).__name__} ({config.model_type}): log-probabilities of packed "
-            f"sequences differ from the model's own by {difference:.2g} (limit {limit:.2g}). Models that scale their "
-            "logits or whose layers are not plain attention are not supported; use one such as Qwen, Llama or Mistral"
+            f"sequences differ from the model's own by {difference:.2g} (limit {limit:.2g}). The model does something "
+            "of its own to its logits, or its layers are not plain attention; use one such as Qwen, Llama or Mistral"
         )

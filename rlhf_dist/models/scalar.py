@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,17 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
-from transformers.utils import logging as hf_logging
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from rlhf_dist.algo.logprobs import chunked_logprobs
 from rlhf_dist.errors import ModelError
 from rlhf_dist.models.attention import SEGMENTED
+from rlhf_dist.models.fit import check_fit
 from rlhf_dist.models.hf import (
-    LOAD_ERRORS,
     Companions,
-    check_layers,
-    check_weight_files,
     collect,
     load_config,
     load_model,
@@ -32,7 +33,10 @@ from rlhf_dist.models.hf import (
     read_companions,
     refuse_missing,
 )
+from rlhf_dist.models.limits import ROLLOUT_TOKENS, check_attention, check_layers, check_positions
+from rlhf_dist.models.model_files import reason_of
 from rlhf_dist.models.packed import PackedModel
+from rlhf_dist.models.policy import logit_shape
 from rlhf_dist.models.text_format import end_tokens
 
 SCALE_KEY = "rlhf_dist"
@@ -90,24 +94,23 @@ class PackedScalarWithLM(PackedScalar):
         return self._scalars(hidden, positions), logprobs
 
 
-def inspect_scalar(path: str | Path, max_tokens: int, attention: str = SEGMENTED) -> None:
+def inspect_scalar(path: str | Path, max_tokens: int, keys: str = ROLLOUT_TOKENS, attention: str = SEGMENTED) -> None:
     """Refuse what `load_scalar` or packed rows could not use, before anything is started; no weights are read.
 
-    `max_tokens` is the longest prompt plus response. Raises ModelError: no config, weights or tokenizer, more than one
-    label, no `score` head, too few positions, layers that packed rows do not work with.
+    `max_tokens` is the longest sequence, `keys` the config keys that say so. Raises ModelError: no config or tokenizer,
+    damaged or missing weights, weights that are not the config's, more than one label, no `score` head, too few
+    positions, layers that packed rows do not work with.
     """
     config = _scalar_config(path)
+    shell = _shell(config, torch.float32, path)
     if Path(path).is_dir():
-        check_weight_files(Path(path))
-    text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and positions < max_tokens:
-        raise ModelError(
-            f"{path}: the model has {positions} positions, and prompt plus response may take {max_tokens} tokens; "
-            "lower that limit, or use a model with more positions"
+        # A language model has no score yet: its weights have to be those of a language model.
+        check_fit(
+            Path(path), config, AutoModelForSequenceClassification if _is_classifier(config) else AutoModelForCausalLM
         )
-    check_layers(path, text, max_tokens, attention)
-    _shell(config, torch.float32, path)
+    check_attention(path, shell, attention)
+    check_positions(path, config, max_tokens, keys)
+    check_layers(path, config, max_tokens, keys, attention)
     read_scale(path)
     if load_tokenizer(path).eos_token_id is None:
         raise ModelError(f"{path}: its tokenizer has no end token; set eos_token in tokenizer_config.json")
@@ -122,8 +125,7 @@ def load_scalar(path: str | Path, dtype: str, attention: str) -> PreTrainedModel
     """
     config = _scalar_config(path)
     _shell(config, torch.float32, path)
-    with _no_report():
-        model, missing = load_weights(AutoModelForSequenceClassification, path, config, dtype, attention)
+    model, missing = load_weights(AutoModelForSequenceClassification, path, config, dtype, attention)
     if not _is_classifier(config) and missing == {HEAD_WEIGHT}:
         torch.nn.init.zeros_(model.get_submodule(HEAD).get_parameter("weight"))
         missing = set()
@@ -145,8 +147,7 @@ def load_lm_head(path: str | Path, dtype: str) -> nn.Linear:
     require_lm_head(path)
     model = load_model(path, dtype, SEGMENTED)
     head = model.get_output_embeddings()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if not isinstance(head, nn.Linear) or softcap is not None:
+    if not isinstance(head, nn.Linear) or logit_shape(model.config) != (1.0, None):
         raise ModelError(f"{path}: its language-model head is no plain linear layer; set reward.lm_coef=0")
     return linear(head.state_dict())
 
@@ -239,17 +240,6 @@ def check_scalar(scalar: PackedScalar) -> None:
         )
 
 
-@contextmanager
-def _no_report() -> Iterator[None]:
-    """Transformers would print that the head is missing and random; it is neither left so nor let through."""
-    level = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-
-
 def _is_classifier(config: Any) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
@@ -275,14 +265,18 @@ def _with_one_label(config: Any, path: str | Path) -> Any:
 
 def _shell(config: Any, dtype: torch.dtype, path: str | Path) -> PreTrainedModel:
     """The model without weights. Raises ModelError when its head is not a linear layer `score`."""
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelError(
+            f"{path} ({config.model_type}): transformers has no sequence classification model of this kind; {SUPPORTED}"
+        )
     try:
         with torch.device("meta"):
             shell: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-    except LOAD_ERRORS as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:
+        # Here only transformers runs, and what it raises on a config that it cannot use has no common type.
         raise ModelError(
-            f"{path} ({config.model_type}): transformers has no sequence classification model of this kind "
-            f"({first_line[:120]}); {SUPPORTED}"
+            f"{path} ({config.model_type}): transformers cannot make a sequence classification model of it: "
+            f"{reason_of(error)} ({SUPPORTED})"
         ) from error
     if not isinstance(getattr(shell, HEAD, None), nn.Linear):
         raise ModelError(f"{path} ({config.model_type}): cannot give one score per position; {SUPPORTED}")

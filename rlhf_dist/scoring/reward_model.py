@@ -14,7 +14,9 @@ from rlhf_dist.config.schema import ModelConfig, RewardSpec, ScoringConfig
 from rlhf_dist.data.render import render, tokenize_response
 from rlhf_dist.errors import ModelError, RewardError
 from rlhf_dist.models.attention import choose_attention
-from rlhf_dist.models.hf import load_config, load_tokenizer, resolve
+from rlhf_dist.models.hf import load_tokenizer, resolve
+from rlhf_dist.models.limits import positions
+from rlhf_dist.models.model_config import load_config
 from rlhf_dist.models.scalar import NO_SCALE, PackedScalar, check_scalar, inspect_scalar, load_scalar, read_scale
 from rlhf_dist.scoring.batching import TokenBatcher
 from rlhf_dist.scoring.limits import SHARE_OF_LIMIT
@@ -76,7 +78,7 @@ def reward_source(name: str, spec: RewardSpec, setting: ModelSetting) -> RewardS
     through_text = not setting.policy or difference != ""
     attention = choose_attention(setting.model.attention, setting.device, setting.model.dtype)
     # Another tokenizer makes other lengths: those are checked response by response.
-    inspect_scalar(path, 0 if through_text else setting.max_tokens, attention)
+    inspect_scalar(path, 0 if through_text else setting.max_tokens, attention=attention)
     if through_text and setting.chat and not own.chat_template:
         reason = f"its {difference} is not that of {setting.policy}" if difference else "it is to read text"
         raise ModelError(
@@ -116,7 +118,8 @@ class RewardModel:
         self._scale = read_scale(source.path) if spec.normalize else NO_SCALE
         text = model.config.get_text_config()
         self._vocabulary: int = text.vocab_size
-        self._positions: int | None = getattr(text, "max_position_embeddings", None)
+        limit = positions(model.config)
+        self._positions = None if limit is None else limit[0]
         self._batcher: TokenBatcher[list[np.ndarray], np.ndarray] = TokenBatcher(
             self._scores, self._budget, self._label
         )

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 from conftest import SharedRun, Workplace, make_workplace
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from rlhf_dist.cli.main import main
@@ -202,6 +203,9 @@ def test_models_that_lack_rows_for_tokens_of_the_policy(
     config = json.loads((target / "config.json").read_text())
     rows = config["vocab_size"]
     (target / "config.json").write_text(json.dumps(config | {"vocab_size": rows - 1}))
+    weights = load_file(target / "model.safetensors")
+    short = {name: tensor[: rows - 1] if tensor.shape[0] == rows else tensor for name, tensor in weights.items()}
+    save_file({name: tensor.clone() for name, tensor in short.items()}, target / "model.safetensors", {"format": "pt"})
     message = f": has rows for {rows - 1} tokens, the policy for {rows}"
     found = refused(capsys, place, "train", "algo.kl.coef=0.1", f"reference.path={target}")
     assert f"reference.path = {target}{message}" in found
@@ -240,3 +244,60 @@ def test_a_resume_with_another_number_of_ranks_is_refused(shared_run: SharedRun)
     assert (result.code, result.stdout) == (2, "")
     assert "a resume cannot change learner.ranks from 2 to 1" in result.stderr and result.stderr.count("\n") == 1
     assert "ranks: 2" in (shared_run.path / "config.yaml").read_text(), "and it is not written over"
+
+
+POSITIONS = TinyConfig(hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1, max_positions=40)
+FITS = ("rollout.max_prompt_tokens=20", "rollout.max_response_tokens=12", "eval.samples=0")
+PPO = ("algo.name=ppo", "learner.ranks=1", "learner.zero_stage=0")
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "keys", "tokens"),
+    [
+        ("train", ("rollout.max_prompt_tokens=30",), "rollout.max_prompt_tokens + rollout.max_response_tokens", 42),
+        ("eval", ("rollout.max_prompt_tokens=30",), "rollout.max_prompt_tokens + rollout.max_response_tokens", 42),
+        ("sft", ("sft.max_tokens=41",), "sft.max_tokens", 41),
+        ("reward", ("preferences.source=task", "data.task.name=describe", "preferences.max_tokens=41"),
+         "preferences.max_tokens", 41),
+        ("train", ("ptx.coef=0.1", "ptx.source=task", "ptx.max_tokens=41"), "ptx.max_tokens", 41),
+    ],
+    ids=["train", "eval", "sft", "reward", "ptx"],
+)  # fmt: skip
+def test_more_tokens_than_positions(
+    place: Workplace, capsys: pytest.CaptureFixture[str], command: str, words: tuple[str, ...], keys: str, tokens: int
+) -> None:
+    model = make_tiny(POSITIONS, place.folder)
+    found = refused(capsys, place, command, f"model.path={model}", *FITS, "learner.ranks=1", *words)
+    assert f"{model}: {keys} is {tokens} tokens, and the model has 40 positions (max_position_embeddings" in found
+    assert f"Lower {keys} to at most 40" in found
+
+
+@pytest.mark.parametrize("which", ["reference.path", "critic.start"])
+def test_a_model_beside_the_policy_with_fewer_positions(
+    place: Workplace, capsys: pytest.CaptureFixture[str], which: str
+) -> None:
+    model = make_tiny(POSITIONS, place.folder)
+    words = ("algo.kl.coef=0.1",) if which == "reference.path" else PPO
+    found = refused(capsys, place, "train", *FITS, "rollout.max_response_tokens=21", *words, f"{which}={model}")
+    assert "rollout.max_response_tokens is 41 tokens, and the model has 40 positions" in found and str(model) in found
+
+
+def test_a_config_with_fewer_layers_than_the_weights_have(
+    place: Workplace, capsys: pytest.CaptureFixture[str], tiny_model: Path
+) -> None:
+    """Everywhere a model is named: none is trained, sampled from or read without a part of its layers."""
+    target = place.folder / "less"
+    shutil.copytree(tiny_model, target)
+    config = json.loads((target / "config.json").read_text())
+    layers = config["num_hidden_layers"] - 1
+    less = {"num_hidden_layers": layers, "layer_types": config["layer_types"][:layers]}
+    (target / "config.json").write_text(json.dumps(config | less))
+    for words in (
+        ("sft", f"model.path={target}", "sft.max_tokens=20"),
+        ("eval", f"model.path={target}"),
+        ("train", f"model.path={target}"),
+        ("train", "algo.kl.coef=0.1", f"reference.path={target}"),
+        ("train", *PPO, f"critic.start={target}"),
+    ):
+        found = refused(capsys, place, *words)
+        assert f"config.json says {layers} layers, the weights have {layers + 1}" in found and str(target) in found

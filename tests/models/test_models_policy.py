@@ -121,12 +121,15 @@ def test_check_head_passes_plain_models(small: Path) -> None:
     check_head(PackedPolicy(load_model(small, "bfloat16", "segmented")))
 
 
-def test_check_head_refuses_scaled_logits() -> None:
+def test_scaled_logits_are_reproduced_and_a_scale_that_is_not_known_is_refused() -> None:
     register_segmented()
     torch.manual_seed(0)
     model = CohereForCausalLM._from_config(CohereConfig(**SIZES, logit_scale=0.1), attn_implementation="segmented")
-    with pytest.raises(ModelError, match="scale their logits"):
-        check_head(PackedPolicy(model))
+    policy = PackedPolicy(model)
+    check_head(policy)
+    policy.scale = 1.0
+    with pytest.raises(ModelError, match="of its own to its logits"):
+        check_head(policy)
 
 
 def test_capped_logits_are_reproduced_and_capped_attention_refused() -> None:

@@ -199,7 +199,7 @@ def test_models_without_a_score_layer_are_refused_with_what_works(small: Path, t
 
 def test_pickles_missing_weights_short_models_and_bad_scales_are_refused(small: Path, tmp_path: Path) -> None:
     folder = write(PUBLIC["qwen2"](), tmp_path / "good", small)
-    with pytest.raises(ModelError, match="has 64 positions, and prompt plus response may take 65 tokens"):
+    with pytest.raises(ModelError, match="is 65 tokens, and the model has 64 positions"):
         inspect_scalar(folder, 65)
     for scale in ({"score_mean": 0.0, "score_std": 0.0}, {"score_mean": 1.0}, "large"):
         change_config(folder, rlhf_dist=scale)

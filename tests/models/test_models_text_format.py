@@ -11,7 +11,7 @@ from small_tokenizers import small_tokenizer
 from rlhf_dist.data.render import render, tokenize_demonstration, tokenize_response
 from rlhf_dist.data.rows import Demonstration
 from rlhf_dist.errors import ModelError
-from rlhf_dist.models.hf import inspect
+from rlhf_dist.models.inspect import inspect
 from rlhf_dist.models.text_format import require_system, text_format
 from rlhf_dist.types import Message
 

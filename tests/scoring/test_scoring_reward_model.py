@@ -132,7 +132,7 @@ def test_a_token_without_a_row_goes_through_text(tiny_model: Path, model: Reward
 def test_what_does_not_fit_is_told(judge: Path, tiny_model: Path, model: RewardModel) -> None:
     with pytest.raises(RewardError, match=r"judge \(.*\) has 128 positions, and response 1 with its prompt takes 219"):
         model.score_texts(make_texts(["hi", "x" * 200]))
-    with pytest.raises(ModelError, match="128 positions, and prompt plus response may take 129 tokens"):
+    with pytest.raises(ModelError, match="is 129 tokens, and the model has 128 positions"):
         reward_source("judge", judge_spec(judge), setting(tiny_model, max_tokens=129))
     assert reward_source("judge", judge_spec(judge), setting(tiny_model, max_tokens=128)).through_text is False
 
