@@ -26,7 +26,7 @@ from rlhf_dist.cluster.placement import local_machine
 from rlhf_dist.config.load import from_yaml, to_yaml
 from rlhf_dist.config.schema import Config, ModelConfig
 from rlhf_dist.errors import ConfigError, DataError, DiskError
-from rlhf_dist.loop.run_directory import latest_checkpoint
+from rlhf_dist.models.checkpoints import latest_checkpoint
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.report import read_metrics
 

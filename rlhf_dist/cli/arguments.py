@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
@@ -64,8 +65,26 @@ def add_dry_run(parser: Parser) -> None:
 
 
 def add_resume(parser: Parser) -> None:
-    """The `--resume` option."""
-    parser.add_argument("--resume", action="store_true", help="go on from the run directory's newest checkpoint")
+    """The options `--resume` and `--resume-from`."""
+    parser.add_argument("--resume", action="store_true", help="continue from the run directory's newest checkpoint")
+    parser.add_argument(
+        "--resume-from",
+        type=_step,
+        metavar="step-N",
+        help="continue from this checkpoint; later ones are kept under another name and are not used any more",
+    )
+
+
+def resumes(args: argparse.Namespace) -> bool:
+    """Whether one of them was given."""
+    return args.resume or args.resume_from is not None
+
+
+def _step(text: str) -> int:
+    found = re.fullmatch(r"(?:step-)?([0-9]{1,9})", text, re.ASCII)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a checkpoint's name, as in step-100")
+    return int(found[1])
 
 
 def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:

@@ -84,7 +84,7 @@ def _help() -> str:
 
 def _stopped(words: Sequence[str]) -> str:
     if words and words[0] in ("train", "sft", "reward"):
-        again = shlex.join(["rlhf-dist", *words, *([] if "--resume" in words else ["--resume"])])
+        again = shlex.join(["rlhf-dist", *without_resume(words), "--resume"])
         return (
             "stopped from the keyboard; go on from the newest checkpoint, or from the beginning if there is none yet, "
             f"with `{again}`"
@@ -96,6 +96,15 @@ def _stopped(words: Sequence[str]) -> str:
             f"checkpoint, if there is one yet, with `{again}`"
         )
     return "stopped from the keyboard"
+
+
+def without_resume(words: Sequence[str]) -> list[str]:
+    """The command without its options `--resume` and `--resume-from`, which would go back to the same step again."""
+    kept: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        if word.split("=")[0] not in ("--resume", "--resume-from") and before != "--resume-from":
+            kept.append(word)
+    return kept
 
 
 def _fail(message: str, code: int) -> int:

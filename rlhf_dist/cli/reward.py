@@ -23,5 +23,5 @@ def run(argv: Sequence[str]) -> int:
     session.prepare(config.cluster)
     from rlhf_dist.cluster.reward import reward
 
-    reward(config, resume=args.resume)
+    reward(config, resume=arguments.resumes(args), resume_from=args.resume_from)
     return 0

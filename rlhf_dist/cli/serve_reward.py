@@ -13,7 +13,7 @@ from rlhf_dist.cli import arguments
 from rlhf_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rlhf_dist.config.schema import Config
+    from rlhf_dist.config.schema import Config, RewardSpec
     from rlhf_dist.scoring.scorer import CheckModel, MakeModel
 
 HOST, PORT = "127.0.0.1", 8070
@@ -68,6 +68,7 @@ def _serve(config: Config, bound: socket.socket, token: str, ready: Callable[[st
 def _models(config: Config) -> tuple[CheckModel, MakeModel]:
     """How to look at and to load reward models; here and not above, since this is what takes seconds to import."""
     from rlhf_dist.cluster.placement import local_machine
+    from rlhf_dist.models.run_model import check_run_model
     from rlhf_dist.scoring.reward_model import ModelSetting, RewardModel, reward_source
 
     setting = ModelSetting(
@@ -78,8 +79,13 @@ def _models(config: Config) -> tuple[CheckModel, MakeModel]:
         device="cuda" if config.cluster.device != "cpu" and local_machine().gpus else "cpu",
         cache=Path(config.output).absolute() / ".models",
     )
+
+    def look(name: str, spec: RewardSpec) -> object:
+        check_run_model(spec.path, f"scoring.rewards.{name}.path")
+        return reward_source(name, spec, setting)
+
     return (
-        lambda name, spec: reward_source(name, spec, setting),
+        look,
         lambda name, spec: RewardModel(name, spec, config.scoring, setting),
     )
 

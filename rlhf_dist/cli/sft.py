@@ -23,5 +23,5 @@ def run(argv: Sequence[str]) -> int:
     session.prepare(config.cluster)
     from rlhf_dist.cluster import build
 
-    build.sft(config, resume=args.resume)
+    build.sft(config, resume=arguments.resumes(args), resume_from=args.resume_from)
     return 0

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from rlhf_dist.cluster.groups import (
 )
 from rlhf_dist.cluster.placement import Command, Placement, bundles, first_learner_bundle, place
 from rlhf_dist.cluster.preflight import check_before_start, disk_need, require_shared_memory
-from rlhf_dist.cluster.resume import SUMMARY_STEP, nothing_left, resumed
+from rlhf_dist.cluster.resume import SUMMARY_STEP, Start, find_start, nothing_left, resumed
 from rlhf_dist.cluster.session import ray_session, reserve
 from rlhf_dist.cluster.sources import (
     mask_source,
@@ -44,6 +44,7 @@ from rlhf_dist.loop import supervised, train as training
 from rlhf_dist.loop.evaluate import evaluate as run_evaluation
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.queue import ExperienceQueue
+from rlhf_dist.loop.resume_point import ledger_gone
 from rlhf_dist.loop.run_directory import (
     RunDirectory,
     open_run_directory,
@@ -53,6 +54,7 @@ from rlhf_dist.loop.run_directory import (
     write_text,
 )
 from rlhf_dist.loop.shaper import Shaper
+from rlhf_dist.loop.train_state import put_back, read_state
 from rlhf_dist.loop.watch import CollapseWatch
 from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.telemetry.display import Progress, make_progress, spoken
@@ -64,17 +66,23 @@ from rlhf_dist.types import Prompt
 START_KEY = "cluster.start_timeout_s"
 
 
-def train(config: Config, resume: bool) -> None:
-    """An RL run, from checks to table and curves; a resume of one that is at its end says so and does nothing."""
-    if resume and nothing_left(config, "loop.steps", config.loop.steps, training.read_state):
+def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
+    """An RL run, from checks to table and curves; a resume of one that is at its end says so and does nothing.
+
+    `resume_from`: the step of the checkpoint to resume from; None for the newest.
+    """
+    start = find_start(config, "train", resume, resume_from, read_state)
+    if nothing_left(config, "loop.steps", config.loop.steps, start):
         return
     check_before_start(config, "train")
     stream = PromptStream(config.data, config.seed, config.eval.prompts)
     prompts = held_out(config.data, config.eval.prompts)
     started = time.monotonic()
-    with opened(config, "train", resume) as (run, telemetry, progress):
-        folder = run.latest_checkpoint() if resume else None
-        state = training.read_state(folder) if folder else None
+    shaper, watch = Shaper(config.algo, config.rollout.max_response_tokens), CollapseWatch(config.algo.group_size)
+    if start.state is not None:
+        put_back(start.state, stream, shaper, watch)
+    with opened(config, "train", start) as (run, telemetry, progress):
+        folder = start.folder
         source = model_source(config, folder)
         if resume:
             require_shared_memory(source, config)
@@ -101,28 +109,30 @@ def train(config: Config, resume: bool) -> None:
                 directory=run,
                 telemetry=telemetry,
                 progress=progress,
-                shaper=Shaper(config.algo, config.rollout.max_response_tokens),
-                watch=CollapseWatch(config.algo.group_size),
+                shaper=shaper,
+                watch=watch,
             )
-            outcome = training.train(wired, state)
+            outcome = training.train(wired, start.state)
             proof = ledger.proof()
-        sound = proof.holds and not proof.in_flight
+        gone = ledger_gone(run)
+        sound = proof.holds and not proof.in_flight and not gone
         step = config.loop.steps if sound else None
         summary = {"command": "train", SUMMARY_STEP: step, **asdict(outcome), "ledger": proof.text()}
         finish(run, progress, outcome.before, outcome.after, summary, time.monotonic() - started, [proof.text()])
         if not sound:
-            raise RunError(f"{run.ledger}: the run ended, but its ledger does not add up: {proof.text()}")
+            why = gone or f"{run.ledger}: {proof.text()}"
+            raise RunError(f"{why}. The run ended, but its ledger does not add up")
 
 
-def sft(config: Config, resume: bool) -> None:
-    """A supervised run; a resume of one that is at its end says so and does nothing."""
-    if resume and nothing_left(config, "sft.steps", config.sft.steps, supervised.read_state):
+def sft(config: Config, resume: bool, resume_from: int | None = None) -> None:
+    """A supervised run; a resume of one that is at its end says so and does nothing. `resume_from`: as in `train`."""
+    start = find_start(config, "sft", resume, resume_from, supervised.read_state)
+    if nothing_left(config, "sft.steps", config.sft.steps, start):
         return
     check_before_start(config, "sft")
     started = time.monotonic()
-    with opened(config, "sft", resume) as (run, telemetry, progress):
-        folder = run.latest_checkpoint() if resume else None
-        state = supervised.read_state(folder) if folder else None
+    with opened(config, "sft", start) as (run, telemetry, progress):
+        folder = start.folder
         source = model_source(config, folder, "sft")
         progress.stage("starting Ray")
         with ray_session(config.cluster, run.logs / "ray", progress.note) as machine, ExitStack() as stack:
@@ -135,7 +145,7 @@ def sft(config: Config, resume: bool) -> None:
             join_ranks(config, ranks, folder)
             learner = hosts.SupervisedGroup(ranks, timeout_s=config.learner.timeout_s)
             before, after = supervised.fine_tune(
-                learner, config.sft, state, directory=run, telemetry=telemetry, progress=progress
+                learner, config.sft, start.state, directory=run, telemetry=telemetry, progress=progress
             )
         summary = {"command": "sft", SUMMARY_STEP: config.sft.steps, "before": before, "after": after}
         finish(run, progress, before, after, summary, time.monotonic() - started, [])
@@ -187,33 +197,50 @@ def eval_display(config: Config) -> Iterator[tuple[Progress, Path]]:
 
 
 @contextmanager
-def opened(config: Config, command: Command, resume: bool) -> Iterator[tuple[RunDirectory, Telemetry, Progress]]:
+def opened(config: Config, command: Command, start: Start[Any]) -> Iterator[tuple[RunDirectory, Telemetry, Progress]]:
     """Run directory, telemetry and progress of a run; model, memory and wandb's key are checked before it is made."""
     wandb_mode(config.telemetry)
-    if not resume:
+    if not start.resume:
         source = model_source(config, None, command)
         require_free_disk(Path(config.output), disk_need(source, config, command))
         if command == "train":
             require_shared_memory(source, config)
-    run = open_run_directory(config.output, config.name, to_yaml(config), resume)
+    run = open_run_directory(config.output, config.name, to_yaml(config), start.resume)
     with ExitStack() as stack:
         stack.callback(run.close)
         progress = make_progress(config.telemetry.progress, sys.stderr)
         stack.push(lambda kind, *_: progress.close(stopped=kind is not None))
-        if resume:
-            progress.note(resumed(run.latest_checkpoint()))
+        if start.resume:
+            progress.note(resumed(start.folder))
+        aside = [] if start.folder is None else run.go_back_to(start.folder)
         progress.stage("opening telemetry")
-        wandb_id = run.wandb_id.read_text().strip() if run.wandb_id.exists() else None
+        wandb_id, no_id = run.read_wandb_id()
         telemetry, new_id = open_telemetry(
             config.telemetry, run.path.absolute(), config.name, asdict(config), wandb_id, progress.warn
         )
         stack.callback(telemetry.close)
+        for problem in resume_notes(start, aside, no_id):
+            telemetry.warn(problem)
         if new_id is not None and new_id != wandb_id:
             write_text(run.wandb_id, new_id + "\n")
         for line in reward_lines(config) if command == "train" else ():
             progress.note(line)
             telemetry.event("rewards", line)
         yield run, telemetry, progress
+
+
+def resume_notes(start: Start[Any], aside: Sequence[Path], no_id: str) -> list[str]:
+    """What is to be warned of as a run opens."""
+    notes = [f"{no_id}; a new wandb run is begun"] if no_id else []
+    if aside:
+        names = ", ".join(path.name for path in aside)
+        notes.append(f"later checkpoints are not used any more and are kept as {names}; delete them to free the disk")
+    if start.unchecked:
+        notes.append(
+            f"{start.folder} was written by a version that stored no hashes, so its files and the ledger could not be "
+            "compared; the next checkpoint will have them"
+        )
+    return notes
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -17,12 +16,15 @@ from rlhf_dist.cluster.address import joins_cluster
 from rlhf_dist.cluster.placement import local_machine, place
 from rlhf_dist.cluster.row_checks import check_tokens, read_data
 from rlhf_dist.cluster.session import ray_session
-from rlhf_dist.cluster.sources import model_source, preflight_rewards
+from rlhf_dist.cluster.sources import check_run_models, model_source, preflight_rewards
 from rlhf_dist.config.pipeline_checks import Stage, StageCommand, named
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import DataError, ResourceError
-from rlhf_dist.loop import pipeline as stages_on_disk, run_directory
+from rlhf_dist.loop import pipeline as stages_on_disk
 from rlhf_dist.loop.run_directory import write_json, write_text
+from rlhf_dist.loop.run_lock import require_place, take_lock
+from rlhf_dist.loop.state import fits
+from rlhf_dist.models.guarded_files import read_json
 from rlhf_dist.telemetry.comparison import StageResult, as_json, as_text, compare_stages, show
 
 
@@ -60,6 +62,8 @@ def pipeline(stages: Sequence[Stage]) -> None:
 def check_before_start(stage: Stage) -> None:
     """What can be known to be wrong before anything runs; the output of earlier stages is not there yet."""
     config = stage.config
+    require_place(config.output, config.name)
+    check_run_models(config, stage.command, stage.wired)
     if not joins_cluster(config.cluster):
         place(config, local_machine(), stage.command)
     if stage.command == "train":
@@ -109,17 +113,28 @@ def result_of(stage: Stage, finished: stages_on_disk.Finished) -> StageResult:
     """What the stage's `summary.json` says. Raises DataError when it cannot be read."""
     path = stage.path / "summary.json"
     try:
-        summary: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; move {stage.path} away to run the stage anew") from error
+        summary: Any = read_json(path)
+    except DataError as error:
+        raise DataError(f"{error}; move {stage.path} away to rerun the stage") from None
+    if not fits_summary(summary):
+        raise DataError(f"{path}: is not the summary of a run; move {stage.path} away to rerun the stage")
     start = " ".join(stage.wired.get("model.path", (stage.config.model.path,)))
     return StageResult(stage.name, stage.command, start, summary, finished.seconds)
+
+
+def fits_summary(summary: Any) -> bool:
+    """Whether it has what the comparison of the stages reads."""
+    if not isinstance(summary, dict):
+        return False
+    answers = summary.get("answers", {})
+    numbers = all(fits(summary.get(when, {}), dict[str, float]) for when in ("before", "after"))
+    return numbers and fits(answers, dict[str, list[str]])
 
 
 def _lock(folder: Path) -> int:
     """Keep a second pipeline out; returns the descriptor that holds the lock. Raises ConfigError, ResourceError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return run_directory._take_lock(folder)
+        return take_lock(folder)
     except OSError as error:
         raise ResourceError(f"{folder}: the pipeline's directory cannot be made: {error.strerror}") from error

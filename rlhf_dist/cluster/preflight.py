@@ -10,15 +10,18 @@ from rlhf_dist.cluster import learner_hosts as hosts
 from rlhf_dist.cluster.address import joins_cluster
 from rlhf_dist.cluster.placement import Command, local_machine, place
 from rlhf_dist.cluster.row_checks import check_tokens, read_data
-from rlhf_dist.cluster.sources import check_critic, check_reference, preflight_rewards
+from rlhf_dist.cluster.sources import check_critic, check_reference, check_run_models, preflight_rewards
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ModelError
+from rlhf_dist.loop.run_lock import require_place
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.shared_memory import require_room
 
 
 def check_before_start(config: Config, command: Command) -> None:
     """Everything that can be known to be wrong before a process is started or a file written."""
+    require_place(config.output, config.name)
+    check_run_models(config, command)
     if not joins_cluster(config.cluster):
         place(config, local_machine(), command)
     if command in ("train", "eval"):

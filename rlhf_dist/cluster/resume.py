@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
+from rlhf_dist.cluster.placement import Command
 from rlhf_dist.config.schema import Config
-from rlhf_dist.errors import ConfigError
-from rlhf_dist.loop.run_directory import CHANGEABLE, latest_checkpoint
+from rlhf_dist.errors import ConfigError, DataError
+from rlhf_dist.loop.resume_point import resume_point
+from rlhf_dist.loop.run_directory import require_run
+from rlhf_dist.loop.run_lock import looked_at, require_place
+from rlhf_dist.loop.saved_config import CHANGEABLE
+from rlhf_dist.models.checkpoints import read_sealed
+from rlhf_dist.models.guarded_files import read_json
 
 SUMMARY_STEP = "step"
 """In `summary.json`: the step that the run ended at; null where its ledger did not add up."""
@@ -24,17 +30,51 @@ class HasStep(Protocol):
         ...
 
 
-def nothing_left(config: Config, key: str, target: int, read_state: Callable[[Path], HasStep]) -> bool:
+S = TypeVar("S", bound=HasStep)
+
+
+@dataclass(frozen=True, slots=True)
+class Start(Generic[S]):
+    """Where a run begins. `folder` and `state` are None in a new run, and in one that has no checkpoint yet."""
+
+    resume: bool = False
+    folder: Path | None = None
+    """The checkpoint, which passed every check."""
+    state: S | None = None
+    unchecked: bool = False
+    """The checkpoint is of format 1 and has no hashes."""
+
+
+def find_start(
+    config: Config, command: Command, resume: bool, step: int | None, read_state: Callable[[Path], S]
+) -> Start[S]:
+    """Check what is to be resumed, before anything is started or written; a new run has nothing to check.
+
+    `step`: of --resume-from; None for the newest checkpoint. `read_state` reads the state of a checkpoint folder.
+    Raises ConfigError or DataError with the way out.
+    """
+    require_place(config.output, config.name)
+    if not resume:
+        return Start()
+    run = Path(config.output) / config.name
+    require_run(run)
+    with looked_at(run):
+        folder = resume_point(run, command, step)
+        if folder is None:
+            return Start(True)
+        return Start(True, folder, read_state(folder), read_sealed(folder).files is None)
+
+
+def nothing_left(config: Config, key: str, target: int, start: Start[S]) -> bool:
     """Whether the run ended at step `target`, the value of the config key `key`; prints so. Writes nothing.
 
-    A run that has its last checkpoint and was cut before its summary is not at its end. `read_state` reads the state
-    of a checkpoint folder. Raises ConfigError when the run is beyond `target`, DataError for a broken checkpoint.
+    A run that has its last checkpoint and was cut before its summary is not at its end. Raises ConfigError when the run
+    is beyond `target`.
     """
-    run = Path(config.output) / config.name
-    folder = latest_checkpoint(run)
-    if folder is None:
+    run, folder = Path(config.output) / config.name, start.folder
+    if folder is None or start.state is None:
         return False
-    step = read_state(folder).step
+    step = start.state.step
     if step > target:
         raise ConfigError(
             f"{key} is {target}, but {folder} is at step {step} already; give at least {step}, or another name= for "
@@ -51,14 +91,14 @@ def nothing_left(config: Config, key: str, target: int, read_state: Callable[[Pa
 def summary_step(run: Path) -> int | None:
     """The step that the summary of the run directory is about; None without a summary that says it."""
     try:
-        found: Any = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found: Any = read_json(run / "summary.json")
+    except DataError:
         return None
     return found.get(SUMMARY_STEP) if isinstance(found, dict) else None
 
 
 def resumed(folder: Path | None) -> str:
-    """Where a resume goes on, in words; `folder` is the newest checkpoint."""
+    """Where a resume goes on, in words; `folder` is the checkpoint."""
     if folder is None:
         return "no checkpoint yet: beginning again from step 0"
     return f"resumed from step {folder.name.removeprefix('step-')}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +12,7 @@ from rlhf_dist.cluster.groups import LearnerGroup
 from rlhf_dist.cluster.learner_hosts import LearnerHost
 from rlhf_dist.cluster.placement import bundles, place
 from rlhf_dist.cluster.preflight import check_before_start
+from rlhf_dist.cluster.resume import Start, find_start
 from rlhf_dist.cluster.session import ray_session, reserve
 from rlhf_dist.cluster.sources import attention, longest, model_source
 from rlhf_dist.config.schema import Config
@@ -21,9 +21,10 @@ from rlhf_dist.data.judgement_rows import Comparison
 from rlhf_dist.data.judgements import Judgements, held_out_judgements, judgements
 from rlhf_dist.data.records import LISTED, together
 from rlhf_dist.data.token_checks import told_apart
+from rlhf_dist.errors import DataError
 from rlhf_dist.learner.model_engine import checkpoint_files
 from rlhf_dist.learner.preference import HeldOutScores
-from rlhf_dist.loop.reward import Outcome, RewardRun, read_state
+from rlhf_dist.loop.reward import Outcome, RewardRun, RewardState, read_state
 from rlhf_dist.loop.reward_report import (
     ACCURACY_HIGH,
     ACCURACY_LOW,
@@ -32,7 +33,7 @@ from rlhf_dist.loop.reward_report import (
     calibration_bins,
     draw,
 )
-from rlhf_dist.loop.run_directory import latest_checkpoint
+from rlhf_dist.models.guarded_files import read_json
 from rlhf_dist.models.scalar import ScoreScale
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
@@ -109,17 +110,17 @@ class RewardGroup(LearnerGroup):
         self.call("save_scaled", folder, scale)
 
 
-def reward(config: Config, resume: bool) -> None:
-    """Train a reward model, from checks to table and pictures."""
-    if resume and at_its_end(config):
+def reward(config: Config, resume: bool, resume_from: int | None = None) -> None:
+    """Train a reward model, from checks to table and pictures. `resume_from`: as in `build.train`."""
+    start = find_start(config, "reward", resume, resume_from, read_state)
+    if at_its_end(config, start):
         return
     check_before_start(config, "reward")
     train, held_out = load_judgements(config, check_start(config))
     best = best_accuracy([j for j in held_out if isinstance(j, Comparison)]) if from_task(config) else None
     started = time.monotonic()
-    with opened(config, "reward", resume) as (run, telemetry, progress):
-        folder = run.latest_checkpoint() if resume else None
-        state = read_state(folder) if folder else None
+    with opened(config, "reward", start) as (run, telemetry, progress):
+        folder = start.folder
         source = model_source(config, folder, "reward")
         if train.dropped or held_out.dropped:
             telemetry.warn(dropped_text(train, held_out))
@@ -135,7 +136,7 @@ def reward(config: Config, resume: bool) -> None:
             outcome = RewardRun(
                 RewardGroup(ranks, timeout_s=config.learner.timeout_s),
                 config.reward,
-                state,
+                start.state,
                 needed=needed_files(config),
                 directory=run,
                 telemetry=telemetry,
@@ -147,14 +148,16 @@ def reward(config: Config, resume: bool) -> None:
         finish(run, progress, summary["before"], summary["after"], summary, time.monotonic() - started, lines)
 
 
-def at_its_end(config: Config) -> bool:
+def at_its_end(config: Config, start: Start[RewardState]) -> bool:
     """Whether a resume has nothing left to do; says so."""
     run = Path(config.output) / config.name
-    folder = latest_checkpoint(run)
+    if start.state is None:
+        return False
     try:
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        ended = folder is not None and summary["kept_step"] == read_state(folder).step
-    except (OSError, ValueError, KeyError, TypeError):
+        summary = read_json(run / "summary.json")
+        ended = summary["kept_step"] == start.state.step
+        summary["last_step"]
+    except (DataError, KeyError, TypeError):
         return False
     if ended:
         print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -70,6 +71,27 @@ def attention(config: Config) -> str:
 
     asked = config.model.attention
     return choose_attention(asked, device(config), config.model.dtype) if asked == "auto" else asked
+
+
+def check_run_models(config: Config, command: Command, skip: Container[str] = ()) -> None:
+    """Compare each model that comes from a run with the hashes in its checkpoint, once. Raises ModelError.
+
+    `skip`: keys whose model is not there yet.
+    """
+    from rlhf_dist.models.run_model import check_run_model
+
+    paths = {"model.path": config.model.path}
+    if command in ("train", "eval"):
+        models = {name: spec.path for name, spec in config.scoring.rewards.items() if spec.kind == "model"}
+        paths |= {f"scoring.rewards.{name}.path": path for name, path in models.items()}
+        paths |= {"reference.path": config.reference.path} if actors.needs_reference(config) else {}
+    if command == "train" and hosts.algorithm(config.algo).needs_critic:
+        paths |= {"critic.start": config.critic.start}
+    seen: set[str] = set()
+    for key, path in paths.items():
+        if path and path not in seen and key not in skip and path not in ("tiny", "policy", "shared"):
+            check_run_model(path, key)
+            seen.add(path)
 
 
 def with_sources(config: Config, source: str, folder: Path | None, learns: bool) -> Config:

@@ -73,6 +73,17 @@ class FileQuestions:
         return self.questions[index]
 
 
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """What `PromptStream.cursor` holds."""
+
+    source: str
+    size: int
+    fingerprint: str
+    epoch: int
+    position: int
+
+
 class PromptStream:
     """Endless epochs over the training prompts, reshuffled in each; prompts carry the uid `EPOCH/INDEX`."""
 

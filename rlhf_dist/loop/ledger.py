@@ -11,13 +11,18 @@ Each call is one transaction, on disk when the call returns.
 from __future__ import annotations
 
 import sqlite3
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 from rlhf_dist.errors import DiskError, RunError
 
+FORMAT = 2
+"""Of the file, in its `user_version`. 1 had neither a number nor the table `about`; it is brought up when opened."""
 LOCK_LIMIT_S = 10.0
 """Seconds to wait for another process that holds the database (a reader of a backup, say)."""
 IN_FLIGHT = ("issued", "finished", "scored")
@@ -34,7 +39,26 @@ CREATE INDEX IF NOT EXISTS groups_by_state ON groups (state, step);
 -- Every use as it happens, apart from the states: what the states are checked against.
 CREATE TABLE IF NOT EXISTS uses (uid TEXT NOT NULL, step INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS uses_by_step ON uses (step);
+-- One row: which ledger this is. Each checkpoint repeats it.
+CREATE TABLE IF NOT EXISTS about (id TEXT NOT NULL);
 """
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerTotals:
+    """What a checkpoint keeps of the ledger: a ledger that does not give them again is not the one it was written with.
+
+    Groups taken after the checkpoint's step do not count.
+    """
+
+    id: str
+    """Of the file; a copy has the same."""
+    consumed: int
+    """Groups."""
+    dropped: int
+    """Groups."""
+    digest: str
+    """xxh3-128 of these groups with their steps and reasons."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +106,11 @@ class Ledger:
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=FULL")
             self._database.executescript(SCHEMA)
+            with self._transaction():
+                self._database.execute(
+                    "INSERT INTO about SELECT ? WHERE NOT EXISTS (SELECT * FROM about)", (uuid.uuid4().hex,)
+                )
+            self._database.execute(f"PRAGMA user_version = {FORMAT}")
 
     def issue(self, uids: Iterable[str], version: int) -> None:
         """Groups go to a rollout worker, under weights `version`. A uid is new, or taken back by `rewind`."""
@@ -159,6 +188,11 @@ class Ledger:
         lost = issued - consumed - sum(dropped.values()) - in_flight
         return LedgerProof(issued, consumed, dropped, in_flight, lost, twice)
 
+    def totals(self, step: int) -> LedgerTotals:
+        """For the checkpoint of `step`."""
+        with self._transaction():
+            return totals_of(self._database, step)
+
     def close(self) -> None:
         with self._disk_errors():
             self._database.close()
@@ -207,6 +241,22 @@ class Ledger:
             yield
         except sqlite3.Error as error:
             raise DiskError(f"{self._path}: cannot be read or written: {error}") from error
+
+
+def totals_of(database: sqlite3.Connection, step: int) -> LedgerTotals:
+    """The totals up to `step`. Raises sqlite3.Error."""
+    (name,) = database.execute("SELECT id FROM about").fetchone() or ("",)
+    digest = xxhash.xxh3_128()
+    counts = {"consumed": 0, "dropped": 0}
+    done = (
+        "SELECT uid, state, step, reason FROM groups WHERE state IN ('consumed', 'dropped') AND step <= ? ORDER BY uid"
+    )
+    for row in database.execute(done, (step,)):
+        counts[row[1]] += 1
+        digest.update(repr(row).encode())
+    for row in database.execute("SELECT uid, step FROM uses WHERE step <= ? ORDER BY uid, step", (step,)):
+        digest.update(repr(row).encode())
+    return LedgerTotals(str(name), counts["consumed"], counts["dropped"], digest.hexdigest())
 
 
 def _listed(uids: Iterable[str]) -> list[str]:

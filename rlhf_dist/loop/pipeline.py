@@ -7,7 +7,6 @@ OUTPUT/NAME/  STAGE/stage.json     left by a finished stage: what it was made fr
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,10 +20,14 @@ from rlhf_dist.config.load import from_yaml, to_yaml
 from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.pipeline_checks import NAME, Stage
 from rlhf_dist.config.schema import Config
-from rlhf_dist.errors import ConfigError, DataError, DiskError
-from rlhf_dist.loop import run_directory
+from rlhf_dist.errors import ConfigError, DataError, DiskError, InputError
 from rlhf_dist.loop.pipeline_files import content, digest, lacking, model_files
-from rlhf_dist.loop.run_directory import CHANGEABLE, config_changes, latest_checkpoint, write_json, write_text
+from rlhf_dist.loop.resume_point import resume_point
+from rlhf_dist.loop.run_directory import never_began, write_json, write_text
+from rlhf_dist.loop.run_lock import LOCK_FILE, refuse_links, take_lock
+from rlhf_dist.loop.saved_config import CHANGEABLE, config_changes, flat
+from rlhf_dist.models.checkpoints import LATEST, latest_checkpoint
+from rlhf_dist.models.guarded_files import read_json, read_text
 
 T = TypeVar("T")
 
@@ -101,10 +104,11 @@ def decide(stage: Stage, basis: Basis) -> Decision:
     path = stage.path
     if not path.exists() and not path.is_symlink():
         return Decision("run", "")
-    if not (path / "run.lock").exists():
+    if not (path / LOCK_FILE).exists():
         raise ConfigError(
             f"{path}: is in the way of stage {stage.name}, and no run's directory; move it away, or give another name="
         )
+    refuse_links(path)
     finished = read_finished(path)
     if finished is not None:
         changes = differences(finished.basis, basis)
@@ -128,14 +132,17 @@ def _decide_cut(stage: Stage, basis: Basis) -> Decision:
         changes += [change for change in changed if change not in moved]
     if changes:
         return Decision("rerun", listed(changes))
+    try:
+        checkpoint = resume_point(stage.path, stage.command, None)
+    except DataError as error:
+        raise DataError(f"{error}; or move {stage.path} away to rerun the stage") from None
     check_whole(stage)
-    checkpoint = latest_checkpoint(stage.path)
     return Decision("resume", f"it goes on from {checkpoint.name}" if checkpoint else "it was cut before a checkpoint")
 
 
 def has_begun(path: Path) -> bool:
     """False for a directory that holds nothing but logs: its run failed while its engines started."""
-    return not run_directory._never_began(path)
+    return not never_began(path)
 
 
 def basis_of(stage: Stage, earlier: Mapping[str, Finished]) -> Basis:
@@ -203,7 +210,7 @@ def come_back(stage: Stage) -> Config:
     """
     config, saved = resumable(stage), stage.path / "config.yaml"
     if config_changes(saved, to_yaml(config)):
-        os.close(run_directory._take_lock(stage.path))
+        os.close(take_lock(stage.path))
         write_text(saved, to_yaml(config))
     return config
 
@@ -212,9 +219,9 @@ def _saved(stage: Stage) -> dict[str, Any]:
     """The run's own config.yaml."""
     saved = stage.path / "config.yaml"
     try:
-        return _flat(from_yaml(saved.read_text(encoding="utf-8"), str(saved)))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{saved}: cannot be read: {error}; move {stage.path} away to run the stage anew") from error
+        return _flat(from_yaml(read_text(saved), str(saved)))
+    except InputError as error:
+        raise DataError(f"{error}; move {stage.path} away to rerun the stage") from None
 
 
 def _moved(stage: Stage, known: bool) -> set[str]:
@@ -237,7 +244,7 @@ def _moved(stage: Stage, known: bool) -> set[str]:
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    return run_directory._flat(asdict(config))
+    return flat(asdict(config))
 
 
 # ---- what changed ----------------------------------------------------------------------------------------------------
@@ -270,13 +277,7 @@ def check_unchanged(stage: Stage, finished: Finished) -> None:
     changed = _changed_file(stage.path, finished)
     if changed:
         raise ConfigError(
-            f"{changed} after stage {stage.name} had finished. "
-            + (
-                f"Put it back, or move {stage.path} away to make it anew"
-                if changed.endswith(": was removed")
-                else f"To take it as it is now, delete {stage.path / RECORD_FILE}: what comes after it runs anew. "
-                f"To make it anew, move {stage.path} away"
-            )
+            f"{changed} after stage {stage.name} had finished. Put it back, or move {stage.path} away to rerun it"
         )
 
 
@@ -295,10 +296,10 @@ def _changed_file(path: Path, finished: Finished) -> str | None:
     summary = path / "summary.json"
     if not summary.is_file():
         return f"{summary}: was removed"
-    now = latest_checkpoint(path)
+    latest = path / "checkpoints" / LATEST
+    now = latest_checkpoint(path) if os.path.lexists(latest) else None
     then = path / "checkpoints" / finished.checkpoint
     if now is None or now.name != finished.checkpoint:
-        latest = path / "checkpoints" / "LATEST"
         return f"{latest}: was {'removed' if now is None else f'set from {finished.checkpoint} to {now.name}'}"
     files = model_files(now)
     for name in sorted(finished.files.keys() | files.keys()):
@@ -362,15 +363,16 @@ def _basis(raw: Any) -> Basis:
 
 
 def _record(file: Path, make: Callable[[Any], T]) -> T | None:
-    try:
-        return make(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    try:
+        return make(read_json(file))
+    except (DataError, TypeError, ValueError, KeyError, OverflowError) as error:
+        why = str(error).removeprefix(f"{file}: ") if isinstance(error, DataError) else repr(error)
         raise DataError(
-            f"{file}: is no record of a stage ({error!r}). Delete it to take the run as it is, or move "
-            f"{file.parent if file.name == RECORD_FILE else file} away to run the stage anew"
-        ) from error
+            f"{file}: is not the record of a stage ({why}). Delete it to take the run as it is, or move "
+            f"{file.parent if file.name == RECORD_FILE else file} away to rerun the stage"
+        ) from None
 
 
 def aside(path: Path) -> Path:
@@ -386,7 +388,7 @@ def set_aside(path: Path) -> Path:
 
     Raises ConfigError naming the process that uses it, DiskError.
     """
-    lock = run_directory._take_lock(path)
+    lock = take_lock(path)
     try:
         target = aside(path)
         path.rename(target)

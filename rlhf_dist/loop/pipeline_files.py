@@ -9,9 +9,9 @@ from pathlib import Path
 import xxhash
 
 from rlhf_dist.errors import DataError
-from rlhf_dist.loop.run_directory import latest_checkpoint
+from rlhf_dist.models.checkpoints import latest_checkpoint
+from rlhf_dist.models.guarded_files import hash_file, hash_files
 
-READ_BLOCK = 1 << 22
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 NEEDED = (
     ("config.json",),
@@ -25,7 +25,7 @@ NEEDED = (
 def content(path: Path) -> str:
     """Fingerprint of a file's content, of a run's newest model, or of every file in a directory. Raises DataError."""
     if not path.is_dir():
-        return _hash_file(path)
+        return hash_file(path)
     checkpoint = latest_checkpoint(path)
     return digest(model_files(checkpoint) if checkpoint else _files(path))
 
@@ -37,18 +37,7 @@ def model_files(checkpoint: Path) -> dict[str, str]:
 
 def _files(folder: Path) -> dict[str, str]:
     names = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
-    return {str(name): _hash_file(folder / name) for name in names if not name.parts[0].startswith(".")}
-
-
-def _hash_file(path: Path) -> str:
-    state = xxhash.xxh3_128()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(READ_BLOCK):
-                state.update(block)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    return state.hexdigest()
+    return hash_files(folder, [str(name) for name in names if not name.parts[0].startswith(".")])
 
 
 def digest(files: Mapping[str, str]) -> str:

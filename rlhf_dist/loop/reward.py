@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import Protocol
 
 from rlhf_dist.config.schema import RewardConfig
-from rlhf_dist.errors import DataError, RunError
+from rlhf_dist.errors import RunError
 from rlhf_dist.learner.preference import HeldOutScores
 from rlhf_dist.loop.reward_report import SCORE_MEAN, SCORE_STD, held_out_results
-from rlhf_dist.loop.run_directory import RunDirectory, write_json
+from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.schedule import due
-from rlhf_dist.loop.supervised import STATE_FILE, per_step
+from rlhf_dist.loop.state import read_state_of
+from rlhf_dist.loop.supervised import per_step
 from rlhf_dist.models.scalar import ScoreScale
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.display import Progress
@@ -161,8 +161,7 @@ class RewardRun:
         self._kept, self._held_out = RewardState(step, self._kept.before, results), found
         folder = self._directory.begin_checkpoint(step).absolute()
         self._trainer.save_scaled(folder, ScoreScale(results[SCORE_MEAN], results[SCORE_STD]))
-        write_json(folder / STATE_FILE, asdict(self._kept))
-        self._directory.commit_checkpoint(step, keep=1, needed=self._needed)
+        self._directory.commit_checkpoint(step, 1, asdict(self._kept), self._needed)
         return True
 
     def _tell_early_stop(self, step: int) -> None:
@@ -177,10 +176,5 @@ class RewardRun:
 
 
 def read_state(folder: Path) -> RewardState:
-    """The state of a checkpoint folder. Raises `DataError` when it is not whole."""
-    path = folder / STATE_FILE
-    try:
-        found = json.loads(path.read_text())
-        return RewardState(found["step"], found["before"], found["results"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not the state of a reward model's checkpoint ({error!r})") from None
+    """The state of a checkpoint folder. Raises `DataError` when it is not one of a reward model's run."""
+    return read_state_of(RewardState, folder)

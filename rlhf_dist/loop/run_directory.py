@@ -6,9 +6,9 @@ OUTPUT/NAME/  config.yaml  metrics.jsonl  events.jsonl  summary.json  ledger.sql
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,26 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf_dist.errors import ConfigError, DataError, DiskError, ResourceError
+from rlhf_dist.loop.run_lock import LOCK_FILE, refuse_links, require_place, take_lock
+from rlhf_dist.loop.saved_config import require_same_config
+from rlhf_dist.models.checkpoints import (
+    CHECKPOINT_PREFIX,
+    LATEST,
+    STATE_FILE,
+    checkpoint_steps,
+    latest_checkpoint,
+    sealed,
+    step_of,
+)
+from rlhf_dist.models.guarded_files import read_text
 from rlhf_dist.telemetry.sinks import EVENTS_FILE, METRICS_FILE, ROLLOUTS_FOLDER
 
-CHANGEABLE = (
-    "name",
-    "output",
-    "telemetry",
-    "cluster",
-    "loop.steps",
-    "loop.checkpoint_every",
-    "loop.keep_checkpoints",
-    "eval.every",
-    "scoring.non_finite",
-)
-"""Keys and sections that a resume may change, besides `ENDINGS`; anything else would make it another run."""
-ENDINGS = (".timeout_s", ".retries")
-"""How long something may take, and how often it is tried."""
-CHECKPOINT_PREFIX = "step-"
+WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +96,14 @@ class RunDirectory:
             folder.mkdir(parents=True)
         return folder
 
-    def commit_checkpoint(self, step: int, keep: int, needed: Sequence[str] = ()) -> Path:
+    def commit_checkpoint(self, step: int, keep: int, state: Mapping[str, Any], needed: Sequence[str] = ()) -> Path:
         """Make the folder of `begin_checkpoint` the newest checkpoint, then remove all but the newest `keep`.
 
-        `needed`: files that other processes had to write into it. A crash at any moment leaves the earlier checkpoint
-        or this one whole; so when LATEST names this very step already (a resume that had nothing left to do), the one
-        that is there stays. Returns its path. Raises DiskError.
+        `needed`: files that other processes had to write into it. `state` becomes its state.json, with a hash of every
+        file. A crash at any moment leaves the earlier checkpoint or this one whole; so when LATEST names this very step
+        already (a resume that had nothing left to do), the one that is there stays. Returns its path. Raises DiskError.
         """
-        assert keep >= 1, keep
+        assert keep >= 1 and state["step"] == step, (keep, step)
         folder, final = self._unfinished(step), self.checkpoints / f"{CHECKPOINT_PREFIX}{step}"
         missing = [name for name in needed if not (folder / name).exists()]
         if missing:
@@ -119,21 +115,49 @@ class RunDirectory:
             with _disk_errors(folder):
                 shutil.rmtree(folder)
             return final
+        try:
+            text = sealed(folder, state)
+        except DataError as error:
+            raise DiskError(f"{final}: cannot be read back: {error}") from error
+        write_text(folder / STATE_FILE, text)
         with _disk_errors(final):
             _sync_tree(folder)
-            if final.exists():  # Written before a resume from an earlier step.
-                shutil.rmtree(final)
+            if final.exists():  # Written by a run that went back since; a resume sets it aside.
+                _set_aside(final)
             os.rename(folder, final)
             _sync(self.checkpoints)
-        write_text(self.checkpoints / "LATEST", final.name + "\n")
+        write_text(self.checkpoints / LATEST, final.name + "\n")
         older = sorted(other for other in checkpoint_steps(self.checkpoints) if other <= step)
         for other in older[:-keep]:
             shutil.rmtree(self.checkpoints / f"{CHECKPOINT_PREFIX}{other}", ignore_errors=True)
         return final
 
     def latest_checkpoint(self) -> Path | None:
-        """The checkpoint that LATEST names; None before the first."""
+        """The checkpoint that LATEST names; None before the first. Raises DataError, see `checkpoints`."""
         return latest_checkpoint(self.path)
+
+    def go_back_to(self, checkpoint: Path) -> list[Path]:
+        """Make `checkpoint` the newest: those of later steps are renamed, and count for nothing from then on.
+
+        Returns their new paths. Raises DiskError.
+        """
+        if not (self.checkpoints / LATEST).is_file() or self.latest_checkpoint() != checkpoint:
+            write_text(self.checkpoints / LATEST, checkpoint.name + "\n")
+        later = [step for step in checkpoint_steps(self.checkpoints) if step > step_of(checkpoint)]
+        with _disk_errors(self.checkpoints):
+            return [_set_aside(self.checkpoints / f"{CHECKPOINT_PREFIX}{step}") for step in later]
+
+    def read_wandb_id(self) -> tuple[str | None, str]:
+        """The id in `wandb_id`, None when there is none that can be used; and why not, empty when all is well."""
+        if not os.path.lexists(self.wandb_id):
+            return None, ""
+        try:
+            found = read_text(self.wandb_id, 4096).strip()
+        except DataError as error:
+            return None, str(error)
+        if not WANDB_ID.fullmatch(found):
+            return None, f"{self.wandb_id}: {found[:60]!r} is not the id of a wandb run"
+        return found, ""
 
     def rewind_metrics(self, step: int) -> int:
         """Before going on from `step`: lines of metrics.jsonl after it move to metrics.before-resume.jsonl.
@@ -171,12 +195,11 @@ def open_run_directory(output: str, name: str, config_text: str, resume: bool) -
     """Make `output/name`, or with `resume` come back to it; lock it, and save the resolved config (YAML).
 
     Leftovers of interrupted writes are removed. Raises ConfigError when it exists (without `resume`), when there is
-    nothing to resume, when the config changed in a way that makes it another run, or when another process is using
-    it; ResourceError when it cannot be made. A run without a checkpoint goes back to its start.
+    nothing to resume, when the config changed in a way that makes it another run, when another process is using it,
+    or when it has links in it; ResourceError when it cannot be made. A run without a checkpoint goes back to its start.
     """
+    require_place(output, name)
     path = Path(output) / name
-    if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ConfigError(f"name: {name!r} is not a name for a directory inside {output}; use for example name=my-run")
     return _come_back(path, config_text) if resume else _make(path, config_text)
 
 
@@ -187,8 +210,9 @@ def _make(path: Path, config_text: str) -> RunDirectory:
     except FileExistsError:
         if not path.exists():
             raise ConfigError(f"output: {path.parent} is a file, not a directory; give another output=") from None
-        if not _never_began(path):
+        if not never_began(path):
             raise ConfigError(f"{path}: this run exists; continue it with --resume, or give another name=") from None
+        refuse_links(path)
         return _fill(path, config_text)
     except OSError as error:
         raise ResourceError(f"{path}: the run directory cannot be made: {error.strerror}") from error
@@ -200,37 +224,42 @@ def _make(path: Path, config_text: str) -> RunDirectory:
 
 
 def _fill(path: Path, config_text: str) -> RunDirectory:
-    run = RunDirectory(path, _take_lock(path))
+    run = RunDirectory(path, take_lock(path))
     for folder in (run.checkpoints, run.logs):  # `rollouts` is made with its first file: only `train` has any
         folder.mkdir(exist_ok=True)
+    for suffix in ("", "-wal", "-shm"):  # Of a start that failed before its first step.
+        run.ledger.with_name(run.ledger.name + suffix).unlink(missing_ok=True)
     run.save_config(config_text)
     return run
 
 
-def _never_began(path: Path) -> bool:
+def never_began(path: Path) -> bool:
     """A run that failed while its engines started: its directory holds nothing but logs, and may be taken again."""
-    metrics = path / METRICS_FILE
+    metrics, folder = path / METRICS_FILE, path / "checkpoints"
     written = metrics.exists() and metrics.stat().st_size > 0
-    return (path / "run.lock").exists() and not written and not checkpoint_steps(path / "checkpoints")
+    return (path / LOCK_FILE).exists() and not written and not checkpoint_steps(folder)
+
+
+def require_run(path: Path) -> None:
+    """Raise ConfigError when `path` is not a run directory that could be resumed."""
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such run to resume; leave out --resume to start it")
+    if not os.path.lexists(path / LOCK_FILE):
+        raise ConfigError(f"{path}: not a run's directory; leave out --resume and give another name=")
+    refuse_links(path)
 
 
 def _come_back(path: Path, config_text: str) -> RunDirectory:
-    if not path.is_dir():
-        raise ConfigError(f"{path}: no such run to resume; leave out --resume to start it")
-    if not (path / "run.lock").exists():
-        raise ConfigError(f"{path}: not a run's directory; leave out --resume and give another name=")
-    run = RunDirectory(path, _take_lock(path))
+    require_run(path)
+    run = RunDirectory(path, take_lock(path))
     try:
-        changes = config_changes(run.config, config_text)
-        if changes:
-            raise ConfigError(
-                f"{run.config}: a resume cannot change {'; '.join(changes)}. "
-                "Give the saved values, or start a new run with another name="
-            )
+        require_same_config(run.config, config_text)
         for folder in run.checkpoints.glob(f".{CHECKPOINT_PREFIX}*.unfinished"):
             shutil.rmtree(folder)
         for file in [*path.glob("*.tmp"), *run.checkpoints.glob("*.tmp"), *run.rollouts.glob("*.tmp")]:
             file.unlink()
+        for folder in (run.checkpoints, run.logs):
+            folder.mkdir(exist_ok=True)
         run.save_config(config_text)
     except OSError as error:
         run.close()
@@ -241,83 +270,13 @@ def _come_back(path: Path, config_text: str) -> RunDirectory:
     return run
 
 
-def _take_lock(path: Path) -> int:
-    """Raises ConfigError naming the process that holds the lock."""
-    descriptor = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 32).decode("ascii", errors="replace").strip() or "unknown"
-        os.close(descriptor)
-        raise ConfigError(f"{path}: process {holder} is using this run; wait for it, or give another name=") from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
-    return descriptor
-
-
-def config_changes(saved: Path, config_text: str) -> list[str]:
-    """`KEY from OLD to NEW` for every key that differs and that a resume must not change, in order.
-
-    Raises DataError when the saved config is missing or no YAML.
-    """
-    try:
-        old = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise DataError(f"{saved}: cannot be read: {' '.join(str(error).split())}") from error
-    new = _flat(yaml.safe_load(config_text))
-    fixed = [key for key in sorted(old.keys() | new.keys()) if not _is_changeable(key)]
-    absent = "(absent)"
-    pairs = [(key, old.get(key, absent), new.get(key, absent)) for key in fixed]
-    return [f"{key} from {before} to {after}" for key, before, after in pairs if before != after]
-
-
-def _is_changeable(key: str) -> bool:
-    listed = any(key == allowed or key.startswith(allowed + ".") for allowed in CHANGEABLE)
-    return listed or key.endswith(ENDINGS)
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections -> `section.key` names; lists are values."""
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def latest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint that `run/checkpoints/LATEST` names; None when there is none. Needs no lock.
-
-    Raises DataError when LATEST names a folder that is not there.
-    """
-    pointer = run / "checkpoints" / "LATEST"
-    if not pointer.is_file():
-        return None
-    found = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    if found == pointer.parent or not found.is_dir():
-        steps = ", ".join(f"{CHECKPOINT_PREFIX}{step}" for step in checkpoint_steps(pointer.parent))
-        way = "write one of those into LATEST" if steps else "start a new run with another name="
-        raise DataError(
-            f"{pointer}: names {found.name!r}, which is not there; the folder holds {steps or 'nothing'}: {way}"
-        )
-    return found
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the finished checkpoints in `folder`, ascending."""
-    names = [entry.name.removeprefix(CHECKPOINT_PREFIX) for entry in folder.glob(f"{CHECKPOINT_PREFIX}*")]
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a finished checkpoint was written after."""
-    return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` as a whole: after a crash it holds the old or the new text. Raises DiskError."""
     unfinished = path.with_name(path.name + ".tmp")
     with _disk_errors(path):
-        with unfinished.open("w", encoding="utf-8") as file:
+        # A leftover, or a link that somebody put there: what it points to must not be overwritten.
+        unfinished.unlink(missing_ok=True)
+        with unfinished.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -350,10 +309,22 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 
 def _is_up_to(line: bytes, step: int) -> bool:
+    """Whether it is a whole line of a step until then; a damaged one is not."""
     try:
-        return line.endswith(b"\n") and int(json.loads(line)["step"]) <= step
-    except (ValueError, KeyError, TypeError):
+        found = json.loads(line)
+        return line.endswith(b"\n") and type(found["step"]) is int and found["step"] <= step
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Rename `step-6` to `step-6.set-aside`, or to the first of `.set-aside-2`, `-3` ... that is free."""
+    number, target = 1, checkpoint.with_name(f"{checkpoint.name}.set-aside")
+    while os.path.lexists(target):
+        number += 1
+        target = checkpoint.with_name(f"{checkpoint.name}.set-aside-{number}")
+    checkpoint.rename(target)
+    return target
 
 
 def _sync(path: Path) -> None:

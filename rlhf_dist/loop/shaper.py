@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,14 @@ class Shaper:
         """What `state` gave."""
         self._controller = replace(self._controller, coef=float(state["kl_coef"]))
         self._moments = RunningMoments(**state["moments"])
+
+
+@dataclass(frozen=True, slots=True)
+class ShaperState:
+    """What `Shaper.state` holds."""
+
+    kl_coef: float
+    moments: RunningMoments
 
 
 def penalized(batch: Batch, shaping: ShapingConfig, max_tokens: int) -> torch.Tensor:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 from rlhf_dist.config.schema import SftConfig
-from rlhf_dist.errors import DataError
 from rlhf_dist.learner.model_engine import checkpoint_files
-from rlhf_dist.loop.run_directory import RunDirectory, write_json
+from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.schedule import due
+from rlhf_dist.loop.state import read_state_of
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.sinks import Telemetry
 from rlhf_dist.telemetry.timeline import Stopwatch
-
-STATE_FILE = "state.json"
 
 
 class Supervised(Protocol):
@@ -90,18 +87,12 @@ def checkpoint(learner: Supervised, directory: RunDirectory, state: SupervisedSt
     """Write a checkpoint; the one before stays until this one is whole."""
     folder = directory.begin_checkpoint(state.step).absolute()
     learner.save(folder)
-    write_json(folder / STATE_FILE, asdict(state))
-    directory.commit_checkpoint(state.step, keep=1, needed=checkpoint_files(learner.ranks))
+    directory.commit_checkpoint(state.step, 1, asdict(state), checkpoint_files(learner.ranks))
 
 
 def read_state(folder: Path) -> SupervisedState:
-    """The state of a checkpoint folder. Raises `DataError` when it is not whole."""
-    path = folder / STATE_FILE
-    try:
-        found = json.loads(path.read_text())
-        return SupervisedState(found["step"], found["before"], found["results"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not the state of a supervised checkpoint ({error!r})") from None
+    """The state of a checkpoint folder. Raises `DataError` when it is not one of a supervised run."""
+    return read_state_of(SupervisedState, folder)
 
 
 def per_step(times: dict[str, float], steps: int) -> dict[str, float]:

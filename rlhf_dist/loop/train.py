@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,10 +24,11 @@ from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.non_finite import NON_FINITE, counted, refuse_if_hopeless
 from rlhf_dist.loop.ports import Critic, Policy, References, Rollouts, Scoring
 from rlhf_dist.loop.queue import ExperienceQueue
-from rlhf_dist.loop.run_directory import RunDirectory, write_json
+from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.step import Learning, train_step
+from rlhf_dist.loop.train_state import State, put_back
 from rlhf_dist.loop.watch import CollapseWatch, watch_metrics
 from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.telemetry import names
@@ -39,7 +38,6 @@ from rlhf_dist.telemetry.timeline import Stopwatch
 from rlhf_dist.types import Experience, NonFinite, Prompt, Sampling
 from rlhf_dist.weights.receipts import Announcement, changed_share
 
-STATE_FILE = "state.json"
 NO_SIGNAL = "no_signal"
 """A prompt whose samples all scored the same."""
 GREEDY_LOST = "greedy_lost"
@@ -79,28 +77,6 @@ class Run:
         """How a step learns."""
         config = self.config
         return Learning(self.algorithm, config.learner, config.critic, self.sampling, config.loop.steps)
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """What a checkpoint holds besides weights and optimizer: enough to go on exactly where it was."""
-
-    step: int
-    """Training steps done; also the weight version."""
-    steps: int
-    """`loop.steps` of the run that wrote it."""
-    cursor: dict[str, int | str]
-    """Of the prompt stream."""
-    before: dict[str, float]
-    """Evaluation before the first step, for the table at the end."""
-    results: dict[str, float]
-    """The latest evaluation."""
-    answers: dict[str, list[str]] = field(default_factory=dict)
-    """A few held-out `prompts` with the greedy answers `before` and the latest."""
-    shaper: dict[str, Any] = field(default_factory=dict)
-    """Of `Shaper`: running moments, KL coefficient."""
-    watch: dict[str, Any] = field(default_factory=dict)
-    """Of `CollapseWatch`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +140,8 @@ def train(run: Run, state: State | None) -> Outcome:
         move_reference(run, announcement)  # after the evaluation, whose KL is to the reference as it was
         if due(loop.checkpoint_every, step, loop.steps):
             cursor, shaper, signs = dict(run.stream.cursor()), run.shaper.state(), run.watch.state()
-            checkpoint(run, State(step, loop.steps, cursor, before, results, answers, shaper, signs))
+            totals = run.ledger.totals(step)
+            checkpoint(run, State(step, loop.steps, cursor, before, results, answers, shaper, signs, totals))
         watch.lap()  # Evaluation and checkpoints are not part of a step's time.
     return Outcome(before, results, answers)
 
@@ -212,11 +189,7 @@ def sampling_of(config: Config) -> Sampling:
 def resume(run: Run, state: State | None) -> int:
     """Put stream, ledger and metrics back to the checkpoint; returns its step, 0 for a new run."""
     if state is not None:
-        run.stream.restore(state.cursor)
-        if state.shaper:
-            run.shaper.restore(state.shaper)
-        if state.watch:
-            run.watch.restore(state.watch)
+        put_back(state, run.stream, run.shaper, run.watch)
     step = 0 if state is None else state.step
     # A run that was cut before its first checkpoint goes back to its very start; in a new one there is nothing to move.
     rewound = run.ledger.rewind(step)
@@ -369,21 +342,10 @@ def checkpoint(run: Run, state: State) -> None:
         run.critic.save(folder)
     if run.reference is not None:
         run.reference.save(folder)
-    write_json(folder / STATE_FILE, asdict(state))
     needed = checkpoint_files(run.policy.ranks)
     if run.algorithm.mask is not None:
         needed += MASK_FILES
     if run.algorithm.needs_critic:
         needed += critic_files(run.config.critic.start == "shared", run.policy.ranks)
-    final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints, needed)
+    final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints, asdict(state), needed)
     run.telemetry.event("checkpoint", f"wrote {final}", step=state.step)
-
-
-def read_state(folder: Path) -> State:
-    """The state of a checkpoint folder. Raises `DataError` when it is not whole."""
-    path = folder / STATE_FILE
-    try:
-        found = json.loads(path.read_text())
-        return State(**found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a checkpoint's state ({error!r}); resume from another checkpoint") from None

@@ -116,6 +116,17 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
+class WatchState:
+    """What `CollapseWatch.state` holds."""
+
+    step: int
+    recent: dict[str, list[float]]
+    first: dict[str, float]
+    best: Window | None
+    active: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Sign:
     """One kind of trouble, as it stands."""
 

@@ -22,6 +22,7 @@ from rlhf_dist.models.falcon import FALCON, teach_falcon
 from rlhf_dist.models.fit import quiet, refuse_unknown
 from rlhf_dist.models.model_config import load_config, unloadable
 from rlhf_dist.models.model_files import check_large_files, check_small_files, is_there
+from rlhf_dist.models.run_model import newest_model
 from rlhf_dist.models.tiny import make_tiny
 from rlhf_dist.models.weight_files import read_headers
 
@@ -49,7 +50,7 @@ def resolve(config: ModelConfig, cache: Path, key: str = "model.path") -> ModelS
         return ModelSource(str(make_tiny(config.tiny, cache)), "tiny")
     path = Path(config.path).expanduser()
     if path.is_dir():
-        checkpoint = _newest_checkpoint(path, key)
+        checkpoint = newest_model(path, key)
         return ModelSource(str(checkpoint or path), "run" if checkpoint else "directory")
     if path.exists():
         raise ModelError(f"{key} = {config.path}: is a file; name the directory with config.json in it")
@@ -69,27 +70,6 @@ def _right_for(key: str) -> str:
     if key == "critic.start":
         return f"policy, shared, or {reward_model}"
     return "`tiny`, a Hugging Face directory, a run directory, or a hub name such as Qwen/Qwen2.5-0.5B-Instruct"
-
-
-def _newest_checkpoint(run: Path, key: str) -> Path | None:
-    """`checkpoints/STEP/hf` for the STEP that `checkpoints/LATEST` names; None if `run` is not a run directory."""
-    latest = run / "checkpoints" / "LATEST"
-    if not latest.is_file():
-        if (run / "checkpoints").is_dir() or ((run / "config.yaml").is_file() and not (run / "config.json").is_file()):
-            raise ModelError(
-                f"{key} = {run}: this run has no finished checkpoint ({latest} is not there); finish it with --resume, "
-                "or let a run write one earlier: loop.checkpoint_every (train), sft.checkpoint_every (sft), "
-                "reward.eval_every (reward)"
-            )
-        return None
-    checkpoint = run / "checkpoints" / latest.read_text().strip() / "hf"
-    if not checkpoint.is_dir():
-        whole = sorted((path.parent.name for path in run.glob("checkpoints/step-*/hf")), key=lambda n: (len(n), n))
-        way = f"write {' or '.join(whole)} into {latest.name}" if whole else "give another run"
-        raise ModelError(
-            f"{key} = {run}: {latest} names {latest.read_text().strip()!r}, but {checkpoint} is not there; {way}"
-        )
-    return checkpoint
 
 
 def _close_names(path: Path) -> str:

@@ -122,8 +122,9 @@ def read_metrics(path: Path) -> Series:
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; is it a run directory's metrics.jsonl?") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError(f"{path}: cannot be read: {why}; is it a run directory's metrics.jsonl?") from error
     found: dict[str, dict[int, float]] = {}
     for row, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
@@ -131,7 +132,7 @@ def read_metrics(path: Path) -> Series:
         try:
             record = {name: float(value) for name, value in json.loads(line).items()}
             step = int(record.pop("step"))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
             raise DataError(f"{path}:{row}: not an object of numbers with a `step`: {line[:80]!r}") from error
         for name, value in record.items():
             found.setdefault(name, {})[step] = value

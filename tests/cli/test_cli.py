@@ -131,17 +131,27 @@ def test_plan_for_another_machine() -> None:
 
 def test_options_and_overrides_in_any_order(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Config, bool]] = []
-    install(monkeypatch, train=lambda config, resume: calls.append((config, resume)))
+    install(monkeypatch, train=lambda config, resume, resume_from: calls.append((config, resume, resume_from)))
     assert main(["train", config, "--resume", "seed=4", "loop.steps=7"]) == 0
     assert main(["train", "--resume", config, "seed=4"]) == 0
     assert main(["train", config]) == 0
-    assert [(c.seed, c.loop.steps, resume) for c, resume in calls] == [(4, 7, True), (4, 3, True), (0, 3, False)]
+    assert main(["train", config, "--resume-from", "step-2"]) == 0
+    assert main(["train", config, "--resume-from=12", "--resume"]) == 0
+    assert [(c.seed, c.loop.steps, *rest) for c, *rest in calls] == [
+        (4, 7, True, None),
+        (4, 3, True, None),
+        (0, 3, False, None),
+        (0, 3, True, 2),
+        (0, 3, True, 12),
+    ]
 
 
 def test_each_command_calls_its_own_function(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     install(
-        monkeypatch, sft=lambda config, resume: calls.append(f"sft {resume}"), evaluate=lambda _: calls.append("eval")
+        monkeypatch,
+        sft=lambda config, resume, resume_from: calls.append(f"sft {resume}"),
+        evaluate=lambda _: calls.append("eval"),
     )
     assert [main(["sft", config]), main(["sft", config, "--resume"]), main(["eval", config])] == [0, 0, 0]
     assert calls == ["sft False", "sft True", "eval"]
@@ -163,7 +173,7 @@ def test_errors_of_a_run(
     code: int,
     message: str,
 ) -> None:
-    def train(config: Config, resume: bool) -> None:
+    def train(config: Config, resume: bool, resume_from: int | None) -> None:
         raise error
 
     install(monkeypatch, train=train)
@@ -172,7 +182,7 @@ def test_errors_of_a_run(
 
 
 def test_unexpected_errors_keep_their_traceback(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(config: Config, resume: bool) -> None:
+    def train(config: Config, resume: bool, resume_from: int | None) -> None:
         raise ZeroDivisionError("a bug")
 
     install(monkeypatch, train=train)
@@ -183,7 +193,7 @@ def test_unexpected_errors_keep_their_traceback(config: str, monkeypatch: pytest
 def test_keyboard_interrupt_says_how_to_go_on(
     config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def train(config: Config, resume: bool) -> None:
+    def train(config: Config, resume: bool, resume_from: int | None) -> None:
         raise KeyboardInterrupt
 
     install(monkeypatch, train=train)
@@ -192,6 +202,17 @@ def test_keyboard_interrupt_says_how_to_go_on(
     assert "`rlhf-dist train small.yaml seed=4 --resume`" in said
     assert "from the newest checkpoint, or from the beginning if there is none yet" in said
     assert "saved" not in said, "nothing may have been"
+    for again in (["--resume"], ["--resume-from", "step-2"], ["--resume-from=step-2", "--resume"]):
+        assert main(["train", *again, config, "seed=4"]) == 130
+        assert "`rlhf-dist train small.yaml seed=4 --resume`" in capsys.readouterr().err, "not back to step 2 again"
+
+
+@pytest.mark.parametrize(
+    "value", ["", "step-", "../step-2", "step--1", "2.5", "\N{DEVANAGARI DIGIT TWO}", "step-" + "9" * 400]
+)
+def test_a_checkpoint_is_named_by_its_step(config: str, capsys: pytest.CaptureFixture[str], value: str) -> None:
+    assert main(["train", config, f"--resume-from={value}"]) == 2
+    assert "is not a checkpoint's name, as in step-100" in capsys.readouterr().err
 
 
 def test_bench_runs_the_named_file_with_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from rlhf_dist.cluster import pipeline as running
 from rlhf_dist.cluster.placement import Machine
 from rlhf_dist.config.load import from_yaml, to_yaml
 from rlhf_dist.config.schema import Config
-from rlhf_dist.errors import ConfigError, InputError, ModelError, ResourceError, RunError
+from rlhf_dist.errors import ConfigError, DataError, InputError, ModelError, ResourceError, RunError
 from rlhf_dist.loop import pipeline as on_disk
 from rlhf_dist.loop.pipeline_files import content
 from rlhf_dist.loop.run_directory import open_run_directory, write_json
@@ -109,7 +109,7 @@ class StandIn:
         for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
             (hf / name).write_text("{}")
         (hf / "model.safetensors").write_text(f"{config.sft.steps} steps")
-        run.commit_checkpoint(1, keep=1)
+        run.commit_checkpoint(1, 1, {"step": 1})
         write_json(run.summary, {"after": {"sft/held_out_loss": 1.0}})
         run.close()
 
@@ -254,7 +254,7 @@ def test_a_stage_that_is_not_whole_stops_it_before_a_later_one_is_moved(
     with pytest.raises(ConfigError, match=rf"stage first: {config}: was removed .* Put it back, or move"):
         command.run(["pipe.yaml"])
     Path("runs/mine/first/stage.json").unlink()
-    with pytest.raises(ConfigError, match=rf"stage first: {config}: is not there, .* or move runs/mine/first away"):
+    with pytest.raises(DataError, match=rf"stage first: {config}: is missing.* or move runs/mine/first away"):
         command.run(["pipe.yaml"])
     assert Path("runs/mine/second").is_dir() and not Path("runs/mine/second.old-1").exists()
     config.write_text(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_dist.cluster import build
 from rlhf_dist.cluster.placement import Machine
-from rlhf_dist.cluster.resume import nothing_left
+from rlhf_dist.cluster.resume import Start, find_start, nothing_left
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.schema import (
     Config,
@@ -27,14 +27,16 @@ from rlhf_dist.config.schema import (
     TelemetryConfig,
     TinyConfig,
 )
+from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import ConfigError, DataError, RunError
-from rlhf_dist.loop import supervised, train as training
+from rlhf_dist.loop import supervised
 from rlhf_dist.loop.evaluate import Evaluation
+from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.run_directory import open_run_directory
+from rlhf_dist.loop.train_state import read_state
 
 TINY = TinyConfig(hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1, max_positions=64)
-SFT_STATE = {"step": 3, "before": {}, "results": {}}
-TRAIN_STATE = {"step": 3, "steps": 3, "cursor": {}, "before": {}, "results": {}}
+STATE = {"step": 3, "before": {}, "results": {}}
 
 
 class StartedError(Exception):
@@ -63,13 +65,21 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     return replace(made, cluster=replace(made.cluster, device="cpu"))
 
 
-def at_step_3(config: Config, state: dict[str, Any], summary: dict[str, Any] | None) -> Path:
+def at_step_3(config: Config, command: str, summary: dict[str, Any] | None) -> Path:
     """A run directory with a checkpoint of step 3."""
     run = open_run_directory(config.output, config.name, to_yaml(config), resume=False)
-    folder = run.checkpoints / "step-3"
-    folder.mkdir()
-    (folder / "state.json").write_text(json.dumps(state))
-    (run.checkpoints / "LATEST").write_text("step-3\n")
+    run.begin_checkpoint(3)
+    state: dict[str, Any] = dict(STATE)
+    if command == "train":
+        ledger = Ledger(run.ledger)
+        for step in (1, 2, 3):
+            for move in (lambda uids: ledger.issue(uids, 0), ledger.finish, ledger.score):
+                move([f"0/{step}"])
+            ledger.consume([f"0/{step}"], step)
+        stream = PromptStream(config.data, config.seed, config.eval.prompts)
+        state |= {"steps": 3, "cursor": stream.cursor(), "ledger": asdict(ledger.totals(3))}
+        ledger.close()
+    run.commit_checkpoint(3, 1, state)
     if summary is not None:
         run.summary.write_text(json.dumps(summary))
     run.close()
@@ -81,16 +91,14 @@ def contents(path: Path) -> dict[str, tuple[bytes, int]]:
     return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
 
 
-COMMANDS = pytest.mark.parametrize(
-    ("command", "state", "key"), [("train", TRAIN_STATE, "loop.steps"), ("sft", SFT_STATE, "sft.steps")]
-)
+COMMANDS = pytest.mark.parametrize(("command", "key"), [("train", "loop.steps"), ("sft", "sft.steps")])
 
 
 @COMMANDS
 def test_a_run_at_its_end_says_so_and_writes_nothing(
-    config: Config, capsys: pytest.CaptureFixture[str], command: str, state: dict[str, Any], key: str
+    config: Config, capsys: pytest.CaptureFixture[str], command: str, key: str
 ) -> None:
-    path = at_step_3(config, state, {"command": command, "step": 3})
+    path = at_step_3(config, command, {"command": command, "step": 3})
     before = contents(path)
     getattr(build, command)(config, resume=True)
     onward = {"train": "raise loop.steps to go on", "sft": f"go on in a new run with name=... model.path={path}"}
@@ -100,9 +108,9 @@ def test_a_run_at_its_end_says_so_and_writes_nothing(
 
 @COMMANDS
 def test_a_run_cut_before_its_summary_or_with_an_older_one_goes_on(
-    config: Config, capsys: pytest.CaptureFixture[str], command: str, state: dict[str, Any], key: str
+    config: Config, capsys: pytest.CaptureFixture[str], command: str, key: str
 ) -> None:
-    path = at_step_3(config, state, None)
+    path = at_step_3(config, command, None)
     for summary in (None, {"command": command, "step": 2}, {"command": command, "step": None}):
         if summary is not None:
             (path / "summary.json").write_text(json.dumps(summary))
@@ -114,10 +122,8 @@ def test_a_run_cut_before_its_summary_or_with_an_older_one_goes_on(
 
 
 @COMMANDS
-def test_a_target_below_the_checkpoint_is_refused(
-    config: Config, command: str, state: dict[str, Any], key: str
-) -> None:
-    path = at_step_3(config, state, {"command": command, "step": 3})
+def test_a_target_below_the_checkpoint_is_refused(config: Config, command: str, key: str) -> None:
+    path = at_step_3(config, command, {"command": command, "step": 3})
     before = contents(path)
     less = replace(config, loop=replace(config.loop, steps=2), sft=replace(config.sft, steps=2))
     with pytest.raises(ConfigError, match=rf"{key} is 2, but .*step-3 is at step 3 already; give at least 3"):
@@ -126,9 +132,11 @@ def test_a_target_below_the_checkpoint_is_refused(
 
 
 def test_more_steps_go_on_and_a_run_that_is_not_there_is_left_to_the_run_directory(config: Config) -> None:
-    assert not nothing_left(config, "loop.steps", 3, training.read_state)
-    at_step_3(config, SFT_STATE, {"step": 3})
-    assert not nothing_left(config, "sft.steps", 4, supervised.read_state)
+    with pytest.raises(ConfigError, match=r"run: no such run to resume; leave out --resume to start it"):
+        find_start(config, "train", True, None, read_state)
+    assert find_start(config, "train", False, None, read_state) == Start()
+    at_step_3(config, "sft", {"step": 3})
+    assert not nothing_left(config, "sft.steps", 4, find_start(config, "sft", True, None, supervised.read_state))
 
 
 def test_a_resume_before_the_first_checkpoint_says_that_it_begins_again(

@@ -32,7 +32,8 @@ from rlhf_dist.loop.pipeline import (
     write_finished,
 )
 from rlhf_dist.loop.pipeline_files import content
-from rlhf_dist.loop.run_directory import config_changes, open_run_directory, write_json
+from rlhf_dist.loop.run_directory import open_run_directory, write_json
+from rlhf_dist.loop.saved_config import config_changes
 
 HF = "checkpoints/step-3/hf"
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -79,7 +80,7 @@ def begin(stage: Stage, basis: Basis, checkpoint: int | None = 3, weights: str =
         (hf / "model.safetensors").write_text(weights)
         for name in MODEL_FILES:
             (hf / name).write_text("{}")
-        run.commit_checkpoint(checkpoint, keep=1)
+        run.commit_checkpoint(checkpoint, 1, {"step": checkpoint})
     run.close()
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from test_loop_pipeline import CONFIG, HF, begin, finish, stage
 
+from rlhf_dist.config.pipeline_checks import Stage
 from rlhf_dist.errors import ConfigError, DataError
 from rlhf_dist.loop.pipeline import basis_of, decide, write_finished
-from rlhf_dist.loop.run_directory import write_json
+from rlhf_dist.loop.run_directory import write_json, write_text
+from rlhf_dist.models.checkpoints import sealed
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +22,12 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("pipe.yaml").write_text(CONFIG)
     return Path("pipe.yaml")
+
+
+def seal(stage: Stage) -> None:
+    """Let the files of its checkpoint, as they are now, be those that it was written with."""
+    folder = stage.path / "checkpoints" / "step-3"
+    write_text(folder / "state.json", sealed(folder, {"step": 3}))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +50,7 @@ def test_an_output_changed_by_hand_is_refused_with_the_ways_out(
         decide(sft, basis_of(sft, {}))
     message = str(caught.value)
     assert f"{named} after stage sft had finished" in message
-    assert f"delete {sft.path / 'stage.json'}" in message and f"move {sft.path} away" in message
+    assert message.endswith(f"Put it back, or move {sft.path} away to rerun it")
 
 
 @pytest.mark.parametrize(
@@ -56,8 +64,7 @@ def test_a_file_that_was_removed_is_to_be_put_back(file: Path, name: str) -> Non
     with pytest.raises(ConfigError) as caught:
         decide(sft, basis_of(sft, {}))
     assert str(caught.value) == (
-        f"{sft.path / name}: was removed after stage sft had finished. "
-        f"Put it back, or move {sft.path} away to make it anew"
+        f"{sft.path / name}: was removed after stage sft had finished. Put it back, or move {sft.path} away to rerun it"
     )
     (sft.path / name).write_text(text)
     assert decide(sft, basis_of(sft, {})).kind == "skip"
@@ -72,9 +79,10 @@ def test_without_the_record_a_model_that_is_not_whole_is_not_accepted(file: Path
     lost = sft.path / HF / name
     text = lost.read_text()
     lost.unlink()
-    for refused in (lambda: decide(sft, basis), lambda: write_finished(sft, basis, 1.0)):
-        with pytest.raises(ConfigError, match=rf"{lost}: is not there, .* Put it back, or move {sft.path} away"):
-            refused()
+    with pytest.raises(DataError, match=rf"{lost}: is missing\. Restore the file from .* or move {sft.path} away"):
+        decide(sft, basis)
+    with pytest.raises(ConfigError, match=rf"{lost}: is not there, .* Put it back, or move {sft.path} away"):
+        write_finished(sft, basis, 1.0)
     lost.write_text(text)
     assert decide(sft, basis).kind == "resume"
     write_finished(sft, basis, 1.0)
@@ -96,11 +104,14 @@ def test_the_parts_of_the_weights_count(file: Path) -> None:
     index, part = sft.path / HF / "model.safetensors.index.json", sft.path / HF / "model-2.safetensors"
     write_json(index, {"weight_map": {"a": "model-1.safetensors", "b": part.name}})
     part.with_name("model-1.safetensors").write_text("")
+    seal(sft)
     with pytest.raises(ConfigError, match=f"{part}: is not there"):
         decide(sft, basis_of(sft, {}))
     part.write_text("")
+    seal(sft)
     assert decide(sft, basis_of(sft, {})).kind == "resume"
     index.write_text("{")
+    seal(sft)
     with pytest.raises(DataError, match=f"{index}: is no index of weights"):
         decide(sft, basis_of(sft, {}))
 
@@ -113,12 +124,13 @@ def test_a_run_that_ends_without_its_summary_is_not_finished(file: Path) -> None
         write_finished(sft, basis, 1.0)
 
 
-def test_deleting_the_record_accepts_the_change(file: Path) -> None:
+def test_deleting_the_record_does_not_accept_a_changed_model(file: Path) -> None:
     sft = stage(file, "sft")
     finish(sft)
     (sft.path / HF / "model.safetensors").write_text("W")
     (sft.path / "stage.json").unlink()
-    assert decide(sft, basis_of(sft, {})).kind == "resume"
+    with pytest.raises(DataError, match=rf"model\.safetensors: was changed after .* or move {sft.path} away to rerun"):
+        decide(sft, basis_of(sft, {}))
 
 
 def test_a_run_that_was_trained_on_by_hand_is_refused(file: Path) -> None:
@@ -135,7 +147,7 @@ def test_a_corrupt_record(file: Path, text: str) -> None:
     sft = stage(file, "sft")
     finish(sft)
     (sft.path / "stage.json").write_text(text)
-    with pytest.raises(DataError, match=r"stage\.json: is no record of a stage .* Delete it"):
+    with pytest.raises(DataError, match=r"stage\.json: is not the record of a stage .* Delete it"):
         decide(sft, basis_of(sft, {}))
 
 
@@ -147,7 +159,7 @@ def test_a_corrupt_run_directory(file: Path) -> None:
     with pytest.raises(DataError, match=r"LATEST: names 'step-7', which is not there; the folder holds step-3"):
         decide(sft, basis)
     (sft.path / "config.yaml").unlink()
-    with pytest.raises(DataError, match=r"config\.yaml: cannot be read: .* move .*/sft away"):
+    with pytest.raises(DataError, match=r"config\.yaml: is missing; move .*/sft away"):
         decide(sft, basis)
 
 

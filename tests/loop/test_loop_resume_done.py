@@ -13,7 +13,8 @@ from test_loop_train import CONFIG, close, whole, wired
 from rlhf_dist.config.schema import TelemetryConfig
 from rlhf_dist.loop.run_directory import open_run_directory
 from rlhf_dist.loop.supervised import fine_tune
-from rlhf_dist.loop.train import read_state, train
+from rlhf_dist.loop.train import train
+from rlhf_dist.loop.train_state import read_state
 from rlhf_dist.telemetry.sinks import open_telemetry
 
 

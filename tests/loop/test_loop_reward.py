@@ -196,7 +196,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DiskError, match=r"optimizer-1\.safetensors did not arrive"):
         run(tmp_path, trainer)
     (tmp_path / "state.json").write_text(json.dumps({"step": 3}))
-    with pytest.raises(DataError, match="not the state of a reward model's checkpoint"):
+    with pytest.raises(DataError, match="is not the state of such a checkpoint: it lacks before, results"):
         read_state(tmp_path)
 
 

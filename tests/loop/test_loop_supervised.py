@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from rlhf_dist.config.schema import SftConfig, TelemetryConfig
 from rlhf_dist.errors import DiskError
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
 from rlhf_dist.loop.supervised import SupervisedState, fine_tune, read_state
+from rlhf_dist.models.checkpoints import read_sealed
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.sinks import open_telemetry
 
@@ -63,7 +63,7 @@ def test_one_line_a_step_and_a_state_of_three(tmp_path: Path) -> None:
     assert [line.get("sft/held_out_loss") for line in found] == [10.0, None, 8.0, None, 6.0]
     folder = directory.latest_checkpoint()
     assert folder is not None
-    assert json.loads((folder / "state.json").read_text()) == {"step": 4, "before": before, "results": after}
+    assert read_sealed(folder).state == {"step": 4, "before": before, "results": after}
     assert read_state(folder) == SupervisedState(4, {"sft/held_out_loss": 10.0}, {"sft/held_out_loss": 6.0})
 
 

@@ -35,7 +35,8 @@ from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.queue import ExperienceQueue
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
 from rlhf_dist.loop.shaper import Shaper
-from rlhf_dist.loop.train import Run, State, read_state, resume, train
+from rlhf_dist.loop.train import Run, resume, train
+from rlhf_dist.loop.train_state import State, read_state
 from rlhf_dist.loop.watch import CollapseWatch
 from rlhf_dist.telemetry.sinks import open_telemetry
 from rlhf_dist.weights.receipts import Announcement
@@ -104,12 +105,13 @@ def test_a_checkpoints_state_is_enough_to_go_on(tmp_path: Path) -> None:
     folder = run.directory.latest_checkpoint()
     assert folder is not None
     written = json.loads((folder / "state.json").read_text())
-    assert written.keys() == {"step", "steps", "cursor", "before", "results", "answers", "shaper", "watch"}
+    state_keys = {"step", "steps", "cursor", "before", "results", "answers", "shaper", "watch", "ledger"}
+    assert written.keys() == state_keys | {"format", "files", "hash"}
     state = read_state(folder)
     assert (state.step, state.steps, state.cursor["position"]) == (STEPS, STEPS, ALL)
     assert state.results["eval/greedy_accuracy"] == 1.0 and state.before.keys() == state.results.keys()
     (folder / "state.json").write_text('{"step": 4, "cursor": {}, "before": {}}')
-    with pytest.raises(DataError, match=r"state\.json: not a checkpoint's state \(TypeError.*'steps' and 'results'"):
+    with pytest.raises(DataError, match=r"state\.json: is not the state of such a checkpoint: it lacks results, steps"):
         read_state(folder)
 
 

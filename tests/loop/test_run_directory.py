@@ -10,7 +10,9 @@ import pytest
 from rlhf_dist.errors import ConfigError, DataError, DiskError, ResourceError
 from rlhf_dist.learner.model_engine import checkpoint_files
 from rlhf_dist.loop import run_directory
-from rlhf_dist.loop.run_directory import RunDirectory, config_changes, open_run_directory
+from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
+from rlhf_dist.loop.saved_config import config_changes
+from rlhf_dist.models.checkpoints import checkpoint_steps
 from rlhf_dist.telemetry.sinks import JsonlSink
 
 CONFIG = """
@@ -31,7 +33,7 @@ def checkpoint(run: RunDirectory, step: int, keep: int = 2) -> Path:
     folder = run.begin_checkpoint(step)
     (folder / "hf").mkdir()
     (folder / "hf" / "weights").write_text(str(step))
-    return run.commit_checkpoint(step, keep)
+    return run.commit_checkpoint(step, keep, {"step": step})
 
 
 def test_a_new_run_has_its_folders_and_its_config(tmp_path: Path) -> None:
@@ -99,10 +101,10 @@ def test_a_checkpoint_that_lacks_a_file_is_never_the_newest(tmp_path: Path) -> N
     (folder / "optimizer-0.safetensors").touch()
     needed = checkpoint_files(ranks=2)
     with pytest.raises(DiskError, match=r"step-2: optimizer-1\.safetensors did not arrive: .* does not share"):
-        run.commit_checkpoint(2, 1, needed)
+        run.commit_checkpoint(2, 1, {"step": 2}, needed)
     assert run.latest_checkpoint() == before and before.is_dir()
     (folder / "optimizer-1.safetensors").touch()
-    assert run.commit_checkpoint(2, 1, needed) == run.latest_checkpoint() == run.checkpoints / "step-2"
+    assert run.commit_checkpoint(2, 1, {"step": 2}, needed) == run.latest_checkpoint() == run.checkpoints / "step-2"
 
 
 @pytest.mark.parametrize("name", ["", "/tmp/x", "../x"])
@@ -176,24 +178,40 @@ def test_checkpoints_are_pruned_but_never_the_newest(tmp_path: Path) -> None:
     for step in (2, 4, 10):
         final = checkpoint(run, step)
         assert run.latest_checkpoint() == final and final.name == f"step-{step}"
-    assert run_directory.checkpoint_steps(run.checkpoints) == [4, 10]
+    assert checkpoint_steps(run.checkpoints) == [4, 10]
     checkpoint(run, 12, keep=1)
-    assert run_directory.checkpoint_steps(run.checkpoints) == [12]
+    assert checkpoint_steps(run.checkpoints) == [12]
     assert (run.checkpoints / "step-12" / "hf" / "weights").read_text() == "12"
 
 
-def test_a_run_taken_back_keeps_the_checkpoint_that_latest_names(tmp_path: Path) -> None:
+def test_a_run_that_went_back_keeps_its_later_checkpoints_under_another_name(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    for step in (2, 8):
+        checkpoint(run, step)
+    assert run.go_back_to(run.checkpoints / "step-2") == [run.checkpoints / "step-8.set-aside"]
+    assert run.latest_checkpoint() == run.checkpoints / "step-2"
+    checkpoint(run, 8)
+    assert checkpoint_steps(run.checkpoints) == [2, 8]
+    assert run.go_back_to(run.checkpoints / "step-8") == []
+    assert run.go_back_to(run.checkpoints / "step-2") == [run.checkpoints / "step-8.set-aside-2"]
+    checkpoint(run, 9, keep=1)
+    assert sorted(os.listdir(run.checkpoints)) == ["LATEST", "step-8.set-aside", "step-8.set-aside-2", "step-9"]
+
+
+def test_a_checkpoint_that_was_written_already_stays(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    first = checkpoint(run, 8).stat().st_ino
+    assert checkpoint(run, 8).stat().st_ino == first and sorted(os.listdir(run.checkpoints)) == ["LATEST", "step-8"]
+
+
+def test_a_checkpoint_that_latest_does_not_name_is_never_overwritten(tmp_path: Path) -> None:
+    """As when the command was killed between the two, or somebody wrote an older step into LATEST."""
     run = make(tmp_path)
     for step in (2, 8):
         checkpoint(run, step)
     run_directory.write_text(run.checkpoints / "LATEST", "step-2\n")
-    checkpoint(run, 4, keep=1)
-    assert run.latest_checkpoint() == run.checkpoints / "step-4"
-    assert run_directory.checkpoint_steps(run.checkpoints) == [4, 8]
-    checkpoint(run, 8, keep=1)
-    assert run_directory.checkpoint_steps(run.checkpoints) == [8]
-    again = checkpoint(run, 8, keep=1)
-    assert again.is_dir() and sorted(os.listdir(run.checkpoints)) == ["LATEST", "step-8"]
+    checkpoint(run, 8)
+    assert sorted(os.listdir(run.checkpoints)) == ["LATEST", "step-2", "step-8", "step-8.set-aside"]
 
 
 def test_an_interrupted_checkpoint_counts_for_nothing_and_is_removed_at_resume(tmp_path: Path) -> None:
@@ -218,7 +236,7 @@ def test_a_latest_that_names_nothing_is_told(tmp_path: Path) -> None:
         run.latest_checkpoint()
     (run.checkpoints / "step-1").mkdir()
     (run.checkpoints / "step-2").mkdir()
-    with pytest.raises(DataError, match=r"the folder holds step-1, step-2: write one of those into LATEST$"):
+    with pytest.raises(DataError, match=r"holds step-1, step-2: .*--resume-from step-2, or write one of"):
         run.latest_checkpoint()
 
 

@@ -51,9 +51,13 @@ def test_resolve_takes_the_newest_checkpoint_of_a_run(tmp_path: Path) -> None:
     run = ModelConfig(path=str(tmp_path / "run"))
     assert resolve(run, tmp_path) == ModelSource(str(tmp_path / "run/checkpoints/step-350/hf"), "run")
     latest.write_text("step-400")
-    with pytest.raises(ModelError, match=r"names 'step-400'.*is not there"):
+    with pytest.raises(ModelError, match=r"step-400/hf is not there; give another run"):
         resolve(run, tmp_path)
     latest.unlink()
+    with pytest.raises(ModelError, match=r"LATEST: is missing, and .* holds step-350, step-400: .*or write one"):
+        resolve(run, tmp_path)
+    shutil.rmtree(latest.parent)
+    latest.parent.mkdir()
     with pytest.raises(ModelError, match="no finished checkpoint"):
         resolve(run, tmp_path)
 
@@ -89,11 +93,14 @@ def test_a_latest_that_names_nothing_is_told_with_what_is_there(tmp_path: Path) 
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "LATEST").write_text("step-999\n")
     run = ModelConfig(path=str(tmp_path))
-    with pytest.raises(ModelError, match=r"names 'step-999', but .*is not there; give another run$"):
+    with pytest.raises(ModelError, match=r"names 'step-999', which is not there; the folder holds nothing"):
         resolve(run, tmp_path)
     for step in (24, 12, 100):
         (tmp_path / "checkpoints" / f"step-{step}" / "hf").mkdir(parents=True)
-    with pytest.raises(ModelError, match=r"is not there; write step-12 or step-24 or step-100 into LATEST$"):
+    with pytest.raises(
+        ModelError,
+        match=r"holds step-12, step-24, step-100: .*or write one of those into LATEST$",
+    ):
         resolve(run, tmp_path)
 
 

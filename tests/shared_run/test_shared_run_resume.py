@@ -19,7 +19,7 @@ from conftest import COMMAND_LIMIT_S, Finished, SharedRun, end, family
 
 from rlhf_dist.config.load import from_yaml
 from rlhf_dist.data.stream import PromptStream
-from rlhf_dist.loop.run_directory import checkpoint_steps
+from rlhf_dist.models.checkpoints import checkpoint_steps
 
 pytestmark = pytest.mark.timeout(1500)
 PROMPTS, FIRST = 6, 4

@@ -1,0 +1,74 @@
+"""The config that a run keeps, and what a resume may change in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.config.yaml_text import parse
+from rlhf_dist.errors import ConfigError, DataError, InputError
+from rlhf_dist.models.guarded_files import read_text
+
+CHANGEABLE = (
+    "name",
+    "output",
+    "telemetry",
+    "cluster",
+    "loop.steps",
+    "loop.checkpoint_every",
+    "loop.keep_checkpoints",
+    "eval.every",
+    "scoring.non_finite",
+)
+"""Keys and sections that a resume may change, besides `ENDINGS`; anything else would make it another run."""
+ENDINGS = (".timeout_s", ".retries")
+"""How long something may take, and how often it is tried."""
+
+
+def require_same_config(saved: Path, config_text: str) -> None:
+    """Raise ConfigError when the config changed in a way that makes it another run, DataError when it is damaged."""
+    changes = config_changes(saved, config_text)
+    if changes:
+        raise ConfigError(
+            f"{saved}: a resume cannot change {'; '.join(changes)}. "
+            "Give the saved values, or start a new run with another name="
+        )
+
+
+def saved_config(saved: Path) -> dict[str, Any]:
+    """Key -> value of a run's config.yaml. Raises DataError, with the way out, for any damage."""
+    way = "restore it from a backup, or start a new run with another name="
+    try:
+        found = parse(read_text(saved), str(saved), has_lines=True)
+    except InputError as error:
+        raise DataError(f"{error}; {way}") from None
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        what = "empty" if found is None else "not a mapping of keys"
+        raise DataError(f"{saved}: is not the config of a run: it is {what}; {way}")
+    return flat(found)
+
+
+def config_changes(saved: Path, config_text: str) -> list[str]:
+    """`KEY from OLD to NEW` for every key that differs and that a resume must not change, in order.
+
+    Raises DataError when the saved config is missing or damaged.
+    """
+    old, new = saved_config(saved), flat(parse(config_text, "the new config", has_lines=True))
+    fixed = [key for key in sorted(old.keys() | new.keys()) if not _is_changeable(key)]
+    absent = "(absent)"
+    pairs = [(key, old.get(key, absent), new.get(key, absent)) for key in fixed]
+    return [f"{key} from {before} to {after}" for key, before, after in pairs if before != after]
+
+
+def _is_changeable(key: str) -> bool:
+    listed = any(key == allowed or key.startswith(allowed + ".") for allowed in CHANGEABLE)
+    return listed or key.endswith(ENDINGS)
+
+
+def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections -> `section.key` names; lists are values."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
