@@ -33,7 +33,23 @@ done
 launch/setup.sh
 printf 'local: %s/%s\n' "$output" "$name"
 code=0
-.venv/bin/rlhf-dist pipeline configs/local.yaml name="$name" "${overrides[@]}" || code=$?
+(
+  trap - INT # without job control, what runs beside the script would ignore it
+  exec .venv/bin/rlhf-dist pipeline configs/local.yaml name="$name" "${overrides[@]}"
+) &
+run=$!
+for signal in INT TERM HUP; do
+  # shellcheck disable=SC2064 # the id of this run, now
+  trap "kill -$signal $run 2>/dev/null || true" "$signal"
+done
+while :; do # a signal that is passed on interrupts the wait
+  code=0
+  wait "$run" || code=$?
+  kill -0 "$run" 2>/dev/null || break
+done
+code=0
+wait "$run" || code=$?
+trap - INT TERM HUP
 if ((code != 0)); then
   # After bad input (2) the same words would fail again.
   if ((code != 2)) && [[ -d $output/$name ]]; then

@@ -1,7 +1,7 @@
 """`rlhf-dist COMMAND ...`: finds the command, turns errors into one message and an exit code.
 
-0 done, 1 a run failed, 2 bad input, 130 stopped from the keyboard. Nothing heavy is imported before a config has
-parsed.
+0 done, 1 a run failed, 2 bad input, 130 stopped from the keyboard, 143 by SIGTERM, 129 by SIGHUP. Nothing heavy is
+imported before a config has parsed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from rlhf_dist import __version__
+from rlhf_dist.cluster import signals
 from rlhf_dist.errors import InputError, RlhfError
 from rlhf_dist.telemetry.streams import print_any_text
 
@@ -34,6 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; an unexpected exception keeps its traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     print_any_text(sys.stdout, sys.stderr)
+    with signals.ending_in_order():
+        return _run(words)
+
+
+def _run(words: list[str]) -> int:
     try:
         code = _dispatch(words)
         sys.stdout.flush()
@@ -43,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return _fail(_stopped(words), 130)
+        how, code = signals.how_stopped()
+        return _fail(how + _how_to_go_on(words), code)
     except InputError as error:
         return _fail(str(error), 2)
     except RlhfError as error:
@@ -82,20 +89,17 @@ def _help() -> str:
     )
 
 
-def _stopped(words: Sequence[str]) -> str:
+def _how_to_go_on(words: Sequence[str]) -> str:
     if words and words[0] in ("train", "sft", "reward"):
         again = shlex.join(["rlhf-dist", *without_resume(words), "--resume"])
-        return (
-            "stopped from the keyboard; go on from the newest checkpoint, or from the beginning if there is none yet, "
-            f"with `{again}`"
-        )
+        return f"; go on from the newest checkpoint, or from the beginning if there is none yet, with `{again}`"
     if words[:1] == ["pipeline"]:
         again = shlex.join(["rlhf-dist", *words])
         return (
-            "stopped from the keyboard; finished stages are kept, and one under way goes on from its newest "
+            "; finished stages are kept, and one under way goes on from its newest "
             f"checkpoint, if there is one yet, with `{again}`"
         )
-    return "stopped from the keyboard"
+    return ""
 
 
 def without_resume(words: Sequence[str]) -> list[str]:

@@ -10,11 +10,15 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlhf_dist.cluster.processes import ProcessName, end_now, lost_ray, process_id
 from rlhf_dist.cluster.spec import ActorSpec, enter, environment
 from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.types import Rollout, Scores
+from rlhf_dist.weights.shared_memory import SHARED_MEMORY, sweep
 
 CLOSE_LIMIT_S = 10.0
+STOP_LIMIT_S = 0.5
+"""The same when the command was stopped: who waits at the keyboard waits for nobody that is busy."""
 SERVER_THREADS = 64
 """Groups that one scoring or reference server takes at a time."""
 REFERENCE_FOLDER = "reference"
@@ -168,7 +172,7 @@ def start_all(
     Never restarted by Ray itself: an actor that comes back has lost its state.
     """
     return {
-        spec.name: ray.remote(host)
+        ProcessName.of(spec.name, spec.log): ray.remote(host)
         .options(
             num_cpus=num_cpus,
             num_gpus=num_gpus,
@@ -189,7 +193,7 @@ def start_servers(host: type, specs: Sequence[ActorSpec], group: Any) -> dict[st
     together.
     """
     return {
-        spec.name: ray.remote(host)
+        ProcessName.of(spec.name, spec.log): ray.remote(host)
         .options(
             num_cpus=0,
             max_restarts=0,
@@ -202,6 +206,16 @@ def start_servers(host: type, specs: Sequence[ActorSpec], group: Any) -> dict[st
     }
 
 
-def close_all(ranks: dict[str, Any]) -> None:
-    """Let ranks remove what lies outside them; what one that does not answer leaves is swept later."""
-    ray.wait([rank.close.remote() for rank in ranks.values()], num_returns=len(ranks), timeout=CLOSE_LIMIT_S)
+def close_all(ranks: dict[str, Any], limit_s: float = CLOSE_LIMIT_S) -> None:
+    """Let ranks remove what lies outside them; those that do not answer are killed, and theirs is removed here."""
+    silent = list(ranks)
+    if lost_ray() is None:
+        calls = {rank.close.remote(): name for name, rank in ranks.items()}
+        left = ray.wait(list(calls), num_returns=len(calls), timeout=limit_s)[1]
+        silent = [calls[call] for call in left]
+        for name in silent:
+            ray.kill(ranks[name])
+    pids = [pid for name in silent if (pid := process_id(name)) is not None]
+    if pids:
+        end_now(pids)
+        sweep(SHARED_MEMORY)

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,14 +20,14 @@ from rlhf_dist.cluster.groups import (
     PolicyCreditGroup,
     PolicyGroup,
     ReferenceFleet,
-    RolloutFleet,
     ScoringFleet,
-    gather,
-    log_name,
 )
-from rlhf_dist.cluster.placement import Command, Placement, bundles, first_learner_bundle, place
-from rlhf_dist.cluster.preflight import check_before_start, disk_need, require_shared_memory
-from rlhf_dist.cluster.resume import SUMMARY_STEP, Start, find_start, nothing_left, resumed
+from rlhf_dist.cluster.open_run import finish, opened
+from rlhf_dist.cluster.placement import Placement, bundles, first_learner_bundle, place
+from rlhf_dist.cluster.preflight import check_before_start, require_shared_memory
+from rlhf_dist.cluster.processes import log_name
+from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
+from rlhf_dist.cluster.rollout_fleet import RolloutFleet
 from rlhf_dist.cluster.session import ray_session, reserve
 from rlhf_dist.cluster.sources import (
     mask_source,
@@ -35,7 +35,7 @@ from rlhf_dist.cluster.sources import (
     with_sources,
 )
 from rlhf_dist.cluster.spec import ActorSpec
-from rlhf_dist.config.load import to_yaml
+from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.rewards import reward_lines, solved_by
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream, held_out
@@ -46,21 +46,13 @@ from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.queue import ExperienceQueue
 from rlhf_dist.loop.resume_point import ledger_gone
 from rlhf_dist.loop.run_directory import (
-    RunDirectory,
-    open_run_directory,
-    require_free_disk,
     step_of,
-    write_json,
-    write_text,
 )
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.train_state import put_back, read_state
 from rlhf_dist.loop.watch import CollapseWatch
 from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.telemetry.display import Progress, make_progress, spoken
-from rlhf_dist.telemetry.report import before_after_text, curves
-from rlhf_dist.telemetry.sinks import Telemetry, open_telemetry
-from rlhf_dist.telemetry.wandb_key import wandb_mode
 from rlhf_dist.types import Prompt
 
 START_KEY = "cluster.start_timeout_s"
@@ -196,53 +188,6 @@ def eval_display(config: Config) -> Iterator[tuple[Progress, Path]]:
     shutil.rmtree(logs, ignore_errors=True)
 
 
-@contextmanager
-def opened(config: Config, command: Command, start: Start[Any]) -> Iterator[tuple[RunDirectory, Telemetry, Progress]]:
-    """Run directory, telemetry and progress of a run; model, memory and wandb's key are checked before it is made."""
-    wandb_mode(config.telemetry)
-    if not start.resume:
-        source = model_source(config, None, command)
-        require_free_disk(Path(config.output), disk_need(source, config, command))
-        if command == "train":
-            require_shared_memory(source, config)
-    run = open_run_directory(config.output, config.name, to_yaml(config), start.resume)
-    with ExitStack() as stack:
-        stack.callback(run.close)
-        progress = make_progress(config.telemetry.progress, sys.stderr)
-        stack.push(lambda kind, *_: progress.close(stopped=kind is not None))
-        if start.resume:
-            progress.note(resumed(start.folder))
-        aside = [] if start.folder is None else run.go_back_to(start.folder)
-        progress.stage("opening telemetry")
-        wandb_id, no_id = run.read_wandb_id()
-        telemetry, new_id = open_telemetry(
-            config.telemetry, run.path.absolute(), config.name, asdict(config), wandb_id, progress.warn
-        )
-        stack.callback(telemetry.close)
-        for problem in resume_notes(start, aside, no_id):
-            telemetry.warn(problem)
-        if new_id is not None and new_id != wandb_id:
-            write_text(run.wandb_id, new_id + "\n")
-        for line in reward_lines(config) if command == "train" else ():
-            progress.note(line)
-            telemetry.event("rewards", line)
-        yield run, telemetry, progress
-
-
-def resume_notes(start: Start[Any], aside: Sequence[Path], no_id: str) -> list[str]:
-    """What is to be warned of as a run opens."""
-    notes = [f"{no_id}; a new wandb run is begun"] if no_id else []
-    if aside:
-        names = ", ".join(path.name for path in aside)
-        notes.append(f"later checkpoints are not used any more and are kept as {names}; delete them to free the disk")
-    if start.unchecked:
-        notes.append(
-            f"{start.folder} was written by a version that stored no hashes, so its files and the ledger could not be "
-            "compared; the next checkpoint will have them"
-        )
-    return notes
-
-
 @dataclass(frozen=True, slots=True)
 class Parts:
     """The processes of a run, ready to work."""
@@ -296,7 +241,12 @@ def start_fleets(
         moves = config.reference.update_every > 0
         reference = ReferenceFleet(references, timeout_s=config.scoring.timeout_s, moves=moves)
     return Parts(
-        rollouts=RolloutFleet(workers, timeout_s=config.rollout.timeout_s, sync_timeout_s=config.weights.timeout_s),
+        rollouts=RolloutFleet(
+            workers,
+            timeout_s=config.rollout.timeout_s,
+            sync_timeout_s=config.weights.timeout_s,
+            give_up_after=config.weights.give_up_after,
+        ),
         scoring=ScoringFleet(scorers, timeout_s=config.scoring.timeout_s),
         reference=reference,
         policy=PolicyGroup(ranks, timeout_s=limit),
@@ -339,8 +289,14 @@ def start_ranks(
     first = first_learner_bundle(placement, config.cluster.colocate)
     first += placement.learner_ranks - placement.critic_ranks if critic else 0
     ranks = actors.start_all(host, specs, group, first, placement.learner_num_cpus, placement.learner_num_gpus)
-    stack.callback(actors.close_all, ranks)
+    stack.push(lambda kind, *_: close_ranks(ranks, kind))
     return ranks
+
+
+def close_ranks(ranks: dict[str, Any], failure: type[BaseException] | None) -> None:
+    """Let the ranks remove what lies outside them; after `failure`, where there is one."""
+    stopped = failure is not None and not issubclass(failure, Exception)
+    actors.close_all(ranks, actors.STOP_LIMIT_S if stopped else actors.CLOSE_LIMIT_S)
 
 
 def join_ranks(config: Config, ranks: dict[str, Any], folder: Path | None) -> None:
@@ -378,23 +334,3 @@ def spec(
         seed=random.Random(chance).getrandbits(32),
         search_path=os.getcwd(),
     )
-
-
-def finish(
-    run: RunDirectory,
-    progress: Progress,
-    before: dict[str, float],
-    after: dict[str, float],
-    summary: dict[str, Any],
-    seconds: float,
-    lines: list[str],
-) -> None:
-    """Table, curves and summary."""
-    progress.stage("drawing curves")
-    curves(run.metrics, run.curves)
-    write_json(run.summary, summary | {"seconds": round(seconds, 1)})
-    progress.close()
-    print(before_after_text(before, after))
-    for line in lines:
-        print(line)
-    print(f"run directory: {run.path}  curves: {run.curves}  model: {run.latest_checkpoint()}/hf  ({seconds:.0f} s)")

@@ -1,147 +1,23 @@
-"""Scatter, await, gather: every wait on another process is here, has a limit and names whom it waited for."""
+"""Servers and learner ranks as groups: scatter, await, gather."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import ray
-import ray.exceptions
-from ray.exceptions import RayActorError, RayTaskError
-
-from rlhf_dist.errors import ActorLost, ActorTimeout, RlhfError, RunError, WeightSyncError
+from rlhf_dist.cluster.waits import gather
+from rlhf_dist.errors import WeightSyncError
 from rlhf_dist.learner.shard import EstimateSums, Shard
 from rlhf_dist.loop.ports import Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import DroppedPrompt, Handle, Prompt, Receipt, Referenced, RolloutHead, Sampling, Scores
+from rlhf_dist.types import Handle, Referenced, Scores
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 
 SCORING_KEY = "scoring.timeout_s"
 LEARNER_KEY = "learner.timeout_s"
-
-
-def gather(calls: Mapping[str, Any], what: str, timeout_s: float, key: str = "") -> dict[str, Any]:
-    """Wait for one answer from each: name of the process -> its call. `key` is the config key of the limit.
-
-    Raises `ActorTimeout` naming those who did not answer, `ActorLost` naming one that died, or what the call raised.
-    """
-    start = time.monotonic()
-    pending = {call: name for name, call in calls.items()}
-    answers: dict[str, Any] = {}
-    while pending:
-        left = timeout_s - (time.monotonic() - start)
-        if left <= 0:
-            names = ", ".join(pending.values())
-            raise ActorTimeout(f"{names} did not finish '{what}' in {timeout_s:g} s" + (f" ({key})" if key else ""))
-        done, _ = ray.wait(list(pending), num_returns=1, timeout=left)
-        for call in done:
-            name = pending.pop(call)
-            answers[name] = fetch(call, name, what, timeout_s)
-    return {name: answers[name] for name in calls}
-
-
-def fetch(call: Any, name: str, what: str, timeout_s: float) -> Any:
-    """The answer of a call that is done, with the errors of the other process in this one's words."""
-    try:
-        return ray.get(call, timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError:
-        raise ActorTimeout(f"{name} did not hand over the answer of '{what}' in {timeout_s:g} s") from None
-    except RayTaskError as error:
-        if isinstance(error.cause, RlhfError):
-            raise error.cause from None
-        raise RunError(f"{name} failed in '{what}': {type(error.cause).__name__}: {error.cause}\n{error}") from None
-    except RayActorError as error:
-        # The last line is the error itself where the actor's own code raised it, and Ray's reason otherwise.
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ActorLost(
-            f"{name} died during '{what}': {reason}; its log: logs/{log_name(name)} in the run directory"
-        ) from None
-    except ray.exceptions.RayError as error:
-        raise ActorLost(f"the answer of {name} to '{what}' is lost: {type(error).__name__}: {error}") from None
-
-
-def log_name(actor: str) -> str:
-    """File name of an actor's log in the run directory's `logs`."""
-    return f"{actor.replace(' ', '-')}.log"
-
-
-class RolloutFleet:
-    """All rollout workers. A worker serves only after its receipt proved the published version."""
-
-    def __init__(self, workers: Mapping[str, Any], *, timeout_s: float, sync_timeout_s: float) -> None:
-        self._workers = dict(workers)
-        # Until the first push they serve what they loaded themselves, which is all that `eval` asks of them.
-        self._serving = list(workers)
-        self._timeout_s = timeout_s
-        self._sync_timeout_s = sync_timeout_s
-
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> Iterator[tuple[RolloutHead, Handle] | DroppedPrompt]:
-        """Share the prompts out evenly; yields groups as they finish."""
-        if not self._serving:
-            raise WeightSyncError("no rollout worker holds the published weights")
-        streams: dict[Any, str] = {}
-        for index, name in enumerate(self._serving):
-            share = list(prompts[index :: len(self._serving)])
-            if share:
-                method = self._workers[name].generate.options(num_returns="streaming")
-                streams[method.remote(share, sampling)] = name
-        deadline = time.monotonic() + self._timeout_s
-        while streams:
-            stream = self._first_ready(streams, deadline)
-            try:
-                first = fetch(next(stream), streams[stream], "generate", self._timeout_s)
-                if isinstance(first, DroppedPrompt):
-                    yield first
-                    continue
-                # The tokens stay where they are: only their reference is handed on.
-                self._first_ready({stream: streams[stream]}, deadline)
-                yield first, next(stream)
-            except StopIteration:
-                del streams[stream]
-
-    def _first_ready(self, streams: Mapping[Any, str], deadline: float) -> Any:
-        """A stream that has an item, or has ended."""
-        ready: list[Any] = ray.wait(list(streams), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))[0]
-        if not ready:
-            names = ", ".join(streams.values())
-            raise ActorTimeout(f"{names} did not finish 'generate' in {self._timeout_s:g} s (rollout.timeout_s)")
-        return ready[0]
-
-    def load_weights(self, announcement: Announcement) -> list[str]:
-        """Push to every worker, quarantined ones included; those with a wrong or missing receipt do not serve."""
-        problems: list[str] = []
-        self._serving = []
-        calls = {name: worker.load_weights.remote(announcement) for name, worker in self._workers.items()}
-        arrived, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=self._sync_timeout_s)
-        for name, call in calls.items():
-            problem: str | None = (
-                f"{name} did not load version {announcement.version} in {self._sync_timeout_s:g} s (weights.timeout_s)"
-            )
-            if call in arrived:
-                try:
-                    receipt: Receipt = fetch(call, name, "load_weights", self._sync_timeout_s)
-                    problem = receipt_problem(announcement, receipt)
-                except RlhfError as error:
-                    problem = f"{name}: {error}"
-            if problem is None:
-                self._serving.append(name)
-            else:
-                problems.append(problem)
-        if not self._serving:
-            raise WeightSyncError("; ".join(problems))
-        return problems
-
-    def texts(self, rollout: Handle) -> tuple[str, ...]:
-        """A group's responses."""
-        return gather({"the object store": rollout}, "fetch a sample", self._timeout_s, "rollout.timeout_s")[
-            "the object store"
-        ].texts
 
 
 class Replicas:

@@ -22,6 +22,7 @@ from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import DataError, ResourceError
 from rlhf_dist.loop import pipeline as stages_on_disk
 from rlhf_dist.loop.run_directory import write_json, write_text
+from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.loop.run_lock import require_place, take_lock
 from rlhf_dist.loop.state import fits
 from rlhf_dist.models.guarded_files import read_json
@@ -116,8 +117,8 @@ def result_of(stage: Stage, finished: stages_on_disk.Finished) -> StageResult:
         summary: Any = read_json(path)
     except DataError as error:
         raise DataError(f"{error}; move {stage.path} away to rerun the stage") from None
-    if not fits_summary(summary):
-        raise DataError(f"{path}: is not the summary of a run; move {stage.path} away to rerun the stage")
+    if not fits_summary(summary) or read_summary(stage.path) is None:
+        raise DataError(f"{path}: is not the summary of a finished run; move {stage.path} away to rerun the stage")
     start = " ".join(stage.wired.get("model.path", (stage.config.model.path,)))
     return StageResult(stage.name, stage.command, start, summary, finished.seconds)
 

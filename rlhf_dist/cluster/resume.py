@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from rlhf_dist.cluster.placement import Command
 from rlhf_dist.config.schema import Config
-from rlhf_dist.errors import ConfigError, DataError
+from rlhf_dist.errors import ConfigError
 from rlhf_dist.loop.resume_point import resume_point
 from rlhf_dist.loop.run_directory import require_run
+from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.loop.run_lock import looked_at, require_place
 from rlhf_dist.loop.saved_config import CHANGEABLE
 from rlhf_dist.models.checkpoints import read_sealed
-from rlhf_dist.models.guarded_files import read_json
 
 SUMMARY_STEP = "step"
 """In `summary.json`: the step that the run ended at; null where its ledger did not add up."""
@@ -89,12 +89,8 @@ def nothing_left(config: Config, key: str, target: int, start: Start[S]) -> bool
 
 
 def summary_step(run: Path) -> int | None:
-    """The step that the summary of the run directory is about; None without a summary that says it."""
-    try:
-        found: Any = read_json(run / "summary.json")
-    except DataError:
-        return None
-    return found.get(SUMMARY_STEP) if isinstance(found, dict) else None
+    """The step that the finished run of the directory ended at; None without a summary that says it."""
+    return (read_summary(run) or {}).get(SUMMARY_STEP)
 
 
 def resumed(folder: Path | None) -> str:

@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cluster.build import finish, join_ranks, opened, start_ranks
+from rlhf_dist.cluster.build import join_ranks, start_ranks
 from rlhf_dist.cluster.groups import LearnerGroup
 from rlhf_dist.cluster.learner_hosts import LearnerHost
+from rlhf_dist.cluster.open_run import finish, opened
 from rlhf_dist.cluster.placement import bundles, place
 from rlhf_dist.cluster.preflight import check_before_start
 from rlhf_dist.cluster.resume import Start, find_start
@@ -21,7 +22,6 @@ from rlhf_dist.data.judgement_rows import Comparison
 from rlhf_dist.data.judgements import Judgements, held_out_judgements, judgements
 from rlhf_dist.data.records import LISTED, together
 from rlhf_dist.data.token_checks import told_apart
-from rlhf_dist.errors import DataError
 from rlhf_dist.learner.model_engine import checkpoint_files
 from rlhf_dist.learner.preference import HeldOutScores
 from rlhf_dist.loop.reward import Outcome, RewardRun, RewardState, read_state
@@ -33,7 +33,7 @@ from rlhf_dist.loop.reward_report import (
     calibration_bins,
     draw,
 )
-from rlhf_dist.models.guarded_files import read_json
+from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.models.scalar import ScoreScale
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
@@ -154,10 +154,10 @@ def at_its_end(config: Config, start: Start[RewardState]) -> bool:
     if start.state is None:
         return False
     try:
-        summary = read_json(run / "summary.json")
+        summary = read_summary(run) or {}
         ended = summary["kept_step"] == start.state.step
         summary["last_step"]
-    except (DataError, KeyError, TypeError):
+    except KeyError:
         return False
     if ended:
         print(

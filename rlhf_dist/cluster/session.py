@@ -11,11 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf_dist.cluster import local_ray
 from rlhf_dist.cluster.address import check_cluster, joins_cluster
 from rlhf_dist.cluster.placement import Machine, local_machine
 from rlhf_dist.cluster.private_folder import SESSION, TEMPORARY, private_folder, temporary_parent
+from rlhf_dist.cluster.processes import lost_ray
 from rlhf_dist.config.schema import ClusterConfig
 from rlhf_dist.errors import ResourceError, RunError
+from rlhf_dist.telemetry.timeline import Patience
 
 LOOPBACK = "127.0.0.1"
 RAY_LOGS = ("gcs_server.out", "gcs_server.err", "raylet.out", "raylet.err")
@@ -76,7 +79,7 @@ def ray_session(config: ClusterConfig, logs: Path, tell: Callable[[str], None]) 
             start_ray(settings | {"address": "auto"})
             yield largest_node([node["Resources"] for node in ray.nodes() if node["Alive"]])
         finally:
-            ray.shutdown()
+            local_ray.shut_down()
         return
     settings |= {
         "address": "local",
@@ -94,7 +97,7 @@ def ray_session(config: ClusterConfig, logs: Path, tell: Callable[[str], None]) 
                 start_ray(settings | {"_temp_dir": str(folder / SESSION)})
             yield machine
         finally:
-            ray.shutdown()
+            local_ray.shut_down()
 
 
 def start_ray(settings: Mapping[str, Any]) -> None:
@@ -102,7 +105,8 @@ def start_ray(settings: Mapping[str, Any]) -> None:
     import ray
 
     try:
-        ray.init(**settings)
+        with local_ray.starting():
+            ray.init(**settings)
     except Exception as error:  # Ray's own errors have many types, and no common one
         raise RunError(f"Ray did not start: {' '.join(str(error).split()) or type(error).__name__}") from None
 
@@ -153,13 +157,13 @@ def reserve(bundles: Sequence[Mapping[str, float]], timeout_s: float) -> Iterato
 
     Raises `ResourceError` when no node has the room within `timeout_s`.
     """
-    import ray
     from ray.util.placement_group import placement_group, remove_placement_group
+
+    from rlhf_dist.cluster.waits import wait
 
     group = placement_group([{k: v for k, v in bundle.items() if v} for bundle in bundles], strategy="STRICT_PACK")
     try:
-        ready, _ = ray.wait([group.ready()], timeout=timeout_s)
-        if not ready:
+        if not wait([group.ready()], Patience(timeout_s)):
             cpus = sum(bundle["CPU"] for bundle in bundles)
             gpus = sum(bundle["GPU"] for bundle in bundles)
             raise ResourceError(
@@ -168,4 +172,5 @@ def reserve(bundles: Sequence[Mapping[str, float]], timeout_s: float) -> Iterato
             )
         yield group
     finally:
-        remove_placement_group(group)
+        if lost_ray() is None:
+            remove_placement_group(group)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_dist.cluster.processes import leave_signs
 from rlhf_dist.config.schema import Config
 from rlhf_dist.telemetry.streams import print_any_text
 
@@ -46,6 +47,7 @@ def enter(spec: ActorSpec) -> None:
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)
+    leave_signs(spec.name, path)
     print_any_text(sys.stdout, sys.stderr, encoding="utf-8")
     if spec.search_path not in sys.path:
         sys.path.append(spec.search_path)  # last: a file there must not hide a library

@@ -17,7 +17,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         rollout.tensor_parallel rollout.max_prompt_tokens rollout.max_response_tokens rollout.max_concurrent
         algo.group_size learner.ranks learner.micro_batch_tokens learner.updates_per_batch learner.logprob_chunk_tokens
         learner.epochs algo.correction.high algo.filter_rounds algo.mask_every
-        weights.bucket_mib loop.steps loop.prompts_per_step loop.keep_checkpoints eval.prompts sft.steps
+        weights.bucket_mib weights.give_up_after
+        loop.steps loop.prompts_per_step loop.keep_checkpoints eval.prompts sft.steps
         sft.batch_size sft.max_tokens sft.log_every scoring.replicas scoring.batch_tokens algo.kl.horizon ptx.batch_size
         ptx.max_tokens preferences.held_out preferences.train_size preferences.max_tokens reward.steps reward.batch_size
         reward.log_every reward.eval_every

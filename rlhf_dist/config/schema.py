@@ -197,7 +197,9 @@ class WeightsConfig:
     bucket_mib: int = 64
     """Weights hashed and loaded at once."""
     timeout_s: float = 120.0
-    """Limit for one push to all workers."""
+    """Limit for one push to all workers. A worker that did not answer in time is not waited for in later pushes."""
+    give_up_after: int = 3
+    """Pushes that a worker may miss in a row before it is killed and the run goes on without it."""
 
 
 @dataclass(frozen=True)

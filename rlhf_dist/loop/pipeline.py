@@ -24,6 +24,7 @@ from rlhf_dist.errors import ConfigError, DataError, DiskError, InputError
 from rlhf_dist.loop.pipeline_files import content, digest, lacking, model_files
 from rlhf_dist.loop.resume_point import resume_point
 from rlhf_dist.loop.run_directory import never_began, write_json, write_text
+from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.loop.run_lock import LOCK_FILE, refuse_links, take_lock
 from rlhf_dist.loop.saved_config import CHANGEABLE, config_changes, flat
 from rlhf_dist.models.checkpoints import LATEST, latest_checkpoint
@@ -294,8 +295,8 @@ def check_whole(stage: Stage) -> None:
 
 def _changed_file(path: Path, finished: Finished) -> str | None:
     summary = path / "summary.json"
-    if not summary.is_file():
-        return f"{summary}: was removed"
+    if read_summary(path) is None:
+        return f"{summary}: was {'changed' if summary.is_file() else 'removed'}"
     latest = path / "checkpoints" / LATEST
     now = latest_checkpoint(path) if os.path.lexists(latest) else None
     then = path / "checkpoints" / finished.checkpoint
@@ -328,7 +329,7 @@ def write_finished(stage: Stage, basis: Basis, seconds: float) -> Finished:
     if checkpoint is None:
         raise DataError(f"{stage.path}: the stage ended and left no checkpoint")
     check_whole(stage)
-    if not (stage.path / "summary.json").is_file():
+    if read_summary(stage.path) is None:
         raise DataError(
             f"{stage.path / 'summary.json'}: the stage ended without it; move {stage.path} away to run anew"
         )

@@ -20,6 +20,7 @@ CHANGEABLE = (
     "loop.keep_checkpoints",
     "eval.every",
     "scoring.non_finite",
+    "weights.give_up_after",
 )
 """Keys and sections that a resume may change, besides `ENDINGS`; anything else would make it another run."""
 ENDINGS = (".timeout_s", ".retries")

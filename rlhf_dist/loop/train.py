@@ -294,7 +294,7 @@ def tell(
     """Log a step; warn of receipts that were wrong and of logprobs that drift apart."""
     config = run.config
     for problem in problems:
-        run.telemetry.warn(f"step {step}: {problem}; it serves no tokens until a push succeeds")
+        run.telemetry.warn(f"step {step}: {problem}")
     # Absent while a critic warms up. Written so that NaN warns too. A cut distribution is renormalised by the sampler
     # and not by the learner.
     difference = metrics.get(names.LOGPROB_DIFF_MAX, 0.0)

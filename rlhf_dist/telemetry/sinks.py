@@ -296,8 +296,11 @@ class Telemetry:
     def __init__(self, sinks: Sequence[Sink], on_warning: Callable[[str], None]) -> None:
         self._sinks = tuple(sinks)
         self._on_warning = on_warning
+        self.last_step: int | None = None
+        """The last step that was logged."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.last_step = step
         for sink in self._sinks:
             sink.log(step, metrics)
 

@@ -1,11 +1,16 @@
-"""Where the time of a step goes: seconds by phase, and goodput, the share of the step that each side got."""
+"""Where the time of a step goes: seconds by phase, goodput (each side's share of the step), and limits of waiting."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
+T = TypeVar("T")
+
+SLICE_S = 1.0
+"""The longest single wait of a `Patience`."""
 GOODPUT_PHASES = ("generate", "train", "sync")
 """Phases that every step has, with a goodput share each; `value` has one where there is a critic."""
 
@@ -51,3 +56,28 @@ class Stopwatch:
             metrics |= {f"goodput/{name}": share for name, share in shares.items()}
             metrics["goodput/other"] = 1.0 - sum(shares.values())
         return metrics
+
+
+class Patience:
+    """A limit in seconds, spent by waiting; a time in which this process itself was stopped is not charged.
+
+    A wait is made of slices of at most `SLICE_S`. A slice that took longer than it was asked to (the process was
+    stopped by Ctrl-Z, the machine suspended) is charged as what was asked.
+    """
+
+    def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._left = limit_s
+        self._clock = clock
+
+    @property
+    def left(self) -> float:
+        """Seconds that may still be waited, 0 when there are none."""
+        return max(0.0, self._left)
+
+    def wait(self, wait_for: Callable[[float], T]) -> T:
+        """One slice: the result of `wait_for(seconds)`, which waits for at most so long."""
+        asked = min(self.left, SLICE_S)
+        begun = self._clock()
+        found = wait_for(asked)
+        self._left -= min(self._clock() - begun, asked)
+        return found

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import ray
 
-from rlhf_dist.cluster.groups import gather
 from rlhf_dist.cluster.session import ray_session
-from rlhf_dist.config.schema import ClusterConfig
+from rlhf_dist.cluster.spec import ActorSpec, enter
+from rlhf_dist.cluster.waits import gather
+from rlhf_dist.config.schema import ClusterConfig, Config
 from rlhf_dist.errors import DataError, WeightSyncError
 from rlhf_dist.learner.shard import EstimateSums, Whitening
 from rlhf_dist.telemetry.metrics import MetricSums
@@ -62,11 +63,18 @@ class Stand:
         self._mode = mode
         return mode
 
+    def leave_signs(self, log: Path) -> int:
+        """Be found by the controller, as the real ones are; returns the process id."""
+        enter(ActorSpec(self._name, Config(), "", "cpu", 1, str(log), 0, 0, ""))
+        return os.getpid()
+
     def work(self) -> str:
         """Answer, or fail in the way it was told."""
         if self._mode == "sleeps":
             time.sleep(1.5)
-        if self._mode == "dies":
+        if self._mode == "dies late":
+            time.sleep(0.3)
+        if self._mode.startswith("dies"):
             os._exit(7)
         if self._mode == "refuses":
             raise DataError("data.jsonl:3: not JSON")

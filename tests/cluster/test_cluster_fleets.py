@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +16,18 @@ import pytest
 import ray
 from cluster_stand_ins import ANNOUNCEMENT, PROMPTS, SAMPLING, handles, start, tell
 
-from rlhf_dist.cluster import join_probe
+from rlhf_dist.cluster import actors, join_probe, processes
 from rlhf_dist.cluster.address import check_cluster
 from rlhf_dist.cluster.groups import (
     CriticGroup,
     PolicyCreditGroup,
     PolicyGroup,
     ReferenceFleet,
-    RolloutFleet,
     ScoringFleet,
-    gather,
 )
+from rlhf_dist.cluster.processes import ProcessName
+from rlhf_dist.cluster.rollout_fleet import RolloutFleet
+from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import ClusterConfig
 from rlhf_dist.errors import ActorLost, ActorTimeout, ResourceError, RunError, WeightSyncError
 from rlhf_dist.learner.shard import EstimateSums, Whitening
@@ -171,3 +177,94 @@ def test_a_cluster_that_is_there_can_be_joined_and_one_with_another_token_not(
     monkeypatch.setenv("RAY_AUTH_TOKEN", "another-token" * 3)
     with pytest.raises(ResourceError, match=rf"RAY_ADDRESS={where}: the cluster rejects the token; .* RAY_AUTH_TOKEN"):
         check_cluster(ClusterConfig(start_timeout_s=60))
+
+
+@dataclass
+class Push:
+    """A fleet of one worker that answers and one whose process can be stopped."""
+
+    fleet: RolloutFleet
+    pid: int
+    version: int = 0
+
+    def push(self) -> list[str]:
+        self.version += 1
+        return self.fleet.load_weights(replace(ANNOUNCEMENT, version=self.version))
+
+    def serve(self) -> set[str]:
+        served = self.fleet.generate(PROMPTS[:4], SAMPLING)
+        return {item[0].worker for item in served if not isinstance(item, DroppedPrompt)}
+
+    def answered(self) -> None:
+        """Wait until the one that was stopped has answered what it was asked."""
+        (call,) = [standing.call for standing in self.fleet._standings.values() if standing.call is not None]
+        assert ray.wait([call], timeout=60)[0]
+
+
+@pytest.fixture
+def stoppable(workers: dict[str, Any], tmp_path: Path) -> Iterator[Push]:
+    log = tmp_path / "stoppable.log"
+    actor = start("stoppable")
+    pid = gather({"it": actor.leave_signs.remote(log)}, "leave signs", 120)["it"]
+    both = {"one": workers["one"], ProcessName.of("stoppable", str(log)): actor}
+    yield Push(RolloutFleet(both, timeout_s=30, sync_timeout_s=0.6), pid)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_stopped_worker_is_waited_for_once_and_then_given_up(stoppable: Push) -> None:
+    assert stoppable.push() == [] and stoppable.serve() == {"one", "stoppable"}
+    os.kill(stoppable.pid, signal.SIGSTOP)
+    (first,) = stoppable.push()
+    assert first == (
+        "stoppable did not load version 2 in 0.6 s (weights.timeout_s): it is stopped (state T; "
+        f"`kill -CONT {stoppable.pid}` lets it go on); it serves no tokens and is not waited for until a push succeeds"
+    )
+    begun = time.monotonic()
+    (second,) = stoppable.push()
+    (third,) = stoppable.push()
+    assert time.monotonic() - begun < 0.6, "nobody waited"
+    assert second.startswith("stoppable still has not loaded 2: it is stopped")
+    assert third.endswith("; it missed 3 pushes in a row; it is given up, 1 rollout worker is left")
+    end = time.monotonic() + 20
+    while (found := processes.stat(stoppable.pid)) and found.state != "Z" and time.monotonic() < end:
+        time.sleep(0.02)
+    assert found is None or found.state == "Z", "it is killed"
+    assert stoppable.push() == [] and stoppable.serve() == {"one"}
+
+
+def test_a_worker_that_goes_on_comes_back_without_being_waited_for(stoppable: Push) -> None:
+    os.kill(stoppable.pid, signal.SIGSTOP)
+    assert len(stoppable.push()) == 1
+    os.kill(stoppable.pid, signal.SIGCONT)
+    stoppable.answered()  # for version 1, late: it may serve that
+    assert stoppable.serve() == {"one", "stoppable"}
+    assert stoppable.push() == [] and stoppable.serve() == {"one", "stoppable"}
+
+
+def test_a_late_receipt_is_not_taken_for_the_version_that_is_pushed_now(stoppable: Push) -> None:
+    os.kill(stoppable.pid, signal.SIGSTOP)
+    assert [len(stoppable.push()) for _ in range(2)] == [1, 1]
+    os.kill(stoppable.pid, signal.SIGCONT)
+    stoppable.answered()
+    assert stoppable.serve() == {"one"}, "its receipt is for version 1, and 2 is served"
+    assert stoppable.push() == [], "version 2 is counted already"
+    stoppable.answered()
+    assert stoppable.serve() == {"one", "stoppable"}
+    assert stoppable.push() == []
+
+
+def test_when_the_only_worker_is_stopped_the_run_ends(stoppable: Push) -> None:
+    (name, standing) = list(stoppable.fleet._standings.items())[1]
+    stoppable.fleet = RolloutFleet({name: standing.worker}, timeout_s=30, sync_timeout_s=0.3)
+    os.kill(stoppable.pid, signal.SIGSTOP)
+    with pytest.raises(WeightSyncError, match=r"^stoppable did not .*; no rollout worker holds the published weights$"):
+        stoppable.push()
+
+
+def test_a_rank_that_is_stopped_is_closed_with_the_others(stoppable: Push, workers: dict[str, Any]) -> None:
+    (name, standing) = list(stoppable.fleet._standings.items())[1]
+    os.kill(stoppable.pid, signal.SIGSTOP)
+    actors.close_all({"one": workers["one"], name: standing.worker}, 0.3)
+    found = processes.stat(stoppable.pid)
+    assert found is None or found.state in ("Z", "X")

@@ -12,10 +12,12 @@ import pytest
 import ray
 from cluster_stand_ins import ANNOUNCEMENT, PROMPTS, SAMPLING, rollout, start, tell
 
-from rlhf_dist.cluster import actors
-from rlhf_dist.cluster.groups import RolloutFleet, ScoringFleet, gather
+from rlhf_dist.cluster import actors, processes
+from rlhf_dist.cluster.groups import ScoringFleet
+from rlhf_dist.cluster.rollout_fleet import RolloutFleet
 from rlhf_dist.cluster.session import reserve
 from rlhf_dist.cluster.spec import ActorSpec
+from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import Config, RewardSpec, ScoringConfig
 from rlhf_dist.errors import ActorLost, ActorTimeout, DataError, ResourceError, RewardError, RunError, WeightSyncError
 from rlhf_dist.types import DroppedPrompt
@@ -57,9 +59,25 @@ def test_one_that_dies_is_named_with_its_log(machine: Any) -> None:
         gather({"learner rank 1": doomed.work.remote()}, "update", 30)
     assert str(caught.value).startswith("learner rank 1 died during 'update': ")
     assert "logs/learner-rank-1.log" in str(caught.value)
+    assert processes.lost_ray() is None
     begun = time.monotonic()
     actors.close_all({"learner rank 1": doomed})
     assert time.monotonic() - begun < actors.CLOSE_LIMIT_S, "the dead are not waited for"
+
+
+def test_a_rank_that_fails_because_its_peer_died_is_not_blamed(workers: dict[str, Any]) -> None:
+    doomed = start("doomed")
+    tell(workers["one"], "breaks")
+    tell(doomed, "dies late")
+    with pytest.raises(ActorLost, match=r"^learner rank 1 died during 'update': "):
+        gather({"learner rank 0": workers["one"].work.remote(), "learner rank 1": doomed.work.remote()}, "update", 30)
+
+
+def test_ray_prints_nothing_of_its_own_on_the_screen(machine: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from ray._private import worker
+
+    worker.print_to_stdstream({"lines": ["A worker died"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_package_error_arrives_as_itself_in_its_own_words(workers: dict[str, Any]) -> None:
@@ -117,13 +135,14 @@ def test_a_worker_without_a_right_receipt_serves_no_tokens(workers: dict[str, An
     assert {head.worker for head, _ in again} == {"one", "two"}
 
 
-def test_a_worker_that_dies_in_a_push_is_left_out_of_this_one_and_the_next(workers: dict[str, Any]) -> None:
+def test_a_worker_that_dies_in_a_push_is_given_up_at_once(workers: dict[str, Any]) -> None:
     doomed = start("doomed")
     tell(doomed, "dies")
     both = fleet({"rollout worker 0": doomed, "rollout worker 1": workers["two"]})
-    for _ in range(2):
-        (problem,) = both.load_weights(ANNOUNCEMENT)
-        assert problem.startswith("rollout worker 0: rollout worker 0 died during 'load_weights': ")
+    (problem,) = both.load_weights(ANNOUNCEMENT)
+    assert problem.startswith("rollout worker 0 died during 'load_weights': ")
+    assert problem.endswith("; it is given up, 1 rollout worker is left")
+    assert both.load_weights(ANNOUNCEMENT) == [], "it is asked no more"
     served = [item for item in both.generate(PROMPTS[:2], SAMPLING) if not isinstance(item, DroppedPrompt)]
     assert {head.worker for head, _ in served} == {"two"}
 

@@ -1,6 +1,6 @@
 import pytest
 
-from rlhf_dist.telemetry.timeline import Stopwatch
+from rlhf_dist.telemetry.timeline import Patience, Stopwatch
 
 
 class Clock:
@@ -46,3 +46,26 @@ def test_a_phase_that_raises_is_counted_and_nesting_is_refused() -> None:
     with watch.phase("sync"), refused, watch.phase("train"):
         pass
     assert watch.lap()["time/train"] == 2.0
+
+
+def waits(clock: Clock, seconds: float) -> float:
+    clock.now += seconds
+    return seconds
+
+
+def test_patience_is_spent_in_slices_of_a_second() -> None:
+    clock = Clock()
+    patience = Patience(2.5, clock)
+    asked = [patience.wait(lambda seconds: waits(clock, seconds)) for _ in range(3)]
+    assert asked == [1.0, 1.0, 0.5] and patience.left == 0
+    assert patience.wait(lambda seconds: waits(clock, seconds)) == 0.0, "at its end it still looks, without a wait"
+
+
+def test_a_time_in_which_the_process_was_stopped_is_not_charged() -> None:
+    clock = Clock()
+    patience = Patience(10.0, clock)
+    patience.wait(lambda seconds: waits(clock, seconds + 3600))  # stopped within a wait
+    assert patience.left == 9.0
+    waits(clock, 3600)  # or between two
+    patience.wait(lambda _: waits(clock, 0.25))
+    assert patience.left == 8.75, "an answer that came early costs what it took"

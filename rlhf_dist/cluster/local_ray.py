@@ -1,0 +1,41 @@
+"""What Ray does in this process that a command must not show or wait for."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from rlhf_dist.cluster import signals
+from rlhf_dist.cluster.processes import lost_ray, ray_children
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Around `ray.init`: signals end the command as before it, and Ray's own messages do not reach the screen.
+
+    Ray prints what its processes report in colour, over whatever is there, long texts of advice for its developers.
+    What matters of it is in the messages of `cluster/waits.py`.
+    """
+    from ray._private import worker
+
+    with signals.kept():
+        yield
+    if hasattr(worker, "print_to_stdstream"):  # Not part of Ray's API, which has no switch for this.
+        worker.print_to_stdstream = lambda *_, **__: None
+
+
+def shut_down() -> None:
+    """End Ray and all its workers."""
+    import ray
+
+    if lost_ray() is None:
+        ray.shutdown()
+        return
+    # Its own shutdown asks the process that is gone, and is asked again when the interpreter ends.
+    atexit.unregister(ray.shutdown)
+    for pid in ray_children():
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,94 @@
+"""Waiting for other processes: every wait has a limit, names whom it waited for, and notices that Ray itself ended.
+
+A time in which this process itself was stopped (Ctrl-Z, a suspended laptop) does not count against the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.exceptions import RayActorError, RayTaskError
+
+from rlhf_dist.cluster.processes import ending, lost_ray, silent
+from rlhf_dist.errors import ActorLost, ActorTimeout, RlhfError, RunError
+from rlhf_dist.telemetry.timeline import Patience
+
+BLAME_LIMIT_S = 3.0
+"""How long a failure waits for a death that may be its cause."""
+
+
+def gather(calls: Mapping[str, Any], what: str, timeout_s: float, key: str = "") -> dict[str, Any]:
+    """Wait for one answer from each: name of the process -> its call. `key` is the config key of the limit.
+
+    Raises `ActorTimeout` naming those who did not answer, `ActorLost` naming one that died, or what the call raised.
+    """
+    patience = Patience(timeout_s)
+    pending = {call: name for name, call in calls.items()}
+    answers: dict[str, Any] = {}
+    while pending:
+        done = wait(list(pending), patience)
+        if not done:
+            raise ActorTimeout(silent(list(pending.values()), what, limit_text(timeout_s, key)))
+        for call in done:
+            name = pending.pop(call)
+            try:
+                answers[name] = fetch(call, name, what, timeout_s)
+            except RunError as error:
+                raise cause_of(error, pending, what) from None
+    return {name: answers[name] for name in calls}
+
+
+def wait(calls: list[Any], patience: Patience, count: int = 1) -> list[Any]:
+    """Those of `calls` that are done: `count`, or fewer when the patience is at its end. Raises `RunError`."""
+    while True:
+        ready: list[Any] = patience.wait(lambda seconds: ray.wait(calls, num_returns=count, timeout=seconds)[0])
+        if len(ready) >= count or patience.left <= 0:
+            return ready
+        require_ray()
+
+
+def require_ray() -> None:
+    """Raise `RunError` when a process of Ray's own has ended: its workers are not to blame."""
+    lost = lost_ray()
+    if lost is not None:
+        raise RunError(lost)
+
+
+def limit_text(timeout_s: float, key: str) -> str:
+    """The limit, with the config key that sets it."""
+    return f"{timeout_s:g} s" + (f" ({key})" if key else "")
+
+
+def fetch(call: Any, name: str, what: str, timeout_s: float) -> Any:
+    """The answer of a call that is done, with the errors of the other process in this one's words."""
+    try:
+        return ray.get(call, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise ActorTimeout(f"{name} did not hand over the answer of '{what}' in {timeout_s:g} s") from None
+    except RayTaskError as error:
+        if isinstance(error.cause, RlhfError):
+            raise error.cause from None
+        raise RunError(f"{name} failed in '{what}': {type(error.cause).__name__}: {error.cause}\n{error}") from None
+    except RayActorError as error:
+        require_ray()
+        raise ActorLost(f"{name} died during '{what}': {ending(name, str(error))}") from None
+    except ray.exceptions.RayError as error:
+        require_ray()
+        raise ActorLost(f"the answer of {name} to '{what}' is lost: {type(error).__name__}: {error}") from None
+
+
+def cause_of(error: RunError, pending: Mapping[Any, str], what: str) -> RunError:
+    """`error`, or the death of another process of the group that it comes from: a rank fails when its peer is gone."""
+    if type(error) is not RunError or not pending:
+        return error
+    for call in wait(list(pending), Patience(BLAME_LIMIT_S), count=len(pending)):
+        try:
+            ray.get(call, timeout=BLAME_LIMIT_S)
+        except RayActorError as death:
+            return ActorLost(f"{pending[call]} died during '{what}': {ending(pending[call], str(death))}")
+        except Exception:  # another one that failed for the same cause
+            continue
+    return error
