@@ -33,7 +33,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; an unexpected exception keeps its traceback."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [_utf8(word) for word in (sys.argv[1:] if argv is None else argv)]
     print_any_text(sys.stdout, sys.stderr)
     with signals.ending_in_order():
         return _run(words)
@@ -55,6 +55,14 @@ def _run(words: list[str]) -> int:
         return _fail(str(error), 2)
     except RlhfError as error:
         return _fail(str(error), 1)
+
+
+def _utf8(word: str) -> str:
+    """A word of the command line as UTF-8, whatever the locale: in C, Python hides its bytes in half characters."""
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeError:
+        return word
 
 
 def _dispatch(words: list[str]) -> int:

@@ -80,7 +80,7 @@ def critic_apart(config: Config) -> bool:
 def cpu_quota(path: Path) -> int | None:
     """CPUs that a container's quota (cgroup v2) gives, rounded up; None without one."""
     try:
-        quota, period = path.read_text().split()
+        quota, period = path.read_text(encoding="utf-8").split()
     except (OSError, ValueError):
         return None
     return None if quota == "max" else max(1, math.ceil(int(quota) / int(period)))

@@ -54,8 +54,11 @@ def enter(spec: ActorSpec) -> None:
 
 
 def environment(spec: ActorSpec) -> dict[str, str]:
-    """OpenMP reads its settings when torch is imported, which is before any code of ours runs in the actor."""
-    variables = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
+    """OpenMP reads its settings when torch is imported, which is before any code of ours runs in the actor.
+
+    UTF-8 whatever the locale: torch reads files of its own without naming an encoding.
+    """
+    variables = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUTF8": "1"}
     if spec.device == "cpu":
         # Threads that wait for each other spin for microseconds, then sleep. Sleeping at once halves the speed of
         # decoding; spinning for milliseconds, OpenMP's own choice, is many times slower where others use the cores too.

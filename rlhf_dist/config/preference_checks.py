@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from itertools import chain, combinations
@@ -103,6 +104,11 @@ def _columns(preferences: PreferencesConfig) -> Iterator[str]:
         yield (
             f"preferences.rating_min is {preferences.rating_min:g}; it must be less than preferences.rating_max, "
             f"{preferences.rating_max:g}"
+        )
+    elif form == "rating" and not math.isfinite(preferences.rating_max - preferences.rating_min):
+        yield (
+            f"preferences.rating_min is {preferences.rating_min:g} and preferences.rating_max is "
+            f"{preferences.rating_max:g}; their difference must be a finite number"
         )
 
 

@@ -23,9 +23,7 @@ def parquet_rows(path: str, source_key: str) -> list[Row]:
         with pq.ParquetFile(path) as file:
             table = file.read()
     except (pa.ArrowException, OSError, ValueError) as error:
-        with Path(path).open("rb") as raw:
-            lines = raw.read(64).lstrip().startswith(b"{")
-        hint = f"; it looks like JSON lines: set {source_key}=jsonl" if lines else ""
+        hint = f"; it looks like JSON lines: set {source_key}=jsonl" if _begins_as_lines(path) else ""
         raise DataError(f"{path}: cannot be read as parquet: {one_line(error)}{hint}") from error
     twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
     if twice:
@@ -35,6 +33,14 @@ def parquet_rows(path: str, source_key: str) -> list[Row]:
     except Exception:  # text that is not UTF-8, dates beyond Python's: whatever it is, the rows are found one by one
         raise DataError(listed(list(_unreadable(path, table)), table.num_rows)) from None
     return [Row(f"{path}: row {number}", fields) for number, fields in enumerate(rows, 1)]
+
+
+def _begins_as_lines(path: str) -> bool:
+    try:
+        with Path(path).open("rb") as raw:
+            return raw.read(64).lstrip().startswith(b"{")
+    except OSError:
+        return False
 
 
 def _unreadable(path: str, table: pa.Table) -> Iterator[str]:

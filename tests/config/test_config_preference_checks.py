@@ -83,6 +83,10 @@ def test_what_fits_passes(found) -> None:
             "set preferences.form to pair or transcripts",
         ),
         ((*FILE, "preferences.form=rating", "preferences.rating_min=5"), "rating_min is 5; it must be less than"),
+        (
+            (*FILE, "preferences.form=rating", "preferences.rating_min=-1e308", "preferences.rating_max=1e308"),
+            "their difference must be a finite number",
+        ),
         ((*FILE, "preferences.form=thumbs", "reward.lm_coef=0.5"), "reward.lm_coef is 0.5 and has no effect"),
         ((*FILE, "reward.batch_size=1", "learner.ranks=2"), "reward.batch_size is 1; it must be at least"),
         ((*FILE, "preferences.max_tokens=600"), "preferences.max_tokens is 600; it must be at most"),

@@ -173,6 +173,19 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     assert "has the column 'prompt' twice" in refused(lambda: read_rows("parquet", str(path), "data.path"))
 
 
+@pytest.mark.parametrize("source", ["jsonl", "parquet"])
+def test_a_file_that_may_not_be_read(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / f"a.{source}"
+    path.write_bytes(LINE)
+    monkeypatch.setattr(Path, "open", forbidden)
+    monkeypatch.setattr(pq, "ParquetFile", forbidden)
+    found = refused(lambda: read_rows(source, str(path), "data.path"))  # type: ignore[arg-type]
+    assert found.startswith(f"{path}: cannot be read") and "Permission denied" in found
+
+
 def test_columns_of_other_kinds(tmp_path: Path) -> None:
     columns = {
         "dictionary": pa.array(["x", "y"]).dictionary_encode(),

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_dist.cli.main import main
+from rlhf_dist.cluster.spec import ActorSpec, environment
+from rlhf_dist.config.schema import Config
 from rlhf_dist.telemetry.comparison import StageResult, compare_stages, show
 from rlhf_dist.telemetry.display import PlainProgress, RichProgress
 from rlhf_dist.telemetry.streams import print_any_text
@@ -70,3 +72,9 @@ def test_a_process_under_an_ascii_locale(tmp_path: Path) -> None:
     environment = os.environ | places | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=60, check=False)
     assert done.returncode == 0 and b"system: \\xe9" in done.stdout, done.stderr
+
+
+def test_actors_run_in_utf8_whatever_the_locale() -> None:
+    """torch reads files of its own without naming an encoding."""
+    spec = ActorSpec("rollout worker 0", Config(), "", "cpu", 1, "log", 0, 0, ".")
+    assert environment(spec)["PYTHONUTF8"] == "1"
