@@ -32,6 +32,7 @@ from rlhf_dist.cluster.session import ray_session, reserve
 from rlhf_dist.cluster.sources import (
     mask_source,
     model_source,
+    reward_model_doubts,
     with_sources,
 )
 from rlhf_dist.cluster.spec import ActorSpec
@@ -151,6 +152,8 @@ def evaluate(config: Config) -> None:
     with eval_display(config) as (progress, logs):
         for line in reward_lines(config):
             progress.note(line)
+        for doubt in reward_model_doubts(config):
+            progress.warn(doubt)
         progress.stage(f"starting Ray and vLLM (logs in {logs})")
         with ray_session(config.cluster, logs / "ray", progress.note) as machine, ExitStack() as stack:
             placement = place(config, machine, "eval")

@@ -13,7 +13,7 @@ from rlhf_dist.cluster import signals
 from rlhf_dist.cluster.placement import Command
 from rlhf_dist.cluster.preflight import disk_need, require_shared_memory
 from rlhf_dist.cluster.resume import Start, resumed
-from rlhf_dist.cluster.sources import model_source
+from rlhf_dist.cluster.sources import model_source, reward_model_doubts
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.rewards import reward_lines
 from rlhf_dist.config.schema import Config
@@ -55,6 +55,8 @@ def opened(config: Config, command: Command, start: Start[Any]) -> Iterator[tupl
         for line in reward_lines(config) if command == "train" else ():
             progress.note(line)
             telemetry.event("rewards", line)
+        for doubt in reward_model_doubts(config) if command == "train" else ():
+            telemetry.warn(doubt)
         with end_recorded(run, telemetry, command, signals.how_stopped):
             yield run, telemetry, progress
 

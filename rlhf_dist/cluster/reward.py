@@ -32,6 +32,7 @@ from rlhf_dist.loop.reward_report import (
     SCORE_STD,
     calibration_bins,
     draw,
+    scale_of,
 )
 from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.models.scalar import ScoreScale
@@ -234,6 +235,7 @@ def summary_of(outcome: Outcome, best: float | None) -> dict[str, Any]:
         "after": plain(outcome.after) | ({} if best is None else {"best_accuracy": best}),
         "kept_step": outcome.kept_step,
         "last_step": outcome.last_step,
+        "warnings": scale_of(outcome.after).doubts(),
         "calibration": [{"predicted": b.predicted, "observed": b.observed, "count": b.count} for b in bins],
     }
 
@@ -249,5 +251,6 @@ def result_lines(outcome: Outcome, best: float | None, steps: int) -> list[str]:
         lines.append(line if best is None else f"{line}; the labels' noise allows {best:.3f}")
     stopped = "" if outcome.last_step == steps else f"; stopped early, after step {outcome.last_step} of {steps}"
     lines.append(f"kept: step {outcome.kept_step}, the lowest held-out loss{stopped}")
+    lines += [f"warning: {doubt}" for doubt in scale_of(after).doubts()]
     lines.append(f"scores: mean {after[SCORE_MEAN]:z.3f}, deviation {after[SCORE_STD]:.3f}, stored with the model")
     return lines

@@ -28,6 +28,19 @@ def preflight_rewards(config: Config) -> None:
     preflight(config.scoring, look)
 
 
+def reward_model_doubts(config: Config) -> list[str]:
+    """A sentence for each reason to doubt a reward model that the run uses, by what is stored with it."""
+    from rlhf_dist.models.scalar import read_scale
+
+    used = {f"scoring.rewards.{name}.path": r.path for name, r in config.scoring.rewards.items() if r.kind == "model"}
+    found = {key: (path, read_scale(model_path(config, path, key))) for key, path in used.items()}
+    return [
+        f"{key} = {path}: {doubt}; its rewards may mean nothing, train another one with `rlhf-dist reward`"
+        for key, (path, scale) in found.items()
+        for doubt in scale.doubts()
+    ]
+
+
 def model_source(config: Config, checkpoint: Path | None, command: Command = "train") -> str:
     """The Hugging Face directory to start from: the checkpoint's, or what `model.path` names, after checks."""
     from rlhf_dist.models.inspect import inspect

@@ -15,6 +15,7 @@ from rlhf_dist.config.preference_checks import not_there, preference_problems
 from rlhf_dist.config.ranges import range_problems
 from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.config.scoring_checks import scoring_problems
+from rlhf_dist.config.stop_checks import stop_problems
 from rlhf_dist.errors import ConfigError
 
 Command = Literal["train", "sft", "reward", "eval"]
@@ -68,7 +69,7 @@ def problems(config: Config, command: Command) -> list[str]:
     if command == "train":
         rules += [algorithm_problems(config)]
     if command in ("train", "eval"):
-        rules += [_sampling(config, command), _rewards(config)]
+        rules += [_sampling(config, command), stop_problems(config.rollout.stop), _rewards(config)]
     if command == "sft":
         rules += [_sft(config)]
     if command in ("train", "sft", "reward"):

@@ -296,6 +296,7 @@ class RewardConfig:
     log_every: int = 10
     """Steps."""
     eval_every: int = 50
-    """Steps between passes over the held-out judgements; a model is kept whenever its held-out loss is the lowest."""
+    """Steps between passes over the held-out judgements; a model is kept whenever its held-out loss is the lowest. 0:
+    only at the end, whose model is kept."""
     patience: int = 3
     """Stop after so many such passes without a lower loss; 0: never."""

@@ -21,7 +21,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         loop.steps loop.prompts_per_step loop.keep_checkpoints eval.prompts sft.steps
         sft.batch_size sft.max_tokens sft.log_every scoring.replicas scoring.batch_tokens algo.kl.horizon ptx.batch_size
         ptx.max_tokens preferences.held_out preferences.train_size preferences.max_tokens reward.steps reward.batch_size
-        reward.log_every reward.eval_every
+        reward.log_every
         """,
     ),
     "between 2 and 16": (lambda x: 2 <= x <= 16, "preferences.responses"),
@@ -36,6 +36,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
         algo.shaping.repetition_penalty critic.warmup_steps critic.clip critic.coef
         critic.optimizer.warmup_steps critic.optimizer.weight_decay reference.replicas reference.update_every ptx.coef
         reward.lm_coef reward.optimizer.warmup_steps reward.optimizer.weight_decay reward.patience
+        reward.eval_every
         """,
     ),
     "greater than 0": (

@@ -84,7 +84,7 @@ class ScalarEngine(Engine):
         return self._deepspeed.forward(packed.tokens, packed.cu_seqlens, positions)
 
     def _normalized(self, raw: Tensor) -> Tensor:
-        return (raw - self._scale.score_mean) / self._scale.score_std
+        return (raw - self._scale.score_mean) / self._scale.divisor
 
 
 class ScalarEngineWithLM(ScalarEngine):

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from rlhf_dist.config.schema import RewardConfig
 from rlhf_dist.errors import RunError
 from rlhf_dist.learner.preference import HeldOutScores
-from rlhf_dist.loop.reward_report import SCORE_MEAN, SCORE_STD, held_out_results
+from rlhf_dist.loop.reward_report import SCORE_MEAN, SCORE_STD, held_out_results, scale_of
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.state import read_state_of
@@ -119,6 +121,12 @@ class RewardRun:
             shown = time.monotonic()
         if step < config.steps:
             self._tell_early_stop(step)
+        for doubt in scale_of(self._kept.results).doubts():
+            self._telemetry.warn(
+                f"the reward model of step {self._kept.step}: {doubt}; look at the preference data, or raise "
+                "reward.steps or reward.optimizer.lr",
+                step=self._kept.step,
+            )
         return Outcome(self._kept.before, self._kept.results, self._kept.step, step, self._held_out)
 
     def _start(self, state: RewardState | None) -> None:
@@ -139,7 +147,14 @@ class RewardRun:
 
     def _evaluate(self) -> HeldOutScores:
         self._progress.stage("scoring the held-out judgements")
-        return self._trainer.evaluate()
+        found = self._trainer.evaluate()
+        broken = int((~np.isfinite(found.scores)).sum())
+        if broken:
+            raise RunError(
+                f"{broken} of {len(found.scores)} scores of held-out responses are not finite; lower "
+                "reward.optimizer.lr, or set model.dtype=float32"
+            )
+        return found
 
     def _keep_if_best(self, step: int, found: HeldOutScores, results: dict[str, float]) -> bool:
         """Write a checkpoint if the held-out loss is the lowest of a trained model; whether it was."""
@@ -160,7 +175,7 @@ class RewardRun:
             )
         self._kept, self._held_out = RewardState(step, self._kept.before, results), found
         folder = self._directory.begin_checkpoint(step).absolute()
-        self._trainer.save_scaled(folder, ScoreScale(results[SCORE_MEAN], results[SCORE_STD]))
+        self._trainer.save_scaled(folder, scale_of(results))
         self._directory.commit_checkpoint(step, 1, asdict(self._kept), self._needed)
         return True
 

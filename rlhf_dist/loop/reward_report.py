@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 from rlhf_dist.algo.preference import CalibrationBin, calibration, wilson_interval
 from rlhf_dist.errors import DiskError
 from rlhf_dist.learner.preference import HeldOutScores
+from rlhf_dist.models.score_scale import ScoreScale
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.report import Series
 
@@ -38,6 +40,12 @@ DROPPED = "data/dropped_held_out"
 
 BINS = 20
 BLUE, ORANGE, GREEN = "#1f6fb4", "#e07b39", "#4c9a5b"
+
+
+def scale_of(results: Mapping[str, float]) -> ScoreScale:
+    """What is stored with the model that `results` are of."""
+    known = (results.get(name) for name in (names.REWARD_MODEL_ACCURACY, ACCURACY_LOW, ACCURACY_HIGH))
+    return ScoreScale(results[SCORE_MEAN], results[SCORE_STD], *known)
 
 
 def held_out_results(held_out: HeldOutScores) -> dict[str, float]:

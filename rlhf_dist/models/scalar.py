@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +35,13 @@ from rlhf_dist.models.limits import ROLLOUT_TOKENS, check_attention, check_layer
 from rlhf_dist.models.model_files import reason_of
 from rlhf_dist.models.packed import PackedModel
 from rlhf_dist.models.policy import logit_shape
+from rlhf_dist.models.score_scale import NO_SCALE, ScoreScale, parse_scale
 from rlhf_dist.models.text_format import end_tokens
 
 SCALE_KEY = "rlhf_dist"
 HEAD = "score"
 HEAD_WEIGHT = f"{HEAD}.weight"
 SUPPORTED = "a decoder whose classification head is a linear layer `score` works: Qwen, Llama, Mistral, GPT-2"
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreScale:
-    """What centres a reward model's scores to mean 0 and scales them to deviation 1; in its config.json."""
-
-    score_mean: float
-    """Of the raw scores of held-out responses."""
-    score_std: float
-    """Of the same; greater than 0."""
-
-
-NO_SCALE = ScoreScale(0.0, 1.0)
 
 
 class PackedScalar(PackedModel):
@@ -168,11 +154,8 @@ def read_scale(path: str | Path) -> ScoreScale:
     stored: Any = getattr(load_config(path), SCALE_KEY, None)
     if stored is None:
         return NO_SCALE
-    try:
-        scale = ScoreScale(float(stored["score_mean"]), float(stored["score_std"]))
-    except (TypeError, KeyError, ValueError):
-        scale = ScoreScale(math.nan, math.nan)
-    if not (math.isfinite(scale.score_mean) and 0 < scale.score_std < math.inf):
+    scale = parse_scale(stored)
+    if scale is None:
         raise ModelError(
             f"{path}/config.json: {SCALE_KEY} is {stored}; it must hold score_mean, a number, and score_std, a number "
             "above 0, or be taken out"
@@ -196,7 +179,7 @@ def save_scalar(
     beside = source if isinstance(source, Companions) else read_companions(source)
     config = _with_one_label(deepcopy(beside.config), beside.source)
     if scale is not None:
-        setattr(config, SCALE_KEY, asdict(scale))
+        setattr(config, SCALE_KEY, scale.stored())
     shell = _shell(config, next(iter(state.values())).dtype, beside.source)
     text = shell.config.get_text_config()
     if text.pad_token_id in end_tokens(beside.tokenizer):

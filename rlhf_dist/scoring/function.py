@@ -63,7 +63,7 @@ class FunctionReward:
         except ChildLate:
             raise RewardError(
                 f"{self._label} did not return within {limit.seconds:g} s for {n} responses; make it faster or raise "
-                f"{limit.key}"
+                f"{limit.key}; a run that has begun goes on with --resume"
             ) from None
         except ChildEnded as ended:
             raise RewardError(f"{self._label} ended its process ({ended}) in a call for {n} responses") from None

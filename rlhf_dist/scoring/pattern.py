@@ -27,7 +27,8 @@ class PatternReward:
         if wrong:
             raise ConfigError(f"{key}={spec.pattern!r} is not a Python pattern: {wrong}")
         self._pattern, self._timeout_s = spec.pattern, spec.timeout_s
-        self._label = f"the reward {name} (pattern {short(spec.pattern)})"
+        shown = short(spec.pattern).replace("\\\\", "\\")  # as it is written, for a search
+        self._label = f"the reward {name} (pattern {shown})"
         self._limit_key = f"scoring.rewards.{name}.timeout_s"
         self._turn = threading.Lock()
         self._child: Child | None = None
@@ -51,7 +52,8 @@ class PatternReward:
             raise RewardError(
                 f"{self._label} did not finish within {limit.seconds:g} s, at the response {short(response)}; "
                 "a repetition inside a repetition, or alternatives that match the same, can take exponential time: "
-                f"simplify the pattern, use *+ or (?>...), or raise {limit.key}"
+                f"simplify the pattern, use *+ or (?>...), or raise {limit.key}; a run that has begun goes on with "
+                "--resume"
             ) from None
         except ChildEnded as ended:
             raise RewardError(f"{self._label}: its process ended ({ended}) at the response {short(response)}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from rlhf_dist.scoring.limits import SHARE_OF_LIMIT
 from rlhf_dist.scoring.packed_rows import boundaries, laid, passes
 from rlhf_dist.scoring.texts import Texts, texts_of
 from rlhf_dist.types import Message, Rollout
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,10 @@ class RewardModel:
         self._scalar = PackedScalar(model.to(setting.device))  # pyright: ignore[reportArgumentType]
         self._device = torch.device(setting.device)
         check_scalar(self._scalar)
-        self._scale = read_scale(source.path) if spec.normalize else NO_SCALE
+        scale = read_scale(source.path)
+        for doubt in scale.doubts():
+            LOG.warning(f"{self._label}: {doubt}")
+        self._scale = scale if spec.normalize else NO_SCALE
         text = model.config.get_text_config()
         self._vocabulary: int = text.vocab_size
         limit = positions(model.config)
@@ -173,5 +179,5 @@ class RewardModel:
         for chosen in passes(rows, self._budget):
             tokens, cu_seqlens = laid([rows[i] for i in chosen], self._device)
             raw[chosen] = self._scalar(tokens, cu_seqlens, cu_seqlens[1:].long() - 1).cpu().numpy()
-        scores = ((raw - self._scale.score_mean) / self._scale.score_std).astype(np.float32)
+        scores = ((raw - self._scale.score_mean) / self._scale.divisor).astype(np.float32)
         return np.split(scores, boundaries(groups)[1:-1])

@@ -52,7 +52,8 @@ def test_a_run_leaves_a_reward_model_with_its_scale(judged: tuple[Workplace, Fin
     assert (folder / "lm_head.safetensors").exists()
     model: Any = AutoModelForSequenceClassification.from_pretrained(folder / "hf")
     after = summary["after"]
-    assert model.config.rlhf_dist == {"score_mean": after["score_mean"], "score_std": after["score_std"]}
+    stored = ("score_mean", "score_std", "accuracy", "accuracy_low", "accuracy_high")
+    assert model.config.rlhf_dist == {name: after[name] for name in stored}
     with torch.no_grad():
         assert model(input_ids=torch.tensor([[7, 8, 9]])).logits.shape == (1, 1)
     assert summary["before"]["accuracy"] == 0.5 and summary["before"]["score_std"] == 0

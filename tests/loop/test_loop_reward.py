@@ -102,11 +102,32 @@ def run(
         directory.close()
 
 
+def test_without_passes_between_the_model_of_the_end_is_kept(tmp_path: Path) -> None:
+    trainer = FakeTrainer()
+    _, outcome = run(tmp_path, trainer, replace(CONFIG, eval_every=0))
+    assert [step for step, _ in trainer.saved] == [CONFIG.steps]
+    assert (outcome.kept_step, outcome.last_step) == (CONFIG.steps, CONFIG.steps)
+
+
+def test_a_model_that_is_no_better_than_chance_or_whose_scores_hardly_differ_is_warned_of(tmp_path: Path) -> None:
+    trainer = FakeTrainer()
+    trainer.scores = (0.003, 0.001, 0.002, 0.0)
+    directory, _ = run(tmp_path, trainer)
+    warnings = [line["message"] for line in lines(directory.events) if line["kind"] == "warning"]
+    assert ["is not above chance" in each for each in warnings[-2:]] == [True, False]
+    assert "the reward model of step 2: its held-out scores hardly differ" in warnings[-1]
+    trainer = FakeTrainer()
+    trainer.scores = (math.inf, 1.0, math.nan, 0.0)
+    with pytest.raises(RunError, match="2 of 4 scores of held-out responses are not finite; lower reward"):
+        run(tmp_path / "again", trainer)
+
+
 def test_only_the_best_is_kept_with_its_own_scale_and_the_run_stops_early(tmp_path: Path) -> None:
     trainer = FakeTrainer()
     directory, outcome = run(tmp_path, trainer)
     assert [step for step, _ in trainer.saved] == [1, 2]
-    assert trainer.saved[-1][1] == ScoreScale(1.5, math.sqrt(1.25))
+    low, high = wilson_interval(1, 2)
+    assert trainer.saved[-1][1] == ScoreScale(1.5, math.sqrt(1.25), 0.5, low, high)
     assert (outcome.kept_step, outcome.last_step) == (2, 4)
     assert outcome.before["reward_model/held_out_loss"] == 0.7
     assert outcome.after["reward_model/held_out_loss"] == outcome.held_out.loss / 2 == 0.5
@@ -161,7 +182,8 @@ def test_a_run_that_got_worse_than_its_start_keeps_its_best_and_says_so(tmp_path
     directory, outcome = run(tmp_path, trainer)
     assert outcome.kept_step == 2
     warnings = [line["message"] for line in lines(directory.events) if line["kind"] == "warning"]
-    assert [message.split(":")[0] for message in warnings] == ["step 1", "step 2"]
+    starts = [message.split(":")[0] for message in warnings]
+    assert starts == ["step 1", "step 2", "the reward model of step 2"]  # it is right in one of two pairs
 
 
 def test_scores_that_are_all_the_same_end_the_run(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_a_pattern_that_backtracks_without_end_is_given_up_by_name():
     with pytest.raises(RewardError) as raised:
         reward(["<b></answer>", "a" * 60])
     for words in (
-        r"the reward form (pattern '(.|\\s|[^\\d])*</answer>') did not finish within 0.3 s, at the response 'aaaa",
+        r"the reward form (pattern '(.|\s|[^\d])*</answer>') did not finish within 0.3 s, at the response 'aaaa",
         "raise scoring.rewards.form.timeout_s",
     ):
         assert words in str(raised.value)

@@ -1,0 +1,35 @@
+"""A reward model that may mean nothing is named when a run uses it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Qwen2Config
+
+from rlhf_dist.cluster import sources
+from rlhf_dist.config.schema import Config, RewardSpec, ScoringConfig
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        (None, []),
+        ({"score_mean": 0.0, "score_std": 1.0, "accuracy": 0.7, "accuracy_low": 0.6, "accuracy_high": 0.8}, []),
+        (
+            {"score_mean": 0.0, "score_std": 0.001, "accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6},
+            ["is not above chance, 0.5; its rewards may mean nothing", "hardly differ"],
+        ),
+    ],
+)
+def test_what_is_stored_with_a_reward_model_is_read_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: Any, words: list[str]
+) -> None:
+    Qwen2Config(architectures=["Qwen2ForSequenceClassification"], rlhf_dist=stored).save_pretrained(tmp_path)
+    monkeypatch.setattr(sources, "model_path", lambda config, path, key: path)
+    rewards = {"exact": RewardSpec(), "judge": RewardSpec(kind="model", path=str(tmp_path))}
+    found = sources.reward_model_doubts(Config(scoring=ScoringConfig(rewards=rewards)))
+    assert len(found) == len(words)
+    for told, word in zip(found, words, strict=True):
+        assert told.startswith(f"scoring.rewards.judge.path = {tmp_path}: its held-out ") and word in told
