@@ -26,7 +26,9 @@ from rlhf_dist.config.schema import Config, RewardSpec, ScoringConfig
 def test_what_is_stored_with_a_reward_model_is_read_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: Any, words: list[str]
 ) -> None:
-    Qwen2Config(architectures=["Qwen2ForSequenceClassification"], rlhf_dist=stored).save_pretrained(tmp_path)
+    made: Any = Qwen2Config(architectures=["Qwen2ForSequenceClassification"])
+    made.rlhf_dist = stored
+    made.save_pretrained(tmp_path)
     monkeypatch.setattr(sources, "model_path", lambda config, path, key: path)
     rewards = {"exact": RewardSpec(), "judge": RewardSpec(kind="model", path=str(tmp_path))}
     found = sources.reward_model_doubts(Config(scoring=ScoringConfig(rewards=rewards)))
