@@ -143,6 +143,7 @@ def model_setting(config: Config, policy: str, device: str) -> Any:
         model=config.model,
         device=device,
         cache=Path(config.output).absolute() / ".models",
+        system=config.data.system,
     )
 
 

@@ -67,7 +67,7 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
     start = find_start(config, "train", resume, resume_from, read_state)
     if nothing_left(config, "loop.steps", config.loop.steps, start):
         return
-    check_before_start(config, "train")
+    warnings = check_before_start(config, "train", start.resume)
     stream = PromptStream(config.data, config.seed, config.eval.prompts)
     prompts = held_out(config.data, config.eval.prompts)
     started = time.monotonic()
@@ -75,6 +75,8 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
     if start.state is not None:
         put_back(start.state, stream, shaper, watch)
     with opened(config, "train", start) as (run, telemetry, progress):
+        for text in warnings:
+            telemetry.warn(text)
         folder = start.folder
         source = model_source(config, folder)
         if resume:
@@ -122,9 +124,11 @@ def sft(config: Config, resume: bool, resume_from: int | None = None) -> None:
     start = find_start(config, "sft", resume, resume_from, supervised.read_state)
     if nothing_left(config, "sft.steps", config.sft.steps, start):
         return
-    check_before_start(config, "sft")
+    warnings = check_before_start(config, "sft", start.resume)
     started = time.monotonic()
     with opened(config, "sft", start) as (run, telemetry, progress):
+        for text in warnings:
+            telemetry.warn(text)
         folder = start.folder
         source = model_source(config, folder, "sft")
         progress.stage("starting Ray")
@@ -146,13 +150,13 @@ def sft(config: Config, resume: bool, resume_from: int | None = None) -> None:
 
 def evaluate(config: Config) -> None:
     """`model.path` on held-out prompts; prints the results."""
-    check_before_start(config, "eval")
+    warnings = check_before_start(config, "eval")
     prompts: list[Prompt] = held_out(config.data, config.eval.prompts)
     source = model_source(config, None, "eval")
     with eval_display(config) as (progress, logs):
         for line in reward_lines(config):
             progress.note(line)
-        for doubt in reward_model_doubts(config):
+        for doubt in (*warnings, *reward_model_doubts(config)):
             progress.warn(doubt)
         progress.stage(f"starting Ray and vLLM (logs in {logs})")
         with ray_session(config.cluster, logs / "ray", progress.note) as machine, ExitStack() as stack:

@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_dist.cluster import build
 from rlhf_dist.cluster.address import joins_cluster
 from rlhf_dist.cluster.placement import local_machine, place
-from rlhf_dist.cluster.row_checks import check_tokens, read_data
+from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import check_run_models, model_source, preflight_rewards
 from rlhf_dist.config.pipeline_checks import Stage, StageCommand, named
@@ -80,7 +80,7 @@ def check_before_start(stage: Stage) -> None:
         model_source(config, None, stage.command)
     texts = read_data(config, stage.command)
     if "model.path" not in stage.wired:
-        check_tokens(config, texts)
+        check_texts(config, stage.command, texts)  # the stage itself will warn
 
 
 def bring_to_end(

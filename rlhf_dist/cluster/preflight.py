@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from rlhf_dist.cluster import learner_hosts as hosts
 from rlhf_dist.cluster.address import joins_cluster
 from rlhf_dist.cluster.placement import Command, local_machine, place
-from rlhf_dist.cluster.row_checks import check_tokens, read_data
+from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.sources import check_critic, check_reference, check_run_models, preflight_rewards
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ModelError
@@ -18,8 +18,12 @@ from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.shared_memory import require_room
 
 
-def check_before_start(config: Config, command: Command) -> None:
-    """Everything that can be known to be wrong before a process is started or a file written."""
+def check_before_start(config: Config, command: Command, resume: bool = False) -> list[str]:
+    """Everything that can be known to be wrong before a process is started or a file written; returns what to warn of.
+
+    A resume reads its data again and leaves out the checks of its texts, which the run has passed: the model that it
+    began with may be gone.
+    """
     require_place(config.output, config.name)
     check_run_models(config, command)
     if not joins_cluster(config.cluster):
@@ -29,7 +33,8 @@ def check_before_start(config: Config, command: Command) -> None:
         check_reference(config)
     if command == "train":
         check_critic(config)
-    check_tokens(config, read_data(config, command))
+    rows = read_data(config, command)
+    return [] if resume else check_texts(config, command, rows)
 
 
 def require_shared_memory(source: str, config: Config) -> None:

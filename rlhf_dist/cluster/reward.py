@@ -116,11 +116,13 @@ def reward(config: Config, resume: bool, resume_from: int | None = None) -> None
     start = find_start(config, "reward", resume, resume_from, read_state)
     if at_its_end(config, start):
         return
-    check_before_start(config, "reward")
+    warnings = check_before_start(config, "reward", start.resume)
     train, held_out = load_judgements(config, check_start(config))
     best = best_accuracy([j for j in held_out if isinstance(j, Comparison)]) if from_task(config) else None
     started = time.monotonic()
     with opened(config, "reward", start) as (run, telemetry, progress):
+        for text in warnings:
+            telemetry.warn(text)
         folder = start.folder
         source = model_source(config, folder, "reward")
         if train.dropped or held_out.dropped:

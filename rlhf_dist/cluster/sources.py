@@ -43,10 +43,12 @@ def reward_model_doubts(config: Config) -> list[str]:
 
 def model_source(config: Config, checkpoint: Path | None, command: Command = "train") -> str:
     """The Hugging Face directory to start from: the checkpoint's, or what `model.path` names, after checks."""
+    from rlhf_dist.models.hf import load_tokenizer
     from rlhf_dist.models.inspect import inspect
     from rlhf_dist.models.limits import check_positions
     from rlhf_dist.models.model_config import load_config
     from rlhf_dist.models.scalar import inspect_scalar
+    from rlhf_dist.models.text_format import check_format
 
     if checkpoint is not None:
         source = str((checkpoint / "hf").absolute())
@@ -55,6 +57,7 @@ def model_source(config: Config, checkpoint: Path | None, command: Command = "tr
     tokens, keys = longest(config, command)
     if command == "reward":
         inspect_scalar(source, tokens, keys, attention(config))
+        check_format(load_tokenizer(source), config.data.chat, config.data.system)
         return source
     inspect(source, config.data.chat, device(config), tokens, attention(config), keys, config.data.system)
     if command == "train" and config.ptx.coef:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rlhf_dist.data.judgement_rows import Comparison, Judgement
 from rlhf_dist.data.judgements import WAY_OUT, FileJudgements, Judgements, Unusable
 from rlhf_dist.data.records import listed, shown
-from rlhf_dist.data.rows import Demonstration
+from rlhf_dist.data.text_checks import RowTexts
 from rlhf_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ class PlacedText:
     text: str
 
 
-def texts_of_demonstrations(demos: Iterable[Demonstration]) -> list[PlacedText]:
-    """What a model has to read of demonstrations of files."""
+def placed_texts(rows: Iterable[RowTexts]) -> list[PlacedText]:
+    """What a model has to read of rows."""
     found = []
-    for demo in demos:
-        if demo.messages:
-            found.append(PlacedText(demo.place, "the prompt", demo.messages[-1].content))
-        found.append(PlacedText(demo.place, "the response", demo.response))
+    for row in rows:
+        if row.messages:
+            found.append(PlacedText(row.place, "the prompt", row.messages[-1].content))
+        found += [PlacedText(row.place, "the response", text) for text in row.responses]
     return found
 
 

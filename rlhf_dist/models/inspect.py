@@ -14,7 +14,7 @@ from rlhf_dist.models.hf import load_tokenizer
 from rlhf_dist.models.limits import ROLLOUT_TOKENS, check_attention, check_head_dim, check_layers, check_positions
 from rlhf_dist.models.model_config import load_config
 from rlhf_dist.models.model_files import check_small_files, reason_of
-from rlhf_dist.models.text_format import require_system, text_format
+from rlhf_dist.models.text_format import check_format
 
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -84,8 +84,6 @@ def _check_engine(path: str | Path, config: Any) -> None:
 
 def _check_tokenizer(path: str | Path, chat: bool, vocab_size: int, system: str) -> None:
     tokenizer = load_tokenizer(path)
-    text_format(tokenizer, chat)
-    if chat and system:
-        require_system(tokenizer)
+    check_format(tokenizer, chat, system)
     if len(tokenizer) > vocab_size:
         raise ModelError(f"{path}: its tokenizer has {len(tokenizer)} tokens, its model embeds only {vocab_size}")

@@ -17,10 +17,13 @@ from rlhf_dist.types import Message
 if TYPE_CHECKING:  # transformers takes seconds to import, and the tokenizer is handed in
     from transformers import PreTrainedTokenizerBase
 
-QUESTION, ANSWER, FOLLOW_UP, REPLY, RULE = (
-    f'{name}  <1> & "{name}"\nÄ {name}' for name in ("Kilo", "Lima", "Mike", "November", "Oscar")
-)
-"""Texts of the probe. Inside they have what a template may alter: two spaces, a line break, marks, an umlaut."""
+
+def probe_text(name: str) -> str:
+    """A text with what a template may alter inside: two spaces, a line break, marks, an umlaut."""
+    return f'{name}  <1> & "{name}"\nÄ {name}'
+
+
+QUESTION, ANSWER, FOLLOW_UP, REPLY, RULE = map(probe_text, ("Kilo", "Lima", "Mike", "November", "Oscar"))
 REASONING = re.compile(r"\s*[<\[][^<>\[\]]*(think|thought|reason)", re.IGNORECASE)
 """How a text begins that opens or skips a model's reasoning: `<think>`, `[THINK]`, `<|begin_of_thought|>`."""
 WAY_OUT = "correct its chat_template.jinja, or set data.chat=false to use prompts as they are"
@@ -74,6 +77,13 @@ def text_format(tokenizer: PreTrainedTokenizerBase, chat: bool) -> TextFormat:
     return _probed(tokenizer, chat, repr(tokenizer.chat_template))
 
 
+def check_format(tokenizer: PreTrainedTokenizerBase, chat: bool, system: str) -> None:
+    """Refuse a tokenizer or a template that a run could not use; `system` is `data.system`. Raises ModelError."""
+    text_format(tokenizer, chat)
+    if chat and system:
+        require_system(tokenizer)
+
+
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that can close a response, with the chat template and without; where it cannot be used, without."""
     found: set[int] = set()
@@ -93,6 +103,12 @@ def require_system(tokenizer: PreTrainedTokenizerBase) -> None:
         raise ModelError(f"{error}. It gets a system turn because data.system is set; {way}") from error
     if RULE not in text:
         raise ModelError(f"{_name(tokenizer)}: its chat template leaves out the system turn of data.system; {way}")
+
+
+def require_roles(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> None:
+    """Refuse a template that does not show every turn of a prompt of these roles as it is. Raises ModelError."""
+    turns = [Message(role, probe_text(f"Papa{number}x")) for number, role in enumerate(roles)]
+    _require_turns(_name(tokenizer), chat_text(tokenizer, turns, prompt=True), turns)
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], prompt: bool) -> str:

@@ -19,6 +19,7 @@ from rlhf_dist.models.hf import load_tokenizer, resolve
 from rlhf_dist.models.limits import positions
 from rlhf_dist.models.model_config import load_config
 from rlhf_dist.models.scalar import NO_SCALE, PackedScalar, check_scalar, inspect_scalar, load_scalar, read_scale
+from rlhf_dist.models.text_format import check_format
 from rlhf_dist.scoring.batching import TokenBatcher
 from rlhf_dist.scoring.limits import SHARE_OF_LIMIT
 from rlhf_dist.scoring.packed_rows import boundaries, laid, passes
@@ -44,6 +45,8 @@ class ModelSetting:
     """`cpu` or `cuda`."""
     cache: Path
     """Where `resolve` may make models."""
+    system: str = ""
+    """`data.system`; empty where conversations come from elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,11 @@ def reward_source(name: str, spec: RewardSpec, setting: ModelSetting) -> RewardS
             f"{key} = {spec.path}: {reason}, and its tokenizer has no chat template to write a conversation with; "
             "add chat_template.jinja to the directory, or set data.chat=false"
         )
+    if through_text:
+        try:
+            check_format(own, setting.chat, setting.system)
+        except ModelError as error:
+            raise ModelError(f"{key}: {error}") from error
     return RewardSource(path, own, through_text)
 
 

@@ -22,7 +22,8 @@ from rlhf_dist.data.demonstrations import demonstrations
 from rlhf_dist.data.files import read_rows, training_rows, used_rows
 from rlhf_dist.data.judgements import FileJudgements, held_out_judgements, judgements
 from rlhf_dist.data.stream import PromptStream, held_out
-from rlhf_dist.data.token_checks import PlacedText, require_tokens, texts_of_demonstrations, told_apart
+from rlhf_dist.data.text_checks import texts_of_demonstrations
+from rlhf_dist.data.token_checks import PlacedText, placed_texts, require_tokens, told_apart
 from rlhf_dist.errors import DataError
 from rlhf_dist.models.tokenizer import character_tokenizer
 
@@ -367,7 +368,7 @@ def test_other_judgements_without_tokens(tmp_path: Path, form: str, row: dict[st
 def test_demonstrations_without_tokens(tmp_path: Path) -> None:
     rows = [("q", "a"), ("é", "a"), ("q", "é ü".replace(" ", "")), ("qé", "aü")]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows))
-    texts = texts_of_demonstrations(demonstrations(config(tmp_path / "a.jsonl"), SftConfig(), 0, 0))
+    texts = placed_texts(texts_of_demonstrations(demonstrations(config(tmp_path / "a.jsonl"), SftConfig(), 0, 0)))
     found = refused(lambda: require_tokens(texts, character_tokenizer(), "tiny"))
     assert found.startswith("2 of 4 rows cannot be used; take the rows out, or use another model:")
     assert "a.jsonl:2: the prompt, 'é', has no token: the tokenizer of tiny leaves all of it out" in found
