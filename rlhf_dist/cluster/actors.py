@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlhf_dist.cluster.processes import ProcessName, end_now, lost_ray, process_id
 from rlhf_dist.cluster.spec import ActorSpec, enter, environment
 from rlhf_dist.config.schema import Config, RewardSpec
+from rlhf_dist.scoring.reference_files import REFERENCE_FOLDER
 from rlhf_dist.types import Rollout, Scores
 from rlhf_dist.weights.shared_memory import SHARED_MEMORY, sweep
 
@@ -21,8 +22,6 @@ STOP_LIMIT_S = 0.5
 """The same when the command was stopped: who waits at the keyboard waits for nobody that is busy."""
 SERVER_THREADS = 64
 """Groups that one scoring or reference server takes at a time."""
-REFERENCE_FOLDER = "reference"
-"""In a checkpoint, where a reference that moves is."""
 
 
 def make_rollout_worker(spec: ActorSpec) -> Any:

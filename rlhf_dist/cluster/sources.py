@@ -13,6 +13,7 @@ from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.errors import ModelError
 from rlhf_dist.learner.critic_files import CRITIC_FOLDER
 from rlhf_dist.learner.mask_policy import MASK_FOLDER
+from rlhf_dist.scoring.reference_files import REFERENCE_FOLDER
 
 
 def preflight_rewards(config: Config) -> None:
@@ -123,7 +124,7 @@ def with_sources(config: Config, source: str, folder: Path | None, learns: bool)
         else:
             critic = source if critic == "policy" else model_path(config, critic, "critic.start")
     if actors.needs_reference(config):
-        moved = None if folder is None else folder / actors.REFERENCE_FOLDER
+        moved = None if folder is None else folder / REFERENCE_FOLDER
         if moved is not None and moved.is_dir():
             reference = str(moved.absolute())
         else:

@@ -32,6 +32,7 @@ class DeepSpeedEngine:
         import deepspeed
 
         self._zero = deepspeed.zero
+        self._dtype: torch.dtype = getattr(torch, dtype)
         self.zero_stage = zero_stage
         self.device = torch.device(device)
         self._max_grad_norm = optimizer.max_grad_norm
@@ -108,6 +109,12 @@ class DeepSpeedEngine:
             for name, parameter in self._engine.module.named_parameters()
         ]
 
+    def of_all_ranks(self, mine: Any) -> list[Any]:
+        """What each rank gives, by rank; every rank calls it."""
+        everyone: list[Any] = [mine] * self.world_size
+        torch.distributed.all_gather_object(everyone, mine)
+        return everyone
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """This rank's part of the optimizer: float32 weights and Adam's moments, flat, by stable names."""
         tensors: dict[str, Tensor] = {}
@@ -117,25 +124,54 @@ class DeepSpeedEngine:
                 tensors[f"{index}.{key}"] = torch.as_tensor(value)
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
+    def foreign_weights(self, tensors: dict[str, Tensor]) -> tuple[int, int]:
+        """(float32 weights in what `optimizer_tensors` gave that are not the model's, how many there are).
+
+        Ask before anything is loaded or trained: the masters are then the model's weights. Where the model is bfloat16
+        its weights are the masters rounded, whatever ZeRO's stage. Raises ConfigError where shapes differ.
+        """
+        foreign = count = 0
+        for index, master in enumerate(self._masters()):
+            saved = self._saved(tensors, index, master).to(master.device)
+            differs = saved.to(self._dtype) != master.detach().to(self._dtype)
+            real = self._real(index, differs)
+            foreign, count = foreign + int((differs & real).sum()), count + int(real.sum())
+        return foreign, count
+
     @torch.no_grad()
     def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `optimizer_tensors` gave, on the same rank of as many ranks with the same ZeRO stage."""
-        masters = self._masters()
-        for index, master in enumerate(masters):
-            saved = tensors.get(f"{index}.weights")
-            if saved is None or saved.shape != master.shape:
-                found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
-                raise ConfigError(
-                    f"optimizer state {index}.weights: expected shape {tuple(master.shape)}, found {found}; "
-                    "resume with the same learner.ranks, learner.zero_stage and model as the checkpoint"
-                )
-            master.copy_(saved)
+        for index, master in enumerate(self._masters()):
+            master.copy_(self._saved(tensors, index, master))
             prefix = f"{index}."
             self._base_optimizer.state[master] = {
                 name.removeprefix(prefix): value.to("cpu" if value.dim() == 0 else master.device)
                 for name, value in tensors.items()
                 if name.startswith(prefix) and name != f"{index}.weights"
             }
+
+    def _saved(self, tensors: dict[str, Tensor], index: int, master: Tensor) -> Tensor:
+        """The float32 weights that belong to `master`. Raises ConfigError."""
+        saved = tensors.get(f"{index}.weights")
+        if saved is None or saved.shape != master.shape:
+            found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
+            raise ConfigError(
+                f"optimizer state {index}.weights: expected shape {tuple(master.shape)}, found {found}; "
+                "resume with the same learner.ranks, learner.zero_stage and model as the checkpoint"
+            )
+        return saved
+
+    def _real(self, index: int, like: Tensor) -> Tensor:
+        """bool, as `like`: false where ZeRO 3 has filled up this rank's part, with whatever was in memory."""
+        real = torch.ones_like(like)
+        if self.zero_stage == 3:
+            start = 0
+            for parameter in self._engine.optimizer.fp16_groups[index]:
+                size = int(parameter.ds_tensor.ds_numel)
+                own = min(max(int(parameter.ds_numel) - self.rank * size, 0), size)
+                real[start + own : start + size] = False
+                start += size
+        return real
 
     def _masters(self) -> list[Tensor]:
         """The float32 tensors that the optimizer steps, whatever ZeRO's stage calls them."""

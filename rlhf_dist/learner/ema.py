@@ -11,6 +11,8 @@ from torch import Tensor
 from rlhf_dist.models.hf import Companions, load_model, save_hf
 
 FOLDER = "hf_ema"
+EMA_FILES = [f"{FOLDER}/config.json"]
+"""The files, by relative path, that tell that the average is in a checkpoint; from the policy's first step on."""
 
 
 class Ema:

@@ -40,6 +40,10 @@ class MaskPolicy:
         if self._lag.follows(version):
             copy_weights(self._policy.model, weights)
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """By name; every rank holds the same."""
+        yield from self._policy.model.named_parameters()
+
     def save(self, companions: Companions, folder: Path) -> None:
         """A Hugging Face directory in `folder`; rank 0's is enough. Raises `DiskError`."""
         save_hf(self._policy.model, companions, folder / MASK_FOLDER)

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_dist.algo.logprobs import chunk_count
 from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
-from rlhf_dist.errors import ConfigError, DataError, DiskError
+from rlhf_dist.errors import ConfigError, RlhfError
+from rlhf_dist.learner.agreement import Held, require_agreement
 from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine
 from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.rows import Packed, Row, pack_rows
 from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.hf import load_model, read_companions, save_hf
 from rlhf_dist.models.policy import PackedPolicy, check_head
+from rlhf_dist.models.tensors import digest, read_tensors, write_tensors
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.shared_memory import WeightWriter
@@ -79,15 +79,44 @@ class Engine:
         write_tensors(self._deepspeed.optimizer_tensors(), folder / optimizer_file(self.rank))
 
     def restore(self, folder: Path) -> None:
-        """Restore the optimizer from what `save` wrote; the weights came with `source`."""
+        """Restore the optimizer from what `save` wrote; the weights came with `source`. Every rank calls it.
+
+        Before anything is taken, the ranks compare what they hold. Raises ConfigError for another number of ranks or
+        another ZeRO stage, DataError for a file that is damaged or of other weights, RunError for ranks that differ.
+        """
+        tensors: dict[str, Tensor] = {}
+        mine: Held | RlhfError
+        try:
+            tensors = self._read_optimizer(folder)
+            foreign, count = self._deepspeed.foreign_weights(tensors)
+            mine = Held(optimizer_file(self.rank), foreign, count, self._whole(tensors))
+        except RlhfError as error:  # told to the others, who would wait for this rank
+            mine = error
+        everyone = self._deepspeed.of_all_ranks(mine)
+        for found in everyone:
+            if isinstance(found, RlhfError):
+                raise found
+        require_agreement(folder, everyone)
+        self._deepspeed.load_optimizer_tensors(tensors)
+
+    def _read_optimizer(self, folder: Path) -> dict[str, Tensor]:
         path = folder / optimizer_file(self.rank)
         if not path.exists():
             raise ConfigError(f"{path} is missing: resume with the learner.ranks that wrote the checkpoint")
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path}: cannot be read: {error}; resume from another checkpoint") from None
-        self._deepspeed.load_optimizer_tensors(tensors)
+        return read_tensors(path)
+
+    def _whole(self, optimizer: dict[str, Tensor]) -> dict[str, str]:
+        """Hashes of what every rank has to hold alike, in words; `optimizer` is from this rank's file.
+
+        Under ZeRO 3 a rank has a part of the weights that no other has, from ZeRO 1 on a part of Adam's moments.
+        """
+        steps = {name: tensor for name, tensor in optimizer.items() if name.endswith(".step")}
+        found = {"optimizer steps": digest(sorted(steps.items()))}
+        if self._deepspeed.zero_stage < 3:
+            found["weights"] = digest(self._deepspeed.named_weights())
+        if self._deepspeed.zero_stage == 0:
+            found["optimizer state"] = digest(sorted(optimizer.items()))
+        return found
 
     def close(self) -> None:
         """Remove what lies outside the process."""
@@ -148,6 +177,10 @@ class ModelEngine(Engine):
             self._deepspeed.equally_often(chunk_count(len(packed.predict), self._chunk)),
         )
 
+    def _whole(self, optimizer: dict[str, Tensor]) -> dict[str, str]:
+        found = super()._whole(optimizer)
+        return found if self._mask is None else found | {"mask": digest(self._mask.weights())}
+
     def _packed(self, model: PreTrainedModel, gradient_checkpointing: bool) -> nn.Module:
         return PackedPolicy(model, gradient_checkpointing)
 
@@ -185,11 +218,3 @@ class ModelEngine(Engine):
         """Remove the shared-memory file."""
         if self._writer is not None:
             self._writer.close()
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file of a checkpoint. Raises DiskError."""
-    try:
-        save_file(tensors, path)
-    except (OSError, SafetensorError) as error:
-        raise DiskError(f"{path}: cannot be written: {error}; the checkpoint before it is intact") from None

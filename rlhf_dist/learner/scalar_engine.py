@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_dist.algo.logprobs import chunk_count
 from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
-from rlhf_dist.learner.model_engine import Engine, write_tensors
+from rlhf_dist.learner.model_engine import Engine
 from rlhf_dist.learner.rows import Packed, Row, pack_rows, spread
 from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.scalar import (
@@ -27,6 +26,7 @@ from rlhf_dist.models.scalar import (
     read_scale,
     save_scalar,
 )
+from rlhf_dist.models.tensors import read_tensors, write_tensors
 
 LM_PREFIX = "lm_head."
 LM_HEAD_FILE = "lm_head.safetensors"
@@ -138,7 +138,7 @@ class ScalarEngineWithLM(ScalarEngine):
 
     def _module(self, loaded: PreTrainedModel, source: Path, model: ModelConfig) -> PackedScalar:
         saved = source.parent / LM_HEAD_FILE
-        head = linear(load_file(saved)) if saved.exists() else load_lm_head(source, model.dtype)
+        head = linear(read_tensors(saved)) if saved.exists() else load_lm_head(source, model.dtype)
         return PackedScalarWithLM(loaded, head, model.gradient_checkpointing)
 
     def _read(self, packed: Packed, positions: Tensor) -> Tensor:

@@ -7,17 +7,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_dist.errors import DataError
 from rlhf_dist.learner.critic_files import HEAD_FILE
-from rlhf_dist.learner.model_engine import PREFIX, ModelEngine, write_tensors
+from rlhf_dist.learner.model_engine import PREFIX, ModelEngine
 from rlhf_dist.learner.rows import Row, pack_rows
 from rlhf_dist.models.actor_critic import PackedActorCritic
+from rlhf_dist.models.tensors import read_tensors, write_tensors
 
 HEAD = "value_head."
 
@@ -33,7 +30,7 @@ class SharedEngine(ModelEngine):
     def _packed(self, model: PreTrainedModel, gradient_checkpointing: bool) -> nn.Module:
         packed = PackedActorCritic(model, gradient_checkpointing)
         if self._resumed is not None:
-            packed.value_head.load_state_dict(read_head(self._resumed / HEAD_FILE))
+            packed.value_head.load_state_dict(read_tensors(self._resumed / HEAD_FILE))
         return packed
 
     def logprobs_and_values(
@@ -61,11 +58,3 @@ class SharedEngine(ModelEngine):
         head = {n.removeprefix(HEAD): t.cpu().clone() for n, t in self._deepspeed.named_weights() if n.startswith(HEAD)}
         if self.rank == 0:
             write_tensors(head, folder / HEAD_FILE)
-
-
-def read_head(path: Path) -> dict[str, torch.Tensor]:
-    """The saved head. Raises `DataError`."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; resume from another checkpoint") from None

@@ -16,6 +16,7 @@ from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import DataError, RewardError
 from rlhf_dist.learner.critic_files import critic_files
+from rlhf_dist.learner.ema import EMA_FILES
 from rlhf_dist.learner.mask_policy import MASK_FILES
 from rlhf_dist.learner.model_engine import checkpoint_files
 from rlhf_dist.loop.collect import Collected, collect
@@ -27,10 +28,11 @@ from rlhf_dist.loop.queue import ExperienceQueue
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.shaper import Shaper
-from rlhf_dist.loop.step import Learning, train_step
+from rlhf_dist.loop.step import Learning, learns_policy, train_step
 from rlhf_dist.loop.train_state import State, put_back
 from rlhf_dist.loop.watch import CollapseWatch, watch_metrics
 from rlhf_dist.scoring.non_finite import told
+from rlhf_dist.scoring.reference_files import reference_files
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.sinks import Telemetry
@@ -347,5 +349,9 @@ def checkpoint(run: Run, state: State) -> None:
         needed += MASK_FILES
     if run.algorithm.needs_critic:
         needed += critic_files(run.config.critic.start == "shared", run.policy.ranks)
+    if run.config.learner.ema_decay and learns_policy(run.learning, state.step):
+        needed += EMA_FILES
+    if run.reference is not None:
+        needed += reference_files(run.config.reference, run.config.model.dtype, state.step)
     final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints, asdict(state), needed)
     run.telemetry.event("checkpoint", f"wrote {final}", step=state.step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from rlhf_dist.config.schema import ModelConfig
-from rlhf_dist.errors import RewardError, WeightSyncError
+from rlhf_dist.errors import DataError, RewardError, WeightSyncError
 from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.hf import load_model, read_companions, save_hf
 from rlhf_dist.models.policy import PackedPolicy, check_head
+from rlhf_dist.models.tensors import WAY_OUT, read_tensors, write_tensors
 from rlhf_dist.scoring.batching import TokenBatcher
 from rlhf_dist.scoring.packed_rows import boundaries, laid, passes
+from rlhf_dist.scoring.reference_files import MASTERS_FILE
 from rlhf_dist.types import Receipt, ReferenceHead, Rollout
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.shared_memory import WeightReader
@@ -34,7 +36,8 @@ class ReferenceModel:
         """Load the Hugging Face directory or hub name `source`, in `model`'s dtype and attention.
 
         `batch_tokens`: of one pass (a longer sequence goes alone); `chunk_tokens`: whose logits are held at once;
-        `name`: of this server, for messages and receipts. Raises ModelError.
+        `name`: of this server, for messages and receipts. A directory that `save` wrote goes on as it was. Raises
+        ModelError, and DataError for a damaged moving average.
         """
         loaded = load_model(source, model.dtype, choose_attention(model.attention, device, model.dtype))
         self._policy = PackedPolicy(loaded.to(device))  # pyright: ignore[reportArgumentType]
@@ -48,7 +51,7 @@ class ReferenceModel:
         self._chunk = chunk_tokens
         self._name = name
         self._reader = WeightReader()
-        self._masters: dict[str, torch.Tensor] = {}
+        self._masters = read_masters(Path(source), dict(self._policy.model.named_parameters()))
         self._using_weights = threading.Lock()
 
     def logprobs(self, rollouts: Sequence[Rollout], temperature: float) -> list[Distance]:
@@ -102,9 +105,11 @@ class ReferenceModel:
         return Receipt(self._name, announcement.version, announcement.plan.names, announcement.hashes)
 
     def save(self, folder: Path) -> None:
-        """A Hugging Face directory of the reference as it stands; it may have moved. Raises `DiskError`."""
+        """A Hugging Face directory of the reference as it stands, with its float32 average. Raises `DiskError`."""
         with self._using_weights:
             save_hf(self._policy.model, self._companions, folder)
+            if self._masters:
+                write_tensors({name: master.cpu() for name, master in self._masters.items()}, folder / MASTERS_FILE)
 
     def _read(self, announcement: Announcement) -> dict[str, torch.Tensor]:
         """A copy of the published weights, each bucket hashed before and after it was taken."""
@@ -186,6 +191,26 @@ def distance(rollout: Rollout, logprobs: Sequence[np.ndarray]) -> Distance:
     kl = [float((ours.astype(np.float64) - theirs).sum()) for ours, theirs in zip(sampled, logprobs, strict=True)]
     total = [float(values.sum(dtype=np.float64)) for values in logprobs]
     return ReferenceHead(np.array(kl, np.float32), np.array(total, np.float32)), flat
+
+
+def read_masters(source: Path, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The moving average that `ReferenceModel.save` left in the directory `source`, on the device of `parameters`.
+
+    None where it left none, or where the model itself is float32. Raises DataError where it is not that of the model
+    beside it.
+    """
+    path = source / MASTERS_FILE
+    if not path.exists() or all(parameter.dtype == torch.float32 for parameter in parameters.values()):
+        return {}
+    masters = read_tensors(path)
+    for name in sorted(parameters.keys() | masters.keys()):
+        master, parameter = masters.get(name), parameters.get(name)
+        if master is None or parameter is None or not torch.equal(master.to(parameter.dtype), parameter.detach().cpu()):
+            raise DataError(
+                f"{path}: {name} is not that of the reference beside it; the files are damaged or of different steps; "
+                f"{WAY_OUT}"
+            )
+    return {name: master.to(parameters[name].device) for name, master in masters.items()}
 
 
 def _shape(tensors: dict[str, Any], name: str) -> str:

@@ -39,13 +39,14 @@ from rlhf_dist.learner.ptx import PtxMix
 from rlhf_dist.learner.rows import Row, pack_rows, rollout_row
 from rlhf_dist.learner.scalar_engine import ScalarEngine
 from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard
-from rlhf_dist.learner.shared_engine import SharedEngine, read_head
+from rlhf_dist.learner.shared_engine import SharedEngine
 from rlhf_dist.learner.shared_trunk import SharedPolicyLearner
 from rlhf_dist.loop.step import Learning, assign_credit, make_shards
 from rlhf_dist.models.actor_critic import PackedActorCritic
 from rlhf_dist.models.hf import load_model, load_tokenizer
 from rlhf_dist.models.policy import PackedPolicy
 from rlhf_dist.models.scalar import PackedScalar, load_scalar
+from rlhf_dist.models.tensors import read_tensors
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Rollout, Sampling
 
@@ -320,7 +321,7 @@ def plain_shared(source: Path, masked: bool = False) -> dict[str, Any]:
     """The same in plain torch, every term of the loss written out; one step where masked."""
     lagging = PackedPolicy(load_model(source, "float32", "segmented"))
     both = PackedActorCritic(load_model(source, "float32", "segmented"))
-    both.value_head.load_state_dict(read_head(source.parent / "value_head.safetensors"))
+    both.value_head.load_state_dict(read_tensors(source.parent / "value_head.safetensors"))
     optimizer, found, number, ptx = adamw(both), {}, 0, mix(source, 0, 1)
 
     def forward(rows: Sequence[Row], temperature: float, masked: bool = masked) -> tuple[Tensor, Tensor, Tensor]:

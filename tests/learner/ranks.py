@@ -7,6 +7,7 @@ process that is alone runs them in plain torch, before it has seen DeepSpeed.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from method_ranks import CHUNK_TOKENS, run_methods
 from plain_methods import METHODS, run_plain
+from safetensors.torch import load_file, save_file
 
 from rlhf_dist.algo.algorithm import LaggingMask
 from rlhf_dist.algo.recipes import grpo
@@ -26,9 +28,10 @@ from rlhf_dist.config.schema import (
     ModelConfig,
     OptimizerConfig,
 )
+from rlhf_dist.errors import DataError, RunError
 from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.mask_policy import MASK_FOLDER, MaskPolicy
-from rlhf_dist.learner.model_engine import ModelEngine
+from rlhf_dist.learner.model_engine import ModelEngine, optimizer_file
 from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.rows import pack_rows, rollout_row, spread
 from rlhf_dist.learner.shard import AS_THEY_ARE, Shard, shard_rows
@@ -44,6 +47,8 @@ SAMPLING = Sampling(n=3, temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, sto
 OPTIMIZER = OptimizerConfig(lr=0.5, eps=1.0, warmup_steps=0, weight_decay=0.01, max_grad_norm=0.05)
 LEARNER = LearnerConfig(optimizer=OPTIMIZER)
 STEPS = 9
+ALTERED = ("weights", "exp_avg", "step", "memory", "length")
+"""A tensor in the optimizer's file, a weight of the model itself, the end of the file."""
 LAG = LaggingMask(top_p=0.5, every=2)
 GRPO = grpo(AlgoConfig())
 
@@ -153,6 +158,8 @@ def run_stage(stage: int, world: int, model: Path, folder: Path) -> dict[str, An
     found["three"] = trainer.weights()
     trainer.engine.close()
     again = Trainer(checkpoint / "hf", learner, "float32", world)
+    if world == 2:
+        found["altered"] = {kind: altered(again.engine, kind, checkpoint, folder) for kind in ALTERED}
     again.engine.restore(checkpoint)
     again.step(3)
     found["three_restored"] = again.weights()
@@ -160,6 +167,30 @@ def run_stage(stage: int, world: int, model: Path, folder: Path) -> dict[str, An
     fresh.step(3)
     found["three_without_restore"] = fresh.weights()
     return found
+
+
+def altered(engine: ModelEngine, kind: str, checkpoint: Path, folder: Path) -> str:
+    """What a restore says on this rank where rank 1 has something else than the checkpoint had."""
+    name, target = optimizer_file(engine.rank), folder / f"{kind}-{checkpoint.name}"
+    target.mkdir(exist_ok=True)
+    tensors = load_file(checkpoint / name)
+    parameter = next(engine._deepspeed._engine.module.parameters())
+    kept = parameter.data.clone()
+    if engine.rank == 1:
+        if kind == "memory":
+            parameter.data.view(-1)[7:8].add_(1e-3)
+        elif kind != "length":
+            tensors[f"0.{kind}"].view(-1)[:1] += 1e-3 if kind == "weights" else 1.0
+    save_file(tensors, target / name)
+    if engine.rank == 1 and kind == "length":
+        os.truncate(target / name, 5000)
+    try:
+        engine.restore(target)
+        return ""
+    except (DataError, RunError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        parameter.data.copy_(kept)
 
 
 def run_masked(stage: int, world: int, model: Path, folder: Path) -> dict[str, Any]:
@@ -221,14 +252,24 @@ def plain_masked(model: Path) -> dict[str, Any]:
     return found
 
 
-def run_bfloat16(stage: int, world: int, model: Path) -> dict[str, Any]:
-    """Two steps in bf16."""
+def run_bfloat16(stage: int, world: int, model: Path, folder: Path) -> dict[str, Any]:
+    """Two steps in bf16, and what they left, restored: as it is, and with a weight that rounds to another one."""
     learner = replace(LEARNER, zero_stage=stage, ranks=world, micro_batch_tokens=budget(world))
     trainer = Trainer(model, learner, "bfloat16", world)
     before = trainer.weights()
     metrics = [trainer.step(1), trainer.step(2)]
     tensors = trainer.engine._deepspeed.optimizer_tensors()
+    checkpoint = folder / f"bfloat16-{world}-{stage}"
+    checkpoint.mkdir(exist_ok=True)
+    trainer.engine.save(checkpoint)
+    torch.distributed.barrier()
+    again = Trainer(checkpoint / "hf", learner, "bfloat16", world)
+    refused = altered(again.engine, "weights", checkpoint, folder)
+    again.engine.restore(checkpoint)
+    masters = again.engine._deepspeed.optimizer_tensors()
     return {
+        "altered": refused,
+        "restored": all(torch.equal(masters[name], tensor) for name, tensor in tensors.items()),
         "losses": [values["policy/loss"] for values in metrics],
         "start": before,
         "two": trainer.weights(),
@@ -283,7 +324,7 @@ def main() -> None:
         found["bfloat16"] = {}
         for stage in (0, 1, 2, 3):
             try:
-                found["bfloat16"][stage] = run_bfloat16(stage, world, model)
+                found["bfloat16"][stage] = run_bfloat16(stage, world, model, folder)
             except Exception as error:
                 found["bfloat16"][stage] = repr(error)
     torch.save(found, folder / f"{world}-{rank}.pt")

@@ -41,8 +41,10 @@ def test_the_first_weights_are_taken_whole_and_the_others_by_their_share(tiny_mo
     assert all((parameter == 6.0).all() for parameter in model.parameters()), "the weights themselves stay"
 
 
-def test_a_restored_average_goes_on_exactly(tiny_model: Path, tmp_path: Path) -> None:
-    model, whole, again = load_model(tiny_model, "float32", "segmented"), Ema(0.9, 0), Ema(0.9, 0)
+@pytest.mark.parametrize(("dtype", "decay"), [("float32", 0.9), ("bfloat16", 0.999)])
+def test_a_restored_average_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path, dtype: str, decay: float) -> None:
+    """Also one whose steps are smaller than what the model's own dtype tells apart."""
+    model, whole, again = load_model(tiny_model, dtype, "segmented"), Ema(decay, 0), Ema(decay, 0)
     whole.update(weights(model))
     fill(model, 0.5)
     whole.update(weights(model))
@@ -55,6 +57,7 @@ def test_a_restored_average_goes_on_exactly(tiny_model: Path, tmp_path: Path) ->
     expected, found = saved(tmp_path / "whole"), saved(tmp_path / "again")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert not any((tensor == -2.0).all() for tensor in expected.values())
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in expected.values())
 
 
 def test_one_that_was_switched_on_after_the_checkpoint_begins_there(tiny_model: Path, tmp_path: Path) -> None:

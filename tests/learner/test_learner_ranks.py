@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,42 @@ def test_a_restored_checkpoint_goes_on_exactly(results: dict, stage: int, world:
             assert torch.equal(found["three_restored"][name], tensor), name
         # Adam's moments are a part of it: without them the third step is another one.
         assert distance(found["three_without_restore"], found["three"], found["two"]) > 1e-2
+
+
+FOREIGN = r"DataError: .*checkpoint-2-\d: the float32 weights in optimizer-1\.safetensors \(1 of [\d,]+ differ\)"
+UNLIKE = r"RunError: .*: the ranks that resumed do not have the same %s \(hashes: rank 0: \w{8}; rank 1: \w{8}\)"
+
+
+@pytest.mark.parametrize(
+    ("altered", "stage", "message"),
+    [
+        *(("weights", stage, FOREIGN) for stage in STAGES),
+        *(("step", stage, UNLIKE % "optimizer steps") for stage in STAGES),
+        # Whoever has the only copy cannot be compared: from ZeRO 1 on that of a moment, under ZeRO 3 that of a weight.
+        ("exp_avg", 0, UNLIKE % "optimizer state"),
+        *(("exp_avg", stage, "") for stage in STAGES[1:]),
+        ("memory", 0, FOREIGN),
+        *(("memory", stage, UNLIKE % "weights") for stage in (1, 2)),
+        *(("length", stage, r"DataError: .*optimizer-1\.safetensors: cannot be read: ") for stage in STAGES),
+    ],
+)
+def test_a_resume_is_refused_where_rank_1_has_something_else(
+    results: dict, altered: str, stage: int, message: str
+) -> None:
+    """With the same sentence on both ranks, the way out in it; what was not altered is restored, see below."""
+    found = results[2, 0][stage]["altered"][altered]
+    assert results[2, 1][stage]["altered"][altered] == found
+    if message:
+        assert re.match(message, found) and found.endswith("resume from another checkpoint with --resume-from step-N")
+    else:
+        assert found == ""
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_is_restored_where_its_masters_round_to_the_weights(results: dict, stage: int) -> None:
+    for rank in range(2):
+        found = results[2, rank]["bfloat16"][stage]
+        assert found["restored"] and "optimizer-1.safetensors (1 of" in found["altered"]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

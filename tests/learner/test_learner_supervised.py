@@ -69,11 +69,17 @@ def test_a_batch_without_anything_to_learn_is_an_error(tiny_model: Path, texts: 
 def engine() -> ModelEngine:
     """Rank 1 of an engine, with nothing behind it but optimizer tensors."""
     made = object.__new__(ModelEngine)
-    made.rank = 1
+    made.rank, made._mask = 1, None
     tensors = {"exp_avg": torch.ones(4)}
     loaded: dict[str, torch.Tensor] = {}
     made._deepspeed = SimpleNamespace(  # type: ignore[assignment]
-        zero_stage=2, optimizer_tensors=lambda: tensors, load_optimizer_tensors=loaded.update, loaded=loaded
+        zero_stage=2,
+        optimizer_tensors=lambda: tensors,
+        foreign_weights=lambda found: (0, len(found)),
+        named_weights=lambda: iter([]),
+        of_all_ranks=lambda held: [held, held],
+        load_optimizer_tensors=loaded.update,
+        loaded=loaded,
     )
     return made
 

@@ -148,6 +148,8 @@ class FakeReference:
     moved: list[tuple[int, float]] = field(default_factory=list)
     """Versions taken and shares kept."""
     saved: list[str] = field(default_factory=list)
+    leaves: Sequence[str] = ("reference/config.json",)
+    """Files that it writes into a checkpoint."""
 
     def submit(self, rollout: Handle, temperature: float) -> Handle:
         self.asked.append((rollout, temperature))
@@ -165,6 +167,7 @@ class FakeReference:
 
     def save(self, folder: Path) -> None:
         self.saved.append(folder.name)
+        write_files(folder, self.leaves)
 
 
 @dataclass
@@ -176,6 +179,8 @@ class FakePolicy:
     saves: bool = True
     fails_at: int = 0
     """Update that raises, from 1."""
+    leaves: Sequence[str] = ()
+    """Files that it writes into a checkpoint besides those of its ranks."""
     updates: int = 0
     order: list[str] = field(default_factory=list)
     """What was asked of it, and of a critic that has the same list."""
@@ -199,6 +204,7 @@ class FakePolicy:
     def save(self, folder: Path) -> None:
         if self.saves:
             write_checkpoint(folder, self.ranks)
+            write_files(folder, self.leaves)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rlhf_dist.config.schema import (
     KLConfig,
     LearnerConfig,
     LoopConfig,
+    ModelConfig,
     OptimizerConfig,
     ReferenceConfig,
     RolloutConfig,
@@ -31,6 +33,7 @@ from rlhf_dist.config.schema import (
 from rlhf_dist.data.stream import PromptStream, held_out
 from rlhf_dist.errors import DataError, DiskError
 from rlhf_dist.learner.critic_files import critic_files
+from rlhf_dist.learner.ema import EMA_FILES
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.queue import ExperienceQueue
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
@@ -287,6 +290,48 @@ def test_a_checkpoint_without_its_critics_files_is_not_whole(tmp_path: Path, sta
     close(run)
     assert run.directory.latest_checkpoint() is None
     whole(tmp_path / "whole", config, critic=FakeCritic(leaves=needed), reference=FakeReference())
+
+
+MOVING = ReferenceConfig(update_every=3, ema=0.9)
+BF16 = {"model": ModelConfig(dtype="bfloat16")}
+
+
+@pytest.mark.parametrize(
+    ("keys", "policy", "reference", "missing"),
+    [
+        ({"learner": LearnerConfig(ema_decay=0.9)}, (), (), r"step-2: hf_ema/config\.json"),
+        ({"learner": LearnerConfig(ema_decay=0.9)}, EMA_FILES, (), None),
+        # While the critic warms up the policy has no step, and its average nothing to begin with.
+        (
+            {"learner": LearnerConfig(ema_decay=0.9), "critic": CriticConfig(warmup_steps=2)},
+            (),
+            (),
+            r"step-4: hf_ema/c",
+        ),
+        ({"reference": MOVING}, (), (), r"step-2: reference/config\.json"),
+        ({"reference": MOVING}, (), ("config.json",), None),
+        # A model in float32 is its own average; one in bfloat16 has another once it has moved, which is at step 3.
+        ({"reference": MOVING} | BF16, (), ("config.json",), r"step-4: reference/float32_masters\.safetensors"),
+        ({"reference": replace(MOVING, ema=0.0)} | BF16, (), ("config.json",), None),
+        ({"reference": MOVING} | BF16, (), ("config.json", "float32_masters.safetensors"), None),
+    ],
+)
+def test_a_checkpoint_without_its_moving_averages_is_not_whole(
+    tmp_path: Path, keys: dict[str, Any], policy: Sequence[str], reference: Sequence[str], missing: str | None
+) -> None:
+    parts: Any = {
+        "policy": FakePolicy(leaves=policy),
+        "critic": FakeCritic(),
+        "reference": FakeReference(leaves=[f"reference/{name}" for name in reference]),
+    }
+    config = replace(LEASHED, **keys)
+    if missing is None:
+        whole(tmp_path, config, **parts)
+        return
+    run = wired(tmp_path, config, **parts)
+    with pytest.raises(DiskError, match=rf"{missing}.* did not arrive"):
+        train(run, None)
+    close(run)
 
 
 def test_while_the_critic_warms_up_no_sentinel_is_missed(tmp_path: Path) -> None:

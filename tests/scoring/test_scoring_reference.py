@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from judges import make_rollout
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_dist.config.schema import ModelConfig
-from rlhf_dist.errors import ConfigError, RewardError, WeightSyncError
+from rlhf_dist.errors import ConfigError, DataError, RewardError, WeightSyncError
 from rlhf_dist.scoring.reference import ReferenceModel, ReferenceServer, distance
+from rlhf_dist.scoring.reference_files import MASTERS_FILE
 from rlhf_dist.types import Rollout
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
@@ -138,6 +140,70 @@ def test_an_average_in_bfloat16_loses_no_small_steps(tiny_model: Path) -> None:
             model.update(announcement, 255 / 256)
     moved = held(model)[name].float() - 1
     assert float(moved.min()) == pytest.approx(0.5 * (1 - (255 / 256) ** 200), abs=0.008)
+
+
+def run_on(model: ReferenceModel, updates: int, start: Path) -> None:
+    """Each update is smaller than what bfloat16 tells apart."""
+    with published(start, 0.5) as (_, announcement, _):
+        for _ in range(updates):
+            model.update(announcement, 255 / 256)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_restored_average_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path, dtype: str) -> None:
+    """Saved after 3 updates and restored, it is after 3 more what it is without: model, and float32 average."""
+    whole = open_reference(tiny_model, dtype=dtype)
+    run_on(whole, 3, tiny_model)
+    whole.save(tmp_path / "reference")
+    again = open_reference(tmp_path / "reference", dtype=dtype)
+    run_on(whole, 3, tiny_model)
+    run_on(again, 3, tiny_model)
+    expected, found = held(whole) | masters(whole), held(again) | masters(again)
+    assert expected.keys() == found.keys() and bool(masters(whole)) == (dtype == "bfloat16")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert (tmp_path / "reference" / MASTERS_FILE).exists() == (dtype == "bfloat16")
+    # float32 of its own has no rounded model to compare with: an average beside it belongs to another run.
+    assert not masters(open_reference(tmp_path / "reference", dtype="float32"))
+
+
+def masters(model: ReferenceModel) -> dict[str, torch.Tensor]:
+    return {f"{name} in float32": tensor.clone() for name, tensor in model._masters.items()}
+
+
+def test_one_that_takes_the_weights_whole_has_no_average(tiny_model: Path, tmp_path: Path) -> None:
+    model = open_reference(tiny_model, dtype="bfloat16")
+    run_on(model, 1, tiny_model)
+    with published(tiny_model, 0.5) as (_, announcement, _):
+        model.update(announcement, 0.0)
+    model.save(tmp_path / "reference")
+    assert not (tmp_path / "reference" / MASTERS_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("bit", r"float32_masters\.safetensors: model\.norm\.weight is not that of the reference beside it"),
+        ("name", r"float32_masters\.safetensors: model\.norm\.weight is not that of the reference beside it"),
+        ("shape", r"float32_masters\.safetensors: model\.norm\.weight is not that of the reference beside it"),
+        ("cut", r"float32_masters\.safetensors: cannot be read: .*; resume from another checkpoint with --resume-from"),
+    ],
+)
+def test_a_damaged_average_is_refused(tiny_model: Path, tmp_path: Path, damage: str, message: str) -> None:
+    model = open_reference(tiny_model, dtype="bfloat16")
+    run_on(model, 1, tiny_model)
+    model.save(tmp_path / "reference")
+    path = tmp_path / "reference" / MASTERS_FILE
+    tensors = load_file(path)
+    norm = tensors.pop("model.norm.weight")
+    if damage == "bit":
+        norm[3] += 0.1
+    if damage != "name":
+        tensors["model.norm.weight"] = norm[1:].clone() if damage == "shape" else norm
+    save_file(tensors, path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(DataError, match=message):
+        open_reference(tmp_path / "reference", dtype="bfloat16")
 
 
 def test_a_wrong_hash_leaves_the_old_weights(tiny_model: Path) -> None:
