@@ -72,13 +72,14 @@ def main() -> None:
         stream.reconfigure(errors="backslashreplace", line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = [""]
     sys.path[:] = start["path"]
-    answer = _function(start["function"], channel) if "function" in start else _pattern(start["pattern"])
+    answer = _function(start["function"], channel) if "function" in start else _pattern(start["pattern"], channel)
     while (request := receive(channel)) is not None:
         send(channel, answer(request))
 
 
-def _pattern(pattern: str) -> Callable[[Any], Any]:
+def _pattern(pattern: str, channel: socket.socket) -> Callable[[Any], Any]:
     compiled = re.compile(pattern, re.DOTALL)
+    send(channel, {"loaded": True})
     return lambda response: compiled.fullmatch(response) is not None
 
 

@@ -43,7 +43,7 @@ class FunctionReward:
         """
         request = (list(prompts), list(responses), list(answers))
         with take_turn(self._turn, limit, self._label):
-            answer = self._ask(request, Limit.within(self._timeout_s, self._limit_key, limit))
+            answer = self._ask(request, limit)
         if "values" in answer:
             return as_float32(answer["values"])
         if "wrong" in answer:
@@ -55,8 +55,9 @@ class FunctionReward:
         if self._child is not None:
             self._child.close()
 
-    def _ask(self, request: tuple[list[str], list[str], list[str]], limit: Limit) -> dict[str, Any]:
+    def _ask(self, request: tuple[list[str], list[str], list[str]], outer: Limit | None) -> dict[str, Any]:
         child, self._child = self._child or self._load(), None
+        limit = Limit.within(self._timeout_s, self._limit_key, outer)  # a process that has to be started does not count
         n = len(request[1])
         try:
             answer = child.ask(request, limit.deadline)

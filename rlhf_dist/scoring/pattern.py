@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from rlhf_dist.errors import ConfigError, RewardError
 from rlhf_dist.scoring.child import Child, ChildEnded, ChildLate
 from rlhf_dist.scoring.limits import Limit, take_turn
 from rlhf_dist.scoring.score_list import short
+
+START_LIMIT_S = 60.0
 
 
 class PatternReward:
@@ -36,18 +39,31 @@ class PatternReward:
     def __call__(self, responses: Sequence[str], limit: Limit | None = None) -> np.ndarray:
         """float32 [n]. Raises RewardError when matching takes too long; may be called from several threads."""
         with take_turn(self._turn, limit, self._label):
-            own = Limit.within(self._timeout_s, self._limit_key, limit)
-            return np.array([self._matches(response, own) for response in responses], np.float32)
+            child, self._child = self._child or self._start(), None
+            own = Limit.within(
+                self._timeout_s, self._limit_key, limit
+            )  # a process that has to be started does not count
+            found = np.array([self._matches(child, response, own) for response in responses], np.float32)
+            self._child = child
+            return found
 
     def close(self) -> None:
         """End the process."""
         if self._child is not None:
             self._child.close()
 
-    def _matches(self, response: str, limit: Limit) -> bool:
-        child, self._child = self._child or Child({"pattern": self._pattern}), None
+    def _start(self) -> Child:
+        child = Child({"pattern": self._pattern})
         try:
-            found = child.ask(response, limit.deadline)
+            child.first_word(time.monotonic() + START_LIMIT_S)
+        except (ChildLate, ChildEnded) as error:
+            way = f"({error})" if isinstance(error, ChildEnded) else f"within {START_LIMIT_S:g} s"
+            raise RewardError(f"{self._label}: its process did not start {way}") from None
+        return child
+
+    def _matches(self, child: Child, response: str, limit: Limit) -> bool:
+        try:
+            return child.ask(response, limit.deadline)
         except ChildLate:
             raise RewardError(
                 f"{self._label} did not finish within {limit.seconds:g} s, at the response {short(response)}; "
@@ -57,5 +73,3 @@ class PatternReward:
             ) from None
         except ChildEnded as ended:
             raise RewardError(f"{self._label}: its process ended ({ended}) at the response {short(response)}") from None
-        self._child = child
-        return found
