@@ -57,7 +57,7 @@ class FunctionReward:
 
     def _ask(self, request: tuple[list[str], list[str], list[str]], outer: Limit | None) -> dict[str, Any]:
         child, self._child = self._child or self._load(), None
-        limit = Limit.within(self._timeout_s, self._limit_key, outer)  # a process that has to be started does not count
+        limit = Limit.within(self._timeout_s, self._limit_key, outer)  # its start does not count
         n = len(request[1])
         try:
             answer = child.ask(request, limit.deadline)

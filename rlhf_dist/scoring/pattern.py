@@ -40,9 +40,7 @@ class PatternReward:
         """float32 [n]. Raises RewardError when matching takes too long; may be called from several threads."""
         with take_turn(self._turn, limit, self._label):
             child, self._child = self._child or self._start(), None
-            own = Limit.within(
-                self._timeout_s, self._limit_key, limit
-            )  # a process that has to be started does not count
+            own = Limit.within(self._timeout_s, self._limit_key, limit)  # its start does not count
             found = np.array([self._matches(child, response, own) for response in responses], np.float32)
             self._child = child
             return found
