@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from rlhf_dist.config.schema import ModelConfig
@@ -20,13 +20,12 @@ from rlhf_dist.models.attention import register_segmented
 from rlhf_dist.models.directory import atomic_directory
 from rlhf_dist.models.falcon import FALCON, teach_falcon
 from rlhf_dist.models.fit import quiet, refuse_unknown
+from rlhf_dist.models.inspect import inspect as inspect
 from rlhf_dist.models.model_config import load_config, unloadable
-from rlhf_dist.models.model_files import check_large_files, check_small_files, is_there
 from rlhf_dist.models.run_model import newest_model
 from rlhf_dist.models.tiny import make_tiny
+from rlhf_dist.models.tokenizer_files import load_tokenizer as load_tokenizer
 from rlhf_dist.models.weight_files import read_headers
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,24 +77,6 @@ def _close_names(path: Path) -> str:
     names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
     close = difflib.get_close_matches(path.name, names, n=3)
     return f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory or hub name. Raises ModelError when there is none that loads."""
-    if Path(path).is_dir() and True not in [is_there(Path(path) / name) for name in TOKENIZER_FILES]:
-        # transformers would make an empty tokenizer of the model's class
-        raise ModelError(
-            f"{path}: has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the files of its base model there"
-        )
-    if Path(path).is_dir():
-        check_small_files(Path(path))
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        # Here only transformers runs, and what its tokenizers raise has no common type.
-        if Path(path).is_dir():
-            check_large_files(Path(path))
-        raise unloadable(path, "tokenizer", error) from error
 
 
 def load_model(path: str | Path, dtype: str, attention: str) -> PreTrainedModel:
