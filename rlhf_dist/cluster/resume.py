@@ -15,7 +15,7 @@ from rlhf_dist.loop.run_directory import require_run
 from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.loop.run_lock import looked_at, require_place
 from rlhf_dist.loop.saved_config import CHANGEABLE
-from rlhf_dist.models.checkpoints import read_sealed
+from rlhf_dist.models.checkpoints import checkpoint_steps, read_sealed
 
 SUMMARY_STEP = "step"
 """In `summary.json`: the step that the run ended at; null where its ledger did not add up."""
@@ -62,7 +62,13 @@ def find_start(
         folder = resume_point(run, command, step)
         if folder is None:
             return Start(True)
-        return Start(True, folder, read_state(folder), read_sealed(folder).files is None)
+        try:
+            state = read_state(folder)
+        except DataError as error:
+            others = [name for s in checkpoint_steps(folder.parent) if (name := f"step-{s}") != folder.name]
+            way = f"resume with --resume-from {others[-1]}, or" if others else "restore it from a backup, or"
+            raise DataError(f"{error}; {way} start a new run with another name=") from None
+        return Start(True, folder, state, read_sealed(folder).files is None)
 
 
 def nothing_left(config: Config, key: str, target: int, start: Start[S]) -> bool:

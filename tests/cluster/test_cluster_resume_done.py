@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -34,6 +35,7 @@ from rlhf_dist.loop.evaluate import Evaluation
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.run_directory import open_run_directory
 from rlhf_dist.loop.train_state import read_state
+from rlhf_dist.models.tiny import make_tiny
 
 TINY = TinyConfig(hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1, max_positions=64)
 STATE = {"step": 3, "before": {}, "results": {}}
@@ -65,10 +67,15 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     return replace(made, cluster=replace(made.cluster, device="cpu"))
 
 
+def add_model(config: Config, folder: Path) -> None:
+    """What a resume looks at before it starts."""
+    shutil.copytree(make_tiny(config.model.tiny, Path(config.output) / ".models"), folder / "hf")
+
+
 def at_step_3(config: Config, command: str, summary: dict[str, Any] | None) -> Path:
     """A run directory with a checkpoint of step 3."""
     run = open_run_directory(config.output, config.name, to_yaml(config), resume=False)
-    run.begin_checkpoint(3)
+    add_model(config, run.begin_checkpoint(3))
     state: dict[str, Any] = dict(STATE)
     if command == "train":
         ledger = Ledger(run.ledger)
@@ -137,6 +144,48 @@ def test_more_steps_go_on_and_a_run_that_is_not_there_is_left_to_the_run_directo
     assert find_start(config, "train", False, None, read_state) == Start()
     at_step_3(config, "sft", {"step": 3})
     assert not nothing_left(config, "sft.steps", 4, find_start(config, "sft", True, None, supervised.read_state))
+
+
+def test_a_state_of_another_command_is_told_with_what_to_do(config: Config) -> None:
+    path = at_step_3(config, "sft", {"step": 3})
+    with pytest.raises(DataError, match=r"ledger\.sqlite: is missing"):
+        find_start(config, "train", True, None, read_state)
+    (path / "checkpoints" / "step-3" / "state.json").write_text('{"step": 3, "before": [], "results": {}}')
+    with pytest.raises(
+        DataError, match=r"state\.json: .* `before` is \[\].*; restore it from a backup, or start a new"
+    ):
+        find_start(config, "sft", True, 3, supervised.read_state)
+
+
+@COMMANDS
+def test_a_flipped_byte_is_told_before_anything_starts(
+    config: Config, capsys: pytest.CaptureFixture[str], command: str, key: str
+) -> None:
+    """Also of a run that is at its end: it must not say that all is well."""
+    path = at_step_3(config, command, {"step": 3})
+    state = path / "checkpoints" / "step-3" / "state.json"
+    state.write_bytes(state.read_bytes().replace(b'"before": {}', b'"before": []'))
+    before = contents(path)
+    with pytest.raises(DataError, match=r"state\.json: was changed after it was written"):
+        getattr(build, command)(config, resume=True)
+    assert contents(path) == before and capsys.readouterr() == ("", "")
+
+
+def test_a_resume_from_an_earlier_step_sets_the_later_ones_aside(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = open_run_directory(config.output, config.name, to_yaml(config), resume=False)
+    for step in (1, 2):
+        add_model(config, run.begin_checkpoint(step))
+        run.commit_checkpoint(step, 2, STATE | {"step": step})
+    run.wandb_id.write_text("../../elsewhere")
+    run.close()
+    with pytest.raises(StartedError):
+        build.sft(config, resume=True, resume_from=1)
+    said = capsys.readouterr().err
+    assert "resumed from step 1\n" in said and "kept as step-2.set-aside; delete them" in said
+    assert "wandb_id: '../../elsewhere' is not the id of a wandb run; a new wandb run is begun" in said
+    assert run.latest_checkpoint() == run.checkpoints / "step-1"
 
 
 def test_a_resume_before_the_first_checkpoint_says_that_it_begins_again(
