@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 
 from rlhf_dist.cluster.placement import Command
 from rlhf_dist.config.schema import Config
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.errors import ConfigError, DataError
 from rlhf_dist.loop.resume_point import resume_point
 from rlhf_dist.loop.run_directory import require_run
 from rlhf_dist.loop.run_end import read_summary
