@@ -16,7 +16,7 @@ from rlhf_dist.cluster.address import joins_cluster
 from rlhf_dist.cluster.placement import local_machine, place
 from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.session import ray_session
-from rlhf_dist.cluster.sources import check_run_models, model_source, preflight_rewards
+from rlhf_dist.cluster.sources import check_run_models, longest, model_path, model_source, preflight_rewards
 from rlhf_dist.config.pipeline_checks import Stage, StageCommand, named
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import DataError, ResourceError
@@ -39,6 +39,7 @@ def pipeline(stages: Sequence[Stage]) -> None:
     for stage in stages:
         with named(stage):
             check_before_start(stage)
+    check_lengths(stages)
     folder = stages[0].path.parent
     with ExitStack() as stack:
         stack.callback(os.close, _lock(folder))
@@ -58,6 +59,22 @@ def pipeline(stages: Sequence[Stage]) -> None:
         write_text(folder / "pipeline.txt", as_text(comparison) + "\n")
     show(comparison, sys.stdout)
     print(f"also in {folder}/pipeline.txt and pipeline.json  (this call: {time.monotonic() - started:.0f} s)")
+
+
+def check_lengths(stages: Sequence[Stage]) -> None:
+    """A stage that goes on from an earlier one's model has that model's positions. Raises ModelError."""
+    from rlhf_dist.models.limits import check_positions
+    from rlhf_dist.models.model_config import load_config
+
+    by_name = {stage.name: stage for stage in stages}
+    for stage in stages:
+        first = stage
+        while names := first.wired.get("model.path"):
+            first = by_name[names[0]]
+        if first is not stage:
+            source = model_path(first.config, first.config.model.path, "model.path")
+            with named(stage):
+                check_positions(source, load_config(source), *longest(stage.config, stage.command))
 
 
 def check_before_start(stage: Stage) -> None:

@@ -183,6 +183,15 @@ def test_what_is_wrong_with_a_later_stage_is_told_before_the_first_runs(
     assert stand_in.calls == [] and not Path("runs").exists()
 
 
+def test_a_later_stage_with_more_tokens_than_the_first_model_has_positions(stand_in: StandIn) -> None:
+    Path("pipe.yaml").write_text(CONFIG.replace("sft.steps=2", "sft.max_tokens=65"))
+    with pytest.raises(
+        ModelError, match=r"stage second: .*sft\.max_tokens is 65 tokens, and the model has 64 positions"
+    ):
+        command.run(["pipe.yaml"])
+    assert stand_in.calls == []
+
+
 def test_two_pipelines_do_not_share_a_directory(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     def again(config: Config, resume: bool) -> None:
         with pytest.raises(ConfigError, match="is using this run"):
