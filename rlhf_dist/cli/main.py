@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from rlhf_dist import __version__
 from rlhf_dist.cluster import signals
+from rlhf_dist.cluster.processes import lost_ray
 from rlhf_dist.errors import InputError, RlhfError
 from rlhf_dist.telemetry.streams import print_any_text
 
@@ -36,7 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [_utf8(word) for word in (sys.argv[1:] if argv is None else argv)]
     print_any_text(sys.stdout, sys.stderr)
     with signals.ending_in_order():
-        return _run(words)
+        code = _run(words)
+    if argv is None and lost_ray() is not None:
+        # What Ray leaves in this process crashes at the interpreter's end when its own processes have died.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _run(words: list[str]) -> int:

@@ -173,3 +173,30 @@ def test_a_ray_of_which_a_process_died_is_told_apart_from_its_workers(tmp_path: 
     assert lost_ray() == told
     process.wait(30)
     assert lost_ray() is None, "one that was waited for was ended on purpose"
+
+
+LOST = """
+import atexit, os, subprocess, sys, time
+from rlhf_dist.cli import main, plan
+from rlhf_dist.cluster.processes import lost_ray
+atexit.register(lambda: print("what crashes at the end", flush=True))
+def run(_):
+    process = subprocess.Popen([sys.argv.pop(), "60"])
+    time.sleep(0.2)
+    process.kill()
+    while lost_ray() is None:
+        time.sleep(0.01)
+    return 1
+plan.run = run
+sys.exit(main.main())
+"""
+
+
+def test_a_command_whose_ray_died_ends_with_its_own_exit_code(tmp_path: Path) -> None:
+    fake = tmp_path / "raylet"
+    fake.symlink_to("/bin/sleep")
+    words = [sys.executable, "-c", LOST, "plan", str(fake)]
+    done = subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.returncode) == ("", 1), done.stderr
