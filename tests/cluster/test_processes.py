@@ -180,8 +180,10 @@ import atexit, os, subprocess, sys, time
 from rlhf_dist.cli import main, plan
 from rlhf_dist.cluster.processes import lost_ray
 atexit.register(lambda: print("what crashes at the end", flush=True))
+kept = []
 def run(_):
     process = subprocess.Popen([sys.argv.pop(), "60"])
+    kept.append(process)  # as Ray does
     time.sleep(0.2)
     process.kill()
     while lost_ray() is None:
