@@ -55,6 +55,6 @@ def lacking(files: Collection[str], folder: Path | None = None) -> str | None:
     index = folder / WEIGHTS[1]
     try:
         parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{index}: is no index of weights ({error!r})") from error
     return next((part for part in sorted(set(parts)) if part not in files), None)
