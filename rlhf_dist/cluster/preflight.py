@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from rlhf_dist.cluster import learner_hosts as hosts
 from rlhf_dist.cluster.address import joins_cluster
 from rlhf_dist.cluster.placement import Command, local_machine, place
 from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.sources import check_critic, check_reference, check_run_models, preflight_rewards
 from rlhf_dist.config.schema import Config
-from rlhf_dist.errors import ModelError
 from rlhf_dist.loop.run_lock import require_place
+from rlhf_dist.models.weight_files import read_headers
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.shared_memory import require_room
 
@@ -44,15 +42,10 @@ def require_shared_memory(source: str, config: Config) -> None:
     """
     if joins_cluster(config.cluster):
         return  # the run may be on another node
-    stored: dict[str, tuple[int, ...]] = {}
-    for file in Path(source).glob("model*.safetensors"):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                stored |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: is damaged or truncated: {error}; download or copy it again") from None
+    folder = Path(source)
+    stored = read_headers(folder) if folder.is_dir() else {}
     dtype = config.model.dtype
-    require_room(make_plan(((name, shape, dtype) for name, shape in stored.items()), bucket_bytes=1).nbytes)
+    require_room(make_plan(((name, tensor.shape, dtype) for name, tensor in stored.items()), bucket_bytes=1).nbytes)
 
 
 def disk_need(source: str, config: Config, command: Command) -> int:
