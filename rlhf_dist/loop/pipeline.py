@@ -26,7 +26,7 @@ from rlhf_dist.loop.resume_point import resume_point
 from rlhf_dist.loop.run_directory import never_began, write_json, write_text
 from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.loop.run_lock import LOCK_FILE, refuse_links, take_lock
-from rlhf_dist.loop.saved_config import CHANGEABLE, config_changes, flat
+from rlhf_dist.loop.saved_config import CHANGEABLE, config_changes, flat, key_changes, nested
 from rlhf_dist.models.checkpoints import LATEST, latest_checkpoint
 from rlhf_dist.models.guarded_files import read_json, read_text
 
@@ -194,14 +194,7 @@ def resumable(stage: Stage) -> Config:
 
     keys = {key: value for key, value in old.items() if not keeps_new(key)}
     keys |= {key: value for key, value in new.items() if keeps_new(key)}
-    tree: dict[str, Any] = {}
-    for key, value in keys.items():
-        section = tree
-        *parents, last = key.split(".")
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[last] = value
-    return from_yaml(yaml.safe_dump(tree, allow_unicode=True), str(stage.path / "config.yaml"))
+    return from_yaml(yaml.safe_dump(nested(keys), allow_unicode=True), str(stage.path / "config.yaml"))
 
 
 def come_back(stage: Stage) -> Config:
@@ -255,10 +248,7 @@ def differences(old: Basis, new: Basis) -> list[str]:
     """What makes the result of `new` another one than that of `old`: keys, then contents. Empty: the same."""
     if old.command != new.command:
         return [f"the command from {old.command} to {new.command}"]
-    absent = "(absent)"
-    keys = sorted(old.config.keys() | new.config.keys())
-    pairs = [(key, old.config.get(key, absent), new.config.get(key, absent)) for key in keys]
-    return [f"{key} from {a} to {b}" for key, a, b in pairs if a != b] + input_differences(old, new)
+    return [*key_changes(old.config, new.config).values(), *input_differences(old, new)]
 
 
 def input_differences(old: Basis, new: Basis) -> list[str]:

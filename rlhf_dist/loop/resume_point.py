@@ -11,10 +11,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_dist.errors import DataError
+from rlhf_dist.errors import DataError, InputError
 from rlhf_dist.loop.ledger import LedgerTotals
 from rlhf_dist.loop.ledger_check import ledger_problem
 from rlhf_dist.loop.run_directory import RunDirectory
+from rlhf_dist.loop.saved_config import saved_config
 from rlhf_dist.loop.state import state_of
 from rlhf_dist.models.checkpoints import (
     CHECKPOINT_PREFIX,
@@ -89,6 +90,16 @@ def ledger_gone(run: RunDirectory) -> str:
     return "" if last is None else ledger_problem(run.ledger, step_of(last), ledger_totals(last))
 
 
+def _place(run: Path) -> list[str]:
+    """Overrides without which the run's own config.yaml names another directory: it was moved or copied."""
+    try:
+        saved = saved_config(run / "config.yaml")
+        there = Path(str(saved["output"])) / str(saved["name"])
+    except (InputError, KeyError):
+        return []
+    return [] if there.absolute() == run.absolute() else [f"output={run.parent}", f"name={run.name}"]
+
+
 def _way_out(run: Path, command: str, folder: Path | None) -> str:
     """What can be done: another checkpoint that passes every check, or a new run."""
     steps = checkpoint_steps(run / "checkpoints")
@@ -97,7 +108,7 @@ def _way_out(run: Path, command: str, folder: Path | None) -> str:
     for step in sorted((step for step in steps if step != here), key=lambda step: (step > here, abs(step - here))):
         other = run / "checkpoints" / f"{CHECKPOINT_PREFIX}{step}"
         if not _problems(run, command, other):
-            words = ["rlhf-dist", command, str(run / "config.yaml"), "--resume-from", other.name]
+            words = ["rlhf-dist", command, str(run / "config.yaml"), *_place(run), "--resume-from", other.name]
             return f"Resume from {other.name} with `{shlex.join(words)}`"
     if folder is None:
         return "The run has no checkpoint, so nothing is lost: start it again with another name="

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from rlhf_dist.config.load import from_yaml
 from rlhf_dist.config.yaml_text import parse
 from rlhf_dist.errors import ConfigError, DataError, InputError
 from rlhf_dist.models.guarded_files import read_text
@@ -56,10 +60,31 @@ def config_changes(saved: Path, config_text: str) -> list[str]:
     Raises DataError when the saved config is missing or damaged.
     """
     old, new = saved_config(saved), flat(parse(config_text, "the new config", has_lines=True))
-    fixed = [key for key in sorted(old.keys() | new.keys()) if not _is_changeable(key)]
+    return [change for key, change in key_changes(old, new).items() if not _is_changeable(key)]
+
+
+def key_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Key -> `KEY from OLD to NEW`, in order.
+
+    A key that the version which wrote `old` did not have, and that is at its default, is no change.
+    """
     absent = "(absent)"
-    pairs = [(key, old.get(key, absent), new.get(key, absent)) for key in fixed]
-    return [f"{key} from {before} to {after}" for key, before, after in pairs if before != after]
+    defaults = _defaults_beside(old) if new.keys() - old.keys() else {}
+    pairs = [(key, old.get(key, defaults.get(key, absent)), new.get(key, absent)) for key in sorted({*old, *new})]
+    return {key: f"{key} from {before} to {after}" for key, before, after in pairs if before != after}
+
+
+def _defaults_beside(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Key -> default of those that are missing in the sections of `keys`; nothing where these are not of this version.
+
+    Not of whole sections: a reward of which nothing is there is another one, and not the default.
+    """
+    try:
+        full = flat(asdict(from_yaml(yaml.safe_dump(nested(keys), allow_unicode=True))))
+    except (InputError, yaml.YAMLError, TypeError, AttributeError):  # of another version, or damaged
+        return {}
+    sections = {key.rpartition(".")[0] for key in keys}
+    return {key: value for key, value in full.items() if key not in keys and key.rpartition(".")[0] in sections}
 
 
 def _is_changeable(key: str) -> bool:
@@ -73,3 +98,15 @@ def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in section.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
+
+
+def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    tree: dict[str, Any] = {}
+    for key, value in keys.items():
+        section = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return tree

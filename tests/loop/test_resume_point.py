@@ -264,3 +264,14 @@ def test_a_file_that_vanished_before_it_was_hashed_is_a_failed_checkpoint(run: P
     with pytest.raises(DiskError, match=r"step-6: weights did not arrive"):
         directory.commit_checkpoint(6, 2, {"step": 6}, ["weights"])
     directory.close()
+
+
+def test_the_command_for_a_run_that_was_moved_names_its_new_place(run: Path, tmp_path: Path) -> None:
+    (run / "config.yaml").write_text(f"output: {run.parent}\nname: {run.name}\n")
+    moved = tmp_path / "elsewhere" / "other"
+    shutil.copytree(run, moved)
+    for place in (run, moved):
+        flip(place / "checkpoints/step-4/optimizer-0.safetensors")
+    assert refused(run).endswith(step_2(run))
+    words = f"{moved}/config.yaml output={moved.parent} name=other --resume-from step-2"
+    assert refused(moved).endswith(f"`rlhf-dist train {words}`")

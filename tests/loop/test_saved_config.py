@@ -1,0 +1,50 @@
+"""The config that a run keeps: runs of a version that had fewer keys are resumed, other changes are named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rlhf_dist.config.load import from_yaml, to_yaml
+from rlhf_dist.loop.saved_config import config_changes, key_changes
+
+NOW = to_yaml(from_yaml("scoring: {rewards: {judge: {kind: exact, weight: 2.0}}}"))
+
+
+def without(text: str, key: str) -> str:
+    """The config as a version wrote it that did not have the key."""
+    fewer = re.sub(rf"^ *{key}: .*\n", "", text, flags=re.MULTILINE)
+    assert fewer != text, f"{key} is not in the config"
+    return fewer
+
+
+@pytest.mark.parametrize("key", ["keep_special_tokens", "seed", "clip_high"])
+def test_a_key_that_the_earlier_version_did_not_have_is_no_change_at_its_default(tmp_path: Path, key: str) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(without(NOW, key))
+    assert config_changes(saved, NOW) == []
+
+
+@pytest.mark.parametrize(
+    ("new", "told"),
+    [
+        (
+            "scoring: {rewards: {judge: {weight: 2.0, keep_special_tokens: true}}}",
+            "judge.keep_special_tokens from False",
+        ),
+        ("scoring: {rewards: {judge: {weight: 2.0}, other: {}}}", r"other.kind from \(absent\) to exact"),
+        ("scoring: {rewards: {judge: {weight: 3.0}}}", "judge.weight from 2.0 to 3.0"),
+    ],
+)
+def test_what_is_not_at_its_default_or_a_whole_new_section_is_a_change(tmp_path: Path, new: str, told: str) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(without(NOW, "keep_special_tokens"))
+    assert any(re.search(told, change) for change in config_changes(saved, to_yaml(from_yaml(new))))
+
+
+def test_changes_are_found_beside_keys_that_no_version_has() -> None:
+    assert key_changes({"seed": 1, "loop": 2, "loop.steps": 3}, {"seed": 2, "name": "run"}).keys() == {
+        *("seed", "name", "loop", "loop.steps")
+    }
