@@ -14,7 +14,8 @@ from rlhf_dist.models.guarded_files import kind
 
 LOCK_FILE = "run.lock"
 FOREIGN = "wandb"
-"""A folder whose links are wandb's own; they may point to places inside it."""
+"""A folder whose links are wandb's own. Each start of wandb makes new files in a new folder below it, and replaces the
+links beside that folder."""
 LONGEST_INSIDE = 160
 """Characters of the longest path below a run directory, with room to spare."""
 
@@ -83,8 +84,8 @@ def refuse_links(run: Path) -> None:
                 found = path.lstat()
                 what = kind(found.st_mode)
                 twice = in_place and stat.S_ISREG(found.st_mode) and found.st_nlink > 1
-                inside = what == "a symbolic link" and _stays_inside(path, run / FOREIGN)
-                if (what and what != "a directory" and not inside) or twice:
+                foreign = what == "a symbolic link" and _is_wandbs(path, run / FOREIGN)
+                if (what and what != "a directory" and not foreign) or twice:
                     reason = f"is {what}" if what else "has a second name elsewhere (a hard link)"
                     raise ConfigError(
                         f"{path}: {reason}, and a run only writes to files of its own directory; replace it by a "
@@ -92,9 +93,14 @@ def refuse_links(run: Path) -> None:
                     )
 
 
-def _stays_inside(link: Path, folder: Path) -> bool:
-    inside = folder.parent.resolve() / folder.name
-    return link.parent.is_relative_to(folder) and link.resolve().is_relative_to(inside)
+def _is_wandbs(link: Path, folder: Path) -> bool:
+    """A link that wandb may have made: within an earlier run's folder, to its own log in the user's cache, or to that.
+
+    Nothing is written through the former any more.
+    """
+    if link.parent != folder:
+        return link.parent.is_relative_to(folder)
+    return link.resolve().is_relative_to(folder.parent.resolve() / folder.name)
 
 
 def take_lock(run: Path) -> int:

@@ -87,8 +87,10 @@ def test_a_second_name_of_a_file_elsewhere_is_refused(run: Path, name: str) -> N
 
 
 def test_wandbs_own_links_stay(run: Path) -> None:
-    (run / "wandb" / "offline-run-1").mkdir(parents=True)
+    (run / "wandb" / "offline-run-1" / "logs").mkdir(parents=True)
     (run / "wandb" / "latest-run").symlink_to("offline-run-1")
+    core = run / "wandb" / "offline-run-1" / "logs" / "debug-core.log"  # It has its own log in the user's cache.
+    core.symlink_to(run.parent / ".cache" / "wandb" / "logs" / "core-debug.log")
     come_back(run).close()
 
 
