@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
+from typing import TYPE_CHECKING
 
 from rlhf_dist.cluster.placement import Command
 from rlhf_dist.cluster.sources import model_path
@@ -28,6 +30,9 @@ from rlhf_dist.data.text_checks import (
 )
 from rlhf_dist.data.token_checks import placed_texts, require_tokens
 from rlhf_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from rlhf_dist.scoring.verifier import AnswerReader
 
 
 def read_data(config: Config, command: Command) -> list[RowTexts]:
@@ -75,16 +80,17 @@ def check_texts(config: Config, command: Command, rows: Sequence[RowTexts]) -> l
 def _prompts(config: Config, command: Command) -> list[RowTexts]:
     held_back = config.eval.prompts
     rows = used_rows(config.data, held_back) if command == "train" else held_out_rows(config.data, held_back)
-    return parsed(rows, lambda row: _prompt(row, config))
+    from rlhf_dist.scoring.verifier import AnswerReader
+
+    with closing(AnswerReader()) as reader:
+        return parsed(rows, lambda row: _prompt(row, config, reader))
 
 
-def _prompt(row: Row, config: Config) -> RowTexts:
+def _prompt(row: Row, config: Config, reader: AnswerReader) -> RowTexts:
     """The question of a row. Raises DataError for one that cannot be used, or an answer that a reward cannot read."""
-    from rlhf_dist.scoring.answers import unreadable_answer
-
     asked, key = question(row, config.data), config.data.answer_key
     for name, spec in config.scoring.rewards.items():
-        reason = unreadable_answer(spec.kind, asked.answer)
+        reason = reader.unreadable(spec.kind, asked.answer)
         if reason:
             raise DataError(
                 f"{row.place}: the answer {asked.answer!r} cannot be compared with by the reward {name} of kind "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from rlhf_dist.config.schema import Config, RewardSpec
 
 RULES = ("exact", "number", "regex", "function")
@@ -30,6 +32,11 @@ def solved_by(config: Config) -> dict[str, float]:
     return weights if open_ended or (rules and best >= config.eval.solved_at) else gold
 
 
+def has_math_verify() -> bool:
+    """Whether kind number can compare expressions."""
+    return find_spec("math_verify") is not None
+
+
 def reward_lines(config: Config) -> list[str]:
     """What a run is rewarded by, and where its accuracy comes from, a line each."""
     scoring = config.scoring
@@ -49,4 +56,5 @@ def reward_lines(config: Config) -> list[str]:
 def _one(spec: RewardSpec) -> str:
     which = f" {getattr(spec, WHERE[spec.kind])}" if spec.kind in WHERE else ""
     weight = f"weight {spec.weight:g}" if spec.weight else "weight 0, measured only"
-    return f"{spec.kind}{which}, {weight}"
+    verified = " with math-verify" if spec.kind == "number" and has_math_verify() else ""
+    return f"{spec.kind}{verified}{which}, {weight}"

@@ -153,8 +153,8 @@ class RewardSpec:
     retries: int = 3
     """kind http: further tries after one that failed."""
     timeout_s: float = 30.0
-    """kind regex, function, http: limit for the responses of one prompt group. `scoring.timeout_s` is the limit for all
-    rewards together, kind model included."""
+    """kind regex, function, http, and number with math-verify: limit for the responses of one prompt group.
+    `scoring.timeout_s` is the limit for all rewards together, kind model included."""
     keep_special_tokens: bool = False
     """Show the special tokens inside a response, as in <think>, to a reward that reads text; never its end token."""
 

@@ -17,7 +17,7 @@ ONLY_FOR = {
     "token_env": ("http",),
     "normalize": ("model",),
     "retries": ("http",),
-    "timeout_s": ("regex", "function", "http"),
+    "timeout_s": ("number", "regex", "function", "http"),
     "keep_special_tokens": ("exact", "number", "regex", "function", "http"),
 }
 """Key of a reward -> the kinds that read it."""

@@ -18,7 +18,23 @@ AFTER = re.compile(
 )
 WORD = re.compile(r"[^\W\d_]+")
 NOT_UNITS = frozenset(
-    ("or", "and", "to", "than", "plus", "minus", "times", "by", "half", "quarter", "remainder", "am", "pm", "oclock")
+    (
+        "or",
+        "and",
+        "to",
+        "than",
+        "plus",
+        "minus",
+        "times",
+        "by",
+        "half",
+        "quarter",
+        "remainder",
+        "am",
+        "pm",
+        "oclock",
+        "pi",
+    )
 )
 """Words after a number that change what it means."""
 ORDINALS = frozenset(("st", "nd", "rd", "th"))
@@ -39,13 +55,13 @@ def unreadable_answer(kind: str, answer: str) -> str | None:
 
 def answer_numeral(answer: str) -> Numeral | None:
     """The number that an answer is; None where `unreadable_answer` has a reason."""
-    return None if _unread_number(answer) else numerals(plain(_marked(answer)[0]))[0]
+    return None if _unread_number(answer) else numerals(plain(marked(answer)[0]))[0]
 
 
 def final_numeral(response: str) -> Numeral | None:
     r"""What a response gives as its answer: the first number after the last `####`, else the one number of the last
     `\boxed{}`, else the last number of the text. None without one, or where it is no single value."""
-    part, mark = _marked(response)
+    part, mark = marked(response)
     text = plain(part)
     if not mark:
         last = last_numeral(text)
@@ -60,7 +76,7 @@ def _goes_on(text: str, numeral: Numeral) -> bool:
     return re.match(r",[0-9]", text[numeral.end : numeral.end + 2]) is not None
 
 
-def _marked(text: str) -> tuple[str, str]:
+def marked(text: str) -> tuple[str, str]:
     """(the part that holds the final answer, its mark; the whole text and "" without one)."""
     _, mark, rest = text.rpartition(FINAL)
     if mark:
@@ -70,7 +86,7 @@ def _marked(text: str) -> tuple[str, str]:
 
 
 def _unread_number(answer: str) -> str | None:
-    part, _ = _marked(answer)
+    part, _ = marked(answer)
     text = plain(part)
     found = numerals(text)
     if not found:

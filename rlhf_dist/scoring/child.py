@@ -1,4 +1,4 @@
-"""A process that runs what is not ours, a user's function or pattern, and that can be ended when it hangs.
+"""A process that runs what is not ours, a function, a pattern or math-verify, and that can be ended when it hangs.
 
 A thread could not be: Python cannot stop one, and one that holds the interpreter's lock (`re` does) stops all others.
 """
@@ -33,7 +33,7 @@ class Child:
     """One process with one task. Not for several threads at once."""
 
     def __init__(self, task: dict[str, str]) -> None:
-        """`task`: {"function": "module:name"} or {"pattern": text}. The process starts here."""
+        """`task`: {"function": "module:name"}, {"pattern": text} or {"verifier": library}. The process starts here."""
         self._channel, theirs = socket.socketpair()
         self._started = threading.Event()
         self._failed: OSError | None = None

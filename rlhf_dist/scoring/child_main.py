@@ -72,7 +72,8 @@ def main() -> None:
         stream.reconfigure(errors="backslashreplace", line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = [""]
     sys.path[:] = start["path"]
-    answer = _function(start["function"], channel) if "function" in start else _pattern(start["pattern"], channel)
+    made = {"function": _function, "pattern": _pattern, "verifier": _verifier}
+    (answer,) = [make(start[task], channel) for task, make in made.items() if task in start]
     while (request := receive(channel)) is not None:
         send(channel, answer(request))
 
@@ -81,6 +82,18 @@ def _pattern(pattern: str, channel: socket.socket) -> Callable[[Any], Any]:
     compiled = re.compile(pattern, re.DOTALL)
     send(channel, {"loaded": True})
     return lambda response: compiled.fullmatch(response) is not None
+
+
+def _verifier(library: str, channel: socket.socket) -> Callable[[Any], Any]:
+    from rlhf_dist.scoring.verifier_main import answerer
+
+    try:
+        answer = answerer()
+    except BaseException as error:
+        send(channel, {"refused": f"importing {library} raised {told(error, None)}"})
+        return lambda request: False
+    send(channel, {"loaded": library})
+    return answer
 
 
 def _function(path: str, channel: socket.socket) -> Callable[[Any], Any]:

@@ -17,6 +17,7 @@ EXPONENT_DIGITS = 3
 DATE = "a date"
 TIME = "a time or a ratio"
 VERSION = "a version or an address"
+RANGE = "a range or a subtraction"
 EXPRESSION = "an expression, not a number"
 TOO_LARGE = f"too long or too large: the rule reads {MOST_DIGITS} digits and exponents of {EXPONENT_DIGITS}"
 
@@ -190,7 +191,7 @@ def _value(group: _Group) -> tuple[Fraction | None, str]:
         return _fraction(texts[0], texts[1], group.joins[0][0])
     if kinds[-1] == "power" and texts[-2] == "10" and kinds[:-1] in ([], ["times"]):
         return _times_ten(texts, group.joins)
-    return None, "a range or a subtraction" if kinds == ["dash"] else EXPRESSION
+    return None, RANGE if kinds == ["dash"] else EXPRESSION
 
 
 def _fraction(top: str, bottom: str, join: str) -> tuple[Fraction | None, str]:

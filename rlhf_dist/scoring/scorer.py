@@ -16,8 +16,9 @@ from rlhf_dist.scoring.function import FunctionReward
 from rlhf_dist.scoring.http_client import HttpReward
 from rlhf_dist.scoring.limits import Limit
 from rlhf_dist.scoring.non_finite import find_non_finite, refusal, zeroed
+from rlhf_dist.scoring.number import NumberReward
 from rlhf_dist.scoring.pattern import PatternReward
-from rlhf_dist.scoring.rules import exact_match, number_match
+from rlhf_dist.scoring.rules import exact_match
 from rlhf_dist.scoring.texts import Texts, texts_of
 from rlhf_dist.types import Rollout, Scores
 
@@ -183,5 +184,7 @@ def _text_reward(name: str, spec: RewardSpec, timeout_s: float) -> tuple[TextRew
         return lambda texts, limit: pattern(texts.responses, limit), [pattern]
     if spec.kind == "gold":
         return lambda texts, limit: gold(texts.prompts, texts.responses), []
-    rule = exact_match if spec.kind == "exact" else number_match
-    return lambda texts, limit: rule(texts.responses, texts.answers), []
+    if spec.kind == "number":
+        number = NumberReward(name, spec)
+        return lambda texts, limit: number(texts.responses, texts.answers, limit), [number]
+    return lambda texts, limit: exact_match(texts.responses, texts.answers), []

@@ -49,6 +49,26 @@ EXACT = "scoring.rewards={same: {kind: exact}}"
 BOTH = "scoring.rewards={same: {kind: exact}, right: {kind: number, weight: 0}}"
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_answers_that_are_expressions_need_math_verify(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    if installed:
+        Path("stand_in").mkdir()
+        Path("stand_in/math_verify.py").write_text(
+            "LatexExtractionConfig = dict\nparse = lambda text, *_, **__: [text] if '+' in text else []\nverify = None"
+        )
+        monkeypatch.syspath_prepend(Path("stand_in").absolute())
+    else:
+        monkeypatch.setattr("rlhf_dist.config.rewards.find_spec", lambda name: None)
+    answers("4", "x+1", "2x", "none")
+    found = refused("train", NUMBER)
+    assert found.startswith("2 of 4 rows" if installed else "3 of 4 rows")
+    assert ("data.jsonl:2: the answer 'x+1'" in found) is not installed
+    assert ("pip install math-verify" in found) is not installed
+    assert ("math-verify does not read it as an expression" in found) is installed
+
+
 def test_answers_that_a_number_reward_cannot_read(place: Workplace) -> None:
     answers("4", "none", "5", "it depends", "x")
     found = refused("train", NUMBER)
