@@ -312,8 +312,9 @@ def _is_up_to(line: bytes, step: int) -> bool:
     """Whether it is a whole line of a step until then; a damaged one is not."""
     try:
         found = json.loads(line)
+        _ = [float(value) for value in found.values()]  # as the curves at the end of the run will read it
         return line.endswith(b"\n") and type(found["step"]) is int and found["step"] <= step
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return False
 
 

@@ -16,6 +16,9 @@ LOCK_FILE = "run.lock"
 FOREIGN = "wandb"
 """A folder whose links are wandb's own. Each start of wandb makes new files in a new folder below it, and replaces the
 links beside that folder."""
+FOLDERS = ("checkpoints", "logs", "rollouts", FOREIGN)
+SUFFIXES = (".jsonl", ".json", ".yaml", ".sqlite", ".png", ".log", ".pid")
+"""What is a directory in a run's directory, and what is a file there or in `logs`."""
 LONGEST_INSIDE = 160
 """Characters of the longest path below a run directory, with room to spare."""
 
@@ -73,7 +76,7 @@ def refuse_links(run: Path) -> None:
     """Reject a run directory with links, pipes or devices in it: a write to one of them would go somewhere else.
 
     So would one to a file with a second name (a hard link) that is written in place; files of a checkpoint are not.
-    Raises ConfigError naming the first.
+    A directory in the place of a file could not be written, nor could the reverse. Raises ConfigError naming the first.
     """
     for folder, folders, files in os.walk(run):
         here = Path(folder)
@@ -85,6 +88,10 @@ def refuse_links(run: Path) -> None:
                 what = kind(found.st_mode)
                 twice = in_place and stat.S_ISREG(found.st_mode) and found.st_nlink > 1
                 foreign = what == "a symbolic link" and _is_wandbs(path, run / FOREIGN)
+                if in_place and what == "a directory" and path.suffix in SUFFIXES:
+                    raise ConfigError(f"{path}: is a directory, not a file; move it away, or give another name=")
+                if here == run and not what and name in FOLDERS:
+                    raise ConfigError(f"{path}: is a file, not a directory; move it away, or give another name=")
                 if (what and what != "a directory" and not foreign) or twice:
                     reason = f"is {what}" if what else "has a second name elsewhere (a hard link)"
                     raise ConfigError(

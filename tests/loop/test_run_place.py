@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,22 @@ def test_a_second_name_of_a_file_elsewhere_is_refused(run: Path, name: str) -> N
     with pytest.raises(ConfigError, match=rf"^{file}: has a second name elsewhere \(a hard link\), and a run only"):
         come_back(run)
     assert outside.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "summary.json", "curves.png", "logs/a.log"])
+def test_a_directory_in_the_place_of_a_file_is_told_before_the_start(run: Path, name: str) -> None:
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir()
+    with pytest.raises(ConfigError, match=rf"^{run / name}: is a directory, not a file; .*another name="):
+        come_back(run)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "logs", "rollouts", "wandb"])
+def test_a_file_in_the_place_of_a_directory_is_told_before_the_start(run: Path, name: str) -> None:
+    shutil.rmtree(run / name, ignore_errors=True)
+    (run / name).write_text("")
+    with pytest.raises(ConfigError, match=rf"^{run / name}: is a file, not a directory; .*another name="):
+        come_back(run)
 
 
 def test_wandbs_own_links_stay(run: Path) -> None:
@@ -252,8 +269,10 @@ def test_a_wandb_id_that_is_none_is_told_and_not_used(run: Path, content: bytes)
         b"\n",
         b"\x00" * 50 + b"\n",
         b'{"step": ' + b"9" * 5000 + b"}\n",
+        b'{"step": 1, "reward/mean": "nbn"}\n',
+        b'{"step": 1, "reward/mean": {}}\n',
     ],
-    ids=["infinite", "NaN", "text", "bool", "null", "deep", "bytes", "no step", "empty", "NUL", "huge"],
+    ids=["infinite", "NaN", "text", "bool", "null", "deep", "bytes", "no step", "empty", "NUL", "huge", "word", "map"],
 )
 def test_damaged_lines_of_metrics_are_set_aside(run: Path, line: bytes) -> None:
     directory = come_back(run)
