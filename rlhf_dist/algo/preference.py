@@ -188,6 +188,20 @@ def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, f
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def correlation_interval(r: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval (low, high) of Pearson's correlation `r` of `n` pairs of values; z 1.96 is 95%. (-1, 1) for n < 4.
+
+    R. A. Fisher (1921): artanh(r) is nearly normal, with deviation 1 / sqrt(n - 3).
+    """
+    assert -1.0 <= r <= 1.0, r
+    if n <= 3:
+        return -1.0, 1.0
+    if abs(r) == 1.0:
+        return r, r
+    middle, half = math.atanh(r), z / math.sqrt(n - 3)
+    return math.tanh(middle - half), math.tanh(middle + half)
+
+
 def _expected(rating_a: float, rating_b: float) -> float:
     """P(a beats b), in a form that cannot overflow."""
     return 0.5 * (1.0 + math.tanh((rating_a - rating_b) / (2.0 * ELO_SCALE)))

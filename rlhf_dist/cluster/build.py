@@ -156,7 +156,7 @@ def evaluate(config: Config) -> None:
     with eval_display(config) as (progress, logs):
         for line in reward_lines(config):
             progress.note(line)
-        for doubt in (*warnings, *reward_model_doubts(config)):
+        for doubt in (*warnings, *reward_model_doubts(config, begins=False)):
             progress.warn(doubt)
         progress.stage(f"starting Ray and vLLM (logs in {logs})")
         with ray_session(config.cluster, logs / "ray", progress.note) as machine, ExitStack() as stack:

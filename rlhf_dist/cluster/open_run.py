@@ -55,7 +55,7 @@ def opened(config: Config, command: Command, start: Start[Any]) -> Iterator[tupl
         for line in reward_lines(config) if command == "train" else ():
             progress.note(line)
             telemetry.event("rewards", line)
-        for doubt in reward_model_doubts(config) if command == "train" else ():
+        for doubt in reward_model_doubts(config, begins=start.folder is None) if command == "train" else ():
             telemetry.warn(doubt)
         with end_recorded(run, telemetry, command, signals.how_stopped):
             yield run, telemetry, progress

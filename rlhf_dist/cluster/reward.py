@@ -28,6 +28,9 @@ from rlhf_dist.loop.reward import Outcome, RewardRun, RewardState, read_state
 from rlhf_dist.loop.reward_report import (
     ACCURACY_HIGH,
     ACCURACY_LOW,
+    CORRELATION,
+    CORRELATION_HIGH,
+    CORRELATION_LOW,
     SCORE_MEAN,
     SCORE_STD,
     calibration_bins,
@@ -251,6 +254,11 @@ def result_lines(outcome: Outcome, best: float | None, steps: int) -> list[str]:
             f"(95%: {after[ACCURACY_LOW]:.3f} to {after[ACCURACY_HIGH]:.3f})"
         )
         lines.append(line if best is None else f"{line}; the labels' noise allows {best:.3f}")
+    if CORRELATION in after:
+        lines.append(
+            f"held-out correlation {after[CORRELATION]:.3f} "
+            f"(95%: {after[CORRELATION_LOW]:.3f} to {after[CORRELATION_HIGH]:.3f})"
+        )
     stopped = "" if outcome.last_step == steps else f"; stopped early, after step {outcome.last_step} of {steps}"
     lines.append(f"kept: step {outcome.kept_step}, the lowest held-out loss{stopped}")
     lines += [f"warning: {doubt}" for doubt in scale_of(after).doubts()]

@@ -29,14 +29,20 @@ def preflight_rewards(config: Config) -> None:
     preflight(config.scoring, look)
 
 
-def reward_model_doubts(config: Config) -> list[str]:
-    """A sentence for each reason to doubt a reward model that the run uses, by what is stored with it."""
+def reward_model_doubts(config: Config, begins: bool) -> list[str]:
+    """A sentence for each reason to doubt a reward model that the run uses, by what is stored with it.
+
+    `begins`: whether a critic is made, which may start from one.
+    """
     from rlhf_dist.models.scalar import read_scale
 
     used = {f"scoring.rewards.{name}.path": r.path for name, r in config.scoring.rewards.items() if r.kind == "model"}
+    means = dict.fromkeys(used, "its rewards")
+    if begins and hosts.algorithm(config.algo).needs_critic and config.critic.start not in ("policy", "shared"):
+        used["critic.start"], means["critic.start"] = config.critic.start, "the critic's first values"
     found = {key: (path, read_scale(model_path(config, path, key))) for key, path in used.items()}
     return [
-        f"{key} = {path}: {doubt}; its rewards may mean nothing, train another one with `rlhf-dist reward`"
+        f"{key} = {path}: {doubt}; {means[key]} may mean nothing, train another one with `rlhf-dist reward`"
         for key, (path, scale) in found.items()
         for doubt in scale.doubts()
     ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rlhf_dist.algo.preference import CalibrationBin, calibration, wilson_interval
+from rlhf_dist.algo.preference import CalibrationBin, calibration, correlation_interval, wilson_interval
 from rlhf_dist.errors import DiskError
 from rlhf_dist.learner.preference import HeldOutScores
 from rlhf_dist.models.score_scale import ScoreScale
@@ -35,6 +35,10 @@ CALIBRATION_ERROR = "reward_model/calibration_error"
 """Mean difference between predicted probability and the share that was right, over predictions (Guo et al. 2017)."""
 CORRELATION = "reward_model/correlation"
 """Pearson correlation between held-out ratings and scores; 0 where either is all the same."""
+CORRELATION_LOW = "reward_model/correlation_low"
+"""Lower end of its 95% interval (Fisher), over responses."""
+CORRELATION_HIGH = "reward_model/correlation_high"
+"""Upper end."""
 DROPPED = "data/dropped_held_out"
 """Held-out judgements left out as too long."""
 
@@ -44,7 +48,8 @@ BLUE, ORANGE, GREEN = "#1f6fb4", "#e07b39", "#4c9a5b"
 
 def scale_of(results: Mapping[str, float]) -> ScoreScale:
     """What is stored with the model that `results` are of."""
-    known = (results.get(name) for name in (names.REWARD_MODEL_ACCURACY, ACCURACY_LOW, ACCURACY_HIGH))
+    accuracy = (names.REWARD_MODEL_ACCURACY, ACCURACY_LOW, ACCURACY_HIGH)
+    known = (results.get(name) for name in (*accuracy, CORRELATION, CORRELATION_LOW, CORRELATION_HIGH))
     return ScoreScale(results[SCORE_MEAN], results[SCORE_STD], *known)
 
 
@@ -67,7 +72,9 @@ def held_out_results(held_out: HeldOutScores) -> dict[str, float]:
             WORSE_MEAN: float(held_out.scores[held_out.worse].mean(dtype=np.float64)),
         }
     if len(held_out.values):
-        results[CORRELATION] = correlation(held_out.values, held_out.scores)
+        found = correlation(held_out.values, held_out.scores)
+        low, high = correlation_interval(found, len(held_out.values))
+        results |= {CORRELATION: found, CORRELATION_LOW: low, CORRELATION_HIGH: high}
     return results | {
         SCORE_MEAN: float(held_out.scores.mean(dtype=np.float64)),
         SCORE_STD: float(held_out.scores.std(dtype=np.float64)),
@@ -105,7 +112,7 @@ def correlation(left: np.ndarray, right: np.ndarray) -> float:
     """Pearson's; 0 where either is all the same."""
     a, b = left.astype(np.float64) - left.mean(), right.astype(np.float64) - right.mean()
     scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum()) / scale if scale > 0 else 0.0
+    return max(-1.0, min(1.0, float((a * b).sum()) / scale)) if scale > 0 else 0.0
 
 
 def draw(held_out: HeldOutScores, series: Series, best: float | None, out: Path) -> None:

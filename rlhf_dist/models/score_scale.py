@@ -21,10 +21,16 @@ class ScoreScale:
     score_std: float
     """Of the same; greater than 0."""
     accuracy: float | None = None
-    """Held-out accuracy; None where it was not measured, as for ratings."""
+    """Held-out accuracy; None where it was not measured, as for ratings on a scale."""
     accuracy_low: float | None = None
     """Lower end of its 95% interval."""
     accuracy_high: float | None = None
+    """Upper end."""
+    correlation: float | None = None
+    """Of held-out ratings and scores; None where there were no ratings."""
+    correlation_low: float | None = None
+    """Lower end of its 95% interval."""
+    correlation_high: float | None = None
     """Upper end."""
 
     @property
@@ -45,12 +51,23 @@ class ScoreScale:
                 f"its held-out accuracy, {self.accuracy:.3f} (95%: {self.accuracy_low:.3f} to {high:.3f}), is not "
                 f"above chance, {CHANCE}"
             )
+        if self.correlation is not None and self.correlation_low is not None and not self.correlation_low > 0:
+            found.append(self._correlation_doubt(self.correlation, self.correlation_low))
         if not self.score_std >= LEAST_STD:
             found.append(
                 f"its held-out scores hardly differ, their deviation is {self.score_std:.2g}: they are centred, and "
                 "not scaled to deviation 1"
             )
         return found
+
+    def _correlation_doubt(self, correlation: float, low: float) -> str:
+        high = math.nan if self.correlation_high is None else self.correlation_high
+        if (low, high) == (-1, 1):
+            return "it has fewer than 4 held-out ratings, too few to tell whether its scores follow them"
+        return (
+            f"its held-out correlation with the ratings, {correlation:.3f} (95%: {low:.3f} to {high:.3f}), is not "
+            "above 0"
+        )
 
 
 NO_SCALE = ScoreScale(0.0, 1.0)

@@ -12,6 +12,7 @@ from rlhf_dist.algo.preference import (
     CalibrationBin,
     bradley_terry_loss,
     calibration,
+    correlation_interval,
     dpo_loss,
     elo_ratings,
     elo_to_score,
@@ -166,6 +167,15 @@ def test_calibration_keeps_every_prediction_in_its_stretch(rows, bins: int) -> N
     assert sum(b.count for b in got) == len(rows)
     assert sum(b.count * b.observed for b in got) == pytest.approx(sum(outcomes))
     assert all(b.low - 1e-9 <= b.predicted <= b.high + 1e-9 for b in got)
+
+
+def test_correlation_interval_by_hand() -> None:
+    assert correlation_interval(0.9, 3) == (-1.0, 1.0)
+    assert correlation_interval(1.0, 4) == (1.0, 1.0)
+    # artanh(0.5) = 0.549306, deviation 1 / 5: 0.157306 to 0.941306.
+    assert correlation_interval(0.5, 28) == pytest.approx((0.156021, 0.735822), abs=1e-5)
+    low, high = correlation_interval(0.0, 103)
+    assert high == -low == pytest.approx(0.193522, abs=1e-5)
 
 
 def test_wilson_by_hand() -> None:

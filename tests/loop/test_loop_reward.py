@@ -19,7 +19,7 @@ from rlhf_dist.learner.model_engine import checkpoint_files
 from rlhf_dist.learner.preference import HeldOutScores
 from rlhf_dist.loop import reward as reward_loop
 from rlhf_dist.loop.reward import Outcome, RewardRun, RewardState, read_state
-from rlhf_dist.loop.reward_report import calibration_bins, correlation, draw, held_out_results, predictions
+from rlhf_dist.loop.reward_report import calibration_bins, correlation, draw, held_out_results, predictions, scale_of
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
 from rlhf_dist.models.scalar import ScoreScale
 from rlhf_dist.telemetry.display import PlainProgress, Progress
@@ -245,6 +245,12 @@ def test_results_of_ratings() -> None:
     assert results["reward_model/held_out_loss"] == 0.5
     # Means 2/3 and 1/6: products 11/18 + 7/9 - 2/9 = 7/6; squares 2/3 and 5.25 - 1/12.
     assert results["reward_model/correlation"] == pytest.approx((7 / 6) / math.sqrt((2 / 3) * (5.25 - 1 / 12)))
+    assert (results["reward_model/correlation_low"], results["reward_model/correlation_high"]) == (-1, 1), (
+        "three values"
+    )
+    assert scale_of(results).doubts() == [
+        "it has fewer than 4 held-out ratings, too few to tell whether its scores follow them"
+    ]
     assert held_out_results(rated(thumbs=True))["reward_model/accuracy"] == pytest.approx(2 / 3)
     probabilities, outcomes = predictions(rated(thumbs=True))
     assert outcomes.tolist() == [1, 1, 0] and probabilities[1] == pytest.approx(1 / (1 + math.exp(-1)))
