@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,14 +10,19 @@ from rlhf_dist.data.judgement_rows import Comparison, Judgement
 from rlhf_dist.data.records import shown
 from rlhf_dist.data.rows import Demonstration
 from rlhf_dist.errors import DataError, ModelError
-from rlhf_dist.models.text_format import REASONING, TextFormat, chat_text, require_roles, text_format
+from rlhf_dist.models.text_format import (
+    OPENS,
+    REASONING,
+    TextFormat,
+    chat_text,
+    closing_mark,
+    require_roles,
+    text_format,
+)
 from rlhf_dist.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-OPENS = re.compile(r"\s*([<\[])(\w+)([>\]])\s*")
-"""A prompt's end that opens a model's reasoning and does not close it: `<think>`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +121,14 @@ def _response_checks(form: TextFormat) -> Iterator[Check]:
             f"begin with {opening!r}, which the chat template writes at the end of a prompt, so that it would be there "
             "twice: take it out of the responses",
         )
-    if found := OPENS.fullmatch(form.opening):
-        close = f"{found[1]}/{found[2]}{found[3]}"
+    if found := OPENS.search(form.opening):
+        close = closing_mark(found)
         yield (
             lambda text: close not in text,
             f"have no {close}, and the chat template ends a prompt with {opening!r}: the model would learn to answer "
             "inside its reasoning; add the reasoning and the mark, or use a template that does not open it",
         )
-    if before:
+    if before and not opening:
         yield (
             lambda text: not REASONING.match(text) if REASONING.match(before) else not text.startswith(before),
             f"do not begin with {before!r}, which the chat template writes before an answer and not into a prompt: put "

@@ -26,6 +26,10 @@ def probe_text(name: str) -> str:
 QUESTION, ANSWER, FOLLOW_UP, REPLY, RULE = map(probe_text, ("Kilo", "Lima", "Mike", "November", "Oscar"))
 REASONING = re.compile(r"\s*[<\[][^<>\[\]]*(think|thought|reason)", re.IGNORECASE)
 """How a text begins that opens or skips a model's reasoning: `<think>`, `[THINK]`, `<|begin_of_thought|>`."""
+OPENS = re.compile(r"\s*([<\[])([\w:]+)([>\]])\s*\Z")
+"""How a prompt ends that opens a model's reasoning and does not close it."""
+ABOUT_REASONING = re.compile("think|thought|reason", re.IGNORECASE)
+"""Words of a template's text that begins or skips reasoning, however it marks it."""
 WAY_OUT = "correct its chat_template.jinja, or set data.chat=false to use prompts as they are"
 REASON = 300
 """Characters of a template's own message that are shown."""
@@ -245,13 +249,16 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]) 
     _require_turns(name, whole, (*turns, Message("assistant", REPLY)))
     at = whole.rindex(REPLY)
     shared = _shared(prompt, whole[:at])
+    opens = OPENS.search(prompt, 0, shared)
+    if opens and not prompt[shared:].strip() and whole[shared:at].lstrip().startswith(closing_mark(opens)):
+        shared = opens.start(1)  # the template itself closes at once, before an answer, what the prompt opens
     opening, before = prompt[shared:], whole[shared:at]
-    if opening.strip() and not REASONING.match(opening):
+    if opening.strip() and not ABOUT_REASONING.search(opening):
         raise ModelError(
             f"{name}: its chat template ends a prompt with {opening!r} and writes {before!r} in its place before an "
             f"answer, so that a response would not follow the prompt; {WAY_OUT}"
         )
-    if prompt == without and before.strip() and not REASONING.match(before):
+    if prompt == without and before.strip() and not ABOUT_REASONING.search(before):
         raise ModelError(
             f"{name}: its chat template ignores add_generation_prompt: a prompt ends with the user's turn, and "
             f"{before!r}, which opens the assistant's turn, is missing; add "
@@ -267,6 +274,11 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]) 
         )
     marks = tuple(token for token in hidden_tokens(tokenizer) if token in whole)
     return _Found(marks, opening, before if before.strip() else "")
+
+
+def closing_mark(opens: re.Match[str]) -> str:
+    """`</think>` for a match of OPENS at `<think>`."""
+    return f"{opens[1]}/{opens[2]}{opens[3]}"
 
 
 def _require_turns(name: str, text: str, turns: Sequence[Message]) -> None:

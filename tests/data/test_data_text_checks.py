@@ -45,6 +45,12 @@ FOUND = {
         True,
         ["^1 of 2 responses begin with '<think>', which the chat template writes at the end of a prompt.*twice"],
     ),
+    "think twice, where an answer alone has empty thoughts": (
+        template(opening="<think>\\n", before="<think>\\n\\n</think>\\n\\n"),
+        rows("<think>\na</think>b", "c</think>d", "e"),
+        True,
+        ["^1 of 3 responses begin with '<think>'", "^1 of 3 responses have no </think>, .*:3"],
+    ),
     "no thoughts": (THINKS, rows("a</think>b", "b"), True, ["^1 of 2 responses have no </think>, .*'<think>': .*:2"]),
     "no empty thoughts": (
         SKIPS,

@@ -76,6 +76,16 @@ DEMONSTRATIONS = {
         "<|user|>ab<|eot|><|assistant|><think>\n",
         "xy<|eot|>",
     ),
+    "a prompt that skips a channel of thoughts": (
+        turns("<|eot|>", opening="<|assistant|><|channel>thought\\n<channel|>"),
+        "<|user|>ab<|eot|><|assistant|><|channel>thought\n<channel|>",
+        "xy<|eot|>",
+    ),
+    "a prompt that announces the reasoning in words": (
+        turns("<|eot|>", opening="<|assistant|>Here are my reasoning steps:\\n"),
+        "<|user|>ab<|eot|><|assistant|>Here are my reasoning steps:\n",
+        "xy<|eot|>",
+    ),
     "an end of turn that is not special": (turns("<end>"), "<|user|>ab<end><|assistant|>", "xy<end>"),
     "an end of turn in letters": (turns("<|im_end|>"), "<|user|>ab<|im_end|><|assistant|>", "xy</s>"),
 }
@@ -97,6 +107,10 @@ def test_what_stands_around_an_answer_is_known() -> None:
     assert form.marks == ("<|user|>", "<|assistant|>", "<|eot|>", "<think>", "</think>")
     form = text_format(small_tokenizer(turns("<|im_end|>", opening="<|assistant|><think>\\n")), chat=True)
     assert (form.opening, form.before_answer, form.closing) == ("<think>\n", "", "<|im_end|>")
+    for opening in ("<think>\\n", "<think>", "<think>\\n\\n"):  # an answer without reasoning is shown with empty one
+        both = THINKS.replace("'<|assistant|>' }}", f"'<|assistant|>{opening}' }}}}")
+        form = text_format(small_tokenizer(both), chat=True)
+        assert (form.opening, form.before_answer) == (opening.replace("\\n", "\n"), "<think>\n\n</think>\n\n")
 
 
 GENERATION = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
