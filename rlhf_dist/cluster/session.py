@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf_dist.cluster import local_ray
 from rlhf_dist.cluster.address import check_cluster, joins_cluster
+from rlhf_dist.cluster.compile_cache import VARIABLE, compile_cache
 from rlhf_dist.cluster.placement import Machine, local_machine
 from rlhf_dist.cluster.private_folder import SESSION, TEMPORARY, private_folder, temporary_parent
 from rlhf_dist.cluster.processes import lost_ray
@@ -44,6 +45,9 @@ def prepare(config: ClusterConfig) -> None:
         # Ray would give its workers the lowest priority but four: whatever else ran on the machine would come first.
         os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.pop("RAY_ADDRESS", None)
+        # torch chooses a folder when it is imported, and the workers get this process's choice.
+        if cache := compile_cache(os.environ):
+            os.environ[VARIABLE] = str(cache)
         # Named for other systems, where it is off: on Linux too it makes Ray take loopback as the node's address, and
         # listen there only. `_node_ip_address` alone does not: Ray replaces a loopback address by the outside one.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
