@@ -26,7 +26,9 @@ def run(argv: Sequence[str]) -> int:
     """Run the config's stages; the same call again skips what is complete and goes on where it was cut."""
     parser = arguments.config_parser("pipeline", DESCRIPTION)
     parser.closing = "Keys: docs/configuration.md, docs/pipeline.md"
-    parser.add_argument("--dry-run", action="store_true", help="one line a stage: what would be done; starts nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="what each stage would do, and its rewards; starts nothing"
+    )
     parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     args = arguments.parse(parser, argv)
     if args.resume:
@@ -54,6 +56,7 @@ def dry_run(stages: Sequence[Stage]) -> int:
     """Print what would be done with each stage. Raises `ResourceError` where one does not fit on this machine."""
     from rlhf_dist.cluster.placement import local_machine
     from rlhf_dist.config.pipeline_checks import named
+    from rlhf_dist.config.rewards import reward_lines
 
     machine = local_machine()
     for stage in stages:
@@ -61,6 +64,8 @@ def dry_run(stages: Sequence[Stage]) -> int:
             arguments.plan_lines(stage.config, machine, stage.command)
     for number, (stage, action) in enumerate(zip(stages, foresee(stages), strict=True), start=1):
         print(f"stage {number} of {len(stages)}, {stage.name}: {action}")
+        for line in reward_lines(stage.config) if stage.command == "train" else ():
+            print(f"  {line}")
     return 0
 
 

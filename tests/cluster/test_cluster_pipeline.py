@@ -220,6 +220,22 @@ def test_a_dry_run_prints_a_line_a_stage_and_starts_nothing(
     assert stand_in.calls == [] and not Path("runs").exists()
 
 
+def test_a_dry_run_names_the_rewards_of_a_train_stage(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pipe.yaml").write_text(
+        "pipeline: {stages: {first: {command: sft}, second: {command: train, set: ['model.path={first}']}}}\n"
+        "scoring: {rewards: {exact: {}, form: {kind: regex, pattern: a+, weight: 0.5}}}\n"
+    )
+    assert command.run(["pipe.yaml", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("  ")] == [
+        "  rewards: exact (exact, weight 1), form (regex, weight 0.5)"
+    ]
+    assert lines[-2].startswith("stage 2 of 2, second: run ")
+
+
 def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
     """The part of each line after the stage's name."""
     capsys.readouterr()
