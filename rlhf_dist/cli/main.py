@@ -7,11 +7,15 @@ imported before a config has parsed.
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from tempfile import TemporaryDirectory
+from typing import NoReturn
 
 from rlhf_dist import __version__
 from rlhf_dist.cluster import signals
@@ -30,6 +34,8 @@ COMMANDS = {
     "bench": ("bench", "run one of the benchmarks of a checkout"),
 }
 """Command -> its module in this folder, and what it does."""
+SIGNALLED = 128
+"""Exit codes above it are those of a command that a signal ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,12 +44,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_any_text(sys.stdout, sys.stderr)
     with signals.ending_in_order():
         code = _run(words)
-    if argv is None and lost_ray() is not None:
-        # What Ray leaves in this process crashes at the interpreter's end when its own processes have died.
+        if argv is None and (code > SIGNALLED or lost_ray() is not None):
+            _end_at_once(code)
+    return code
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End without the interpreter's own end, which crashes in Ray's library when Ray's processes have died.
+
+    And what libraries do there (wandb waits for a process of its own) takes seconds, for which somebody may be waiting.
+    """
+    for thing in gc.get_objects():
+        if type(thing) is TemporaryDirectory:  # removed by the interpreter's end otherwise
+            thing.cleanup()
+    with suppress(OSError):  # whoever read the output may have gone
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
-    return code
+    os._exit(code)
 
 
 def _run(words: list[str]) -> int:

@@ -7,9 +7,10 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from rlhf_dist.cluster import signals
-from rlhf_dist.cluster.processes import lost_ray, ray_children
+from rlhf_dist.cluster.processes import below, children, end_now, lost_ray, ray_children
 
 
 @contextmanager
@@ -39,3 +40,23 @@ def shut_down() -> None:
     for pid in ray_children():
         with suppress(OSError):
             os.kill(pid, signal.SIGKILL)
+
+
+def end_at_once(folder: Path) -> None:
+    """Kill the Ray of this process whose files are in `folder`, with all workers: its own way to end takes seconds.
+
+    What the workers leave outside the folder has to be removed before.
+    """
+    mark = os.fsencode(folder)
+    roots = [pid for pid in children(os.getpid()) if mark in _command_line(pid)]
+    for pid in roots:
+        with suppress(OSError):
+            os.kill(pid, signal.SIGSTOP)  # It must not start another one while they are counted.
+    end_now([*roots, *(pid for root in roots for pid in below(root))])
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""

@@ -275,10 +275,22 @@ def lost_ray() -> str | None:
 
 def ray_children() -> list[int]:
     """Ids of the processes of Ray's own that this process started, also of those that have ended."""
+    known = {pid: stat(pid) for pid in children(os.getpid())}
+    return [pid for pid, each in known.items() if each is not None and each.name in RAY_PROCESSES]
+
+
+def children(pid: int) -> list[int]:
+    """Ids of the processes that a process started, also of those that have ended and that it has not waited for."""
     found = []
-    for children in Path("/proc/self/task").glob("*/children"):
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
-            pids = [int(pid) for pid in children.read_text(encoding="ascii").split()]
-            known = {pid: stat(pid) for pid in pids}
-            found += [pid for pid, each in known.items() if each is not None and each.name in RAY_PROCESSES]
+            found += [int(child) for child in task.read_text(encoding="ascii").split()]
+    return found
+
+
+def below(pid: int) -> list[int]:
+    """Ids of all processes that come from a process, nearest first."""
+    found = children(pid)
+    for child in found:  # which grows
+        found += children(child)
     return found

@@ -100,6 +100,9 @@ def ray_session(config: ClusterConfig, logs: Path, tell: Callable[[str], None]) 
             with temporary_files_in(folder / TEMPORARY):
                 start_ray(settings | {"_temp_dir": str(folder / SESSION)})
             yield machine
+        except KeyboardInterrupt:
+            local_ray.end_at_once(folder)  # Somebody waits at the keyboard.
+            raise
         finally:
             local_ray.shut_down()
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import ray
 
 from rlhf_dist.cluster import session
 from rlhf_dist.cluster.placement import Machine
+from rlhf_dist.cluster.processes import ENDED, stat
 from rlhf_dist.cluster.session import largest_node, ray_session
 from rlhf_dist.config.schema import ClusterConfig
 from rlhf_dist.errors import RunError
@@ -118,3 +123,31 @@ def test_an_interrupted_run_keeps_no_logs_and_no_folder(fake_ray: FakeRay, tmp_p
     with pytest.raises(KeyboardInterrupt), ray_session(ClusterConfig(), tmp_path / "logs", print):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == [] and fake_ray.ended == 1
+
+
+def test_an_interrupted_run_kills_what_belongs_to_its_ray_and_nothing_else(fake_ray: FakeRay, tmp_path: Path) -> None:
+    """Ray's own way to end takes seconds, for which somebody waits at the keyboard."""
+    started: list[subprocess.Popen[str]] = []
+    parent = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); sys.stdin.read()"
+
+    def run() -> None:
+        with ray_session(ClusterConfig(), tmp_path / "logs", print):
+            for mark in (fake_ray.settings["_temp_dir"], "of wandb"):
+                words = [sys.executable, "-c", parent, mark]
+                started.append(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            workers.extend(int(process.stdout.readline()) for process in started if process.stdout)
+            raise KeyboardInterrupt
+
+    workers: list[int] = []
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        known = [stat(pid) for pid in workers]
+        assert [each is not None and each.state not in ENDED for each in known] == [False, True]
+        assert started[0].wait(10) == -signal.SIGKILL and started[1].poll() is None
+    finally:
+        for pid in (*workers, *(process.pid for process in started)):
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        for process in started:
+            process.communicate()

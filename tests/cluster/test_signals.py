@@ -131,3 +131,28 @@ def test_outside_of_a_command_nothing_is_handled(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(plan, "run", run)
     assert main.main(["plan"]) == 0
     assert seen != [before] and signal.getsignal(signal.SIGTERM) == before
+
+
+STOPPED = """
+import atexit, os, signal, sys, tempfile
+from rlhf_dist.cli import main
+atexit.register(print, "a library waits")
+kept = tempfile.TemporaryDirectory(dir=sys.argv[1])
+def dispatch(words):
+    os.kill(os.getpid(), signal.SIGTERM)
+main._dispatch = dispatch
+sys.exit(main.main())
+"""
+
+
+def test_a_stopped_command_does_not_wait_for_what_libraries_do_at_the_end(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (143, "") and done.stderr == "rlhf-dist: stopped by SIGTERM\n"
+    assert list(tmp_path.iterdir()) == [], "temporary folders are removed"
