@@ -125,7 +125,7 @@ def test_a_run_cut_before_its_summary_or_with_an_older_one_goes_on(
             getattr(build, command)(config, resume=True)
         captured = capsys.readouterr()
         assert captured.out == "" and "resumed from step 3\n" in captured.err
-        assert "  starting Ray: stopped after 0.0 s" in captured.err
+        assert "  starting Ray: stopped after " in captured.err
 
 
 @COMMANDS
