@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_dist.config.load import from_yaml, to_yaml
+from rlhf_dist.config.schema import Config
+from rlhf_dist.loop.pipeline import Basis, differences
 from rlhf_dist.loop.saved_config import config_changes, key_changes
 
 NOW = to_yaml(from_yaml("scoring: {rewards: {judge: {kind: exact, weight: 2.0}}}"))
@@ -48,3 +50,12 @@ def test_changes_are_found_beside_keys_that_no_version_has() -> None:
     assert key_changes({"seed": 1, "loop": 2, "loop.steps": 3}, {"seed": 2, "name": "run"}).keys() == {
         *("seed", "name", "loop", "loop.steps")
     }
+
+
+def test_a_finished_stage_of_an_earlier_version_is_not_run_anew_for_a_key_that_it_did_not_have() -> None:
+    def basis(**loop: int) -> Basis:
+        return Basis("train", {f"loop.{key}": value for key, value in loop.items()}, {})
+
+    default = Config().loop.prompts_per_step
+    assert differences(basis(steps=5), basis(steps=5, prompts_per_step=default)) == []
+    assert len(differences(basis(steps=5), basis(steps=5, prompts_per_step=default + 1))) == 1
