@@ -181,7 +181,7 @@ def load_judgements(config: Config, tokenizer: Any | None) -> tuple[Judgements, 
     preferences, unusable = config.preferences, config.preferences.unusable
 
     def usable(found: Judgements) -> Judgements:
-        return told_apart(found, tokenizer, unusable) if tokenizer is not None else found
+        return told_apart(found, tokenizer, config.data.chat, unusable) if tokenizer is not None else found
 
     train, held_out = together(
         (

@@ -70,7 +70,7 @@ def check_texts(config: Config, command: Command, rows: Sequence[RowTexts]) -> l
     path, chat = model_path(config, config.model.path, "model.path"), config.data.chat
     tokenizer = load_tokenizer(path)
     if command != "reward":  # a judgement without a token may be left out: `told_apart`
-        require_tokens(placed_texts(rows), tokenizer, config.model.path)
+        require_tokens(placed_texts(rows), tokenizer, config.model.path, chat)
     if chat:
         require_rendered(rows, tokenizer)
     answers = [row.answer for row in rows]

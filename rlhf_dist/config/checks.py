@@ -250,7 +250,7 @@ def _reward(key: str, spec: RewardSpec) -> Iterator[str]:
     if not math.isfinite(spec.weight):
         yield f"{key}.weight is {spec.weight}; it must be a finite number"
     if not (math.isfinite(spec.timeout_s) and spec.timeout_s > 0):
-        yield f"{key}.timeout_s is {spec.timeout_s}; it must be greater than 0"
+        yield f"{key}.timeout_s is {spec.timeout_s}; it must be a finite number, greater than 0"
     if spec.kind == "regex":
         if not spec.pattern:
             yield f"{key}.pattern is empty; kind regex needs one, as in pattern: '<answer>.*</answer>'"

@@ -12,10 +12,12 @@ from rlhf_dist.data.judgements import WAY_OUT, FileJudgements, Judgements, Unusa
 from rlhf_dist.data.records import listed, shown
 from rlhf_dist.data.text_checks import RowTexts
 from rlhf_dist.errors import DataError
+from rlhf_dist.models.text_format import text_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+RESPONSE = "the response"
 CHUNK = 1000
 """Texts tokenised by one call."""
 
@@ -37,41 +39,50 @@ def placed_texts(rows: Iterable[RowTexts]) -> list[PlacedText]:
     for row in rows:
         if row.messages:
             found.append(PlacedText(row.place, "the prompt", row.messages[-1].content))
-        found += [PlacedText(row.place, "the response", text) for text in row.responses]
+        found += [PlacedText(row.place, RESPONSE, text) for text in row.responses]
     return found
 
 
-def require_tokens(texts: Sequence[PlacedText], tokenizer: PreTrainedTokenizerBase, model: str) -> None:
-    """Refuse texts that the tokenizer of `model` makes no token of: all of them in one DataError."""
+def require_tokens(texts: Sequence[PlacedText], tokenizer: PreTrainedTokenizerBase, model: str, chat: bool) -> None:
+    """Refuse texts that the tokenizer of `model` makes no token of, and responses that are an end token alone: all of
+    them in one DataError."""
+    form = text_format(tokenizer, chat)
+    bare = [form.without_end(one.text) if one.what == RESPONSE else one.text for one in texts]
     problems = [
-        f"{one.place}: {one.what}, {shown(one.text)}, has no token: the tokenizer of {model} leaves all of it out"
-        for one in _without_tokens(texts, tokenizer)
+        f"{texts[i].place}: {texts[i].what}, {shown(texts[i].text)}, "
+        + (f"has no token: the tokenizer of {model} leaves all of it out" if bare[i] else "is an end token alone")
+        for i in _without_tokens(bare, tokenizer)
     ]
     if problems:
         raise DataError(listed(problems, len({one.place for one in texts}), "take the rows out, or use another model"))
 
 
-def _without_tokens(texts: Sequence[PlacedText], tokenizer: PreTrainedTokenizerBase) -> list[PlacedText]:
+def _without_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Which of the texts have no token."""
     characters: set[str] = set()
-    for one in texts:
-        characters.update(one.text)
+    for text in texts:
+        characters.update(text)
     alphabet = sorted(characters)
     # Texts by the million would take minutes; their alphabet is a few thousand characters, mostly none of them unknown.
     unknown = {c for c, ids in zip(alphabet, _encoded(alphabet, tokenizer), strict=True) if not ids}
-    candidates = [one for one in texts if unknown.issuperset(one.text)] if unknown else []
-    encoded = _encoded([one.text for one in candidates], tokenizer)
-    return [one for one, ids in zip(candidates, encoded, strict=True) if not ids]
+    candidates = [i for i, text in enumerate(texts) if unknown.issuperset(text)]
+    encoded = _encoded([texts[i] for i in candidates], tokenizer)
+    return [i for i, ids in zip(candidates, encoded, strict=True) if not ids]
 
 
-def told_apart(judgements: Judgements, tokenizer: PreTrainedTokenizerBase, unusable: Unusable) -> Judgements:
-    """The judgements without those from whose tokens nothing can be learnt, which are added to `dropped`.
+def told_apart(
+    judgements: Judgements, tokenizer: PreTrainedTokenizerBase, chat: bool, unusable: Unusable
+) -> Judgements:
+    """The judgements without those from whose tokens nothing can be learnt, which are added to `dropped`. An end token
+    that a response brings is not counted: every response gets one.
 
     Raises DataError, listing them, where `unusable` is refuse, or where nothing is left.
     """
     if not isinstance(judgements, FileJudgements) or not judgements.items:
         return judgements
     sides = [j.responses if isinstance(j, Comparison) else (j.response,) for j in judgements.items]
-    encoded = _encoded([text for texts in sides for text in texts], tokenizer)
+    form = text_format(tokenizer, chat)
+    encoded = _encoded([form.without_end(text) for texts in sides for text in texts], tokenizer)
     starts = [0, *accumulate(map(len, sides))]
     reasons = [
         _reason(judgement, encoded[start:end])

@@ -193,11 +193,12 @@ def test_columns_of_other_kinds(tmp_path: Path) -> None:
         "large text": pa.array(["x", "y"], pa.large_string()),
         "decimal": pa.array([Decimal("4.00"), Decimal("12.00")]),
         "int8": pa.array([4, 12], pa.int8()),
+        "float32": pa.array([0.1, 2.7], pa.float32()),
     }
     for answers in columns.values():
         pq.write_table(pa.table({"prompt": ["a", "b"], "answer": answers}), tmp_path / "a.parquet")
         rows = PromptStream(config(tmp_path / "a.parquet", "parquet", shuffle=False), 0, 0).take(2)
-        assert [prompt.answer for prompt in rows] in (["x", "y"], ["4", "12"])
+        assert [prompt.answer for prompt in rows] in (["x", "y"], ["4", "12"], ["0.1", "2.7"])
     for value, words in (
         ({"a": 1}, "is {'a': 1} (dict); it has to be text"),
         ([1, 2], "is [1, 2] (list); it has to be text"),
@@ -207,6 +208,14 @@ def test_columns_of_other_kinds(tmp_path: Path) -> None:
     ):
         pq.write_table(pa.table({"prompt": ["a"], "answer": [value]}), tmp_path / "a.parquet")
         assert words in refused(lambda: PromptStream(config(tmp_path / "a.parquet", "parquet"), 0, 0))
+
+
+def test_32_bit_numbers_of_a_dataset_directory_are_read_as_they_were_written(tmp_path: Path) -> None:
+    import datasets
+
+    made = datasets.Dataset.from_dict({"prompt": ["a", "b"], "answer": [0.1, None]})
+    made.cast_column("answer", datasets.Value("float32")).save_to_disk(tmp_path / "d")
+    assert [row.fields["answer"] for row in read_rows("dataset", str(tmp_path / "d"), "data.path")] == [0.1, None]
 
 
 def test_damaged_dataset_directories(tmp_path: Path) -> None:
@@ -339,17 +348,18 @@ def test_margins_that_are_none(tmp_path: Path, margin: object) -> None:
 def test_pairs_that_are_the_same_tokens(tmp_path: Path) -> None:
     """The tiny tokenizer leaves out what is not ASCII."""
     tokenizer = character_tokenizer()
-    pairs = [("good", "bad"), ("good", "goodé"), ("é", "bad"), ("good ", "good")]
+    pairs = [("good", "bad"), ("good", "goodé"), ("é", "bad"), ("good ", "good"), ("good", "good<|end|>")]
     rows: list[dict[str, object]] = [{"prompt": "q", "chosen": one, "rejected": other} for one, other in pairs]
     read = judgements(preference(tmp_path / "a.jsonl", *rows), DataConfig(), 0)
-    found = refused(lambda: told_apart(read, tokenizer, "refuse"))
-    assert found.startswith("2 of 4 rows cannot be used; take the row out, or set preferences.unusable=drop:")
+    found = refused(lambda: told_apart(read, tokenizer, False, "refuse"))
+    assert found.startswith("3 of 5 rows cannot be used; take the row out, or set preferences.unusable=drop:")
     assert "a.jsonl:2: the responses 'good' and 'goodé' differ as text, and are the same tokens" in found
     assert "a.jsonl:3: the response 'é' has no token" in found
-    kept = told_apart(read, tokenizer, "drop")
-    assert [j.place.rpartition(":")[2] for j in kept] == ["1", "4"] and len(kept.dropped) == 2
+    kept = told_apart(read, tokenizer, False, "drop")
+    assert [j.place.rpartition(":")[2] for j in kept] == ["1", "4"] and len(kept.dropped) == 3
+    assert "a.jsonl:5: the responses 'good' and 'good<|end|>' differ as text, and are the same tokens" in found
     none = FileJudgements(read.items[1:3], ("before",))  # type: ignore[union-attr]
-    assert "no row is left to learn from" in refused(lambda: told_apart(none, tokenizer, "drop"))
+    assert "no row is left to learn from" in refused(lambda: told_apart(none, tokenizer, False, "drop"))
 
 
 @pytest.mark.parametrize(
@@ -362,16 +372,19 @@ def test_pairs_that_are_the_same_tokens(tmp_path: Path) -> None:
 )
 def test_other_judgements_without_tokens(tmp_path: Path, form: str, row: dict[str, object], words: str) -> None:
     read = held_out_judgements(preference(tmp_path / "a.jsonl", {"prompt": "q", **row}, form=form), DataConfig())
-    assert words in refused(lambda: told_apart(read, character_tokenizer(), "refuse"))
+    assert words in refused(lambda: told_apart(read, character_tokenizer(), False, "refuse"))
 
 
 def test_demonstrations_without_tokens(tmp_path: Path) -> None:
-    rows = [("q", "a"), ("é", "a"), ("q", "é ü".replace(" ", "")), ("qé", "aü")]
+    rows = [("q", "a"), ("é", "a"), ("q", "é ü".replace(" ", "")), ("qé", "aü"), ("q", "<|end|>")]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows))
     texts = placed_texts(texts_of_demonstrations(demonstrations(config(tmp_path / "a.jsonl"), SftConfig(), 0, 0)))
-    found = refused(lambda: require_tokens(texts, character_tokenizer(), "tiny"))
-    assert found.startswith("2 of 4 rows cannot be used; take the rows out, or use another model:")
+    found = refused(lambda: require_tokens(texts, character_tokenizer(), "tiny", False))
+    assert found.startswith("3 of 5 rows cannot be used; take the rows out, or use another model:")
+    assert "a.jsonl:5: the response, '<|end|>', is an end token alone" in found
     assert "a.jsonl:2: the prompt, 'é', has no token: the tokenizer of tiny leaves all of it out" in found
     assert "a.jsonl:3: the response, 'éü', has no token" in found
-    require_tokens([text for text in texts if text.text.isascii()], character_tokenizer(), "tiny")
-    require_tokens([PlacedText("a:1", "the prompt", "é")] * 0, character_tokenizer(), "tiny")
+    require_tokens(
+        [text for text in texts if text.text.isascii() and text.text != "<|end|>"], character_tokenizer(), "tiny", False
+    )
+    require_tokens([PlacedText("a:1", "the prompt", "é")] * 0, character_tokenizer(), "tiny", False)
