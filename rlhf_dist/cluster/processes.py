@@ -173,7 +173,14 @@ def _from_stacks(text: str) -> Sight:
         return UNSEEN
     if any(COLLECTIVE in frame["file"] for frame in frames):
         return Sight("waits for the others in a collective operation", waits=True)
-    own = [frame for frame in frames if "/rlhf_dist/" in frame["file"] and not frame["file"].endswith("/processes.py")]
+    # Compiled kernels are in a cache folder of the same name.
+    own = [
+        frame
+        for frame in frames
+        if "/rlhf_dist/" in frame["file"]
+        and "/torchinductor/" not in frame["file"]
+        and not frame["file"].endswith("/processes.py")
+    ]
     if not own:
         return UNSEEN
     file = own[0]["file"].rpartition("/rlhf_dist/")[2]
