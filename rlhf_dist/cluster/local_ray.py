@@ -7,7 +7,9 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rlhf_dist.cluster import signals
 from rlhf_dist.cluster.processes import below, children, end_now, lost_ray, ray_children
@@ -20,12 +22,31 @@ def starting() -> Iterator[None]:
     Ray prints what its processes report in colour, over whatever is there, long texts of advice for its developers.
     What matters of it is in the messages of `cluster/waits.py`.
     """
-    from ray._private import worker
+    # None of the three names is part of Ray's API, which has no switch for what they do.
+    from ray._private import ray_constants, services, worker
 
-    with signals.kept():
+    # Ray's handler in C++ would print its stack at a SIGTERM that comes before ours are back. Workers keep theirs.
+    if hasattr(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"):
+        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
+    with signals.kept(), apart(services):
         yield
-    if hasattr(worker, "print_to_stdstream"):  # Not part of Ray's API, which has no switch for this.
+    if hasattr(worker, "print_to_stdstream"):
         worker.print_to_stdstream = lambda *_, **__: None
+
+
+@contextmanager
+def apart(services: Any) -> Iterator[None]:
+    """Ray's processes that start in the block get a session of their own; they still end with this process.
+
+    Else a signal to the whole process group, as `timeout`, batch systems and Ctrl-Z send it, ends or stops them before
+    this process has heard of it, which then waits for a minute for an answer.
+    """
+    start = services.ConsolePopen
+    services.ConsolePopen = partial(start, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = start
 
 
 def shut_down() -> None:

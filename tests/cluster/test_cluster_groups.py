@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,13 @@ def test_one_that_sleeps_is_named_with_the_call_and_the_limit(workers: dict[str,
         gather(calls, "generate", 0.5)
     assert str(caught.value) == "rollout worker two did not finish 'generate' in 0.5 s"
     assert time.monotonic() - begun < 1.4, "it did not wait for the sleeper"
+
+
+def test_a_signal_to_the_process_group_does_not_reach_ray(machine: Any) -> None:
+    """`timeout`, batch systems and Ctrl-Z signal the whole group: a Ray that ends or stops first leaves us waiting."""
+    found = processes.ray_children()
+    assert len(found) == 2, "gcs_server and raylet"
+    assert all(os.getpgid(pid) != os.getpgid(0) for pid in found)
 
 
 def test_one_that_dies_is_named_with_its_log(machine: Any) -> None:
