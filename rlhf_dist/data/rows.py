@@ -23,6 +23,12 @@ MORE_KEYS = {
     "name": "write the name into content, or take the key out",
 }
 """Key of a turn that is rejected -> the way out."""
+OF_A_CONVERSATION = {
+    **dict.fromkeys(("tools", "functions"), TOOLS),
+    "documents": "write the documents into a turn, as the model is to read them, or take the column out",
+    "system": "make it the first turn, or take the column out",
+}
+"""Column beside a conversation that belongs to it and would not be used -> the way out."""
 FINAL = "####"
 """GSM8K writes the final answer of a worked solution after this mark."""
 GSM8K_COLUMNS = "data.source=gsm8k wants question and answer; data.source=jsonl lets you name the columns"
@@ -122,6 +128,9 @@ def conversation(row: Row, key: str) -> tuple[Message, ...]:
     value = row.fields[key]
     if not isinstance(value, list) or not value:
         raise DataError(f"{row.place}: {key!r} is {shown(value)}; it has to be a list of {{role, content}}")
+    for column, way in OF_A_CONVERSATION.items():
+        if column != key and row.fields.get(column) not in (None, "", [], {}):
+            raise DataError(f"{row.place}: has {column!r} beside {key!r}, which would not be used; {way}")
     return tuple(_message(row, f"{key}[{i}]", item) for i, item in enumerate(value))
 
 

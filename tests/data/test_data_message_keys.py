@@ -59,6 +59,25 @@ def test_a_key_in_a_conversation_that_is_compared_is_rejected(tmp_path: Path) ->
         judgements(transcripts, DataConfig(), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "way"),
+    [
+        ("tools", [{"name": "sum"}], "tool calls are not supported"),
+        ("functions", [{"name": "sum"}], "tool calls are not supported"),
+        ("documents", ["a page"], "write the documents into a turn"),
+        ("system", "Be brief.", "make it the first turn"),
+    ],
+)
+def test_a_column_that_belongs_to_the_conversation_is_rejected(
+    tmp_path: Path, column: str, value: object, way: str
+) -> None:
+    data = DataConfig(source="jsonl", path=write(tmp_path, {"messages": [ASKED, SAID], column: value}))
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: has '{column}' beside 'messages'.*{way}"):
+        demonstrations(data, SftConfig(), seed=0, held_out=0)
+    empty = DataConfig(source="jsonl", path=write(tmp_path, {"messages": [ASKED, SAID], column: None}))
+    assert len(demonstrations(empty, SftConfig(), seed=0, held_out=0)) == 1
+
+
 def test_a_key_without_a_value_is_none(tmp_path: Path) -> None:
     empty = {"reasoning_content": None, "name": "", "tool_calls": [], "audio": {}}
     path = write(tmp_path, {"messages": [ASKED | empty, SAID | empty]})
