@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cluster import local_ray
+from rlhf_dist.cluster import local_ray, signals
 from rlhf_dist.cluster.address import check_cluster, joins_cluster
 from rlhf_dist.cluster.compile_cache import VARIABLE, compile_cache
 from rlhf_dist.cluster.placement import Machine, local_machine
@@ -101,7 +101,8 @@ def ray_session(config: ClusterConfig, logs: Path, tell: Callable[[str], None]) 
                 start_ray(settings | {"_temp_dir": str(folder / SESSION)})
             yield machine
         except KeyboardInterrupt:
-            local_ray.end_at_once(folder)  # Somebody waits at the keyboard.
+            if signals.has_come():
+                local_ray.end_at_once(folder)  # Somebody waits at the keyboard.
             raise
         finally:
             local_ray.shut_down()

@@ -64,6 +64,11 @@ def _set(handlers: Mapping[signal.Signals, Any]) -> None:
             signal.signal(number, handler)
 
 
+def has_come() -> bool:
+    """Whether a signal ends this process: a KeyboardInterrupt alone may be caught, and the process goes on."""
+    return any(isinstance(signal.getsignal(number), Ending) for number in SIGNALS)
+
+
 def received() -> int:
     """The signal that ends this command: SIGINT unless another came first."""
     handlers = [signal.getsignal(number) for number in SIGNALS]

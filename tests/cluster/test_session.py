@@ -125,8 +125,18 @@ def test_an_interrupted_run_keeps_no_logs_and_no_folder(fake_ray: FakeRay, tmp_p
     assert list(tmp_path.iterdir()) == [] and fake_ray.ended == 1
 
 
-def test_an_interrupted_run_kills_what_belongs_to_its_ray_and_nothing_else(fake_ray: FakeRay, tmp_path: Path) -> None:
+def test_an_interrupt_that_is_no_signal_ends_ray_in_its_own_way(fake_ray: FakeRay, tmp_path: Path) -> None:
+    """Whoever raised it may catch it, and go on with another session."""
+    with pytest.raises(KeyboardInterrupt), ray_session(ClusterConfig(), tmp_path / "logs", print):
+        raise KeyboardInterrupt
+    assert fake_ray.ended == 1
+
+
+def test_an_interrupted_run_kills_what_belongs_to_its_ray_and_nothing_else(
+    fake_ray: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray's own way to end takes seconds, for which somebody waits at the keyboard."""
+    monkeypatch.setattr(session.signals, "has_come", lambda: True)
     started: list[subprocess.Popen[str]] = []
     parent = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); sys.stdin.read()"
 
