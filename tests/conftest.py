@@ -177,6 +177,13 @@ def make_workplace(folder: Path) -> Workplace:
     return Workplace(folder)
 
 
+@pytest.fixture(autouse=True)
+def wandb_reads_its_settings_anew() -> None:
+    """wandb reads variables and files once in a process, and would remember the key of another test."""
+    if found := sys.modules.get("wandb.sdk.wandb_setup"):
+        found._singleton = None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """Where the shared run lives."""

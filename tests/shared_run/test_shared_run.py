@@ -164,7 +164,7 @@ def test_the_summary_has_before_and_after(shared_run: SharedRun) -> None:
 def test_every_actor_has_its_log(shared_run: SharedRun) -> None:
     logs = {path.name: path.stat().st_size for path in (shared_run.path / "logs").iterdir()}
     expected = ["learner-rank-0", "learner-rank-1", "rollout-worker-0", "rollout-worker-1", "scoring-server-0"]
-    assert sorted(logs) == [f"{name}.log" for name in expected]
+    assert sorted(logs) == [f"{name}.{kind}" for name in expected for kind in ("log", "pid")]
     assert "vLLM" in (shared_run.path / "logs" / "rollout-worker-1.log").read_text()
 
 

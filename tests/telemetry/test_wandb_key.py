@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from wandb.sdk import wandb_setup
 
 from rlhf_dist.config.schema import TelemetryConfig
 from rlhf_dist.errors import ConfigError
@@ -23,7 +22,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(wandb_setup, "_singleton", None)  # it reads settings once in a process
     return tmp_path
 
 
