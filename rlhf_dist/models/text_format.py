@@ -265,13 +265,6 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]) 
             "'{% if add_generation_prompt %}...{% endif %}' with that text to its chat_template.jinja, or set "
             "data.chat=false"
         )
-    tokens = chat_tokens(tokenizer, turns)
-    end = cast(str, tokenizer.eos_token)
-    if tokens and tokens[-1] == tokenizer.eos_token_id and not prompt.rstrip().endswith(end):
-        raise ModelError(
-            f"{name}: its tokenizer puts {end} after a prompt that the chat template wrote, so that the response would "
-            "come after the end; correct post_processor in tokenizer.json"
-        )
     marks = tuple(token for token in hidden_tokens(tokenizer) if token in whole)
     return _Found(marks, opening, before if before.strip() else "")
 

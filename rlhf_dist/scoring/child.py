@@ -17,6 +17,8 @@ from typing import Any
 
 from rlhf_dist.scoring import child_main
 
+START_LIMIT_S = 60.0
+"""For the system to start a process, which takes milliseconds."""
 END_LIMIT_S = 5.0
 """For a killed process to be gone."""
 
@@ -40,7 +42,8 @@ class Child:
         # The system ends the process with the thread that started it, so this thread lives as long as the process.
         self._keeper = threading.Thread(target=self._keep, args=(theirs,), daemon=True, name="keeper of a child")
         self._keeper.start()
-        self._started.wait()
+        if not self._started.wait(START_LIMIT_S):
+            self._failed = TimeoutError(f"{sys.executable} did not start in {START_LIMIT_S:g} s")
         if self._failed is not None:
             self._channel.close()
             raise self._failed

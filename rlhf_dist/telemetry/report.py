@@ -121,14 +121,12 @@ def read_metrics(path: Path) -> Series:
     Raises DataError naming file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError(f"{path}: cannot be read: {why}; is it a run directory's metrics.jsonl?") from error
     found: dict[str, dict[int, float]] = {}
     for row, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            break
         try:
             record = {name: float(value) for name, value in json.loads(line).items()}
             step = int(record.pop("step"))
