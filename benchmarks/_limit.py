@@ -59,6 +59,8 @@ def generate(work: Work) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    if work.enforce_eager:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # as in the product
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

@@ -43,6 +43,9 @@ def set_environment(config: RolloutConfig, device: str, threads: int, masked: bo
         os.environ["OMP_NUM_THREADS"] = str(threads)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.kv_cache_gib)))
+        if config.enforce_eager:
+            # vLLM compiles a few of its small functions even so, which takes longer than to start the engine.
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
 class VllmEngine:
