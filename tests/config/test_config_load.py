@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from rlhf_dist.config.load import from_yaml, load, to_yaml
 from rlhf_dist.config.schema import Config, RewardSpec, RolloutConfig, ScoringConfig
@@ -202,6 +202,7 @@ TRICKY = st.sampled_from(
 )
 
 
+@settings(max_examples=30)  # of about 0.1 s each
 @given(name=TEXT | TRICKY, stop=st.lists(TEXT | TRICKY, max_size=3), lr=st.floats(allow_nan=False), seed=st.integers())
 def test_yaml_round_trip(name: str, stop: list[str], lr: float, seed: int) -> None:
     optimizer = dataclasses.replace(Config().learner.optimizer, lr=lr)
