@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMAND_LIMIT_S = 400.0
 """Far more than a run of the tests needs on two busy cores."""
 
+STARTS_ENGINES = {"shared_run", "machine", "judged"}
+"""Fixtures that start Ray, vLLM or DeepSpeed."""
+
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("WANDB_API_KEY", None)
 os.environ |= {
@@ -175,6 +178,13 @@ def make_workplace(folder: Path) -> Workplace:
     (folder / "run.yaml").write_text(CONFIG.format(output=folder / "runs"))
     (folder / "run_rewards.py").write_text(REWARDS)
     return Workplace(folder)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts real engines by the fixtures that start them; other tests carry the mark themselves."""
+    for item in items:
+        if not STARTS_ENGINES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("engines")
 
 
 @pytest.fixture(autouse=True)

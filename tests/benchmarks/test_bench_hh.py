@@ -130,6 +130,7 @@ def test_every_key_of_its_config_is_one() -> None:
     assert DataConfig(**bench.CONFIG["data"]).response_key == "text"
 
 
+@pytest.mark.engines
 def test_a_tiny_run_of_the_whole(tmp_path: Path) -> None:
     data = hh_file(tmp_path / "hh.jsonl.gz", 40, bad=(3,))
     out, picture, folder = tmp_path / "hh.json", tmp_path / "hh.png", tmp_path / "work"

@@ -155,6 +155,7 @@ def test_the_whole_but_for_the_sampling(
     assert "ppo           highest gold" in shown
 
 
+@pytest.mark.engines
 def test_the_engine_samples_and_the_scorer_scores(tmp_path: Path) -> None:
     from rlhf_dist.models.tiny import make_tiny
 

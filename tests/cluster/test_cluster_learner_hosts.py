@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(400)]
 KINDS = ("turns", "shared", "beside")
 LIMIT_S = 300.0
 

@@ -54,6 +54,7 @@ def stages(out: str) -> list[str]:
     return [line.split(": ", 1)[1] for line in out.splitlines() if line.startswith("stage ")]
 
 
+@pytest.mark.engines
 def test_two_real_stages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     write_finished = on_disk.write_finished
 

@@ -266,8 +266,28 @@ def test_test_runs_every_check_and_fails_if_one_does(repository: Path, broken: s
         "ruff check",
         "ruff format",
         "pyright",
-        "pytest",
+        "pytest without engines",
+        "pytest with engines",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "calls"),
+    [
+        ([], ["-n auto --maxprocesses 4 -m not engines", "-m engines"]),
+        (["--quick"], ["-n auto --maxprocesses 4 -m not engines"]),
+        (["tests/algo"], ["tests/algo"]),
+        (["--quick", "tests/algo"], ["-m not engines tests/algo"]),
+    ],
+)
+def test_the_quick_test_leaves_out_engines(repository: Path, words: list[str], calls: list[str]) -> None:
+    make_ready(repository)
+    for tool in ("ruff", "pyright"):
+        stand_in(repository / ".venv" / "bin" / tool, "#!/bin/sh\n")
+    python = FAKE_PYTHON.replace("case", '[[ "$*" == *pytest* ]] && echo "$*" >>tests_run\ncase', 1)
+    stand_in(repository / ".venv" / "bin" / "python", python)
+    assert call(repository, "launch/test.sh", *words).returncode == 0
+    assert (repository / "tests_run").read_text().splitlines() == [f"-m pytest {words}" for words in calls]
 
 
 class Dashboard(BaseHTTPRequestHandler):

@@ -16,7 +16,7 @@ from rlhf_dist.config.schema import TinyConfig
 from rlhf_dist.models.scalar import load_scalar, save_scalar
 from rlhf_dist.models.tiny import make_tiny
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 STAGES = (0, 2, 3)
 KINDS = ("critic", "shared")
 # Its largest matrices have more than 100,000 elements: ZeRO-3 leaves smaller ones whole on every rank.

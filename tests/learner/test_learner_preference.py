@@ -31,7 +31,7 @@ from rlhf_dist.models.hf import load_tokenizer
 from rlhf_dist.models.tiny import make_tiny
 from rlhf_dist.models.tokenizer import character_tokenizer
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 CASES = [(0, 0.0), (1, 0.0), (2, 0.0), (3, 0.0), (0, 0.3), (3, 0.3)]
 """ZeRO stage, weight of the language-model loss."""
 # Its largest matrices have more than 100,000 elements: ZeRO-3 leaves smaller ones whole on every rank.

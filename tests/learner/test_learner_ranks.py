@@ -18,7 +18,7 @@ from rlhf_dist.models.hf import copy_weights, load_model
 from rlhf_dist.models.policy import PackedPolicy
 from rlhf_dist.models.tiny import make_tiny
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 STAGES = (0, 1, 2, 3)
 # Its largest matrices have more than 100,000 elements: ZeRO-3 leaves smaller ones whole on every rank.
 MODEL = TinyConfig(hidden_size=192, intermediate_size=640, layers=2, heads=2, kv_heads=1, max_positions=128)

@@ -102,6 +102,7 @@ def test_an_optimizer_that_cannot_be_read_is_a_data_error(engine: ModelEngine, t
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.engines
 def test_plain_text_is_learnt_for_real(tmp_path: Path) -> None:
     """Ray and DeepSpeed, three steps, with a tokenizer that has no start token."""
     place: Workplace = make_workplace(tmp_path)

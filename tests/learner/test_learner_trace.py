@@ -23,7 +23,7 @@ import pytest
 from rank_processes import run_ranks
 from trace_ranks import METHODS, METRICS, RECORDED, TRACE, make_models
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
 RECORD: dict[str, Any] = json.loads(TRACE.read_text())
 RANKS = ((1, 0), (2, 0), (2, 1))
 OF_A_LOSS, OF_A_NORM, OF_A_WAY = 3e-5, 2e-5, 2e-4

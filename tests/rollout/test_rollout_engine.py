@@ -24,7 +24,7 @@ from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 from rlhf_dist.weights.shared_memory import WeightWriter, slot_view
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
 CONFIG = RolloutConfig(max_prompt_tokens=24, max_response_tokens=24, kv_cache_gib=0.1, max_concurrent=32)
 SAMPLING = Sampling(n=4, temperature=1.0, top_p=1.0, top_k=0, max_tokens=16, stop=(), seed=None)

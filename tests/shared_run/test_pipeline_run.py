@@ -14,7 +14,7 @@ from conftest import Finished, Workplace
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-pytestmark = pytest.mark.timeout(1300)
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(1300)]
 STAGES = ("sft", "reward", "ppo", "grpo")
 STEPS = 2
 
