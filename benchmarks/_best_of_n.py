@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +142,13 @@ def sample(work: Work) -> list[dict[str, list[float]]]:
     from rlhf_dist.cluster import actors
     from rlhf_dist.cluster.placement import local_machine, place
     from rlhf_dist.data.stream import held_out
+    from rlhf_dist.loop.requests import make_requests
     from rlhf_dist.loop.train import sampling_of
     from rlhf_dist.rollout.vllm_engine import VllmEngine
     from rlhf_dist.rollout.worker import RolloutWorker
     from rlhf_dist.scoring.reward_model import RewardModel
     from rlhf_dist.scoring.scorer import Scorer
-    from rlhf_dist.types import DroppedPrompt, Rollout
+    from rlhf_dist.types import DroppedPrompt, Group
 
     config = from_yaml(Path(work.config).read_text(), work.config)
     placement = place(config, local_machine(), "eval")
@@ -170,10 +171,10 @@ def sample(work: Work) -> list[dict[str, list[float]]]:
     scorer = Scorer(config.scoring, reward_model)
     found = {}
     prompts = held_out(config.data, work.prompts)
-    for item in worker.generate(prompts, replace(sampling_of(config), n=work.samples)):
+    for item in worker.generate(make_requests(prompts, "eval", work.samples, sampling_of(config), work.seed)):
         if isinstance(item, DroppedPrompt):
             raise RunError(f"held-out prompt {item.uid} gave no samples ({item.reason}: {item.detail})")
-        if isinstance(item, Rollout):
+        if isinstance(item, Group):
             scores = scorer.score(item)
             gold = scores.components[config.scoring.gold]
             found[item.prompt.uid] = {"proxy": scores.total.tolist(), "gold": gold.tolist()}

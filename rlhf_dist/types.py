@@ -1,6 +1,6 @@
-"""The records that cross rooms: Prompt -> Rollout -> Experience -> Batch -> Credit -> StepReport.
+"""The records that cross rooms: Prompt -> Request -> Trajectory (in a Group) -> Experience -> Batch -> StepReport.
 
-Frozen and slotted. Sequences are ragged: flat arrays plus `offsets`, so that nothing is padded between processes.
+Frozen and slotted. Sequences are ragged, so that nothing is padded between processes.
 Arrays are numpy: Ray ships them without a copy on one machine, and the config and the CLI need no torch to import this.
 """
 
@@ -8,12 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
-Handle = Any
-"""A reference to a record that stays where it was made (a Ray object reference), opaque to the loop."""
+RecordT = TypeVar("RecordT")
+Purpose = Literal["train", "eval", "baseline"]
+"""What samples are for: training, an evaluation, or a greedy response that others are compared with."""
+PROMPT_ROLE, POLICY_ROLE = "prompt", "assistant"
+"""Roles of segments: everything before the first response as one, and what the policy sampled."""
+NO_VERSION = -1
+"""Version of a token that no weights of the run sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handle(Generic[RecordT]):
+    """A reference to a record that stays where it was made, opaque to the loop."""
+
+    place: Any
+    """What the fleet that made the handle finds the record by: a Ray object reference, say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +57,6 @@ class Prompt:
 class Sampling:
     """How to sample; made from the `rollout` section, or greedy for evaluation."""
 
-    n: int
-    """Samples per prompt."""
     temperature: float
     """0 is greedy."""
     top_p: float
@@ -55,48 +66,105 @@ class Sampling:
     """Response tokens at most."""
     stop: tuple[str, ...]
     """Strings that end a response."""
-    seed: int | None
-    """None: the engine's own stream."""
     masked: bool = False
     """Under the engine's mask, if it has one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
-    """One prompt group as sampled. Made by a rollout worker; stays in the object store."""
+class Request:
+    """A prompt to be sampled `n` times. Made by the loop, answered by a rollout worker with a `Group`."""
 
     prompt: Prompt
-    prompt_tokens: np.ndarray
-    """int32 [P]; shared by the group's samples."""
-    tokens: np.ndarray
-    """int32 [N]; the responses one after another, the token that ended one included."""
-    offsets: np.ndarray
-    """int64 [n + 1]; sample i is tokens[offsets[i]:offsets[i + 1]]."""
-    logprobs: np.ndarray
-    """float32 [N]; log-probability of each token under what it was drawn from (temperature and cuts included)."""
-    versions: np.ndarray
-    """int32 [N]; the weight version that sampled each token."""
-    finish_reasons: tuple[str, ...]
-    """n of `stop` (ended by itself) or `length` (cut at max_tokens)."""
-    texts: tuple[str, ...]
-    """n decoded responses, special tokens left out."""
-    special_texts: tuple[str, ...] = ()
-    """n decoded responses with the special tokens inside them, without the token that ended them; none where no reward
-    asks for them (`keep_special_tokens`)."""
+    attempt: int
+    """0 for the first; one more each time the prompt is submitted again."""
+    purpose: Purpose
+    sampling: Sampling
+    seeds: tuple[int, ...]
+    """n; of each sample, from the run's seed, the uid and the sample's number. The attempt has no part in it, so that a
+    group that was lost and is sampled again is the same group. Greedy samples do not use theirs."""
+
+    @property
+    def uid(self) -> str:
+        """The prompt's."""
+        return self.prompt.uid
+
+    @property
+    def n(self) -> int:
+        """Samples."""
+        return len(self.seeds)
 
 
 @dataclass(frozen=True, slots=True)
-class RolloutHead:
-    """What the controller needs of a `Rollout`: everything but the tokens."""
+class Segment:
+    """A stretch of a trajectory's tokens by one author; it ends where the next begins."""
+
+    role: str
+    """`prompt`: everything before the first response. `assistant`: sampled by the policy. Else whose words they are."""
+    turn: int
+    """From 0: the number of the policy's response that the segment is, or is read by."""
+    start: int
+    """Its first token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One sample: a conversation as tokens. Made by a rollout worker. T are all tokens, N those that were sampled."""
+
+    tokens: np.ndarray
+    """int32 [T]; prompt, response and any further turns, the tokens that ended a response included."""
+    loss_mask: np.ndarray
+    """bool [T]; true where the policy sampled the token. The first is never sampled, one at least is."""
+    logprobs: np.ndarray
+    """float32 [T]; log-probability of each sampled token under what it was drawn from (temperature and cuts included);
+    0 for the others."""
+    versions: np.ndarray
+    """int32 [T]; the weight version that sampled each token; `NO_VERSION` for the others."""
+    segments: tuple[Segment, ...]
+    """At least two: the prompt and a response. The last is a response."""
+    finish_reason: str
+    """Of the last response: `stop` (ended by itself) or `length` (truncated at max_tokens)."""
+    texts: tuple[str, ...]
+    """Of each segment after the first: decoded, special tokens left out."""
+    special_texts: tuple[str, ...] = ()
+    """The same with the special tokens inside, without the token that ended a response; none where no reward asks for
+    them (`keep_special_tokens`)."""
+
+    @property
+    def length(self) -> int:
+        """N."""
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The samples of one request. Made by a rollout worker; stays in the object store."""
+
+    request: Request
+    trajectories: tuple[Trajectory, ...]
+    """n."""
+
+    @property
+    def prompt(self) -> Prompt:
+        """The request's."""
+        return self.request.prompt
+
+    def sampled(self, per_token: np.ndarray) -> list[np.ndarray]:
+        """Values of the group's sampled tokens, sample after sample [sum of N, ...] -> one array [N, ...] a sample."""
+        return np.split(per_token, np.cumsum([sample.length for sample in self.trajectories])[:-1])
+
+
+@dataclass(frozen=True, slots=True)
+class GroupHead:
+    """What the controller needs of a `Group`: everything but the tokens."""
 
     uid: str
-    prompt_length: int
-    """Tokens."""
+    tokens: np.ndarray
+    """int64 [n]; all tokens of each trajectory."""
     lengths: np.ndarray
-    """int64 [n]; response tokens."""
+    """int64 [n]; the sampled ones."""
     finish_reasons: tuple[str, ...]
     oldest_version: int
-    """Lowest weight version among the tokens."""
+    """Lowest weight version among the sampled tokens."""
     newest_version: int
     worker: str
     """Which worker made it, for messages."""
@@ -104,7 +172,7 @@ class RolloutHead:
 
 @dataclass(frozen=True, slots=True)
 class DroppedPrompt:
-    """A prompt that gave no rollout, and why. Counted and shown, never silent."""
+    """A prompt that gave no group, and why. Counted and shown, never silent."""
 
     uid: str
     reason: str
@@ -149,9 +217,9 @@ class ReferenceHead:
     """How far a prompt group's responses are from the reference model. Made by a reference server."""
 
     kl: np.ndarray
-    """float32 [n]; sum over the response's tokens of rollout logprob - reference logprob (k1), nats per response."""
+    """float32 [n]; sum over the sampled tokens of rollout logprob - reference logprob (k1), nats per response."""
     logprob: np.ndarray
-    """float32 [n]; sum of the reference's logprobs over the response's tokens, nats."""
+    """float32 [n]; sum of the reference's logprobs over the sampled tokens, nats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,29 +227,28 @@ class Referenced:
     """A group's distance to the reference, with its per-token logprobs where they were made."""
 
     head: ReferenceHead
-    logprobs: Handle
-    """Reference to float32 [N], in the order of the rollout's tokens, at the sampler's temperature."""
+    logprobs: Handle[np.ndarray]
+    """float32 [sum of N] of the group's sampled tokens, sample after sample, at the sampler's temperature."""
 
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """A rollout with its scores: what the learner learns from. `n` below are the samples that were not left out."""
+    """A group with its scores: what the learner learns from. `n` below are the samples that were not left out."""
 
     prompt: Prompt
-    head: RolloutHead
+    head: GroupHead
     scores: Scores
-    rollout: Handle
-    """Reference to the `Rollout`."""
+    body: Handle[Group]
     reference: Referenced | None
     """None in a run without a reference model."""
     baseline: float = 0.0
     """Taken off each of its scores: with remax the score of the greedy response to the same prompt, else 0."""
     left_out: tuple[int, ...] = ()
-    """Samples of the rollout that have no place in head, scores and reference: a reward of theirs is not finite."""
+    """Samples of the group that have no place in head, scores and reference: a reward of theirs is not finite."""
 
     @property
     def samples(self) -> np.ndarray:
-        """int64 [n]; place in head, scores and reference -> sample of the rollout."""
+        """int64 [n]; place in head, scores and reference -> sample of the group."""
         return np.setdiff1d(np.arange(len(self.head.lengths) + len(self.left_out)), self.left_out)
 
 
@@ -189,16 +256,16 @@ class Experience:
 class Batch:
     """The experiences of one training step, by rows (one row is one sample). No tokens, only references to them."""
 
-    rollouts: tuple[Handle, ...]
-    """G references to `Rollout`s, in the order of the groups."""
+    bodies: tuple[Handle[Group], ...]
+    """G, in the order of the groups."""
     groups: np.ndarray
     """int64 [B]; row -> group."""
     samples: np.ndarray
     """int64 [B]; row -> sample within its group."""
-    prompt_lengths: np.ndarray
-    """int64 [B] tokens."""
-    response_lengths: np.ndarray
-    """int64 [B] tokens."""
+    tokens: np.ndarray
+    """int64 [B]; all tokens of the row."""
+    lengths: np.ndarray
+    """int64 [B]; the sampled ones."""
     ended: np.ndarray
     """bool [B]; false for a response that was cut before its end token."""
     scores: np.ndarray
@@ -207,8 +274,8 @@ class Batch:
     """float32 [B]; as `Scores.distinct`."""
     baselines: np.ndarray
     """float32 [B]; as `Experience.baseline`."""
-    references: tuple[Handle, ...]
-    """G references to the reference's logprobs, as `Referenced.logprobs`; none in a run without a reference."""
+    references: tuple[Handle[np.ndarray], ...]
+    """G; the reference's logprobs, as `Referenced.logprobs`; none in a run without a reference."""
     kl: np.ndarray
     """float32 [B]; nats per response to the reference; 0 in a run without one."""
     oldest_version: int
@@ -220,7 +287,7 @@ class Credit:
     """How much each row is to be encouraged."""
 
     advantages: np.ndarray
-    """float32 [B]; spread over the row's response tokens."""
+    """float32 [B]; spread over the row's sampled tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from rlhf_dist.cluster.processes import ProcessName, end_now, lost_ray, process_
 from rlhf_dist.cluster.spec import ActorSpec, enter, environment
 from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.scoring.reference_files import REFERENCE_FOLDER
-from rlhf_dist.types import Rollout, Scores
+from rlhf_dist.types import Group, Scores
 from rlhf_dist.weights.shared_memory import SHARED_MEMORY, sweep
 
 CLOSE_LIMIT_S = 10.0
@@ -55,9 +55,9 @@ class RolloutHost:
         enter(spec)
         self._worker = make_rollout_worker(spec)
 
-    def generate(self, prompts: Any, sampling: Any) -> Any:
+    def generate(self, requests: Any) -> Any:
         """See `RolloutWorker.generate`."""
-        yield from self._worker.generate(prompts, sampling)
+        yield from self._worker.generate(requests)
 
     def load_weights(self, announcement: Any) -> Any:
         """See `RolloutWorker.load_weights`."""
@@ -77,9 +77,9 @@ class ReferenceHost:
         self._reference = make_reference(spec)
         self._name = spec.name
 
-    def reference(self, rollout: Rollout, temperature: float) -> Any:
+    def reference(self, group: Group, temperature: float) -> Any:
         """See `ReferenceServer.logprobs`; two answers: head, logprobs."""
-        return self._reference.logprobs(rollout, temperature)
+        return self._reference.logprobs(group, temperature)
 
     def move(self, announcement: Any, keep: float) -> Any:
         """See `ReferenceServer.update`."""
@@ -107,9 +107,9 @@ class ScoringHost(ReferenceHost):
         self._reference = make_reference(spec) if with_reference else None
         self._name = spec.name
 
-    def score(self, rollout: Rollout) -> Scores:
+    def score(self, group: Group) -> Scores:
         """See `Scorer.score`."""
-        return self._scorer.score(rollout)
+        return self._scorer.score(group)
 
 
 def needs_reference(config: Config) -> bool:

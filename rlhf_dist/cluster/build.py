@@ -163,11 +163,11 @@ def evaluate(config: Config) -> None:
             placement = place(config, machine, "eval")
             parts = start_fleets(config, placement, source, logs, None, stack)
             progress.stage(f"evaluating {len(prompts)} prompts")
-            sampling = training.sampling_of(config)
             results = run_evaluation(
                 prompts,
                 config.eval,
-                sampling,
+                training.sampling_of(config),
+                seed=config.seed,
                 rollouts=parts.rollouts,
                 scoring=parts.scoring,
                 reference=parts.reference,

@@ -8,12 +8,14 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.errors import WeightSyncError
-from rlhf_dist.learner.shard import EstimateSums, Shard
+from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard
 from rlhf_dist.loop.ports import Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import Handle, Referenced, Scores
+from rlhf_dist.types import Group, Handle, Referenced, Scores
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 
 SCORING_KEY = "scoring.timeout_s"
@@ -49,14 +51,15 @@ class ScoringFleet:
     def __init__(self, workers: Mapping[str, Any], *, timeout_s: float) -> None:
         self._replicas = Replicas(workers, timeout_s)
 
-    def submit(self, rollout: Handle) -> Handle:
+    def submit(self, body: Handle[Group]) -> Handle[Scores]:
         """Begin to score a group; its tokens go from the object store to the server."""
         name, worker = self._replicas.next()
-        return Asked(name, worker.score.remote(rollout))
+        return Handle(Asked(name, worker.score.remote(body.place)))
 
-    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Scores]:
+    def gather(self, pending: Mapping[str, Handle[Scores]]) -> dict[str, Scores]:
         """Scores by uid; every group has `scoring.timeout_s`."""
-        return {uid: answer(asked, f"score prompt {uid}", self._replicas.timeout_s) for uid, asked in pending.items()}
+        limit = self._replicas.timeout_s
+        return {uid: answer(asked.place, f"score prompt {uid}", limit) for uid, asked in pending.items()}
 
 
 class ReferenceFleet:
@@ -66,16 +69,17 @@ class ReferenceFleet:
         self._replicas = Replicas(workers, timeout_s)
         self._moves = moves
 
-    def submit(self, rollout: Handle, temperature: float) -> Handle:
+    def submit(self, body: Handle[Group], temperature: float) -> Handle[Referenced]:
         """Begin to compute a group's reference logprobs, at the sampler's temperature."""
         name, worker = self._replicas.next()
-        head, logprobs = worker.reference.options(num_returns=2).remote(rollout, temperature)
-        return Asked(name, head, logprobs)
+        head, logprobs = worker.reference.options(num_returns=2).remote(body.place, temperature)
+        return Handle(Asked(name, head, logprobs))
 
-    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Referenced]:
+    def gather(self, pending: Mapping[str, Handle[Referenced]]) -> dict[str, Referenced]:
         """By uid; every group has `scoring.timeout_s`. The logprobs stay in the object store."""
+        limit = self._replicas.timeout_s
         return {
-            uid: Referenced(answer(asked, f"compare prompt {uid}", self._replicas.timeout_s), asked.rest)
+            uid: Referenced(answer(asked.place, f"compare prompt {uid}", limit), Handle(asked.place.rest))
             for uid, asked in pending.items()
         }
 
@@ -92,6 +96,11 @@ class ReferenceFleet:
         if self._moves:
             name, worker = self._replicas.next()
             gather({name: worker.save_reference.remote(folder)}, "save", self._replicas.timeout_s, SCORING_KEY)
+
+
+def places(handles: Sequence[Handle[Any]]) -> list[Any]:
+    """The object references of records, as arguments of a remote call: Ray passes the records themselves."""
+    return [handle.place for handle in handles]
 
 
 def answer(asked: Asked, what: str, timeout_s: float) -> Any:
@@ -123,12 +132,17 @@ class PolicyGroup(LearnerGroup):
     """All ranks of the policy's learner."""
 
     def update(
-        self, shards: Sequence[Shard], rollouts: Sequence[Handle], references: Sequence[Handle], estimates: Estimates
+        self,
+        shards: Sequence[Shard],
+        bodies: Sequence[Handle[Group]],
+        references: Sequence[Handle[np.ndarray]],
+        estimates: Estimates,
     ) -> MetricSums:
         """Give each rank its shard, the groups it needs, and the credit that its critic made."""
-        credits = estimates.handles or [None] * len(shards)
+        credits = places(estimates.handles) or [None] * len(shards)
+        arrays = places(bodies) + places(references)
         calls = {
-            name: rank.update.remote(shard, credit, estimates.whitening, len(rollouts), *rollouts, *references)
+            name: rank.update.remote(shard, credit, estimates.whitening, len(bodies), *arrays)
             for (name, rank), shard, credit in zip(self._ranks.items(), shards, credits, strict=True)
         }
         return MetricSums.merge(self._wait(calls, "update").values())
@@ -148,28 +162,31 @@ class CriticGroup(LearnerGroup):
         self._in_turn = in_turn
 
     def estimate(
-        self, shards: Sequence[Shard], rollouts: Sequence[Handle], references: Sequence[Handle]
-    ) -> tuple[Sequence[Handle], EstimateSums]:
+        self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], references: Sequence[Handle[np.ndarray]]
+    ) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
         """Values and credit of each shard; the arrays stay where they were made."""
         calls: dict[str, Any] = {}
-        handles: list[Handle] = []
+        handles: list[Handle[Estimate]] = []
+        arrays = places(bodies) + places(references)
         for (name, rank), shard in zip(self._ranks.items(), shards, strict=True):
             method = rank.estimate.options(num_returns=2)
-            calls[name], handle = method.remote(shard, len(rollouts), *rollouts, *references)
-            handles.append(handle)
+            calls[name], estimate = method.remote(shard, len(bodies), *arrays)
+            handles.append(Handle(estimate))
         return handles, EstimateSums.merge(self._wait(calls, "estimate").values())
 
-    def begin_update(self, shards: Sequence[Shard], rollouts: Sequence[Handle], estimates: Estimates) -> Handle:
+    def begin_update(
+        self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], estimates: Estimates
+    ) -> Handle[MetricSums]:
         """Begin to learn the returns; taking turns, the whole update."""
         calls = {
-            name: rank.update_critic.remote(shard, credit, *rollouts)
+            name: rank.update_critic.remote(shard, credit.place, *places(bodies))
             for (name, rank), shard, credit in zip(self._ranks.items(), shards, estimates.handles, strict=True)
         }
-        return self._wait(calls, "update_critic") if self._in_turn else calls
+        return Handle(self._wait(calls, "update_critic") if self._in_turn else calls)
 
-    def finish_update(self, pending: Handle) -> MetricSums:
+    def finish_update(self, pending: Handle[MetricSums]) -> MetricSums:
         """The ranks' metrics, merged."""
-        found = pending if self._in_turn else self._wait(pending, "update_critic")
+        found = pending.place if self._in_turn else self._wait(pending.place, "update_critic")
         return MetricSums.merge(found.values())
 
     def save(self, folder: Path) -> None:
@@ -184,11 +201,13 @@ class PolicyCreditGroup(CriticGroup):
     nothing to learn.
     """
 
-    def begin_update(self, shards: Sequence[Shard], rollouts: Sequence[Handle], estimates: Estimates) -> Handle:
+    def begin_update(
+        self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], estimates: Estimates
+    ) -> Handle[MetricSums]:
         """Nothing to begin."""
-        return {}
+        return Handle(None)
 
-    def finish_update(self, pending: Handle) -> MetricSums:
+    def finish_update(self, pending: Handle[MetricSums]) -> MetricSums:
         """Nothing to wait for."""
         return MetricSums()
 

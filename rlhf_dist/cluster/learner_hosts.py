@@ -13,7 +13,7 @@ from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.config.schema import AlgoConfig, OptimizerConfig
 from rlhf_dist.learner.critic_files import CRITIC_FOLDER
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import Rollout
+from rlhf_dist.types import Group
 
 LOOPBACK = "127.0.0.1"
 
@@ -103,12 +103,12 @@ class CriticVerbs:
     _critic: Any
 
     def estimate(self, shard: Any, count: int, *arrays: Any) -> Any:
-        """See `CriticLearner.estimate`; two answers: sums, estimate. `arrays`: `count` rollouts, then references."""
+        """See `CriticLearner.estimate`; two answers: sums, estimate. `arrays`: `count` groups, then references."""
         return self._critic.estimate(shard, arrays[:count], arrays[count:])
 
-    def update_critic(self, shard: Any, estimate: Any, *rollouts: Rollout) -> Any:
+    def update_critic(self, shard: Any, estimate: Any, *groups: Group) -> Any:
         """See `CriticLearner.update`."""
-        return self._critic.update(shard, estimate, rollouts)
+        return self._critic.update(shard, estimate, groups)
 
     def save_critic(self, folder: Path) -> None:
         """Into the checkpoint's own folder for the critic."""
@@ -120,7 +120,7 @@ class PolicyHost(CriticVerbs, LearnerHost):
     """A rank of the policy's learner; the critic's too where they take turns or share the trunk."""
 
     def update(self, shard: Any, estimate: Any, whitening: Any, count: int, *arrays: Any) -> Any:
-        """See `PolicyLearner.update`; `arrays`: `count` rollouts, then references."""
+        """See `PolicyLearner.update`; `arrays`: `count` groups, then references."""
         found = self._learner.update(shard, arrays[:count], arrays[count:], estimate, whitening)
         if self._ema is not None:
             self._ema.update(self._engine.weights())

@@ -12,7 +12,7 @@ from rlhf_dist.cluster.processes import look
 from rlhf_dist.cluster.waits import fetch, gather, limit_text, silent, wait
 from rlhf_dist.errors import ActorLost, ActorTimeout, RlhfError, WeightSyncError
 from rlhf_dist.telemetry.timeline import Patience
-from rlhf_dist.types import DroppedPrompt, Handle, Prompt, RolloutHead, Sampling
+from rlhf_dist.types import DroppedPrompt, Group, GroupHead, Handle, Request
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 
 GENERATE_KEY = "rollout.timeout_s"
@@ -54,19 +54,17 @@ class RolloutFleet:
         self._sync_timeout_s = sync_timeout_s
         self._give_up_after = give_up_after
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> Iterator[tuple[RolloutHead, Handle] | DroppedPrompt]:
-        """Share the prompts out evenly; yields groups as they finish."""
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[GroupHead, Handle[Group]] | DroppedPrompt]:
+        """Share the requests out evenly; yields groups as they finish."""
         self._take_back()
         if not self._serving:
             raise WeightSyncError("no rollout worker holds the published weights")
         streams: dict[Any, str] = {}
         for index, name in enumerate(self._serving):
-            share = list(prompts[index :: len(self._serving)])
+            share = list(requests[index :: len(self._serving)])
             if share:
                 method = self._standings[name].worker.generate.options(num_returns="streaming")
-                streams[method.remote(share, sampling)] = name
+                streams[method.remote(share)] = name
         patience = Patience(self._timeout_s)
         while streams:
             stream = self._first_ready(streams, patience)
@@ -77,7 +75,7 @@ class RolloutFleet:
                     continue
                 # The tokens stay where they are: only their reference is handed on.
                 self._first_ready({stream: streams[stream]}, patience)
-                yield first, next(stream)
+                yield first, Handle(next(stream))
             except StopIteration:
                 del streams[stream]
 
@@ -114,11 +112,10 @@ class RolloutFleet:
             raise WeightSyncError("; ".join([*problems, "no rollout worker holds the published weights"]))
         return problems
 
-    def texts(self, rollout: Handle) -> tuple[str, ...]:
-        """A group's responses."""
-        return gather({"the object store": rollout}, "fetch a sample", self._timeout_s, GENERATE_KEY)[
-            "the object store"
-        ].texts
+    def texts(self, body: Handle[Group]) -> tuple[str, ...]:
+        """A group's last responses."""
+        found = gather({"the object store": body.place}, "fetch a sample", self._timeout_s, GENERATE_KEY)
+        return tuple(sample.texts[-1] for sample in found["the object store"].trajectories)
 
     def _take_back(self) -> None:
         """Let those serve whose receipt for the present version came late; nobody is waited for."""

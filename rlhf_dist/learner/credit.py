@@ -10,35 +10,35 @@ import torch
 from rlhf_dist.algo.algorithm import TokenCredit
 from rlhf_dist.algo.rewards import token_rewards
 from rlhf_dist.learner.rows import PLACEHOLDER, Row
-from rlhf_dist.learner.shard import Estimate, Shard, of_sample, rollout_logprobs
-from rlhf_dist.types import Rollout
+from rlhf_dist.learner.shard import Estimate, Shard, by_sample, sampled_logprobs
+from rlhf_dist.types import Group
 
 
 def estimate(
     shard: Shard,
-    rollouts: Sequence[Rollout],
+    groups: Sequence[Group],
     references: Sequence[np.ndarray],
     values: Sequence[np.ndarray],
     credit: TokenCredit,
     kl_in_reward: bool,
 ) -> Estimate:
-    """Advantages and returns of each response token of the shard.
+    """Advantages and returns of each sampled token of the shard.
 
     The reward of a token is -kl_coef x (rollout logprob - reference logprob) where `kl_in_reward`, and the last one's
-    has the score besides. The rollout's logprobs are those of the policy that acted, so this is the reward it earned.
+    has the score besides. The sampler's logprobs are those of the policy that acted, so this is the reward it earned.
 
     Args:
-        references: G arrays float32 [tokens of the group], or none.
-        values: b arrays float32 [response length], one for each row of the shard.
+        references: G arrays float32 [sampled tokens of the group], or none.
+        values: b arrays float32 [N], one for each row of the shard.
     """
-    pairs = list(zip(shard.groups, shard.samples, strict=True))
     lengths = np.array([len(row) for row in values], np.int64)
-    if not len(pairs):
+    if not len(values):
         nothing = np.empty(0, np.float32)
         return Estimate(nothing, nothing, nothing)
     kl = [np.zeros(length, np.float32) for length in lengths]
     if kl_in_reward and references:
-        kl = [rollout_logprobs(rollouts[g], s) - of_sample(rollouts[g], s, references[g]) for g, s in pairs]
+        sampled, reference = sampled_logprobs(shard, groups), by_sample(shard, groups, references)
+        kl = [ours - theirs for ours, theirs in zip(sampled, reference, strict=True)]
     mask = np.arange(lengths.max()) < lengths[:, None]
     mask_BT = torch.from_numpy(mask)
     scores_B = torch.from_numpy(shard.scores.astype(np.float32))
@@ -57,16 +57,16 @@ def padded(rows: Sequence[np.ndarray], mask: np.ndarray) -> torch.Tensor:
 def measure(
     updates: Sequence[Sequence[np.ndarray]], rows: Sequence[Row], measured: Callable[[Sequence[Row]], torch.Tensor]
 ) -> list[np.ndarray]:
-    """One pass over all rows without a gradient, by micro-batches; float32 [response length, ...] for each row.
+    """One pass over all rows without a gradient, by micro-batches; float32 [N, ...] for each row.
 
-    `measured`: rows -> float32 [N, ...], what is wanted of each of their response tokens. An empty micro-batch is run,
+    `measured`: rows -> float32 [N, ...], what is wanted of each token with a loss. An empty micro-batch is run,
     too: the other ranks wait for it.
     """
     found = [np.empty(0, np.float32)] * len(rows)
     with torch.no_grad():
         for chosen in (chosen for micro_batches in updates for chosen in micro_batches):
             batch = [rows[i] for i in chosen] or [PLACEHOLDER]
-            parts = by_row(measured(batch).float().cpu().numpy(), [row.response_length for row in batch])
+            parts = by_row(measured(batch).float().cpu().numpy(), [row.length for row in batch])
             for i, part in zip(chosen, parts, strict=False):
                 found[i] = part
     return found

@@ -15,7 +15,7 @@ from rlhf_dist.learner.rows import PLACEHOLDER, spread
 from rlhf_dist.learner.scalar_engine import ScalarEngine
 from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard, flat, shard_rows, token_sums
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import Rollout
+from rlhf_dist.types import Group
 
 
 class CriticLearner:
@@ -29,18 +29,18 @@ class CriticLearner:
         self._kl_in_reward = kl_in_reward
 
     def estimate(
-        self, shard: Shard, rollouts: Sequence[Rollout], references: Sequence[np.ndarray]
+        self, shard: Shard, groups: Sequence[Group], references: Sequence[np.ndarray]
     ) -> tuple[EstimateSums, Estimate]:
         """Values of the shard's rows under the present critic, and the credit that comes of them."""
-        rows = shard_rows(shard, rollouts)
+        rows = shard_rows(shard, groups)
         values = measure(shard.updates, rows, self.engine.values)
-        made = estimate(shard, rollouts, references, values, self._credit, self._kl_in_reward)
+        made = estimate(shard, groups, references, values, self._credit, self._kl_in_reward)
         return EstimateSums.of(made), made
 
-    def update(self, shard: Shard, estimate: Estimate, rollouts: Sequence[Rollout]) -> MetricSums:
+    def update(self, shard: Shard, estimate: Estimate, groups: Sequence[Group]) -> MetricSums:
         """All passes over the shard: clipped value loss towards the returns."""
-        rows, device = shard_rows(shard, rollouts), self.engine.device
-        lengths = [row.response_length for row in rows]
+        rows, device = shard_rows(shard, groups), self.engine.device
+        lengths = [row.length for row in rows]
         old, returns = by_row(estimate.values, lengths), by_row(estimate.returns, lengths)
         found: list[MetricSums] = []
         for micro_batches, rate in zip(shard.updates * shard.epochs, shard.critic_rates, strict=True):

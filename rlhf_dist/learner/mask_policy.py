@@ -32,7 +32,7 @@ class MaskPolicy:
         self._lag = lag
 
     def mask(self, packed: Packed) -> ActionMask:
-        """What may be drawn at the rows' response tokens."""
+        """What may be drawn at the rows' tokens with a loss."""
         return self._policy.action_mask(packed.tokens, packed.cu_seqlens, packed.predict, self._lag.top_p)
 
     def follow(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> None:

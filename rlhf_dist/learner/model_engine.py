@@ -157,7 +157,7 @@ class ModelEngine(Engine):
     def logprobs(
         self, rows: Sequence[Row], temperature: float, entropy_gradient: bool = False, masked: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """(logprobs, entropy) of the rows' response tokens, float32 [N] each, row after row.
+        """(logprobs, entropy) of the rows' tokens with a loss, float32 [N] each, row after row.
 
         The entropy carries a gradient only where it is asked for: it costs memory. `masked`: under the mask, where
         there is one; false for text that was not sampled.

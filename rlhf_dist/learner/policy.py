@@ -20,14 +20,14 @@ from rlhf_dist.learner.shard import (
     Estimate,
     Shard,
     Whitening,
+    by_sample,
     flat,
-    of_sample,
-    rollout_logprobs,
+    sampled_logprobs,
     shard_rows,
     token_sums,
 )
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import Rollout
+from rlhf_dist.types import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +36,15 @@ class Given:
 
     rows: Sequence[Row]
     sampled: Sequence[np.ndarray]
-    """float32 [R]; the sampler's logprobs."""
+    """float32 [N]; the sampler's logprobs."""
     old: Sequence[np.ndarray] | None
-    """float32 [R]; logprobs before the first update. None: those of the loss itself, because there is one update."""
+    """float32 [N]; logprobs before the first update. None: those of the loss itself, because there is one update."""
     advantages: Sequence[np.ndarray]
-    """float32 [R]."""
+    """float32 [N]."""
     references: Sequence[np.ndarray]
-    """float32 [R]; the reference's logprobs; none where the loss has no KL."""
+    """float32 [N]; the reference's logprobs; none where the loss has no KL."""
     kept: Sequence[np.ndarray] | None
-    """float32 [R]; 1 for tokens that have a policy loss, 0 for the others. None: all have."""
+    """float32 [N]; 1 for tokens that have a policy loss, 0 for the others. None: all have."""
     weights: np.ndarray
     """float64 [b]."""
     temperature: float
@@ -62,7 +62,7 @@ class PolicyLearner:
     def update(
         self,
         shard: Shard,
-        rollouts: Sequence[Rollout],
+        groups: Sequence[Group],
         references: Sequence[np.ndarray],
         estimate: Estimate | None,
         whitening: Whitening,
@@ -71,7 +71,7 @@ class PolicyLearner:
 
         Ends early, on all ranks alike, when an optimizer step found more than `kl_stop` of KL to the sampling policy.
         """
-        given = self._given(shard, rollouts, references, estimate, whitening)
+        given = self._given(shard, groups, references, estimate, whitening)
         found: list[MetricSums] = []
         made = 0
         for number, (micro_batches, rate) in enumerate(
@@ -97,14 +97,13 @@ class PolicyLearner:
     def _given(
         self,
         shard: Shard,
-        rollouts: Sequence[Rollout],
+        groups: Sequence[Group],
         references: Sequence[np.ndarray],
         estimate: Estimate | None,
         whitening: Whitening,
     ) -> Given:
-        rows = shard_rows(shard, rollouts)
-        lengths = [row.response_length for row in rows]
-        pairs = list(zip(shard.groups, shard.samples, strict=True))
+        rows = shard_rows(shard, groups)
+        lengths = [row.length for row in rows]
         advantages = [np.full(length, a, np.float32) for length, a in zip(lengths, shard.advantages, strict=True)]
         if estimate is not None:
             assert isinstance(self._algorithm.credit, TokenCredit)
@@ -113,10 +112,10 @@ class PolicyLearner:
         old, entropies = self._before(rows, shard) if by_entropy or not shard.on_policy else (None, [])
         return Given(
             rows=rows,
-            sampled=[rollout_logprobs(rollouts[g], s) for g, s in pairs],
+            sampled=sampled_logprobs(shard, groups),
             old=None if shard.on_policy else old,
             advantages=advantages,
-            references=[of_sample(rollouts[g], s, references[g]) for g, s in pairs] if in_loss else [],
+            references=by_sample(shard, groups, references) if in_loss else [],
             kept=self._of_high_entropy(entropies) if by_entropy else None,
             weights=shard.weights,
             temperature=shard.temperature,
@@ -132,7 +131,7 @@ class PolicyLearner:
             # All that the other ranks' losses depend on: under ZeRO 3 their backward passes gather the same modules.
             return (logprobs + entropy + beside).sum() * 0.0, MetricSums({}, {})
         before = logprobs.detach() if given.old is None else flat(given.old, chosen, device)
-        lengths = [row.response_length for row in batch]
+        lengths = [row.length for row in batch]
         offsets = torch.from_numpy(np.cumsum([0, *lengths])).to(device)
         losses, stats = algorithm.loss(logprobs, before, flat(given.advantages, chosen, device), offsets)
         found = {f"policy/{name}": values for name, values in stats.items()} | beside_stats
@@ -206,7 +205,7 @@ class PolicyLearner:
         return losses, found
 
     def _before(self, rows: Sequence[Row], shard: Shard) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Logprobs and entropies under the weights before the first update, float32 [response length] for each row."""
+        """Logprobs and entropies under the weights before the first update, float32 [N] for each row."""
         both = measure(
             shard.updates, rows, lambda batch: torch.stack(self.engine.logprobs(batch, shard.temperature), -1)
         )

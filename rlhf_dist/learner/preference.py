@@ -18,7 +18,7 @@ from rlhf_dist.data.packing import plan
 from rlhf_dist.data.render import tokenize_demonstration
 from rlhf_dist.data.rows import Demonstration
 from rlhf_dist.errors import DataError
-from rlhf_dist.learner.rows import PLACEHOLDER, Row
+from rlhf_dist.learner.rows import PLACEHOLDER, Row, response_row
 from rlhf_dist.learner.scalar_engine import ScalarEngine, ScalarEngineWithLM
 from rlhf_dist.learner.schedule import learning_rate
 from rlhf_dist.telemetry import names
@@ -129,7 +129,7 @@ class PreferenceLearner:
     def train_step(self, step: int) -> MetricSums:
         """Optimizer step `step` (from 1): mean loss over the whole batch's judgements, all ranks."""
         elements, dropped = self._elements(self._train, self._order.batch(step - 1, self._config.batch_size))
-        learnt = sum(row.response_length for element in elements for row in better_rows(element))
+        learnt = sum(row.length for element in elements for row in better_rows(element))
         micro_batches = self._mine(elements)
         parts = []
         for index, batch in enumerate(micro_batches):
@@ -190,7 +190,7 @@ class PreferenceLearner:
             led = torch.sign(scores[pairs.better] - scores[pairs.worse])
             sums[TRAIN_ACCURACY] = (float((0.5 + 0.5 * led).sum()), float(len(led)))
         if isinstance(nll, Tensor):
-            learnt = sum(row.response_length for element in batch for row in better_rows(element))
+            learnt = sum(row.length for element in batch for row in better_rows(element))
             sums[LM_LOSS] = (float(nll.detach()), float(learnt))
         return loss * share + nll * lm_share, MetricSums(sums)
 
@@ -219,7 +219,7 @@ def tokenize_judgement(tokenizer: Any, judgement: Judgement, chat: bool) -> Elem
         prompt, tokens = tokenize_demonstration(tokenizer, Demonstration(judgement.messages, response), chat)
         if not tokens:
             raise DataError(f"{judgement.place}: the model's tokenizer knows no character of the prompt and a response")
-        rows.append(Row(np.asarray(prompt + tokens, dtype=np.int32), len(prompt)))
+        rows.append(response_row(prompt, tokens))
     return Element(tuple(rows), judgement)
 
 

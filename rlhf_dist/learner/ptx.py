@@ -57,6 +57,4 @@ class PtxMix:
         rows, dropped = demonstration_rows(
             self._source, chosen, self._tokenizer, self._chat, self._config.max_tokens, "ptx.max_tokens"
         )
-        return Mixed(
-            rank_share(rows, self._rank, self._ranks, self._budget), sum(row.response_length for row in rows), dropped
-        )
+        return Mixed(rank_share(rows, self._rank, self._ranks, self._budget), sum(row.length for row in rows), dropped)

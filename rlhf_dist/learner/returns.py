@@ -9,7 +9,7 @@ import numpy as np
 from rlhf_dist.algo.algorithm import TokenCredit
 from rlhf_dist.learner.credit import estimate
 from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard, shard_rows
-from rlhf_dist.types import Rollout
+from rlhf_dist.types import Group
 
 
 class ReturnsLearner:
@@ -20,9 +20,9 @@ class ReturnsLearner:
         self._kl_in_reward = kl_in_reward
 
     def estimate(
-        self, shard: Shard, rollouts: Sequence[Rollout], references: Sequence[np.ndarray]
+        self, shard: Shard, groups: Sequence[Group], references: Sequence[np.ndarray]
     ) -> tuple[EstimateSums, Estimate]:
         """As `CriticLearner.estimate`, with values of 0."""
-        values = [np.zeros(row.response_length, np.float32) for row in shard_rows(shard, rollouts)]
-        made = estimate(shard, rollouts, references, values, self._credit, self._kl_in_reward)
+        values = [np.zeros(row.length, np.float32) for row in shard_rows(shard, groups)]
+        made = estimate(shard, groups, references, values, self._credit, self._kl_in_reward)
         return EstimateSums.of(made), made

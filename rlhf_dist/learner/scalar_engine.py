@@ -1,4 +1,4 @@
-"""A reward model or critic under DeepSpeed: one number per row or per response token, steps, checkpoints."""
+"""A reward model or critic under DeepSpeed: one number per row or per token with a loss, steps, checkpoints."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ScalarEngine(Engine):
         super().__init__(scalar, source, model, learner, optimizer, device)
 
     def values(self, rows: Sequence[Row]) -> Tensor:
-        """float32 [N], one per response token, row after row: read at the position before it."""
+        """float32 [N], one per token with a loss, row after row: read at the position before it."""
         packed = pack_rows(rows, self.device)
         return self._normalized(self._read(packed, packed.predict))
 
@@ -105,7 +105,7 @@ class ScalarEngineWithLM(ScalarEngine):
         super().__init__(source, model, learner, optimizer, device=device, normalized=normalized)
 
     def scores_and_logprobs(self, rows: Sequence[Row], learnt: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """(scores float32 [S] as `scores`, logprobs float32 [N] of the response tokens of the rows that are learnt)."""
+        """(scores float32 [S] as `scores`, logprobs float32 [N] of tokens with a loss in rows that are learnt)."""
         packed = pack_rows(rows, self.device)
         mask = spread(np.asarray(learnt), rows, self.device) > 0
         predict = packed.predict[mask]

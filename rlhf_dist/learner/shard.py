@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from rlhf_dist.algo.masking import WHITEN_EPS
-from rlhf_dist.learner.rows import Row, rollout_row
+from rlhf_dist.learner.rows import Row, trajectory_row
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import Rollout
+from rlhf_dist.types import Group, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Shard:
     """One rank's share of a training step. Made by the controller; holds no tokens."""
 
     groups: np.ndarray
-    """int64 [b]; row -> position among the rollouts given beside the shard."""
+    """int64 [b]; row -> position among the groups given beside the shard."""
     samples: np.ndarray
     """int64 [b]; row -> sample within its group."""
     advantages: np.ndarray
@@ -43,7 +43,7 @@ class Shard:
     temperature: float
     """The sampler's, so that logprobs compare."""
     on_policy: bool
-    """The rollouts come from the learner's present weights and there is one update: old logprobs are the new ones."""
+    """The samples come from the learner's present weights and there is one update: old logprobs are the new ones."""
     kl_coef: float
     """Of the KL to the reference, as it stands at this step."""
 
@@ -53,7 +53,7 @@ class Estimate:
     """Credit by token of one shard. Made where the critic is; goes through the object store."""
 
     advantages: np.ndarray
-    """float32 [N]; the shard's response tokens, row after row. Not whitened yet: that takes all ranks' sums."""
+    """float32 [N]; the shard's sampled tokens, row after row. Not whitened yet: that takes all ranks' sums."""
     returns: np.ndarray
     """float32 [N]; what the critic learns."""
     values: np.ndarray
@@ -140,19 +140,25 @@ AS_THEY_ARE = Whitening(0.0, 1.0)
 """For algorithms that do not whiten."""
 
 
-def shard_rows(shard: Shard, rollouts: Sequence[Rollout]) -> list[Row]:
+def shard_samples(shard: Shard, groups: Sequence[Group]) -> list[Trajectory]:
+    """The shard's samples, row by row."""
+    return [groups[g].trajectories[s] for g, s in zip(shard.groups, shard.samples, strict=True)]
+
+
+def shard_rows(shard: Shard, groups: Sequence[Group]) -> list[Row]:
     """The shard's rows with their tokens."""
-    return [rollout_row(rollouts[g], s) for g, s in zip(shard.groups, shard.samples, strict=True)]
+    return [trajectory_row(sample) for sample in shard_samples(shard, groups)]
 
 
-def rollout_logprobs(rollout: Rollout, sample: int) -> np.ndarray:
-    """float32 [R]: the sampler's own logprobs of one sample."""
-    return of_sample(rollout, sample, rollout.logprobs)
+def sampled_logprobs(shard: Shard, groups: Sequence[Group]) -> list[np.ndarray]:
+    """float32 [N] for each row: the sampler's own logprobs of the sampled tokens."""
+    return [sample.logprobs[sample.loss_mask] for sample in shard_samples(shard, groups)]
 
 
-def of_sample(rollout: Rollout, sample: int, values: np.ndarray) -> np.ndarray:
-    """The part of a group's per-token values [N] that belongs to one sample."""
-    return values[rollout.offsets[sample] : rollout.offsets[sample + 1]]
+def by_sample(shard: Shard, groups: Sequence[Group], values: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """[N] for each row, of values of each group's sampled tokens [sum of N]."""
+    split = [group.sampled(found) for group, found in zip(groups, values, strict=True)]
+    return [split[g][s] for g, s in zip(shard.groups, shard.samples, strict=True)]
 
 
 def flat(arrays: Sequence[np.ndarray], chosen: np.ndarray, device: torch.device) -> Tensor:

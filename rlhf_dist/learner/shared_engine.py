@@ -36,7 +36,7 @@ class SharedEngine(ModelEngine):
     def logprobs_and_values(
         self, rows: Sequence[Row], temperature: float, entropy_gradient: bool = False, masked: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprobs, entropy, values) of the rows' response tokens, float32 [N] each, row after row."""
+        """(logprobs, entropy, values) of the rows' tokens with a loss, float32 [N] each, row after row."""
         return self._forward(pack_rows(rows, self.device), temperature, entropy_gradient, masked)
 
     def logprobs(

@@ -19,7 +19,7 @@ from rlhf_dist.learner.rows import Row
 from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard, Whitening, flat, shard_rows
 from rlhf_dist.learner.shared_engine import SharedEngine
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import Rollout
+from rlhf_dist.types import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,9 @@ class Targets:
     """What the value head learns in one update, by row."""
 
     old: Sequence[np.ndarray]
-    """float32 [R]; values before the update."""
+    """float32 [N]; values before the update."""
     returns: Sequence[np.ndarray]
-    """float32 [R]."""
+    """float32 [N]."""
 
 
 class SharedPolicyLearner(PolicyLearner):
@@ -55,31 +55,31 @@ class SharedPolicyLearner(PolicyLearner):
         self._targets = Targets((), ())
 
     def estimate(
-        self, shard: Shard, rollouts: Sequence[Rollout], references: Sequence[np.ndarray]
+        self, shard: Shard, groups: Sequence[Group], references: Sequence[np.ndarray]
     ) -> tuple[EstimateSums, Estimate]:
         """As `CriticLearner.estimate`."""
-        rows = shard_rows(shard, rollouts)
+        rows = shard_rows(shard, groups)
         values = measure(
             shard.updates,
             rows,
             lambda batch: self.engine.logprobs_and_values(batch, shard.temperature, masked=False)[2],
         )
-        made = estimate(shard, rollouts, references, values, self._credit, self._kl_in_reward)
+        made = estimate(shard, groups, references, values, self._credit, self._kl_in_reward)
         return EstimateSums.of(made), made
 
     def update(
         self,
         shard: Shard,
-        rollouts: Sequence[Rollout],
+        groups: Sequence[Group],
         references: Sequence[np.ndarray],
         estimate: Estimate | None,
         whitening: Whitening,
     ) -> MetricSums:
         """As `PolicyLearner.update`, with the value head."""
         assert estimate is not None
-        lengths = [row.response_length for row in shard_rows(shard, rollouts)]
+        lengths = [row.length for row in shard_rows(shard, groups)]
         self._targets = Targets(by_row(estimate.values, lengths), by_row(estimate.returns, lengths))
-        return super().update(shard, rollouts, references, estimate, whitening)
+        return super().update(shard, groups, references, estimate, whitening)
 
     def _forward(
         self, rows: Sequence[Row], given: Given, chosen: np.ndarray

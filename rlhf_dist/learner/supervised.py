@@ -15,7 +15,7 @@ from rlhf_dist.data.render import tokenize_demonstration
 from rlhf_dist.data.rows import Demonstration
 from rlhf_dist.errors import DataError
 from rlhf_dist.learner.model_engine import ModelEngine
-from rlhf_dist.learner.rows import PLACEHOLDER, Row
+from rlhf_dist.learner.rows import PLACEHOLDER, Row, response_row
 from rlhf_dist.learner.schedule import learning_rate
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
@@ -51,7 +51,7 @@ class SupervisedLearner:
     def train_step(self, step: int) -> MetricSums:
         """Optimizer step `step` (from 1): mean negative logprob over the whole batch's response tokens, all ranks."""
         rows, dropped = self._tokenized(self._train, self._order.batch(step - 1, self._config.batch_size))
-        tokens = sum(row.response_length for row in rows)
+        tokens = sum(row.length for row in rows)
         micro_batches = rank_share(rows, self.engine.rank, self._ranks, self._budget)
         nll = 0.0
         for index, batch in enumerate(micro_batches):
@@ -61,7 +61,7 @@ class SupervisedLearner:
             self.engine.backward(loss, last=index == len(micro_batches) - 1)
         rate = learning_rate(self._config.optimizer, step, self._config.steps)
         norm = self.engine.step(rate)
-        mine = sum(row.response_length for batch in micro_batches for row in batch)
+        mine = sum(row.length for batch in micro_batches for row in batch)
         return MetricSums(
             {
                 names.SFT_LOSS: (nll, mine),
@@ -81,7 +81,7 @@ class SupervisedLearner:
             for batch in rank_share(rows, self.engine.rank, self._ranks, self._budget):
                 logprobs, _ = self.engine.logprobs(batch or [PLACEHOLDER], 1.0)
                 nll -= float(logprobs.double().sum()) if batch else 0.0
-                tokens += sum(row.response_length for row in batch)
+                tokens += sum(row.length for row in batch)
         return MetricSums({names.SFT_HELD_OUT_LOSS: (nll, tokens)}, {})
 
     def _tokenized(self, source: Sequence[Demonstration], numbers: Sequence[int]) -> tuple[list[Row], int]:
@@ -101,7 +101,7 @@ def demonstration_rows(
     for number in numbers:
         prompt, response = tokenize_demonstration(tokenizer, source[number], chat)
         if response and len(prompt) + len(response) <= max_tokens:
-            rows.append(Row(np.asarray(prompt + response, dtype=np.int32), len(prompt)))
+            rows.append(response_row(prompt, response))
     if not rows:
         raise DataError(
             f"none of {len(numbers)} demonstrations has a token to learn within "

@@ -1,4 +1,4 @@
-"""The actor side: prompts -> rollouts -> scores and reference logprobs -> experiences."""
+"""The actor side: requests -> groups -> scores and reference logprobs -> experiences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from rlhf_dist.errors import RunError
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.non_finite import NON_FINITE, dropped as without_rewards, with_finite_rewards
 from rlhf_dist.loop.ports import References, Rollouts, Scoring
-from rlhf_dist.types import DroppedPrompt, Experience, Handle, NonFinite, Prompt, RolloutHead, Sampling
+from rlhf_dist.types import (
+    DroppedPrompt,
+    Experience,
+    Group,
+    GroupHead,
+    Handle,
+    NonFinite,
+    Referenced,
+    Request,
+    Scores,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,37 +35,36 @@ class Collected:
 
 
 def collect(
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
+    requests: Sequence[Request],
     *,
     rollouts: Rollouts,
     scoring: Scoring,
     reference: References | None = None,
     ledger: Ledger | None = None,
 ) -> Collected:
-    """Sample and score each prompt; a group is scored while the others are still being sampled.
+    """Answer and score each request; a group is scored while the others are still being sampled.
 
     Evaluation has no ledger, and a run without KL no reference. Raises `RunError` when a prompt gave neither an
     experience nor a reason.
     """
-    by_uid = {prompt.uid: prompt for prompt in prompts}
-    finished: dict[str, tuple[RolloutHead, Handle]] = {}
-    pending: dict[str, Handle] = {}
-    compared: dict[str, Handle] = {}
+    by_uid = {request.uid: request for request in requests}
+    finished: dict[str, tuple[GroupHead, Handle[Group]]] = {}
+    pending: dict[str, Handle[Scores]] = {}
+    compared: dict[str, Handle[Referenced]] = {}
     dropped: list[DroppedPrompt] = []
-    for result in rollouts.generate(prompts, sampling):
+    for result in rollouts.generate(requests):
         if isinstance(result, DroppedPrompt):
             dropped.append(result)
             continue
-        head, rollout = result
-        finished[head.uid] = (head, rollout)
-        pending[head.uid] = scoring.submit(rollout)
+        head, body = result
+        finished[head.uid] = (head, body)
+        pending[head.uid] = scoring.submit(body)
         if reference is not None:
-            compared[head.uid] = reference.submit(rollout, sampling.temperature)
+            compared[head.uid] = reference.submit(body, by_uid[head.uid].sampling.temperature)
     lost = by_uid.keys() - finished.keys() - {drop.uid for drop in dropped}
     if lost:
         raise RunError(
-            f"{len(lost)} of {len(prompts)} prompts came back neither sampled nor dropped, first {min(lost)}"
+            f"{len(lost)} of {len(requests)} prompts came back neither sampled nor dropped, first {min(lost)}"
         )
     if ledger is not None:
         for drop in dropped:
@@ -67,9 +76,13 @@ def collect(
         ledger.score(scores)
     experiences = [
         Experience(
-            prompt, head=finished[uid][0], scores=scores[uid], rollout=finished[uid][1], reference=references.get(uid)
+            request.prompt,
+            head=finished[uid][0],
+            scores=scores[uid],
+            body=finished[uid][1],
+            reference=references.get(uid),
         )
-        for uid, prompt in by_uid.items()
+        for uid, request in by_uid.items()
         if uid in finished
     ]
     kept = [with_finite_rewards(experience) for experience in experiences]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from rlhf_dist.errors import DataError, RewardError
 from rlhf_dist.loop.collect import Collected, collect
 from rlhf_dist.loop.non_finite import NON_FINITE
 from rlhf_dist.loop.ports import References, Rollouts, Scoring
+from rlhf_dist.loop.requests import greedy as without_chance, make_requests
 from rlhf_dist.telemetry import names
 from rlhf_dist.types import DroppedPrompt, Experience, NonFinite, Prompt, Sampling
 
@@ -36,6 +37,7 @@ def evaluate(
     config: EvalConfig,
     sampling: Sampling,
     *,
+    seed: int,
     rollouts: Rollouts,
     scoring: Scoring,
     reference: References | None = None,
@@ -43,6 +45,8 @@ def evaluate(
     solved_by: Mapping[str, float],
 ) -> Evaluation:
     """One greedy response a prompt, and `config.samples` sampled ones with the training's own sampling.
+
+    `seed` is the run's: every evaluation draws its samples from the same seeds.
 
     `eval/greedy_accuracy`: share of prompts solved; `eval/pass_at_K`: share of prompts with a solved one among K =
     `eval.samples`; `eval/sampled_accuracy`. A response is solved where the rewards that `solved_by` names, each times
@@ -56,18 +60,16 @@ def evaluate(
     with a reward that is not finite, if any; those that `scoring.non_finite` leaves out count as not solved and in no
     mean. Raises `DataError` if all prompts are dropped, `RewardError` if that is for their rewards.
     """
-    found = collect(
-        prompts, replace(sampling, n=1, temperature=0.0, top_p=1.0, top_k=0), rollouts=rollouts, scoring=scoring
-    )
+    requests = make_requests(prompts, "eval", 1, without_chance(sampling), seed)
+    found = collect(requests, rollouts=rollouts, scoring=scoring)
     require_some(found)
     greedy, dropped, non_finite = found.experiences, found.dropped, found.non_finite
     sampled: list[Experience] = []
     if config.samples:
         # Without chance there is no distribution to compare.
         compared = reference if sampling.temperature > 0 else None
-        found = collect(
-            prompts, replace(sampling, n=config.samples), rollouts=rollouts, scoring=scoring, reference=compared
-        )
+        requests = make_requests(prompts, "eval", config.samples, sampling, seed)
+        found = collect(requests, rollouts=rollouts, scoring=scoring, reference=compared)
         require_some(found)
         sampled, non_finite = found.experiences, non_finite + found.non_finite
     metrics: dict[str, float] = {}
@@ -146,10 +148,10 @@ def sample_answers(
     prompts: Sequence[Prompt], greedy: Sequence[Experience], dropped: Sequence[DroppedPrompt], rollouts: Rollouts
 ) -> tuple[str, ...]:
     """Greedy responses to the first `SHOWN_ANSWERS` prompts; `(dropped: REASON)` for one that has none."""
-    handles = {experience.prompt.uid: experience.rollout for experience in greedy}
+    bodies = {experience.prompt.uid: experience.body for experience in greedy}
     reasons = {drop.uid: drop.reason for drop in dropped}
     return tuple(
-        rollouts.texts(handles[prompt.uid])[0] if prompt.uid in handles else f"(dropped: {reasons[prompt.uid]})"
+        rollouts.texts(bodies[prompt.uid])[0] if prompt.uid in bodies else f"(dropped: {reasons[prompt.uid]})"
         for prompt in prompts[:SHOWN_ANSWERS]
     )
 

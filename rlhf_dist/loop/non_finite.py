@@ -34,7 +34,10 @@ def with_finite_rewards(experience: Experience) -> Experience | None:
     return replace(
         experience,
         head=replace(
-            head, lengths=head.lengths[kept], finish_reasons=tuple(compress(head.finish_reasons, kept.tolist()))
+            head,
+            tokens=head.tokens[kept],
+            lengths=head.lengths[kept],
+            finish_reasons=tuple(compress(head.finish_reasons, kept.tolist())),
         ),
         scores=replace(
             scores,

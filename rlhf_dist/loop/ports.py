@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from rlhf_dist.learner.shard import AS_THEY_ARE, EstimateSums, Shard, Whitening
+import numpy as np
+
+from rlhf_dist.learner.shard import AS_THEY_ARE, Estimate, EstimateSums, Shard, Whitening
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import DroppedPrompt, Handle, Prompt, Referenced, RolloutHead, Sampling, Scores
+from rlhf_dist.types import DroppedPrompt, Group, GroupHead, Handle, Referenced, Request, Scores
 from rlhf_dist.weights.receipts import Announcement
 
 
 class Rollouts(Protocol):
     """The rollout fleet."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> Iterator[tuple[RolloutHead, Handle] | DroppedPrompt]:
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[GroupHead, Handle[Group]] | DroppedPrompt]:
         """Groups as they finish, from workers that proved the published version."""
         ...
 
@@ -26,19 +26,19 @@ class Rollouts(Protocol):
         """Push a version to every worker and check the receipts; returns what was wrong, one sentence a worker."""
         ...
 
-    def texts(self, rollout: Handle) -> tuple[str, ...]:
-        """A group's responses, for the sample table."""
+    def texts(self, body: Handle[Group]) -> tuple[str, ...]:
+        """A group's last responses, for the sample table."""
         ...
 
 
 class Scoring(Protocol):
     """The scoring fleet."""
 
-    def submit(self, rollout: Handle) -> Handle:
+    def submit(self, body: Handle[Group]) -> Handle[Scores]:
         """Begin to score a group."""
         ...
 
-    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Scores]:
+    def gather(self, pending: Mapping[str, Handle[Scores]]) -> dict[str, Scores]:
         """Wait for scores, by uid."""
         ...
 
@@ -46,11 +46,11 @@ class Scoring(Protocol):
 class References(Protocol):
     """The reference servers."""
 
-    def submit(self, rollout: Handle, temperature: float) -> Handle:
+    def submit(self, body: Handle[Group], temperature: float) -> Handle[Referenced]:
         """Begin to compute a group's reference logprobs."""
         ...
 
-    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Referenced]:
+    def gather(self, pending: Mapping[str, Handle[Referenced]]) -> dict[str, Referenced]:
         """Wait for them, by uid; the logprobs stay where they were made."""
         ...
 
@@ -67,8 +67,8 @@ class References(Protocol):
 class Estimates:
     """Credit by token of a step, rank by rank; the arrays stay where they were made."""
 
-    handles: Sequence[Handle]
-    """References to one `Estimate` a rank; none where credit is by response."""
+    handles: Sequence[Handle[Estimate]]
+    """One a rank; none where credit is by response."""
     whitening: Whitening
     metrics: Mapping[str, float]
 
@@ -83,7 +83,11 @@ class Policy(Protocol):
     ranks: int
 
     def update(
-        self, shards: Sequence[Shard], rollouts: Sequence[Handle], references: Sequence[Handle], estimates: Estimates
+        self,
+        shards: Sequence[Shard],
+        bodies: Sequence[Handle[Group]],
+        references: Sequence[Handle[np.ndarray]],
+        estimates: Estimates,
     ) -> MetricSums:
         """One shard for each rank; the ranks' metrics, merged."""
         ...
@@ -97,16 +101,18 @@ class Critic(Protocol):
     """The critic's ranks, as many as the policy's."""
 
     def estimate(
-        self, shards: Sequence[Shard], rollouts: Sequence[Handle], references: Sequence[Handle]
-    ) -> tuple[Sequence[Handle], EstimateSums]:
+        self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], references: Sequence[Handle[np.ndarray]]
+    ) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
         """Values and credit of each shard under the present critic."""
         ...
 
-    def begin_update(self, shards: Sequence[Shard], rollouts: Sequence[Handle], estimates: Estimates) -> Handle:
+    def begin_update(
+        self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], estimates: Estimates
+    ) -> Handle[MetricSums]:
         """Begin to learn the returns, beside what the policy does."""
         ...
 
-    def finish_update(self, pending: Handle) -> MetricSums:
+    def finish_update(self, pending: Handle[MetricSums]) -> MetricSums:
         """Wait for `begin_update`; the ranks' metrics, merged."""
         ...
 

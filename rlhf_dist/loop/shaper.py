@@ -93,7 +93,7 @@ class ShaperState:
 def penalized(batch: Batch, shaping: ShapingConfig, max_tokens: int) -> torch.Tensor:
     """float32 [B]: scores less their baselines, by length, then with the penalties that a response alone tells."""
     scores = against_greedy(torch.from_numpy(batch.scores), torch.from_numpy(batch.baselines))
-    lengths = torch.from_numpy(batch.response_lengths)
+    lengths = torch.from_numpy(batch.lengths)
     if shaping.length_normalize:
         scores = length_normalized(scores, lengths)
     if shaping.overlong_buffer:

@@ -63,11 +63,11 @@ def train_step(
         with watch.phase("value"):
             estimates = estimate(critic, shards, batch, learning.algorithm)
     with watch.phase("train"):
-        learns = None if critic is None else critic.begin_update(shards, batch.rollouts, estimates)
+        learns = None if critic is None else critic.begin_update(shards, batch.bodies, estimates)
         if learns_policy(learning, step):
             references = batch.references if learning.algorithm.kl_estimator is not None else ()
-            stats = policy.update(shards, batch.rollouts, references, estimates)
-        if critic is not None:
+            stats = policy.update(shards, batch.bodies, references, estimates)
+        if critic is not None and learns is not None:
             critic_stats = critic.finish_update(learns)
     kl_coef = shaper.kl_coef
     if learns_policy(learning, step):  # a policy that stands still has no KL to steer
@@ -97,11 +97,11 @@ def collate(experiences: Sequence[Experience]) -> Batch:
     references = [e.reference for e in experiences if e.reference is not None]
     assert len(references) in (0, len(experiences)), "either all groups have reference logprobs or none"
     return Batch(
-        rollouts=tuple(e.rollout for e in experiences),
+        bodies=tuple(e.body for e in experiences),
         groups=np.repeat(np.arange(len(experiences)), counts),
         samples=np.concatenate([e.samples for e in experiences]),
-        prompt_lengths=np.repeat([e.head.prompt_length for e in experiences], counts),
-        response_lengths=np.concatenate([e.head.lengths for e in experiences]),
+        tokens=np.concatenate([e.head.tokens for e in experiences]),
+        lengths=np.concatenate([e.head.lengths for e in experiences]),
         ended=np.array([reason == "stop" for e in experiences for reason in e.head.finish_reasons]),
         scores=np.concatenate([e.scores.total for e in experiences]),
         distinct=np.concatenate([e.scores.distinct for e in experiences]),
@@ -126,7 +126,7 @@ def assign_credit(batch: Batch, scores: np.ndarray, algorithm: Algorithm, kl_coe
     """
     if not isinstance(algorithm.credit, GroupCredit):
         return Credit(np.zeros(len(scores), np.float32))
-    groups, lengths = torch.from_numpy(batch.groups), torch.from_numpy(batch.response_lengths)
+    groups, lengths = torch.from_numpy(batch.groups), torch.from_numpy(batch.lengths)
     advantages = algorithm.credit.advantages(torch.from_numpy(scores), groups, lengths)
     if not isinstance(advantages, torch.Tensor) or advantages.shape != groups.shape or not advantages.isfinite().all():
         found = tuple(advantages.shape) if isinstance(advantages, torch.Tensor) else type(advantages).__name__
@@ -141,7 +141,7 @@ def assign_credit(batch: Batch, scores: np.ndarray, algorithm: Algorithm, kl_coe
 
 def estimate(critic: Critic, shards: Sequence[Shard], batch: Batch, algorithm: Algorithm) -> Estimates:
     """Credit by token, and what makes the advantages of all ranks have mean 0 and deviation 1."""
-    handles, sums = critic.estimate(shards, batch.rollouts, batch.references)
+    handles, sums = critic.estimate(shards, batch.bodies, batch.references)
     whiten = not isinstance(algorithm.credit, GroupCredit) and algorithm.credit.whiten
     found = sums.metrics()
     if not algorithm.needs_critic:
@@ -158,16 +158,14 @@ def make_shards(
     cannot have one are not sent at all.
     """
     learner, algorithm = learning.learner, learning.algorithm
-    lengths = batch.prompt_lengths + batch.response_lengths
-    weights = np.zeros(len(lengths))
+    weights = np.zeros(len(batch.tokens))
     updates: list[list[tuple[np.ndarray, ...]]] = [[] for _ in range(ranks)]
-    for groups in np.array_split(np.arange(len(batch.rollouts)), learner.updates_per_batch):
+    for groups in np.array_split(np.arange(len(batch.bodies)), learner.updates_per_batch):
         rows = np.flatnonzero(np.isin(batch.groups, groups))
-        weights[rows] = algorithm.token_weights(
-            torch.from_numpy(batch.response_lengths[rows]), learning.sampling.max_tokens
-        ).numpy()
+        lengths = torch.from_numpy(batch.lengths[rows])
+        weights[rows] = algorithm.token_weights(lengths, learning.sampling.max_tokens).numpy()
         trained = rows_to_train(rows, batch, credit, algorithm)
-        for rank, micro_batches in enumerate(plan(lengths[trained], ranks, learner.micro_batch_tokens)):
+        for rank, micro_batches in enumerate(plan(batch.tokens[trained], ranks, learner.micro_batch_tokens)):
             updates[rank].append(tuple(trained[chosen] for chosen in micro_batches))
     count = learner.updates_per_batch * learner.epochs
     first, total = (step - 1) * count, learning.steps * count
@@ -214,19 +212,18 @@ def rows_to_train(rows: np.ndarray, batch: Batch, credit: Credit, algorithm: Alg
 
 def batch_metrics(batch: Batch, scores: np.ndarray, learning: Learning, step: int) -> dict[str, float]:
     """What the controller can tell from lengths and scores."""
-    groups = len(batch.rollouts)
-    tokens = float(batch.response_lengths.sum())
+    groups = len(batch.bodies)
     found = {
         names.REWARD_MEAN: float(batch.scores.mean()),
         "reward/std": float(batch.scores.std()),
-        names.RESPONSE_LENGTH: float(batch.response_lengths.mean()),
-        "rollout/response_length_max": float(batch.response_lengths.max()),
-        "rollout/response_tokens": tokens,
-        "rollout/cut_share": float((batch.response_lengths >= learning.sampling.max_tokens).mean()),
+        names.RESPONSE_LENGTH: float(batch.lengths.mean()),
+        "rollout/response_length_max": float(batch.lengths.max()),
+        "rollout/response_tokens": float(batch.lengths.sum()),
+        "rollout/cut_share": float((batch.lengths >= learning.sampling.max_tokens).mean()),
         "rollout/unended_share": float((~batch.ended).mean()),
         # Versions between the weights being updated and those that sampled the oldest token; 0: on policy.
         "rollout/policy_lag_max": float(step - 1 - batch.oldest_version),
-        "learner/tokens": float(batch.prompt_lengths.sum()) + tokens,
+        "learner/tokens": float(batch.tokens.sum()),
     }
     if METHODS[learning.algorithm.name].baseline == "group":
         flat = sum(all_equal(torch.from_numpy(scores[batch.groups == g])) for g in range(groups))

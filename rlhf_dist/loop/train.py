@@ -25,6 +25,7 @@ from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.non_finite import NON_FINITE, counted, refuse_if_hopeless
 from rlhf_dist.loop.ports import Critic, Policy, References, Rollouts, Scoring
 from rlhf_dist.loop.queue import ExperienceQueue
+from rlhf_dist.loop.requests import greedy, make_requests
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.shaper import Shaper
@@ -155,6 +156,7 @@ def measure(run: Run, step: int) -> Evaluation:
         run.held_out,
         run.config.eval,
         sampling_of(run.config),  # without a mask: what is measured is the model that is saved, and that has none
+        seed=run.config.seed,
         rollouts=run.rollouts,
         scoring=run.scoring,
         reference=run.reference,
@@ -175,16 +177,14 @@ def move_reference(run: Run, announcement: Announcement) -> None:
 
 
 def sampling_of(config: Config) -> Sampling:
-    """Training's own way to sample, but for a mask: a group for each prompt."""
+    """Training's own way to sample, but for a mask."""
     rollout = config.rollout
     return Sampling(
-        n=config.algo.group_size,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         max_tokens=rollout.max_response_tokens,
         stop=tuple(rollout.stop),
-        seed=None,
     )
 
 
@@ -239,8 +239,7 @@ def next_batch(run: Run, version: int) -> tuple[tuple[Experience, ...], dict[str
         run.ledger.issue([prompt.uid for prompt in prompts], version)
         run.queue.issued(len(prompts))
         found = collect(
-            prompts,
-            run.sampling,
+            make_requests(prompts, "train", run.config.algo.group_size, run.sampling, run.config.seed),
             rollouts=run.rollouts,
             scoring=run.scoring,
             reference=run.reference,
@@ -279,9 +278,9 @@ def warn_of_non_finite(run: Run, when: str, found: Sequence[NonFinite]) -> None:
 
 def against_greedy_scores(run: Run, experiences: Sequence[Experience]) -> Collected:
     """The experiences with the score of the greedy response to their prompt; those whose prompt gave none apart."""
-    greedy = replace(run.sampling, n=1, temperature=0.0, top_p=1.0, top_k=0)
     prompts = [experience.prompt for experience in experiences]
-    found = collect(prompts, greedy, rollouts=run.rollouts, scoring=run.scoring)
+    requests = make_requests(prompts, "baseline", 1, greedy(run.sampling), run.config.seed)
+    found = collect(requests, rollouts=run.rollouts, scoring=run.scoring)
     scores = {experience.prompt.uid: float(experience.scores.total[0]) for experience in found.experiences}
     lost = [drop if drop.reason == NON_FINITE else replace(drop, reason=GREEDY_LOST) for drop in found.dropped]
     for drop in lost:
@@ -327,7 +326,7 @@ def sample_rows(run: Run, experiences: Sequence[Experience]) -> list[dict[str, A
             {
                 "uid": experience.prompt.uid,
                 "prompt": experience.prompt.messages[-1].content,
-                "response": run.rollouts.texts(experience.rollout)[int(experience.samples[0])],
+                "response": run.rollouts.texts(experience.body)[int(experience.samples[0])],
                 "answer": experience.prompt.answer,
                 "reward": float(experience.scores.total[0]),
                 "components": {name: float(values[0]) for name, values in experience.scores.components.items()},

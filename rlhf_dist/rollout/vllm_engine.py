@@ -19,13 +19,14 @@ from rlhf_dist.config.schema import RolloutConfig
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.text_format import text_format
 from rlhf_dist.rollout.action_mask import MaskReader, MaskStart, Reading
-from rlhf_dist.types import Prompt, Receipt, Rollout, Sampling
+from rlhf_dist.rollout.trajectories import Response, single_turn
+from rlhf_dist.types import NO_VERSION, Group, Receipt, Request, Sampling
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.shared_memory import WeightReader
 
 MASKED = "masked"
 """In a request's extra arguments: its tokens are drawn under the mask."""
-UNPUBLISHED = -1
+UNPUBLISHED = NO_VERSION
 """Version of weights that the engine loaded itself, before the learner published any."""
 
 
@@ -68,7 +69,7 @@ class VllmEngine:
         """Start the engine: about 12 s on a CPU. `model` is a Hugging Face directory; `mask`: what may be drawn.
 
         `chat` is `data.chat`: then a response ends at the chat template's end of turn, too. `special_texts`: whether
-        rollouts have `Rollout.special_texts`.
+        trajectories have `special_texts`.
         """
         set_environment(config, device, threads, masked=mask is not None)
         from vllm import EngineArgs
@@ -110,19 +111,22 @@ class VllmEngine:
         # vLLM by itself stops at the tokenizer's end token and at those of generation_config.json.
         self._stops = text_format(self.tokenizer, chat).stops
 
-    def generate(self, prompts: Sequence[tuple[Prompt, list[int]]], sampling: Sampling) -> Iterator[Rollout]:
-        """Sample every (prompt, prompt tokens); yields groups as they finish, so not in order."""
-        waiting: dict[str, tuple[Prompt, list[int]]] = {}
-        params = sampling_params(sampling, self._stops)
-        for prompt, tokens in prompts:
-            self._engine.add_request(prompt.uid, {"prompt_token_ids": tokens}, params)
-            waiting[prompt.uid] = (prompt, tokens)
+    def generate(self, asked: Sequence[tuple[Request, list[int]]]) -> Iterator[Group]:
+        """Sample every (request, prompt tokens); yields groups as they finish, so not in order."""
+        waiting: dict[str, tuple[Request, list[int]]] = {}
+        for request, tokens in asked:
+            params = sampling_params(request.sampling, request.n, self._stops)
+            self._engine.add_request(request.uid, {"prompt_token_ids": tokens}, params)
+            waiting[request.uid] = (request, tokens)
         try:
             while waiting:
                 for output in self._engine.step():
                     if output.finished:
-                        prompt, tokens = waiting.pop(output.request_id)
-                        yield self._rollout(prompt, tokens, output, use_text=bool(sampling.stop))
+                        request, tokens = waiting.pop(output.request_id)
+                        outputs: Any = output.outputs
+                        samples = sorted(outputs, key=lambda sample: sample.index)
+                        responses = self._responses(samples, use_text=bool(request.sampling.stop))
+                        yield Group(request, tuple(single_turn(tokens, response) for response in responses))
         finally:
             # The caller went away in the middle: nothing of it may run on into the next call.
             if waiting:
@@ -139,26 +143,23 @@ class VllmEngine:
         self._version = announcement.version
         return Receipt(self._name, announcement.version, announcement.plan.names, tuple(answers[0]))
 
-    def _rollout(self, prompt: Prompt, prompt_tokens: list[int], output: Any, use_text: bool) -> Rollout:
-        samples = sorted(output.outputs, key=lambda sample: sample.index)
-        token_ids = [list(sample.token_ids) for sample in samples]
-        lengths = [len(ids) for ids in token_ids]
-        versions = np.full(sum(lengths), self._version, dtype=np.int32)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        for start, sample in zip(offsets, samples, strict=False):
+    def _responses(self, samples: Sequence[Any], use_text: bool) -> Iterator[Response]:
+        texts = tuple(s.text for s in samples) if use_text else decoded(self.tokenizer, samples, special=False)
+        special: Sequence[str | None] = [None] * len(samples)
+        if self._special_texts:
+            special = decoded(self.tokenizer, samples, special=True)
+        for sample, text, special_text in zip(samples, texts, special, strict=True):
+            versions = np.full(len(sample.token_ids), self._version, dtype=np.int32)
             for span in sample.weight_versions or ():
-                versions[start + span.start : start + span.end] = int(span.version)
-        return Rollout(
-            prompt=prompt,
-            prompt_tokens=np.asarray(prompt_tokens, dtype=np.int32),
-            tokens=np.concatenate([np.asarray(ids, dtype=np.int32) for ids in token_ids]),
-            offsets=offsets,
-            logprobs=np.concatenate([sampled_logprobs(sample) for sample in samples]),
-            versions=versions,
-            finish_reasons=tuple(str(sample.finish_reason) for sample in samples),
-            texts=tuple(s.text for s in samples) if use_text else decoded(self.tokenizer, samples, special=False),
-            special_texts=decoded(self.tokenizer, samples, special=True) if self._special_texts else (),
-        )
+                versions[span.start : span.end] = int(span.version)
+            yield Response(
+                tokens=sample.token_ids,
+                logprobs=sampled_logprobs(sample),
+                versions=versions,
+                finish_reason=str(sample.finish_reason),
+                text=text,
+                special_text=special_text,
+            )
 
 
 def decoded(tokenizer: Any, samples: Sequence[Any], special: bool) -> tuple[str, ...]:
@@ -185,7 +186,7 @@ def ended_by_token(sample: Any) -> bool:
     return sample.finish_reason == "stop" and not isinstance(sample.stop_reason, str)
 
 
-def sampling_params(sampling: Sampling, stops: Sequence[int]) -> Any:
+def sampling_params(sampling: Sampling, n: int, stops: Sequence[int]) -> Any:
     """vLLM's form of `Sampling`: final outputs, the sampled tokens' logprobs, no text unless stop strings need it.
 
     `stops`: tokens that end a response; each is its last token then, as the end token is.
@@ -194,14 +195,13 @@ def sampling_params(sampling: Sampling, stops: Sequence[int]) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        n=sampling.n,
+        n=n,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         max_tokens=sampling.max_tokens,
         stop=list(sampling.stop) or None,
         stop_token_ids=list(stops),
-        seed=sampling.seed,
         logprobs=0,
         flat_logprobs=True,
         detokenize=bool(sampling.stop),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
 from rlhf_dist.data.render import render
-from rlhf_dist.types import DroppedPrompt, Prompt, Receipt, Rollout, RolloutHead, Sampling
+from rlhf_dist.rollout.trajectories import head_of
+from rlhf_dist.types import DroppedPrompt, Group, GroupHead, Receipt, Request
 from rlhf_dist.weights.receipts import Announcement
 
 
@@ -17,7 +16,7 @@ class Engine(Protocol):
 
     tokenizer: Any
 
-    def generate(self, prompts: Sequence[tuple[Prompt, list[int]]], sampling: Sampling) -> Iterator[Rollout]: ...
+    def generate(self, asked: Sequence[tuple[Request, list[int]]]) -> Iterator[Group]: ...
 
     def load_weights(self, announcement: Announcement) -> Receipt: ...
 
@@ -31,27 +30,25 @@ class RolloutWorker:
         self._chat = chat
         self._max_prompt_tokens = max_prompt_tokens
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> Iterator[RolloutHead | Rollout | DroppedPrompt]:
-        """Sample each prompt `sampling.n` times; yields, as groups finish, a head and then its rollout.
+    def generate(self, requests: Sequence[Request]) -> Iterator[GroupHead | Group | DroppedPrompt]:
+        """Sample each request's prompt; yields, as groups finish, a head and then its group.
 
         Two items, so that the caller can read the small one and leave the tokens where they are. A prompt that is too
         long, or has no tokens, yields one `DroppedPrompt`.
         """
         accepted = []
-        for prompt in prompts:
-            tokens = render(self._engine.tokenizer, prompt.messages, self._chat)
+        for request in requests:
+            tokens = render(self._engine.tokenizer, request.prompt.messages, self._chat)
             if not tokens:
-                yield DroppedPrompt(prompt.uid, "prompt_empty", "the tokenizer knows none of its characters")
+                yield DroppedPrompt(request.uid, "prompt_empty", "the tokenizer knows none of its characters")
             elif len(tokens) <= self._max_prompt_tokens:
-                accepted.append((prompt, tokens))
+                accepted.append((request, tokens))
             else:
                 limit = f"rollout.max_prompt_tokens is {self._max_prompt_tokens}"
-                yield DroppedPrompt(prompt.uid, "prompt_too_long", f"{len(tokens)} tokens; {limit}")
-        for rollout in self._engine.generate(accepted, sampling):
-            yield head_of(rollout, self.name)
-            yield rollout
+                yield DroppedPrompt(request.uid, "prompt_too_long", f"{len(tokens)} tokens; {limit}")
+        for group in self._engine.generate(accepted):
+            yield head_of(group, self.name)
+            yield group
 
     def load_weights(self, announcement: Announcement) -> Receipt:
         """Load a published version; the receipt says what arrived."""
@@ -60,16 +57,3 @@ class RolloutWorker:
     def ready(self) -> str:
         """Answers once the engine is up: the caller's sign that it can be used."""
         return self.name
-
-
-def head_of(rollout: Rollout, worker: str) -> RolloutHead:
-    """The small part of a rollout."""
-    return RolloutHead(
-        uid=rollout.prompt.uid,
-        prompt_length=len(rollout.prompt_tokens),
-        lengths=np.diff(rollout.offsets),
-        finish_reasons=rollout.finish_reasons,
-        oldest_version=int(rollout.versions.min()),
-        newest_version=int(rollout.versions.max()),
-        worker=worker,
-    )

@@ -19,12 +19,12 @@ from rlhf_dist.models.tensors import WAY_OUT, read_tensors, write_tensors
 from rlhf_dist.scoring.batching import TokenBatcher
 from rlhf_dist.scoring.packed_rows import boundaries, laid, passes
 from rlhf_dist.scoring.reference_files import MASTERS_FILE
-from rlhf_dist.types import Receipt, ReferenceHead, Rollout
+from rlhf_dist.types import Group, Receipt, ReferenceHead, Trajectory
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.shared_memory import WeightReader
 
 Distance = tuple[ReferenceHead, np.ndarray]
-"""A group's sums, and the reference's logprob of each of its tokens, float32 [N]."""
+"""A group's sums, and the reference's logprob of each of its sampled tokens, float32 [sum of N]."""
 
 
 class ReferenceModel:
@@ -54,29 +54,23 @@ class ReferenceModel:
         self._masters = read_masters(Path(source), dict(self._policy.model.named_parameters()))
         self._using_weights = threading.Lock()
 
-    def logprobs(self, rollouts: Sequence[Rollout], temperature: float) -> list[Distance]:
-        """For each group its `ReferenceHead` and the logprobs float32 [N] of its tokens, at the sampler's temperature.
+    def logprobs(self, groups: Sequence[Group], temperature: float) -> list[Distance]:
+        """For each group its `ReferenceHead` and the logprobs of its sampled tokens, at the sampler's temperature.
 
         Raises RewardError for a token that the reference has no row for, ConfigError for a temperature of 0.
         """
-        rows: list[np.ndarray] = []
-        starts: list[int] = []
-        for rollout in rollouts:
-            for response in np.split(rollout.tokens, rollout.offsets[1:-1]):
-                rows.append(np.concatenate([rollout.prompt_tokens, response]))
-                starts.append(len(rollout.prompt_tokens))
+        samples = [sample for group in groups for sample in group.trajectories]
+        rows = [sample.tokens for sample in samples]
         self._check(rows)
         found = [np.empty(0, np.float32)] * len(rows)
         with self._using_weights:
             for chosen in passes(rows, self._batch_tokens):
-                part = self._pass([rows[i] for i in chosen], [starts[i] for i in chosen], temperature)
+                part = self._pass([samples[i] for i in chosen], temperature)
                 for i, values in zip(chosen, part, strict=True):
                     found[i] = values
-        counts = [len(rollout.offsets) - 1 for rollout in rollouts]
-        ends = np.cumsum(counts)
+        ends = np.cumsum([len(group.trajectories) for group in groups])
         return [
-            distance(rollout, found[end - count : end])
-            for rollout, count, end in zip(rollouts, counts, ends, strict=True)
+            distance(group, found[end - len(group.trajectories) : end]) for group, end in zip(groups, ends, strict=True)
         ]
 
     def update(self, announcement: Announcement, keep: float) -> Receipt:
@@ -140,11 +134,14 @@ class ReferenceModel:
             )
 
     @torch.inference_mode()
-    def _pass(self, rows: Sequence[np.ndarray], starts: Sequence[int], temperature: float) -> list[np.ndarray]:
-        """float32 [R] for each row, whose response begins at `starts`."""
+    def _pass(self, samples: Sequence[Trajectory], temperature: float) -> list[np.ndarray]:
+        """float32 [N] of the sampled tokens, for each sample."""
+        rows = [sample.tokens for sample in samples]
         tokens, cu_seqlens = laid(rows, self._device)
-        edges = boundaries(rows)
-        asked = [np.arange(edges[s] + starts[s] - 1, edges[s + 1] - 1) for s in range(len(rows))]
+        asked = [
+            start + np.flatnonzero(sample.loss_mask) - 1
+            for sample, start in zip(samples, boundaries(rows)[:-1], strict=True)
+        ]
         predict = torch.from_numpy(np.concatenate(asked)).to(self._device)
         logprobs, _ = self._policy(tokens, cu_seqlens, predict, tokens[predict + 1], temperature, self._chunk)
         return np.split(logprobs.cpu().numpy(), np.cumsum([len(positions) for positions in asked])[:-1])
@@ -156,13 +153,12 @@ class ReferenceServer:
     def __init__(self, model: ReferenceModel, *, batch_tokens: int, timeout_s: float, name: str) -> None:
         self._model = model
         self._timeout_s = timeout_s
-        self._batcher: TokenBatcher[tuple[Rollout, float], Distance] = TokenBatcher(self._run, batch_tokens, name)
+        self._batcher: TokenBatcher[tuple[Group, float], Distance] = TokenBatcher(self._run, batch_tokens, name)
 
-    def logprobs(self, rollout: Rollout, temperature: float) -> Distance:
+    def logprobs(self, group: Group, temperature: float) -> Distance:
         """See `ReferenceModel.logprobs`; for one group. Raises `ActorTimeout` too."""
-        samples = len(rollout.offsets) - 1
-        tokens = samples * len(rollout.prompt_tokens) + len(rollout.tokens)
-        return self._batcher.submit((rollout, temperature), tokens, self._timeout_s)
+        tokens = sum(len(sample.tokens) for sample in group.trajectories)
+        return self._batcher.submit((group, temperature), tokens, self._timeout_s)
 
     def update(self, announcement: Announcement, keep: float) -> Receipt:
         """See `ReferenceModel.update`; waits for the pass that runs."""
@@ -176,7 +172,7 @@ class ReferenceServer:
         """End the thread that computes."""
         self._batcher.close()
 
-    def _run(self, items: list[tuple[Rollout, float]]) -> list[Distance]:
+    def _run(self, items: list[tuple[Group, float]]) -> list[Distance]:
         found: dict[int, Distance] = {}
         for temperature in {temperature for _, temperature in items}:
             chosen = [i for i, item in enumerate(items) if item[1] == temperature]
@@ -184,10 +180,10 @@ class ReferenceServer:
         return [found[i] for i in range(len(items))]
 
 
-def distance(rollout: Rollout, logprobs: Sequence[np.ndarray]) -> Distance:
-    """The sums of a group whose n responses have these reference logprobs, float32 [R] each. Pure."""
+def distance(group: Group, logprobs: Sequence[np.ndarray]) -> Distance:
+    """The sums of a group whose n samples have these reference logprobs, float32 [N] each. Pure."""
     flat = np.concatenate(logprobs)
-    sampled = np.split(rollout.logprobs, rollout.offsets[1:-1])
+    sampled = [sample.logprobs[sample.loss_mask] for sample in group.trajectories]
     kl = [float((ours.astype(np.float64) - theirs).sum()) for ours, theirs in zip(sampled, logprobs, strict=True)]
     total = [float(values.sum(dtype=np.float64)) for values in logprobs]
     return ReferenceHead(np.array(kl, np.float32), np.array(total, np.float32)), flat

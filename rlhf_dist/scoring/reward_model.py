@@ -24,7 +24,7 @@ from rlhf_dist.scoring.batching import TokenBatcher
 from rlhf_dist.scoring.limits import SHARE_OF_LIMIT
 from rlhf_dist.scoring.packed_rows import boundaries, laid, passes
 from rlhf_dist.scoring.texts import Texts, texts_of
-from rlhf_dist.types import Message, Rollout
+from rlhf_dist.types import Group, Message
 
 LOG = logging.getLogger(__name__)
 
@@ -138,18 +138,16 @@ class RewardModel:
             self._scores, self._budget, self._label
         )
 
-    def score(self, rollout: Rollout) -> np.ndarray:
+    def score(self, group: Group) -> np.ndarray:
         """float32 [n]; a response that was cut is scored as it is; NaN where the model gives it. May be called from
         several threads.
 
         Raises RewardError (too long for the model), ActorTimeout.
         """
         # A policy may have more rows than its tokenizer has tokens; such an id has no row here, and no text either.
-        known = max(rollout.tokens.max(initial=0), rollout.prompt_tokens.max(initial=0)) < self._vocabulary
-        if self._through_text or not known:
-            return self.score_texts(texts_of(rollout))
-        responses = np.split(rollout.tokens, rollout.offsets[1:-1])
-        return self._submit([np.concatenate([rollout.prompt_tokens, response]) for response in responses])
+        rows = [sample.tokens for sample in group.trajectories]
+        known = max(int(row.max()) for row in rows) < self._vocabulary
+        return self.score_texts(texts_of(group)) if self._through_text or not known else self._submit(rows)
 
     def score_texts(self, texts: Texts) -> np.ndarray:
         """float32 [n]; each response behind its conversation, with the end token if it ended. Raises as `score`."""

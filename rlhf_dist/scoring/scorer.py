@@ -20,7 +20,7 @@ from rlhf_dist.scoring.number import NumberReward
 from rlhf_dist.scoring.pattern import PatternReward
 from rlhf_dist.scoring.rules import exact_match
 from rlhf_dist.scoring.texts import Texts, texts_of
-from rlhf_dist.types import Rollout, Scores
+from rlhf_dist.types import Group, Scores
 
 TextReward = Callable[[Texts, Limit], np.ndarray]
 """n responses and until when -> float32 [n]."""
@@ -33,7 +33,7 @@ class Closable(Protocol):
 class TokenReward(Protocol):
     """A reward model: reads the policy's own tokens where there are any. See `reward_model.RewardModel`."""
 
-    def score(self, rollout: Rollout) -> np.ndarray: ...
+    def score(self, group: Group) -> np.ndarray: ...
 
     def score_texts(self, texts: Texts) -> np.ndarray: ...
 
@@ -71,20 +71,20 @@ class Scorer:
                 self._texts[name], owned = _text_reward(name, spec, config.timeout_s)
                 self._owned += owned
 
-    def score(self, rollout: Rollout) -> Scores:
+    def score(self, group: Group) -> Scores:
         """The group's rewards, float32 [n] each; functions see the last user turn as the prompt.
 
         Raises RewardError, also for a reward that is not finite where `scoring.non_finite` is fail, and, where a model
         or a server does not answer, ActorTimeout."""
         limit = Limit.of_group(self._timeout_s)
-        texts, prompt = texts_of(rollout), rollout.prompt
+        texts, prompt = texts_of(group), group.prompt
         for name in self._comparing() if not prompt.answer else ():
             raise RewardError(
                 f"the reward {name} compares with an answer and prompt {prompt.uid} of {prompt.source} has none; "
                 "set data.answer_key or use a reward of another kind"
             )
-        special = texts_of(rollout, special=True) if rollout.special_texts else texts
-        by_models = {name: model.score(rollout) for name, model in self._models.items()}
+        special = texts_of(group, special=True) if group.trajectories[0].special_texts else texts
+        by_models = {name: model.score(group) for name, model in self._models.items()}
         return self._scores(texts, special, limit, by_models, prompt.uid)
 
     def score_texts(self, texts: Texts) -> Scores:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_dist.types import Message, Rollout
+from rlhf_dist.types import Group, Message, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """n responses, each with its own prompt; a rollout's share one."""
+    """n responses, each with its own prompt; a group's share one."""
 
     prompts: tuple[str, ...]
     """n texts of the last user turn."""
@@ -23,14 +23,20 @@ class Texts:
     """n; false for a response that was cut before its end."""
 
 
-def texts_of(rollout: Rollout, special: bool = False) -> Texts:
-    """A group's responses as text; `special`: with the special tokens inside them."""
-    prompt, n = rollout.prompt, len(rollout.texts)
+def texts_of(group: Group, special: bool = False) -> Texts:
+    """A group's last responses as text; `special`: with the special tokens inside them."""
+    prompt, n = group.prompt, len(group.trajectories)
     asked = next(message.content for message in reversed(prompt.messages) if message.role == "user")
     return Texts(
         prompts=(asked,) * n,
-        responses=rollout.special_texts if special else rollout.texts,
+        responses=tuple((sample.special_texts if special else sample.texts)[-1] for sample in group.trajectories),
         answers=(prompt.answer,) * n,
-        conversations=(prompt.messages,) * n,
-        ended=tuple(reason == "stop" for reason in rollout.finish_reasons),
+        conversations=tuple(prompt.messages + turns_between(sample) for sample in group.trajectories),
+        ended=tuple(sample.finish_reason == "stop" for sample in group.trajectories),
     )
+
+
+def turns_between(sample: Trajectory) -> tuple[Message, ...]:
+    """What was said after the prompt and before the last response."""
+    segments, texts = sample.segments[1:-1], sample.texts[:-1]
+    return tuple(Message(segment.role, text) for segment, text in zip(segments, texts, strict=True))

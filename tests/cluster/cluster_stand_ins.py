@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from sample_groups import group_of, request_of
 
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.spec import ActorSpec, enter
@@ -19,37 +20,29 @@ from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import ClusterConfig, Config
 from rlhf_dist.errors import DataError, WeightSyncError
 from rlhf_dist.learner.shard import EstimateSums, Whitening
+from rlhf_dist.rollout.trajectories import head_of
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import (
     DroppedPrompt,
+    Group,
+    Handle,
     Message,
     Prompt,
     Receipt,
     ReferenceHead,
-    Rollout,
-    RolloutHead,
-    Sampling,
+    Request,
     Scores,
 )
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement
 
-SAMPLING = Sampling(n=1, temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop=(), seed=None)
 PROMPTS = [Prompt(f"0/{i}", (Message("user", "x"),), "abc", "test") for i in range(5)]
+REQUESTS = [request_of(prompt) for prompt in PROMPTS]
 ANNOUNCEMENT = Announcement(3, "unused", make_plan([("a", (4,), "float32")], 8), ("hash",))
 
 
-def rollout(prompt: Prompt, texts: tuple[str, ...] = ("a", "bc")) -> Rollout:
-    return Rollout(
-        prompt=prompt,
-        prompt_tokens=np.array([1], np.int32),
-        tokens=np.arange(len(texts), dtype=np.int32),
-        offsets=np.arange(len(texts) + 1),
-        logprobs=np.zeros(len(texts), np.float32),
-        versions=np.full(len(texts), 3, np.int32),
-        finish_reasons=("stop",) * len(texts),
-        texts=texts,
-    )
+def group(prompt: Prompt, texts: tuple[str, ...] = ("a", "bc")) -> Group:
+    return group_of([1], range(len(texts)), [1] * len(texts), prompt=prompt, version=3, texts=texts)
 
 
 class Stand:
@@ -82,14 +75,15 @@ class Stand:
             raise IndexError("list index out of range")
         return self._name
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> Iterator[Any]:
-        for prompt in prompts:
+    def generate(self, requests: list[Request]) -> Iterator[Any]:
+        for request in requests:
             self.work()
-            if prompt.uid == "0/4":
-                yield DroppedPrompt(prompt.uid, "prompt_too_long", "9 tokens")
+            if request.uid == "0/4":
+                yield DroppedPrompt(request.uid, "prompt_too_long", "9 tokens")
                 continue
-            yield RolloutHead(prompt.uid, 1, np.array([1, 1]), ("stop", "stop"), 3, 3, self._name)
-            yield rollout(prompt)
+            made = group(request.prompt)
+            yield head_of(made, self._name)
+            yield made
 
     def load_weights(self, announcement: Announcement) -> Receipt:
         self.work()
@@ -102,8 +96,8 @@ class Stand:
         return replace(ANNOUNCEMENT, version=version) if self._name == "one" else None
 
     def update(self, shard: Any, credit: Any, whitening: Whitening, count: int, *arrays: Any) -> MetricSums:
-        rollouts, references = arrays[:count], arrays[count:]
-        tokens = float(sum(len(found.tokens) for found in rollouts))
+        groups, references = arrays[:count], arrays[count:]
+        tokens = float(sum(sample.length for found in groups for sample in found.trajectories))
         found = {"policy/loss": (shard, 1.0), "tokens": (tokens, 1.0), "references": (float(sum(references)), 1.0)}
         if credit is not None:
             found["credit"] = (credit - whitening.mean, 1.0)
@@ -113,9 +107,9 @@ class Stand:
         self.work()
         return EstimateSums(1.0, shard, float(count), float(len(arrays) - count), 0.0, 0.0, 0.0), 10.0 * shard
 
-    def update_critic(self, shard: Any, credit: float, *rollouts: Rollout) -> MetricSums:
+    def update_critic(self, shard: Any, credit: float, *groups: Group) -> MetricSums:
         self.work()
-        return MetricSums({"critic/loss": (shard + credit, 1.0), "rollouts": (float(len(rollouts)), 1.0)}, {})
+        return MetricSums({"critic/loss": (shard + credit, 1.0), "groups": (float(len(groups)), 1.0)}, {})
 
     def save_critic(self, folder: Path) -> None:
         (folder / f"critic-{self._name}").touch()
@@ -123,15 +117,16 @@ class Stand:
     def save(self, folder: Path) -> None:
         (folder / f"policy-{self._name}").touch()
 
-    def score(self, rollout: Rollout) -> Scores:
+    def score(self, group: Group) -> Scores:
         self.work()
-        total = np.full(len(rollout.texts), 1.0 if self._name == "one" else 2.0, np.float32)
+        total = np.full(len(group.trajectories), 1.0 if self._name == "one" else 2.0, np.float32)
         return Scores(total, {}, total, total.astype(np.uint64))
 
-    def reference(self, rollout: Rollout, temperature: float) -> Any:
+    def reference(self, group: Group, temperature: float) -> Any:
         self.work()
-        head = ReferenceHead(np.full(len(rollout.texts), temperature), np.zeros(len(rollout.texts)))
-        return head, np.full(len(rollout.tokens), 1.0 if self._name == "one" else 2.0, np.float32)
+        n, tokens = len(group.trajectories), sum(sample.length for sample in group.trajectories)
+        head = ReferenceHead(np.full(n, temperature), np.zeros(n))
+        return head, np.full(tokens, 1.0 if self._name == "one" else 2.0, np.float32)
 
     def move(self, announcement: Announcement, keep: float) -> Receipt:
         return self.load_weights(announcement)
@@ -155,7 +150,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def start(name: str) -> Any:
     # The worker imports this module to know the class.
-    here = {"PYTHONPATH": str(Path(__file__).parent)}
+    here = {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"}
     return ray.remote(Stand).options(num_cpus=0, max_restarts=0, runtime_env={"env_vars": here}).remote(name)
 
 
@@ -180,5 +175,5 @@ def tell(actor: Any, mode: str) -> None:
     assert gather({"it": actor.be.remote(mode)}, "be", 120) == {"it": mode}
 
 
-def handles(count: int) -> list[Any]:
-    return [ray.put(rollout(prompt)) for prompt in PROMPTS[:count]]
+def handles(count: int) -> list[Handle[Group]]:
+    return [Handle(ray.put(group(prompt))) for prompt in PROMPTS[:count]]

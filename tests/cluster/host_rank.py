@@ -8,11 +8,13 @@ third step again. Leaves KIND.pt.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from sample_groups import PROMPT, group_of
 
 from rlhf_dist.algo.recipes import ppo
 from rlhf_dist.cluster.learner_hosts import CriticHost, PolicyHost
@@ -31,8 +33,8 @@ from rlhf_dist.config.schema import (
 from rlhf_dist.learner import deepspeed_engine
 from rlhf_dist.loop.step import Learning, assign_credit, collate, make_shards
 from rlhf_dist.loop.train import sampling_of
-from rlhf_dist.rollout.worker import head_of
-from rlhf_dist.types import Experience, Message, Prompt, Referenced, ReferenceHead, Rollout, Scores
+from rlhf_dist.rollout.trajectories import head_of
+from rlhf_dist.types import Experience, Group, Handle, Referenced, ReferenceHead, Scores
 
 OPTIMIZER = OptimizerConfig(lr=0.01, warmup_steps=0)
 
@@ -49,27 +51,25 @@ def config_of(kind: str, model: Path, folder: Path) -> Config:
     )
 
 
-def experiences(step: int) -> tuple[list[Experience], list[Rollout], list[np.ndarray]]:
+def experiences(step: int) -> tuple[list[Experience], list[Group], list[np.ndarray]]:
     chance = np.random.default_rng(step)
     made, references, found = [], [], []
     for group in range(3):
         lengths = chance.integers(1, 9, size=2)
         total = int(lengths.sum())
-        rollout = Rollout(
-            prompt=Prompt(f"0/{group}", (Message("user", "x"),), "", "test"),
-            prompt_tokens=chance.integers(5, 60, size=4).astype(np.int32),
-            tokens=chance.integers(5, 60, size=total).astype(np.int32),
-            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            logprobs=np.full(total, -4.0, np.float32),
-            versions=np.full(total, step - 1, np.int32),
-            finish_reasons=("stop",) * 2,
-            texts=("", ""),
+        body = group_of(
+            chance.integers(5, 60, size=4),
+            chance.integers(5, 60, size=total),
+            lengths,
+            prompt=replace(PROMPT, uid=f"0/{group}"),
+            logprobs=-4.0,
+            version=step - 1,
         )
         reference = chance.normal(-4.5, 0.3, size=total).astype(np.float32)
         scores = Scores(chance.normal(size=2).astype(np.float32), {}, np.ones(2), np.zeros(2, np.uint64))
-        referenced = Referenced(ReferenceHead(np.zeros(2, np.float32), np.zeros(2, np.float32)), group)
-        found.append(Experience(rollout.prompt, head_of(rollout, "w"), scores, group, referenced))
-        made.append(rollout)
+        referenced = Referenced(ReferenceHead(np.zeros(2, np.float32), np.zeros(2, np.float32)), Handle(group))
+        found.append(Experience(body.prompt, head_of(body, "w"), scores, Handle(group), referenced))
+        made.append(body)
         references.append(reference)
     return found, made, references
 

@@ -14,7 +14,7 @@ from typing import Any
 import cluster_stand_ins
 import pytest
 import ray
-from cluster_stand_ins import ANNOUNCEMENT, PROMPTS, SAMPLING, handles, start, tell
+from cluster_stand_ins import ANNOUNCEMENT, REQUESTS, handles, start, tell
 
 from rlhf_dist.cluster import actors, join_probe, processes
 from rlhf_dist.cluster.address import check_cluster
@@ -33,9 +33,13 @@ from rlhf_dist.errors import ActorLost, ActorTimeout, ResourceError, RunError, W
 from rlhf_dist.learner.shard import EstimateSums, Whitening
 from rlhf_dist.loop.ports import NO_ESTIMATES, Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import DroppedPrompt
+from rlhf_dist.types import DroppedPrompt, Handle
 
 machine, pair, workers = cluster_stand_ins.machine, cluster_stand_ins.pair, cluster_stand_ins.workers
+
+
+def put(*records: float) -> list[Handle[Any]]:
+    return [Handle(ray.put(record)) for record in records]
 
 
 def test_policy_ranks_each_get_their_shard_and_credit_and_report_once(workers: dict[str, Any]) -> None:
@@ -43,8 +47,8 @@ def test_policy_ranks_each_get_their_shard_and_credit_and_report_once(workers: d
     assert group.ranks == 2
     merged = group.update([2.0, 4.0], handles(3), [], NO_ESTIMATES)  # type: ignore[list-item]
     assert merged.values() == {"policy/loss": 3.0, "tokens": 6.0, "references": 0.0}
-    references = [ray.put(10.0), ray.put(20.0)]
-    estimates = Estimates([ray.put(5.0), ray.put(9.0)], Whitening(1.0, 1.0), {})
+    references = put(10.0, 20.0)
+    estimates = Estimates(put(5.0, 9.0), Whitening(1.0, 1.0), {})
     merged = group.update([2.0, 4.0], handles(3), references, estimates)  # type: ignore[list-item]
     assert merged.values() == {"policy/loss": 3.0, "tokens": 6.0, "references": 30.0, "credit": 6.0}
     assert group.publish(9).version == 9
@@ -53,12 +57,12 @@ def test_policy_ranks_each_get_their_shard_and_credit_and_report_once(workers: d
 def test_a_critic_estimates_and_learns_its_own_shards(workers: dict[str, Any], tmp_path: Path) -> None:
     group, rollouts = CriticGroup(workers, timeout_s=30), handles(3)
     shards: Any = [2.0, 4.0]
-    found, sums = group.estimate(shards, rollouts, [ray.put(1.0)])
-    assert sums == EstimateSums(2.0, 6.0, 6.0, 2.0, 0.0, 0.0, 0.0), "3 rollouts and 1 reference on each rank"
-    assert all(isinstance(handle, ray.ObjectRef) for handle in found), "the arrays stay away"
+    found, sums = group.estimate(shards, rollouts, put(1.0))
+    assert sums == EstimateSums(2.0, 6.0, 6.0, 2.0, 0.0, 0.0, 0.0), "3 groups and 1 reference on each rank"
+    assert all(isinstance(handle.place, ray.ObjectRef) for handle in found), "the arrays stay away"
     pending = group.begin_update(shards, rollouts, Estimates(found, Whitening(0.0, 1.0), {}))
-    assert list(pending) == ["one", "two"]
-    assert group.finish_update(pending).values() == {"critic/loss": (22.0 + 44.0) / 2, "rollouts": 3.0}
+    assert list(pending.place) == ["one", "two"]
+    assert group.finish_update(pending).values() == {"critic/loss": (22.0 + 44.0) / 2, "groups": 3.0}
     group.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["critic-one", "critic-two"]
 
@@ -67,7 +71,7 @@ def test_a_critic_that_sleeps_is_not_waited_for_while_the_policy_learns(workers:
     group, rollouts = CriticGroup(workers, timeout_s=0.7), handles(1)
     tell(workers["two"], "sleeps")
     begun = time.monotonic()
-    estimates = Estimates([ray.put(1.0), ray.put(1.0)], Whitening(0.0, 1.0), {})
+    estimates = Estimates(put(1.0, 1.0), Whitening(0.0, 1.0), {})
     pending = group.begin_update([1.0, 1.0], rollouts, estimates)  # type: ignore[list-item]
     assert time.monotonic() - begun < 1.0, "it only begins"
     message = r"^two did not finish 'update_critic' in 0\.7 s \(learner\.timeout_s\)$"
@@ -78,11 +82,11 @@ def test_a_critic_that_sleeps_is_not_waited_for_while_the_policy_learns(workers:
 def test_a_critic_that_takes_turns_is_done_before_the_policy_begins(workers: dict[str, Any]) -> None:
     """On the same ranks its work would count against the limit of the policy's."""
     group, shards = CriticGroup(workers, timeout_s=0.7, in_turn=True), [2.0, 4.0]
-    estimates = Estimates([ray.put(20.0), ray.put(40.0)], Whitening(0.0, 1.0), {})
+    estimates = Estimates(put(20.0, 40.0), Whitening(0.0, 1.0), {})
     pending = group.begin_update(shards, handles(1), estimates)  # type: ignore[arg-type]
     for worker in workers.values():
         tell(worker, "breaks")
-    assert group.finish_update(pending).values() == {"critic/loss": 33.0, "rollouts": 1.0}, "nobody is asked any more"
+    assert group.finish_update(pending).values() == {"critic/loss": 33.0, "groups": 1.0}, "nobody is asked any more"
     tell(workers["one"], "right")
     tell(workers["two"], "sleeps")
     with pytest.raises(ActorTimeout, match=r"^two did not finish 'update_critic' in 0\.7 s"):
@@ -114,9 +118,9 @@ def test_groups_are_dealt_out_to_scoring_servers_in_turn(workers: dict[str, Any]
 def test_groups_are_dealt_out_to_reference_servers_and_logprobs_stay_there(workers: dict[str, Any]) -> None:
     fleet_of = ReferenceFleet(workers, timeout_s=30)
     found = fleet_of.gather({str(i): fleet_of.submit(handle, 0.7) for i, handle in enumerate(handles(4))})
-    assert all(isinstance(referenced.logprobs, ray.ObjectRef) for referenced in found.values())
+    assert all(isinstance(referenced.logprobs.place, ray.ObjectRef) for referenced in found.values())
     assert [found[str(i)].head.kl.tolist() for i in range(4)] == [[0.7, 0.7]] * 4
-    arrays = gather({uid: referenced.logprobs for uid, referenced in found.items()}, "fetch", 30)
+    arrays = gather({uid: referenced.logprobs.place for uid, referenced in found.items()}, "fetch", 30)
     assert [arrays[str(i)].tolist() for i in range(4)] == [[1.0, 1.0], [2.0, 2.0]] * 2
 
 
@@ -159,7 +163,7 @@ def test_a_failing_reference_quarantines_no_rollout_worker(workers: dict[str, An
     tell(workers["two"], "lies")
     with pytest.raises(WeightSyncError):
         ReferenceFleet(workers, timeout_s=30).update(ANNOUNCEMENT, 0.0)
-    served = [item for item in rollouts.generate(PROMPTS[:4], SAMPLING) if not isinstance(item, DroppedPrompt)]
+    served = [item for item in rollouts.generate(REQUESTS[:4]) if not isinstance(item, DroppedPrompt)]
     assert {head.worker for head, _ in served} == {"one", "two"}
 
 
@@ -192,7 +196,7 @@ class Push:
         return self.fleet.load_weights(replace(ANNOUNCEMENT, version=self.version))
 
     def serve(self) -> set[str]:
-        served = self.fleet.generate(PROMPTS[:4], SAMPLING)
+        served = self.fleet.generate(REQUESTS[:4])
         return {item[0].worker for item in served if not isinstance(item, DroppedPrompt)}
 
     def answered(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import cluster_stand_ins
 import pytest
 import ray
-from cluster_stand_ins import ANNOUNCEMENT, PROMPTS, SAMPLING, rollout, start, tell
+from cluster_stand_ins import ANNOUNCEMENT, PROMPTS, REQUESTS, group, start, tell
 
 from rlhf_dist.cluster import actors, processes
 from rlhf_dist.cluster.groups import ScoringFleet
@@ -21,7 +21,7 @@ from rlhf_dist.cluster.spec import ActorSpec
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import Config, RewardSpec, ScoringConfig
 from rlhf_dist.errors import ActorLost, ActorTimeout, DataError, ResourceError, RewardError, RunError, WeightSyncError
-from rlhf_dist.types import DroppedPrompt
+from rlhf_dist.types import DroppedPrompt, Handle
 
 machine, pair, workers = cluster_stand_ins.machine, cluster_stand_ins.pair, cluster_stand_ins.workers
 
@@ -105,19 +105,19 @@ def test_any_other_error_names_the_process_and_keeps_its_traceback(workers: dict
 
 
 def test_prompts_are_shared_out_and_tokens_stay_away(workers: dict[str, Any]) -> None:
-    found = list(fleet(workers).generate(PROMPTS, SAMPLING))
+    found = list(fleet(workers).generate(REQUESTS))
     dropped = [item for item in found if isinstance(item, DroppedPrompt)]
     assert [drop.uid for drop in dropped] == ["0/4"]
     pairs = [item for item in found if not isinstance(item, DroppedPrompt)]
     assert {head.uid: head.worker for head, _ in pairs} == {"0/0": "one", "0/1": "two", "0/2": "one", "0/3": "two"}
-    assert all(isinstance(handle, ray.ObjectRef) for _, handle in pairs)
+    assert all(isinstance(handle.place, ray.ObjectRef) for _, handle in pairs)
     assert fleet(workers).texts(pairs[0][1]) == ("a", "bc")
 
 
 def test_generation_has_a_limit(workers: dict[str, Any]) -> None:
     tell(workers["two"], "sleeps")
     with pytest.raises(ActorTimeout, match=r"^two did not finish 'generate' in 0\.5 s \(rollout\.timeout_s\)$"):
-        list(fleet(workers, timeout_s=0.5).generate(PROMPTS[:2], SAMPLING))
+        list(fleet(workers, timeout_s=0.5).generate(REQUESTS[:2]))
 
 
 @pytest.mark.parametrize(
@@ -135,11 +135,11 @@ def test_a_worker_without_a_right_receipt_serves_no_tokens(workers: dict[str, An
     tell(workers["one"], mode)
     (problem,) = one_of_two.load_weights(ANNOUNCEMENT)
     assert problem.startswith("one") and why in problem
-    served = [item for item in one_of_two.generate(PROMPTS[:4], SAMPLING) if not isinstance(item, DroppedPrompt)]
+    served = [item for item in one_of_two.generate(REQUESTS[:4]) if not isinstance(item, DroppedPrompt)]
     assert {head.worker for head, _ in served} == {"two"} and len(served) == 4
     tell(workers["one"], "right")
     assert one_of_two.load_weights(ANNOUNCEMENT) == [], "a push that succeeds lets it serve again"
-    again = [item for item in one_of_two.generate(PROMPTS[:4], SAMPLING) if not isinstance(item, DroppedPrompt)]
+    again = [item for item in one_of_two.generate(REQUESTS[:4]) if not isinstance(item, DroppedPrompt)]
     assert {head.worker for head, _ in again} == {"one", "two"}
 
 
@@ -151,7 +151,7 @@ def test_a_worker_that_dies_in_a_push_is_given_up_at_once(workers: dict[str, Any
     assert problem.startswith("rollout worker 0 died during 'load_weights': ")
     assert problem.endswith("; it is given up, 1 rollout worker is left")
     assert both.load_weights(ANNOUNCEMENT) == [], "it is asked no more"
-    served = [item for item in both.generate(PROMPTS[:2], SAMPLING) if not isinstance(item, DroppedPrompt)]
+    served = [item for item in both.generate(REQUESTS[:2]) if not isinstance(item, DroppedPrompt)]
     assert {head.worker for head, _ in served} == {"two"}
 
 
@@ -208,7 +208,7 @@ def test_a_bad_reward_is_told_in_one_sentence(scoring: tuple[ScoringFleet, Path]
     fleet, file = scoring
     file.write_text(mode)
     with pytest.raises(RewardError) as caught:
-        fleet.gather({"0/0": fleet.submit(ray.put(rollout(PROMPTS[0])))})
+        fleet.gather({"0/0": fleet.submit(Handle(ray.put(group(PROMPTS[0]))))})
     assert str(caught.value).startswith("the reward mine (group_rewards:reward) ")
     assert message in str(caught.value) and "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
 
@@ -216,5 +216,5 @@ def test_a_bad_reward_is_told_in_one_sentence(scoring: tuple[ScoringFleet, Path]
 def test_scores_come_back_by_uid(scoring: tuple[ScoringFleet, Path]) -> None:
     fleet, file = scoring
     file.write_text("right")
-    found = fleet.gather({p.uid: fleet.submit(ray.put(rollout(p))) for p in PROMPTS[:2]})
+    found = fleet.gather({p.uid: fleet.submit(Handle(ray.put(group(p)))) for p in PROMPTS[:2]})
     assert {uid: scores.total.tolist() for uid, scores in found.items()} == {"0/0": [1.0, 1.0], "0/1": [1.0, 1.0]}

@@ -21,7 +21,7 @@ LIMIT_S = 300.0
 def results(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Kind -> what `host_rank.py` found; `folder` is where it wrote."""
     folder = tmp_path_factory.mktemp("hosts")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{Path(__file__).parents[1]}"}
     script = str(Path(__file__).with_name("host_rank.py"))
     processes = {}
     for kind in KINDS:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from method_ranks import CHUNK_TOKENS
 from ranks import batch_of, chunks, rollouts
+from sample_groups import flat_logprobs, flat_tokens
 from torch import Tensor
 
 from rlhf_dist.algo.advantages import gae
@@ -36,9 +37,9 @@ from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.ptx import PtxMix
-from rlhf_dist.learner.rows import Row, pack_rows, rollout_row
+from rlhf_dist.learner.rows import Row, pack_rows, trajectory_row
 from rlhf_dist.learner.scalar_engine import ScalarEngine
-from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard
+from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard, shard_samples
 from rlhf_dist.learner.shared_engine import SharedEngine
 from rlhf_dist.learner.shared_trunk import SharedPolicyLearner
 from rlhf_dist.loop.step import Learning, assign_credit, make_shards
@@ -48,10 +49,10 @@ from rlhf_dist.models.policy import PackedPolicy
 from rlhf_dist.models.scalar import PackedScalar, load_scalar
 from rlhf_dist.models.tensors import read_tensors
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import Rollout, Sampling
+from rlhf_dist.types import Group, Sampling
 
 STAGES = (0, 2, 3)
-SAMPLING = Sampling(n=3, temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, stop=(), seed=None)
+SAMPLING = Sampling(temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, stop=())
 # eps 1 makes Adam's step all but lr x gradient, so that equal weights mean equal gradients, small ones too.
 OPTIMIZER = OptimizerConfig(lr=0.5, eps=1.0, warmup_steps=0, weight_decay=0.01, max_grad_norm=0.5)
 LEARNER = LearnerConfig(optimizer=OPTIMIZER, epochs=2, updates_per_batch=2, logprob_chunk_tokens=CHUNK_TOKENS)
@@ -69,12 +70,12 @@ HALVES = ((0, 1), (2, 3))
 CPU = torch.device("cpu")
 
 
-def references(made: Sequence[Rollout], seed: int) -> list[np.ndarray]:
+def references(made: Sequence[Group], seed: int) -> list[np.ndarray]:
     chance = np.random.default_rng(seed + 100)
-    return [(-4.5 + 0.5 * chance.normal(size=len(r.tokens))).astype(np.float32) for r in made]
+    return [(-4.5 + 0.5 * chance.normal(size=len(flat_tokens(r)))).astype(np.float32) for r in made]
 
 
-def cut(made: list[Rollout], algorithm: Algorithm, learner: LearnerConfig, kl_coef: float, world: int) -> list[Shard]:
+def cut(made: list[Group], algorithm: Algorithm, learner: LearnerConfig, kl_coef: float, world: int) -> list[Shard]:
     """The shards of all ranks."""
     batch, _ = batch_of(made)
     learning = Learning(algorithm, learner, CRITIC, SAMPLING, 100)
@@ -99,11 +100,9 @@ def merged(sums: EstimateSums) -> EstimateSums:
     return EstimateSums.merge(found)
 
 
-def by_sample(shard: Shard, estimate: Estimate, made: Sequence[Rollout]) -> dict[tuple[int, int], Tensor]:
-    """(group, sample) -> advantages, returns, values [3, R]."""
-    lengths = [
-        int(made[g].offsets[s + 1] - made[g].offsets[s]) for g, s in zip(shard.groups, shard.samples, strict=True)
-    ]
+def by_sample(shard: Shard, estimate: Estimate, made: Sequence[Group]) -> dict[tuple[int, int], Tensor]:
+    """(group, sample) -> advantages, returns, values [3, N]."""
+    lengths = [sample.length for sample in shard_samples(shard, made)]
     table = np.stack([estimate.advantages, estimate.returns, estimate.values])
     parts = np.split(table, np.cumsum(lengths)[:-1], axis=1)
     return {
@@ -250,15 +249,15 @@ def run_stop(source: Path, world: int, folder: Path) -> dict[str, Any]:
     return {"all": updates, "expected": stop + 1, "alone": alone, "made": trained(limit)[1]}
 
 
-def rows_of(made: Sequence[Rollout], groups: Sequence[int]) -> list[Row]:
-    return [rollout_row(made[g], s) for g in groups for s in range(3)]
+def rows_of(made: Sequence[Group], groups: Sequence[int]) -> list[Row]:
+    return [trajectory_row(sample) for g in groups for sample in made[g].trajectories]
 
 
-def flat_estimate(made: Sequence[Rollout], values: Tensor, given: Sequence[np.ndarray], kl_coef: float) -> Estimate:
+def flat_estimate(made: Sequence[Group], values: Tensor, given: Sequence[np.ndarray], kl_coef: float) -> Estimate:
     """Advantages and returns of all rows in order, row by row with `gae` alone."""
     scores, advantages, returns = batch_of(list(made))[0].scores, [], []
-    lengths = [row.response_length for row in rows_of(made, range(4))]
-    log_ratio = torch.from_numpy(np.concatenate([r.logprobs for r in made]) - np.concatenate(given))
+    lengths = [row.length for row in rows_of(made, range(4))]
+    log_ratio = torch.from_numpy(np.concatenate([flat_logprobs(r) for r in made]) - np.concatenate(given))
     for v, ratio, score in zip(values.split(lengths), log_ratio.split(lengths), scores, strict=True):
         rewards = -kl_coef * ratio
         rewards[-1] += float(score)
@@ -287,9 +286,9 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor) -> Tensor:
     return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
 
 
-def mini_batches(made: Sequence[Rollout]) -> Iterator[tuple[list[Row], slice]]:
+def mini_batches(made: Sequence[Group]) -> Iterator[tuple[list[Row], slice]]:
     """Two passes over two halves: rows, and where their tokens are among all."""
-    middle = sum(len(r.tokens) for r in made[:2])
+    middle = sum(len(flat_tokens(r)) for r in made[:2])
     for _ in range(2):
         for groups, part in zip(HALVES, (slice(0, middle), slice(middle, None)), strict=True):
             yield rows_of(made, groups), part

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from plain_methods import GREEDY, LONGEST, METHODS, OPTIMIZER, SIZES, STEPS, TEMPERATURE, Method, Sample, samples_of
+from sample_groups import PROMPT, group_of
 
 from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
 from rlhf_dist.algo.recipes import ALGORITHMS
@@ -19,39 +21,37 @@ from rlhf_dist.learner.returns import ReturnsLearner
 from rlhf_dist.learner.shard import AS_THEY_ARE, EstimateSums, Shard
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.step import Learning, assign_credit, collate, make_shards
-from rlhf_dist.rollout.worker import head_of
-from rlhf_dist.types import Experience, Message, Prompt, Rollout, Sampling, Scores
+from rlhf_dist.rollout.trajectories import head_of
+from rlhf_dist.types import Experience, Group, Handle, Sampling, Scores
 
-SAMPLING = Sampling(n=0, temperature=TEMPERATURE, top_p=1.0, top_k=0, max_tokens=LONGEST, stop=(), seed=None)
+SAMPLING = Sampling(temperature=TEMPERATURE, top_p=1.0, top_k=0, max_tokens=LONGEST, stop=())
 MICRO_BATCH_TOKENS = 48
 """Two or three rows: an update has several micro-batches on each rank."""
 CHUNK_TOKENS = 16
 """Ranks need a different number of logprob chunks in the same pass."""
 
 
-def rollout_of(group: Sequence[Sample], version: int) -> Rollout:
+def rollout_of(samples: Sequence[Sample], version: int) -> Group:
     """The samples of one prompt."""
-    lengths = [len(sample.response) for sample in group]
-    return Rollout(
-        prompt=Prompt(f"0/{group[0].group}", (Message("user", "x"),), "", "test"),
-        prompt_tokens=np.array(group[0].prompt, np.int32),
-        tokens=np.concatenate([np.array(sample.response, np.int32) for sample in group]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        logprobs=np.concatenate([np.array(sample.sampled, np.float32) for sample in group]),
-        versions=np.full(sum(lengths), version, np.int32),
-        finish_reasons=("stop",) * len(group),
-        texts=("",) * len(group),
+    return group_of(
+        samples[0].prompt,
+        np.concatenate([sample.response for sample in samples]),
+        [len(sample.response) for sample in samples],
+        prompt=replace(PROMPT, uid=f"0/{samples[0].group}"),
+        logprobs=np.concatenate([sample.sampled for sample in samples]),
+        version=version,
     )
 
 
 def cut(
-    made: Sequence[Rollout], scores: Sequence[np.ndarray], learning: Learning, shaper: Shaper, step: int
+    made: Sequence[Group], scores: Sequence[np.ndarray], learning: Learning, shaper: Shaper, step: int
 ) -> list[Shard]:
     """The shards of both ranks."""
     greedy = GREEDY[step] if learning.algorithm.greedy_baseline else (0.0,) * len(made)
+    scored = [Scores(s, {}, np.zeros(len(s)), np.zeros(len(s))) for s in scores]
     experiences = [
-        Experience(r.prompt, head_of(r, "w"), Scores(s, {}, np.zeros(len(s)), np.zeros(len(s))), i, None, baseline)
-        for i, (r, s, baseline) in enumerate(zip(made, scores, greedy, strict=True))
+        Experience(r.prompt, head_of(r, "w"), s, Handle(i), None, baseline)
+        for i, (r, s, baseline) in enumerate(zip(made, scored, greedy, strict=True))
     ]
     batch = collate(experiences)
     shaped = shaper.shape(batch)

@@ -64,7 +64,7 @@ class NotingEngine(ScalarEngineWithLM):
         self.chunks: list[int] = []
 
     def scores_and_logprobs(self, rows: Sequence[Row], learnt: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = sum(row.response_length for row, is_learnt in zip(rows, learnt, strict=True) if is_learnt)
+        tokens = sum(row.length for row, is_learnt in zip(rows, learnt, strict=True) if is_learnt)
         self.chunks.append(-(-tokens // CHUNK_TOKENS))
         return super().scores_and_logprobs(rows, learnt)
 
@@ -168,7 +168,7 @@ def plain(model: Path, lm: float) -> dict[str, Any]:
         losses, nll, count = [], torch.tensor(0.0), 0
         for element in elements:
             packed = pack_rows(element.rows, torch.device("cpu"))
-            last, first = packed.cu_seqlens[1:].long() - 1, element.rows[0].response_length
+            last, first = packed.cu_seqlens[1:].long() - 1, element.rows[0].length
             if isinstance(scalar, PackedScalarWithLM):
                 scores, logprobs = scalar(
                     packed.tokens, packed.cu_seqlens, last, packed.predict[:first], packed.targets[:first], 999

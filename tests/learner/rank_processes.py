@@ -34,7 +34,7 @@ def run_ranks(script: str, folder: Path, *words: object) -> dict[tuple[int, int]
         with socket.create_server(("127.0.0.1", 0)) as probe:
             ports.append(probe.getsockname()[1])
     command = [sys.executable, __file__, script, folder, *ports, *words]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{Path(__file__).parents[1]}"}
     process = subprocess.Popen([*map(str, command)], env=environment, start_new_session=True)
     try:
         code = process.wait(LIMIT_S)

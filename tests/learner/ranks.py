@@ -18,6 +18,7 @@ import torch
 from method_ranks import CHUNK_TOKENS, run_methods
 from plain_methods import METHODS, run_plain
 from safetensors.torch import load_file, save_file
+from sample_groups import PROMPT, group_of
 
 from rlhf_dist.algo.algorithm import LaggingMask
 from rlhf_dist.algo.recipes import grpo
@@ -33,16 +34,16 @@ from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.mask_policy import MASK_FOLDER, MaskPolicy
 from rlhf_dist.learner.model_engine import ModelEngine, optimizer_file
 from rlhf_dist.learner.policy import PolicyLearner
-from rlhf_dist.learner.rows import pack_rows, rollout_row, spread
+from rlhf_dist.learner.rows import pack_rows, spread, trajectory_row
 from rlhf_dist.learner.shard import AS_THEY_ARE, Shard, shard_rows
 from rlhf_dist.loop.step import Learning, collate, make_shards
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.policy import PackedPolicy
-from rlhf_dist.rollout.worker import head_of
-from rlhf_dist.types import Batch, Credit, Experience, Message, Prompt, Rollout, Sampling, Scores
+from rlhf_dist.rollout.trajectories import head_of
+from rlhf_dist.types import Batch, Credit, Experience, Group, Handle, Sampling, Scores
 from rlhf_dist.weights.shared_memory import WeightReader
 
-SAMPLING = Sampling(n=3, temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, stop=(), seed=None)
+SAMPLING = Sampling(temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, stop=())
 # eps 1 makes Adam's first step all but lr x gradient, so that equal weights mean equal gradients, small ones too.
 OPTIMIZER = OptimizerConfig(lr=0.5, eps=1.0, warmup_steps=0, weight_decay=0.01, max_grad_norm=0.05)
 LEARNER = LearnerConfig(optimizer=OPTIMIZER)
@@ -53,35 +54,31 @@ LAG = LaggingMask(top_p=0.5, every=2)
 GRPO = grpo(AlgoConfig())
 
 
-def rollouts(seed: int) -> list[Rollout]:
+def rollouts(seed: int) -> list[Group]:
     """Four groups of three rows, 4 to 63 tokens long."""
     chance = np.random.default_rng(seed)
     made = []
     for group, prompt_length in enumerate((3, 20, 9, 14)):
         lengths = chance.integers(1, 40, size=3)
-        total = int(lengths.sum())
         made.append(
-            Rollout(
-                prompt=Prompt(f"0/{group}", (Message("user", "x"),), "", "test"),
-                prompt_tokens=chance.integers(0, 100, size=prompt_length).astype(np.int32),
-                tokens=chance.integers(0, 100, size=total).astype(np.int32),
-                offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-                logprobs=np.full(total, -4.0, np.float32),
-                versions=np.zeros(total, np.int32),
-                finish_reasons=("stop",) * 3,
-                texts=("",) * 3,
+            group_of(
+                chance.integers(0, 100, size=prompt_length),
+                chance.integers(0, 100, size=int(lengths.sum())),
+                lengths,
+                prompt=replace(PROMPT, uid=f"0/{group}"),
+                logprobs=-4.0,
             )
         )
     return made
 
 
-def batch_of(made: list[Rollout]) -> tuple[Batch, Credit]:
+def batch_of(made: list[Group]) -> tuple[Batch, Credit]:
     """The batch, with advantages of both signs."""
     scores = [np.arange(3, dtype=np.float32) for _ in made]
     none = np.zeros(3)
     batch = collate(
         [
-            Experience(r.prompt, head_of(r, "w"), Scores(s, {}, none, none), i, None)
+            Experience(r.prompt, head_of(r, "w"), Scores(s, {}, none, none), Handle(i), None)
             for i, (r, s) in enumerate(zip(made, scores, strict=True))
         ]
     )
@@ -89,7 +86,7 @@ def batch_of(made: list[Rollout]) -> tuple[Batch, Credit]:
     return batch, Credit(advantages)
 
 
-def cut(made: list[Rollout], learner: LearnerConfig, step: int, world: int) -> list[Shard]:
+def cut(made: list[Group], learner: LearnerConfig, step: int, world: int) -> list[Shard]:
     """The shards of all ranks."""
     batch, credit = batch_of(made)
     learning = Learning(GRPO, learner, CriticConfig(), SAMPLING, STEPS)
@@ -129,10 +126,10 @@ class Trainer:
         return {name: tensor.clone() for name, tensor in self.engine.weights()}
 
 
-def chunks(shard: Shard, made: list[Rollout]) -> list[int]:
-    """How many parts of `CHUNK_TOKENS` or less the response tokens of each micro-batch make."""
+def chunks(shard: Shard, made: list[Group]) -> list[int]:
+    """How many parts of `CHUNK_TOKENS` or less the sampled tokens of each micro-batch make."""
     rows = shard_rows(shard, made)
-    counts = [sum(rows[i].response_length for i in chosen) for update in shard.updates for chosen in update]
+    counts = [sum(rows[i].length for i in chosen) for update in shard.updates for chosen in update]
     return [-(-count // CHUNK_TOKENS) for count in counts]
 
 
@@ -206,7 +203,7 @@ def run_masked(stage: int, world: int, model: Path, folder: Path) -> dict[str, A
     engine = ModelEngine(model, ModelConfig(), learner, OPTIMIZER, device="cpu", bucket_mib=1, mask=mask)
     trainer = PolicyLearner(engine, GRPO)
     made = rollouts(1)
-    rows = [rollout_row(made[0], sample) for sample in range(3)]
+    rows = [trajectory_row(sample) for sample in made[0].trajectories]
     found: dict[str, Any] = {}
     for version in (0, 1, 2):
         engine.publish(version)
@@ -235,17 +232,17 @@ def plain_masked(model: Path) -> dict[str, Any]:
     for version in (1, 2):
         optimizer.zero_grad()
         for g, s, advantage in zip(batch.groups, batch.samples, credit.advantages, strict=True):
-            row = rollout_row(made[g], s)
-            tokens, where = torch.from_numpy(row.tokens.astype(np.int64)), slice(row.prompt_length - 1, -1)
+            row = trajectory_row(made[g].trajectories[s])
+            tokens, where = torch.from_numpy(row.tokens.astype(np.int64)), slice(-row.length - 1, -1)
             own, other = (side(tokens[None], use_cache=False).logits[0, where] / 0.9 for side in (policy, lagging))
             p = other.softmax(-1)
             # [R, V]: what all likelier tokens have together. Those with too much before them are out.
             before = torch.where(p[:, None] > p[..., None], p[:, None], 0.0).sum(-1)
-            drawn = (torch.arange(len(own)), tokens[row.prompt_length :])
+            drawn = (torch.arange(len(own)), tokens[-row.length :])
             outside = before >= LAG.top_p
             outside[drawn] = False
             loss = -advantage * own.masked_fill(outside, -torch.inf).log_softmax(-1)[drawn].sum()
-            (loss / int(batch.response_lengths.sum())).backward()
+            (loss / int(batch.lengths.sum())).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), OPTIMIZER.max_grad_norm)
         optimizer.step()
         found[f"weights {version}"] = {name: tensor.detach().clone() for name, tensor in policy.named_parameters()}
@@ -292,11 +289,11 @@ def plain(model: Path) -> dict[str, Any]:
     for step, name in ((1, "one"), (2, "two"), (3, "three")):
         made = rollouts(step)
         batch, credit = batch_of(made)
-        rows = [rollout_row(made[g], s) for g, s in zip(batch.groups, batch.samples, strict=True)]
+        rows = [trajectory_row(made[g].trajectories[s]) for g, s in zip(batch.groups, batch.samples, strict=True)]
         packed = pack_rows(rows, torch.device("cpu"))
         logprobs, _ = policy(packed.tokens, packed.cu_seqlens, packed.predict, packed.targets, 0.9, 1024)
         # On policy the ratio is 1, so the clipped loss's gradient is that of -advantage x logprob.
-        loss = -(logprobs * spread(credit.advantages, rows, torch.device("cpu"))).sum() / batch.response_lengths.sum()
+        loss = -(logprobs * spread(credit.advantages, rows, torch.device("cpu"))).sum() / batch.lengths.sum()
         optimizer.zero_grad()
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), OPTIMIZER.max_grad_norm))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
+from sample_groups import flat_logprobs, group_of, two_turns
 
 from rlhf_dist.algo.advantages import gae
 from rlhf_dist.algo.algorithm import TokenCredit
@@ -17,7 +18,7 @@ from rlhf_dist.algo.recipes import ppo
 from rlhf_dist.config.schema import AlgoConfig
 from rlhf_dist.learner.credit import by_row, estimate
 from rlhf_dist.learner.shard import AS_THEY_ARE, Estimate, EstimateSums, Shard, Whitening
-from rlhf_dist.types import Message, Prompt, Rollout
+from rlhf_dist.types import Group
 
 
 def credit(gamma: float = 1.0, lam: float = 0.95) -> TokenCredit:
@@ -26,20 +27,10 @@ def credit(gamma: float = 1.0, lam: float = 0.95) -> TokenCredit:
     return found
 
 
-def group(*logprobs: Sequence[float]) -> Rollout:
-    """A rollout whose samples have these logprobs."""
+def group(*logprobs: Sequence[float]) -> Group:
+    """A group whose samples have these logprobs."""
     lengths = [len(row) for row in logprobs]
-    total = sum(lengths)
-    return Rollout(
-        prompt=Prompt("0/0", (Message("user", "x"),), "", "test"),
-        prompt_tokens=np.array([1, 2], np.int32),
-        tokens=np.arange(total, dtype=np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        logprobs=np.concatenate([np.asarray(row, np.float32) for row in logprobs]),
-        versions=np.zeros(total, np.int32),
-        finish_reasons=("stop",) * len(lengths),
-        texts=("",) * len(lengths),
-    )
+    return group_of([1, 2], np.arange(sum(lengths)), lengths, logprobs=np.concatenate(logprobs))
 
 
 def shard(rows: Sequence[tuple[int, int]], scores: Sequence[float], kl_coef: float = 0.0) -> Shard:
@@ -122,7 +113,7 @@ def test_ragged_rows_are_as_each_alone() -> None:
         for part, one in zip(parts, alone, strict=True):
             np.testing.assert_allclose(part, getattr(one, name), rtol=1e-6, atol=1e-6)
     # And the padded form of one row, written out.
-    kl = rollouts[0].logprobs[:3] - references[0][:3]
+    kl = flat_logprobs(rollouts[0])[:3] - references[0][:3]
     rewards = -0.3 * kl + floats(0, 0, scores[0])
     advantages, _ = gae(torch.tensor(rewards)[None], torch.tensor(values[0])[None], torch.ones(1, 3), 0.9, 0.8)
     np.testing.assert_allclose(alone[1].advantages, advantages[0].numpy(), rtol=1e-5, atol=1e-6)
@@ -187,3 +178,14 @@ def test_whitened_advantages_are_cut() -> None:
     assert scale.apply(floats(1, 2, 2.25, 4), 0.0).tolist() == [-2.0, 0.0, 0.5, 4.0]
     assert scale.apply(floats(1, 2, 2.25, 4), 1.5).tolist() == [-1.5, 0.0, 0.5, 1.5]
     assert scale.apply(floats(1), 0.0).dtype == np.float32
+
+
+def test_what_the_policy_reads_between_two_turns_is_no_time() -> None:
+    """Tokens 5 and 8 9 of two turns: credit as of three tokens in one."""
+    values, references = [floats(0.5, 0.4, 0.3)], [floats(-1.5, -2.5, -2.0)]
+    given = (shard([(0, 0)], [1.0], kl_coef=0.1), references, values, credit(0.9, 0.8), True)
+    two, one = (
+        estimate(given[0], [made], *given[1:]) for made in (two_turns(logprobs=(-1, -2, -3)), group([-1, -2, -3]))
+    )
+    for name in ("advantages", "returns", "values"):
+        assert getattr(two, name).tolist() == getattr(one, name).tolist()

@@ -13,21 +13,22 @@ import numpy as np
 import pytest
 import torch
 from ranks import batch_of, rollouts
+from sample_groups import flat_logprobs, flat_tokens
 from torch import Tensor
 
 from rlhf_dist.algo.corrections import Level, Mode, importance_weights
 from rlhf_dist.algo.recipes import ppo
 from rlhf_dist.config.schema import AlgoConfig, CorrectionConfig, CriticConfig, KLConfig, LearnerConfig, OptimizerConfig
 from rlhf_dist.learner.policy import PolicyLearner
-from rlhf_dist.learner.rows import Row, pack_rows, rollout_row
-from rlhf_dist.learner.shard import AS_THEY_ARE, Estimate, Shard, Whitening
+from rlhf_dist.learner.rows import Row, pack_rows, trajectory_row
+from rlhf_dist.learner.shard import AS_THEY_ARE, Estimate, Shard, Whitening, by_sample, shard_rows, shard_samples
 from rlhf_dist.loop.step import Learning, assign_credit, make_shards
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.policy import PackedPolicy
-from rlhf_dist.types import Rollout, Sampling
+from rlhf_dist.types import Group, Sampling
 
 CPU = torch.device("cpu")
-SAMPLING = Sampling(n=3, temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, stop=(), seed=None)
+SAMPLING = Sampling(temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, stop=())
 LEARNER = LearnerConfig(micro_batch_tokens=100, optimizer=OptimizerConfig(lr=1.0, warmup_steps=0))
 
 
@@ -55,7 +56,7 @@ class PlainEngine:
         return 1.0
 
 
-def shard_of(made: list[Rollout], algo: AlgoConfig, learner: LearnerConfig = LEARNER, kl_coef: float = 0.0) -> Shard:
+def shard_of(made: list[Group], algo: AlgoConfig, learner: LearnerConfig = LEARNER, kl_coef: float = 0.0) -> Shard:
     batch, _ = batch_of(made)
     learning = Learning(ppo(algo), learner, CriticConfig(), SAMPLING, 10)
     credit = assign_credit(batch, batch.scores, ppo(algo), 0.0)
@@ -63,23 +64,23 @@ def shard_of(made: list[Rollout], algo: AlgoConfig, learner: LearnerConfig = LEA
 
 
 def learnt(
-    model: Path, algo: AlgoConfig, shard: Shard, made: list[Rollout], references: Sequence[np.ndarray] = ()
+    model: Path, algo: AlgoConfig, shard: Shard, made: list[Group], references: Sequence[np.ndarray] = ()
 ) -> tuple[PlainEngine, dict[str, float]]:
     engine: Any = PlainEngine(model)
     metrics = PolicyLearner(engine, ppo(algo)).update(shard, made, references, credit_of(shard, made), AS_THEY_ARE)
     return engine, metrics.values()
 
 
-def credit_of(shard: Shard, made: list[Rollout]) -> Estimate:
+def credit_of(shard: Shard, made: list[Group]) -> Estimate:
     """An advantage of its own for every token."""
-    tokens = sum(rollout_row(made[g], s).response_length for g, s in zip(shard.groups, shard.samples, strict=True))
+    tokens = sum(sample.length for sample in shard_samples(shard, made))
     advantages = np.random.default_rng(7).normal(size=tokens).astype(np.float32)
     return Estimate(advantages, advantages, advantages)
 
 
-def expected(engine: PlainEngine, shard: Shard, made: list[Rollout], term: Any) -> Tensor:
+def expected(engine: PlainEngine, shard: Shard, made: list[Group], term: Any) -> Tensor:
     """The gradient of the mean over all tokens of term(logprobs, entropy)."""
-    rows = [rollout_row(made[g], s) for g, s in zip(shard.groups, shard.samples, strict=True)]
+    rows = shard_rows(shard, made)
     logprobs, entropy = engine.logprobs(rows, 0.9, True)
     term(logprobs, entropy).mean().backward()
     engine.step(0.0)
@@ -87,11 +88,11 @@ def expected(engine: PlainEngine, shard: Shard, made: list[Rollout], term: Any) 
 
 
 @pytest.fixture
-def made() -> list[Rollout]:
+def made() -> list[Group]:
     return rollouts(1)
 
 
-def test_ppo_at_ratio_1_is_reinforce_with_the_same_advantages(tiny_model: Path, made: list[Rollout]) -> None:
+def test_ppo_at_ratio_1_is_reinforce_with_the_same_advantages(tiny_model: Path, made: list[Group]) -> None:
     """-A grad log pi, token by token: at ratio 1 nothing is clipped."""
     algo = AlgoConfig(name="ppo", clip_low=0.01, clip_high=0.01)
     shard = shard_of(made, algo)
@@ -104,17 +105,13 @@ def test_ppo_at_ratio_1_is_reinforce_with_the_same_advantages(tiny_model: Path, 
     assert metrics["policy/ratio"] == 1.0 and metrics["policy/clipped_low"] == metrics["policy/clipped_high"] == 0.0
 
 
-def test_kl_and_entropy_stand_beside_it_in_the_loss(tiny_model: Path, made: list[Rollout]) -> None:
+def test_kl_and_entropy_stand_beside_it_in_the_loss(tiny_model: Path, made: list[Group]) -> None:
     algo = AlgoConfig(name="ppo", entropy_coef=0.3, kl=KLConfig(place="loss", coef=0.4, estimator="k2"))
     shard = shard_of(made, algo, kl_coef=0.4)
-    references = [np.linspace(-6, -3, len(r.tokens)).astype(np.float32) for r in made]
+    references = [np.linspace(-6, -3, len(flat_tokens(r))).astype(np.float32) for r in made]
     engine, metrics = learnt(tiny_model, algo, shard, made, references)
     a = torch.from_numpy(credit_of(shard, made).advantages)
-    ordered = [
-        references[g][made[g].offsets[s] : made[g].offsets[s + 1]]
-        for g, s in zip(shard.groups, shard.samples, strict=True)
-    ]
-    reference = torch.from_numpy(np.concatenate(ordered))
+    reference = in_row_order(shard, made, references)
 
     def term(logprobs: Tensor, entropy: Tensor) -> Tensor:
         return -a * logprobs + 0.4 * 0.5 * (logprobs - reference).square() - 0.3 * entropy
@@ -123,28 +120,25 @@ def test_kl_and_entropy_stand_beside_it_in_the_loss(tiny_model: Path, made: list
     assert metrics["kl/loss"] > 0.1 and metrics["policy/entropy"] > 1.0
 
 
-def in_row_order(shard: Shard, made: list[Rollout], values: Sequence[np.ndarray]) -> Tensor:
+def in_row_order(shard: Shard, made: list[Group], values: Sequence[np.ndarray]) -> Tensor:
     """Per-token values by group, in the order of the shard's rows, [N]."""
-    ordered = [
-        values[g][made[g].offsets[s] : made[g].offsets[s + 1]] for g, s in zip(shard.groups, shard.samples, strict=True)
-    ]
-    return torch.from_numpy(np.concatenate(ordered))
+    return torch.from_numpy(np.concatenate(by_sample(shard, made, values)))
 
 
-def offsets_of(shard: Shard, made: list[Rollout]) -> Tensor:
-    lengths = [rollout_row(made[g], s).response_length for g, s in zip(shard.groups, shard.samples, strict=True)]
+def offsets_of(shard: Shard, made: list[Group]) -> Tensor:
+    lengths = [sample.length for sample in shard_samples(shard, made)]
     return torch.from_numpy(np.cumsum([0, *lengths]))
 
 
 @pytest.mark.parametrize(("level", "mode"), [("token", "mask"), ("geometric", "truncate")])
 def test_a_correction_weighs_every_tokens_gradient(
-    tiny_model: Path, made: list[Rollout], level: Level, mode: Mode
+    tiny_model: Path, made: list[Group], level: Level, mode: Mode
 ) -> None:
     algo = AlgoConfig(name="ppo", correction=CorrectionConfig(level, mode, 0.45, 1.5))
     shard = shard_of(made, algo)
     engine, metrics = learnt(tiny_model, algo, shard, made)
     a = torch.from_numpy(credit_of(shard, made).advantages)
-    sampled, offsets = in_row_order(shard, made, [r.logprobs for r in made]), offsets_of(shard, made)
+    sampled, offsets = in_row_order(shard, made, [flat_logprobs(r) for r in made]), offsets_of(shard, made)
 
     def term(logprobs: Tensor, _: Tensor) -> Tensor:
         weight, _ = importance_weights(logprobs.detach(), sampled, level, mode, 0.45, 1.5, offsets)
@@ -155,7 +149,7 @@ def test_a_correction_weighs_every_tokens_gradient(
     assert metrics["correction/weight"] != 1.0
 
 
-def test_only_tokens_of_high_entropy_have_a_gradient(tiny_model: Path, made: list[Rollout]) -> None:
+def test_only_tokens_of_high_entropy_have_a_gradient(tiny_model: Path, made: list[Group]) -> None:
     algo = AlgoConfig(name="ppo", entropy_share=0.3)
     shard = shard_of(made, algo)
     # the learner gathers the entropies of all ranks.
@@ -174,13 +168,13 @@ def test_only_tokens_of_high_entropy_have_a_gradient(tiny_model: Path, made: lis
     torch.testing.assert_close(engine.gradients[0], expected(engine, shard, made, term), rtol=1e-4, atol=1e-6)
 
 
-def test_what_the_policy_has_left_has_no_gradient_where_it_was_bad(tiny_model: Path, made: list[Rollout]) -> None:
+def test_what_the_policy_has_left_has_no_gradient_where_it_was_bad(tiny_model: Path, made: list[Group]) -> None:
     """Advantages here are by token, so the tokens with negative ones of responses beyond the limit."""
     algo = AlgoConfig(name="ppo", off_policy_limit=0.6)
     shard = shard_of(made, algo)
     engine, metrics = learnt(tiny_model, algo, shard, made)
     a = torch.from_numpy(credit_of(shard, made).advantages)
-    sampled, offsets = in_row_order(shard, made, [r.logprobs for r in made]), offsets_of(shard, made)
+    sampled, offsets = in_row_order(shard, made, [flat_logprobs(r) for r in made]), offsets_of(shard, made)
 
     def term(logprobs: Tensor, _: Tensor) -> Tensor:
         far = [float((sampled - logprobs.detach())[i:j].mean()) > 0.6 for i, j in pairwise(offsets.tolist())]
@@ -191,10 +185,10 @@ def test_what_the_policy_has_left_has_no_gradient_where_it_was_bad(tiny_model: P
     torch.testing.assert_close(engine.gradients[0], expected(engine, shard, made, term), rtol=1e-4, atol=1e-6)
 
 
-def test_the_coefficient_is_that_of_the_step(tiny_model: Path, made: list[Rollout]) -> None:
+def test_the_coefficient_is_that_of_the_step(tiny_model: Path, made: list[Group]) -> None:
     """A controller may have moved it: the shard's counts, not the config's."""
     algo = AlgoConfig(name="ppo", kl=KLConfig(place="loss", coef=9.0))
-    references = [np.full(len(r.tokens), -5.0, np.float32) for r in made]
+    references = [np.full(len(flat_tokens(r)), -5.0, np.float32) for r in made]
     without, _ = learnt(tiny_model, AlgoConfig(name="ppo"), shard_of(made, algo), made)
     zero, _ = learnt(tiny_model, algo, shard_of(made, algo, kl_coef=0.0), made, references)
     some, _ = learnt(tiny_model, algo, shard_of(made, algo, kl_coef=0.5), made, references)
@@ -202,7 +196,7 @@ def test_the_coefficient_is_that_of_the_step(tiny_model: Path, made: list[Rollou
     assert (some.gradients[0] - without.gradients[0]).norm() > 1e-2
 
 
-def test_whitened_and_cut_advantages_are_what_is_learnt(tiny_model: Path, made: list[Rollout]) -> None:
+def test_whitened_and_cut_advantages_are_what_is_learnt(tiny_model: Path, made: list[Group]) -> None:
     algo = AlgoConfig(name="ppo", advantage_clip=0.5)
     shard, engine = shard_of(made, algo), PlainEngine(tiny_model)
     stand_in: Any = engine
@@ -212,7 +206,7 @@ def test_whitened_and_cut_advantages_are_what_is_learnt(tiny_model: Path, made: 
     torch.testing.assert_close(engine.gradients[0], wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_every_pass_takes_every_mini_batch(tiny_model: Path, made: list[Rollout]) -> None:
+def test_every_pass_takes_every_mini_batch(tiny_model: Path, made: list[Group]) -> None:
     """3 passes of 2: the old logprobs are those before the first, so without a step in between all passes agree."""
     algo = AlgoConfig(name="ppo")
     learner = replace(LEARNER, epochs=3, updates_per_batch=2)
@@ -226,11 +220,11 @@ def test_every_pass_takes_every_mini_batch(tiny_model: Path, made: list[Rollout]
     assert not torch.allclose(engine.gradients[0], engine.gradients[1])
 
 
-def test_the_sentinel_compares_the_samplers_logprobs_once(tiny_model: Path, made: list[Rollout]) -> None:
+def test_the_sentinel_compares_the_samplers_logprobs_once(tiny_model: Path, made: list[Group]) -> None:
     algo = AlgoConfig(name="ppo")
     shard = shard_of(made, algo, replace(LEARNER, epochs=2))
     _, metrics = learnt(tiny_model, algo, shard, made)
-    rows = [rollout_row(made[g], s) for g, s in zip(shard.groups, shard.samples, strict=True)]
+    rows = shard_rows(shard, made)
     logprobs, _ = PlainEngine(tiny_model).logprobs(rows, 0.9)
     difference = (logprobs.detach() + 4.0).abs()  # the sampler's are all -4
     assert metrics["rollout/logprob_diff_max"] == pytest.approx(float(difference.max()), rel=1e-5)
@@ -268,12 +262,12 @@ class Texts:
         self.row = row
 
     def batch(self, number: int) -> Any:
-        return SimpleNamespace(micro_batches=[[self.row]], tokens=self.row.response_length, dropped=0)
+        return SimpleNamespace(micro_batches=[[self.row]], tokens=self.row.length, dropped=0)
 
 
-def test_pre_training_text_is_not_under_the_mask_and_responses_are(tiny_model: Path, made: list[Rollout]) -> None:
+def test_pre_training_text_is_not_under_the_mask_and_responses_are(tiny_model: Path, made: list[Group]) -> None:
     algo = AlgoConfig(name="nlpo")
-    shard, row = shard_of(made, algo), rollout_row(made[1], 0)
+    shard, row = shard_of(made, algo), trajectory_row(made[1].trajectories[0])
     engine: Any = MaskedEngine(tiny_model)
     mix: Any = Texts(row)
     PolicyLearner(engine, ppo(algo), mix).update(shard, made, (), credit_of(shard, made), AS_THEY_ARE)

@@ -151,7 +151,7 @@ def test_a_row_is_prompt_response_and_end_token() -> None:
     tokenizer: Any = character_tokenizer()
     row = element("ab", "c").rows[0]
     assert tokenizer.decode(row.tokens.tolist()) == "<|user|>say it<|end|><|assistant|>ab<|end|>"
-    assert row.response_length == 3
+    assert row.length == 3
 
 
 def test_a_ranking_counts_as_much_as_a_pair_and_each_response_is_scored_once() -> None:

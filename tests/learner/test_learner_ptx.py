@@ -50,7 +50,7 @@ def test_ranks_share_a_batch_out_and_count_all_of_it(tokenizer: object, number: 
     assert tokens(shares, number) == tokens([alone], number)
     assert len({len(share.micro_batches) for share in found}) == 1, "collectives need as many on every rank"
     whole = alone.batch(number)
-    learnt = sum(row.response_length for rows in whole.micro_batches for row in rows)
+    learnt = sum(row.length for rows in whole.micro_batches for row in rows)
     assert {share.tokens for share in found} == {whole.tokens} == {learnt}
     for share in found:
         for rows in share.micro_batches:
@@ -62,7 +62,7 @@ def test_optimizer_steps_pass_over_all_texts_and_repeat_with_their_number(tokeni
     made = mix(tokenizer)
     batches = [made.batch(number) for number in range(5)]
     assert sum(batch.dropped for batch in batches) == 3
-    lengths = sorted(row.response_length for b in batches for rows in b.micro_batches for row in rows)
+    lengths = sorted(row.length for b in batches for rows in b.micro_batches for row in rows)
     assert lengths == sorted([len(text) for text in TEXTS if len(text) < 20] * 3), "letters but the first, and an end"
     # A resumed run goes on where it was.
     assert tokens([mix(tokenizer)], 4) == tokens([made], 4)

@@ -6,27 +6,35 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from sample_groups import group_of
 
 from rlhf_dist.config.schema import OptimizerConfig
-from rlhf_dist.learner.rows import PLACEHOLDER, Row, pack_rows, rollout_row, spread
+from rlhf_dist.learner.rows import PLACEHOLDER, Row, pack_rows, response_row, spread, trajectory_row
 from rlhf_dist.learner.schedule import learning_rate
-from rlhf_dist.types import Message, Prompt, Rollout
 
 CPU = torch.device("cpu")
 
 
 def test_packed_rows_by_hand() -> None:
-    packed = pack_rows([Row(np.array([7, 8, 9], np.int32), 1), Row(np.array([4, 5, 6, 3], np.int32), 3)], CPU)
+    packed = pack_rows([response_row([7], [8, 9]), response_row([4, 5, 6], [3])], CPU)
     assert packed.tokens.tolist() == [7, 8, 9, 4, 5, 6, 3]
     assert packed.cu_seqlens.tolist() == [0, 3, 7] and packed.cu_seqlens.dtype == torch.int32
     assert packed.predict.tolist() == [0, 1, 5], "each position whose next token is of a response"
     assert packed.targets.tolist() == [8, 9, 3]
 
 
-@pytest.mark.parametrize("prompt_length", [0, 3])
-def test_a_row_has_a_prompt_and_a_response(prompt_length: int) -> None:
+def test_two_turns_are_learnt_and_what_is_said_between_them_is_not() -> None:
+    mask = np.array([False, True, True, False, False, True])
+    packed = pack_rows([Row(np.arange(10, 16, dtype=np.int32), mask), response_row([7], [8])], CPU)
+    assert packed.predict.tolist() == [0, 1, 4, 6]
+    assert packed.targets.tolist() == [11, 12, 15, 8]
+    assert packed.cu_seqlens.tolist() == [0, 6, 8]
+
+
+@pytest.mark.parametrize("mask", [[False, False, False], [True, True, True]])
+def test_a_row_has_something_to_learn_and_something_before_it(mask: list[bool]) -> None:
     with pytest.raises(AssertionError):
-        Row(np.array([7, 8, 9], np.int32), prompt_length)
+        Row(np.array([7, 8, 9], np.int32), np.array(mask))
 
 
 def test_the_placeholder_can_be_packed() -> None:
@@ -34,33 +42,24 @@ def test_the_placeholder_can_be_packed() -> None:
     assert packed.predict.tolist() == [0] and packed.targets.tolist() == [0]
 
 
-def test_spread_gives_each_response_token_its_rows_value() -> None:
-    rows = [Row(np.zeros(3, np.int32), 1), Row(np.zeros(4, np.int32), 3)]
+def test_spread_gives_each_token_with_a_loss_its_rows_value() -> None:
+    rows = [response_row([0], [0, 0]), response_row([0, 0, 0], [0])]
     assert spread([0.5, -2.0], rows, CPU).tolist() == [0.5, 0.5, -2.0]
 
 
 def test_a_sample_becomes_a_row() -> None:
-    rollout = Rollout(
-        prompt=Prompt("0/0", (Message("user", "x"),), "", "test"),
-        prompt_tokens=np.array([1, 2], np.int32),
-        tokens=np.array([5, 6, 7], np.int32),
-        offsets=np.array([0, 1, 3]),
-        logprobs=np.zeros(3, np.float32),
-        versions=np.zeros(3, np.int32),
-        finish_reasons=("stop", "stop"),
-        texts=("", ""),
-    )
-    first, second = rollout_row(rollout, 0), rollout_row(rollout, 1)
-    assert (first.tokens.tolist(), first.prompt_length, first.response_length) == ([1, 2, 5], 2, 1)
-    assert (second.tokens.tolist(), second.prompt_length, second.response_length) == ([1, 2, 6, 7], 2, 2)
+    group = group_of([1, 2], [5, 6, 7], [1, 2])
+    first, second = map(trajectory_row, group.trajectories)
+    assert (first.tokens.tolist(), first.loss_mask.tolist(), first.length) == ([1, 2, 5], [False, False, True], 1)
+    assert (second.tokens.tolist(), second.length) == ([1, 2, 6, 7], 2)
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=8))
-def test_every_response_token_is_a_target_once(sizes: list[tuple[int, int]]) -> None:
+def test_every_token_with_a_loss_is_a_target_once(sizes: list[tuple[int, int]]) -> None:
     tokens = iter(range(10_000))
-    rows = [Row(np.array([next(tokens) for _ in range(p + r)], np.int32), p) for p, r in sizes]
+    rows = [response_row([next(tokens) for _ in range(p)], [next(tokens) for _ in range(r)]) for p, r in sizes]
     packed = pack_rows(rows, CPU)
-    expected = np.concatenate([row.tokens[row.prompt_length :] for row in rows])
+    expected = np.concatenate([row.tokens[row.loss_mask] for row in rows])
     assert packed.targets.tolist() == expected.tolist()
     assert packed.tokens[packed.predict].tolist() == (expected - 1).tolist(), "the token before, numbers being in order"
 

@@ -26,7 +26,7 @@ class Engine:
     rank = 0
 
     def logprobs(self, rows: list[Row], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        count = sum(row.response_length for row in rows)
+        count = sum(row.length for row in rows)
         return torch.full((count,), -2.0, requires_grad=True), torch.zeros(count)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:

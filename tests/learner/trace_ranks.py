@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from rank_processes import run_ranks
 from safetensors.torch import save_file
+from sample_groups import group_of
 from torch import Tensor
 
 from rlhf_dist.algo.recipes import ALGORITHMS
@@ -37,15 +38,15 @@ from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.model_engine import Engine, ModelEngine
 from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.scalar_engine import ScalarEngine
-from rlhf_dist.learner.shard import EstimateSums, Shard
+from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard
 from rlhf_dist.loop.ports import Estimates
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.step import Learning, train_step
 from rlhf_dist.models.tokenizer import character_tokenizer
-from rlhf_dist.rollout.worker import head_of
+from rlhf_dist.rollout.trajectories import head_of
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.timeline import Stopwatch
-from rlhf_dist.types import Experience, Message, Prompt, Referenced, ReferenceHead, Rollout, Sampling, Scores
+from rlhf_dist.types import Experience, Group, Handle, Message, Prompt, Referenced, ReferenceHead, Sampling, Scores
 from rlhf_dist.weights.receipts import Announcement
 
 TRACE = Path(__file__).with_name("trace.json")
@@ -55,7 +56,7 @@ SEED = 170
 """No ratio and no value comes nearer than 6e-5 to a bound at which it is clipped: rounding decides nothing."""
 VOCABULARY, HIDDEN, LAYERS, HEADS, INNER = 80, 64, 2, 2, 128
 LONGEST = 24
-SAMPLING = Sampling(n=4, temperature=0.9, top_p=1.0, top_k=0, max_tokens=LONGEST, stop=(), seed=None)
+SAMPLING = Sampling(temperature=0.9, top_p=1.0, top_k=0, max_tokens=LONGEST, stop=())
 # eps is of the size of a gradient's root mean square: with a much smaller one Adam would blow the rounding of small
 # gradients up to steps of full size, with a much larger one beta2 would not be seen.
 OPTIMIZER = OptimizerConfig(
@@ -163,29 +164,36 @@ def experiences(step: int) -> list[Experience]:
         lengths = chance.randint(1, LONGEST + 1, size=len(scores))
         total = int(lengths.sum())
         prompt = Prompt(f"{step}/{group}", (Message("user", "x"),), "", "test")
-        rollout = Rollout(
+        start = chance.randint(0, VOCABULARY, size=chance.randint(2, 10))
+        tokens = chance.randint(0, VOCABULARY, size=total)
+        sampled = (-4.7 + 0.5 * chance.standard_normal(total)).astype(np.float32)
+        body = group_of(
+            start,
+            tokens,
+            lengths,
             prompt=prompt,
-            prompt_tokens=chance.randint(0, VOCABULARY, size=chance.randint(2, 10)).astype(np.int32),
-            tokens=chance.randint(0, VOCABULARY, size=total).astype(np.int32),
-            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            logprobs=(-4.7 + 0.5 * chance.standard_normal(total)).astype(np.float32),
-            versions=np.full(total, step - 1, np.int32),
-            finish_reasons=tuple("length" if length == LONGEST else "stop" for length in lengths),
-            texts=("",) * len(scores),
+            logprobs=sampled,
+            version=step - 1,
+            reasons=["length" if length == LONGEST else "stop" for length in lengths],
         )
-        reference = (rollout.logprobs + 0.3 * chance.standard_normal(total)).astype(np.float32)
-        kl = np.add.reduceat(rollout.logprobs - reference, rollout.offsets[:-1])
+        reference = (sampled + 0.3 * chance.standard_normal(total)).astype(np.float32)
+        kl = np.add.reduceat(sampled - reference, np.concatenate([[0], np.cumsum(lengths)[:-1]]))
         none = np.zeros(len(scores))
         made.append(
             Experience(
                 prompt,
-                head_of(rollout, "w"),
+                head_of(body, "w"),
                 Scores(np.array(scores, np.float32), {}, none, none),
-                rollout,
-                Referenced(ReferenceHead(kl, none), reference),
+                Handle(body),
+                Referenced(ReferenceHead(kl, none), Handle(reference)),
             )
         )
     return made
+
+
+def records(handles: Sequence[Handle[Any]]) -> list[Any]:
+    """What the handles stand for: here the records themselves."""
+    return [handle.place for handle in handles]
 
 
 def everyone(mine: Any) -> list[Any]:
@@ -223,15 +231,18 @@ class PolicyRanks:
         """[optimizer steps of first passes][micro-batches of all ranks]: rows."""
 
     def update(
-        self, shards: Sequence[Shard], rollouts: Sequence[Any], references: Sequence[Any], estimates: Estimates
+        self,
+        shards: Sequence[Shard],
+        bodies: Sequence[Handle[Group]],
+        references: Sequence[Handle[np.ndarray]],
+        estimates: Estimates,
     ) -> MetricSums:
         rank = self._learner.engine.rank
         for cuts in zip(*(shard.updates for shard in shards), strict=True):
             self.rows.append([len(chosen) for micro_batches in cuts for chosen in micro_batches])
-        own = estimates.handles[rank] if estimates.handles else None
-        return MetricSums.merge(
-            everyone(self._learner.update(shards[rank], rollouts, references, own, estimates.whitening))
-        )
+        own = estimates.handles[rank].place if estimates.handles else None
+        given = (records(bodies), records(references), own, estimates.whitening)
+        return MetricSums.merge(everyone(self._learner.update(shards[rank], *given)))
 
     def publish(self, version: int) -> Announcement:
         return everyone(self._learner.engine.publish(version))[0]
@@ -248,16 +259,19 @@ class CriticRanks:
         self._rank = learner.engine.rank
 
     def estimate(
-        self, shards: Sequence[Shard], rollouts: Sequence[Any], references: Sequence[Any]
-    ) -> tuple[Sequence[Any], EstimateSums]:
-        sums, own = self._learner.estimate(shards[self._rank], rollouts, references)
-        return everyone(own), EstimateSums.merge(everyone(sums))
+        self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], references: Sequence[Handle[np.ndarray]]
+    ) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
+        sums, own = self._learner.estimate(shards[self._rank], records(bodies), records(references))
+        return [Handle(found) for found in everyone(own)], EstimateSums.merge(everyone(sums))
 
-    def begin_update(self, shards: Sequence[Shard], rollouts: Sequence[Any], estimates: Estimates) -> MetricSums:
-        return self._learner.update(shards[self._rank], estimates.handles[self._rank], rollouts)
+    def begin_update(
+        self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], estimates: Estimates
+    ) -> Handle[MetricSums]:
+        own = estimates.handles[self._rank].place
+        return Handle(self._learner.update(shards[self._rank], own, records(bodies)))
 
-    def finish_update(self, pending: MetricSums) -> MetricSums:
-        return MetricSums.merge(everyone(pending))
+    def finish_update(self, pending: Handle[MetricSums]) -> MetricSums:
+        return MetricSums.merge(everyone(pending.place))
 
     def save(self, folder: Path) -> None:
         raise NotImplementedError

@@ -12,25 +12,38 @@ import numpy as np
 
 from rlhf_dist.learner.critic_files import critic_files
 from rlhf_dist.learner.model_engine import checkpoint_files
-from rlhf_dist.learner.shard import EstimateSums, Shard
+from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard
 from rlhf_dist.loop.ports import Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import (
     DroppedPrompt,
     Experience,
+    Group,
+    GroupHead,
     Handle,
     Message,
     Prompt,
     Referenced,
     ReferenceHead,
-    RolloutHead,
-    Sampling,
+    Request,
     Scores,
 )
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement
 
+Bodies = Sequence[Handle[Group]]
+References = Sequence[Handle[np.ndarray]]
 PLAN = make_plan([("a", (4,), "float32")], 8)
+
+
+def asked_for(pending: Mapping[str, Handle[Any]]) -> list[tuple[str, tuple[str, int]]]:
+    """(uid, (uid, samples)) of groups that `FakeRollouts` made."""
+    return [(uid, asked.place) for uid, asked in pending.items()]
+
+
+def handles(kind: str, count: int) -> tuple[Handle[Any], ...]:
+    """`KIND 0`, `KIND 1` ..., as the stand-ins name them."""
+    return tuple(Handle(f"{kind} {number}") for number in range(count))
 
 
 def scores_of(total: np.ndarray, components: Mapping[str, np.ndarray]) -> Scores:
@@ -40,6 +53,12 @@ def scores_of(total: np.ndarray, components: Mapping[str, np.ndarray]) -> Scores
 
 def prompts(count: int) -> list[Prompt]:
     return [Prompt(f"0/{number}", (Message("user", "x"),), "", "test") for number in range(count)]
+
+
+def head_of(uid: str, prompt: int, lengths: Sequence[int], reasons: tuple[str, ...], version: int) -> GroupHead:
+    """`prompt`: tokens of the prompt."""
+    sampled = np.array(lengths)
+    return GroupHead(uid, sampled + prompt, sampled, reasons, version, version, "rollout worker 0")
 
 
 def experience(
@@ -54,15 +73,16 @@ def experience(
     total = np.array(scores, np.float32)
     return Experience(
         prompt=Prompt(f"0/{number}", (Message("user", "x"),), "", "test"),
-        head=RolloutHead(f"0/{number}", prompt, np.array(lengths), reasons, version, version, "rollout worker 0"),
+        head=head_of(f"0/{number}", prompt, lengths, reasons, version),
         scores=scores_of(total, {"exact": total, "style": total * 0 + number}),
-        rollout=f"handle {number}",
+        body=Handle(f"body {number}"),
         reference=None if kl is None else referenced(number, kl),
     )
 
 
 def referenced(number: int, kl: list[float]) -> Referenced:
-    return Referenced(ReferenceHead(np.array(kl, np.float32), np.zeros(len(kl), np.float32)), f"reference {number}")
+    head = ReferenceHead(np.array(kl, np.float32), np.zeros(len(kl), np.float32))
+    return Referenced(head, Handle(f"reference {number}"))
 
 
 EXPERIENCES = [
@@ -102,23 +122,20 @@ class FakeRollouts:
     served: list[str] = field(default_factory=list)
     version: int = -1
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> Iterator[tuple[RolloutHead, Handle] | DroppedPrompt]:
-        for prompt in reversed(prompts):
-            self.served.append(prompt.uid)
-            if prompt.uid in self.drops or "*" in self.drops:
-                yield DroppedPrompt(prompt.uid, "prompt_empty", "no known characters")
-            elif prompt.uid not in self.loses:
-                lengths, reasons = np.full(sampling.n, 3), ("stop",) * sampling.n
-                head = RolloutHead(prompt.uid, 2, lengths, reasons, self.version, self.version, "rollout worker 0")
-                yield head, (prompt.uid, sampling.n)
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[GroupHead, Handle[Group]] | DroppedPrompt]:
+        for request in reversed(requests):
+            self.served.append(request.uid)
+            if request.uid in self.drops or "*" in self.drops:
+                yield DroppedPrompt(request.uid, "prompt_empty", "no known characters")
+            elif request.uid not in self.loses:
+                head = head_of(request.uid, 2, [3] * request.n, ("stop",) * request.n, self.version)
+                yield head, Handle((request.uid, request.n))
 
     def load_weights(self, announcement: Announcement) -> list[str]:
         self.version = announcement.version
         return []
 
-    def texts(self, rollout: Handle) -> tuple[str, ...]:
+    def texts(self, body: Handle[Group]) -> tuple[str, ...]:
         return ("abc",)
 
 
@@ -126,12 +143,12 @@ class FakeRollouts:
 class FakeScoring:
     """The first sample of a group is right, the others are wrong."""
 
-    def submit(self, rollout: Handle) -> Handle:
-        return rollout
+    def submit(self, body: Handle[Group]) -> Handle[Scores]:
+        return Handle(body.place)
 
-    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Scores]:
+    def gather(self, pending: Mapping[str, Handle[Scores]]) -> dict[str, Scores]:
         found = {}
-        for uid, (_, samples) in pending.items():
+        for uid, (_, samples) in asked_for(pending):
             total = np.zeros(samples, np.float32)
             total[0] = 1.0
             found[uid] = scores_of(total, {"exact": total})
@@ -143,23 +160,23 @@ class FakeReference:
     """Every response is `kl` nats away; the logprobs of prompt x are `reference x`."""
 
     kl: float = 2.0
-    asked: list[tuple[Handle, float]] = field(default_factory=list)
-    """Rollouts and temperatures."""
+    asked: list[tuple[tuple[str, int], float]] = field(default_factory=list)
+    """(uid, samples) and temperatures."""
     moved: list[tuple[int, float]] = field(default_factory=list)
     """Versions taken and shares kept."""
     saved: list[str] = field(default_factory=list)
     leaves: Sequence[str] = ("reference/config.json",)
     """Files that it writes into a checkpoint."""
 
-    def submit(self, rollout: Handle, temperature: float) -> Handle:
-        self.asked.append((rollout, temperature))
-        return rollout
+    def submit(self, body: Handle[Group], temperature: float) -> Handle[Referenced]:
+        self.asked.append((body.place, temperature))
+        return Handle(body.place)
 
-    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Referenced]:
+    def gather(self, pending: Mapping[str, Handle[Referenced]]) -> dict[str, Referenced]:
         found = {}
-        for uid, (_, samples) in pending.items():
+        for uid, (_, samples) in asked_for(pending):
             head = ReferenceHead(np.full(samples, self.kl, np.float32), np.full(samples, -3.0, np.float32))
-            found[uid] = Referenced(head, f"reference {uid}")
+            found[uid] = Referenced(head, Handle(f"reference {uid}"))
         return found
 
     def update(self, announcement: Announcement, keep: float) -> None:
@@ -184,14 +201,14 @@ class FakePolicy:
     updates: int = 0
     order: list[str] = field(default_factory=list)
     """What was asked of it, and of a critic that has the same list."""
-    given: list[tuple[Sequence[Shard], Sequence[Handle], Sequence[Handle], Estimates]] = field(default_factory=list)
+    given: list[tuple[Sequence[Shard], Bodies, References, Estimates]] = field(default_factory=list)
     """What every update got."""
 
     def update(
-        self, shards: Sequence[Shard], rollouts: Sequence[Handle], references: Sequence[Handle], estimates: Estimates
+        self, shards: Sequence[Shard], bodies: Bodies, references: References, estimates: Estimates
     ) -> MetricSums:
         self.order.append("policy")
-        self.given.append((shards, rollouts, references, estimates))
+        self.given.append((shards, bodies, references, estimates))
         self.updates += 1
         if self.updates == self.fails_at:
             raise RuntimeError("the machine went down")
@@ -212,29 +229,29 @@ class FakeCritic:
     """Advantages of each rank are 1 and 3, returns 4 and 8, values 3 and 5."""
 
     order: list[str] = field(default_factory=list)
-    given: list[tuple[Sequence[Shard], Sequence[Handle], Estimates]] = field(default_factory=list)
+    given: list[tuple[Sequence[Shard], Bodies, Estimates]] = field(default_factory=list)
     """What every update got."""
-    references: Sequence[Handle] = ()
+    references: References = ()
     """What the last estimate got."""
     saved: list[str] = field(default_factory=list)
     leaves: Sequence[str] = tuple(critic_files(shared=False, ranks=2))
     """Files that it writes into a checkpoint; those of a critic with its own trunk on as many ranks as `FakePolicy`."""
 
     def estimate(
-        self, shards: Sequence[Shard], rollouts: Sequence[Handle], references: Sequence[Handle]
-    ) -> tuple[Sequence[Handle], EstimateSums]:
+        self, shards: Sequence[Shard], bodies: Bodies, references: References
+    ) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
         self.order.append("estimate")
         self.references = references
         sums = EstimateSums(2.0, 4.0, 10.0, 12.0, 80.0, 8.0, 10.0)
-        return [f"estimate {rank}" for rank, _ in enumerate(shards)], EstimateSums.merge([sums] * len(shards))
+        return [Handle(f"estimate {rank}") for rank, _ in enumerate(shards)], EstimateSums.merge([sums] * len(shards))
 
-    def begin_update(self, shards: Sequence[Shard], rollouts: Sequence[Handle], estimates: Estimates) -> Handle:
+    def begin_update(self, shards: Sequence[Shard], bodies: Bodies, estimates: Estimates) -> Handle[MetricSums]:
         self.order.append("critic begins")
-        self.given.append((shards, rollouts, estimates))
-        return "pending"
+        self.given.append((shards, bodies, estimates))
+        return Handle("pending")
 
-    def finish_update(self, pending: Handle) -> MetricSums:
-        assert pending == "pending"
+    def finish_update(self, pending: Handle[MetricSums]) -> MetricSums:
+        assert pending.place == "pending"
         self.order.append("critic ends")
         return MetricSums({"critic/loss": (3.0, 2.0)})
 

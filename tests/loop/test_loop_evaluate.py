@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stand_ins import FakeRollouts, prompts
+from stand_ins import FakeRollouts, asked_for, prompts
 
 from rlhf_dist.config.schema import EvalConfig
 from rlhf_dist.errors import DataError
 from rlhf_dist.loop.evaluate import evaluate
-from rlhf_dist.types import Handle, Referenced, ReferenceHead, Sampling, Scores
+from rlhf_dist.types import Group, Handle, Referenced, ReferenceHead, Sampling, Scores
 from rlhf_dist.weights.receipts import Announcement
 
-SAMPLING = Sampling(n=4, temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, stop=(), seed=None)
+SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, stop=())
 CONFIG = EvalConfig(prompts=4, samples=2)
 EXACT = {"exact": 1.0}
 
@@ -25,12 +25,12 @@ EXACT = {"exact": 1.0}
 class Scorers:
     """The first sample of a group is right and has a total of 1, the others 0; gold is 3 less than twice that."""
 
-    def submit(self, rollout: Handle) -> Handle:
-        return rollout
+    def submit(self, body: Handle[Group]) -> Handle[Scores]:
+        return Handle(body.place)
 
-    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Scores]:
+    def gather(self, pending: Mapping[str, Handle[Scores]]) -> dict[str, Scores]:
         found = {}
-        for uid, (_, samples) in pending.items():
+        for uid, (_, samples) in asked_for(pending):
             total = np.zeros(samples, np.float32)
             total[0] = 1.0
             components = {"exact": total, "truth": 2 * total - 3}
@@ -47,22 +47,22 @@ class ReferenceServers:
 
     temperatures: set[float] = field(default_factory=set)
 
-    def submit(self, rollout: Handle, temperature: float) -> Handle:
+    def submit(self, body: Handle[Group], temperature: float) -> Handle[Referenced]:
         self.temperatures.add(temperature)
-        return rollout
+        return Handle(body.place)
 
-    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Referenced]:
-        heads = {uid: ReferenceHead(np.arange(1.0, n + 1), -np.ones(n)) for uid, (_, n) in pending.items()}
-        return {uid: Referenced(head, None) for uid, head in heads.items()}
+    def gather(self, pending: Mapping[str, Handle[Referenced]]) -> dict[str, Referenced]:
+        heads = {uid: ReferenceHead(np.arange(1.0, n + 1), -np.ones(n)) for uid, (_, n) in asked_for(pending)}
+        return {uid: Referenced(head, Handle(None)) for uid, head in heads.items()}
 
     def update(self, announcement: Announcement, keep: float) -> None: ...
 
 
 def test_a_prompt_without_a_response_counts_as_not_solved() -> None:
-    every = evaluate(prompts(4), CONFIG, SAMPLING, rollouts=FakeRollouts(), **BY_RULE).metrics
+    every = evaluate(prompts(4), CONFIG, SAMPLING, seed=1, rollouts=FakeRollouts(), **BY_RULE).metrics
     assert every["eval/greedy_accuracy"] == every["eval/pass_at_2"] == 1.0 and every["eval/sampled_accuracy"] == 0.5
     assert "eval/dropped" not in every
-    found = evaluate(prompts(4), CONFIG, SAMPLING, rollouts=FakeRollouts(drops=["0/1"]), **BY_RULE)
+    found = evaluate(prompts(4), CONFIG, SAMPLING, seed=1, rollouts=FakeRollouts(drops=["0/1"]), **BY_RULE)
     assert found.metrics["eval/greedy_accuracy"] == found.metrics["eval/pass_at_2"] == 0.75
     assert found.metrics["eval/sampled_accuracy"] == 3 / 8
     assert found.metrics["eval/dropped"] == 1.0
@@ -71,7 +71,7 @@ def test_a_prompt_without_a_response_counts_as_not_solved() -> None:
 
 def test_an_evaluation_without_any_response_is_an_error() -> None:
     with pytest.raises(DataError, match=r"no held-out prompt could be answered \(prompt_empty: no known characters\)"):
-        evaluate(prompts(3), CONFIG, SAMPLING, rollouts=FakeRollouts(drops=["*"]), **BY_RULE)
+        evaluate(prompts(3), CONFIG, SAMPLING, seed=1, rollouts=FakeRollouts(drops=["*"]), **BY_RULE)
 
 
 def test_without_answers_a_gold_reward_and_kl_take_the_place_of_accuracy() -> None:
@@ -80,6 +80,7 @@ def test_without_answers_a_gold_reward_and_kl_take_the_place_of_accuracy() -> No
         prompts(4),
         CONFIG,
         SAMPLING,
+        seed=1,
         rollouts=FakeRollouts(),
         scoring=Scorers(),
         solved_by=EXACT,
@@ -103,7 +104,7 @@ def test_without_answers_a_gold_reward_and_kl_take_the_place_of_accuracy() -> No
 
 def test_accuracy_stays_where_a_prompt_has_an_answer() -> None:
     questions = [replace(prompts(1)[0], answer="cba"), *prompts(4)[1:]]
-    found = evaluate(questions, CONFIG, SAMPLING, rollouts=FakeRollouts(), **BY_RULE, gold="truth").metrics
+    found = evaluate(questions, CONFIG, SAMPLING, seed=1, rollouts=FakeRollouts(), **BY_RULE, gold="truth").metrics
     assert found["eval/greedy_accuracy"] == 1.0 and found["eval/gold"] == -2.0
     assert "eval/kl" not in found
 
@@ -114,6 +115,7 @@ def test_greedy_responses_stand_in_where_none_is_sampled() -> None:
         prompts(2),
         replace(CONFIG, samples=0),
         SAMPLING,
+        seed=1,
         rollouts=FakeRollouts(),
         scoring=Scorers(),
         solved_by=EXACT,
@@ -129,7 +131,7 @@ def test_greedy_responses_stand_in_where_none_is_sampled() -> None:
 def test_accuracy_is_of_the_rewards_that_say_what_is_right() -> None:
     def accuracy(solved_by: dict[str, float]) -> float | None:
         every = evaluate(
-            prompts(4), CONFIG, SAMPLING, rollouts=FakeRollouts(), scoring=Scorers(), solved_by=solved_by
+            prompts(4), CONFIG, SAMPLING, seed=1, rollouts=FakeRollouts(), scoring=Scorers(), solved_by=solved_by
         ).metrics
         assert ("eval/greedy_accuracy" in every) == ("eval/pass_at_2" in every) == ("eval/sampled_accuracy" in every)
         return every.get("eval/greedy_accuracy")

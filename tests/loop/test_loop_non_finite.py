@@ -10,7 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stand_ins import FakeCritic, FakePolicy, FakeReference, FakeRollouts, experience, lines, prompts, scores_of
+from stand_ins import (
+    FakeCritic,
+    FakePolicy,
+    FakeReference,
+    FakeRollouts,
+    asked_for,
+    experience,
+    lines,
+    prompts,
+    scores_of,
+)
 from test_loop_train import CONFIG, PROMPTS, STEPS, close, warnings, wired
 
 from rlhf_dist.algo.recipes import ALGORITHMS
@@ -22,15 +32,16 @@ from rlhf_dist.loop.collect import collect
 from rlhf_dist.loop.evaluate import evaluate
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.non_finite import with_finite_rewards
+from rlhf_dist.loop.requests import make_requests
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.step import assign_credit, collate
 from rlhf_dist.loop.train import train
 from rlhf_dist.loop.watch import watch_metrics
 from rlhf_dist.scoring.non_finite import find_non_finite, zeroed
-from rlhf_dist.types import Experience, Handle, Sampling, Scores
+from rlhf_dist.types import Experience, Group, Handle, Sampling, Scores
 
 NAN = math.nan
-SAMPLING = Sampling(n=4, temperature=1.0, top_p=1.0, top_k=0, max_tokens=9, stop=(), seed=None)
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=9, stop=())
 STOPS = ("stop", "length", "stop", "stop")
 
 
@@ -47,13 +58,14 @@ def finite(number: int, scores: list[float], lengths: Sequence[int] = (2, 9, 3, 
 
 def test_what_is_left_of_a_group_by_hand() -> None:
     kept = finite(0, [1.0, NAN, 0.0, 1.0])
-    assert kept.head.lengths.tolist() == [2, 3, 4] and kept.head.finish_reasons == ("stop",) * 3
+    assert kept.head.lengths.tolist() == [2, 3, 4] and kept.head.tokens.tolist() == [5, 6, 7]
+    assert kept.head.finish_reasons == ("stop",) * 3
     assert kept.scores.total.tolist() == kept.scores.components["exact"].tolist() == [1.0, 0.0, 1.0]
     assert kept.scores.hashes.tolist() == [0, 2, 3] and len(kept.scores.distinct) == 3
     assert kept.reference is not None and kept.reference.head.kl.tolist() == [0.0, 2.0, 3.0]
     assert kept.reference.head.logprob.shape == (3,)
     assert kept.left_out == (1,) and kept.samples.tolist() == [0, 2, 3]
-    assert (kept.rollout, kept.reference.logprobs) == ("handle 0", "reference 0"), "tokens stay where they are"
+    assert (kept.body.place, kept.reference.logprobs.place) == ("body 0", "reference 0"), "tokens stay where they are"
     whole = group(1, [1.0, 0.0, 0.0, 0.0])
     assert with_finite_rewards(whole) is whole and whole.samples.tolist() == [0, 1, 2, 3]
     assert with_finite_rewards(group(2, [NAN] * 4)) is None
@@ -63,7 +75,7 @@ def test_rows_keep_their_sample_in_the_rollout() -> None:
     batch = collate([finite(0, [1.0, NAN, 0.0, 1.0]), group(1, [0.0, 0.0, 1.0, 0.0]), finite(2, [NAN, NAN, 5.0, NAN])])
     assert batch.groups.tolist() == [0, 0, 0, 1, 1, 1, 1, 2]
     assert batch.samples.tolist() == [0, 2, 3, 0, 1, 2, 3, 2]
-    assert batch.response_lengths.tolist() == [2, 3, 4, 2, 9, 3, 4, 3]
+    assert batch.lengths.tolist() == [2, 3, 4, 2, 9, 3, 4, 3]
     assert batch.scores.tolist() == [1, 0, 1, 0, 0, 1, 0, 5] and batch.kl.tolist() == [0, 2, 3, 0, 1, 2, 3, 2]
     assert batch.ended.tolist() == [True, True, True, True, False, True, True, True]
 
@@ -106,11 +118,11 @@ class Scoring:
     """So many of the first groups have a greedy response that is infinite."""
     singles: list[str] = field(default_factory=list)
 
-    def submit(self, rollout: Handle) -> Handle:
-        return rollout
+    def submit(self, body: Handle[Group]) -> Handle[Scores]:
+        return Handle(body.place)
 
-    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Scores]:
-        return {uid: self.score(uid, samples) for uid, (_, samples) in pending.items()}
+    def gather(self, pending: Mapping[str, Handle[Scores]]) -> dict[str, Scores]:
+        return {uid: self.score(uid, samples) for uid, (_, samples) in asked_for(pending)}
 
     def score(self, uid: str, samples: int) -> Scores:
         raw = np.array(self.given[:samples] if samples > 1 else [1.0], np.float32)
@@ -271,6 +283,7 @@ def measured(policy: str, given: Sequence[float], **options: Any) -> dict[str, f
         [replace(prompt, uid=f"eval/{i}") for i, prompt in enumerate(prompts(4))],
         EvalConfig(prompts=4, samples=2),
         SAMPLING,
+        seed=1,
         rollouts=FakeRollouts(),
         scoring=scoring,
         solved_by={"exact": 1.0},
@@ -312,7 +325,8 @@ def test_collecting_tells_the_ledger_of_those_that_went(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.issue([prompt.uid for prompt in prompts(3)], 0)
     scoring = Scoring("mask", lost=["0/1"])
-    found = collect(prompts(3), SAMPLING, rollouts=FakeRollouts(), scoring=scoring, ledger=ledger)
+    requests = make_requests(prompts(3), "train", 4, SAMPLING, 1)
+    found = collect(requests, rollouts=FakeRollouts(), scoring=scoring, ledger=ledger)
     counts = ledger.counts()
     ledger.close()
     assert [(drop.uid, drop.reason) for drop in found.dropped] == [("0/1", "non_finite")]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stand_ins import EXPERIENCES, FakeCritic, FakePolicy, FakeRollouts, experience, with_reference
+from stand_ins import EXPERIENCES, FakeCritic, FakePolicy, FakeRollouts, experience, handles, with_reference
 
 from rlhf_dist.algo.algorithm import GroupCredit
 from rlhf_dist.algo.recipes import dr_grpo, grpo, ppo
@@ -43,7 +43,7 @@ from rlhf_dist.types import (
     StepReport,
 )
 
-SAMPLING = Sampling(n=2, temperature=0.8, top_p=1.0, top_k=0, max_tokens=9, stop=(), seed=None)
+SAMPLING = Sampling(temperature=0.8, top_p=1.0, top_k=0, max_tokens=9, stop=())
 LEARNER = LearnerConfig(micro_batch_tokens=20, optimizer=OptimizerConfig(lr=1.0, warmup_steps=4))
 GRPO = AlgoConfig()
 ALGORITHM = grpo(GRPO)
@@ -78,11 +78,11 @@ def credit(batch: Batch) -> Credit:
 
 
 def test_collate_lays_samples_out_as_rows(batch: Batch) -> None:
-    assert batch.rollouts == ("handle 0", "handle 1", "handle 2", "handle 3")
+    assert batch.bodies == handles("body", 4)
     assert batch.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert batch.samples.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
-    assert batch.prompt_lengths.tolist() == [3, 3, 5, 5, 1, 1, 2, 2]
-    assert batch.response_lengths.tolist() == [2, 6, 9, 1, 4, 4, 3, 3]
+    assert batch.tokens.tolist() == [5, 9, 14, 6, 5, 5, 5, 5]
+    assert batch.lengths.tolist() == [2, 6, 9, 1, 4, 4, 3, 3]
     assert batch.scores.tolist() == [1, 0, 0, 0, 0, 2, 1, 0]
     assert (batch.oldest_version, batch.newest_version) == (6, 6)
 
@@ -108,11 +108,7 @@ def test_every_row_is_in_one_place_and_weighs_the_same_everywhere(batch: Batch, 
         rows = np.concatenate(micro_batches)
         assert sorted(rows.tolist()) == list(range(len(shard.groups))), "each of the rank's rows once"
         for chosen in micro_batches:
-            lengths = [
-                EXPERIENCES[shard.groups[i]].head.prompt_length
-                + EXPERIENCES[shard.groups[i]].head.lengths[shard.samples[i]]
-                for i in chosen
-            ]
+            lengths = [EXPERIENCES[shard.groups[i]].head.tokens[shard.samples[i]] for i in chosen]
             assert sum(lengths) <= 20
         seen += list(zip(shard.groups.tolist(), shard.samples.tolist(), shard.advantages.tolist(), strict=True))
     assert sorted(seen) == [(row // 2, row % 2, (row + 1) * 10.0) for row in range(8)]
@@ -214,7 +210,7 @@ def test_a_step_tells_how_much_of_the_batch_was_trained() -> None:
 
 def test_collate_carries_references_kl_and_what_was_cut() -> None:
     batch = collate([*with_reference()[:3], experience(3, 2, [3, 3], [1, 0], kl=[6, 7], reasons=("length", "stop"))])
-    assert batch.references == ("reference 0", "reference 1", "reference 2", "reference 3")
+    assert batch.references == handles("reference", 4)
     assert batch.kl.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert batch.ended.tolist() == [True] * 6 + [False, True]
     plain = collate(EXPERIENCES)
@@ -245,12 +241,12 @@ def test_the_critic_values_before_anything_learns_and_learns_beside_the_policy()
     policy, critic = FakePolicy(order=order), FakeCritic(order=order)
     report, _ = run_step(with_reference(), AlgoConfig(name="ppo"), critic, policy=policy)
     assert order == ["estimate", "critic begins", "policy", "critic ends", "publish"]
-    (shards, rollouts, references, estimates) = policy.given[0]
-    assert rollouts == ("handle 0", "handle 1", "handle 2", "handle 3")
-    assert critic.references == ("reference 0", "reference 1", "reference 2", "reference 3")
+    (shards, bodies, references, estimates) = policy.given[0]
+    assert bodies == handles("body", 4)
+    assert critic.references == handles("reference", 4)
     assert references == (), "KL is in the reward: the policy's loss has none"
-    assert estimates.handles == ["estimate 0", "estimate 1"] and critic.given[0][2] is estimates
-    assert critic.given[0][:2] == (shards, rollouts)
+    assert tuple(estimates.handles) == handles("estimate", 2) and critic.given[0][2] is estimates
+    assert critic.given[0][:2] == (shards, bodies)
     # Advantages 1, 3, 1, 3 over both ranks: mean 2, deviation 1.
     assert (estimates.whitening.mean, estimates.whitening.deviation) == pytest.approx((2.0, 1.0))
     assert report.metrics["critic/loss"] == 1.5 and report.metrics["critic/value_mean"] == 4.0
@@ -342,7 +338,7 @@ def test_kl_in_the_loss_leaves_the_rewards_alone_and_no_row_out() -> None:
     policy = FakePolicy(ranks=1)
     run_step(with_reference(), AlgoConfig(kl=KLConfig(place="loss", coef=0.5)), policy=policy)
     (shard,) = policy.given[0][0]
-    assert policy.given[0][2] == ("reference 0", "reference 1", "reference 2", "reference 3")
+    assert policy.given[0][2] == handles("reference", 4)
     assert len(shard.groups) == 8 and shard.kl_coef == 0.5
     assert np.count_nonzero(shard.advantages) == 6
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import RunError
 from rlhf_dist.learner.mask_policy import MASK_FILES
 from rlhf_dist.loop.train import train
-from rlhf_dist.types import Handle, Sampling, Scores
+from rlhf_dist.types import Handle, Request, Scores
 
 
 def with_algo(algo: AlgoConfig) -> Config:
@@ -30,7 +30,7 @@ class FlatHalf(FakeScoring):
         self.asked = 0
         self.flat = flat
 
-    def gather(self, pending: Mapping[str, Handle]) -> dict[str, Scores]:
+    def gather(self, pending: Mapping[str, Handle[Scores]]) -> dict[str, Scores]:
         found = super().gather(pending)
         for uid, scores in found.items():
             samples = len(scores.total)
@@ -97,9 +97,9 @@ class MaskedRollouts(FakeRollouts):
 
     asked: list[tuple[bool, float, int]] = field(default_factory=list)
 
-    def generate(self, prompts, sampling: Sampling):
-        self.asked.append((sampling.masked, sampling.temperature, sampling.n))
-        yield from super().generate(prompts, sampling)
+    def generate(self, requests: Sequence[Request]):
+        self.asked += {(r.sampling.masked, r.sampling.temperature, r.n) for r in requests}
+        yield from super().generate(requests)
 
 
 def test_training_samples_under_the_mask_of_nlpo_and_evaluation_without(tmp_path: Path) -> None:
@@ -129,17 +129,17 @@ class GreedyRollouts(FakeRollouts):
     greedy: list[str] = field(default_factory=list)
     greedy_drops: tuple[str, ...] = ()
 
-    def generate(self, prompts, sampling: Sampling):
-        if sampling.temperature == 0:
-            assert sampling.n == 1 and self.drops == ()
-            self.greedy += [prompt.uid for prompt in prompts]
+    def generate(self, requests: Sequence[Request]):
+        if requests[0].sampling.temperature == 0:
+            assert {request.n for request in requests} == {1} and self.drops == ()
+            self.greedy += [request.uid for request in requests]
             try:
                 self.drops = self.greedy_drops
-                yield from super().generate(prompts, sampling)
+                yield from super().generate(requests)
             finally:
                 self.drops = ()
         else:
-            yield from super().generate(prompts, sampling)
+            yield from super().generate(requests)
 
 
 def test_the_greedy_score_is_taken_off_with_remax(tmp_path: Path) -> None:

@@ -4,15 +4,15 @@ from hypothesis import given, strategies as st
 from stand_ins import scores_of
 
 from rlhf_dist.loop.queue import ExperienceQueue
-from rlhf_dist.types import Experience, Message, Prompt, RolloutHead
+from rlhf_dist.types import Experience, GroupHead, Handle, Message, Prompt
 
 
 def experience(uid: str, version: int) -> Experience:
     return Experience(
         prompt=Prompt(uid, (Message("user", "abc"),), "cba", "reverse"),
-        head=RolloutHead(uid, 3, np.array([3, 4]), ("stop", "stop"), version, version, "rollout-0"),
+        head=GroupHead(uid, np.array([6, 7]), np.array([3, 4]), ("stop", "stop"), version, version, "rollout-0"),
         scores=scores_of(np.zeros(2, np.float32), {}),
-        rollout=None,
+        body=Handle(None),
         reference=None,
     )
 

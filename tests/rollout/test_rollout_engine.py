@@ -9,17 +9,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sample_groups import flat_logprobs
 
 from rlhf_dist.algo.algorithm import LaggingMask
 from rlhf_dist.config.schema import RolloutConfig
 from rlhf_dist.errors import WeightSyncError
-from rlhf_dist.learner.rows import pack_rows, rollout_row
+from rlhf_dist.learner.rows import pack_rows, trajectory_row
+from rlhf_dist.loop.requests import make_requests
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.policy import PackedPolicy
 from rlhf_dist.rollout.action_mask import MaskStart
 from rlhf_dist.rollout.vllm_engine import UNPUBLISHED, VllmEngine
 from rlhf_dist.rollout.worker import RolloutWorker
-from rlhf_dist.types import DroppedPrompt, Message, Prompt, Rollout, RolloutHead, Sampling
+from rlhf_dist.types import (
+    NO_VERSION,
+    POLICY_ROLE,
+    PROMPT_ROLE,
+    DroppedPrompt,
+    Group,
+    GroupHead,
+    Message,
+    Prompt,
+    Request,
+    Sampling,
+    Trajectory,
+)
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 from rlhf_dist.weights.shared_memory import WeightWriter, slot_view
@@ -27,7 +41,7 @@ from rlhf_dist.weights.shared_memory import WeightWriter, slot_view
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
 CONFIG = RolloutConfig(max_prompt_tokens=24, max_response_tokens=24, kv_cache_gib=0.1, max_concurrent=32)
-SAMPLING = Sampling(n=4, temperature=1.0, top_p=1.0, top_k=0, max_tokens=16, stop=(), seed=None)
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=16, stop=())
 PROMPTS = [Prompt(f"0/{i}", (Message("user", text),), "", "test") for i, text in enumerate(["abc", "b", "zyxwv"])]
 LAG = LaggingMask(top_p=0.6, every=20)
 """Of the pushes below, version 20 is the only one that the mask follows."""
@@ -57,10 +71,9 @@ class Learner:
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.05)
 
     @torch.no_grad()
-    def logprobs(self, rollout: Rollout, temperature: float, masked: bool = False) -> np.ndarray:
-        """float32 [N], of the rollout's tokens."""
-        rows = [rollout_row(rollout, sample) for sample in range(len(rollout.texts))]
-        packed = pack_rows(rows, torch.device("cpu"))
+    def logprobs(self, group: Group, temperature: float, masked: bool = False) -> np.ndarray:
+        """float32 [N], of the group's sampled tokens."""
+        packed = pack_rows([trajectory_row(sample) for sample in group.trajectories], torch.device("cpu"))
         where = (packed.tokens, packed.cu_seqlens, packed.predict)
         mask = self.earlier.action_mask(*where, LAG.top_p) if masked else None
         return self.policy(*where, packed.targets, temperature, 64, False, mask)[0].numpy()
@@ -94,38 +107,60 @@ def worker(engine: VllmEngine) -> RolloutWorker:
     return RolloutWorker("rollout worker 0", engine, chat=True, max_prompt_tokens=CONFIG.max_prompt_tokens)
 
 
-def rollouts(worker: RolloutWorker, sampling: Sampling, prompts: Sequence[Prompt] = PROMPTS) -> list[Rollout]:
-    """What the worker samples, in the order of the prompts; each must come with its head before it."""
-    items = list(worker.generate(prompts, sampling))
-    heads, found = items[0::2], items[1::2]
-    for head, rollout in zip(heads, found, strict=True):
-        assert isinstance(head, RolloutHead) and isinstance(rollout, Rollout)
-        assert head.uid == rollout.prompt.uid and head.lengths.tolist() == np.diff(rollout.offsets).tolist()
-    kept = [rollout for rollout in found if isinstance(rollout, Rollout)]
-    return sorted(kept, key=lambda rollout: rollout.prompt.uid)
+def requests(sampling: Sampling = SAMPLING, n: int = 4, prompts: Sequence[Prompt] = PROMPTS) -> list[Request]:
+    return make_requests(prompts, "train", n, sampling, seed=1)
 
 
-def largest_difference(learner: Learner, found: Sequence[Rollout], temperature: float = 1.0) -> float:
-    return max(float(np.abs(learner.logprobs(r, temperature) - r.logprobs).max()) for r in found)
+def groups(worker: RolloutWorker, asked: Sequence[Request]) -> list[Group]:
+    """What the worker samples, in the order of the uids; each must come with its head before it."""
+    items = list(worker.generate(asked))
+    found: list[Group] = []
+    for head, group in zip(items[0::2], items[1::2], strict=True):
+        assert isinstance(head, GroupHead) and isinstance(group, Group)
+        assert head.uid == group.prompt.uid
+        assert head.lengths.tolist() == [sample.length for sample in group.trajectories]
+        found.append(group)
+    return sorted(found, key=lambda group: group.prompt.uid)
+
+
+def samples(found: Sequence[Group]) -> list[Trajectory]:
+    return [sample for group in found for sample in group.trajectories]
+
+
+def responses(found: Sequence[Group]) -> list[list[int]]:
+    """The sampled tokens of every sample."""
+    return [sample.tokens[sample.loss_mask].tolist() for sample in samples(found)]
+
+
+def versions(found: Sequence[Group]) -> set[int]:
+    """Of the sampled tokens."""
+    return {version for sample in samples(found) for version in sample.versions[sample.loss_mask].tolist()}
+
+
+def largest_difference(learner: Learner, found: Sequence[Group], temperature: float = 1.0) -> float:
+    return max(float(np.abs(learner.logprobs(g, temperature) - flat_logprobs(g)).max()) for g in found)
+
+
+GREEDY = replace(SAMPLING, temperature=0.0)
 
 
 # The tests below run in this order on one engine: it begins with the weights it loaded itself, then gets pushes.
 
 
 def test_before_any_push_it_samples_its_own_weights(worker: RolloutWorker, learner: Learner) -> None:
-    found = rollouts(worker, SAMPLING)
+    found = groups(worker, requests())
     assert largest_difference(learner, found) <= 1e-4
-    assert all((r.versions == UNPUBLISHED).all() for r in found)
+    assert versions(found) == {UNPUBLISHED}
 
 
 def under_the_mask(worker: RolloutWorker, learner: Learner, temperature: float) -> None:
     """What is sampled is what the learner's mask allows, at the learner's probabilities."""
-    found = rollouts(worker, replace(SAMPLING, n=8, masked=True, temperature=temperature))
-    sampled = np.concatenate([r.logprobs for r in found])
-    difference = np.abs(np.concatenate([learner.logprobs(r, temperature, masked=True) for r in found]) - sampled)
+    found = groups(worker, requests(replace(SAMPLING, masked=True, temperature=temperature), n=8))
+    sampled = np.concatenate([flat_logprobs(g) for g in found])
+    difference = np.abs(np.concatenate([learner.logprobs(g, temperature, masked=True) for g in found]) - sampled)
     # A random model is close to uniform: now and then rounding puts one of a hundred tokens in or out.
     assert np.quantile(difference, 0.95) <= 1e-4 and difference.max() <= 0.05, difference.max()
-    plain = np.concatenate([learner.logprobs(r, temperature) for r in found])
+    plain = np.concatenate([learner.logprobs(g, temperature) for g in found])
     assert (sampled - plain).min() > 0.1, "what is left of the distribution is more likely than in the whole"
 
 
@@ -135,20 +170,25 @@ def test_masked_requests_draw_under_the_mask_of_the_start(worker: RolloutWorker,
 
 
 def test_a_group_has_n_samples_of_ragged_length(worker: RolloutWorker) -> None:
-    found = rollouts(worker, replace(SAMPLING, n=8))
-    assert [r.prompt.uid for r in found] == ["0/0", "0/1", "0/2"]
-    for rollout in found:
-        assert len(rollout.texts) == len(rollout.finish_reasons) == 8 and len(rollout.offsets) == 9
-        assert rollout.offsets[-1] == len(rollout.tokens) == len(rollout.logprobs) == len(rollout.versions)
-        assert (np.diff(rollout.offsets) >= 1).all()
-    assert len({tuple(r.tokens) for r in found}) == 3
+    found = groups(worker, requests(n=8))
+    assert [g.prompt.uid for g in found] == ["0/0", "0/1", "0/2"]
+    for group in found:
+        assert len(group.trajectories) == 8
+        for sample in group.trajectories:
+            start = sample.segments[1].start
+            assert (sample.segments[0].role, sample.segments[1].role) == (PROMPT_ROLE, POLICY_ROLE)
+            assert sample.loss_mask.tolist() == [False] * start + [True] * (len(sample.tokens) - start)
+            assert len(sample.tokens) == len(sample.logprobs) == len(sample.versions) > start
+            assert not sample.logprobs[:start].any() and set(sample.versions[:start].tolist()) == {NO_VERSION}
+    assert len({tuple(tokens) for tokens in responses(found)}) == 24
+    assert len({sample.length for sample in samples(found)}) > 1
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_push_is_proved_and_changes_the_logprobs(
     worker: RolloutWorker, engine: VllmEngine, learner: Learner, version: int
 ) -> None:
-    before = rollouts(worker, SAMPLING)
+    before = groups(worker, requests())
     learner.move(seed=version)
     assert largest_difference(learner, before) > 1e-2, "the weights have moved, so the old samples must not fit"
     announcement = learner.publish(version)
@@ -156,9 +196,9 @@ def test_a_push_is_proved_and_changes_the_logprobs(
     receipt = worker.load_weights(announcement)
     assert receipt_problem(announcement, receipt) is None
     assert (receipt.worker, receipt.version) == ("rollout worker 0", version)
-    found = rollouts(worker, SAMPLING)
+    found = groups(worker, requests())
     assert largest_difference(learner, found) <= 1e-4
-    assert all((r.versions == version).all() for r in found)
+    assert versions(found) == {version}
 
 
 def test_the_mask_stays_behind_the_pushes(worker: RolloutWorker, learner: Learner) -> None:
@@ -166,76 +206,77 @@ def test_the_mask_stays_behind_the_pushes(worker: RolloutWorker, learner: Learne
 
 
 def test_processed_logprobs_include_the_temperature(worker: RolloutWorker, learner: Learner) -> None:
-    found = rollouts(worker, replace(SAMPLING, temperature=0.6))
+    found = groups(worker, requests(replace(SAMPLING, temperature=0.6)))
     assert largest_difference(learner, found, temperature=0.6) <= 1e-4
     assert largest_difference(learner, found, temperature=1.0) > 1e-2
 
 
 def test_top_k_one_is_greedy_and_its_logprob_is_of_the_cut_distribution(worker: RolloutWorker) -> None:
-    cut = rollouts(worker, replace(SAMPLING, n=1, top_k=1))
-    greedy = rollouts(worker, replace(SAMPLING, n=1, temperature=0.0))
-    assert [r.tokens.tolist() for r in cut] == [r.tokens.tolist() for r in greedy]
-    assert all(np.abs(r.logprobs).max() < 1e-6 for r in cut), "one token is left, its probability is 1"
+    cut = groups(worker, requests(replace(SAMPLING, top_k=1), n=1))
+    greedy = groups(worker, requests(GREEDY, n=1))
+    assert responses(cut) == responses(greedy)
+    assert all(np.abs(flat_logprobs(g)).max() < 1e-6 for g in cut), "one token is left, its probability is 1"
 
 
 def test_greedy_is_the_same_twice(worker: RolloutWorker) -> None:
-    first, second = (rollouts(worker, replace(SAMPLING, n=1, temperature=0.0)) for _ in range(2))
-    assert [r.tokens.tolist() for r in first] == [r.tokens.tolist() for r in second]
+    first, second = (groups(worker, requests(GREEDY, n=1)) for _ in range(2))
+    assert responses(first) == responses(second)
 
 
 def test_a_response_that_is_cut_says_so(worker: RolloutWorker) -> None:
-    found = rollouts(worker, replace(SAMPLING, n=8, max_tokens=3))
-    cut = [(length, reason) for r in found for length, reason in zip(np.diff(r.offsets), r.finish_reasons, strict=True)]
+    found = groups(worker, requests(replace(SAMPLING, max_tokens=3), n=8))
+    cut = [(sample.length, sample.finish_reason) for sample in samples(found)]
     assert max(length for length, _ in cut) == 3
     assert any(reason == "length" for _, reason in cut), "a random model ends one in a hundred times"
     assert all(length == 3 for length, reason in cut if reason == "length")
 
 
 def test_a_stop_string_ends_a_response(worker: RolloutWorker) -> None:
-    plain = rollouts(worker, replace(SAMPLING, n=1, temperature=0.0))[0]
+    (plain,) = samples(groups(worker, requests(GREEDY, n=1, prompts=PROMPTS[:1])))
     letter = next(letter for letter in plain.texts[0] if letter.strip())
-    found = rollouts(worker, replace(SAMPLING, n=1, temperature=0.0, stop=(letter,)))[0]
+    stopped = requests(replace(GREEDY, stop=(letter,)), n=1, prompts=PROMPTS[:1])
+    (found,) = samples(groups(worker, stopped))
     length = plain.texts[0].index(letter) + 1
-    assert found.tokens.tolist() == plain.tokens[:length].tolist(), "the token that made the stop string is kept"
-    assert found.finish_reasons == ("stop",) and letter not in found.texts[0]
-    assert len(found.logprobs) == len(found.versions) == length
+    kept = plain.tokens[plain.loss_mask][:length].tolist()
+    assert found.tokens[found.loss_mask].tolist() == kept, "the token that made the stop string is kept"
+    assert found.finish_reason == "stop" and letter not in found.texts[0]
 
 
 def test_a_token_that_ends_a_turn_ends_a_response(worker: RolloutWorker, engine: VllmEngine) -> None:
     """Not the tokenizer's end token, and not special either: as a chat template may close its turns."""
-    greedy = replace(SAMPLING, n=1, temperature=0.0)
-    plain = rollouts(worker, greedy)[0]
-    known = plain.tokens.tolist()
+    greedy = requests(GREEDY, n=1, prompts=PROMPTS[:1])
+    (known,) = responses(groups(worker, greedy))
     turn_end = next(token for token in known if engine.tokenizer.decode([token]).strip())
     before = engine._stops, engine._special_texts
     engine._stops, engine._special_texts = (*engine._stops, turn_end), True
     try:
-        found = rollouts(worker, greedy)[0]
-        sampled = rollouts(worker, replace(SAMPLING, n=8))
+        found = groups(worker, greedy)
+        sampled = groups(worker, requests(n=8))
     finally:
         engine._stops, engine._special_texts = before
-    assert found.tokens.tolist() == known[: known.index(turn_end) + 1], "the token is the response's last"
-    assert found.finish_reasons == ("stop",)
-    assert found.texts == (engine.tokenizer.decode(found.tokens[:-1], skip_special_tokens=True),)
-    for rollout in sampled:
-        parts = np.split(rollout.tokens, rollout.offsets[1:-1])
-        for tokens, reason, text in zip(parts, rollout.finish_reasons, rollout.special_texts, strict=True):
-            assert text == engine.tokenizer.decode(tokens[:-1] if reason == "stop" else tokens)
+    (tokens,) = responses(found)
+    assert tokens == known[: known.index(turn_end) + 1], "the token is the response's last"
+    (ended,) = samples(found)
+    assert ended.finish_reason == "stop"
+    assert ended.texts == (engine.tokenizer.decode(tokens[:-1], skip_special_tokens=True),)
+    for sample, tokens in zip(samples(sampled), responses(sampled), strict=True):
+        shown = tokens[:-1] if sample.finish_reason == "stop" else tokens
+        assert sample.special_texts == (engine.tokenizer.decode(shown),)
 
 
 def test_a_prompt_that_is_too_long_is_dropped_with_its_reason(worker: RolloutWorker) -> None:
     long = Prompt("0/9", (Message("user", "x" * 40),), "", "test")
-    items = list(worker.generate([long, PROMPTS[0]], SAMPLING))
+    items = list(worker.generate(requests(prompts=[long, PROMPTS[0]])))
     (dropped,) = [item for item in items if isinstance(item, DroppedPrompt)]
     assert (dropped.uid, dropped.reason) == ("0/9", "prompt_too_long")
     assert dropped.detail == "43 tokens; rollout.max_prompt_tokens is 24"
-    assert [item.prompt.uid for item in items if isinstance(item, Rollout)] == ["0/0"]
+    assert [item.prompt.uid for item in items if isinstance(item, Group)] == ["0/0"]
 
 
 def test_a_caller_that_goes_away_leaves_nothing_behind(worker: RolloutWorker) -> None:
-    for _ in worker.generate(PROMPTS, SAMPLING):
+    for _ in worker.generate(requests()):
         break
-    assert [r.prompt.uid for r in rollouts(worker, SAMPLING, PROMPTS[:1])] == ["0/0"]
+    assert [g.prompt.uid for g in groups(worker, requests(prompts=PROMPTS[:1]))] == ["0/0"]
 
 
 @pytest.mark.parametrize("bucket", [0, -1])
@@ -251,19 +292,16 @@ def test_a_corrupted_bucket_is_refused_and_a_full_push_heals(
     learner.move(seed=3)
     healed = learner.publish(version=8)
     assert receipt_problem(healed, worker.load_weights(healed)) is None
-    found = rollouts(worker, SAMPLING)
+    found = groups(worker, requests())
     assert largest_difference(learner, found) <= 1e-4
-    assert all((r.versions == 8).all() for r in found)
+    assert versions(found) == {8}
 
 
-def test_a_push_in_the_middle_of_a_response_shows_in_its_versions(engine: VllmEngine, learner: Learner) -> None:
-    """Two decoding steps under one version, the rest under the next: each token knows its own."""
-    before = learner.publish(version=20)
-    engine.load_weights(before)
-    tokens = engine.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "abc"}], add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    stream = engine.generate([(PROMPTS[0], tokens)], replace(SAMPLING, n=1, max_tokens=12, temperature=1.0, top_k=0))
+def test_a_push_in_the_middle_of_a_response_shows_in_its_versions(
+    worker: RolloutWorker, engine: VllmEngine, learner: Learner
+) -> None:
+    """Three decoding steps under one version, the rest under the next: each token knows its own."""
+    worker.load_weights(learner.publish(version=20))
     steps = 0
     inner = engine._engine.step
 
@@ -271,21 +309,18 @@ def test_a_push_in_the_middle_of_a_response_shows_in_its_versions(engine: VllmEn
         nonlocal steps
         steps += 1
         if steps == 4:
-            engine.load_weights(learner.publish(version=21))
+            worker.load_weights(learner.publish(version=21))
         return inner()
 
     engine._engine.step = step
     try:
-        for _ in range(20):  # a random model may end before the push: then another response is drawn
-            (rollout,) = list(stream)
-            if len(rollout.tokens) > 4:
-                break
-            steps = 0
-            stream = engine.generate([(PROMPTS[0], tokens)], replace(SAMPLING, n=1, max_tokens=12))
+        found = groups(worker, requests(replace(SAMPLING, max_tokens=12), n=8))
     finally:
         engine._engine.step = inner
-    assert set(rollout.versions.tolist()) == {20, 21}
-    assert (np.diff(rollout.versions) >= 0).all() and (rollout.versions == 20).sum() == 3
+    long = [sample.versions[sample.loss_mask].tolist() for sample in samples(found) if sample.length > 4]
+    assert long, "a random model ends one response in a hundred at each token"
+    for versions in long:
+        assert versions == [20] * 3 + [21] * (len(versions) - 3)
 
 
 def test_the_mask_has_followed_the_version_that_it_waits_for(worker: RolloutWorker, learner: Learner) -> None:

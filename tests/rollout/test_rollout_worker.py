@@ -7,18 +7,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
+from sample_groups import group_of, request_of
 from small_tokenizers import small_tokenizer
 
 from rlhf_dist.config.schema import RolloutConfig
 from rlhf_dist.models.hf import load_tokenizer
 from rlhf_dist.rollout.vllm_engine import VllmEngine, decoded, sampling_params
 from rlhf_dist.rollout.worker import RolloutWorker
-from rlhf_dist.types import DroppedPrompt, Message, Prompt, Receipt, Rollout, RolloutHead, Sampling
+from rlhf_dist.types import DroppedPrompt, Group, GroupHead, Message, Prompt, Receipt, Request, Sampling
 from rlhf_dist.weights.receipts import Announcement
 
-SAMPLING = Sampling(n=1, temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop=(), seed=None)
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=4, stop=())
 
 
 class Engine:
@@ -27,19 +27,10 @@ class Engine:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def generate(self, prompts: Sequence[tuple[Prompt, list[int]]], sampling: Sampling) -> Iterator[Rollout]:
-        for prompt, tokens in prompts:
+    def generate(self, asked: Sequence[tuple[Request, list[int]]]) -> Iterator[Group]:
+        for request, tokens in asked:
             assert tokens, "an engine refuses a prompt without tokens"
-            yield Rollout(
-                prompt=prompt,
-                prompt_tokens=np.asarray(tokens, np.int32),
-                tokens=np.array([5], np.int32),
-                offsets=np.array([0, 1]),
-                logprobs=np.zeros(1, np.float32),
-                versions=np.zeros(1, np.int32),
-                finish_reasons=("stop",),
-                texts=("a",),
-            )
+            yield group_of(tokens, [5], [1], prompt=request.prompt, texts=["a"])
 
     def load_weights(self, announcement: Announcement) -> Receipt:
         raise AssertionError("not asked for here")
@@ -49,12 +40,12 @@ def test_prompts_without_tokens_and_too_long_ones_are_dropped_and_the_others_ans
     worker = RolloutWorker("w", Engine(load_tokenizer(tiny_model)), chat=False, max_prompt_tokens=4)
     texts = ["abc", "äöü", "abcde", "b"]
     asked = [Prompt(f"0/{i}", (Message("user", text),), "", "test") for i, text in enumerate(texts)]
-    found = list(worker.generate(asked, SAMPLING))
+    found = list(worker.generate([request_of(prompt) for prompt in asked]))
     assert [(drop.uid, drop.reason) for drop in found if isinstance(drop, DroppedPrompt)] == [
         ("0/1", "prompt_empty"),
         ("0/2", "prompt_too_long"),
     ]
-    assert [head.uid for head in found if isinstance(head, RolloutHead)] == ["0/0", "0/3"]
+    assert [head.uid for head in found if isinstance(head, GroupHead)] == ["0/0", "0/3"]
 
 
 @pytest.mark.parametrize(("parallel", "executor"), [(1, "uni"), (4, "mp")])
@@ -102,4 +93,4 @@ def test_the_text_of_a_response_lacks_what_ended_it(
 
 
 def test_tokens_that_end_a_turn_end_a_sample() -> None:
-    assert sampling_params(SAMPLING, (7, 2)).stop_token_ids == [7, 2]
+    assert sampling_params(SAMPLING, 1, (7, 2)).stop_token_ids == [7, 2]

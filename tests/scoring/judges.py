@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sample_groups import group_of
 from transformers import Qwen2Tokenizer
 
 from rlhf_dist.config.schema import ModelConfig, RewardSpec, ScoringConfig
@@ -17,7 +18,7 @@ from rlhf_dist.models.scalar import ScoreScale, load_scalar, save_scalar
 from rlhf_dist.models.tokenizer import CHAT_TEMPLATE, END, PAD, UNKNOWN
 from rlhf_dist.scoring.reward_model import ModelSetting, RewardModel
 from rlhf_dist.scoring.texts import Texts
-from rlhf_dist.types import Message, Prompt, Rollout
+from rlhf_dist.types import Group, Message, Prompt
 
 SCALE = ScoreScale(0.5, 2.0)
 MESSAGES = (Message("system", "be kind"), Message("user", "say hi"))
@@ -75,7 +76,7 @@ def open_judge(path: Path, policy: Path | None, budget: int = 200, **changes: An
     return RewardModel("judge", judge_spec(path, **changes), scoring, setting(policy))
 
 
-def make_rollout(policy: Path, responses: Sequence[str], ended: Sequence[bool], answer: str = "") -> Rollout:
+def make_rollout(policy: Path, responses: Sequence[str], ended: Sequence[bool], answer: str = "") -> Group:
     """What a policy with this tokenizer would have said."""
     tokenizer: Any = load_tokenizer(policy)
     turns = [{"role": m.role, "content": m.content} for m in MESSAGES]
@@ -84,16 +85,15 @@ def make_rollout(policy: Path, responses: Sequence[str], ended: Sequence[bool], 
         tokenizer.encode(text) + ([tokenizer.eos_token_id] if end else [])
         for text, end in zip(responses, ended, strict=True)
     ]
-    tokens = np.array([token for row in ids for token in row], np.int32)
-    return Rollout(
+    tokens = [token for row in ids for token in row]
+    return group_of(
+        prompt,
+        tokens,
+        [len(row) for row in ids],
         prompt=Prompt("0/1", MESSAGES, answer, "test"),
-        prompt_tokens=np.array(prompt, np.int32),
-        tokens=tokens,
-        offsets=np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64),
-        logprobs=np.linspace(-3, -1, len(tokens), dtype=np.float32),
-        versions=np.zeros(len(tokens), np.int32),
-        finish_reasons=tuple("stop" if end else "length" for end in ended),
-        texts=tuple(responses),
+        logprobs=np.linspace(-3, -1, len(tokens)),
+        reasons=["stop" if end else "length" for end in ended],
+        texts=responses,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from judges import make_texts
+from sample_groups import group_of
 from test_scoring_http_client import says, serving
 from test_scoring_http_server import client, post, served
 
@@ -20,7 +21,7 @@ from rlhf_dist.errors import RewardError
 from rlhf_dist.scoring import scorer as scorers
 from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.scoring.scorer import Scorer
-from rlhf_dist.types import Message, NonFinite, Prompt, Rollout
+from rlhf_dist.types import Group, Message, NonFinite, Prompt
 
 NAN, INF = math.nan, math.inf
 GIVEN = [1.0, NAN, -INF, 0.5]
@@ -30,7 +31,7 @@ LETTERS = RewardSpec(kind="regex", pattern="[a-z]+")
 class Judge:
     """A reward model that gives `GIVEN`."""
 
-    def score(self, rollout: Rollout) -> np.ndarray:
+    def score(self, group: Group) -> np.ndarray:
         return np.array(GIVEN, np.float32)
 
     def score_texts(self, texts: Any) -> np.ndarray:
@@ -39,11 +40,10 @@ class Judge:
     def close(self) -> None: ...
 
 
-def rollout() -> Rollout:
+def rollout() -> Group:
     texts = ("a", "b", "c" * 200, "d")
     prompt = Prompt("0/3", (Message("user", "hi"),), "a", "test")
-    flat = np.zeros(4, np.int32)
-    return Rollout(prompt, flat[:2], flat, np.arange(5), np.zeros(4, np.float32), flat, ("stop",) * 4, texts)
+    return group_of([0, 0], [0] * 4, [1] * 4, prompt=prompt, texts=texts)
 
 
 Open = Callable[..., Any]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ import pytest
 import torch
 from judges import make_rollout
 from safetensors.torch import load_file, save_file
+from sample_groups import flat_logprobs, group_of, two_turns
 from transformers import AutoModelForCausalLM
 
 from rlhf_dist.config.schema import ModelConfig
 from rlhf_dist.errors import ConfigError, DataError, RewardError, WeightSyncError
 from rlhf_dist.scoring.reference import ReferenceModel, ReferenceServer, distance
 from rlhf_dist.scoring.reference_files import MASTERS_FILE
-from rlhf_dist.types import Rollout
+from rlhf_dist.types import Group
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 from rlhf_dist.weights.shared_memory import WeightWriter
@@ -33,48 +33,45 @@ def open_reference(path: Path, budget: int = 200, chunk: int = 7, dtype: Any = "
 
 
 @pytest.fixture
-def rollouts(tiny_model: Path) -> list[Rollout]:
+def rollouts(tiny_model: Path) -> list[Group]:
     return [
         make_rollout(tiny_model, ("hi", "hello there", "go"), (True, False, True)),
         make_rollout(tiny_model, ("x",), (False,)),
+        two_turns(),
     ]
 
 
-def plain_logprobs(path: Path, rollout: Rollout, temperature: float) -> np.ndarray:
+def plain_logprobs(path: Path, group: Group, temperature: float) -> np.ndarray:
     model: Any = AutoModelForCausalLM.from_pretrained(path).eval()
     found = []
-    for response in np.split(rollout.tokens, rollout.offsets[1:-1]):
-        row = torch.from_numpy(np.concatenate([rollout.prompt_tokens, response]).astype(np.int64))
+    for sample in group.trajectories:
+        row = torch.from_numpy(sample.tokens.astype(np.int64))
         with torch.inference_mode():
-            logits = model(input_ids=row[None]).logits[0, len(rollout.prompt_tokens) - 1 : -1]
-        found.append((logits / temperature).log_softmax(-1).gather(1, torch.from_numpy(response).long()[:, None])[:, 0])
+            logits = model(input_ids=row[None]).logits[0, :-1]
+        logprobs = (logits / temperature).log_softmax(-1).gather(1, row[1:, None])[:, 0]
+        found.append(logprobs[torch.from_numpy(sample.loss_mask[1:])])
     return torch.cat(found).numpy()
 
 
 @pytest.mark.parametrize("budget", [1, 100, 100_000])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_a_plain_forward_pass(
-    tiny_model: Path, rollouts: list[Rollout], budget: int, temperature: float
+    tiny_model: Path, rollouts: list[Group], budget: int, temperature: float
 ) -> None:
     got = open_reference(tiny_model, budget).logprobs(rollouts, temperature)
-    for (head, logprobs), rollout in zip(got, rollouts, strict=True):
-        expected = plain_logprobs(tiny_model, rollout, temperature)
+    for (head, logprobs), group in zip(got, rollouts, strict=True):
+        expected = plain_logprobs(tiny_model, group, temperature)
         assert logprobs.dtype == head.kl.dtype == head.logprob.dtype == np.float32
         np.testing.assert_allclose(logprobs, expected, atol=1e-5)
-        sums = [part.sum() for part in np.split(expected, rollout.offsets[1:-1])]
+        sums = [part.sum() for part in group.sampled(expected)]
         np.testing.assert_allclose(head.logprob, sums, atol=1e-4)
-        ours = [part.sum() for part in np.split(rollout.logprobs, rollout.offsets[1:-1])]
+        ours = [part.sum() for part in group.sampled(flat_logprobs(group))]
         np.testing.assert_allclose(head.kl, np.array(ours) - sums, atol=1e-4)
 
 
-def test_the_sums_by_hand(rollouts: list[Rollout]) -> None:
-    rollout = replace(
-        rollouts[0],
-        offsets=np.array([0, 2, 3]),
-        tokens=np.zeros(3, np.int32),
-        logprobs=np.array([-1.0, -2.0, -0.5], np.float32),
-    )
-    head, flat = distance(rollout, [np.array([-1.5, -2.5], np.float32), np.array([-0.25], np.float32)])
+def test_the_sums_by_hand() -> None:
+    group = group_of([1], [0, 0, 0], [2, 1], logprobs=np.array([-1.0, -2.0, -0.5]))
+    head, flat = distance(group, [np.array([-1.5, -2.5], np.float32), np.array([-0.25], np.float32)])
     assert head.kl.tolist() == [1.0, -0.25]
     assert head.logprob.tolist() == [-4.0, -0.25]
     assert flat.tolist() == [-1.5, -2.5, -0.25]
@@ -93,11 +90,11 @@ def test_groups_of_many_threads_are_kept_apart(tiny_model: Path) -> None:
         np.testing.assert_allclose(head.kl, alone_head.kl, atol=1e-4)
 
 
-def test_what_cannot_be_computed_is_told(tiny_model: Path, rollouts: list[Rollout]) -> None:
+def test_what_cannot_be_computed_is_told(tiny_model: Path, rollouts: list[Group]) -> None:
     model = open_reference(tiny_model)
     with pytest.raises(ConfigError, match="temperature"):
         model.logprobs(rollouts, 0.0)
-    rollouts[1].tokens[0] = 5000
+    rollouts[1].trajectories[0].tokens[-1] = 5000
     with pytest.raises(RewardError, match=r"reference 0 \(.*\) has rows for 102 tokens, .* sampled token 5000"):
         model.logprobs(rollouts, 1.0)
 
@@ -117,9 +114,7 @@ def held(model: ReferenceModel) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.75])
-def test_a_moving_reference_takes_its_share_of_the_policy(
-    tiny_model: Path, rollouts: list[Rollout], keep: float
-) -> None:
+def test_a_moving_reference_takes_its_share_of_the_policy(tiny_model: Path, rollouts: list[Group], keep: float) -> None:
     model = open_reference(tiny_model)
     before = held(model)
     with published(tiny_model, 0.01) as (_, announcement, weights):

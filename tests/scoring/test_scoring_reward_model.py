@@ -63,7 +63,7 @@ def plain_scores(judge: Path, rows: list[Any]) -> np.ndarray:
 
 def test_scores_are_those_of_the_plain_model(judge: Path, tiny_model: Path, model: RewardModel) -> None:
     rollout = make_rollout(tiny_model, RESPONSES, ENDED)
-    rows = [np.concatenate([rollout.prompt_tokens, part]) for part in np.split(rollout.tokens, rollout.offsets[1:-1])]
+    rows = [sample.tokens for sample in rollout.trajectories]
     expected = plain_scores(judge, rows)
     got = model.score(rollout)
     assert got.dtype == np.float32 and np.ptp(expected) > 0.1
@@ -100,7 +100,8 @@ def test_another_tokenizer_reads_the_text_through_its_own_template(copied: Path,
         for response, end in zip(RESPONSES, ENDED, strict=True)
     ]
     rollout = make_rollout(tiny_model, RESPONSES, ENDED)
-    assert list(rollout.prompt_tokens) != other.encode(prompt)
+    start = rollout.trajectories[0].segments[1].start
+    assert rollout.trajectories[0].tokens[:start].tolist() != other.encode(prompt)
     with closing(open_judge(copied, tiny_model)) as model:
         np.testing.assert_allclose(model.score(rollout), plain_scores(copied, rows), atol=1e-5)
 
@@ -125,7 +126,7 @@ def test_without_chat_the_text_is_read_as_it_is(copied: Path, tiny_model: Path) 
 def test_a_token_without_a_row_goes_through_text(tiny_model: Path, model: RewardModel) -> None:
     rollout = make_rollout(tiny_model, ("hi",), (True,))
     expected = model.score(rollout)
-    rollout.tokens[0] = 100_000  # a row of the policy beyond every tokenizer
+    rollout.trajectories[0].tokens[-1] = 100_000  # a row of the policy beyond every tokenizer
     np.testing.assert_allclose(model.score(rollout), expected, atol=1e-5)
 
 

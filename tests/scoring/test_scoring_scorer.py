@@ -1,5 +1,6 @@
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from judges import make_texts
+from sample_groups import group_of, two_turns
 
 from rlhf_dist.config.schema import RewardSpec, ScoringConfig
 from rlhf_dist.data.describe import gold
@@ -15,7 +17,7 @@ from rlhf_dist.scoring import function as functions
 from rlhf_dist.scoring.function import FunctionReward
 from rlhf_dist.scoring.scorer import Scorer, preflight
 from rlhf_dist.scoring.texts import texts_of
-from rlhf_dist.types import Message, Prompt, Rollout
+from rlhf_dist.types import Group, Message, Prompt
 
 MODULE = """
 import time
@@ -108,26 +110,25 @@ def call(function: str, **options) -> list[float]:
     return values.tolist()
 
 
-def rollout(texts: tuple[str, ...], answer: str = "ba") -> Rollout:
+def rollout(texts: tuple[str, ...], answer: str = "ba", special: Sequence[str] = ()) -> Group:
     prompt = Prompt("0/3", (Message("system", "s"), Message("user", "hi")), answer, "reverse")
     n = len(texts)
-    return Rollout(
-        prompt=prompt,
-        prompt_tokens=np.zeros(2, np.int32),
-        tokens=np.zeros(n, np.int32),
-        offsets=np.arange(n + 1, dtype=np.int64),
-        logprobs=np.zeros(n, np.float32),
-        versions=np.zeros(n, np.int32),
-        finish_reasons=("stop",) * n,
-        texts=texts,
-    )
+    return group_of([0, 0], [0] * n, [1] * n, prompt=prompt, texts=texts, special=special)
+
+
+def test_of_two_turns_the_last_is_scored_behind_what_was_said_before():
+    prompt = rollout(("a",)).prompt
+    texts = texts_of(two_turns(prompt))
+    assert (texts.prompts, texts.responses, texts.answers, texts.ended) == (("hi",), ("last",), ("ba",), (True,))
+    said = (Message("assistant", "first"), Message("user", "what it read"))
+    assert texts.conversations == (prompt.messages + said,)
 
 
 def test_special_tokens_are_shown_to_the_rewards_that_ask_for_them():
     pattern = "<think>.*</think>b"
     plain, kept = (RewardSpec(kind="regex", pattern=pattern, keep_special_tokens=keep) for keep in (False, True))
     with closing(Scorer(ScoringConfig({"plain": plain, "kept": kept}))) as scorer:
-        group = replace(rollout(("ab", "b")), special_texts=("<think>a</think>b", "b"))
+        group = rollout(("ab", "b"), special=("<think>a</think>b", "b"))
         found = scorer.score(group)
         assert {name: values.tolist() for name, values in found.components.items()} == {
             "plain": [0, 0],
@@ -263,8 +264,8 @@ class Judge:
     def __init__(self):
         self.closed = threading.Event()
 
-    def score(self, rollout):
-        return np.diff(rollout.offsets).astype(np.float32)
+    def score(self, group):
+        return np.array([sample.length for sample in group.trajectories], np.float32)
 
     def score_texts(self, texts):
         return np.array([-len(response) for response in texts.responses], np.float32)
