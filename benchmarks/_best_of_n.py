@@ -158,7 +158,6 @@ def sample(work: Work) -> list[dict[str, list[float]]]:
         dtype=config.model.dtype,
         device=placement.device,
         threads=placement.rollout_threads,
-        seed=work.seed,
         name="sampler",
         chat=config.data.chat,
         special_texts=any(reward.keep_special_tokens for reward in config.scoring.rewards.values()),

@@ -53,7 +53,7 @@ def group_of(
         strict=True,
     )
     responses = [
-        Response(part.tolist(), logps, np.full(len(part), version, np.int32), reason, text, special_text)
+        Response("", part.tolist(), logps, np.full(len(part), version, np.int32), reason, text, special_text)
         for part, logps, reason, text, special_text in parts
     ]
     prompt_ids = np.asarray(prompt_tokens).tolist()

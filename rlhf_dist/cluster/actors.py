@@ -39,7 +39,6 @@ def make_rollout_worker(spec: ActorSpec) -> Any:
         dtype=config.model.dtype,
         device=spec.device,
         threads=spec.threads,
-        seed=spec.seed,
         name=spec.name,
         chat=config.data.chat,
         special_texts=any(reward.keep_special_tokens for reward in config.scoring.rewards.values()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import sys
 import tempfile
@@ -213,7 +212,7 @@ def start_fleets(
     config = with_sources(config, source, folder, learns=placement.learner_ranks > 0)
     group = stack.enter_context(reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s))
     specs = [
-        spec(config, f"rollout worker {i}", source, placement.device, placement.rollout_threads, logs, i, folder)
+        spec(config, f"rollout worker {i}", source, placement.device, placement.rollout_threads, logs, i)
         for i in range(placement.rollout_workers)
     ]
     if placement.learner_ranks and hosts.algorithm(config.algo).mask is not None:
@@ -317,19 +316,8 @@ def join_ranks(config: Config, ranks: dict[str, Any], folder: Path | None) -> No
     gather({name: rank.join.remote(address, port, resume) for name, rank in ranks.items()}, "join", limit, START_KEY)
 
 
-def spec(
-    config: Config,
-    name: str,
-    source: str,
-    device: str,
-    threads: int,
-    logs: Path,
-    rank: int,
-    folder: Path | None = None,
-) -> ActorSpec:
-    """What one actor is made from; `folder` is the checkpoint resumed from."""
-    # Workers must not draw the same numbers, nor a resumed run those of its first steps.
-    chance = f"{config.seed}/{name}/{folder.name if folder else 'start'}"
+def spec(config: Config, name: str, source: str, device: str, threads: int, logs: Path, rank: int) -> ActorSpec:
+    """What one actor is made from."""
     return ActorSpec(
         name=name,
         config=config,
@@ -338,6 +326,5 @@ def spec(
         threads=threads,
         log=str((logs / log_name(name)).absolute()),
         rank=rank,
-        seed=random.Random(chance).getrandbits(32),
         search_path=os.getcwd(),
     )

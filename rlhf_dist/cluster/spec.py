@@ -27,8 +27,6 @@ class ActorSpec:
     log: str
     """File for everything the process prints, in the run directory."""
     rank: int
-    seed: int
-    """Of this actor's own random numbers."""
     search_path: str
     """Folder of the command, where a user's own modules are."""
     mask: str = ""

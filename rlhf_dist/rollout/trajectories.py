@@ -1,4 +1,4 @@
-"""Samples as trajectories, and the small part of a group. Pure."""
+"""Turns, the responses to them, samples as trajectories, and the small part of a group. Pure."""
 
 from __future__ import annotations
 
@@ -7,13 +7,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf_dist.types import NO_VERSION, POLICY_ROLE, PROMPT_ROLE, Group, GroupHead, Segment, Trajectory
+from rlhf_dist.types import NO_VERSION, POLICY_ROLE, PROMPT_ROLE, Group, GroupHead, Sampling, Segment, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One response to be sampled. Made by a worker, answered by an engine with a `Response`."""
+
+    key: str
+    """Names it among all that are under way in the engine."""
+    context: Sequence[int]
+    """Tokens that stand before the response; at least one."""
+    sampling: Sampling
+    seed: int
+    """Of this response alone; greedy ones do not use it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
     """What the policy sampled in one turn. Made by an engine."""
 
+    key: str
+    """The turn's."""
     tokens: Sequence[int]
     """At least one; the token that ended it included."""
     logprobs: np.ndarray

@@ -7,7 +7,7 @@ steps and every call is a plain Python call. vllm is imported inside `VllmEngine
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from rlhf_dist.config.schema import RolloutConfig
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.text_format import text_format
 from rlhf_dist.rollout.action_mask import MaskReader, MaskStart, Reading
-from rlhf_dist.rollout.trajectories import Response, single_turn
-from rlhf_dist.types import NO_VERSION, Group, Receipt, Request, Sampling
+from rlhf_dist.rollout.trajectories import Response, Turn
+from rlhf_dist.types import NO_VERSION, Receipt, Sampling
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.shared_memory import WeightReader
 
@@ -43,6 +43,8 @@ def set_environment(config: RolloutConfig, device: str, threads: int, masked: bo
     if device == "cpu":
         os.environ["OMP_NUM_THREADS"] = str(threads)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # Which sequences are split among threads depends on what else is decoded, and a split one rounds differently.
+        os.environ["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.kv_cache_gib)))
         if config.enforce_eager:
             # vLLM compiles a few of its small functions even so, which takes longer than to start the engine.
@@ -50,7 +52,7 @@ def set_environment(config: RolloutConfig, device: str, threads: int, masked: bo
 
 
 class VllmEngine:
-    """Continuous batching of prompt groups, with weights that can be replaced between two steps."""
+    """Continuous batching of responses, with weights that can be replaced between two steps."""
 
     def __init__(
         self,
@@ -60,7 +62,6 @@ class VllmEngine:
         dtype: str,
         device: str,
         threads: int,
-        seed: int,
         name: str,
         chat: bool,
         special_texts: bool = False,
@@ -69,7 +70,7 @@ class VllmEngine:
         """Start the engine: about 12 s on a CPU. `model` is a Hugging Face directory; `mask`: what may be drawn.
 
         `chat` is `data.chat`: then a response ends at the chat template's end of turn, too. `special_texts`: whether
-        trajectories have `special_texts`.
+        responses have a `special_text`.
         """
         set_environment(config, device, threads, masked=mask is not None)
         from vllm import EngineArgs
@@ -89,13 +90,14 @@ class VllmEngine:
                 distributed_executor_backend="mp" if config.tensor_parallel > 1 else "uni",
                 enforce_eager=config.enforce_eager,
                 enable_prefix_caching=True,
+                # On a CPU a request with a seed fails where its prefill is cut: torch's generator there cannot go back.
+                enable_chunked_prefill=False if device == "cpu" else None,
                 # Log-probabilities of the distribution that was drawn from: temperature and cuts included.
                 logprobs_mode="processed_logprobs",
                 logits_processors=None if mask is None else [mask_processor()],
                 # A mask looks at the newest token before the next is scheduled.
                 async_scheduling=False if mask is not None else None,
                 worker_extension_cls="rlhf_dist.rollout.vllm_engine.WeightReceiver",
-                seed=seed,
                 trust_remote_code=False,
                 disable_log_stats=True,
                 **memory,
@@ -104,6 +106,7 @@ class VllmEngine:
         if mask is not None:
             self._engine.collective_rpc("start_mask", args=(mask,))
         self._name = name
+        self._turns: dict[str, Turn] = {}
         self._version = UNPUBLISHED
         self._engine.set_weight_version(str(UNPUBLISHED))
         self.tokenizer: Any = self._engine.get_tokenizer()
@@ -111,26 +114,22 @@ class VllmEngine:
         # vLLM by itself stops at the tokenizer's end token and at those of generation_config.json.
         self._stops = text_format(self.tokenizer, chat).stops
 
-    def generate(self, asked: Sequence[tuple[Request, list[int]]]) -> Iterator[Group]:
-        """Sample every (request, prompt tokens); yields groups as they finish, so not in order."""
-        waiting: dict[str, tuple[Request, list[int]]] = {}
-        for request, tokens in asked:
-            params = sampling_params(request.sampling, request.n, self._stops)
-            self._engine.add_request(request.uid, {"prompt_token_ids": tokens}, params)
-            waiting[request.uid] = (request, tokens)
-        try:
-            while waiting:
-                for output in self._engine.step():
-                    if output.finished:
-                        request, tokens = waiting.pop(output.request_id)
-                        outputs: Any = output.outputs
-                        samples = sorted(outputs, key=lambda sample: sample.index)
-                        responses = self._responses(samples, use_text=bool(request.sampling.stop))
-                        yield Group(request, tuple(single_turn(tokens, response) for response in responses))
-        finally:
-            # The caller went away in the middle: nothing of it may run on into the next call.
-            if waiting:
-                self._engine.abort_request(list(waiting))
+    def submit(self, turn: Turn) -> None:
+        """See `worker.Engine`. vLLM's own n is not used: it draws all samples from seeds in a row, and keeps their
+        responses back until the last has ended."""
+        params = sampling_params(turn.sampling, turn.seed, self._stops)
+        self._engine.add_request(turn.key, {"prompt_token_ids": list(turn.context)}, params)
+        self._turns[turn.key] = turn
+
+    def step(self) -> list[Response]:
+        """See `worker.Engine`."""
+        return [self._response(output) for output in self._engine.step() if output.finished]
+
+    def abort(self, keys: Iterable[str]) -> None:
+        """See `worker.Engine`."""
+        ended = [key for key in keys if self._turns.pop(key, None) is not None]
+        if ended:
+            self._engine.abort_request(ended)
 
     def load_weights(self, announcement: Announcement) -> Receipt:
         """Load a published version into every process of the engine, and say what arrived."""
@@ -143,42 +142,32 @@ class VllmEngine:
         self._version = announcement.version
         return Receipt(self._name, announcement.version, announcement.plan.names, tuple(answers[0]))
 
-    def _responses(self, samples: Sequence[Any], use_text: bool) -> Iterator[Response]:
-        texts = tuple(s.text for s in samples) if use_text else decoded(self.tokenizer, samples, special=False)
-        special: Sequence[str | None] = [None] * len(samples)
-        if self._special_texts:
-            special = decoded(self.tokenizer, samples, special=True)
-        for sample, text, special_text in zip(samples, texts, special, strict=True):
-            versions = np.full(len(sample.token_ids), self._version, dtype=np.int32)
-            for span in sample.weight_versions or ():
-                versions[span.start : span.end] = int(span.version)
-            yield Response(
-                tokens=sample.token_ids,
-                logprobs=sampled_logprobs(sample),
-                versions=versions,
-                finish_reason=str(sample.finish_reason),
-                text=text,
-                special_text=special_text,
-            )
+    def _response(self, output: Any) -> Response:
+        turn, (sample,) = self._turns.pop(output.request_id), output.outputs
+        versions = np.full(len(sample.token_ids), self._version, dtype=np.int32)
+        for span in sample.weight_versions or ():
+            versions[span.start : span.end] = int(span.version)
+        return Response(
+            key=turn.key,
+            tokens=sample.token_ids,
+            logprobs=sampled_logprobs(sample),
+            versions=versions,
+            finish_reason=str(sample.finish_reason),
+            text=sample.text if turn.sampling.stop else decoded(self.tokenizer, sample, special=False),
+            special_text=decoded(self.tokenizer, sample, special=True) if self._special_texts else None,
+        )
 
 
-def decoded(tokenizer: Any, samples: Sequence[Any], special: bool) -> tuple[str, ...]:
-    """The text of each of vLLM's samples without the token or the stop text that ended it.
+def decoded(tokenizer: Any, sample: Any, special: bool) -> str:
+    """The text of one of vLLM's samples without the token or the stop text that ended it.
 
     `special`: with the special tokens inside. A token without text, as a model with more rows than its tokenizer has
     tokens can sample, is left out.
     """
-    size = len(tokenizer)
-    known = [
-        [token for token in (sample.token_ids[:-1] if ended_by_token(sample) else sample.token_ids) if token < size]
-        for sample in samples
-    ]
-    texts = tokenizer.batch_decode(known, skip_special_tokens=not special)
-    stops = [sample.stop_reason for sample in samples]
-    return tuple(
-        text[: text.rindex(stop)] if isinstance(stop, str) and stop in text else text
-        for text, stop in zip(texts, stops, strict=True)
-    )
+    size, ids = len(tokenizer), sample.token_ids[:-1] if ended_by_token(sample) else sample.token_ids
+    text = tokenizer.decode([token for token in ids if token < size], skip_special_tokens=not special)
+    stop = sample.stop_reason
+    return text[: text.rindex(stop)] if isinstance(stop, str) and stop in text else text
 
 
 def ended_by_token(sample: Any) -> bool:
@@ -186,7 +175,7 @@ def ended_by_token(sample: Any) -> bool:
     return sample.finish_reason == "stop" and not isinstance(sample.stop_reason, str)
 
 
-def sampling_params(sampling: Sampling, n: int, stops: Sequence[int]) -> Any:
+def sampling_params(sampling: Sampling, seed: int, stops: Sequence[int]) -> Any:
     """vLLM's form of `Sampling`: final outputs, the sampled tokens' logprobs, no text unless stop strings need it.
 
     `stops`: tokens that end a response; each is its last token then, as the end token is.
@@ -195,13 +184,13 @@ def sampling_params(sampling: Sampling, n: int, stops: Sequence[int]) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        n=n,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         max_tokens=sampling.max_tokens,
         stop=list(sampling.stop) or None,
         stop_token_ids=list(stops),
+        seed=seed if sampling.temperature > 0 else None,
         logprobs=0,
         flat_logprobs=True,
         detokenize=bool(sampling.stop),

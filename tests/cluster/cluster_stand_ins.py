@@ -58,7 +58,7 @@ class Stand:
 
     def leave_signs(self, log: Path) -> int:
         """Be found by the controller, as the real ones are; returns the process id."""
-        enter(ActorSpec(self._name, Config(), "", "cpu", 1, str(log), 0, 0, ""))
+        enter(ActorSpec(self._name, Config(), "", "cpu", 1, str(log), 0, ""))
         return os.getpid()
 
     def work(self) -> str:

@@ -79,7 +79,7 @@ class Hosts:
 
     def __init__(self, config: Config, source: Path, folder: Path | None, logs: Path) -> None:
         self.config = with_sources(config, str(source), folder, learns=True)
-        spec = ActorSpec("rank", self.config, str(source), "cpu", 1, str(logs / "host.log"), 0, 1, str(logs))
+        spec = ActorSpec("rank", self.config, str(source), "cpu", 1, str(logs / "host.log"), 0, str(logs))
         kinds = [PolicyHost, CriticHost] if config.critic.side_by_side else [PolicyHost]
         hosts = [kind(spec) for kind in kinds]
         for host in hosts:

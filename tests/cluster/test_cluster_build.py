@@ -1,4 +1,4 @@
-"""What is decided when a run is wired: actors' seeds and search path, where ranks meet, what a bad proof does."""
+"""What is decided when a run is wired: actors' search path, where ranks meet, what a bad proof does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import ray
 
-from rlhf_dist.cluster import actors, build, learner_hosts
+from rlhf_dist.cluster import build, learner_hosts
 from rlhf_dist.cluster.placement import Machine
 from rlhf_dist.cluster.sources import require_rows, with_sources
 from rlhf_dist.cluster.spec import enter
@@ -25,34 +25,6 @@ from rlhf_dist.loop.train import Outcome, Run
 
 LEASHED = AlgoConfig(name="ppo", kl=KLConfig(coef=0.1))
 """Has a critic and a reference."""
-
-
-def seed(config: Config, rank: int, checkpoint: str | None) -> int:
-    name, folder = f"rollout worker {rank}", Path("runs/x/checkpoints") / checkpoint if checkpoint else None
-    return build.spec(config, name, "model", "cpu", 1, Path("logs"), rank, folder).seed
-
-
-def test_no_two_workers_seeds_or_resumes_draw_the_same_numbers() -> None:
-    runs = [
-        (number, rank, checkpoint)
-        for number in (0, 1, 1000)
-        for rank in (0, 1, 1000)
-        for checkpoint in (None, "step-50", "step-100")
-    ]
-    seeds = {run: seed(Config(seed=run[0]), *run[1:]) for run in runs}
-    assert len(set(seeds.values())) == len(runs)
-    assert all(0 <= value < 2**32 for value in seeds.values()), "as far as the engines' seeds go"
-    assert seeds == {run: seed(Config(seed=run[0]), *run[1:]) for run in runs}, "and each is the same next time"
-
-
-def test_the_engine_gets_the_actors_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from rlhf_dist.rollout import vllm_engine
-
-    seen: dict[str, Any] = {}
-    monkeypatch.setattr(vllm_engine, "VllmEngine", lambda *_, **settings: seen.update(settings))
-    spec = build.spec(Config(), "rollout worker 0", "model", "cpu", 1, tmp_path, 0)
-    actors.make_rollout_worker(spec)
-    assert seen["seed"] == spec.seed
 
 
 def test_a_users_folder_hides_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def scoring(machine: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     rewards = {"mine": RewardSpec(kind="function", function="group_rewards:reward", timeout_s=1.0)}
     config = Config(scoring=ScoringConfig(rewards))
     log = str(folder / "logs" / "scoring.log")
-    specs = [ActorSpec(f"scoring server {i}", config, "", "cpu", 1, log, i, 1, str(folder)) for i in range(2)]
+    specs = [ActorSpec(f"scoring server {i}", config, "", "cpu", 1, log, i, str(folder)) for i in range(2)]
     with reserve([{"CPU": 0.1, "GPU": 0.0}], 60.0) as group:
         servers = actors.start_servers(actors.ScoringHost, specs, group)
         gather({name: server.ready.remote() for name, server in servers.items()}, "start", 120)

@@ -95,7 +95,6 @@ def engine(tiny_model: Path) -> VllmEngine:
         dtype="float32",
         device="cpu",
         threads=1,
-        seed=1,
         name="rollout worker 0",
         chat=True,
         mask=MaskStart(tiny_model, 0, LAG),
@@ -182,6 +181,23 @@ def test_a_group_has_n_samples_of_ragged_length(worker: RolloutWorker) -> None:
             assert not sample.logprobs[:start].any() and set(sample.versions[:start].tolist()) == {NO_VERSION}
     assert len({tuple(tokens) for tokens in responses(found)}) == 24
     assert len({sample.length for sample in samples(found)}) > 1
+
+
+def test_what_is_sampled_does_not_depend_on_what_else_runs(worker: RolloutWorker) -> None:
+    """Tokens and logprobs bit for bit: run twice, in the reverse order, each prompt alone, and fewer samples of it."""
+    asked = requests(n=8)
+    first = samples(groups(worker, asked))
+    alone = [group for request in asked for group in groups(worker, [request])]
+    for found in (groups(worker, asked), groups(worker, asked[::-1]), alone):
+        assert all(map(same, first, samples(found)))
+    few = samples(groups(worker, requests(n=2)))
+    assert all(map(same, few, [first[i] for i in (0, 1, 8, 9, 16, 17)]))
+    others = samples(groups(worker, make_requests(PROMPTS, "train", 8, SAMPLING, seed=2)))
+    assert not any(map(same, first, others)), "another seed gives other samples"
+
+
+def same(one: Trajectory, other: Trajectory) -> bool:
+    return np.array_equal(one.tokens, other.tokens) and np.array_equal(one.logprobs, other.logprobs)
 
 
 @pytest.mark.parametrize("version", [1, 2])

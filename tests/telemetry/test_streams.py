@@ -76,5 +76,5 @@ def test_a_process_under_an_ascii_locale(tmp_path: Path) -> None:
 
 def test_actors_run_in_utf8_whatever_the_locale() -> None:
     """torch reads files of its own without naming an encoding."""
-    spec = ActorSpec("rollout worker 0", Config(), "", "cpu", 1, "log", 0, 0, ".")
+    spec = ActorSpec("rollout worker 0", Config(), "", "cpu", 1, "log", 0, ".")
     assert environment(spec)["PYTHONUTF8"] == "1"
