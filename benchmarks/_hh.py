@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlhf_dist.learner.preference import HeldOutScores
-    from rlhf_dist.learner.rows import Row as TokenRow
+    from rlhf_dist.learner.rows import Packed
 
 VOCABULARY = 2000
 """Tokens at most; a small text has fewer."""
@@ -190,20 +190,19 @@ class Reader:
     rank = 0
 
     def __init__(self, model: Path, config: Config) -> None:
+        import torch
+
         from rlhf_dist.models.attention import SEGMENTED
         from rlhf_dist.models.scalar import PackedScalar, check_scalar, load_scalar
 
         self._scalar = PackedScalar(load_scalar(model, config.model.dtype, SEGMENTED))
         check_scalar(self._scalar)
+        self.device = torch.device("cpu")
 
-    def scores(self, rows: Sequence[TokenRow]) -> torch.Tensor:
+    def scores(self, packed: Packed) -> torch.Tensor:
         """float32 [S], one per row: read at its last token."""
-        import torch
-
-        from rlhf_dist.learner.rows import pack_rows
         from rlhf_dist.learner.scalar_engine import last_tokens
 
-        packed = pack_rows(rows, torch.device("cpu"))
         return self._scalar(packed.tokens, packed.cu_seqlens, last_tokens(packed))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rlhf_dist.learner.rows import Row
 from rlhf_dist.rollout.trajectories import Response, single_turn
 from rlhf_dist.types import (
     NO_VERSION,
@@ -80,6 +81,11 @@ def two_turns(prompt: Prompt = PROMPT, *, logprobs: Sequence[float] = (-1.0, -2.
         texts=("first", "what it read", "last"),
     )
     return Group(request_of(prompt), (sample,))
+
+
+def rows_of(group: Group) -> list[Row]:
+    """Its samples as rows, for what is worked out by other means."""
+    return [Row(sample.tokens, sample.loss_mask) for sample in group.trajectories]
 
 
 def flat_tokens(group: Group) -> np.ndarray:

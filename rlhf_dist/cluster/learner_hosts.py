@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,13 @@ class LearnerHost:
         raise AssertionError("a learner host is a policy's, a critic's, a supervised or a reward model's one")
 
 
+def batch_of(shard: Any, groups: Sequence[Group], references: Sequence[Any]) -> Any:
+    """See `rank_batch`; torch is imported when the first batch is there."""
+    from rlhf_dist.learner.rank_batch import rank_batch
+
+    return rank_batch(shard, groups, references)
+
+
 class CriticVerbs:
     """What a process that gives credit by token can be asked for."""
 
@@ -104,11 +112,11 @@ class CriticVerbs:
 
     def estimate(self, shard: Any, count: int, *arrays: Any) -> Any:
         """See `CriticLearner.estimate`; two answers: sums, estimate. `arrays`: `count` groups, then references."""
-        return self._critic.estimate(shard, arrays[:count], arrays[count:])
+        return self._critic.estimate(batch_of(shard, arrays[:count], arrays[count:]))
 
     def update_critic(self, shard: Any, estimate: Any, *groups: Group) -> Any:
         """See `CriticLearner.update`."""
-        return self._critic.update(shard, estimate, groups)
+        return self._critic.update(batch_of(shard, groups, ()), estimate)
 
     def save_critic(self, folder: Path) -> None:
         """Into the checkpoint's own folder for the critic."""
@@ -121,7 +129,7 @@ class PolicyHost(CriticVerbs, LearnerHost):
 
     def update(self, shard: Any, estimate: Any, whitening: Any, count: int, *arrays: Any) -> Any:
         """See `PolicyLearner.update`; `arrays`: `count` groups, then references."""
-        found = self._learner.update(shard, arrays[:count], arrays[count:], estimate, whitening)
+        found = self._learner.update(batch_of(shard, arrays[:count], arrays[count:]), estimate, whitening)
         if self._ema is not None:
             self._ema.update(self._engine.weights())
         return found

@@ -2,76 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from rlhf_dist.algo.algorithm import TokenCredit
 from rlhf_dist.algo.rewards import token_rewards
-from rlhf_dist.learner.rows import PLACEHOLDER, Row
-from rlhf_dist.learner.shard import Estimate, Shard, by_sample, sampled_logprobs
-from rlhf_dist.types import Group
+from rlhf_dist.learner.rank_batch import RankBatch
+from rlhf_dist.learner.rows import Packed
+from rlhf_dist.learner.shard import Estimate
 
 
-def estimate(
-    shard: Shard,
-    groups: Sequence[Group],
-    references: Sequence[np.ndarray],
-    values: Sequence[np.ndarray],
-    credit: TokenCredit,
-    kl_in_reward: bool,
-) -> Estimate:
-    """Advantages and returns of each sampled token of the shard.
+def estimate(batch: RankBatch, values: np.ndarray, credit: TokenCredit, kl_in_reward: bool) -> Estimate:
+    """Advantages and returns of each of the batch's N sampled tokens; `values`: float32 [N].
 
-    The reward of a token is -kl_coef x (rollout logprob - reference logprob) where `kl_in_reward`, and the last one's
+    The reward of a token is -kl_coef x (sampled logprob - reference logprob) where `kl_in_reward`, and the last one's
     has the score besides. The sampler's logprobs are those of the policy that acted, so this is the reward it earned.
-
-    Args:
-        references: G arrays float32 [sampled tokens of the group], or none.
-        values: b arrays float32 [N], one for each row of the shard.
+    What the policy read between two turns is no time: credit goes from sampled token to sampled token.
     """
-    lengths = np.array([len(row) for row in values], np.int64)
-    if not len(values):
+    lengths = batch.lengths
+    if not len(lengths):
         nothing = np.empty(0, np.float32)
         return Estimate(nothing, nothing, nothing)
-    kl = [np.zeros(length, np.float32) for length in lengths]
-    if kl_in_reward and references:
-        sampled, reference = sampled_logprobs(shard, groups), by_sample(shard, groups, references)
-        kl = [ours - theirs for ours, theirs in zip(sampled, reference, strict=True)]
+    kl = batch.sampled - batch.reference if kl_in_reward and len(batch.reference) else np.zeros(len(values), np.float32)
     mask = np.arange(lengths.max()) < lengths[:, None]
     mask_BT = torch.from_numpy(mask)
-    scores_B = torch.from_numpy(shard.scores.astype(np.float32))
-    rewards_BT = token_rewards(scores_B, padded(kl, mask), mask_BT, shard.kl_coef if kl_in_reward else 0.0)
+    scores_B = torch.from_numpy(batch.scores.astype(np.float32))
+    rewards_BT = token_rewards(scores_B, padded(kl, mask), mask_BT, batch.kl_coef if kl_in_reward else 0.0)
     advantages_BT, returns_BT = credit.estimate(rewards_BT, padded(values, mask), mask_BT)
-    return Estimate(advantages_BT.numpy()[mask], returns_BT.numpy()[mask], np.concatenate(list(values)))
+    return Estimate(advantages_BT.numpy()[mask], returns_BT.numpy()[mask], values)
 
 
-def padded(rows: Sequence[np.ndarray], mask: np.ndarray) -> torch.Tensor:
-    """Ragged rows -> float32 [B, T], 0 beyond a row's end."""
+def padded(values: np.ndarray, mask: np.ndarray) -> torch.Tensor:
+    """[N], row after row -> float32 [B, T], 0 beyond a row's end."""
     out = np.zeros(mask.shape, np.float32)
-    out[mask] = np.concatenate(list(rows))
+    out[mask] = values
     return torch.from_numpy(out)
 
 
-def measure(
-    updates: Sequence[Sequence[np.ndarray]], rows: Sequence[Row], measured: Callable[[Sequence[Row]], torch.Tensor]
-) -> list[np.ndarray]:
-    """One pass over all rows without a gradient, by micro-batches; float32 [N, ...] for each row.
+def measure(batch: RankBatch, device: torch.device, measured: Callable[[Packed], torch.Tensor]) -> np.ndarray:
+    """One pass over all rows without a gradient, by micro-batches; float32 [N, ...].
 
-    `measured`: rows -> float32 [N, ...], what is wanted of each token with a loss. An empty micro-batch is run,
-    too: the other ranks wait for it.
+    `measured`: packed rows -> float32 [n, ...], what is wanted of each of their tokens with a loss. An empty
+    micro-batch is run, too: the other ranks wait for it.
     """
-    found = [np.empty(0, np.float32)] * len(rows)
+    parts, places = [], []
     with torch.no_grad():
-        for chosen in (chosen for micro_batches in updates for chosen in micro_batches):
-            batch = [rows[i] for i in chosen] or [PLACEHOLDER]
-            parts = by_row(measured(batch).float().cpu().numpy(), [row.length for row in batch])
-            for i, part in zip(chosen, parts, strict=False):
-                found[i] = part
-    return found
-
-
-def by_row(values: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
-    """[N] -> one array a row."""
-    return np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []
+        for chosen in (chosen for micro_batches in batch.updates for chosen in micro_batches):
+            found = measured(batch.pack(chosen, device)).float().cpu().numpy()
+            places.append(batch.places(chosen))
+            parts.append(found[: len(places[-1])])  # of the placeholder nothing
+    out = np.empty_like(np.concatenate(parts))
+    out[np.concatenate(places)] = np.concatenate(parts)
+    return out

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-
-import numpy as np
 
 from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
 from rlhf_dist.algo.losses import clipped_value_loss
 from rlhf_dist.config.schema import CriticConfig
-from rlhf_dist.learner.credit import by_row, estimate, measure
-from rlhf_dist.learner.rows import PLACEHOLDER, spread
+from rlhf_dist.learner.credit import estimate, measure
+from rlhf_dist.learner.rank_batch import RankBatch, on
 from rlhf_dist.learner.scalar_engine import ScalarEngine
-from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard, flat, shard_rows, token_sums
+from rlhf_dist.learner.shard import Estimate, EstimateSums, token_sums
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import Group
 
 
 class CriticLearner:
@@ -28,28 +24,24 @@ class CriticLearner:
         self._loss = partial(clipped_value_loss, clip=config.clip)
         self._kl_in_reward = kl_in_reward
 
-    def estimate(
-        self, shard: Shard, groups: Sequence[Group], references: Sequence[np.ndarray]
-    ) -> tuple[EstimateSums, Estimate]:
-        """Values of the shard's rows under the present critic, and the credit that comes of them."""
-        rows = shard_rows(shard, groups)
-        values = measure(shard.updates, rows, self.engine.values)
-        made = estimate(shard, groups, references, values, self._credit, self._kl_in_reward)
+    def estimate(self, batch: RankBatch) -> tuple[EstimateSums, Estimate]:
+        """Values of the batch's tokens under the present critic, and the credit that comes of them."""
+        values = measure(batch, self.engine.device, self.engine.values)
+        made = estimate(batch, values, self._credit, self._kl_in_reward)
         return EstimateSums.of(made), made
 
-    def update(self, shard: Shard, estimate: Estimate, groups: Sequence[Group]) -> MetricSums:
-        """All passes over the shard: clipped value loss towards the returns."""
-        rows, device = shard_rows(shard, groups), self.engine.device
-        lengths = [row.length for row in rows]
-        old, returns = by_row(estimate.values, lengths), by_row(estimate.returns, lengths)
+    def update(self, batch: RankBatch, estimate: Estimate) -> MetricSums:
+        """All passes over the batch: clipped value loss towards the returns."""
+        device = self.engine.device
         found: list[MetricSums] = []
-        for micro_batches, rate in zip(shard.updates * shard.epochs, shard.critic_rates, strict=True):
+        for micro_batches, rate in zip(batch.updates * batch.epochs, batch.critic_rates, strict=True):
             for index, chosen in enumerate(micro_batches):
-                batch = [rows[i] for i in chosen] or [PLACEHOLDER]
-                values = self.engine.values(batch)
+                packed, places = batch.pack(chosen, device), batch.places(chosen)
+                values = self.engine.values(packed)
                 if len(chosen):
-                    losses, stats = self._loss(values, flat(old, chosen, device), flat(returns, chosen, device))
-                    loss = (losses * spread(shard.weights[chosen], batch, device)).sum()
+                    old, returns = (on(device, x, places) for x in (estimate.values, estimate.returns))
+                    losses, stats = self._loss(values, old, returns)
+                    loss = (losses * packed.spread(batch.weights[chosen])).sum()
                     named = {f"critic/{name}": tensor for name, tensor in stats.items()}
                     found.append(token_sums(named | {"critic/loss": losses}))
                 else:

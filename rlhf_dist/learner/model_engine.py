@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rlhf_dist.errors import ConfigError, RlhfError
 from rlhf_dist.learner.agreement import Held, require_agreement
 from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine
 from rlhf_dist.learner.mask_policy import MaskPolicy
-from rlhf_dist.learner.rows import Packed, Row, pack_rows
+from rlhf_dist.learner.rows import Packed
 from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.hf import load_model, read_companions, save_hf
 from rlhf_dist.models.policy import PackedPolicy, check_head
@@ -155,14 +155,14 @@ class ModelEngine(Engine):
         super().__init__(policy, source, model, learner, optimizer, device)
 
     def logprobs(
-        self, rows: Sequence[Row], temperature: float, entropy_gradient: bool = False, masked: bool = True
+        self, packed: Packed, temperature: float, entropy_gradient: bool = False, masked: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """(logprobs, entropy) of the rows' tokens with a loss, float32 [N] each, row after row.
+        """(logprobs, entropy) of the tokens with a loss, float32 [N] each, row after row.
 
         The entropy carries a gradient only where it is asked for: it costs memory. `masked`: under the mask, where
         there is one; false for text that was not sampled.
         """
-        return self._forward(pack_rows(rows, self.device), temperature, entropy_gradient, masked)
+        return self._forward(packed, temperature, entropy_gradient, masked)
 
     def _forward(self, packed: Packed, temperature: float, entropy_gradient: bool, masked: bool) -> Any:
         return self._deepspeed.forward(

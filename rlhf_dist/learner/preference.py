@@ -18,7 +18,7 @@ from rlhf_dist.data.packing import plan
 from rlhf_dist.data.render import tokenize_demonstration
 from rlhf_dist.data.rows import Demonstration
 from rlhf_dist.errors import DataError
-from rlhf_dist.learner.rows import PLACEHOLDER, Row, response_row
+from rlhf_dist.learner.rows import Row, pack_rows, response_row
 from rlhf_dist.learner.scalar_engine import ScalarEngine, ScalarEngineWithLM
 from rlhf_dist.learner.schedule import learning_rate
 from rlhf_dist.telemetry import names
@@ -153,7 +153,8 @@ class PreferenceLearner:
         nothing = HeldOutScores(empty, empty.astype(np.int64), empty.astype(np.int64), empty, False, 0.0, 0, 0)
         parts = [nothing]
         for batch in self._mine(self._held_out):
-            scores = self.engine.scores([row for element in batch for row in element.rows] or [PLACEHOLDER])
+            rows = [row for element in batch for row in element.rows]
+            scores = self.engine.scores(pack_rows(rows, self.engine.device))
             if batch:
                 loss, pairs = judgement_loss(scores, batch)
                 parts.append(
@@ -172,16 +173,17 @@ class PreferenceLearner:
 
     def _losses(self, batch: Sequence[Element], share: float, lm_share: float) -> tuple[Tensor, MetricSums]:
         """A micro-batch's part of the global loss (`share` of a judgement, `lm_share` of a token), and its metrics."""
-        rows = [row for element in batch for row in element.rows] or [PLACEHOLDER]
+        rows = [row for element in batch for row in element.rows]
+        packed = pack_rows(rows, self.engine.device)
         best = {id(row) for element in batch for row in better_rows(element)}
         nll: Tensor | float = 0.0
         if self._config.lm_coef > 0:
             assert isinstance(self.engine, ScalarEngineWithLM)
             # One token at least, so that the head takes part in every backward pass, as ZeRO wants it.
-            scores, logprobs = self.engine.scores_and_logprobs(rows, [id(row) in best or not batch for row in rows])
+            scores, logprobs = self.engine.scores_and_logprobs(packed, [id(row) in best for row in rows] or [True])
             nll = -logprobs.sum()
         else:
-            scores = self.engine.scores(rows)
+            scores = self.engine.scores(packed)
         if not batch:
             return (scores.sum() + nll) * 0.0, MetricSums()
         loss, pairs = judgement_loss(scores, batch)

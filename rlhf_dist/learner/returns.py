@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from rlhf_dist.algo.algorithm import TokenCredit
 from rlhf_dist.learner.credit import estimate
-from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard, shard_rows
-from rlhf_dist.types import Group
+from rlhf_dist.learner.rank_batch import RankBatch
+from rlhf_dist.learner.shard import Estimate, EstimateSums
 
 
 class ReturnsLearner:
@@ -19,10 +17,7 @@ class ReturnsLearner:
         self._credit = credit
         self._kl_in_reward = kl_in_reward
 
-    def estimate(
-        self, shard: Shard, groups: Sequence[Group], references: Sequence[np.ndarray]
-    ) -> tuple[EstimateSums, Estimate]:
+    def estimate(self, batch: RankBatch) -> tuple[EstimateSums, Estimate]:
         """As `CriticLearner.estimate`, with values of 0."""
-        values = [np.zeros(row.length, np.float32) for row in shard_rows(shard, groups)]
-        made = estimate(shard, groups, references, values, self._credit, self._kl_in_reward)
+        made = estimate(batch, np.zeros(len(batch.sampled), np.float32), self._credit, self._kl_in_reward)
         return EstimateSums.of(made), made

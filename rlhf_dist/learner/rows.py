@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_dist.types import Trajectory
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence, and which of its tokens are learnt."""
+    """One sequence to learn from as it is: a demonstration or a judged response."""
 
     tokens: np.ndarray
     """int32 [T]."""
@@ -43,10 +41,17 @@ class Packed:
     """int64 [N]; positions whose next token has a loss."""
     targets: Tensor
     """int64 [N]; those tokens, row after row."""
+    offsets: Tensor
+    """int64 [S + 1]; the tokens with a loss of row s are numbers offsets[s] to offsets[s + 1] of the N."""
+
+    def spread(self, values: np.ndarray | Sequence[float]) -> Tensor:
+        """One value a row -> float32 [N], one for each token with a loss."""
+        by_row = torch.from_numpy(np.asarray(values, dtype=np.float32)).to(self.offsets.device)
+        return by_row.repeat_interleave(self.offsets.diff())
 
 
-PLACEHOLDER = Row(np.zeros(2, dtype=np.int32), np.array([False, True]))
-"""For a rank that has no rows left, so that every rank runs as many micro-batches; its weight is 0."""
+NOTHING = np.zeros(2, np.int32), np.array([False, True]), np.array([2])
+"""Tokens, mask and lengths for a rank that has no rows left: every rank runs as many passes. Its weight is 0."""
 
 
 def response_row(prompt: Sequence[int], response: Sequence[int]) -> Row:
@@ -55,29 +60,24 @@ def response_row(prompt: Sequence[int], response: Sequence[int]) -> Row:
     return Row(tokens, np.arange(len(tokens)) >= len(prompt))
 
 
-def trajectory_row(sample: Trajectory) -> Row:
-    """A sample of the policy: what it said is learnt, what it read is not."""
-    return Row(sample.tokens, sample.loss_mask)
-
-
 def pack_rows(rows: Sequence[Row], device: torch.device) -> Packed:
-    """Lay rows end to end."""
-    ends = np.cumsum([len(row.tokens) for row in rows])
-    starts = np.concatenate([[0], ends[:-1]])
-    predict = np.concatenate(
-        [start + np.flatnonzero(row.loss_mask) - 1 for row, start in zip(rows, starts, strict=True)]
-    )
-    tokens = torch.from_numpy(np.concatenate([row.tokens for row in rows]).astype(np.int64))
-    positions = torch.from_numpy(predict)
+    """Rows for one forward pass; a placeholder for none."""
+    if not rows:
+        return pack(*NOTHING, device)
+    lengths = np.array([len(row.tokens) for row in rows])
+    masks = np.concatenate([row.loss_mask for row in rows])
+    return pack(np.concatenate([row.tokens for row in rows]), masks, lengths, device)
+
+
+def pack(tokens: np.ndarray, loss_mask: np.ndarray, lengths: np.ndarray, device: torch.device) -> Packed:
+    """Rows of these lengths that lie end to end already: int [T], bool [T], int [S]."""
+    edges = np.concatenate([[0], np.cumsum(lengths)])
+    with_loss = np.flatnonzero(loss_mask)
+    predict, ids = torch.from_numpy(with_loss - 1), torch.from_numpy(tokens.astype(np.int64))
     return Packed(
-        tokens=tokens.to(device),
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(device),
-        predict=positions.to(device),
-        targets=tokens[positions + 1].to(device),
+        tokens=ids.to(device),
+        cu_seqlens=torch.from_numpy(edges.astype(np.int32)).to(device),
+        predict=predict.to(device),
+        targets=ids[predict + 1].to(device),
+        offsets=torch.from_numpy(np.searchsorted(with_loss, edges)).to(device),
     )
-
-
-def spread(values: Sequence[float] | np.ndarray, rows: Sequence[Row], device: torch.device) -> Tensor:
-    """One value a row -> float32 [N], one for each token with a loss."""
-    lengths = [row.length for row in rows]
-    return torch.from_numpy(np.repeat(np.asarray(values, dtype=np.float32), lengths)).to(device)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_dist.algo.logprobs import chunk_count
 from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.learner.model_engine import Engine
-from rlhf_dist.learner.rows import Packed, Row, pack_rows, spread
+from rlhf_dist.learner.rows import Packed
 from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.scalar import (
     NO_SCALE,
@@ -56,14 +55,12 @@ class ScalarEngine(Engine):
         self._scale = read_scale(source) if normalized else NO_SCALE
         super().__init__(scalar, source, model, learner, optimizer, device)
 
-    def values(self, rows: Sequence[Row]) -> Tensor:
+    def values(self, packed: Packed) -> Tensor:
         """float32 [N], one per token with a loss, row after row: read at the position before it."""
-        packed = pack_rows(rows, self.device)
         return self._normalized(self._read(packed, packed.predict))
 
-    def scores(self, rows: Sequence[Row]) -> Tensor:
+    def scores(self, packed: Packed) -> Tensor:
         """float32 [S], one per row: read at its last token."""
-        packed = pack_rows(rows, self.device)
         return self._normalized(self._read(packed, last_tokens(packed)))
 
     def save(self, folder: Path, scale: ScoreScale | None = None) -> None:
@@ -104,10 +101,9 @@ class ScalarEngineWithLM(ScalarEngine):
         self._chunk = learner.logprob_chunk_tokens
         super().__init__(source, model, learner, optimizer, device=device, normalized=normalized)
 
-    def scores_and_logprobs(self, rows: Sequence[Row], learnt: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    def scores_and_logprobs(self, packed: Packed, learnt: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """(scores float32 [S] as `scores`, logprobs float32 [N] of tokens with a loss in rows that are learnt)."""
-        packed = pack_rows(rows, self.device)
-        mask = spread(np.asarray(learnt), rows, self.device) > 0
+        mask = packed.spread(learnt) > 0
         predict = packed.predict[mask]
         raw, logprobs = self._deepspeed.forward(
             packed.tokens,

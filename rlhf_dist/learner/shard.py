@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rlhf_dist.algo.masking import WHITEN_EPS
-from rlhf_dist.learner.rows import Row, trajectory_row
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import Group, Trajectory
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One rank's share of a training step. Made by the controller; holds no tokens."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPlan:
+    """How one rank's b rows are trained in a step. Made by the controller; no tokens, and nothing by token."""
 
-    groups: np.ndarray
-    """int64 [b]; row -> position among the groups given beside the shard."""
-    samples: np.ndarray
-    """int64 [b]; row -> sample within its group."""
     advantages: np.ndarray
     """float32 [b]; spread over the row's tokens. 0 where a critic's `Estimate` has them by token."""
     scores: np.ndarray
@@ -46,6 +39,16 @@ class Shard:
     """The samples come from the learner's present weights and there is one update: old logprobs are the new ones."""
     kl_coef: float
     """Of the KL to the reference, as it stands at this step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard(RankPlan):
+    """A plan, and which samples its rows are: the rank makes its `RankBatch` from it and the step's groups."""
+
+    groups: np.ndarray
+    """int64 [b]; row -> position among the groups given beside the shard."""
+    samples: np.ndarray
+    """int64 [b]; row -> sample within its group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,32 +141,6 @@ class Whitening:
 
 AS_THEY_ARE = Whitening(0.0, 1.0)
 """For algorithms that do not whiten."""
-
-
-def shard_samples(shard: Shard, groups: Sequence[Group]) -> list[Trajectory]:
-    """The shard's samples, row by row."""
-    return [groups[g].trajectories[s] for g, s in zip(shard.groups, shard.samples, strict=True)]
-
-
-def shard_rows(shard: Shard, groups: Sequence[Group]) -> list[Row]:
-    """The shard's rows with their tokens."""
-    return [trajectory_row(sample) for sample in shard_samples(shard, groups)]
-
-
-def sampled_logprobs(shard: Shard, groups: Sequence[Group]) -> list[np.ndarray]:
-    """float32 [N] for each row: the sampler's own logprobs of the sampled tokens."""
-    return [sample.logprobs[sample.loss_mask] for sample in shard_samples(shard, groups)]
-
-
-def by_sample(shard: Shard, groups: Sequence[Group], values: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """[N] for each row, of values of each group's sampled tokens [sum of N]."""
-    split = [group.sampled(found) for group, found in zip(groups, values, strict=True)]
-    return [split[g][s] for g, s in zip(shard.groups, shard.samples, strict=True)]
-
-
-def flat(arrays: Sequence[np.ndarray], chosen: np.ndarray, device: torch.device) -> Tensor:
-    """The chosen rows' arrays end to end, float32 [N]."""
-    return torch.from_numpy(np.concatenate([arrays[i] for i in chosen])).to(device)
 
 
 def token_sums(values: dict[str, Tensor]) -> MetricSums:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rlhf_dist.learner.critic_files import HEAD_FILE
 from rlhf_dist.learner.model_engine import PREFIX, ModelEngine
-from rlhf_dist.learner.rows import Row, pack_rows
+from rlhf_dist.learner.rows import Packed
 from rlhf_dist.models.actor_critic import PackedActorCritic
 from rlhf_dist.models.tensors import read_tensors, write_tensors
 
@@ -34,16 +34,16 @@ class SharedEngine(ModelEngine):
         return packed
 
     def logprobs_and_values(
-        self, rows: Sequence[Row], temperature: float, entropy_gradient: bool = False, masked: bool = True
+        self, packed: Packed, temperature: float, entropy_gradient: bool = False, masked: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprobs, entropy, values) of the rows' tokens with a loss, float32 [N] each, row after row."""
-        return self._forward(pack_rows(rows, self.device), temperature, entropy_gradient, masked)
+        """(logprobs, entropy, values) of the tokens with a loss, float32 [N] each, row after row."""
+        return self._forward(packed, temperature, entropy_gradient, masked)
 
     def logprobs(
-        self, rows: Sequence[Row], temperature: float, entropy_gradient: bool = False, masked: bool = True
+        self, packed: Packed, temperature: float, entropy_gradient: bool = False, masked: bool = True
     ) -> tuple[Tensor, Tensor]:
         """See `ModelEngine.logprobs`; the value head has no part in it, and a gradient of zero."""
-        logprobs, entropy, values = self.logprobs_and_values(rows, temperature, entropy_gradient, masked)
+        logprobs, entropy, values = self.logprobs_and_values(packed, temperature, entropy_gradient, masked)
         return logprobs + 0.0 * values, entropy
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -12,24 +10,14 @@ from torch import Tensor
 from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
 from rlhf_dist.algo.losses import clipped_value_loss
 from rlhf_dist.config.schema import CriticConfig
-from rlhf_dist.learner.credit import by_row, estimate, measure
-from rlhf_dist.learner.policy import Given, PolicyLearner
+from rlhf_dist.learner.credit import estimate, measure
+from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.ptx import PtxMix
-from rlhf_dist.learner.rows import Row
-from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard, Whitening, flat, shard_rows
+from rlhf_dist.learner.rank_batch import RankBatch, on
+from rlhf_dist.learner.rows import Packed
+from rlhf_dist.learner.shard import Estimate, EstimateSums, Whitening
 from rlhf_dist.learner.shared_engine import SharedEngine
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import Group
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """What the value head learns in one update, by row."""
-
-    old: Sequence[np.ndarray]
-    """float32 [N]; values before the update."""
-    returns: Sequence[np.ndarray]
-    """float32 [N]."""
 
 
 class SharedPolicyLearner(PolicyLearner):
@@ -52,46 +40,35 @@ class SharedPolicyLearner(PolicyLearner):
         self._coef = config.coef
         self._value_loss = partial(clipped_value_loss, clip=config.clip)
         self._kl_in_reward = kl_in_reward
-        self._targets = Targets((), ())
+        self._targets: Estimate | None = None
+        """Of the batch that is being learnt."""
 
-    def estimate(
-        self, shard: Shard, groups: Sequence[Group], references: Sequence[np.ndarray]
-    ) -> tuple[EstimateSums, Estimate]:
+    def estimate(self, batch: RankBatch) -> tuple[EstimateSums, Estimate]:
         """As `CriticLearner.estimate`."""
-        rows = shard_rows(shard, groups)
+        engine = self.engine
         values = measure(
-            shard.updates,
-            rows,
-            lambda batch: self.engine.logprobs_and_values(batch, shard.temperature, masked=False)[2],
+            batch,
+            engine.device,
+            lambda packed: engine.logprobs_and_values(packed, batch.temperature, masked=False)[2],
         )
-        made = estimate(shard, groups, references, values, self._credit, self._kl_in_reward)
+        made = estimate(batch, values, self._credit, self._kl_in_reward)
         return EstimateSums.of(made), made
 
-    def update(
-        self,
-        shard: Shard,
-        groups: Sequence[Group],
-        references: Sequence[np.ndarray],
-        estimate: Estimate | None,
-        whitening: Whitening,
-    ) -> MetricSums:
+    def update(self, batch: RankBatch, estimate: Estimate | None, whitening: Whitening) -> MetricSums:
         """As `PolicyLearner.update`, with the value head."""
-        assert estimate is not None
-        lengths = [row.length for row in shard_rows(shard, groups)]
-        self._targets = Targets(by_row(estimate.values, lengths), by_row(estimate.returns, lengths))
-        return super().update(shard, groups, references, estimate, whitening)
+        self._targets = estimate
+        return super().update(batch, estimate, whitening)
 
     def _forward(
-        self, rows: Sequence[Row], given: Given, chosen: np.ndarray
+        self, packed: Packed, temperature: float, places: np.ndarray
     ) -> tuple[Tensor, Tensor, Tensor | float, dict[str, Tensor]]:
         logprobs, entropy, values = self.engine.logprobs_and_values(
-            rows, given.temperature, self._algorithm.entropy_coef > 0
+            packed, temperature, self._algorithm.entropy_coef > 0
         )
-        if not len(chosen):
+        if not len(places):
             return logprobs, entropy, 0.0 * values, {}
-        device = self.engine.device
-        losses, stats = self._value_loss(
-            values, flat(self._targets.old, chosen, device), flat(self._targets.returns, chosen, device)
-        )
+        assert self._targets is not None
+        old, returns = (on(self.engine.device, x, places) for x in (self._targets.values, self._targets.returns))
+        losses, stats = self._value_loss(values, old, returns)
         found = {f"critic/{name}": tensor for name, tensor in stats.items()} | {"critic/loss": losses.detach()}
         return logprobs, entropy, self._coef * losses, found

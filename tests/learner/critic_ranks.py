@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from method_ranks import CHUNK_TOKENS
 from ranks import batch_of, chunks, rollouts
-from sample_groups import flat_logprobs, flat_tokens
+from sample_groups import flat_logprobs, flat_tokens, rows_of
 from torch import Tensor
 
 from rlhf_dist.algo.advantages import gae
@@ -37,9 +37,10 @@ from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.ptx import PtxMix
-from rlhf_dist.learner.rows import Row, pack_rows, trajectory_row
+from rlhf_dist.learner.rank_batch import rank_batch
+from rlhf_dist.learner.rows import Row, pack_rows
 from rlhf_dist.learner.scalar_engine import ScalarEngine
-from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard, shard_samples
+from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard
 from rlhf_dist.learner.shared_engine import SharedEngine
 from rlhf_dist.learner.shared_trunk import SharedPolicyLearner
 from rlhf_dist.loop.step import Learning, assign_credit, make_shards
@@ -102,7 +103,7 @@ def merged(sums: EstimateSums) -> EstimateSums:
 
 def by_sample(shard: Shard, estimate: Estimate, made: Sequence[Group]) -> dict[tuple[int, int], Tensor]:
     """(group, sample) -> advantages, returns, values [3, N]."""
-    lengths = [sample.length for sample in shard_samples(shard, made)]
+    lengths = rank_batch(shard, made, ()).lengths
     table = np.stack([estimate.advantages, estimate.returns, estimate.values])
     parts = np.split(table, np.cumsum(lengths)[:-1], axis=1)
     return {
@@ -125,8 +126,9 @@ class Trainer:
     def step(self, step: int) -> dict[str, Any]:
         made = rollouts(step)
         shard = cut(made, ppo(APART), self.config, 0.1, self.world)[self.engine.rank]
-        sums, estimate = self.learner.estimate(shard, made, references(made, step))
-        metrics = self.learner.update(shard, estimate, made)
+        batch = rank_batch(shard, made, references(made, step))
+        sums, estimate = self.learner.estimate(batch)
+        metrics = self.learner.update(batch, estimate)
         return {"estimate": by_sample(shard, estimate, made), "sums": merged(sums), "metrics": metrics}
 
     def weights(self) -> dict[str, Tensor]:
@@ -146,11 +148,11 @@ class SharedTrainer(Trainer):
 
     def step(self, step: int) -> dict[str, Any]:
         made = rollouts(step)
-        given = references(made, step)
         shard = cut(made, self.algorithm, self.config, 0.2, self.world)[self.engine.rank]
-        sums, estimate = self.learner.estimate(shard, made, given)
+        batch = rank_batch(shard, made, references(made, step))
+        sums, estimate = self.learner.estimate(batch)
         sums = merged(sums)
-        metrics = self.learner.update(shard, made, given, estimate, sums.whitening())
+        metrics = self.learner.update(batch, estimate, sums.whitening())
         found = {"estimate": by_sample(shard, estimate, made), "sums": sums, "metrics": metrics}
         return found | {"chunks": chunks(shard, made)}
 
@@ -234,9 +236,10 @@ def run_stop(source: Path, world: int, folder: Path) -> dict[str, Any]:
         config = replace(trainer.config, epochs=3)
         made = rollouts(1)
         shard = cut(made, algorithm, config, 0.2, world)[trainer.engine.rank]
-        sums, estimate = trainer.learner.estimate(shard, made, references(made, 1))
+        batch = rank_batch(shard, made, references(made, 1))
+        sums, estimate = trainer.learner.estimate(batch)
         learner = Recording(trainer.engine, algorithm)
-        metrics = learner.update(shard, made, references(made, 1), estimate, merged(sums).whitening())
+        metrics = learner.update(batch, estimate, merged(sums).whitening())
         return learner.seen, metrics.values()["learner/updates"]
 
     seen, updates = trained(1e9)
@@ -249,14 +252,14 @@ def run_stop(source: Path, world: int, folder: Path) -> dict[str, Any]:
     return {"all": updates, "expected": stop + 1, "alone": alone, "made": trained(limit)[1]}
 
 
-def rows_of(made: Sequence[Group], groups: Sequence[int]) -> list[Row]:
-    return [trajectory_row(sample) for g in groups for sample in made[g].trajectories]
+def all_rows(made: Sequence[Group], groups: Sequence[int]) -> list[Row]:
+    return [row for g in groups for row in rows_of(made[g])]
 
 
 def flat_estimate(made: Sequence[Group], values: Tensor, given: Sequence[np.ndarray], kl_coef: float) -> Estimate:
     """Advantages and returns of all rows in order, row by row with `gae` alone."""
     scores, advantages, returns = batch_of(list(made))[0].scores, [], []
-    lengths = [row.length for row in rows_of(made, range(4))]
+    lengths = [row.length for row in all_rows(made, range(4))]
     log_ratio = torch.from_numpy(np.concatenate([flat_logprobs(r) for r in made]) - np.concatenate(given))
     for v, ratio, score in zip(values.split(lengths), log_ratio.split(lengths), scores, strict=True):
         rewards = -kl_coef * ratio
@@ -291,7 +294,7 @@ def mini_batches(made: Sequence[Group]) -> Iterator[tuple[list[Row], slice]]:
     middle = sum(len(flat_tokens(r)) for r in made[:2])
     for _ in range(2):
         for groups, part in zip(HALVES, (slice(0, middle), slice(middle, None)), strict=True):
-            yield rows_of(made, groups), part
+            yield all_rows(made, groups), part
 
 
 def plain_critic(source: Path) -> dict[str, Any]:
@@ -306,7 +309,7 @@ def plain_critic(source: Path) -> dict[str, Any]:
             return scalar(packed.tokens, packed.cu_seqlens, packed.predict)
 
         with torch.no_grad():
-            old = values_of(rows_of(made, range(4)))
+            old = values_of(all_rows(made, range(4)))
         made_of = flat_estimate(made, old, references(made, step), 0.1)
         returns = torch.from_numpy(made_of.returns)
         for rows, part in mini_batches(made):
@@ -334,7 +337,7 @@ def plain_shared(source: Path, masked: bool = False) -> dict[str, Any]:
         given = references(made, step)
         reference = torch.from_numpy(np.concatenate(given))
         with torch.no_grad():
-            before, _, old = forward(rows_of(made, range(4)), 0.9)
+            before, _, old = forward(all_rows(made, range(4)), 0.9)
         credit = flat_estimate(made, old, given, 0.0)
         a, returns = torch.from_numpy(credit.advantages), torch.from_numpy(credit.returns)
         a = (a - a.mean()) / (a.var(unbiased=False) + 1e-8).sqrt()

@@ -17,6 +17,7 @@ from rlhf_dist.algo.recipes import ALGORITHMS
 from rlhf_dist.config.schema import CriticConfig, LearnerConfig, ModelConfig
 from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.policy import PolicyLearner
+from rlhf_dist.learner.rank_batch import rank_batch
 from rlhf_dist.learner.returns import ReturnsLearner
 from rlhf_dist.learner.shard import AS_THEY_ARE, EstimateSums, Shard
 from rlhf_dist.loop.shaper import Shaper
@@ -112,11 +113,11 @@ class MethodTrainer:
         estimate, whitening = None, AS_THEY_ARE
         if isinstance(self.algorithm.credit, TokenCredit):
             credit = ReturnsLearner(self.algorithm.credit, kl_in_reward=True)
-            sums, estimate = credit.estimate(shard, made, references)
+            sums, estimate = credit.estimate(rank_batch(shard, made, references))
             everyone: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(everyone, sums)
             whitening = EstimateSums.merge(everyone).whitening()
-        self.learner.update(shard, made, references if in_loss else (), estimate, whitening)
+        self.learner.update(rank_batch(shard, made, references if in_loss else ()), estimate, whitening)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in self.engine.weights()}

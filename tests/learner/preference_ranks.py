@@ -19,7 +19,7 @@ from rlhf_dist.data.judgement_rows import Comparison, Judgement, Pair, Rating
 from rlhf_dist.data.packing import plan
 from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.preference import PreferenceLearner, tokenize_judgement
-from rlhf_dist.learner.rows import Row, pack_rows
+from rlhf_dist.learner.rows import Packed, pack_rows
 from rlhf_dist.learner.scalar_engine import ScalarEngine, ScalarEngineWithLM
 from rlhf_dist.models.hf import load_tokenizer
 from rlhf_dist.models.scalar import PackedScalar, PackedScalarWithLM, ScoreScale, load_lm_head, load_scalar
@@ -63,10 +63,10 @@ class NotingEngine(ScalarEngineWithLM):
         super().__init__(*words, **options)
         self.chunks: list[int] = []
 
-    def scores_and_logprobs(self, rows: Sequence[Row], learnt: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = sum(row.length for row, is_learnt in zip(rows, learnt, strict=True) if is_learnt)
+    def scores_and_logprobs(self, packed: Packed, learnt: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = int(packed.offsets.diff()[torch.tensor(learnt)].sum())
         self.chunks.append(-(-tokens // CHUNK_TOKENS))
-        return super().scores_and_logprobs(rows, learnt)
+        return super().scores_and_logprobs(packed, learnt)
 
 
 class Trainer:

@@ -18,7 +18,7 @@ import torch
 from method_ranks import CHUNK_TOKENS, run_methods
 from plain_methods import METHODS, run_plain
 from safetensors.torch import load_file, save_file
-from sample_groups import PROMPT, group_of
+from sample_groups import PROMPT, group_of, rows_of
 
 from rlhf_dist.algo.algorithm import LaggingMask
 from rlhf_dist.algo.recipes import grpo
@@ -34,8 +34,9 @@ from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.mask_policy import MASK_FOLDER, MaskPolicy
 from rlhf_dist.learner.model_engine import ModelEngine, optimizer_file
 from rlhf_dist.learner.policy import PolicyLearner
-from rlhf_dist.learner.rows import pack_rows, spread, trajectory_row
-from rlhf_dist.learner.shard import AS_THEY_ARE, Shard, shard_rows
+from rlhf_dist.learner.rank_batch import rank_batch
+from rlhf_dist.learner.rows import pack_rows
+from rlhf_dist.learner.shard import AS_THEY_ARE, Shard
 from rlhf_dist.loop.step import Learning, collate, make_shards
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.policy import PackedPolicy
@@ -120,7 +121,7 @@ class Trainer:
     def step(self, step: int) -> dict[str, float]:
         made = rollouts(step)
         shard = cut(made, self.config, step, self.world)[self.engine.rank]
-        return self.learner.update(shard, made, (), None, AS_THEY_ARE).values()
+        return self.learner.update(rank_batch(shard, made, ()), None, AS_THEY_ARE).values()
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in self.engine.weights()}
@@ -128,8 +129,8 @@ class Trainer:
 
 def chunks(shard: Shard, made: list[Group]) -> list[int]:
     """How many parts of `CHUNK_TOKENS` or less the sampled tokens of each micro-batch make."""
-    rows = shard_rows(shard, made)
-    counts = [sum(rows[i].length for i in chosen) for update in shard.updates for chosen in update]
+    batch = rank_batch(shard, made, ())
+    counts = [len(batch.places(chosen)) for update in batch.updates for chosen in update]
     return [-(-count // CHUNK_TOKENS) for count in counts]
 
 
@@ -203,15 +204,15 @@ def run_masked(stage: int, world: int, model: Path, folder: Path) -> dict[str, A
     engine = ModelEngine(model, ModelConfig(), learner, OPTIMIZER, device="cpu", bucket_mib=1, mask=mask)
     trainer = PolicyLearner(engine, GRPO)
     made = rollouts(1)
-    rows = [trajectory_row(sample) for sample in made[0].trajectories]
+    packed = pack_rows(rows_of(made[0]), torch.device("cpu"))
     found: dict[str, Any] = {}
     for version in (0, 1, 2):
         engine.publish(version)
         found[f"weights {version}"] = {name: tensor.clone() for name, tensor in engine.weights()}
-        found[f"masked {version}"] = engine.logprobs(rows, 1.0)[0].detach().clone()
-        found[f"plain {version}"] = engine.logprobs(rows, 1.0, masked=False)[0].detach().clone()
+        found[f"masked {version}"] = engine.logprobs(packed, 1.0)[0].detach().clone()
+        found[f"plain {version}"] = engine.logprobs(packed, 1.0, masked=False)[0].detach().clone()
         shard = cut(made, learner, version + 1, world)[engine.rank]
-        trainer.update(shard, made, (), None, AS_THEY_ARE)
+        trainer.update(rank_batch(shard, made, ()), None, AS_THEY_ARE)
         found["chunks"] = chunks(shard, made)
     target = folder / f"masked-{world}-{stage}"
     target.mkdir(exist_ok=True)
@@ -232,7 +233,7 @@ def plain_masked(model: Path) -> dict[str, Any]:
     for version in (1, 2):
         optimizer.zero_grad()
         for g, s, advantage in zip(batch.groups, batch.samples, credit.advantages, strict=True):
-            row = trajectory_row(made[g].trajectories[s])
+            row = rows_of(made[g])[s]
             tokens, where = torch.from_numpy(row.tokens.astype(np.int64)), slice(-row.length - 1, -1)
             own, other = (side(tokens[None], use_cache=False).logits[0, where] / 0.9 for side in (policy, lagging))
             p = other.softmax(-1)
@@ -289,11 +290,11 @@ def plain(model: Path) -> dict[str, Any]:
     for step, name in ((1, "one"), (2, "two"), (3, "three")):
         made = rollouts(step)
         batch, credit = batch_of(made)
-        rows = [trajectory_row(made[g].trajectories[s]) for g, s in zip(batch.groups, batch.samples, strict=True)]
+        rows = [rows_of(made[g])[s] for g, s in zip(batch.groups, batch.samples, strict=True)]
         packed = pack_rows(rows, torch.device("cpu"))
         logprobs, _ = policy(packed.tokens, packed.cu_seqlens, packed.predict, packed.targets, 0.9, 1024)
         # On policy the ratio is 1, so the clipped loss's gradient is that of -advantage x logprob.
-        loss = -(logprobs * spread(credit.advantages, rows, torch.device("cpu"))).sum() / batch.lengths.sum()
+        loss = -(logprobs * packed.spread(credit.advantages)).sum() / batch.lengths.sum()
         optimizer.zero_grad()
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), OPTIMIZER.max_grad_norm))

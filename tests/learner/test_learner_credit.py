@@ -16,7 +16,8 @@ from rlhf_dist.algo.algorithm import TokenCredit
 from rlhf_dist.algo.masking import whiten
 from rlhf_dist.algo.recipes import ppo
 from rlhf_dist.config.schema import AlgoConfig
-from rlhf_dist.learner.credit import by_row, estimate
+from rlhf_dist.learner.credit import estimate
+from rlhf_dist.learner.rank_batch import rank_batch
 from rlhf_dist.learner.shard import AS_THEY_ARE, Estimate, EstimateSums, Shard, Whitening
 from rlhf_dist.types import Group
 
@@ -58,7 +59,9 @@ def floats(*values: float) -> np.ndarray:
 
 def test_gae_by_hand() -> None:
     """The score is the reward of the last token: r = 0, 0, 1, V = 0.5, 0.4, 0.3, gamma 1, lambda 0.95."""
-    found = estimate(shard([(0, 0)], [1.0]), [group([-1, -1, -1])], (), [floats(0.5, 0.4, 0.3)], credit(), True)
+    found = estimate(
+        rank_batch(shard([(0, 0)], [1.0]), [group([-1, -1, -1])], ()), floats(0.5, 0.4, 0.3), credit(), True
+    )
     assert found.advantages == pytest.approx([0.43675, 0.565, 0.7], abs=1e-6)
     assert found.returns == pytest.approx([0.93675, 0.965, 1.0], abs=1e-6)
     assert found.values.tolist() == floats(0.5, 0.4, 0.3).tolist()
@@ -71,14 +74,15 @@ def test_kl_in_the_reward_by_hand() -> None:
     Rewards -0.1, 0.05, -0.2 + 2: to come 1.75, 1.85, 1.8.
     """
     rollout, reference = group([-1.0, -2.0, -0.5]), floats(-1.5, -1.75, -1.5)
-    part, values = shard([(0, 0)], [2.0], kl_coef=0.2), [np.zeros(3, np.float32)]
-    found = estimate(part, [rollout], [reference], values, credit(lam=1.0), True)
+    part, values = shard([(0, 0)], [2.0], kl_coef=0.2), np.zeros(3, np.float32)
+    batch = rank_batch(part, [rollout], [reference])
+    found = estimate(batch, values, credit(lam=1.0), True)
     assert found.returns == pytest.approx([1.75, 1.85, 1.8], abs=1e-6)
     assert found.advantages == pytest.approx(found.returns, abs=1e-6)
     # In the loss instead: the coefficient is there and takes nothing off a reward.
     for in_loss in (
-        estimate(part, [rollout], [reference], values, credit(lam=1.0), False),
-        estimate(part, [rollout], (), values, credit(lam=1.0), True),
+        estimate(batch, values, credit(lam=1.0), False),
+        estimate(rank_batch(part, [rollout], ()), values, credit(lam=1.0), True),
     ):
         assert in_loss.returns == pytest.approx([2.0, 2.0, 2.0])
 
@@ -87,9 +91,8 @@ def test_each_row_takes_its_own_part_of_its_groups_arrays() -> None:
     """Group 1's second sample alone: KL 3 and 4 nats, the others' must not come in."""
     rollouts = [group([9.0]), group([0.0, 0.0, 0.0], [3.0, 4.0])]
     references = [floats(0.0), np.zeros(5, np.float32)]
-    found = estimate(
-        shard([(1, 1)], [0.0], kl_coef=1.0), rollouts, references, [np.zeros(2, np.float32)], credit(lam=1.0), True
-    )
+    batch = rank_batch(shard([(1, 1)], [0.0], kl_coef=1.0), rollouts, references)
+    found = estimate(batch, np.zeros(2, np.float32), credit(lam=1.0), True)
     assert found.returns == pytest.approx([-7.0, -4.0])
 
 
@@ -105,11 +108,12 @@ def test_ragged_rows_are_as_each_alone() -> None:
 
     def of(numbers: list[int]) -> Estimate:
         part = shard([(0, s) for s in numbers], [scores[s] for s in numbers], kl_coef=0.3)
-        return estimate(part, rollouts, references, [values[s] for s in numbers], credit(0.9, 0.8), True)
+        batch = rank_batch(part, rollouts, references)
+        return estimate(batch, np.concatenate([values[s] for s in numbers]), credit(0.9, 0.8), True)
 
     together, alone = of(order), [of([s]) for s in order]
     for name in ("advantages", "returns", "values"):
-        parts = by_row(getattr(together, name), [lengths[s] for s in order])
+        parts = np.split(getattr(together, name), np.cumsum([lengths[s] for s in order])[:-1])
         for part, one in zip(parts, alone, strict=True):
             np.testing.assert_allclose(part, getattr(one, name), rtol=1e-6, atol=1e-6)
     # And the padded form of one row, written out.
@@ -120,7 +124,7 @@ def test_ragged_rows_are_as_each_alone() -> None:
 
 
 def test_a_rank_without_rows_has_nothing_to_say() -> None:
-    found = estimate(shard([], []), [], (), [], credit(), True)
+    found = estimate(rank_batch(shard([], []), [], ()), floats(), credit(), True)
     assert len(found.advantages) == len(found.returns) == len(found.values) == 0
     assert EstimateSums.of(found) == EstimateSums(*[0.0] * 7)
     assert EstimateSums.of(found).whitening().mean == 0.0
@@ -182,10 +186,10 @@ def test_whitened_advantages_are_cut() -> None:
 
 def test_what_the_policy_reads_between_two_turns_is_no_time() -> None:
     """Tokens 5 and 8 9 of two turns: credit as of three tokens in one."""
-    values, references = [floats(0.5, 0.4, 0.3)], [floats(-1.5, -2.5, -2.0)]
-    given = (shard([(0, 0)], [1.0], kl_coef=0.1), references, values, credit(0.9, 0.8), True)
+    part, references = shard([(0, 0)], [1.0], kl_coef=0.1), [floats(-1.5, -2.5, -2.0)]
     two, one = (
-        estimate(given[0], [made], *given[1:]) for made in (two_turns(logprobs=(-1, -2, -3)), group([-1, -2, -3]))
+        estimate(rank_batch(part, [made], references), floats(0.5, 0.4, 0.3), credit(0.9, 0.8), True)
+        for made in (two_turns(logprobs=(-1, -2, -3)), group([-1, -2, -3]))
     )
     for name in ("advantages", "returns", "values"):
         assert getattr(two, name).tolist() == getattr(one, name).tolist()

@@ -26,7 +26,7 @@ from rlhf_dist.learner.preference import (
     pairs_of,
     tokenize_judgement,
 )
-from rlhf_dist.learner.rows import Row
+from rlhf_dist.learner.rows import Packed
 from rlhf_dist.models.hf import load_tokenizer
 from rlhf_dist.models.tiny import make_tiny
 from rlhf_dist.models.tokenizer import character_tokenizer
@@ -206,9 +206,10 @@ def test_judgements_come_in_the_files_own_order_without_shuffle() -> None:
 
     class Scores:
         rank = 0
+        device = torch.device("cpu")
 
-        def scores(self, rows: list[Row]) -> torch.Tensor:
-            return torch.zeros(len(rows), requires_grad=True)
+        def scores(self, packed: Packed) -> torch.Tensor:
+            return torch.zeros(len(packed.offsets) - 1, requires_grad=True)
 
         def backward(self, loss: torch.Tensor, last: bool) -> None: ...
 

@@ -11,9 +11,10 @@ import torch
 from plain_methods import METHODS, OPTIMIZER, Seen
 from rank_processes import distance, run_ranks
 from ranks import LAG, rollouts
+from sample_groups import rows_of
 
 from rlhf_dist.config.schema import TinyConfig
-from rlhf_dist.learner.rows import pack_rows, trajectory_row
+from rlhf_dist.learner.rows import pack_rows
 from rlhf_dist.models.hf import copy_weights, load_model
 from rlhf_dist.models.policy import PackedPolicy
 from rlhf_dist.models.tiny import make_tiny
@@ -110,7 +111,7 @@ def test_every_ranks_mask_follows_every_second_version(
     policies = [PackedPolicy(load_model(make_tiny(MODEL, tmp_path), "float32", "segmented")) for _ in range(2)]
     for policy, number in zip(policies, (version, follows), strict=True):
         copy_weights(policy.model, iter(ranks[0][f"weights {number}"].items()))
-    packed = pack_rows([trajectory_row(sample) for sample in rollouts(1)[0].trajectories], torch.device("cpu"))
+    packed = pack_rows(rows_of(rollouts(1)[0]), torch.device("cpu"))
     where = (packed.tokens, packed.cu_seqlens, packed.predict)
     mask = policies[1].action_mask(*where, LAG.top_p)
     with torch.no_grad():

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from sample_groups import group_of
 
 from rlhf_dist.config.schema import OptimizerConfig
-from rlhf_dist.learner.rows import PLACEHOLDER, Row, pack_rows, response_row, spread, trajectory_row
+from rlhf_dist.learner.rows import Row, pack_rows, response_row
 from rlhf_dist.learner.schedule import learning_rate
 
 CPU = torch.device("cpu")
@@ -28,7 +27,7 @@ def test_two_turns_are_learnt_and_what_is_said_between_them_is_not() -> None:
     packed = pack_rows([Row(np.arange(10, 16, dtype=np.int32), mask), response_row([7], [8])], CPU)
     assert packed.predict.tolist() == [0, 1, 4, 6]
     assert packed.targets.tolist() == [11, 12, 15, 8]
-    assert packed.cu_seqlens.tolist() == [0, 6, 8]
+    assert packed.cu_seqlens.tolist() == [0, 6, 8] and packed.offsets.tolist() == [0, 3, 4]
 
 
 @pytest.mark.parametrize("mask", [[False, False, False], [True, True, True]])
@@ -37,21 +36,14 @@ def test_a_row_has_something_to_learn_and_something_before_it(mask: list[bool]) 
         Row(np.array([7, 8, 9], np.int32), np.array(mask))
 
 
-def test_the_placeholder_can_be_packed() -> None:
-    packed = pack_rows([PLACEHOLDER], CPU)
+def test_of_no_rows_a_placeholder_is_packed() -> None:
+    packed = pack_rows([], CPU)
     assert packed.predict.tolist() == [0] and packed.targets.tolist() == [0]
 
 
 def test_spread_gives_each_token_with_a_loss_its_rows_value() -> None:
     rows = [response_row([0], [0, 0]), response_row([0, 0, 0], [0])]
-    assert spread([0.5, -2.0], rows, CPU).tolist() == [0.5, 0.5, -2.0]
-
-
-def test_a_sample_becomes_a_row() -> None:
-    group = group_of([1, 2], [5, 6, 7], [1, 2])
-    first, second = map(trajectory_row, group.trajectories)
-    assert (first.tokens.tolist(), first.loss_mask.tolist(), first.length) == ([1, 2, 5], [False, False, True], 1)
-    assert (second.tokens.tolist(), second.length) == ([1, 2, 6, 7], 2)
+    assert pack_rows(rows, CPU).spread([0.5, -2.0]).tolist() == [0.5, 0.5, -2.0]
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=8))

@@ -15,7 +15,7 @@ from rlhf_dist.config.schema import SftConfig
 from rlhf_dist.data.rows import Demonstration
 from rlhf_dist.errors import DataError, DiskError
 from rlhf_dist.learner.model_engine import ModelEngine
-from rlhf_dist.learner.rows import Row
+from rlhf_dist.learner.rows import Packed
 from rlhf_dist.learner.supervised import SupervisedLearner
 from rlhf_dist.models.hf import load_tokenizer
 
@@ -24,9 +24,10 @@ class Engine:
     """Gives every response token a logprob of -2."""
 
     rank = 0
+    device = torch.device("cpu")
 
-    def logprobs(self, rows: list[Row], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        count = sum(row.length for row in rows)
+    def logprobs(self, packed: Packed, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        count = len(packed.targets)
         return torch.full((count,), -2.0, requires_grad=True), torch.zeros(count)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:

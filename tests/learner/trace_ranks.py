@@ -37,6 +37,7 @@ from rlhf_dist.learner.critic import CriticLearner
 from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.model_engine import Engine, ModelEngine
 from rlhf_dist.learner.policy import PolicyLearner
+from rlhf_dist.learner.rank_batch import rank_batch
 from rlhf_dist.learner.scalar_engine import ScalarEngine
 from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard
 from rlhf_dist.loop.ports import Estimates
@@ -241,8 +242,8 @@ class PolicyRanks:
         for cuts in zip(*(shard.updates for shard in shards), strict=True):
             self.rows.append([len(chosen) for micro_batches in cuts for chosen in micro_batches])
         own = estimates.handles[rank].place if estimates.handles else None
-        given = (records(bodies), records(references), own, estimates.whitening)
-        return MetricSums.merge(everyone(self._learner.update(shards[rank], *given)))
+        batch = rank_batch(shards[rank], records(bodies), records(references))
+        return MetricSums.merge(everyone(self._learner.update(batch, own, estimates.whitening)))
 
     def publish(self, version: int) -> Announcement:
         return everyone(self._learner.engine.publish(version))[0]
@@ -261,14 +262,14 @@ class CriticRanks:
     def estimate(
         self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], references: Sequence[Handle[np.ndarray]]
     ) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
-        sums, own = self._learner.estimate(shards[self._rank], records(bodies), records(references))
+        sums, own = self._learner.estimate(rank_batch(shards[self._rank], records(bodies), records(references)))
         return [Handle(found) for found in everyone(own)], EstimateSums.merge(everyone(sums))
 
     def begin_update(
         self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], estimates: Estimates
     ) -> Handle[MetricSums]:
         own = estimates.handles[self._rank].place
-        return Handle(self._learner.update(shards[self._rank], own, records(bodies)))
+        return Handle(self._learner.update(rank_batch(shards[self._rank], records(bodies), ()), own))
 
     def finish_update(self, pending: Handle[MetricSums]) -> MetricSums:
         return MetricSums.merge(everyone(pending.place))

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sample_groups import flat_logprobs
+from sample_groups import flat_logprobs, rows_of
 
 from rlhf_dist.algo.algorithm import LaggingMask
 from rlhf_dist.config.schema import RolloutConfig
 from rlhf_dist.errors import WeightSyncError
-from rlhf_dist.learner.rows import pack_rows, trajectory_row
+from rlhf_dist.learner.rows import pack_rows
 from rlhf_dist.loop.requests import make_requests
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.policy import PackedPolicy
@@ -73,7 +73,7 @@ class Learner:
     @torch.no_grad()
     def logprobs(self, group: Group, temperature: float, masked: bool = False) -> np.ndarray:
         """float32 [N], of the group's sampled tokens."""
-        packed = pack_rows([trajectory_row(sample) for sample in group.trajectories], torch.device("cpu"))
+        packed = pack_rows(rows_of(group), torch.device("cpu"))
         where = (packed.tokens, packed.cu_seqlens, packed.predict)
         mask = self.earlier.action_mask(*where, LAG.top_p) if masked else None
         return self.policy(*where, packed.targets, temperature, 64, False, mask)[0].numpy()
