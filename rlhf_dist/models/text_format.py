@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jinja2 import TemplateError
 
 from rlhf_dist.errors import ModelError
+from rlhf_dist.models.model_files import reason_of
 from rlhf_dist.types import Message
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and the tokenizer is handed in
@@ -31,8 +32,11 @@ OPENS = re.compile(r"\s*([<\[])([\w:]+)([>\]])\s*\Z")
 ABOUT_REASONING = re.compile("think|thought|reason", re.IGNORECASE)
 """Words of a template's text that begins or skips reasoning, however it marks it."""
 WAY_OUT = "correct its chat_template.jinja, or set data.chat=false to use prompts as they are"
-REASON = 300
-"""Characters of a template's own message that are shown."""
+MORE: dict[str, list[dict[str, Any]]] = {
+    "documents": [{"title": QUESTION, "text": ANSWER, "contents": ANSWER}],
+    "tools": [{"type": "function", "function": {"name": "f", "description": "", "parameters": {"properties": {}}}}],
+}
+"""What else a template may be given, and never is here."""
 PROBES = 16
 """Tokenizers whose format is remembered; a process has a few."""
 
@@ -138,11 +142,22 @@ def _applied(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], promp
     except Exception as error:  # a template is a program: it can fail in any way
         roles = ", ".join(turn.role for turn in turns)
         asked = type(error) is TemplateError  # what a template raises of its own will
-        reason = " ".join((str(error) if asked else f"{type(error).__name__}: {error}").split())[:REASON]
+        reason = reason_of(error) if asked else f"{type(error).__name__}: {reason_of(error)}"
+        lacks = [name for name, given in MORE.items() if _renders_with(tokenizer, messages, **{name: given})]
+        more = (
+            f" without {lacks[0]}, which prompts here never have (use the model's template for chat)" if lacks else ""
+        )
         raise ModelError(
             f"{_name(tokenizer)}: its chat template {'rejects' if asked else 'fails on'} a conversation of the roles "
-            f"{roles}: {reason}"
+            f"{roles}{more}: {reason}"
         ) from error
+
+
+def _renders_with(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **more: Any) -> bool:
+    """Whether a template that failed works with these."""
+    with suppress(Exception):  # as in `_applied`
+        return bool(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **more))
+    return False
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -122,6 +122,15 @@ REJECTED = {
         "ZeroDivisionError: division by zero. Correct its chat_template.jinja, or set",
     ),
     "undefined": ("{{ messages[0].text.strip() }}", "UndefinedError"),
+    "documents": (
+        "{% for d in documents %}{{ d.title }}{% endfor %}" + turns("</s>"),
+        r"roles user without documents, which prompts here never have \(use the model's template for chat\): TypeError",
+    ),
+    "tools": (
+        "{{ tools[0].function.name }}" + turns("</s>"),
+        "roles user without tools, which prompts here never have",
+    ),
+    "its own long words": ("{{ raise_exception('x' * 400) }}", f"{'x' * 400}. Correct its chat_template.jinja"),
     "OverflowError": ("{% for i in range(10000000) %}{% endfor %}", "OverflowError"),
     "RecursionError": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     "one turn only": (
