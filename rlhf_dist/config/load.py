@@ -25,6 +25,8 @@ from rlhf_dist.errors import ConfigError
 
 _OVERRIDE = "override "
 """Opens the `where` of a layer that comes from the command line."""
+MAX_WHOLE = 2**53
+"""Of a whole number: from here on floats, and numbers in JSON, do not hold all of them."""
 MAX_BYTES = 8 << 20
 """Of a config file: a data file that is named in its place would be parsed for hours."""
 ESCAPE = r"write \${ for the text ${ itself (in YAML in single quotes, or without quotes)"
@@ -284,6 +286,8 @@ def _problems(value: Any, kind: Any, key: str) -> Iterator[str]:
         yield f"`{key}` has more than {MAX_DEPTH} references ${{...}} to other keys; {ESCAPE}"
     elif isinstance(value, str) and "${" in value and not _is_section(kind):
         return  # an interpolation: OmegaConf resolves it and checks the result
+    elif isinstance(value, int) and abs(value) > MAX_WHOLE and kind in (int, float):
+        yield f"`{key}` is {_shown(value)}; expected {_expected(kind)} of at most {MAX_WHOLE}"
     elif not _fits(value, kind):
         quote = "; put it in quotes" if kind is str and not isinstance(value, dict | list) else ""
         yield f"`{key}` is {_shown(value)}; expected {_expected(kind)}{quote}"

@@ -11,6 +11,8 @@ from rlhf_dist.errors import ConfigError
 
 MAX_DEPTH = 50
 """Levels of nesting; a config has about six."""
+MAX_DIGITS = 1000
+"""Of a whole number: Python takes quadratic time to read one, and raises from 4,300 digits on."""
 MAX_VALUES = 100_000
 """Values with every alias written out: a few lines of aliases of aliases could stand for billions."""
 
@@ -54,6 +56,16 @@ class Loader(yaml.SafeLoader):
         if size > MAX_VALUES:
             raise _problem(f"more than {MAX_VALUES} values, with every alias written out", mark)
         return size
+
+
+def _whole_number(loader: Loader, node: yaml.ScalarNode) -> int:
+    digits = len(node.value.lstrip("+-"))
+    if digits > MAX_DIGITS:
+        raise _problem(f"a whole number of {digits:,} digits; put it in quotes if it is text", node.start_mark)
+    return loader.construct_yaml_int(node)
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 class Dumper(yaml.SafeDumper):

@@ -36,7 +36,7 @@ def number_text(row: Row, key: str) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return None
     if isinstance(value, int):
-        return _digits(row, key, value)
+        return str(value)
     if _missing(value):
         raise DataError(
             f"{row.place}: {key!r} is {value}, as tables have it for a missing value; give the answer, or take the row "
@@ -54,13 +54,6 @@ def ambiguous_whole(row: Row, key: str) -> bool:
     """Whether the answer is a float such as 4.0 that may stand for 4 (see `whole_answers` for where it is certain)."""
     value = row.fields.get(key)
     return isinstance(value, float | Decimal) and _whole(value) is not None
-
-
-def _digits(row: Row, key: str, value: int) -> str:
-    try:
-        return str(value)
-    except ValueError as error:  # Python's limit of 4,300 digits
-        raise DataError(f"{row.place}: {key!r} is a whole number of thousands of digits: {error}") from error
 
 
 def _missing(value: object) -> bool:

@@ -115,8 +115,10 @@ def _json_object(place: str, raw: bytes) -> dict[str, Any]:
         ) from error
     except _KeyTwice as error:
         raise DataError(f"{place}: has the key {shown(error.key)} twice; keep one of them") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
         raise DataError(f"{place}: cannot be parsed as JSON: {error}") from error
+    except ValueError as error:  # Python's limit of 4,300 digits; its own advice is about Python
+        raise DataError(f"{place}: has a whole number of thousands of digits; write it as text, in quotes") from error
     if not isinstance(value, dict):
         raise DataError(f"{place}: is {shown(value)}; every line has to be a JSON object like {{...}}")
     return value

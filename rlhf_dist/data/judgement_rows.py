@@ -286,11 +286,13 @@ def _thumbs(row: Row, key: str) -> float:
 
 
 def _number(row: Row, name: str, value: object) -> float:
+    kind = "a number"
     if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+        kind = "a finite number that a float can hold"
         try:
             number = float(value)
         except OverflowError:  # JSON sets whole numbers no limit
             number = math.inf
         if math.isfinite(number):
             return number
-    raise DataError(f"{row.place}: {name} is {shown(value)}; it has to be a number")
+    raise DataError(f"{row.place}: {name} is {shown(value)}; it has to be {kind}")

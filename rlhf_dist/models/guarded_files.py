@@ -73,8 +73,10 @@ def read_json(path: Path) -> Any:
         return json.loads(text)
     except RecursionError:
         raise DataError(f"{path}: is not valid JSON: nested too deeply") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise DataError(f"{path}: is not valid JSON: {error if text.strip() else 'it is empty'}") from None
+    except ValueError:  # Python's limit of 4,300 digits; its own advice is about Python
+        raise DataError(f"{path}: has a whole number of thousands of digits") from None
 
 
 def hash_file(path: Path) -> str:

@@ -41,8 +41,8 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: {reason}; {AGAIN}") from None
     except RecursionError:
         raise ModelError(f"{path}: its JSON is nested too deeply to be read; {AGAIN}") from None
-    except ValueError as error:
-        raise ModelError(f"{path}: its JSON cannot be read: {error}; {AGAIN}") from None
+    except ValueError:  # Python's limit of 4,300 digits; its own advice is about Python
+        raise ModelError(f"{path}: has a whole number of thousands of digits; {AGAIN}") from None
     if not isinstance(found, dict):
         raise ModelError(f"{path}: holds {KINDS[type(found)]}; it must hold a JSON object, in braces; {AGAIN}")
     return found

@@ -37,7 +37,15 @@ FILES = {
     "a list as a key": ("? [a, b]\n: 1", "unhashable key"),
     "a merge of a number": ("loop: {<<: 3}", "expected a mapping"),
     "a control character": ("name: a\x00b", "special characters are not allowed"),
-    "a huge whole number": (f"seed: {'9' * 5000}", "not valid YAML"),
+    "a huge whole number": (f"seed: {'9' * 5000}", r"a\.yaml:1: not valid YAML: a whole number of 5,000 digits; put"),
+    "a whole number beyond floats": (
+        f"loop: {{steps: 1{'0' * 400}}}",
+        r"`loop.steps` is 1000.*; expected a whole number of",
+    ),
+    "a number beyond floats": (
+        f"learner: {{optimizer: {{lr: 1{'0' * 400}}}}}",
+        "`learner.optimizer.lr` is 1.*a number of at",
+    ),
     "half a character": (r'data: {system: "a\ud800"}', "`data.system` holds half a surrogate pair, .* character 1"),
     "a list of texts with one": (r'rollout: {stop: ["\udc00"]}', r"`rollout.stop\[0\]` holds half"),
     "a lone reference": ("data: {system: 'costs ${'}", r"a\.yaml: `data.system` is .*write \\\$\{ for the text"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from rlhf_dist.config.load import from_yaml, load, to_yaml
+from rlhf_dist.config.load import MAX_WHOLE, from_yaml, load, to_yaml
 from rlhf_dist.config.schema import Config, RewardSpec, RolloutConfig, ScoringConfig
 from rlhf_dist.errors import ConfigError
 
@@ -203,7 +203,12 @@ TRICKY = st.sampled_from(
 
 
 @settings(max_examples=30)  # of about 0.1 s each
-@given(name=TEXT | TRICKY, stop=st.lists(TEXT | TRICKY, max_size=3), lr=st.floats(allow_nan=False), seed=st.integers())
+@given(
+    name=TEXT | TRICKY,
+    stop=st.lists(TEXT | TRICKY, max_size=3),
+    lr=st.floats(allow_nan=False),
+    seed=st.integers(-MAX_WHOLE, MAX_WHOLE),
+)
 def test_yaml_round_trip(name: str, stop: list[str], lr: float, seed: int) -> None:
     optimizer = dataclasses.replace(Config().learner.optimizer, lr=lr)
     config = dataclasses.replace(

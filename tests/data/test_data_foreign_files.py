@@ -50,7 +50,10 @@ LINES = {
     "TSV": (b"prompt\tanswer\na\tb\n", "looks like CSV"),
     "line ends of old Macs": (LINE + b"\r" + LINE + b"\r", "its lines seem to end with CR alone"),
     "a key twice": (b'{"prompt": "a", "answer": "b", "prompt": "c"}', r"a\.jsonl:1: has the key 'prompt' twice"),
-    "a huge number": (b'{"prompt": "a", "answer": ' + b"9" * 5000 + b"}", "cannot be parsed as JSON"),
+    "a huge number": (
+        b'{"prompt": "a", "answer": ' + b"9" * 5000 + b"}",
+        "has a whole number of thousands of digits; write it as text",
+    ),
     "nested lists": (b'{"prompt": "a", "answer": ' + b"[" * 3000 + b"]" * 3000 + b"}", r"a\.jsonl:1: "),
 }
 

@@ -102,7 +102,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a huge number": (
         lambda last: (last / "state.json").write_text('{"step": ' + "9" * 5000 + "}"),
-        "state.json: is not valid JSON: Exceeds the limit",
+        "state.json: has a whole number of thousands of digits",
     ),
     "a list": (
         lambda last: (last / "state.json").write_text("[1]"),

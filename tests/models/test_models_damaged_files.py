@@ -88,7 +88,7 @@ NO_FILES = {
     "list": ("[]", "holds a list; it must hold a JSON object"),
     "null": ("null", "holds null; it must"),
     "deep": ('{"a":' * 3000 + "1" + "}" * 3000, "nested too deeply"),
-    "long number": ('{"a": ' + "9" * 5000 + "}", "cannot be read: Exceeds the limit"),
+    "long number": ('{"a": ' + "9" * 5000 + "}", "has a whole number of thousands of digits; download"),
     "git lfs": ("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 1\n", "Git LFS pointer.*git lfs pull"),
     "web page": ("<!DOCTYPE html><html></html>", "is a web page"),
 }
