@@ -104,6 +104,7 @@ def _dispatch(words: list[str]) -> int:
         hint = f"did you mean `{close[0]}`?" if close else f"the commands are {', '.join(COMMANDS)}"
         raise InputError(f"`{first}` is no command; {hint}")
     module = importlib.import_module(f"rlhf_dist.cli.{COMMANDS[first][0]}")
+    signals.require_none()
     return module.run(words[1:])
 
 

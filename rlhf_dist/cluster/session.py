@@ -95,6 +95,7 @@ def ray_session(config: ClusterConfig, logs: Path, tell: Callable[[str], None]) 
     parent, note = temporary_parent(os.environ)
     if note:
         tell(note)
+    signals.require_none()
     with private_folder(parent) as folder, kept_on_failure(folder, logs):
         try:
             with temporary_files_in(folder / TEMPORARY):

@@ -69,6 +69,12 @@ def has_come() -> bool:
     return any(isinstance(signal.getsignal(number), Ending) for number in SIGNALS)
 
 
+def require_none() -> None:
+    """Raise KeyboardInterrupt again where a signal has come: in a callback, as imports have them, Python drops it."""
+    if has_come():
+        raise KeyboardInterrupt
+
+
 def received() -> int:
     """The signal that ends this command: SIGINT unless another came first."""
     handlers = [signal.getsignal(number) for number in SIGNALS]

@@ -133,6 +133,52 @@ def test_outside_of_a_command_nothing_is_handled(monkeypatch: pytest.MonkeyPatch
     assert seen != [before] and signal.getsignal(signal.SIGTERM) == before
 
 
+EARLY = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "rlhf_dist.cli.main":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+from rlhf_dist.__main__ import run
+sys.exit(run())
+"""
+LOST = """
+import os, signal, sys
+from rlhf_dist.cli import main
+
+def imported(name):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        pass
+    import rlhf_dist.cli.plan as plan
+    plan.run = lambda words: print("goes on") or 0
+    return plan
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main.importlib.import_module = imported
+sys.exit(main.main(["plan"]))
+"""
+
+
+@pytest.mark.parametrize(("code", "told"), [(EARLY, ""), (LOST, "rlhf-dist: stopped from the keyboard\n")])
+def test_an_interrupt_among_imports_ends_the_command(code: str, told: str) -> None:
+    """Before the command handles signals, and where Python drops the exception, as in a callback of an import."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", told)
+
+
 STOPPED = """
 import atexit, os, signal, sys, tempfile
 from rlhf_dist.cli import main
