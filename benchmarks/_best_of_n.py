@@ -150,7 +150,7 @@ def sample(work: Work) -> list[dict[str, list[float]]]:
     from rlhf_dist.scoring.scorer import Scorer
     from rlhf_dist.types import DroppedPrompt, Group
 
-    config = from_yaml(Path(work.config).read_text(), work.config)
+    config = from_yaml(Path(work.config).read_text(encoding="utf-8"), work.config)
     placement = place(config, local_machine(), "eval")
     engine = VllmEngine(
         Path(work.start),
@@ -183,13 +183,13 @@ def sample(work: Work) -> list[dict[str, list[float]]]:
 
 def write_work(work: Work, path: Path) -> None:
     """For the sampling process."""
-    path.write_text(json.dumps(asdict(work)))
+    path.write_text(json.dumps(asdict(work)), encoding="utf-8")
 
 
 def main(argv: Sequence[str]) -> None:
     """The work's file."""
-    work = Work(**json.loads(Path(argv[0]).read_text()))
-    Path(work.scores).write_text(json.dumps(sample(work)))
+    work = Work(**json.loads(Path(argv[0]).read_text(encoding="utf-8")))
+    Path(work.scores).write_text(json.dumps(sample(work)), encoding="utf-8")
 
 
 if __name__ == "__main__":

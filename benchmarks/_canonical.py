@@ -75,7 +75,7 @@ def canonical_config(folder: Path, algo: Algo, overrides: Sequence[str], steps: 
             )
     base = folder / "canonical.yaml"
     data = {"data": CONFIG["data"] | {"path": str(folder / "prompts.jsonl")}}
-    base.write_text(yaml.safe_dump(CONFIG | data | algorithm_keys(algo, folder)))
+    base.write_text(yaml.safe_dump(CONFIG | data | algorithm_keys(algo, folder)), encoding="utf-8")
     config = load(base, overrides)
     return replace(
         config,
@@ -108,16 +108,16 @@ def write_config(config: Config, folder: Path) -> Path:
     """Write the prompts to `folder`, check the config, and return its YAML file. The models are still to be made."""
     chance = random.Random(config.seed)
     words = ["".join(chance.choices(CHARACTERS, k=PROMPT_CHARACTERS)) for _ in range(PROMPTS + HELD_OUT)]
-    Path(config.data.path).write_text("".join(json.dumps({"prompt": word}) + "\n" for word in words))
+    Path(config.data.path).write_text("".join(json.dumps({"prompt": word}) + "\n" for word in words), encoding="utf-8")
     check(config, "train")
     path = folder / "config.yaml"
-    path.write_text(to_yaml(config))
+    path.write_text(to_yaml(config), encoding="utf-8")
     return path
 
 
 def prompt_tokens(config: Config) -> list[list[int]]:
     """The training prompts' token ids: a character, a token, and nothing put before them."""
-    lines = Path(config.data.path).read_text().splitlines()[:PROMPTS]
+    lines = Path(config.data.path).read_text(encoding="utf-8").splitlines()[:PROMPTS]
     return [[TOKENS.index(character) for character in json.loads(line)["prompt"]] for line in lines]
 
 
@@ -170,4 +170,4 @@ def write_model(sizes: TinyConfig, folder: Path, reward: bool = False) -> None:
 
 if __name__ == "__main__":
     # In a process of its own: the benchmark's stays without torch and its threads.
-    write_models(from_yaml(Path(sys.argv[1]).read_text()))
+    write_models(from_yaml(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -74,7 +74,7 @@ def split(rows: Sequence[Row], train: int, preferences: PreferencesConfig) -> Sp
 def write_split(found: Split, folder: Path) -> None:
     """Each side as JSON lines."""
     for rows, name in ((found.train, TRAIN_FILE), (found.test, TEST_FILE)):
-        (folder / name).write_text("".join(json.dumps(dict(row.fields)) + "\n" for row in rows))
+        (folder / name).write_text("".join(json.dumps(dict(row.fields)) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_side(config: Config, path: Path) -> list[Comparison]:
@@ -256,11 +256,11 @@ def scored(config: Config, folder: Path, run: Path) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     """`make FOLDER` or `score FOLDER RUN`; the config is in the folder, the figures go there."""
     part, folder = argv[0], Path(argv[1])
-    config = from_yaml((folder / CONFIG_FILE).read_text())
+    config = from_yaml((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if part == "make":
-        (folder / MADE_FILE).write_text(json.dumps(make(config, folder)))
+        (folder / MADE_FILE).write_text(json.dumps(make(config, folder)), encoding="utf-8")
     else:
-        (folder / SCORED_FILE).write_text(json.dumps(scored(config, folder, Path(argv[2]))))
+        (folder / SCORED_FILE).write_text(json.dumps(scored(config, folder, Path(argv[2]))), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def generate(work: Work) -> None:
         seconds = time.perf_counter() - begun
         rows = [[len(p), *p, *sample.token_ids] for p, o in zip(chosen, outputs, strict=True) for sample in o.outputs]
         steps.append({"seconds": seconds, "rows": rows})
-    Path(work.rollouts).write_text(json.dumps(steps))
+    Path(work.rollouts).write_text(json.dumps(steps), encoding="utf-8")
 
 
 def train(work: Work) -> None:
@@ -109,7 +109,7 @@ def train(work: Work) -> None:
     policy, policy_optimizer = trained(work, causal(work))
     others = Others(work) if work.reward else None
     timings = []
-    for batch in json.loads(Path(work.rollouts).read_text()):
+    for batch in json.loads(Path(work.rollouts).read_text(encoding="utf-8")):
         rows = batch["rows"]
         timing = {"generate": batch["seconds"]}
         begun = time.perf_counter()
@@ -120,7 +120,7 @@ def train(work: Work) -> None:
         update(policy, policy_optimizer, policy_losses, rows, work)
         timing["train"] = time.perf_counter() - begun
         timings.append(timing | {"tokens": response_tokens(rows)})
-    Path(work.timings).write_text(json.dumps(timings))
+    Path(work.timings).write_text(json.dumps(timings), encoding="utf-8")
 
 
 class Others:
@@ -275,13 +275,13 @@ def response_tokens(rows: list[list[int]]) -> int:
 
 def write_work(work: Work, path: Path) -> None:
     """For the two processes."""
-    path.write_text(json.dumps(asdict(work)))
+    path.write_text(json.dumps(asdict(work)), encoding="utf-8")
 
 
 def main(argv: list[str]) -> None:
     """`generate` or `train`, and the work's file."""
     half, path = argv
-    work = Work(**json.loads(Path(path).read_text()))
+    work = Work(**json.loads(Path(path).read_text(encoding="utf-8")))
     {"generate": generate, "train": train}[half](work)
 
 

@@ -153,7 +153,7 @@ def config_of(folder: Path, overrides: Sequence[str], seed: int) -> Config:
         if key in OWN_KEYS:
             raise ConfigError(f"{text}: the benchmark sets {key} itself; take it out (seed: --seed)")
     base = folder / "base.yaml"
-    base.write_text(yaml.safe_dump(CONFIG))
+    base.write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
     config = load(base, overrides)
     return replace(
         config,
@@ -170,7 +170,7 @@ def config_of(folder: Path, overrides: Sequence[str], seed: int) -> Config:
 def run(config: Config, folder: Path) -> dict[str, Any]:
     """All stages in order, each in a process of its own, and what they found."""
     path = folder / CONFIG_FILE
-    path.write_text(to_yaml(config))
+    path.write_text(to_yaml(config), encoding="utf-8")
     parts = str(HERE / "_hh.py")
     threads = {"OMP_NUM_THREADS": str(local_machine().cpus)}
     product = [sys.executable, "-m", "rlhf_dist"]
@@ -195,8 +195,10 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
 
 def collected(folder: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
     """What the stages left in the folder, as figures."""
-    made, test = (json.loads((folder / name).read_text()) for name in (MADE_FILE, SCORED_FILE))
-    sft, reward = (json.loads((folder / name / "summary.json").read_text()) for name in ("sft", "reward"))
+    made, test = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (MADE_FILE, SCORED_FILE))
+    sft, reward = (
+        json.loads((folder / name / "summary.json").read_text(encoding="utf-8")) for name in ("sft", "reward")
+    )
     return {
         **made,
         "test": test,

@@ -111,7 +111,7 @@ def write_configs(folder: Path, only: Sequence[str], steps: int, seed: int, word
     for name in ("sft", *only):
         made = BASE | {"output": str(folder), "seed": seed}
         if name != "sft":
-            own = yaml.safe_load((METHOD_FILES / f"{name}.yaml").read_text())
+            own = yaml.safe_load((METHOD_FILES / f"{name}.yaml").read_text(encoding="utf-8"))
             group = GROUP if own["algo"].get("group_size", GROUP) > 1 else 1
             made |= {
                 "include": [str(METHOD_FILES / f"{name}.yaml")],
@@ -121,15 +121,15 @@ def write_configs(folder: Path, only: Sequence[str], steps: int, seed: int, word
             if METHODS[name].baseline == "critic":
                 made["critic"] = CRITIC
         files[name] = folder / f"{name}.yaml"
-        files[name].write_text(yaml.safe_dump(made))
+        files[name].write_text(yaml.safe_dump(made), encoding="utf-8")
         check(load(files[name], list(words)), "sft" if name == "sft" else "train")
     return files
 
 
 def row(name: str, run: Path, seconds: float) -> dict[str, Any]:
     """What a finished run has found."""
-    found = json.loads((run / "summary.json").read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line["time/step"] for line in lines if "time/step" in line]
     return {
         "method": name,

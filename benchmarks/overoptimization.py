@@ -142,7 +142,7 @@ def find_stages(run: Path) -> list[Finished]:
 def command_of(summary: Path) -> str:
     """Which command a finished stage ran. Raises DataError."""
     try:
-        return json.loads(summary.read_text())["command"]
+        return json.loads(summary.read_text(encoding="utf-8"))["command"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{summary}: not the summary of a finished stage ({error!r})") from error
 
@@ -150,7 +150,7 @@ def command_of(summary: Path) -> str:
 def read_config(path: Path) -> Config:
     """A stage's config. Raises ConfigError, DataError."""
     try:
-        return from_yaml(path.read_text(), str(path))
+        return from_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -188,7 +188,7 @@ def path_of(stage: Finished) -> Way:
 def sampled(stage: Finished, folder: Path, samples: int, prompts: int, seed: int) -> list[dict[str, list[float]]]:
     """Scores of the start's samples, from a process of their own."""
     config = folder / "config.yaml"
-    config.write_text(to_yaml(stage.config))
+    config.write_text(to_yaml(stage.config), encoding="utf-8")
     work = Work(
         config=str(config),
         start=str(start_of(stage.config.model)),
@@ -202,7 +202,7 @@ def sampled(stage: Finished, folder: Path, samples: int, prompts: int, seed: int
     print(f"sampling {prompts} prompts x {samples} from {stage.config.model.path}", file=sys.stderr, flush=True)
     threads = {"OMP_NUM_THREADS": str(local_machine().cpus)}
     run_process([sys.executable, str(HERE / "_best_of_n.py"), str(path)], folder / "sampling.log", OPENMP | threads)
-    return json.loads(Path(work.scores).read_text())
+    return json.loads(Path(work.scores).read_text(encoding="utf-8"))
 
 
 def start_of(model: ModelConfig) -> Path:

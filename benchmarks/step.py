@@ -189,7 +189,7 @@ def run_limit(config: Config, folder: Path, seed: int) -> list[Step]:
     nothing = dict.fromkeys(PHASES[config.algo.name], 0.0)
     return [
         Step(nothing | {phase: timing[phase] for phase in timing if phase != "tokens"}, timing["tokens"])
-        for timing in json.loads(Path(work.timings).read_text())
+        for timing in json.loads(Path(work.timings).read_text(encoding="utf-8"))
     ]
 
 
@@ -198,9 +198,9 @@ def run_ours(config: Path, folder: Path, name: str, phases: Sequence[str]) -> tu
     begun = time.time()
     run_process([sys.executable, "-m", "rlhf_dist", "train", str(config), f"name={name}"], folder / f"{name}.log", {})
     run = folder / name
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     first = next(event for event in events if event["kind"] == "training_started")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [step_of(row, phases) for row in rows if "time/step" in row]
     return steps, datetime.fromisoformat(first["time"]).timestamp() - begun
 
@@ -214,7 +214,7 @@ def step_of(metrics: Mapping[str, float], phases: Sequence[str]) -> Step:
 
 def run_process(command: Sequence[str], log: Path, extra: Mapping[str, str]) -> None:
     """Run to the end with all output in `log`. Raises `RunError` with the log's end when it fails or takes too long."""
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         try:
             code = subprocess.run(
                 command,
@@ -228,7 +228,7 @@ def run_process(command: Sequence[str], log: Path, extra: Mapping[str, str]) -> 
         except subprocess.TimeoutExpired:
             raise RunError(f"{log.stem} did not end in {PROCESS_LIMIT_S:g} s; its log: {log}") from None
     if code:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise RunError(f"{log.stem} ended with exit code {code}; the end of its log {log}:\n{end}")
 
 
@@ -284,7 +284,7 @@ def table(result: Mapping[str, Any], config: Config) -> str:
 
 def machine_facts() -> dict[str, Any]:
     """What the figures depend on."""
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")]
     installed = {
         distribution.metadata["Name"].lower(): distribution.version for distribution in metadata.distributions()
@@ -304,7 +304,7 @@ def machine_facts() -> dict[str, Any]:
 def save(path: Path, result: Mapping[str, Any]) -> None:
     """Write the JSON and say where."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"saved {path}")
 
 

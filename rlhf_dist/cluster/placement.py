@@ -296,7 +296,9 @@ def _local_gpus() -> int:
     if shutil.which("nvidia-smi") is None:
         return 0
     try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+        listing = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise ResourceError(
             "nvidia-smi -L did not answer in 20 s; the GPU driver hangs: set cluster.device to cpu"
