@@ -24,6 +24,8 @@ def compile_cache(environment: Mapping[str, str]) -> Path | None:
     if environment.get(VARIABLE):
         return Path(environment[VARIABLE])
     home = environment.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(home):  # a user without a home, as in a container: there is none to expand `~` to
+        return None
     folder = Path(home) / "rlhf_dist" / "torchinductor"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 
 from rlhf_dist.config.schema import Config
 
@@ -23,6 +24,11 @@ def lookup_problem(path: str | os.PathLike[str]) -> str:
     except ValueError as error:  # a NUL, or a character that the file system's encoding lacks
         return str(error)
     return ""
+
+
+def expanded(path: str) -> Path:
+    """The path with a leading `~` or `~user` replaced, where there is such a home; `Path.expanduser` would raise."""
+    return Path(os.path.expanduser(path))
 
 
 def is_missing(path: str | os.PathLike[str]) -> bool:

@@ -18,6 +18,7 @@ import yaml
 
 from rlhf_dist.config.load import from_yaml, to_yaml
 from rlhf_dist.config.methods import METHODS
+from rlhf_dist.config.paths import expanded
 from rlhf_dist.config.pipeline_checks import NAME, Stage
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ConfigError, DataError, DiskError, InputError
@@ -173,7 +174,7 @@ def _paths(key: str, value: Any, stage: Stage) -> Iterator[Path]:
         return
     last = key.rsplit(".", 1)[-1]
     if last in PATH_KEYS and value not in NO_PATHS:
-        candidates = [Path(value).expanduser()]
+        candidates = [expanded(value)]
     elif last == "function":
         module = Path(*value.partition(":")[0].split("."))
         candidates = [module.with_suffix(".py"), module / "__init__.py"]

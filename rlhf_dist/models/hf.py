@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from rlhf_dist.config.paths import expanded
 from rlhf_dist.config.schema import ModelConfig
 from rlhf_dist.errors import ModelError
 from rlhf_dist.models.attention import register_segmented
@@ -47,7 +48,7 @@ def resolve(config: ModelConfig, cache: Path, key: str = "model.path") -> ModelS
     """
     if config.path == "tiny":
         return ModelSource(str(make_tiny(config.tiny, cache)), "tiny")
-    path = Path(config.path).expanduser()
+    path = expanded(config.path)
     if path.is_dir():
         checkpoint = newest_model(path, key)
         return ModelSource(str(checkpoint or path), "run" if checkpoint else "directory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rlhf_dist.config.paths import expanded
 from rlhf_dist.errors import DataError, ModelError
 from rlhf_dist.models.checkpoints import (
     CHECKPOINT_PREFIX,
@@ -42,7 +43,7 @@ def check_run_model(path: str, key: str) -> None:
 
     Raises ModelError naming the first file that was changed, and another model of the run that was not.
     """
-    run = Path(path).expanduser()
+    run = expanded(path)
     model = newest_model(run, key) if run.is_dir() else None
     if model is None:
         return

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import netrc
 import os
-from pathlib import Path
 from typing import Any
 
+from rlhf_dist.config.paths import expanded
 from rlhf_dist.config.schema import TelemetryConfig
 from rlhf_dist.errors import ConfigError
 
@@ -50,6 +50,8 @@ def has_wandb_key() -> bool:
         found = wbauth.authenticate_session(host=server, source="rlhf-dist", prompt=False, update_session=False)
     except AuthenticationError as error:
         raise ConfigError(f"{error} {WAY_OUT.capitalize()}") from None
+    except RuntimeError:  # pathlib's, of a `~` without a home: a user of a container may have none, and then no key
+        return False
     except ValueError as error:
         raise ConfigError(
             f"WANDB_BASE_URL, or base_url in a settings file of wandb: {reason(error)}; {WAY_OUT}"
@@ -66,8 +68,7 @@ def reason(error: Any) -> str:
 def check_netrc() -> None:
     """Refuse a netrc file that cannot be read: wandb would ignore it, and quote from it. Raises ConfigError."""
     named = os.environ.get("NETRC")
-    home = Path("~").expanduser()
-    candidates = [Path(named).expanduser()] if named else [home / ".netrc", home / "_netrc"]
+    candidates = [expanded(named)] if named else [expanded("~/.netrc"), expanded("~/_netrc")]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         return

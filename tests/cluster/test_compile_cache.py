@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from rlhf_dist.cluster.compile_cache import VARIABLE, compile_cache
 
 
@@ -35,6 +37,12 @@ def test_a_link_or_a_file_in_its_place_is_not_used(tmp_path: Path) -> None:
     assert compile_cache({"XDG_CACHE_HOME": str(tmp_path)}) is None
     (tmp_path / "file").write_text("")
     assert compile_cache({"XDG_CACHE_HOME": str(tmp_path / "file")}) is None
+
+
+def test_a_user_without_a_home_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "~")  # as `expanduser` leaves it where it finds none
+    assert compile_cache({}) is None and list(tmp_path.iterdir()) == []
 
 
 def test_a_run_sets_it_before_torch_is_imported(tmp_path: Path) -> None:

@@ -89,6 +89,12 @@ def test_a_missing_path_is_told_what_its_key_takes(tmp_path: Path, key: str, wor
     assert ("tiny" in str(raised.value)) == (key == "model.path")
 
 
+def test_the_home_of_a_user_that_is_not_known_is_a_missing_path(tmp_path: Path) -> None:
+    for path in ("~nobody-of-this-name/model", "~nobody-of-this-name"):
+        with pytest.raises(ModelError, match=f"model.path = '{path}': there is no such directory"):
+            resolve(ModelConfig(path=path), tmp_path)
+
+
 def test_a_latest_that_names_nothing_is_told_with_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "LATEST").write_text("step-999\n")

@@ -29,7 +29,13 @@ def run(tmp_path: Path) -> Path:
 def test_the_newest_model_of_a_whole_run_is_taken(run: Path) -> None:
     check_run_model(str(run), "model.path")
     assert newest_model(run, "model.path") == run / "checkpoints" / "step-4" / "hf"
-    for no_run in ("tiny", "someone/model", str(run / "checkpoints" / "step-4" / "hf"), "./nowhere"):
+    for no_run in (
+        "tiny",
+        "someone/model",
+        str(run / "checkpoints" / "step-4" / "hf"),
+        "./nowhere",
+        "~nobody-of-this-name/x",
+    ):
         check_run_model(no_run, "model.path")
 
 

@@ -83,6 +83,7 @@ def test_a_key_for_the_default_server_that_this_wandb_has_counts(home: Path) -> 
     [
         ({}, {".netrc": "machine api.wandb.ai\n  lagin not-a-key\n"}, r"\.netrc:2: not a valid netrc line"),
         ({}, {".netrc/file": ""}, ""),
+        ({"NETRC": "~nobody-of-this-name/x"}, {}, ""),
         ({"WANDB_API_KEY": "not-a-key"}, {}, r"WANDB_API_KEY invalid: .* 40\+ characters, has 5.*wandb=offline"),
         ({"WANDB_BASE_URL": "not-a-key"}, {}, r"WANDB_BASE_URL, .*: Input should be a valid URL"),
         ({"WANDB_BASE_URL": "http://u:not-a-key@wandb.ai"}, {}, r"WANDB_BASE_URL, .*: not the address of a server"),
@@ -95,7 +96,7 @@ def test_what_is_malformed_is_named_and_not_quoted(
         monkeypatch.setenv(name, value)
     write(home, files)
     if not told:
-        assert not has_wandb_key(), "a folder of that name is no netrc file"
+        assert not has_wandb_key(), "there is no netrc file"
         return
     with pytest.raises(ConfigError, match=told) as raised:
         has_wandb_key()
