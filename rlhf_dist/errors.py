@@ -42,6 +42,10 @@ class ActorLost(RunError):
     """Another process died; the message names it, the call and its log."""
 
 
+class RayLost(RunError):
+    """A process of Ray's own died; the message says which, and how."""
+
+
 class RewardError(RunError):
     """A reward raised, timed out, or returned the wrong number of values or a value that is not finite."""
 

@@ -20,7 +20,7 @@ from typing import NoReturn
 from rlhf_dist import __version__
 from rlhf_dist.cluster import signals
 from rlhf_dist.cluster.processes import lost_ray
-from rlhf_dist.errors import InputError, RlhfError
+from rlhf_dist.errors import ActorLost, ActorTimeout, DiskError, InputError, RayLost, RlhfError, WeightSyncError
 from rlhf_dist.telemetry.streams import print_any_text
 
 COMMANDS = {
@@ -34,6 +34,8 @@ COMMANDS = {
     "bench": ("bench", "run one of the benchmarks of a checkout"),
 }
 """Command -> its module in this folder, and what it does."""
+FAULTS = (ActorLost, ActorTimeout, DiskError, RayLost, WeightSyncError)
+"""What may not come again, so that the same command goes on; other errors name their own way out."""
 SIGNALLED = 128
 """Exit codes above it are those of a command that a signal ended."""
 
@@ -78,7 +80,8 @@ def _run(words: list[str]) -> int:
     except InputError as error:
         return _fail(str(error), 2)
     except RlhfError as error:
-        return _fail(str(error), 1)
+        again = isinstance(error, FAULTS) and "--resume" not in str(error)
+        return _fail(str(error) + (_how_to_go_on(words) if again else ""), 1)
 
 
 def _utf8(word: str) -> str:

@@ -13,7 +13,7 @@ import ray.exceptions
 from ray.exceptions import RayActorError, RayTaskError
 
 from rlhf_dist.cluster.processes import ending, lost_ray, silent
-from rlhf_dist.errors import ActorLost, ActorTimeout, RlhfError, RunError
+from rlhf_dist.errors import ActorLost, ActorTimeout, RayLost, RlhfError, RunError
 from rlhf_dist.telemetry.timeline import Patience
 
 BLAME_LIMIT_S = 3.0
@@ -51,10 +51,10 @@ def wait(calls: list[Any], patience: Patience, count: int = 1) -> list[Any]:
 
 
 def require_ray() -> None:
-    """Raise `RunError` when a process of Ray's own has ended: its workers are not to blame."""
+    """Raise `RayLost` when a process of Ray's own has ended: its workers are not to blame."""
     lost = lost_ray()
     if lost is not None:
-        raise RunError(lost)
+        raise RayLost(lost)
 
 
 def limit_text(timeout_s: float, key: str) -> str:

@@ -17,9 +17,13 @@ from rlhf_dist.cli.arguments import PAGES
 from rlhf_dist.cli.main import COMMANDS, main
 from rlhf_dist.config.load import from_yaml
 from rlhf_dist.config.schema import Config
-from rlhf_dist.errors import InputError, RewardError, RlhfError
+from rlhf_dist.errors import ActorLost, DiskError, InputError, RayLost, RewardError, RlhfError
 
 ROOT = Path(__file__).parents[2]
+ONWARD = (
+    "; go on from the newest checkpoint, or from the beginning if there is none yet, with "
+    "`rlhf-dist train small.yaml --resume`"
+)
 
 
 def cli(*words: str) -> subprocess.CompletedProcess[str]:
@@ -163,6 +167,8 @@ def test_each_command_calls_its_own_function(config: str, monkeypatch: pytest.Mo
         (InputError("bad line"), 2, "rlhf-dist: bad line\n"),
         (RewardError("it raised"), 1, "rlhf-dist: it raised\n"),
         (RlhfError("something"), 1, "rlhf-dist: something\n"),
+        (DiskError("full; see --resume"), 1, "rlhf-dist: full; see --resume\n"),
+        *((kind("it died"), 1, f"rlhf-dist: it died{ONWARD}\n") for kind in (ActorLost, DiskError, RayLost)),
     ],
 )
 def test_errors_of_a_run(
