@@ -45,7 +45,7 @@ def set_environment(config: RolloutConfig, device: str, threads: int, masked: bo
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         # Which sequences are split among threads depends on what else is decoded, and a split one rounds differently.
         os.environ["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.kv_cache_gib)))
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB, and stronger than what `VllmEngine` asks for
         if config.enforce_eager:
             # vLLM compiles a few of its small functions even so, which takes longer than to start the engine.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"

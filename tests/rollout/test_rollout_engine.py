@@ -146,6 +146,11 @@ GREEDY = replace(SAMPLING, temperature=0.0)
 # The tests below run in this order on one engine: it begins with the weights it loaded itself, then gets pushes.
 
 
+def test_the_cache_has_the_size_of_the_config(engine: VllmEngine) -> None:
+    """A cache block of 128 tokens x 2 layers x keys and values x 1 head x 32 x 4 bytes: so many in 0.1 GiB."""
+    assert engine._engine.vllm_config.cache_config.num_gpu_blocks == int(0.1 * 2**30) // (128 * 2 * 2 * 32 * 4)
+
+
 def test_before_any_push_it_samples_its_own_weights(worker: RolloutWorker, learner: Learner) -> None:
     found = groups(worker, requests())
     assert largest_difference(learner, found) <= 1e-4
