@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rlhf_dist.algo.kl import KLKind
+from rlhf_dist.config.methods import METHODS
 
 Statistics = dict[str, Tensor]
 """Name -> per-token values [N], without gradient."""
@@ -35,13 +36,12 @@ class TokenCredit:
     """Credit by token: from rewards and a critic's values, given where the tokens are."""
 
     estimate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    """(rewards [B, T], values [B, T], mask [B, T]) -> (advantages [B, T], returns [B, T])."""
+    """(rewards [B, T], values [B, T], mask [B, T]) -> (advantages [B, T], returns [B, T]). Values are 0
+    where the method has no critic."""
     whiten: bool
     """Advantages to mean 0 and deviation 1, over all tokens of the step."""
     clip: float
     """Then cut to +-clip; 0: off."""
-    needs_values: bool = True
-    """Whether there is a critic; else all values are 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Algorithm:
     """What the loop and the learner know of an algorithm. Made of module functions and numbers, so that it pickles."""
 
     name: str
-    """The key in `ALGORITHMS`."""
+    """Its row in `METHODS`, which says what it needs."""
     credit: GroupCredit | TokenCredit
     loss: Loss
     token_weights: Callable[[Tensor, int], Tensor]
@@ -92,8 +92,6 @@ class Algorithm:
     """Nats per token: a response with negative advantage that the policy has left by more has no policy loss;
     0: off."""
 
-    greedy_baseline: bool = False
-    """Whether a greedy response to each prompt is sampled and scored too, and its score taken off the others'."""
     mask: LaggingMask | None = None
     """What may be drawn, by the sampler and in the learner's probabilities; None: everything."""
 
@@ -105,4 +103,9 @@ class Algorithm:
     @property
     def needs_critic(self) -> bool:
         """Whether credit comes from a critic's values."""
-        return isinstance(self.credit, TokenCredit) and self.credit.needs_values
+        return METHODS[self.name].baseline == "critic"
+
+    @property
+    def greedy_baseline(self) -> bool:
+        """Whether a greedy response to each prompt is sampled and scored too, and its score taken off the others'."""
+        return METHODS[self.name].baseline == "greedy"

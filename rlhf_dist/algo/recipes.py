@@ -36,6 +36,8 @@ from rlhf_dist.errors import ConfigError
 
 AGGREGATIONS = {"token_mean": token_mean, "sequence_mean": sequence_mean, "sequence_sum": sequence_sum}
 """`algo.aggregation` -> token weights."""
+BASELINES = {"token": ("critic", "none"), "response": ("group", "step", "greedy", "none")}
+"""How credit is given -> what it can be compared with."""
 
 
 def ppo(config: AlgoConfig) -> Algorithm:
@@ -44,7 +46,7 @@ def ppo(config: AlgoConfig) -> Algorithm:
     The score is the reward of a response's last token; the KL to the reference, when it is in the reward, is taken off
     that of each.
     """
-    return make("ppo", config, critic_credit(config), clipped(config))
+    return make(config, critic_credit(config), clipped(config))
 
 
 def decoupled_ppo(config: AlgoConfig) -> Algorithm:
@@ -54,26 +56,26 @@ def decoupled_ppo(config: AlgoConfig) -> Algorithm:
     weights. All methods here take their ratio to the proximal logprobs; this one must have the weight,
     `algo.correction`, too.
     """
-    return make("decoupled_ppo", config, critic_credit(config), clipped(config))
+    return make(config, critic_credit(config), clipped(config))
 
 
 def nlpo(config: AlgoConfig) -> Algorithm:
     """NLPO (arXiv:2210.01241): PPO whose actions are the likeliest tokens (top-p) of the policy some steps ago."""
     return replace(
-        make("nlpo", config, critic_credit(config), clipped(config)),
+        make(config, critic_credit(config), clipped(config)),
         mask=LaggingMask(config.mask_top_p, config.mask_every),
     )
 
 
 def a2c(config: AlgoConfig) -> Algorithm:
     """Synchronous advantage actor-critic (arXiv:1602.01783, without the asynchrony): a critic, no ratio, no clip."""
-    return make("a2c", config, critic_credit(config), by_token(reinforce_loss))
+    return make(config, critic_credit(config), by_token(reinforce_loss))
 
 
 def reinforce(config: AlgoConfig) -> Algorithm:
     """REINFORCE (Williams, 1992) with a baseline: scores less the mean of the step's."""
     credit = GroupCredit(partial(of_scores, batch_centered), partial(of_scores, batch_centered))
-    return make("reinforce", config, credit, by_token(reinforce_loss))
+    return make(config, credit, by_token(reinforce_loss))
 
 
 def reinforce_pp(config: AlgoConfig) -> Algorithm:
@@ -82,33 +84,31 @@ def reinforce_pp(config: AlgoConfig) -> Algorithm:
     Its KL is in the reward, token by token.
     """
     estimate = partial(gae, gamma=config.gamma, lam=1.0)
-    credit = TokenCredit(estimate, config.whiten_advantages, config.advantage_clip, needs_values=False)
-    return make("reinforce_pp", config, credit, clipped(config))
+    credit = TokenCredit(estimate, config.whiten_advantages, config.advantage_clip)
+    return make(config, credit, clipped(config))
 
 
 def reinforce_pp_baseline(config: AlgoConfig) -> Algorithm:
     """REINFORCE++-baseline (arXiv:2501.03262): scores less their group's mean, divided by the step's deviation."""
     credit = GroupCredit(partial(of_groups, group_centered_batch_whitened), group_centered())
-    return make("reinforce_pp_baseline", config, credit, clipped(config))
+    return make(config, credit, clipped(config))
 
 
 def rloo(config: AlgoConfig) -> Algorithm:
     """RLOO (arXiv:2402.14740): scores less the mean of the other samples of their prompt; no ratio, no clip."""
     credit = GroupCredit(partial(of_groups, leave_one_out), partial(of_groups, leave_one_out))
-    return make("rloo", config, credit, by_token(reinforce_loss))
+    return make(config, credit, by_token(reinforce_loss))
 
 
 def opo(config: AlgoConfig) -> Algorithm:
     """OPO (arXiv:2505.23585): the baseline that is best for the gradient's variance, exactly on policy."""
-    return make("opo", config, GroupCredit(optimal_baseline, optimal_baseline), by_token(reinforce_loss))
+    return make(config, GroupCredit(optimal_baseline, optimal_baseline), by_token(reinforce_loss))
 
 
 def remax(config: AlgoConfig) -> Algorithm:
     """ReMax (arXiv:2310.10505): scores less that of a greedy response to the same prompt, sampled besides."""
-    return replace(
-        make("remax", config, GroupCredit(unchanged, partial(of_scores, batch_centered)), by_token(reinforce_loss)),
-        greedy_baseline=True,
-    )
+    credit = GroupCredit(unchanged, partial(of_scores, batch_centered))
+    return make(config, credit, by_token(reinforce_loss))
 
 
 def grpo(config: AlgoConfig) -> Algorithm:
@@ -117,7 +117,7 @@ def grpo(config: AlgoConfig) -> Algorithm:
     DeepSeekMath (arXiv:2402.03300), which averages within each response first (`algo.aggregation=sequence_mean`); the
     token mean is DAPO's (arXiv:2503.14476).
     """
-    return make("grpo", config, grpo_credit(), clipped(config))
+    return make(config, grpo_credit(), clipped(config))
 
 
 def dr_grpo(config: AlgoConfig) -> Algorithm:
@@ -127,7 +127,7 @@ def dr_grpo(config: AlgoConfig) -> Algorithm:
     diluted by its own length. The token mean has the same property within a step, and keeps the size of a step
     from depending on the length limit; from step to step it differs from the paper by the mean length over that limit.
     """
-    return make("dr_grpo", config, GroupCredit(group_centered(), group_centered()), clipped(config))
+    return make(config, GroupCredit(group_centered(), group_centered()), clipped(config))
 
 
 def dapo(config: AlgoConfig) -> Algorithm:
@@ -136,19 +136,19 @@ def dapo(config: AlgoConfig) -> Algorithm:
     What sets it apart are keys: `algo.clip_high`, `algo.aggregation`, `algo.shaping.overlong_buffer`;
     configs/algo/dapo.yaml sets them.
     """
-    return make("dapo", config, grpo_credit(), clipped(config))
+    return make(config, grpo_credit(), clipped(config))
 
 
 def gspo(config: AlgoConfig) -> Algorithm:
     """GSPO (arXiv:2507.18071): GRPO's credit, the ratio and the clip of whole sequences, the mean over sequences."""
     loss = partial(sequence_policy_loss, clip_low=config.clip_low, clip_high=config.clip_high)
-    return make("gspo", config, grpo_credit(), loss, "sequence_mean")
+    return make(config, grpo_credit(), loss, "sequence_mean")
 
 
 def cispo(config: AlgoConfig) -> Algorithm:
     """CISPO (MiniMax-M1, arXiv:2506.13585): GRPO's credit; the ratio is a bounded weight, so all tokens learn."""
     loss = partial(cispo_loss, clip_low=config.clip_low, clip_high=config.clip_high)
-    return make("cispo", config, grpo_credit(), by_token(loss))
+    return make(config, grpo_credit(), by_token(loss))
 
 
 def _recipe(name: str, method: Method, config: AlgoConfig) -> Algorithm:
@@ -167,15 +167,12 @@ def _recipe(name: str, method: Method, config: AlgoConfig) -> Algorithm:
     made = recipe(config)
     if not isinstance(made, Algorithm):
         raise ConfigError(f"{where} returned {type(made).__name__}; it has to return an Algorithm, as make(...) does")
-    for has, kind, what in (
-        (made.needs_critic, "critic", "a critic"),
-        (made.greedy_baseline, "greedy", "greedy responses to compare with"),
-    ):
-        if has != (method.baseline == kind):
-            raise ConfigError(
-                f"{where}: its algorithm has {what if has else 'no ' + what.removeprefix('a ')}, and the row's "
-                f"baseline is {method.baseline}; make the two agree"
-            )
+    by = "token" if made.credit_by_token else "response"
+    if method.baseline not in BASELINES[by]:
+        raise ConfigError(
+            f"{where}: its credit is by {by}, and the row's baseline is {method.baseline}; credit by {by} goes with "
+            f"{', '.join(BASELINES[by])}"
+        )
     return replace(made, name=name)
 
 
@@ -185,16 +182,14 @@ ALGORITHMS: dict[str, Callable[[AlgoConfig], Algorithm]] = {
 """`algo.name` -> its recipe, imported when it is called."""
 
 
-def make(
-    name: str, config: AlgoConfig, credit: GroupCredit | TokenCredit, loss: Loss, aggregation: str = ""
-) -> Algorithm:
+def make(config: AlgoConfig, credit: GroupCredit | TokenCredit, loss: Loss, aggregation: str = "") -> Algorithm:
     """An algorithm of its credit, its loss, and what the config puts beside them.
 
     `aggregation` overrides the config's, where the loss fits one only.
     """
     kl_in_loss = config.kl.place == "loss" and config.kl.coef > 0
     return Algorithm(
-        name=name,
+        name=config.name,
         credit=credit,
         loss=loss,
         token_weights=AGGREGATIONS[aggregation or config.aggregation],

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from rlhf_dist.config.keys import ANY, given
 from rlhf_dist.config.schema import Config
 
 HEAD = """# Configuration
 
-Every key, its type, its default and its meaning. Made from `rlhf_dist/config/schema.py` by
+Every key, its type and range, its default and its meaning. Made from `rlhf_dist/config/schema.py` by
 `python -m rlhf_dist.config.document > docs/configuration.md`; a test compares the two.
 
 A config is a YAML file. It may begin with `include: [other.yaml]`: paths count from the file's own folder, and what
@@ -42,6 +43,7 @@ def document() -> str:
 def _section(kind: Any, prefix: str, default: Any = None) -> Iterator[str]:
     """A table of the section's own keys, then the sections inside it."""
     default = default or kind()
+    ranges = {key.name: key.right for key in given(default)}
     inner: dict[str, tuple[Any, Any]] = {}
     yield f"\n## {prefix.rstrip('.') or 'The top level'}\n"
     if kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}("):  # dataclass writes one of its own
@@ -57,6 +59,8 @@ def _section(kind: Any, prefix: str, default: Any = None) -> Iterator[str]:
             value, shown = ", ".join(value), f"names -> `{prefix}{name}.NAME`"
         elif get_origin(hint) is Literal:
             shown = ", ".join(f"`{choice}`" for choice in get_args(hint))
+        if (right := ranges.get(name)) and right is not ANY:
+            shown += f", {right.right}"
         text = f"`{str(value).lower()}`" if value != "" else "empty"
         yield f"| `{prefix}{name}` | {shown} | {text} | {_meanings(kind).get(name, '')} |"
     for name, (hint, value) in inner.items():

@@ -6,8 +6,10 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rlhf_dist.config.schema import Config
+if TYPE_CHECKING:  # the schema's rules look paths up
+    from rlhf_dist.config.schema import Config
 
 
 def lookup_problem(path: str | os.PathLike[str]) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf_dist.config import effects
+from rlhf_dist.config.keys import ANY, COUNT, NOT_NEGATIVE, POSITIVE, SHARE_ABOVE_0, Range, key, unseen, used_by
 from rlhf_dist.config.learning import (
     AlgoConfig as AlgoConfig,
     CorrectionConfig as CorrectionConfig,
@@ -28,25 +30,25 @@ from rlhf_dist.config.learning import (
 class TinyConfig:
     """The tiny Qwen2-shaped model that is made from a seed when `model.path` is `tiny`."""
 
-    hidden_size: int = 256
+    hidden_size: int = key(256, COUNT)
     """A multiple of `heads`."""
-    intermediate_size: int = 768
+    intermediate_size: int = key(768, COUNT)
     """Width of the feed-forward layers."""
-    layers: int = 4
+    layers: int = key(4, COUNT)
     """Transformer layers."""
-    heads: int = 8
+    heads: int = key(8, COUNT)
     """Attention heads."""
-    kv_heads: int = 4
+    kv_heads: int = key(4, COUNT)
     """head_dim = hidden_size / heads; the CPU engine accepts 32, 64, 80, 96, 112, 128 and larger."""
-    max_positions: int = 512
+    max_positions: int = key(512, COUNT)
     """Longest prompt plus response, tokens."""
-    seed: int = 0
+    seed: int = key(0, NOT_NEGATIVE)
     """Of the starting weights."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    path: str = "tiny"
+    path: str = key("tiny", effects.needed("give `tiny`, a model directory, a hub name or a run directory"))
     """`tiny`, a Hugging Face directory or hub name, or a run directory (its newest checkpoint)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights on both sides; bfloat16 needs learner.zero_stage 1 or more and keeps float32 masters."""
@@ -64,11 +66,11 @@ class TaskConfig:
     name: Literal["arithmetic", "reverse", "sort", "count", "describe"] = "reverse"
     """arithmetic: sums and differences; reverse, sort: a word's letters; count: a letter in a word; describe: a few
     words about a thing, kind or harsh, with human-like comparisons and a gold reward in place of an answer."""
-    min_length: int = 3
+    min_length: int = key(3, COUNT, effects.at_most("data.task.max_length", lambda c: c.data.source == "task"))
     """Letters in a word (reverse, sort, count), digits of a number (arithmetic) or words of a response (describe)."""
-    max_length: int = 6
+    max_length: int = key(6, COUNT)
     """The same unit as `min_length`."""
-    train_size: int = 20000
+    train_size: int = key(20000, COUNT)
     """Prompts in one epoch."""
 
 
@@ -76,9 +78,9 @@ class TaskConfig:
 class DataConfig:
     source: Literal["task", "jsonl", "parquet", "dataset", "gsm8k"] = "task"
     """task: built in; jsonl, parquet: a file; dataset: a directory; gsm8k: JSONL as GSM8K has it."""
-    path: str = ""
+    path: str = key("", effects.file_of("data"), effects.needed_path("data"), effects.a_file, shown=repr)
     """Training prompts: a file, or a directory written by `datasets.save_to_disk`. Unused by `task`."""
-    eval_path: str = ""
+    eval_path: str = key("", effects.file_of("data"), effects.a_file, shown=repr)
     """Held-out prompts, the same format. Empty: the last `eval.prompts` rows of `path` are held out."""
     prompt_key: str = "prompt"
     """Column with the question's text; ignored when a row has `messages_key`."""
@@ -100,33 +102,33 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    workers: int = 1
+    workers: int = key(1, COUNT)
     """vLLM engines."""
-    cpus: int = 0
+    cpus: int = key(0, NOT_NEGATIVE)
     """CPU threads of a worker; 0: an equal share."""
-    tensor_parallel: int = 1
+    tensor_parallel: int = key(1, COUNT, effects.GPUS)
     """GPUs of a worker."""
-    temperature: float = 1.0
+    temperature: float = key(1.0, NOT_NEGATIVE)
     """Of sampling; 0 is greedy, and refused by `train`."""
-    top_p: float = 1.0
+    top_p: float = key(1.0, SHARE_ABOVE_0)
     """Sample among the likeliest tokens that make up this probability; 1: off."""
-    top_k: int = 0
+    top_k: int = key(0, NOT_NEGATIVE)
     """0: off."""
     stop: list[str] = field(default_factory=list)
     """Texts that end a response."""
-    max_prompt_tokens: int = 256
+    max_prompt_tokens: int = key(256, COUNT)
     """Longer prompts are dropped, counted as data/dropped_prompt_too_long."""
-    max_response_tokens: int = 128
+    max_response_tokens: int = key(128, COUNT)
     """Longer responses are cut, shown as rollout/cut_share."""
-    max_concurrent: int = 256
+    max_concurrent: int = key(256, COUNT)
     """Sequences decoded at once by a worker."""
-    kv_cache_gib: float = 1.0
+    kv_cache_gib: float = key(1.0, POSITIVE)
     """Memory for the key-value cache on a CPU."""
-    gpu_memory_utilization: float = 0.85
+    gpu_memory_utilization: float = key(0.85, SHARE_ABOVE_0)
     """Share of a GPU's memory for weights and cache."""
     enforce_eager: bool = True
     """false: compiled decoding, faster per token, slower to start."""
-    timeout_s: float = 600.0
+    timeout_s: float = key(600.0, POSITIVE)
     """Limit for one batch of rollouts."""
 
 
@@ -135,27 +137,32 @@ class RewardSpec:
     kind: Literal["exact", "number", "regex", "function", "model", "http", "gold"] = "exact"
     """exact: the answer itself; number: its value; regex, function, model, http: see `pattern`, `function`, `path`,
     `url`; gold: the true reward of the built-in task `describe`."""
-    weight: float = 1.0
+    weight: float = key(1.0, ANY)
     """Factor in the total; 0: measured and shown only."""
-    pattern: str = ""
+    pattern: str = key("", effects.of_kind("regex"), effects.NEEDS_PATTERN, effects.a_pattern, shown=repr)
     """kind regex: reward 1 where it matches the whole response (Python syntax, dot matches newlines)."""
-    function: str = ""
+    function: str = key("", effects.of_kind("function"), effects.a_function, shown=repr)
     """kind function: `package.module:function`, called with (prompts, responses, answers), lists of strings; returns as
     many numbers."""
-    path: str = ""
+    path: str = key("", effects.of_kind("model"), effects.NEEDS_MODEL, shown=repr)
     """kind model: a reward model with one label: a Hugging Face directory or hub name, or a run directory."""
-    normalize: bool = True
+    normalize: bool = key(True, effects.of_kind("model"), shown=repr)
     """kind model: centre and scale by the held-out mean and deviation stored with the model, where there are any."""
-    url: str = ""
+    url: str = key("", effects.of_kind("http"), shown=unseen)
     """kind http: address of a reward server (`rlhf-dist serve-reward`), as in http://127.0.0.1:8070/score."""
-    token_env: str = ""
+    token_env: str = key("", effects.of_kind("http"), shown=unseen)
     """kind http: environment variable that holds the server's token; the token itself never stands in a config."""
-    retries: int = 3
+    retries: int = key(3, effects.of_kind("http"), effects.RETRIES)
     """kind http: further tries after one that failed."""
-    timeout_s: float = 30.0
+    timeout_s: float = key(
+        30.0,
+        Range("a finite number, greater than 0", lambda x: x > 0),
+        effects.SCORES_HAVE_A_LIMIT,
+        effects.CAN_TAKE_LONG,
+    )
     """kind regex, function, http, and number with math-verify: limit for the responses of one prompt group.
     `scoring.timeout_s` is the limit for all rewards together, kind model included."""
-    keep_special_tokens: bool = False
+    keep_special_tokens: bool = key(False, effects.of_kind("exact", "number", "regex", "function", "http"), shown=repr)
     """Show the special tokens inside a response, as in <think>, to a reward that reads text; never its end token."""
 
 
@@ -168,11 +175,11 @@ class ScoringConfig:
     non_finite: Literal["fail", "mask", "zero"] = "fail"
     """A reward that is NaN or infinite: ends the run; or leaves its response out of training (mask); or counts as 0
     before its weight (zero)."""
-    replicas: int = 1
+    replicas: int = key(1, COUNT)
     """Scoring servers; each holds every reward."""
-    batch_tokens: int = 8192
+    batch_tokens: int = key(8192, COUNT)
     """Tokens that a reward or reference model takes at once: groups that wait are put together up to it."""
-    timeout_s: float = 120.0
+    timeout_s: float = key(120.0, POSITIVE)
     """Limit for scoring one prompt group."""
 
 
@@ -194,39 +201,39 @@ class PipelineConfig:
 class WeightsConfig:
     transport: Literal["shared_memory"] = "shared_memory"
     """How weights reach the rollout workers: through the node's shared memory."""
-    bucket_mib: int = 64
+    bucket_mib: int = key(64, COUNT)
     """Weights hashed and loaded at once."""
-    timeout_s: float = 120.0
+    timeout_s: float = key(120.0, POSITIVE)
     """Limit for one push to all workers. A worker that did not answer in time is not waited for in later pushes."""
-    give_up_after: int = 3
+    give_up_after: int = key(3, COUNT)
     """Pushes that a worker may miss in a row before it is killed and the run goes on without it."""
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    steps: int = 100
+    steps: int = key(100, COUNT)
     """Training steps (batches of rollouts)."""
-    prompts_per_step: int = 16
+    prompts_per_step: int = key(16, COUNT)
     """Prompt groups; times algo.group_size: responses."""
-    max_policy_lag: int = 0
+    max_policy_lag: int = key(0, NOT_NEGATIVE)
     """Published versions by which generation may run ahead; 0: generate and learn in turn."""
-    logprob_diff_limit: float = 1e-3
+    logprob_diff_limit: float = key(1e-3, POSITIVE)
     """Largest difference between rollout and learner logprobs before a warning."""
-    checkpoint_every: int = 50
+    checkpoint_every: int = key(50, NOT_NEGATIVE)
     """Steps; 0: only at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = key(2, COUNT)
     """The newest so many stay."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    prompts: int = 128
+    prompts: int = key(128, COUNT)
     """Held-out prompts."""
-    every: int = 20
+    every: int = key(20, NOT_NEGATIVE)
     """Steps; 0: only before and after."""
-    samples: int = 4
+    samples: int = key(4, NOT_NEGATIVE)
     """Sampled responses per prompt for pass@k, k = samples; 0: greedy only."""
-    solved_at: float = 1.0
+    solved_at: float = key(1.0, ANY)
     """A response counts as solved when the rewards that say what is right come to at least this: kinds exact, number,
     regex and function, or `scoring.gold`."""
 
@@ -239,7 +246,7 @@ class ClusterConfig:
     """auto: cuda when there is a GPU."""
     colocate: bool = True
     """Rollout workers and learner ranks take turns on the same CPUs or GPUs; false: each has its own."""
-    start_timeout_s: float = 300.0
+    start_timeout_s: float = key(300.0, POSITIVE)
     """Limit for a cluster to answer, and for engines to be ready."""
 
 
@@ -251,9 +258,9 @@ class TelemetryConfig:
     """Of wandb."""
     entity: str = ""
     """Of wandb; empty: the account's own."""
-    samples: int = 8
+    samples: int = key(8, NOT_NEGATIVE)
     """Rows of the sample table (prompt, response, rewards)."""
-    samples_every: int = 10
+    samples_every: int = key(10, NOT_NEGATIVE)
     """Steps between sample tables, of which the first is at step 1; 0: none."""
     progress: Literal["auto", "rich", "plain"] = "auto"
     """auto: a live display in a terminal, plain lines elsewhere."""
@@ -263,25 +270,25 @@ class TelemetryConfig:
 class Config:
     name: str = "run"
     """The run directory is `output/name`."""
-    output: str = "runs"
+    output: str = key("runs", effects.needed("name the directory that holds the runs, as in output: runs"))
     """Folder of the run directories."""
-    seed: int = 0
+    seed: int = key(0, Range("between 0 and 4294967295", lambda x: 0 <= x < 2**32))
     """Of data order, demonstrations and sampling."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    scoring: ScoringConfig = field(default_factory=ScoringConfig)
-    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig, metadata=used_by("train", "eval"))
+    algo: AlgoConfig = field(default_factory=AlgoConfig, metadata=used_by("train"))
     learner: LearnerConfig = field(default_factory=LearnerConfig)
-    critic: CriticConfig = field(default_factory=CriticConfig)
-    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-    ptx: PtxConfig = field(default_factory=PtxConfig)
-    preferences: PreferencesConfig = field(default_factory=PreferencesConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig, metadata=used_by("train"))
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig, metadata=used_by("train"))
+    ptx: PtxConfig = field(default_factory=PtxConfig, metadata=used_by("train"))
+    preferences: PreferencesConfig = field(default_factory=PreferencesConfig, metadata=used_by("reward"))
+    reward: RewardConfig = field(default_factory=RewardConfig, metadata=used_by("reward"))
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    sft: SftConfig = field(default_factory=SftConfig)
+    sft: SftConfig = field(default_factory=SftConfig, metadata=used_by("sft"))
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)

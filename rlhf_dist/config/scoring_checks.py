@@ -8,19 +8,9 @@ import re
 from collections.abc import Iterator
 from urllib.parse import SplitResult, urlsplit
 
+from rlhf_dist.config.keys import key_problems
 from rlhf_dist.config.schema import Config, RewardSpec
 
-MOST_RETRIES = 20
-ONLY_FOR = {
-    "path": ("model",),
-    "url": ("http",),
-    "token_env": ("http",),
-    "normalize": ("model",),
-    "retries": ("http",),
-    "timeout_s": ("number", "regex", "function", "http"),
-    "keep_special_tokens": ("exact", "number", "regex", "function", "http"),
-}
-"""Key of a reward -> the kinds that read it."""
 VARIABLE = r"[A-Z_][A-Z0-9_]*"
 
 
@@ -31,14 +21,14 @@ def scoring_problems(config: Config, command: str) -> Iterator[str]:
     scoring = config.scoring
     for name, spec in scoring.rewards.items():
         key = f"scoring.rewards.{name}"
-        yield from _unused(key, spec)
-        if spec.kind == "model":
-            yield from _model(key, spec)
+        yield from key_problems(spec, f"{key}.")
+        if spec.kind == "model" and spec.path == "tiny":
+            yield (
+                f"{key}.path is 'tiny', a language model; train a reward model with `rlhf-dist reward` and name its run"
+            )
         if spec.kind == "http":
             yield from _url(f"{key}.url", spec)
             yield from _token(f"{key}.token_env", spec.token_env)
-            if not 0 <= spec.retries <= MOST_RETRIES:
-                yield f"{key}.retries is {spec.retries}; it must be between 0 and {MOST_RETRIES}"
         if spec.kind == "gold" and (config.data.source != "task" or config.data.task.name != "describe"):
             given = config.data.task.name if config.data.source == "task" else f"of data.source {config.data.source}"
             yield (
@@ -58,26 +48,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _unused(key: str, spec: RewardSpec) -> Iterator[str]:
-    default = RewardSpec()
-    for name, kinds in ONLY_FOR.items():
-        value = getattr(spec, name)
-        if spec.kind in kinds or value == getattr(default, name) or (name == "timeout_s" and not value > 0):
-            continue
-        shown = "set" if name in ("url", "token_env") else f"{value!r}"  # either may hold a secret
-        way = f"set kind to {' or '.join(kinds)}, or take it out"
-        if name == "timeout_s":
-            way = f"take it out; {'scoring.timeout_s is its limit' if spec.kind == 'model' else 'it cannot take long'}"
-        yield f"{key}.{name} is {shown} and has no effect with kind {spec.kind}; {way}"
-
-
-def _model(key: str, spec: RewardSpec) -> Iterator[str]:
-    if not spec.path:
-        yield f"{key}.path is empty; kind model needs a reward model's directory, hub name or run directory"
-    elif spec.path == "tiny":
-        yield f"{key}.path is 'tiny', a language model; train a reward model with `rlhf-dist reward` and name its run"
 
 
 def _url(key: str, spec: RewardSpec) -> Iterator[str]:

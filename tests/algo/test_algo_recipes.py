@@ -33,6 +33,7 @@ def test_a_recipe_is_what_its_row_says(name: str) -> None:
     algorithm, method = made(name), METHODS[name]
     assert algorithm.name == name
     assert algorithm.needs_critic == (method.baseline == "critic")
+    assert algorithm.greedy_baseline == (name == "remax")
     assert algorithm.credit_by_token == (method.baseline in ("critic", "none"))
     assert algorithm.correction is None
 
@@ -76,7 +77,7 @@ def test_credit_by_token_by_hand() -> None:
     for name, expected in (("reinforce_pp", [1.0, 2.0, 4.0]), ("a2c", [0.0, 1.0, 3.0])):
         credit = made(name, AlgoConfig(gamma=0.5, lam=1.0, advantage_clip=7.0)).credit
         assert isinstance(credit, TokenCredit)
-        found, _ = credit.estimate(rewards, values * credit.needs_values, mask)
+        found, _ = credit.estimate(rewards, values * made(name).needs_critic, mask)
         torch.testing.assert_close(found, torch.tensor([expected]))
         assert credit.whiten and credit.clip == 7.0
 
@@ -174,8 +175,8 @@ def test_the_cut_into_micro_batches_never_changes_the_gradient(name: str, length
 
 
 MINE = """
-from rlhf_dist.algo.recipes import rloo, ppo, remax
-mine, critical, greedy = rloo, ppo, remax
+from rlhf_dist.algo.recipes import rloo, ppo
+mine, critical = rloo, ppo
 def nothing(config): pass
 """
 
@@ -187,9 +188,8 @@ def nothing(config): pass
         ("own_methods:mine", "group", ["cannot be imported: No module named 'own_methods'"]),
         ("broken_method:mine", "group", ["broken_method.py:1: ", "'('"]),
         ("own_method:nothing", "group", ["returned NoneType", "as make(...) does"]),
-        ("own_method:mine", "critic", ["has no critic", "baseline is critic"]),
-        ("own_method:critical", "group", ["has a critic", "baseline is group"]),
-        ("own_method:greedy", "step", ["has greedy responses to compare with", "baseline is step"]),
+        ("own_method:mine", "critic", ["credit is by response", "baseline is critic", "goes with group, step, greedy"]),
+        ("own_method:critical", "group", ["credit is by token", "baseline is group", "goes with critic, none"]),
     ],
 )
 def test_what_is_wrong_with_a_method_of_ones_own_is_told(

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from test_config_checks import ROOT, config
 
+from rlhf_dist.config import effects
 from rlhf_dist.config.checks import problems
+from rlhf_dist.config.keys import given
 from rlhf_dist.config.load import load
 from rlhf_dist.config.methods import METHODS, Method
+from rlhf_dist.config.schema import AlgoConfig
 
 
 def test_every_method_has_its_file_and_every_file_its_method() -> None:
@@ -65,6 +68,7 @@ def test_rules_of_algorithms_are_for_train_alone(tmp_path: Path) -> None:
         (Method("a:b", "groups", ()), ["baseline is 'groups'; it must be one of critic, group"]),  # pyright: ignore[reportArgumentType]
         (Method("a:b", "group", "aggregation"), ["keys is 'aggregation'; it must be a tuple"]),  # pyright: ignore[reportArgumentType]
         (Method("a:b", "group", ("clip_hi",)), ["keys is ('clip_hi',)"]),
+        (Method("a:b", "group", ("group_size",)), ["keys has 'group_size', which every method has"]),
     ],
 )
 def test_a_row_that_makes_no_sense_is_told(
@@ -74,6 +78,28 @@ def test_a_row_that_makes_no_sense_is_told(
     (found,) = problems(config(tmp_path, "algo.name=own"), "train")
     assert found.startswith("the row of own in rlhf_dist/config/methods.py: ")
     assert all(part in found for part in parts), found
+
+
+def test_a_key_that_only_some_methods_have_is_in_a_row() -> None:
+    declared = {key.name for key in given(AlgoConfig()) if effects.of_method in key.rules}
+    assert declared == {key for method in METHODS.values() for key in method.keys}
+
+
+def test_a_row_can_refuse_what_it_does_not_work_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuses = {"algo.group_size is {c.algo.group_size} with algo.name own": lambda c: c.algo.group_size > 4}
+    monkeypatch.setitem(METHODS, "own", Method("a:b", "group", (), refuses=refuses))
+    assert problems(config(tmp_path, "algo.name=own"), "train") == ["algo.group_size is 8 with algo.name own"]
+    assert problems(config(tmp_path, "algo.name=own", "algo.group_size=4"), "train") == []
+
+
+def test_a_path_is_shown_as_it_was_given(tmp_path: Path) -> None:
+    (found,) = problems(config(tmp_path, "critic.start=Runs/RM"), "train")
+    assert found.startswith("critic.start is Runs/RM and has no effect with algo.name grpo, which has no critic; ")
+
+
+def test_an_unknown_method_hides_nothing_that_does_not_depend_on_it(tmp_path: Path) -> None:
+    first, second = problems(config(tmp_path, "algo.name=rlo", "algo.kl.target=3", "algo.gamma=0.5"), "train")
+    assert {first.split()[0], second.split()[0]} == {"algo.name", "algo.kl.target"}
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("reinforce++", "reinforce_pp"), ("PPO", "ppo"), ("dr-grpo", "dr_grpo")])

@@ -28,7 +28,7 @@ def found(tmp_path: Path):
         words = [
             word.replace("FILE", str(tmp_path / "rows.jsonl")).replace("FOLDER", str(tmp_path)) for word in overrides
         ]
-        return list(preference_problems(load(tmp_path / "config.yaml", words), command))
+        return problems(load(tmp_path / "config.yaml", words), command)
 
     return find
 

@@ -1,0 +1,201 @@
+"""The rules that keys of the schema name (`keys.py`): where a key has an effect, and what else it needs there."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.config.keys import Given, Rule, plain
+from rlhf_dist.config.methods import METHODS
+from rlhf_dist.config.paths import is_missing
+from rlhf_dist.config.patterns import pattern_problem
+
+Test = Callable[[Any], object]
+
+WITH_MARGIN = ("pair", "transcripts")
+WITH_BETTER = (*WITH_MARGIN, "ranking")
+"""Forms of preference data in which one response is better than another."""
+
+
+def one_of(*values: str) -> Test:
+    return lambda value: value in values
+
+
+def but(value: str) -> Test:
+    return lambda other: other != value
+
+
+def where(other: str, right: Test, way: str, why: str = "") -> Rule:
+    """An effect only where the key `other` has a right value. The message ends with `why` it is so and the way out."""
+
+    def rule(config: Any, key: Given) -> str:
+        value = attrgetter(other)(config)
+        if not key.changed or right(value):
+            return ""
+        with_value = f"{value:g}" if isinstance(value, float) else plain(value)
+        return f"{key.name} is {key.shown} and has no effect with {other} {with_value}{why}; {way}"
+
+    return rule
+
+
+def says(problem: Callable[[Any, Given], object], text: str) -> Rule:
+    """`text`, with {key.name}, {key.value} and {c.algo.name} filled in, where a config and the key have the problem."""
+    return lambda config, key: text.format(c=config, key=key) if problem(config, key) else ""
+
+
+def only(test: Test, otherwise: str) -> Rule:
+    """An effect only where `test(config)` holds; `otherwise` is the rest of the sentence."""
+    return says(lambda c, key: key.changed and not test(c), "{key.name} is {key.shown}" + otherwise)
+
+
+def needed(text: str, when: Test = lambda _: True) -> Rule:
+    """Not empty."""
+    return says(lambda c, key: not key.value and when(c), "{key.name} is empty; " + text)
+
+
+def at_most(other: str, when: Test) -> Rule:
+    """No more than another key."""
+    most = attrgetter(other)
+    text = "{key.name} is {key.value}; it must be at most " + f"{other}, {{c.{other}}}"
+    return says(lambda c, key: when(c) and key.value > most(c), text)
+
+
+def one_a_rank(what: str) -> Rule:
+    """At least as many as the learner has ranks."""
+    text = "{key.name} is {key.value}; it must be at least learner.ranks, {c.learner.ranks}: each rank needs a "
+    return says(lambda c, key: key.value < c.learner.ranks, text + what)
+
+
+def file_of(section: str) -> Rule:
+    """A file has an effect only where its section's `source` is one."""
+    return where(f"{section}.source", but("task"), f"take it out, or set {section}.source, as in jsonl")
+
+
+def of_kind(*kinds: str) -> Rule:
+    """For a key of a reward: the kinds that read it."""
+    return where("kind", one_of(*kinds), f"set kind to {' or '.join(kinds)}, or take it out")
+
+
+def of_method(config: Any, key: Given) -> str:
+    """For a key of `algo` that some methods have: their rows name it."""
+    name = key.name.removeprefix("algo.")
+    have = [method for method, row in METHODS.items() if name in row.keys]
+    way = f"take it out, or choose {', '.join(have)}"
+    return where("algo.name", lambda method: method in have or method not in METHODS, way)(config, key)
+
+
+def needed_path(section: str) -> Rule:
+    """Not empty where the section reads files."""
+    text = f"{section}.source {{c.{section}.source}} needs the path of its data"
+    return needed(text, lambda c: getattr(c, section).source != "task")
+
+
+def a_file(config: Any, key: Given) -> str:
+    """A file that is there; for some sources of `data` it may be a directory."""
+    data = key.name.startswith("data.")
+    if key.value and is_missing(key.value):
+        looked = "" if Path(key.value).is_absolute() else f" (looked in {Path.cwd()})"
+        what = "a file or directory" if data else "a file"
+        return f"{key.name} is {key.shown}, which does not exist{looked}; give {what} that does"
+    if (data and config.data.source not in ("jsonl", "parquet")) or not os.path.isdir(key.value):
+        return ""
+    who = f"data.source {config.data.source} needs" if data else "it needs"
+    return f"{key.name} is {key.shown}, a directory; {who} a file"
+
+
+def a_pattern(spec: Any, key: Given) -> str:
+    """A regular expression."""
+    wrong = pattern_problem(key.value) if spec.kind == "regex" else ""
+    return f"{key.name} is {key.shown}, which is not a regular expression: {wrong}" if wrong else ""
+
+
+def a_function(spec: Any, key: Given) -> str:
+    """A function of a module."""
+    right = spec.kind != "function" or re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", key.value)
+    return "" if right else f"{key.name} is {key.shown}; kind function needs the form package.module:function"
+
+
+NEEDS_PATTERN = needed("kind regex needs one, as in pattern: '<answer>.*</answer>'", lambda spec: spec.kind == "regex")
+NEEDS_MODEL = needed(
+    "kind model needs a reward model's directory, hub name or run directory", lambda spec: spec.kind == "model"
+)
+RETRIES = says(
+    lambda spec, key: spec.kind == "http" and not 0 <= key.value <= 20,
+    "{key.name} is {key.value}; it must be between 0 and 20",
+)
+TINY_FITS = at_most("model.tiny.max_positions", lambda c: c.model.path == "tiny")
+PTX_FITS = at_most("model.tiny.max_positions", lambda c: c.model.path == "tiny" and c.ptx.coef)
+ADAPTIVE_KL = where("algo.kl.controller", one_of("adaptive"), "set that to adaptive, or take it out")
+CORRECTING = where("algo.correction.level", but("off"), "set that to token, sequence or geometric, or take it out")
+KL_IN_LOSS = where(
+    "algo.kl.place", one_of("loss"), "set algo.kl.place to loss, or take it out", ", which is always by k1"
+)
+WITH_REFERENCE = only(
+    lambda c: c.algo.kl.coef != 0 or c.algo.kl.measure,
+    " but no reference is run: algo.kl.coef is 0; set that above 0, or algo.kl.measure to true",
+)
+WITH_CRITIC = where(
+    "algo.name",
+    lambda name: name not in METHODS or METHODS[name].baseline == "critic",
+    f"take it out, or choose {', '.join(name for name, row in METHODS.items() if row.baseline == 'critic')}",
+    ", which has no critic",
+)
+SHAPED_GREEDY = only(
+    lambda c: c.algo.name not in METHODS or METHODS[c.algo.name].baseline != "greedy",
+    " with algo.name {c.algo.name}, whose greedy responses are not shaped: the two would not compare; take it out",
+)
+SEVERAL_UPDATES = only(
+    lambda c: c.learner.updates_per_batch * c.learner.epochs != 1,
+    " with one optimizer step a batch (learner.epochs 1, learner.updates_per_batch 1); there is nothing to leave out: "
+    "raise those, or set it to 0",
+)
+SHARED_TRUNK = where(
+    "critic.start", one_of("shared"), "take it out, or set critic.start to shared", ", whose loss stands alone"
+)
+OWN_TRUNK = only(
+    lambda c: c.critic.start != "shared", " with critic.start shared; one trunk has one place: set it to false"
+)
+FROZEN_POLICY = only(
+    lambda c: c.critic.start != "shared",
+    " with critic.start shared; the policy's trunk cannot be frozen while its value head learns: set it to 0, or "
+    "critic.start to policy",
+)
+GPUS = only(
+    lambda c: c.cluster.device != "cpu" or c.rollout.tensor_parallel < 1,
+    " with cluster.device cpu; it counts GPUs, on a CPU it must be 1",
+)
+BUILT_IN = where("data.source", one_of("task"), "set it to 0")
+WITH_WRONG_ANSWERS = where("data.task.name", but("describe"), "set it to 0", ", which knows no wrong answer")
+PTX_WEIGHT = where("ptx.coef", bool, "take it out, or give ptx.coef a weight")
+PTX_PATH = needed(
+    "ptx.source {c.ptx.source} needs the path of its data", lambda c: c.ptx.coef and c.ptx.source != "task"
+)
+A_FILES_TEXT = only(
+    lambda c: c.ptx.coef == 0 or c.ptx.source != "task",
+    ", which needs a file; with ptx.source task it must be response",
+)
+A_FILES_FORM = only(
+    lambda c: c.preferences.source != "task",
+    "; preferences.source task makes pairs: set it to pair, or set preferences.source, as in jsonl",
+)
+MARGIN = where(
+    "preferences.form", one_of(*WITH_MARGIN), f"take it out, or set preferences.form to {' or '.join(WITH_MARGIN)}"
+)
+BETTER_RESPONSE = only(
+    lambda c: c.preferences.source == "task" or c.preferences.form in WITH_BETTER,
+    " and has no effect with preferences.form {c.preferences.form}, in which no response is the better one; "
+    "set it to 0",
+)
+# A limit that is out of its range is told of that alone.
+SCORES_HAVE_A_LIMIT = only(
+    lambda spec: spec.kind != "model" or not spec.timeout_s > 0,
+    " and has no effect with kind model; take it out; scoring.timeout_s is its limit",
+)
+CAN_TAKE_LONG = only(
+    lambda spec: spec.kind in ("number", "regex", "function", "http") or not spec.timeout_s > 0,
+    " and has no effect with kind {c.kind}; take it out; it cannot take long",
+)
