@@ -9,7 +9,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf_dist.config import effects
-from rlhf_dist.config.keys import ANY, COUNT, NOT_NEGATIVE, POSITIVE, SHARE, SHARE_ABOVE_0, SHARE_BELOW_1, Range, key
+from rlhf_dist.config.keys import (
+    ANY,
+    COUNT,
+    LIMIT_S,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    SHARE_ABOVE_0,
+    SHARE_BELOW_1,
+    Range,
+    key,
+)
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,7 @@ class LearnerConfig:
     logprob_chunk_tokens: int = key(1024, COUNT)
     """Tokens whose logits are held at once."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    timeout_s: float = key(600.0, POSITIVE)
+    timeout_s: float = key(600.0, LIMIT_S)
     """Limit for one update."""
 
 

@@ -9,7 +9,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf_dist.config import effects
-from rlhf_dist.config.keys import ANY, COUNT, NOT_NEGATIVE, POSITIVE, SHARE_ABOVE_0, Range, key, unseen, used_by
+from rlhf_dist.config.keys import (
+    ANY,
+    COUNT,
+    LIMIT_S,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE_ABOVE_0,
+    Range,
+    key,
+    unseen,
+    used_by,
+)
 from rlhf_dist.config.learning import (
     AlgoConfig as AlgoConfig,
     CorrectionConfig as CorrectionConfig,
@@ -128,7 +139,7 @@ class RolloutConfig:
     """Share of a GPU's memory for weights and cache."""
     enforce_eager: bool = True
     """false: compiled decoding, faster per token, slower to start."""
-    timeout_s: float = key(600.0, POSITIVE)
+    timeout_s: float = key(600.0, LIMIT_S)
     """Limit for one batch of rollouts."""
 
 
@@ -156,7 +167,7 @@ class RewardSpec:
     """kind http: further tries after one that failed."""
     timeout_s: float = key(
         30.0,
-        Range("a finite number, greater than 0", lambda x: x > 0),
+        LIMIT_S,
         effects.SCORES_HAVE_A_LIMIT,
         effects.CAN_TAKE_LONG,
     )
@@ -179,7 +190,7 @@ class ScoringConfig:
     """Scoring servers; each holds every reward."""
     batch_tokens: int = key(8192, COUNT)
     """Tokens that a reward or reference model takes at once: groups that wait are put together up to it."""
-    timeout_s: float = key(120.0, POSITIVE)
+    timeout_s: float = key(120.0, LIMIT_S)
     """Limit for scoring one prompt group."""
 
 
@@ -203,7 +214,7 @@ class WeightsConfig:
     """How weights reach the rollout workers: through the node's shared memory."""
     bucket_mib: int = key(64, COUNT)
     """Weights hashed and loaded at once."""
-    timeout_s: float = key(120.0, POSITIVE)
+    timeout_s: float = key(120.0, LIMIT_S)
     """Limit for one push to all workers. A worker that did not answer in time is not waited for in later pushes."""
     give_up_after: int = key(3, COUNT)
     """Pushes that a worker may miss in a row before it is killed and the run goes on without it."""
@@ -246,7 +257,7 @@ class ClusterConfig:
     """auto: cuda when there is a GPU."""
     colocate: bool = True
     """Rollout workers and learner ranks take turns on the same CPUs or GPUs; false: each has its own."""
-    start_timeout_s: float = key(300.0, POSITIVE)
+    start_timeout_s: float = key(300.0, LIMIT_S)
     """Limit for a cluster to answer, and for engines to be ready."""
 
 
