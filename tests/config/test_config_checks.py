@@ -98,7 +98,11 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         ("train", ["rollout.kv_cache_gib=0"], ["rollout.kv_cache_gib is 0", "greater than 0"]),
         ("train", ["weights.timeout_s=0"], ["weights.timeout_s is 0", "greater than 0"]),
         ("train", ["cluster.start_timeout_s=1e300"], ["cluster.start_timeout_s is 1e+300", "at most 1e9"]),
-        ("train", ["scoring.rewards.a={timeout_s: .inf}"], ["scoring.rewards.a.timeout_s is inf", "at most 1e9"]),
+        (
+            "train",
+            ["scoring.rewards.a={kind: regex, pattern: x, timeout_s: 1e10}"],
+            ["scoring.rewards.a.timeout_s is 10000000000.0", "at most 1e9"],
+        ),
         ("train", ["model.tiny.heads=12"], ["model.tiny.hidden_size is 256", "multiple of model.tiny.heads, 12"]),
         ("train", ["model.tiny.kv_heads=3"], ["model.tiny.kv_heads is 3", "1, 2, 4, 8 do"]),
         ("train", ["model.tiny.heads=16"], ["head_dim 16", "CPU engine refuses", "32, 64, 80", "hidden_size 512"]),
