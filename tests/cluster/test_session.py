@@ -136,7 +136,6 @@ def test_an_interrupted_run_kills_what_belongs_to_its_ray_and_nothing_else(
     fake_ray: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray's own way to end takes seconds, for which somebody waits at the keyboard."""
-    monkeypatch.setattr(session.signals, "has_come", lambda: True)
     started: list[subprocess.Popen[str]] = []
     parent = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); sys.stdin.read()"
 
@@ -146,6 +145,7 @@ def test_an_interrupted_run_kills_what_belongs_to_its_ray_and_nothing_else(
                 words = [sys.executable, "-c", parent, mark]
                 started.append(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
             workers.extend(int(process.stdout.readline()) for process in started if process.stdout)
+            monkeypatch.setattr(session.signals, "has_come", lambda: True)
             raise KeyboardInterrupt
 
     workers: list[int] = []
