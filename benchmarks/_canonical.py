@@ -22,6 +22,7 @@ from rlhf_dist.config.checks import check
 from rlhf_dist.config.load import from_yaml, load, to_yaml
 from rlhf_dist.config.schema import Config, TinyConfig
 from rlhf_dist.errors import ConfigError
+from rlhf_dist.types import Prompt
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<|end|>"
 CHARACTERS = string.ascii_letters + string.digits[:9]
@@ -115,10 +116,9 @@ def write_config(config: Config, folder: Path) -> Path:
     return path
 
 
-def prompt_tokens(config: Config) -> list[list[int]]:
-    """The training prompts' token ids: a character, a token, and nothing put before them."""
-    lines = Path(config.data.path).read_text(encoding="utf-8").splitlines()[:PROMPTS]
-    return [[TOKENS.index(character) for character in json.loads(line)["prompt"]] for line in lines]
+def prompt_tokens(prompt: Prompt) -> list[int]:
+    """A prompt's token ids: a character, a token, and nothing put before them."""
+    return [TOKENS.index(character) for character in prompt.messages[-1].content]
 
 
 def write_models(config: Config) -> None:

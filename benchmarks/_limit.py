@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +29,10 @@ class Work:
     reward: str
     """That of PPO's reward model; empty: GRPO, which trains the policy and nothing else."""
     dtype: str
-    prompts: list[list[int]]
-    """Token ids; step k takes the k-th `prompts_per_step` of them, round and round."""
-    prompts_per_step: int
-    samples: int
-    """Responses to a prompt."""
+    prompts: list[list[list[int]]]
+    """Step -> prompts -> token ids: what our run samples from in that step."""
+    seeds: list[list[list[int]]]
+    """Step -> prompts -> the seed of each response: our run's, so that both sides sample the same tokens."""
     max_prompt_tokens: int
     max_response_tokens: int
     temperature: float
@@ -45,9 +45,6 @@ class Work:
     learning_rate: float
     """Of policy and critic: it costs nothing."""
     max_grad_norm: float
-    steps: int
-    """Warm-up steps included."""
-    seed: int
     rollouts: str
     """JSON file that `generate` writes and `train` reads."""
     timings: str
@@ -73,11 +70,10 @@ def generate(work: Work) -> None:
         kv_cache_memory_bytes=work.kv_cache_bytes,
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
-        seed=work.seed,
+        enable_chunked_prefill=False,  # a request with a seed fails on a CPU where its prefill is cut
     )
     # No text and nothing but the sampled token's logprob: what GRPO needs of a rollout.
     params = SamplingParams(
-        n=work.samples,
         temperature=work.temperature,
         max_tokens=work.max_response_tokens,
         logprobs=0,
@@ -86,14 +82,16 @@ def generate(work: Work) -> None:
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
     steps = []
-    for step in range(work.steps):
-        chosen = [
-            work.prompts[(step * work.prompts_per_step + i) % len(work.prompts)] for i in range(work.prompts_per_step)
-        ]
+    for prompts, seeds in zip(work.prompts, work.seeds, strict=True):
         begun = time.perf_counter()
-        outputs = engine.generate([{"prompt_token_ids": p} for p in chosen], params, use_tqdm=False)
+        asked = [(prompt, seed) for prompt, those in zip(prompts, seeds, strict=True) for seed in those]
+        each = []
+        for _, seed in asked:
+            each.append(copy(params))
+            each[-1].seed = seed
+        outputs = engine.generate([{"prompt_token_ids": prompt} for prompt, _ in asked], each, use_tqdm=False)
         seconds = time.perf_counter() - begun
-        rows = [[len(p), *p, *sample.token_ids] for p, o in zip(chosen, outputs, strict=True) for sample in o.outputs]
+        rows = [[len(p), *p, *o.outputs[0].token_ids] for (p, _), o in zip(asked, outputs, strict=True)]
         steps.append({"seconds": seconds, "rows": rows})
     Path(work.rollouts).write_text(json.dumps(steps), encoding="utf-8")
 

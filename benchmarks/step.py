@@ -1,9 +1,9 @@
 """`rlhf-dist bench step`: one synchronous step of `rlhf-dist train` beside the limit of vLLM and PyTorch.
 
 Ours is an ordinary run of the command, GRPO or PPO, whose metrics are read afterwards. The limit is raw vLLM generation
-plus the raw packed passes of every model over its own samples (`_limit.py`), each alone. They take turns, because
-machines are noisy, and are compared by the median of response tokens a second (every run samples its own lengths); of
-the limit's runs the fastest counts.
+plus the raw packed passes of every model over its samples (`_limit.py`), each alone. Both have the same prompts and
+seeds, so that they sample the same tokens. They take turns, because machines are noisy, and are compared by the median
+of response tokens a second; of the limit's runs the fastest counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from _limit import Work, write_work
 from rlhf_dist.cli.arguments import Parser
 from rlhf_dist.cluster.placement import local_machine, place
 from rlhf_dist.config.schema import Config
+from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import ConfigError, RunError
+from rlhf_dist.loop.requests import sample_seed
 
 HERE = Path(__file__).resolve().parent
 PHASES = {
@@ -118,7 +120,7 @@ def measure(config: Config, folder: Path, warmup: int, runs: int) -> tuple[list[
             ours += steps[warmup:]
             starts.append(start)
         else:
-            limits.append(run_limit(config, folder, seed=number)[warmup:])
+            limits.append(run_limit(config, folder)[warmup:])
     return limits, ours, starts
 
 
@@ -155,16 +157,23 @@ def at_least(low: int) -> Any:
     return number
 
 
-def run_limit(config: Config, folder: Path, seed: int) -> list[Step]:
+def run_limit(config: Config, folder: Path) -> list[Step]:
     """Every step of the limit: first all generation, then all passes over what was sampled."""
     placement = place(config, local_machine(), "train")
+    stream = PromptStream(config.data, config.seed, config.eval.prompts)
+    issued = [stream.take(config.loop.prompts_per_step) for _ in range(config.loop.steps)]
     work = Work(
         model=config.model.path,
         reward=str(reward_folder(folder)) if config.algo.name == "ppo" else "",
         dtype=config.model.dtype,
-        prompts=prompt_tokens(config),
-        prompts_per_step=config.loop.prompts_per_step,
-        samples=config.algo.group_size,
+        prompts=[[prompt_tokens(prompt) for prompt in prompts] for prompts in issued],
+        seeds=[
+            [
+                [sample_seed(config.seed, prompt.uid, sample) for sample in range(config.algo.group_size)]
+                for prompt in prompts
+            ]
+            for prompts in issued
+        ],
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         max_response_tokens=config.rollout.max_response_tokens,
         temperature=config.rollout.temperature,
@@ -176,8 +185,6 @@ def run_limit(config: Config, folder: Path, seed: int) -> list[Step]:
         micro_batch_tokens=config.learner.micro_batch_tokens,
         learning_rate=config.learner.optimizer.lr,
         max_grad_norm=config.learner.optimizer.max_grad_norm,
-        steps=config.loop.steps,
-        seed=seed,
         rollouts=str(folder / "rollouts.json"),
         timings=str(folder / "timings.json"),
     )

@@ -97,8 +97,8 @@ def test_a_process_that_fails_is_told_with_the_end_of_its_log(tmp_path: Path) ->
 
 def test_prompts_are_tokenised_as_the_product_does(tmp_path: Path) -> None:
     from rlhf_dist.data.render import render
+    from rlhf_dist.data.stream import PromptStream
     from rlhf_dist.models.hf import load_tokenizer
-    from rlhf_dist.types import Message
 
     config = _canonical.canonical_config(tmp_path, "grpo", TINY_WORDS, steps=3)
     _canonical.write_config(config, tmp_path)
@@ -106,9 +106,11 @@ def test_prompts_are_tokenised_as_the_product_does(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path / "model")
     assert len(tokenizer) == 64
     texts = [json.loads(line)["prompt"] for line in Path(config.data.path).read_text().splitlines()]
-    tokens = _canonical.prompt_tokens(config)
-    assert len(tokens) == len(texts) - config.eval.prompts == _canonical.PROMPTS
-    assert tokens == [render(tokenizer, [Message("user", text)], chat=False) for text in texts[: len(tokens)]]
+    assert len(texts) - config.eval.prompts == _canonical.PROMPTS
+    prompts = PromptStream(config.data, config.seed, config.eval.prompts).take(_canonical.PROMPTS)
+    assert {prompt.messages[-1].content for prompt in prompts} == set(texts[: _canonical.PROMPTS])
+    for prompt in prompts:
+        assert _canonical.prompt_tokens(prompt) == render(tokenizer, prompt.messages, chat=False)
     with pytest.raises(ConfigError, match=r"model\.path"):
         _canonical.canonical_config(tmp_path, "grpo", ["model.path=elsewhere"], steps=3)
 
@@ -176,8 +178,7 @@ def a_work() -> _limit.Work:
         reward="",
         dtype="float32",
         prompts=[],
-        prompts_per_step=1,
-        samples=1,
+        seeds=[],
         max_prompt_tokens=8,
         max_response_tokens=8,
         temperature=1.0,
@@ -189,8 +190,6 @@ def a_work() -> _limit.Work:
         micro_batch_tokens=64,
         learning_rate=1.0,
         max_grad_norm=1.0,
-        steps=1,
-        seed=0,
         rollouts="",
         timings="",
     )
@@ -213,6 +212,8 @@ def test_a_tiny_run_of_the_whole(tmp_path: Path) -> None:
         for measured in found[side]["steps"]:
             assert 8 <= measured["tokens"] <= 64  # 2 prompts x 4 samples, of 1 to 8 tokens each
             assert measured["generate"] > 0 and measured["train"] > 0
+    tokens = [[measured["tokens"] for measured in found[side]["steps"]] for side in ("limit", "ours")]
+    assert tokens[0] == tokens[1], "equal work"
     assert all(measured["sync"] > 0 for measured in found["ours"]["steps"])
     assert all(measured["sync"] == 0 for measured in found["limit"]["steps"])
     assert f"{found['ratio']:.2f}" in result.stdout
