@@ -1,4 +1,4 @@
-"""Methods that learn on real Ray, vLLM and DeepSpeed: REINFORCE++, GSPO, and that of the guide in docs/algorithms.md.
+"""Methods that learn on real Ray, vLLM and DeepSpeed: GSPO, and that of the guide in docs/algorithms.md.
 
 Another, NLPO, samples and learns under one mask, which is where it was after a resume.
 """
@@ -64,11 +64,6 @@ def run(folder: Path, *words: str) -> list[dict[str, float]]:
 def learnt(steps: list[dict[str, float]]) -> bool:
     rewards = [step["reward/mean"] for step in steps]
     return bool(np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2)
-
-
-def test_reinforce_pp_learns(tmp_path: Path) -> None:
-    steps = run(tmp_path, "algo.name=reinforce_pp", "algo.group_size=1", "loop.prompts_per_step=64")
-    assert learnt(steps), steps
 
 
 def test_gspo_learns_in_several_updates_a_batch(tmp_path: Path) -> None:
