@@ -54,5 +54,9 @@ class WeightSyncError(RunError):
     """A rollout worker did not prove that it holds the published weights."""
 
 
+class EngineBroken(WeightSyncError):
+    """A load failed in the middle: the engine holds parts of two versions, and its process has to be replaced."""
+
+
 class DiskError(RunError):
     """A file of the run could not be written; the message names the file and the reason."""

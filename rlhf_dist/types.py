@@ -296,10 +296,12 @@ class Receipt:
 
     worker: str
     version: int
-    names: tuple[str, ...]
-    """Parameters received, in order."""
     hashes: tuple[str, ...]
-    """xxh3-128 of each bucket as received, hashed before it was loaded."""
+    """xxh3-128 of each bucket as received; all were hashed before the first was loaded."""
+    loaded: Mapping[str, int]
+    """Announced parameter -> how many of its elements the engine copied into its own memory."""
+    unfilled: tuple[str, ...] = ()
+    """Parameters and layers, by the engine's own names, that the engine reports as not loaded or loaded in part."""
 
 
 @dataclass(frozen=True, slots=True)

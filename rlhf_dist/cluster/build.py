@@ -54,6 +54,7 @@ from rlhf_dist.loop.watch import CollapseWatch
 from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.telemetry.display import Progress, make_progress, spoken
 from rlhf_dist.types import Prompt
+from rlhf_dist.weights.sync import WeightSync
 
 START_KEY = "cluster.start_timeout_s"
 
@@ -94,6 +95,7 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
                 policy=parts.policy,
                 critic=parts.critic,
                 rollouts=parts.rollouts,
+                sync=WeightSync(parts.policy, parts.rollouts),
                 scoring=parts.scoring,
                 reference=parts.reference,
                 stream=stream,

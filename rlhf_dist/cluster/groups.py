@@ -89,7 +89,7 @@ class ReferenceFleet:
         for receipt in gather(calls, "move the reference", self._replicas.timeout_s, SCORING_KEY).values():
             problem = receipt_problem(announcement, receipt)
             if problem is not None:
-                raise WeightSyncError(problem)
+                raise WeightSyncError(problem.text)
 
     def save(self, folder: Path) -> None:
         """The reference's part of a checkpoint, where it moves; the servers hold the same."""

@@ -36,7 +36,7 @@ def check_before_start(config: Config, command: Command, resume: bool = False) -
 
 
 def require_shared_memory(source: str, config: Config) -> None:
-    """Refuse to start where a push of the weights in the directory `source` would find no room on this machine.
+    """Refuse to start where pushes of the weights in the directory `source` would find no room on this machine.
 
     Raises `ResourceError`, or `ModelError` for a file that is damaged.
     """

@@ -10,10 +10,11 @@ import ray
 
 from rlhf_dist.cluster.processes import look
 from rlhf_dist.cluster.waits import fetch, gather, limit_text, silent, wait
-from rlhf_dist.errors import ActorLost, ActorTimeout, RlhfError, WeightSyncError
+from rlhf_dist.errors import ActorLost, ActorTimeout, EngineBroken, RlhfError, WeightSyncError
 from rlhf_dist.telemetry.timeline import Patience
 from rlhf_dist.types import DroppedPrompt, Group, GroupHead, Handle, Request
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
+from rlhf_dist.weights.shared_memory import BUFFERS
 
 GENERATE_KEY = "rollout.timeout_s"
 SYNC_KEY = "weights.timeout_s"
@@ -28,6 +29,8 @@ class Standing:
     """Its answer to a push, while that is not read."""
     version: int = -1
     """The version of that push."""
+    offset: int = 0
+    """The buffer of that version: a worker that loads holds it."""
     missed: int = 0
     """Pushes in a row without a right receipt."""
     last_missed: int = -1
@@ -40,7 +43,7 @@ class RolloutFleet:
     """A worker serves only after its receipt proved the published version.
 
     One that did not answer a push in time costs that wait once: later pushes are offered to it and not waited for. One
-    that died, or that missed `give_up_after` pushes in a row, is killed and asked no more.
+    that died, whose engine is broken, or that missed `give_up_after` pushes in a row, is killed and asked no more.
     """
 
     def __init__(
@@ -87,6 +90,26 @@ class RolloutFleet:
             raise ActorTimeout(silent(list(streams.values()), "generate", limit))
         return ready[0]
 
+    def make_room(self) -> list[str]:
+        """Give up workers that do not answer where they may hold all buffers; of those, the latest may stay.
+
+        Returns one sentence a worker.
+        """
+        late = {
+            name: standing
+            for name, standing in self._standings.items()
+            if standing.call is not None and not _is_done(standing.call)
+        }
+        if len({standing.offset for standing in late.values()}) < BUFFERS:
+            return []
+        newest = max(late.values(), key=lambda standing: standing.version)
+        why = "it may hold the memory that the next version needs, as another worker holds the rest"
+        return [
+            self._give_up(name, f"{self._silence(name, f'still has not loaded {standing.version}')}; {why}")
+            for name, standing in late.items()
+            if standing.offset != newest.offset
+        ]
+
     def load_weights(self, announcement: Announcement) -> list[str]:
         """Push to every worker that is left; those with a wrong or missing receipt do not serve.
 
@@ -100,7 +123,7 @@ class RolloutFleet:
         for standing in self._standings.values():
             if standing.call is None:
                 standing.call = standing.worker.load_weights.remote(announcement)
-                standing.version = announcement.version
+                standing.version, standing.offset = announcement.version, announcement.offset
         asked = [standing for standing in self._standings.values() if standing.version == announcement.version]
         awaited = [standing.call for standing in asked if not standing.silent] or [standing.call for standing in asked]
         if awaited:
@@ -150,6 +173,8 @@ class RolloutFleet:
             fetch(call, name, "load_weights", self._sync_timeout_s)
         except ActorLost as error:
             return [self._give_up(name, str(error))]
+        except EngineBroken as error:
+            return [self._give_up(name, f"{name}: {error}")]
         except RlhfError as error:
             problem = f"{name}: {error}"
         return self._missed(name, standing, standing.version, problem)
@@ -170,12 +195,16 @@ class RolloutFleet:
             problem = receipt_problem(announcement, fetch(call, name, "load_weights", self._sync_timeout_s))
         except ActorLost as error:
             return [self._give_up(name, str(error))]
+        except EngineBroken as error:
+            return [self._give_up(name, f"{name}: {error}")]
         except RlhfError as error:
-            problem = f"{name}: {error}"
-        if problem is not None:
-            return self._missed(name, standing, version, problem)
-        self._proved(name, standing)
-        return []
+            return self._missed(name, standing, version, f"{name}: {error}")
+        if problem is None:
+            self._proved(name, standing)
+            return []
+        if problem.broken:
+            return [self._give_up(name, problem.text)]
+        return self._missed(name, standing, version, problem.text)
 
     def _proved(self, name: str, standing: Standing) -> None:
         standing.call, standing.missed, standing.silent = None, 0, False

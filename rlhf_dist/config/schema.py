@@ -213,7 +213,7 @@ class WeightsConfig:
     transport: Literal["shared_memory"] = "shared_memory"
     """How weights reach the rollout workers: through the node's shared memory."""
     bucket_mib: int = key(64, COUNT)
-    """Weights hashed and loaded at once."""
+    """Weights hashed as one."""
     timeout_s: float = key(120.0, LIMIT_S)
     """Limit for one push to all workers. A worker that did not answer in time is not waited for in later pushes."""
     give_up_after: int = key(3, COUNT)

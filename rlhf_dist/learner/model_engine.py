@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,9 @@ class ModelEngine(Engine):
         self._dtype = model.dtype
         self._bucket_bytes = bucket_mib * 2**20
         self._writer: WeightWriter | None = None
+        self._published: Announcement | None = None
+        self._moved = True
+        """Since the last publication; the same on every rank."""
         super().__init__(policy, source, model, learner, optimizer, device)
 
     def logprobs(
@@ -184,14 +188,25 @@ class ModelEngine(Engine):
     def _packed(self, model: PreTrainedModel, gradient_checkpointing: bool) -> nn.Module:
         return PackedPolicy(model, gradient_checkpointing)
 
+    def step(self, lr: float) -> float:
+        """As `Engine.step`; the next publication has new weights."""
+        self._moved = True
+        return super().step(lr)
+
     def publish(self, version: int) -> Announcement | None:
-        """Write the weights where rollout workers read them. Every rank calls it; rank 0 returns the announcement."""
+        """Write the weights where rollout workers read them. Every rank calls it; rank 0 returns the announcement.
+
+        Without an optimizer step since the last publication, its bytes get the new number.
+        """
         announcement = self._publish(version)
         if self._mask is not None:
             self._mask.follow(version, self.weights())
         return announcement
 
     def _publish(self, version: int) -> Announcement | None:
+        moved, self._moved = self._moved, False
+        if not moved:
+            return None if self._published is None else replace(self._published, version=version)
         if self.rank > 0:
             self._join_gathering()
             return None
@@ -202,7 +217,8 @@ class ModelEngine(Engine):
                 if name.startswith(PREFIX)
             ]
             self._writer = WeightWriter(make_plan(shapes, self._bucket_bytes))
-        return self._writer.write(version, self.weights())
+        self._published = self._writer.write(version, self.weights())
+        return self._published
 
     def save(self, folder: Path) -> None:
         """Checkpoint into `folder`: `hf/` by rank 0, and each rank's `optimizer-RANK.safetensors`."""

@@ -22,10 +22,6 @@ class Rollouts(Protocol):
         """Groups as they finish, from workers that proved the published version."""
         ...
 
-    def load_weights(self, announcement: Announcement) -> list[str]:
-        """Push a version to every worker and check the receipts; returns what was wrong, one sentence a worker."""
-        ...
-
     def texts(self, body: Handle[Group]) -> tuple[str, ...]:
         """A group's last responses, for the sample table."""
         ...
@@ -91,8 +87,6 @@ class Policy(Protocol):
     ) -> MetricSums:
         """One shard for each rank; the ranks' metrics, merged."""
         ...
-
-    def publish(self, version: int) -> Announcement: ...
 
     def save(self, folder: Path) -> None: ...
 

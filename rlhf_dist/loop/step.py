@@ -17,13 +17,13 @@ from rlhf_dist.data.packing import plan
 from rlhf_dist.errors import RunError
 from rlhf_dist.learner.schedule import learning_rate
 from rlhf_dist.learner.shard import AS_THEY_ARE, Shard
-from rlhf_dist.loop.ports import NO_ESTIMATES, Critic, Estimates, Policy, Rollouts
+from rlhf_dist.loop.ports import NO_ESTIMATES, Critic, Estimates, Policy
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.timeline import Stopwatch
 from rlhf_dist.types import Batch, Credit, Experience, Sampling, StepReport
-from rlhf_dist.weights.receipts import Announcement
+from rlhf_dist.weights.sync import PushReport, WeightSync
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +43,16 @@ def train_step(
     *,
     policy: Policy,
     critic: Critic | None,
-    rollouts: Rollouts,
+    sync: WeightSync,
     shaper: Shaper,
     learning: Learning,
     step: int,
     watch: Stopwatch,
-) -> tuple[StepReport, Announcement, list[str]]:
-    """Turn scored rollouts into one update of policy and critic, and publish the new weights.
+) -> tuple[StepReport, PushReport]:
+    """Turn scored rollouts into one update of policy and critic, and push the new weights.
 
-    `step` is this training step, from 1; the weights before it are version step - 1, after it version step.
-    Returns the report, what was published, and what was wrong with receipts, one sentence a worker.
+    `step` is this training step, from 1; the weights before it are version step - 1, after it version step, also where
+    they did not move.
     """
     batch = collate(experiences)
     scores = shaper.shape(batch)
@@ -73,8 +73,7 @@ def train_step(
     if learns_policy(learning, step):  # a policy that stands still has no KL to steer
         shaper.observe(batch)
     with watch.phase("sync"):
-        announcement = policy.publish(version=step)
-        problems = rollouts.load_weights(announcement)
+        push = sync.push(version=step)
     learnt = stats.values()
     metrics = (
         learnt
@@ -88,7 +87,7 @@ def train_step(
         | reward_metrics(experiences)
         | ({names.KL_COEF: kl_coef} if batch.references else {})
     )
-    return StepReport(step, announcement.version, metrics), announcement, problems
+    return StepReport(step, push.version, metrics), push
 
 
 def collate(experiences: Sequence[Experience]) -> Batch:

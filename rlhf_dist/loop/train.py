@@ -39,7 +39,8 @@ from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.sinks import Telemetry
 from rlhf_dist.telemetry.timeline import Stopwatch
 from rlhf_dist.types import Experience, NonFinite, Prompt, Sampling
-from rlhf_dist.weights.receipts import Announcement, changed_share
+from rlhf_dist.weights.receipts import Announcement
+from rlhf_dist.weights.sync import WeightSync
 
 NO_SIGNAL = "no_signal"
 """A prompt whose samples all scored the same."""
@@ -57,6 +58,8 @@ class Run:
     critic: Critic | None
     """What gives credit by token, a critic or not; None where credit is by response."""
     rollouts: Rollouts
+    sync: WeightSync
+    """Between `policy` and `rollouts`."""
     scoring: Scoring
     reference: References | None
     """None where no KL is wanted."""
@@ -98,7 +101,7 @@ def train(run: Run, state: State | None) -> Outcome:
     """Train to `loop.steps`; returns the evaluations before and after. `state`: of the checkpoint resumed from."""
     loop = run.config.loop
     step = resume(run, state)
-    hashes = publish_first(run, step)
+    push_first(run, step)
     if state is None:
         first = measure(run, step)
         before = results = first.metrics
@@ -120,11 +123,11 @@ def train(run: Run, state: State | None) -> Outcome:
         step += 1
         with watch.phase("generate"):
             experiences, dropped = next_batch(run, version=step - 1)
-        report, announcement, problems = train_step(
+        report, push = train_step(
             experiences,
             policy=run.policy,
             critic=run.critic,
-            rollouts=run.rollouts,
+            sync=run.sync,
             shaper=run.shaper,
             learning=run.learning,
             step=step,
@@ -132,15 +135,14 @@ def train(run: Run, state: State | None) -> Outcome:
         )
         run.ledger.consume([experience.prompt.uid for experience in experiences], step)
         metrics = dict(report.metrics) | watch_metrics(experiences, run.config.scoring.gold) | dropped | watch.lap()
-        metrics["sync/changed_share"] = changed_share(hashes, announcement)
+        metrics["sync/changed_share"] = push.changed_share
         metrics[names.TOKENS_PER_S] = metrics["rollout/response_tokens"] / metrics[names.STEP_TIME]
-        hashes = announcement.hashes
         if due(run.config.eval.every, step, loop.steps):
             found = measure(run, step)
             results, answers = found.metrics, answers | {"after": list(found.answers)}
             metrics |= results
-        tell(run, step, metrics, problems, experiences)
-        move_reference(run, announcement)  # after the evaluation, whose KL is to the reference as it was
+        tell(run, step, metrics, push.problems, experiences)
+        move_reference(run, push.announcement)  # after the evaluation, whose KL is to the reference as it was
         if due(loop.checkpoint_every, step, loop.steps):
             cursor, shaper, signs = dict(run.stream.cursor()), run.shaper.state(), run.watch.state()
             totals = run.ledger.totals(step)
@@ -208,12 +210,10 @@ def resume(run: Run, state: State | None) -> int:
     return step
 
 
-def publish_first(run: Run, step: int) -> tuple[str, ...]:
+def push_first(run: Run, step: int) -> None:
     """Push the starting weights, so that every worker has proved what it holds before the first sample."""
-    announcement = run.policy.publish(version=step)
-    for problem in run.rollouts.load_weights(announcement):
+    for problem in run.sync.push(version=step).problems:
         run.telemetry.warn(problem)
-    return announcement.hashes
 
 
 def next_batch(run: Run, version: int) -> tuple[tuple[Experience, ...], dict[str, float]]:

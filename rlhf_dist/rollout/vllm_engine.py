@@ -7,7 +7,7 @@ steps and every call is a plain Python call. vllm is imported inside `VllmEngine
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,15 @@ import numpy as np
 import torch
 
 from rlhf_dist.config.schema import RolloutConfig
-from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.text_format import text_format
 from rlhf_dist.rollout.action_mask import MaskReader, MaskStart, Reading
 from rlhf_dist.rollout.trajectories import Response, Turn
-from rlhf_dist.types import NO_VERSION, Receipt, Sampling
+from rlhf_dist.rollout.weight_receiver import RECEIVER, EngineWeights
+from rlhf_dist.types import Receipt, Sampling
 from rlhf_dist.weights.receipts import Announcement
-from rlhf_dist.weights.shared_memory import WeightReader
 
 MASKED = "masked"
 """In a request's extra arguments: its tokens are drawn under the mask."""
-UNPUBLISHED = NO_VERSION
-"""Version of weights that the engine loaded itself, before the learner published any."""
 
 
 def set_environment(config: RolloutConfig, device: str, threads: int, masked: bool) -> None:
@@ -97,7 +94,7 @@ class VllmEngine:
                 logits_processors=None if mask is None else [mask_processor()],
                 # A mask looks at the newest token before the next is scheduled.
                 async_scheduling=False if mask is not None else None,
-                worker_extension_cls="rlhf_dist.rollout.vllm_engine.WeightReceiver",
+                worker_extension_cls=RECEIVER,
                 trust_remote_code=False,
                 disable_log_stats=True,
                 **memory,
@@ -105,10 +102,8 @@ class VllmEngine:
         )
         if mask is not None:
             self._engine.collective_rpc("start_mask", args=(mask,))
-        self._name = name
         self._turns: dict[str, Turn] = {}
-        self._version = UNPUBLISHED
-        self._engine.set_weight_version(str(UNPUBLISHED))
+        self._weights = EngineWeights(name, self._engine)
         self.tokenizer: Any = self._engine.get_tokenizer()
         self._special_texts = special_texts
         # vLLM by itself stops at the tokenizer's end token and at those of generation_config.json.
@@ -117,6 +112,7 @@ class VllmEngine:
     def submit(self, turn: Turn) -> None:
         """See `worker.Engine`. vLLM's own n is not used: it draws all samples from seeds in a row, and keeps their
         responses back until the last has ended."""
+        self._weights.require_clean()
         params = sampling_params(turn.sampling, turn.seed, self._stops)
         self._engine.add_request(turn.key, {"prompt_token_ids": list(turn.context)}, params)
         self._turns[turn.key] = turn
@@ -132,19 +128,12 @@ class VllmEngine:
             self._engine.abort_request(ended)
 
     def load_weights(self, announcement: Announcement) -> Receipt:
-        """Load a published version into every process of the engine, and say what arrived."""
-        answers = self._engine.collective_rpc("receive_weights", args=(announcement,))
-        # Tensor-parallel processes read the same bytes; one that read others is a broken engine.
-        if any(answer != answers[0] for answer in answers):
-            return Receipt(self._name, -1, (), ())
-        self._engine.reset_prefix_cache()
-        self._engine.set_weight_version(str(announcement.version))
-        self._version = announcement.version
-        return Receipt(self._name, announcement.version, announcement.plan.names, tuple(answers[0]))
+        """Load a published version into every process of the engine, and say what it holds."""
+        return self._weights.load(announcement)
 
     def _response(self, output: Any) -> Response:
         turn, (sample,) = self._turns.pop(output.request_id), output.outputs
-        versions = np.full(len(sample.token_ids), self._version, dtype=np.int32)
+        versions = np.full(len(sample.token_ids), self._weights.version, dtype=np.int32)
         for span in sample.weight_versions or ():
             versions[span.start : span.end] = int(span.version)
         return Response(
@@ -240,62 +229,3 @@ def mask_processor() -> Any:
             return Reading(prompt, response, params.temperature or 1.0)  # greedy: the likeliest of what is allowed
 
     return MaskProcessor
-
-
-class WeightReceiver:
-    """Mixed into vLLM's worker, whose attributes it uses: runs in every process of the engine, beside the model."""
-
-    model_runner: Any
-    model_config: Any
-    vllm_config: Any
-    device: Any
-    _weight_reader: WeightReader | None = None
-    _mask_reader: MaskReader | None = None
-
-    def start_mask(self, mask: MaskStart) -> None:
-        """Load the mask policy, and give it to the processor of logits that vLLM made."""
-        dtype = str(self.model_config.dtype).removeprefix("torch.")
-        model = load_model(mask.source, dtype, "sdpa").to(self.device)
-        self._mask_reader = MaskReader(model, mask.lag, mask.version)
-        (processor,) = (p for p in self.model_runner.input_batch.logitsprocs.all if isinstance(p, mask_processor()))
-        processor.reader = self._mask_reader
-
-    def receive_weights(self, announcement: Announcement) -> list[str]:
-        """Load all buckets; returns their hashes as received. Raises before loading one with a wrong hash."""
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-        if self._weight_reader is None:
-            self._weight_reader = WeightReader()
-        model, hashes = self.model_runner.model, []
-
-        def parameters() -> Iterator[tuple[str, Any]]:
-            for received, tensors in self._weight_reader.read(announcement):  # pyright: ignore[reportOptionalMemberAccess]
-                hashes.append(received)
-                yield from tensors
-
-        with set_current_vllm_config(self.vllm_config):
-            # On a CPU linear layers are packed into another form and the originals freed: they are loaded anew.
-            initialize_layerwise_reload(model)
-            model.load_weights(parameters())
-            finalize_layerwise_reload(model, self.model_config)
-            repack_tied_heads(model)
-        if self._mask_reader is not None:
-            named = (pair for _, tensors in self._weight_reader.read(announcement) for pair in tensors)
-            self._mask_reader.follow(announcement.version, named)
-        return hashes
-
-
-def repack_tied_heads(model: Any) -> None:
-    """Pack anew the heads that share the embedding's weights.
-
-    Such a head is sent no weights of its own, so a reload leaves its packed form (which a CPU computes with) as it was.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-
-    tables: list[Any] = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
-    heads: list[Any] = [module for module in tables if isinstance(module, ParallelLMHead)]
-    shared = {module.weight.data_ptr() for module in tables if module not in heads}
-    for head in heads:
-        if head.weight.data_ptr() in shared:
-            head.quant_method.process_weights_after_loading(head)

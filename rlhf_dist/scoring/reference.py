@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -76,27 +77,17 @@ class ReferenceModel:
     def update(self, announcement: Announcement, keep: float) -> Receipt:
         """Move to the published weights: reference = keep x reference + (1 - keep) x published; 0 takes them whole.
 
-        Call it between a publication and the next, as rollout workers load theirs. Nothing changes unless every bucket
+        The announced version has to be the newest, as when rollout workers load it. Nothing changes unless every bucket
         arrived as it was announced. Raises WeightSyncError: another hash, other parameters than the reference's.
         """
         assert 0 <= keep < 1, keep
-        arrived = self._read(announcement)
-        parameters = dict(self._policy.model.named_parameters())
-        wrong = {
-            name for name in arrived.keys() | parameters.keys() if _shape(arrived, name) != _shape(parameters, name)
-        }
-        if wrong:
-            raise WeightSyncError(
-                f"{self._name}: version {announcement.version} does not fit {self._source}: {min(wrong)} is "
-                f"{_shape(arrived, min(wrong))} there and {_shape(parameters, min(wrong))} here; a reference that "
-                "takes the policy's weights has to have its shape (reference.update_every, reference.path)"
-            )
-        with self._using_weights, torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(self._moved(name, parameter, arrived[name], keep) if keep else arrived[name])
-            if not keep:
-                self._masters.clear()
-        return Receipt(self._name, announcement.version, announcement.plan.names, announcement.hashes)
+        try:
+            lease = self._reader.take(announcement)
+        except WeightSyncError as error:
+            raise WeightSyncError(f"{self._name}: {error}") from None
+        with closing(lease):
+            loaded = self._take(announcement.version, dict(lease.tensors()), keep)
+        return Receipt(self._name, announcement.version, lease.hashes, loaded)
 
     def save(self, folder: Path) -> None:
         """A Hugging Face directory of the reference as it stands, with its float32 average. Raises `DiskError`."""
@@ -105,19 +96,26 @@ class ReferenceModel:
             if self._masters:
                 write_tensors({name: master.cpu() for name, master in self._masters.items()}, folder / MASTERS_FILE)
 
-    def _read(self, announcement: Announcement) -> dict[str, torch.Tensor]:
-        """A copy of the published weights, each bucket hashed before and after it was taken."""
-        try:
-            arrived = {name: t.clone() for _, tensors in self._reader.read(announcement) for name, t in tensors}
-            for _ in self._reader.read(announcement):  # had the next version begun to be written, it is seen here
-                pass
-        except WeightSyncError as error:
-            raise WeightSyncError(f"{self._name}: {error}") from None
-        except OSError as error:
+    def _take(self, version: int, arrived: Mapping[str, torch.Tensor], keep: float) -> dict[str, int]:
+        """Move every parameter; returns how many elements were taken, by name."""
+        parameters = dict(self._policy.model.named_parameters())
+        wrong = {
+            name for name in arrived.keys() | parameters.keys() if _shape(arrived, name) != _shape(parameters, name)
+        }
+        if wrong:
             raise WeightSyncError(
-                f"{self._name}: version {announcement.version}: {announcement.path} cannot be read: {error.strerror}"
-            ) from None
-        return arrived
+                f"{self._name}: version {version} does not fit {self._source}: {min(wrong)} is "
+                f"{_shape(arrived, min(wrong))} there and {_shape(parameters, min(wrong))} here; a reference that "
+                "takes the policy's weights has to have its shape (reference.update_every, reference.path)"
+            )
+        loaded = {}
+        with self._using_weights, torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(self._moved(name, parameter, arrived[name], keep) if keep else arrived[name])
+                loaded[name] = parameter.numel()
+            if not keep:
+                self._masters.clear()
+        return loaded
 
     def _moved(self, name: str, parameter: torch.Tensor, new: torch.Tensor, keep: float) -> torch.Tensor:
         """The moving average, in float32: steps of (1 - keep) are lost among bfloat16's 8 bits."""
@@ -209,5 +207,5 @@ def read_masters(source: Path, parameters: Mapping[str, torch.Tensor]) -> dict[s
     return {name: master.to(parameters[name].device) for name, master in masters.items()}
 
 
-def _shape(tensors: dict[str, Any], name: str) -> str:
+def _shape(tensors: Mapping[str, Any], name: str) -> str:
     return str(tuple(tensors[name].shape)) if name in tensors else "missing"

@@ -25,10 +25,15 @@ class Slot:
     """Bytes from the start of the whole."""
     nbytes: int
 
+    @property
+    def elements(self) -> int:
+        """How many numbers it has."""
+        return self.nbytes // ITEM_SIZES[self.dtype]
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A run of slots that is hashed and loaded as one."""
+    """A run of slots that is hashed as one."""
 
     offset: int
     nbytes: int
@@ -43,9 +48,14 @@ class WeightPlan:
     nbytes: int
 
     @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All parameters in order."""
+        return tuple(slot for bucket in self.buckets for slot in bucket.slots)
+
+    @property
     def names(self) -> tuple[str, ...]:
-        """Parameter names in order."""
-        return tuple(slot.name for bucket in self.buckets for slot in bucket.slots)
+        """Their names in order."""
+        return tuple(slot.name for slot in self.slots)
 
 
 def make_plan(parameters: Iterable[tuple[str, tuple[int, ...], str]], bucket_bytes: int) -> WeightPlan:

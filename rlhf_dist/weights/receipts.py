@@ -18,9 +18,25 @@ class Announcement:
     version: int
     path: str
     """The shared-memory file."""
+    offset: int
+    """Where the version's buffer begins in the file, in bytes."""
     plan: WeightPlan
     hashes: tuple[str, ...]
     """xxh3-128 of each bucket as the learner wrote it."""
+
+    def same_weights(self, other: Announcement) -> bool:
+        """Whether both versions have the same bytes under the same names."""
+        return self.hashes == other.hashes and self.plan == other.plan
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a receipt does not prove the announced version."""
+
+    text: str
+    """One sentence, which begins with the worker's name."""
+    broken: bool
+    """The engine holds parts of two versions, so its process has to be given up. Otherwise a later push may succeed."""
 
 
 def bucket_hash(data: memoryview) -> str:
@@ -28,19 +44,26 @@ def bucket_hash(data: memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def receipt_problem(announcement: Announcement, receipt: Receipt) -> str | None:
-    """Why this receipt does not prove the announced version, or None when it does."""
+def receipt_problem(announcement: Announcement, receipt: Receipt) -> Problem | None:
+    """Compare what arrived and what the engine loaded with what was announced; None where all agree."""
     who = f"{receipt.worker}, version {announcement.version}"
     if receipt.version != announcement.version:
-        return f"{who}: its receipt is for version {receipt.version}"
-    if receipt.names != announcement.plan.names:
-        missing = sorted(set(announcement.plan.names) - set(receipt.names))
-        return f"{who}: {len(missing)} parameters are missing from its receipt, first {missing[:1]}"
+        return Problem(f"{who}: its receipt is for version {receipt.version}", broken=False)
     for index, (sent, received) in enumerate(zip(announcement.hashes, receipt.hashes, strict=False)):
         if sent != received:
-            return f"{who}: bucket {index} arrived as {received}, was sent as {sent}"
+            return Problem(f"{who}: bucket {index} arrived as {received}, was sent as {sent}", broken=False)
     if len(receipt.hashes) != len(announcement.hashes):
-        return f"{who}: {len(receipt.hashes)} buckets received, {len(announcement.hashes)} sent"
+        text = f"{who}: {len(receipt.hashes)} buckets received, {len(announcement.hashes)} sent"
+        return Problem(text, broken=False)
+    skipped = [slot for slot in announcement.plan.slots if receipt.loaded.get(slot.name, 0) != slot.elements]
+    if skipped:
+        first = skipped[0]
+        text = f"its engine loaded {receipt.loaded.get(first.name, 0):,} of {first.elements:,} elements of {first.name}"
+        others = f" (and not all of {len(skipped) - 1} others)" if len(skipped) > 1 else ""
+        return Problem(f"{who}: {text}{others}", broken=True)
+    if receipt.unfilled:
+        text = f"its engine reports {len(receipt.unfilled)} parameters as not loaded whole, first {receipt.unfilled[0]}"
+        return Problem(f"{who}: {text}", broken=True)
     return None
 
 

@@ -1,19 +1,24 @@
 """The CPU transport: the learner copies its weights into a file in shared memory that the node's rollout workers map.
 
-One copy on each side and no serialisation. The file is overwritten by the next version, which is safe because a
-publication ends only when every receipt is in or its worker is given up; a worker that reads too late sees a hash that
-does not match and refuses.
+One copy on each side and no serialisation. The file has two buffers (double buffering): a version is written into one
+while the other still holds the version before. A reader locks a buffer for as long as it reads, and the writer takes
+one that no reader holds, so what is read never changes. The locks go with the process that holds them, however it ends.
 """
 
 from __future__ import annotations
 
 import fcntl
+import math
 import mmap
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+import struct
+import time
+from collections.abc import Iterable
 from contextlib import suppress
+from errno import EACCES, EAGAIN
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -23,6 +28,9 @@ from rlhf_dist.weights.receipts import Announcement, bucket_hash
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "rlhf_dist-"
+BUFFERS = 2
+READERS_LIMIT_S = 5.0
+"""How long a publication waits for a buffer: those that still read have been given up, and are about to end."""
 MAKE_ROOM = (
     "remove old files there, or make it larger (in a container --shm-size, elsewhere "
     f"mount -o remount,size=... {SHARED_MEMORY})"
@@ -30,16 +38,16 @@ MAKE_ROOM = (
 
 
 def require_room(nbytes: int) -> None:
-    """Refuse to start where shared memory has no room for the weights. Raises `ResourceError`."""
+    """Refuse to start where shared memory has no room for the buffers, of `nbytes` each. Raises `ResourceError`."""
     sweep(SHARED_MEMORY)
     try:
         found = os.statvfs(SHARED_MEMORY)
     except OSError as error:
         raise ResourceError(f"{SHARED_MEMORY}: shared memory cannot be used: {error.strerror}") from None
-    free = found.f_bavail * found.f_frsize
-    if free < nbytes:
+    free, needed = found.f_bavail * found.f_frsize, BUFFERS * nbytes
+    if free < needed:
         raise ResourceError(
-            f"{SHARED_MEMORY}: a push needs {size_text(nbytes)} for the weights, and "
+            f"{SHARED_MEMORY}: pushes need {size_text(needed)} for two copies of the weights, and "
             f"{size_text(free, up=False)} are free; {MAKE_ROOM}"
         )
 
@@ -54,34 +62,64 @@ class WeightWriter:
     """The learner's side; only rank 0 has one."""
 
     def __init__(self, plan: WeightPlan) -> None:
-        """Reserve the plan's bytes. Raises `DiskError` when shared memory is too small."""
+        """Reserve both buffers. Raises `DiskError` when shared memory is too small."""
         sweep(SHARED_MEMORY)
         self.plan = plan
+        self._newest = BUFFERS - 1
+        self._stride = math.ceil(max(plan.nbytes, 1) / mmap.PAGESIZE) * mmap.PAGESIZE
         self.path = SHARED_MEMORY / f"{PREFIX}{os.getuid()}-{secrets.token_hex(8)}.weights"
         try:
             # For this user's eyes only; the lock, which goes with the process, tells `sweep` that the file is in use.
             self._file = os.fdopen(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600), "r+b")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Reserve now: writing past the end of a full tmpfs later is a SIGBUS, not an error.
-            os.posix_fallocate(self._file.fileno(), 0, max(plan.nbytes, 1))
+            os.posix_fallocate(self._file.fileno(), 0, BUFFERS * self._stride)
         except OSError as error:
             self.path.unlink(missing_ok=True)
             raise DiskError(
-                f"{SHARED_MEMORY}: {size_text(plan.nbytes)} for the weights: {error.strerror}; {MAKE_ROOM}"
+                f"{SHARED_MEMORY}: {size_text(BUFFERS * self._stride)} for two copies of the weights: "
+                f"{error.strerror}; {MAKE_ROOM}"
             ) from None
         self._map = map_file(self.path)
 
     def write(self, version: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> Announcement:
-        """Copy the parameters, in the plan's order, and hash each bucket."""
+        """Copy the parameters, in the plan's order, and hash each bucket.
+
+        The version before stays as it is, unless a reader holds the other buffer. Raises `WeightSyncError` when readers
+        hold both.
+        """
+        index = self._lock_free_buffer()
+        offset = index * self._stride
+        try:
+            hashes = self._fill(offset, parameters)
+        finally:
+            lock(self._file, fcntl.F_UNLCK, offset, self._stride)
+        self._newest = index
+        return Announcement(version, str(self.path), offset, self.plan, hashes)
+
+    def _fill(self, offset: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> tuple[str, ...]:
         given = iter(parameters)
-        hashes = []
-        for bucket in self.plan.buckets:
-            for slot in bucket.slots:
-                name, tensor = next(given)
-                assert name == slot.name, f"{name} came where {slot.name} was planned"
-                slot_view(self._map, slot).copy_(tensor)
-            hashes.append(bucket_hash(memoryview(self._map)[bucket.offset : bucket.offset + bucket.nbytes]))
-        return Announcement(version, str(self.path), self.plan, tuple(hashes))
+        for slot in self.plan.slots:
+            name, tensor = next(given)
+            assert name == slot.name, f"{name} came where {slot.name} was planned"
+            slot_view(self._map, slot, offset).copy_(tensor)
+        return bucket_hashes(self._map, offset, self.plan)
+
+    def _lock_free_buffer(self) -> int:
+        """A buffer that no reader holds, the older one first."""
+        end = time.monotonic() + READERS_LIMIT_S
+        older_first = sorted(range(BUFFERS), key=lambda index: index == self._newest)
+        while True:
+            for index in older_first:
+                if lock(self._file, fcntl.F_WRLCK, index * self._stride, self._stride):
+                    return index
+            if time.monotonic() > end:
+                found = ", ".join(map(str, others_with_open(self.path))) or "none that this user can see"
+                raise WeightSyncError(
+                    f"{self.path}: both copies of the weights are still being read after {READERS_LIMIT_S:g} s; "
+                    f"processes that have the file open: {found}"
+                )
+            time.sleep(0.01)
 
     def close(self) -> None:
         """Remove the file; maps that workers hold stay valid until they drop them. May be called twice."""
@@ -90,27 +128,64 @@ class WeightWriter:
 
 
 class WeightReader:
-    """A rollout worker's side: maps the writer's file once."""
+    """A reading process's side: maps the writer's file once."""
 
     def __init__(self) -> None:
         self._path = ""
+        self._file: IO[bytes] | None = None
         self._map: mmap.mmap | None = None
 
-    def read(self, announcement: Announcement) -> Iterator[tuple[str, list[tuple[str, torch.Tensor]]]]:
-        """Yield (hash as received, parameters) for each bucket; the tensors are views that the next version overwrites.
+    def take(self, announcement: Announcement) -> Lease:
+        """Lock an announced version and hash all of its buckets.
 
-        Raises `WeightSyncError` before a bucket is handed on whose hash is not the announced one.
+        Raises `WeightSyncError` when they are not the announced ones any more, or the file is gone.
         """
-        if announcement.path != self._path or self._map is None:
-            self._map, self._path = map_file(Path(announcement.path)), announcement.path
-        for index, bucket in enumerate(announcement.plan.buckets):
-            received = bucket_hash(memoryview(self._map)[bucket.offset : bucket.offset + bucket.nbytes])
-            if received != announcement.hashes[index]:
+        version = f"version {announcement.version}"
+        try:
+            file, memory = self._open(announcement.path)
+        except OSError as error:
+            raise WeightSyncError(f"{version}: {announcement.path} cannot be read: {error.strerror}") from None
+        lease = Lease(announcement, file, memory)
+        if not lock(file, fcntl.F_RDLCK, announcement.offset, lease.nbytes):
+            raise WeightSyncError(f"{version}: a later version is being written in its place; nothing was loaded")
+        lease.hashes = bucket_hashes(memory, announcement.offset, announcement.plan)
+        for index, (sent, received) in enumerate(zip(announcement.hashes, lease.hashes, strict=True)):
+            if sent != received:
+                lease.close()
                 raise WeightSyncError(
-                    f"version {announcement.version}: bucket {index} arrived as {received}, "
-                    f"was announced as {announcement.hashes[index]}; it was not loaded"
+                    f"{version}: bucket {index} arrived as {received}, was announced as {sent}; nothing was loaded"
                 )
-            yield received, [(slot.name, slot_view(self._map, slot)) for slot in bucket.slots]
+        return lease
+
+    def _open(self, path: str) -> tuple[IO[bytes], mmap.mmap]:
+        if path != self._path or self._file is None or self._map is None:
+            memory = map_file(Path(path))
+            if self._file is not None:
+                self._file.close()
+            self._file, self._map, self._path = open(path, "r+b"), memory, path  # noqa: SIM115
+        return self._file, self._map
+
+
+class Lease:
+    """A version that was hashed, and that the writer leaves as it is until `close`."""
+
+    def __init__(self, announcement: Announcement, file: IO[bytes], memory: mmap.mmap) -> None:
+        self.announcement = announcement
+        self.nbytes = max(announcement.plan.nbytes, 1)
+        self.hashes: tuple[str, ...] = ()
+        """Of each bucket, as received."""
+        self._file = file
+        self._memory = memory
+
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """The parameters, as views that are not to be used after `close`."""
+        offset = self.announcement.offset
+        return [(slot.name, slot_view(self._memory, slot, offset)) for slot in self.announcement.plan.slots]
+
+    def close(self) -> None:
+        """Let the writer use the buffer again. May be called twice."""
+        if not self._file.closed:
+            lock(self._file, fcntl.F_UNLCK, self.announcement.offset, self.nbytes)
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -119,13 +194,44 @@ def map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0)
 
 
-def slot_view(memory: mmap.mmap, slot: Slot) -> torch.Tensor:
-    """A tensor over a slot's bytes, without a copy."""
+def slot_view(memory: mmap.mmap, slot: Slot, start: int) -> torch.Tensor:
+    """A tensor over a slot's bytes, without a copy; `start`: where its buffer begins."""
     dtype = getattr(torch, slot.dtype)
-    count = slot.nbytes // dtype.itemsize
-    if count == 0:
+    if slot.elements == 0:
         return torch.empty(slot.shape, dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=slot.offset).view(slot.shape)
+    flat = torch.frombuffer(memory, dtype=dtype, count=slot.elements, offset=start + slot.offset)
+    return flat.view(slot.shape)
+
+
+def bucket_hashes(memory: mmap.mmap, start: int, plan: WeightPlan) -> tuple[str, ...]:
+    """The hash of each bucket of the buffer that begins at `start`."""
+    whole = memoryview(memory)[start : start + plan.nbytes]
+    return tuple(bucket_hash(whole[bucket.offset : bucket.offset + bucket.nbytes]) for bucket in plan.buckets)
+
+
+def lock(file: IO[bytes], kind: int, start: int, nbytes: int) -> bool:
+    """Lock a part of an open file, or unlock it (`kind`: F_RDLCK, F_WRLCK, F_UNLCK); false where another lock is there.
+
+    The lock belongs to this opening of the file (an "open file description lock"), so two in one process count as two,
+    and it is another one than the flock of the whole file, with which `sweep` tells whether the writer lives.
+    """
+    try:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, start, nbytes, 0))
+    except OSError as error:
+        if error.errno in (EACCES, EAGAIN):
+            return False
+        raise
+    return True
+
+
+def others_with_open(path: Path) -> list[int]:
+    """Ids of the other processes of this user that have a file open."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # another user's, or one that has ended meanwhile
+            if any(os.readlink(link) == str(path) for link in (folder / "fd").iterdir()):
+                found.append(int(folder.name))
+    return sorted(set(found) - {os.getpid()})
 
 
 def sweep(folder: Path) -> None:

@@ -18,7 +18,7 @@ from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import ClusterConfig, Config
-from rlhf_dist.errors import DataError, WeightSyncError
+from rlhf_dist.errors import DataError, EngineBroken, WeightSyncError
 from rlhf_dist.learner.shard import EstimateSums, Whitening
 from rlhf_dist.rollout.trajectories import head_of
 from rlhf_dist.telemetry.metrics import MetricSums
@@ -38,7 +38,7 @@ from rlhf_dist.weights.receipts import Announcement
 
 PROMPTS = [Prompt(f"0/{i}", (Message("user", "x"),), "abc", "test") for i in range(5)]
 REQUESTS = [request_of(prompt) for prompt in PROMPTS]
-ANNOUNCEMENT = Announcement(3, "unused", make_plan([("a", (4,), "float32")], 8), ("hash",))
+ANNOUNCEMENT = Announcement(3, "unused", 0, make_plan([("a", (4,), "float32")], 8), ("hash",))
 
 
 def group(prompt: Prompt, texts: tuple[str, ...] = ("a", "bc")) -> Group:
@@ -88,9 +88,11 @@ class Stand:
     def load_weights(self, announcement: Announcement) -> Receipt:
         self.work()
         if self._mode == "torn":
-            raise WeightSyncError("version 3: bucket 0 arrived torn; it was not loaded")
+            raise WeightSyncError("version 3: bucket 0 arrived torn; nothing was loaded")
+        if self._mode == "broken":
+            raise EngineBroken("the load of version 3 failed (OSError: gone)")
         found = "another hash" if self._mode == "lies" else announcement.hashes[0]
-        return Receipt(self._name, announcement.version, announcement.plan.names, (found,))
+        return Receipt(self._name, announcement.version, (found,), {"a": 3 if self._mode == "skips" else 4})
 
     def publish(self, version: int) -> Announcement | None:
         return replace(ANNOUNCEMENT, version=version) if self._name == "one" else None

@@ -91,7 +91,7 @@ def test_shared_memory_without_room_for_the_weights(
 
     monkeypatch.setattr(os, "statvfs", little)
     found = refused(capsys, place, "train")
-    assert re.search(r"/dev/shm: a push needs \d{3} KiB for the weights, and 12 KiB are free; .*--shm-size", found)
+    assert re.search(r"/dev/shm: pushes need \d{3} KiB for two copies of .*, and 12 KiB are free; .*--shm-size", found)
 
 
 def test_a_malformed_wandb_key(

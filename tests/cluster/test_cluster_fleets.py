@@ -187,6 +187,7 @@ def test_a_cluster_that_is_there_can_be_joined_and_one_with_another_token_not(
 class Push:
     """A fleet of one worker that answers and one whose process can be stopped."""
 
+    workers: dict[str, Any]
     fleet: RolloutFleet
     pid: int
     version: int = 0
@@ -211,7 +212,7 @@ def stoppable(workers: dict[str, Any], tmp_path: Path) -> Iterator[Push]:
     actor = start("stoppable")
     pid = gather({"it": actor.leave_signs.remote(log)}, "leave signs", 120)["it"]
     both = {"one": workers["one"], ProcessName.of("stoppable", str(log)): actor}
-    yield Push(RolloutFleet(both, timeout_s=30, sync_timeout_s=0.6), pid)
+    yield Push(both, RolloutFleet(both, timeout_s=30, sync_timeout_s=0.6), pid)
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
@@ -235,6 +236,23 @@ def test_a_stopped_worker_is_waited_for_once_and_then_given_up(stoppable: Push) 
         time.sleep(0.02)
     assert found is None or found.state == "Z", "it is killed"
     assert stoppable.push() == [] and stoppable.serve() == {"one"}
+
+
+def test_workers_that_may_hold_all_of_the_memory_leave_room_for_the_next_version(
+    stoppable: Push, workers: dict[str, Any]
+) -> None:
+    """One sleeps in version 1, whose buffer is the first, the other stops in version 2, in the second."""
+    fleet = RolloutFleet(stoppable.workers | {"three": start("three")}, timeout_s=30, sync_timeout_s=0.6)
+    assert fleet.load_weights(replace(ANNOUNCEMENT, version=0)) == [] and fleet.make_room() == []
+    os.kill(stoppable.pid, signal.SIGSTOP)
+    assert len(fleet.load_weights(replace(ANNOUNCEMENT, version=1, offset=0))) == 1
+    assert fleet.make_room() == [], "only one of the buffers may be held"
+    tell(workers["one"], "sleeps")
+    assert len(fleet.load_weights(replace(ANNOUNCEMENT, version=2, offset=4096))) == 2
+    (given_up,) = fleet.make_room()
+    assert given_up.startswith("stoppable still has not loaded 1: it is stopped")
+    assert given_up.endswith("as another worker holds the rest; it is given up, 2 rollout workers are left")
+    assert fleet.make_room() == []
 
 
 def test_a_worker_that_goes_on_comes_back_without_being_waited_for(stoppable: Push) -> None:

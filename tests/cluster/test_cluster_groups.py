@@ -155,6 +155,24 @@ def test_a_worker_that_dies_in_a_push_is_given_up_at_once(workers: dict[str, Any
     assert {head.worker for head, _ in served} == {"two"}
 
 
+@pytest.mark.parametrize(
+    ("mode", "why"),
+    [
+        ("broken", "the load of version 3 failed (OSError: gone)"),
+        ("skips", "version 3: its engine loaded 3 of 4 elements of a"),
+    ],
+)
+def test_a_worker_whose_engine_is_broken_is_given_up_at_once(workers: dict[str, Any], mode: str, why: str) -> None:
+    doomed = start("doomed")
+    tell(doomed, mode)
+    both = fleet({"doomed": doomed, "rollout worker 1": workers["two"]})
+    (problem,) = both.load_weights(ANNOUNCEMENT)
+    assert problem.startswith("doomed") and problem.endswith(f"{why}; it is given up, 1 rollout worker is left")
+    assert both.load_weights(ANNOUNCEMENT) == [], "it is asked no more"
+    with pytest.raises(ActorLost):
+        gather({"doomed": doomed.work.remote()}, "work", 60)
+
+
 def test_an_answer_that_was_lost_on_the_way_names_whose_it_was(workers: dict[str, Any]) -> None:
     owner = start("owner")
     tell(workers["two"], "sleeps")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,14 +147,19 @@ def run_stage(stage: int, world: int, model: Path, folder: Path) -> dict[str, An
     found["two"] = trainer.weights()
     announcement = trainer.engine.publish(2)
     if announcement is not None:
-        tensors = [pair for _, bucket in WeightReader().read(announcement) for pair in bucket]
-        found["published"] = {name: tensor.clone() for name, tensor in tensors}
+        with closing(WeightReader().take(announcement)) as lease:
+            found["published"] = {name: tensor.clone() for name, tensor in lease.tensors()}
+    # Without a step in between, on every rank.
+    found["number alone"] = trainer.engine.publish(3) == (announcement and replace(announcement, version=3))
     checkpoint = folder / f"checkpoint-{world}-{stage}"
     checkpoint.mkdir(exist_ok=True)
     trainer.engine.save(checkpoint)
     torch.distributed.barrier()
     trainer.step(3)
     found["three"] = trainer.weights()
+    third = trainer.engine.publish(4)
+    if announcement is not None and third is not None:
+        found["other buffer"] = third.offset != announcement.offset and third.hashes != announcement.hashes
     trainer.engine.close()
     again = Trainer(checkpoint / "hf", learner, "float32", world)
     if world == 2:

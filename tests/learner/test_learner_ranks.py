@@ -62,7 +62,9 @@ def test_published_weights_have_moved_and_are_the_trained_ones(results: dict, st
     for name, tensor in found["published"].items():
         assert torch.equal(tensor, found["two"][name]), name
         assert not torch.equal(tensor, found["start"][name]), f"{name} did not move"
+    assert found["other buffer"], "the third step's weights lie beside the second's"
     assert all("published" not in results[2, 1][s] for s in STAGES), "only rank 0 writes"
+    assert all(results[2, rank][stage]["number alone"] for rank in range(2)), "weights that stand are not written"
 
 
 @pytest.mark.parametrize(("method", "stage"), [(name, stage) for name in METHODS for stage in METHODS[name].stages])

@@ -49,6 +49,7 @@ from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.timeline import Stopwatch
 from rlhf_dist.types import Experience, Group, Handle, Message, Prompt, Referenced, ReferenceHead, Sampling, Scores
 from rlhf_dist.weights.receipts import Announcement
+from rlhf_dist.weights.sync import WeightSync
 
 TRACE = Path(__file__).with_name("trace.json")
 RECORDED = ("metrics", "grad_norms", "moved")
@@ -279,7 +280,10 @@ class CriticRanks:
 
 
 class NoWorkers:
-    """`loop.ports.Rollouts` where the trajectories are given."""
+    """`weights.sync.Receivers` where the trajectories are given."""
+
+    def make_room(self) -> list[str]:
+        return []
 
     def load_weights(self, announcement: Announcement) -> list[str]:
         return []
@@ -307,19 +311,20 @@ def run(method: Method, world: int, folder: Path) -> dict[str, Any]:
         critics = CriticRanks(CriticLearner(engines["critic"], algorithm, critic, kl_in_reward=True))
     start = {name: weights(engine) for name, engine in engines.items()}
     policy = PolicyRanks(PolicyLearner(policy_engine, algorithm), world)
+    sync = WeightSync(policy, NoWorkers())
     shaper, metrics = Shaper(method.algo, LONGEST), []
     for step in range(1, STEPS + 1):
-        report, _, problems = train_step(
+        report, push = train_step(
             experiences(step),
             policy=policy,
             critic=critics,
-            rollouts=NoWorkers(),  # pyright: ignore[reportArgumentType]
+            sync=sync,
             shaper=shaper,
             learning=Learning(algorithm, learner, critic, SAMPLING, STEPS),
             step=step,
             watch=Stopwatch(),
         )
-        assert not problems
+        assert not push.problems
         metrics.append({name: float(report.metrics[name]) for name in METRICS if name in report.metrics})
     policy_engine.close()
     return {

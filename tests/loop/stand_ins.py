@@ -131,6 +131,9 @@ class FakeRollouts:
                 head = head_of(request.uid, 2, [3] * request.n, ("stop",) * request.n, self.version)
                 yield head, Handle((request.uid, request.n))
 
+    def make_room(self) -> list[str]:
+        return []
+
     def load_weights(self, announcement: Announcement) -> list[str]:
         self.version = announcement.version
         return []
@@ -199,6 +202,9 @@ class FakePolicy:
     leaves: Sequence[str] = ()
     """Files that it writes into a checkpoint besides those of its ranks."""
     updates: int = 0
+    published: int = -1
+    """`updates` at the last publication of weights that had moved."""
+    hash: str = ""
     order: list[str] = field(default_factory=list)
     """What was asked of it, and of a critic that has the same list."""
     given: list[tuple[Sequence[Shard], Bodies, References, Estimates]] = field(default_factory=list)
@@ -216,7 +222,9 @@ class FakePolicy:
 
     def publish(self, version: int) -> Announcement:
         self.order.append("publish")
-        return Announcement(version, "unused", PLAN, (f"hash {version}",))
+        if self.updates != self.published:
+            self.hash, self.published = f"hash {version}", self.updates
+        return Announcement(version, "unused", 0, PLAN, (self.hash,))
 
     def save(self, folder: Path) -> None:
         if self.saves:

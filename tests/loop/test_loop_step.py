@@ -42,6 +42,7 @@ from rlhf_dist.types import (
     Sampling,
     StepReport,
 )
+from rlhf_dist.weights.sync import WeightSync
 
 SAMPLING = Sampling(temperature=0.8, top_p=1.0, top_k=0, max_tokens=9, stop=())
 LEARNER = LearnerConfig(micro_batch_tokens=20, optimizer=OptimizerConfig(lr=1.0, warmup_steps=4))
@@ -185,17 +186,18 @@ def run_step(
 ) -> tuple[StepReport, Shaper]:
     shaper = Shaper(algo, SAMPLING.max_tokens)
     algorithm = ppo(algo) if critic else grpo(algo)
-    report, announcement, problems = train_step(
+    made = policy or FakePolicy()
+    report, push = train_step(
         experiences,
-        policy=policy or FakePolicy(),
+        policy=made,
         critic=critic,
-        rollouts=FakeRollouts(),
+        sync=WeightSync(made, FakeRollouts()),
         shaper=shaper,
         learning=Learning(algorithm, LEARNER, config, SAMPLING, 100),
         step=step,
         watch=Stopwatch(),
     )
-    assert (report.step, report.version, announcement.version, problems) == (step, step, step, [])
+    assert (report.step, report.version, push.version, push.problems) == (step, step, step, ())
     return report, shaper
 
 
@@ -267,7 +269,7 @@ def test_while_the_critic_warms_up_the_policy_is_left_alone(step: int, learns: b
     report, _ = run_step(EXPERIENCES, AlgoConfig(name="ppo"), critic, CriticConfig(warmup_steps=2), policy, step)
     assert len(critic.given) == 1 and policy.updates == int(learns)
     assert ("policy/loss" in report.metrics) is learns and report.metrics["critic/loss"] == 1.5
-    assert policy.order[-1] == "publish", "a version is published all the same: workers prove what they hold"
+    assert policy.order[-1] == "publish", "a version is pushed all the same, if only as a number"
 
 
 def test_credit_by_response_needs_no_critic() -> None:

@@ -43,6 +43,7 @@ from rlhf_dist.loop.train_state import State, read_state
 from rlhf_dist.loop.watch import CollapseWatch
 from rlhf_dist.telemetry.sinks import open_telemetry
 from rlhf_dist.weights.receipts import Announcement
+from rlhf_dist.weights.sync import WeightSync
 
 PROMPTS, STEPS = 3, 4
 CONFIG = Config(
@@ -59,7 +60,8 @@ def wired(path: Path, config: Config = CONFIG, again: bool = False, **parts: Any
     directory = open_run_directory(str(path), "run", "name: run\n", again)
     telemetry, _ = open_telemetry(config.telemetry, directory.path, "run", {}, None, lambda message: None)
     made: dict[str, Any] = {"policy": FakePolicy(), "rollouts": FakeRollouts(), "scoring": FakeScoring()}
-    made |= {"critic": None, "reference": None}
+    made |= {"critic": None, "reference": None} | parts
+    made.setdefault("sync", WeightSync(made["policy"], made["rollouts"]))
     return Run(
         config=config,
         algorithm=ALGORITHMS[config.algo.name](config.algo),
@@ -72,7 +74,7 @@ def wired(path: Path, config: Config = CONFIG, again: bool = False, **parts: Any
         progress=Quiet(),
         shaper=Shaper(config.algo, config.rollout.max_response_tokens),
         watch=CollapseWatch(config.algo.group_size),
-        **made | parts,
+        **made,
     )
 
 
@@ -340,6 +342,18 @@ def test_while_the_critic_warms_up_no_sentinel_is_missed(tmp_path: Path) -> None
     run = whole(tmp_path, config, policy=policy, critic=critic, reference=FakeReference())
     assert (policy.updates, len(critic.given)) == (1, STEPS)
     assert ["step 4: rollout and learner" in text for text in warnings(run.directory)] == [True]
+
+
+def test_while_the_critic_warms_up_tokens_and_reference_have_the_versions_of_their_steps(tmp_path: Path) -> None:
+    """The weights stay where they are, and the number goes on: policy lag stays 0, and nothing has changed."""
+    reference = FakeReference()
+    config = replace(LEASHED, critic=CriticConfig(warmup_steps=2), reference=ReferenceConfig(update_every=2))
+    run = whole(tmp_path, config, critic=FakeCritic(), reference=reference)
+    steps = lines(run.directory.metrics)[1:]
+    assert [line["rollout/policy_lag_max"] for line in steps] == [0.0] * STEPS
+    assert [line["sync/changed_share"] for line in steps] == [0.0, 0.0, 1.0, 1.0]
+    assert [version for version, _ in reference.moved] == [2, 4]
+    assert warnings(run.directory) == []
 
 
 @pytest.mark.parametrize(("every", "versions"), [(0, []), (1, [1, 2, 3, 4]), (3, [3])])

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from sample_groups import flat_logprobs, rows_of
+import real_engine
+from real_engine import (
+    GREEDY,
+    PROMPTS,
+    SAMPLING,
+    Learner,
+    groups,
+    largest_difference,
+    requests,
+    responses,
+    samples,
+    versions,
+)
+from sample_groups import flat_logprobs
 
-from rlhf_dist.algo.algorithm import LaggingMask
-from rlhf_dist.config.schema import RolloutConfig
-from rlhf_dist.errors import WeightSyncError
-from rlhf_dist.learner.rows import pack_rows
 from rlhf_dist.loop.requests import make_requests
-from rlhf_dist.models.hf import load_model
-from rlhf_dist.models.policy import PackedPolicy
-from rlhf_dist.rollout.action_mask import MaskStart
-from rlhf_dist.rollout.vllm_engine import UNPUBLISHED, VllmEngine
+from rlhf_dist.rollout.vllm_engine import VllmEngine
+from rlhf_dist.rollout.weight_receiver import UNPUBLISHED
 from rlhf_dist.rollout.worker import RolloutWorker
 from rlhf_dist.types import (
     NO_VERSION,
@@ -27,121 +31,14 @@ from rlhf_dist.types import (
     PROMPT_ROLE,
     DroppedPrompt,
     Group,
-    GroupHead,
     Message,
     Prompt,
-    Request,
-    Sampling,
     Trajectory,
 )
-from rlhf_dist.weights.plan import make_plan
-from rlhf_dist.weights.receipts import Announcement, receipt_problem
-from rlhf_dist.weights.shared_memory import WeightWriter, slot_view
+from rlhf_dist.weights.receipts import receipt_problem
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
-
-CONFIG = RolloutConfig(max_prompt_tokens=24, max_response_tokens=24, kv_cache_gib=0.1, max_concurrent=32)
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=16, stop=())
-PROMPTS = [Prompt(f"0/{i}", (Message("user", text),), "", "test") for i, text in enumerate(["abc", "b", "zyxwv"])]
-LAG = LaggingMask(top_p=0.6, every=20)
-"""Of the pushes below, version 20 is the only one that the mask follows."""
-
-
-class Learner:
-    """The learner's side in plain torch: a policy, the mask policy, and the writer of its weights."""
-
-    def __init__(self, source: Path) -> None:
-        self.earlier = PackedPolicy(load_model(source, "float32", "segmented"))
-        self.policy = PackedPolicy(load_model(source, "float32", "segmented"))
-        shapes = [(name, tuple(tensor.shape), "float32") for name, tensor in self.weights()]
-        # Small buckets, so that a push has several.
-        self.writer = WeightWriter(make_plan(shapes, 64 * 1024))
-
-    def weights(self) -> list[tuple[str, torch.Tensor]]:
-        return list(self.policy.model.named_parameters())
-
-    def publish(self, version: int) -> Announcement:
-        return self.writer.write(version, ((name, tensor.detach()) for name, tensor in self.weights()))
-
-    @torch.no_grad()
-    def move(self, seed: int) -> None:
-        """Change every weight."""
-        generator = torch.Generator().manual_seed(seed)
-        for _, tensor in self.weights():
-            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.05)
-
-    @torch.no_grad()
-    def logprobs(self, group: Group, temperature: float, masked: bool = False) -> np.ndarray:
-        """float32 [N], of the group's sampled tokens."""
-        packed = pack_rows(rows_of(group), torch.device("cpu"))
-        where = (packed.tokens, packed.cu_seqlens, packed.predict)
-        mask = self.earlier.action_mask(*where, LAG.top_p) if masked else None
-        return self.policy(*where, packed.targets, temperature, 64, False, mask)[0].numpy()
-
-
-@pytest.fixture(scope="module")
-def learner(tiny_model: Path) -> Iterator[Learner]:
-    found = Learner(tiny_model)
-    yield found
-    found.writer.close()
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_model: Path) -> VllmEngine:
-    """With a mask, which requests of their own accord are not under."""
-    return VllmEngine(
-        tiny_model,
-        CONFIG,
-        dtype="float32",
-        device="cpu",
-        threads=1,
-        name="rollout worker 0",
-        chat=True,
-        mask=MaskStart(tiny_model, 0, LAG),
-    )
-
-
-@pytest.fixture(scope="module")
-def worker(engine: VllmEngine) -> RolloutWorker:
-    return RolloutWorker("rollout worker 0", engine, chat=True, max_prompt_tokens=CONFIG.max_prompt_tokens)
-
-
-def requests(sampling: Sampling = SAMPLING, n: int = 4, prompts: Sequence[Prompt] = PROMPTS) -> list[Request]:
-    return make_requests(prompts, "train", n, sampling, seed=1)
-
-
-def groups(worker: RolloutWorker, asked: Sequence[Request]) -> list[Group]:
-    """What the worker samples, in the order of the uids; each must come with its head before it."""
-    items = list(worker.generate(asked))
-    found: list[Group] = []
-    for head, group in zip(items[0::2], items[1::2], strict=True):
-        assert isinstance(head, GroupHead) and isinstance(group, Group)
-        assert head.uid == group.prompt.uid
-        assert head.lengths.tolist() == [sample.length for sample in group.trajectories]
-        found.append(group)
-    return sorted(found, key=lambda group: group.prompt.uid)
-
-
-def samples(found: Sequence[Group]) -> list[Trajectory]:
-    return [sample for group in found for sample in group.trajectories]
-
-
-def responses(found: Sequence[Group]) -> list[list[int]]:
-    """The sampled tokens of every sample."""
-    return [sample.tokens[sample.loss_mask].tolist() for sample in samples(found)]
-
-
-def versions(found: Sequence[Group]) -> set[int]:
-    """Of the sampled tokens."""
-    return {version for sample in samples(found) for version in sample.versions[sample.loss_mask].tolist()}
-
-
-def largest_difference(learner: Learner, found: Sequence[Group], temperature: float = 1.0) -> float:
-    return max(float(np.abs(learner.logprobs(g, temperature) - flat_logprobs(g)).max()) for g in found)
-
-
-GREEDY = replace(SAMPLING, temperature=0.0)
-
+learner, engine, worker = real_engine.learner, real_engine.engine, real_engine.worker
 
 # The tests below run in this order on one engine: it begins with the weights it loaded itself, then gets pushes.
 
@@ -300,52 +197,38 @@ def test_a_caller_that_goes_away_leaves_nothing_behind(worker: RolloutWorker) ->
     assert [g.prompt.uid for g in groups(worker, requests(prompts=PROMPTS[:1]))] == ["0/0"]
 
 
-@pytest.mark.parametrize("bucket", [0, -1])
-def test_a_corrupted_bucket_is_refused_and_a_full_push_heals(
-    worker: RolloutWorker, learner: Learner, bucket: int
+def test_a_push_in_the_middle_of_responses_shows_in_versions_and_logprobs(
+    engine: VllmEngine, worker: RolloutWorker, learner: Learner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    announcement = learner.publish(version=7)
-    damaged = announcement.plan.buckets[bucket].slots[0]
-    view = slot_view(learner.writer._map, damaged).view(-1)
-    view[0] += 1.0
-    with pytest.raises(WeightSyncError, match=r"version 7: bucket \d+ arrived as .* it was not loaded"):
-        worker.load_weights(announcement)
-    learner.move(seed=3)
-    healed = learner.publish(version=8)
-    assert receipt_problem(healed, worker.load_weights(healed)) is None
-    found = groups(worker, requests())
-    assert largest_difference(learner, found) <= 1e-4
-    assert versions(found) == {8}
+    """Three tokens under one version, the rest under the next: each agrees with the weights that it names.
 
-
-def test_a_push_in_the_middle_of_a_response_shows_in_its_versions(
-    worker: RolloutWorker, engine: VllmEngine, learner: Learner
-) -> None:
-    """Three decoding steps under one version, the rest under the next: each token knows its own."""
+    The keys and values of what was sampled before the push are computed again, so tokens after it are the new policy's
+    over the whole text.
+    """
     worker.load_weights(learner.publish(version=20))
-    steps = 0
-    inner = engine._engine.step
+    learner.earlier.load_state_dict(learner.policy.state_dict())
+    steps, inner = 0, engine._engine.step
 
     def step() -> object:
         nonlocal steps
         steps += 1
         if steps == 4:
+            learner.move(seed=20)
+            assert engine._engine.get_num_unfinished_requests() > 0
             worker.load_weights(learner.publish(version=21))
         return inner()
 
-    engine._engine.step = step
-    try:
-        found = groups(worker, requests(replace(SAMPLING, max_tokens=12), n=8))
-    finally:
-        engine._engine.step = inner
-    long = [sample.versions[sample.loss_mask].tolist() for sample in samples(found) if sample.length > 4]
-    assert long, "a random model ends one response in a hundred at each token"
-    for versions in long:
-        assert versions == [20] * 3 + [21] * (len(versions) - 3)
+    monkeypatch.setattr(engine._engine, "step", step)
+    found = groups(worker, requests(n=8))
+    made = [sample.versions[sample.loss_mask] for sample in samples(found)]
+    assert versions(found) == {20, 21}
+    assert all(each.tolist() == [20] * min(3, len(each)) + [21] * (len(each) - 3) for each in made)
+    sampled = np.concatenate([flat_logprobs(g) for g in found])
+    before = np.concatenate([learner.logprobs(g, earlier=True) for g in found])
+    after = np.concatenate([learner.logprobs(g) for g in found])
+    assert np.abs(sampled - np.where(np.concatenate(made) == 20, before, after)).max() <= 1e-5
+    assert np.abs(before - after).max() > 1e-2, "the weights have moved"
 
 
 def test_the_mask_has_followed_the_version_that_it_waits_for(worker: RolloutWorker, learner: Learner) -> None:
-    with pytest.raises(AssertionError):
-        under_the_mask(worker, learner, temperature=1.0)
-    learner.earlier.load_state_dict(learner.policy.state_dict())  # version 20 and 21 have the same weights
     under_the_mask(worker, learner, temperature=1.0)

@@ -9,6 +9,7 @@ import secrets
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from rlhf_dist.errors import DiskError, ResourceError, WeightSyncError
 from rlhf_dist.types import Receipt
 from rlhf_dist.weights import shared_memory
 from rlhf_dist.weights.plan import ALIGNMENT, make_plan
-from rlhf_dist.weights.receipts import Announcement, changed_share, receipt_problem
+from rlhf_dist.weights.receipts import Announcement, Problem, changed_share, receipt_problem
 from rlhf_dist.weights.shared_memory import WeightReader, WeightWriter, sweep
 
 SHAPES = [("a", (4, 3), "float32"), ("b", (100,), "bfloat16"), ("scalar", (), "float32"), ("none", (0, 5), "float32")]
@@ -71,7 +72,8 @@ def test_slots_never_overlap_and_buckets_cover_them(sizes: list[tuple[list[int],
 
 
 def receive(announcement: Announcement) -> list[tuple[str, torch.Tensor]]:
-    return [(name, tensor.clone()) for _, bucket in WeightReader().read(announcement) for name, tensor in bucket]
+    with closing(WeightReader().take(announcement)) as lease:
+        return [(name, tensor.clone()) for name, tensor in lease.tensors()]
 
 
 def test_what_was_written_is_read_bit_for_bit(writer: WeightWriter) -> None:
@@ -95,46 +97,118 @@ def test_another_process_reads_it(writer: WeightWriter) -> None:
 
 def test_one_reader_follows_the_versions(writer: WeightWriter) -> None:
     reader = WeightReader()
-    for version in (1, 2):
-        announcement = writer.write(version, tensors(version))
-        found = [(name, tensor.clone()) for _, bucket in reader.read(announcement) for name, tensor in bucket]
-        assert all(
-            torch.equal(tensor, expected) for (_, tensor), (_, expected) in zip(found, tensors(version), strict=True)
-        )
+    for version in (1, 2, 3):
+        with closing(reader.take(writer.write(version, tensors(version)))) as lease:
+            for (_, tensor), (_, expected) in zip(lease.tensors(), tensors(version), strict=True):
+                assert torch.equal(tensor, expected)
+
+
+def test_a_version_stays_as_it_is_while_the_next_is_written(writer: WeightWriter) -> None:
+    first, second = writer.write(1, tensors(1)), writer.write(2, tensors(2))
+    assert {first.offset, second.offset} == {0, second.offset}
+    for version, announcement in ((1, first), (2, second)):
+        assert all(torch.equal(t, e) for (_, t), (_, e) in zip(receive(announcement), tensors(version), strict=True))
+    writer.write(3, tensors(3))
+    assert torch.equal(receive(second)[0][1], tensors(2)[0][1]), "the older of the two was taken"
+
+
+def test_a_buffer_is_used_again_when_no_reader_holds_it(writer: WeightWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers = [WeightReader(), WeightReader()]
+    first = writer.write(1, tensors(1))
+    held = readers[0].take(first)
+    assert writer.write(2, tensors(2)).offset != first.offset
+    third = writer.write(3, tensors(3))
+    assert third.offset != first.offset, "a reader holds the older one"
+    assert torch.equal(held.tensors()[0][1], tensors(1)[0][1])
+    also_held = readers[1].take(third)
+    monkeypatch.setattr(shared_memory, "READERS_LIMIT_S", 0.05)
+    with pytest.raises(WeightSyncError, match=r"both copies of the weights are still being read after 0\.05 s; .*none"):
+        writer.write(4, tensors(4))
+    held.close()
+    held.close()
+    assert writer.write(4, tensors(4)).offset == first.offset
+    also_held.close()
+
+
+def hold_a_version(announcement: Announcement, taken: multiprocessing.Queue) -> None:
+    lease = WeightReader().take(announcement)
+    taken.put(lease.hashes)
+    time.sleep(600)
+
+
+def test_a_reader_that_is_killed_holds_nothing_and_one_that_hangs_is_named(
+    writer: WeightWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    first, second = writer.write(1, tensors(1)), writer.write(2, tensors(2))
+    taken = context.Queue()
+    process = context.Process(target=hold_a_version, args=(first, taken))
+    process.start()
+    try:
+        assert taken.get(timeout=60) == first.hashes
+        monkeypatch.setattr(shared_memory, "READERS_LIMIT_S", 0.05)
+        with closing(WeightReader().take(second)), pytest.raises(WeightSyncError, match=rf"open: {process.pid}$"):
+            writer.write(3, tensors(3))
+    finally:
+        process.kill()
+        process.join(30)
+    assert writer.write(3, tensors(3)).offset == first.offset
 
 
 def test_a_reader_that_comes_too_late_refuses(writer: WeightWriter) -> None:
-    """The file holds the next version already: every bucket's hash is another one."""
+    """The buffer holds a later version already: every bucket's hash is another one."""
     old = writer.write(1, tensors(1))
     writer.write(2, tensors(2))
-    with pytest.raises(WeightSyncError, match=r"version 1: bucket 0 arrived as .* was announced as .* not loaded"):
+    writer.write(3, tensors(3))
+    with pytest.raises(
+        WeightSyncError, match=r"version 1: bucket 0 arrived as .* was announced as .*; nothing was loaded"
+    ):
         receive(old)
 
 
-def test_a_damaged_bucket_is_not_handed_on(writer: WeightWriter) -> None:
+def test_a_reader_that_comes_while_the_buffer_is_written_refuses(writer: WeightWriter) -> None:
+    old = writer.write(1, tensors(1))
+    writer.write(2, tensors(2))
+
+    def late() -> Iterator[tuple[str, torch.Tensor]]:
+        with pytest.raises(WeightSyncError, match="version 1: a later version is being written in its place"):
+            receive(old)
+        yield from tensors(3)
+
+    assert receipt_of(writer.write(3, late())) is None
+
+
+def receipt_of(announcement: Announcement) -> Problem | None:
+    """What is wrong after an honest load."""
+    loaded = {name: tensor.numel() for name, tensor in receive(announcement)}
+    return receipt_problem(announcement, Receipt("w", announcement.version, announcement.hashes, loaded))
+
+
+@pytest.mark.parametrize(("byte", "bucket"), [(0, 0), (321, 1)])
+def test_a_damaged_bucket_is_refused_before_any_is_handed_out(writer: WeightWriter, byte: int, bucket: int) -> None:
     announcement = writer.write(1, tensors())
-    with open(writer.path, "r+b") as file:
-        file.seek(321)
-        file.write(b"\x01")
-    handed_on = []
-    with pytest.raises(WeightSyncError, match="bucket 1"):
-        for _, bucket in WeightReader().read(announcement):
-            handed_on += [name for name, _ in bucket]
-    assert handed_on == ["a", "b"]
+    writer._map[announcement.offset + byte] ^= 1
+    with pytest.raises(WeightSyncError, match=f"bucket {bucket}"):
+        WeightReader().take(announcement)
+    assert [writer.write(version, tensors()).version for version in (2, 3)] == [2, 3], "it holds nothing"
 
 
 def test_receipts(writer: WeightWriter) -> None:
     announcement = writer.write(4, tensors())
-    good = Receipt("rollout worker 1", 4, announcement.plan.names, announcement.hashes)
+    loaded = {"a": 12, "b": 100, "scalar": 1}
+    good = Receipt("rollout worker 1", 4, announcement.hashes, loaded)
     assert receipt_problem(announcement, good) is None
-    for wrong, parts in (
-        (replace(good, version=3), ["rollout worker 1, version 4", "for version 3"]),
-        (replace(good, names=good.names[1:]), ["1 parameters are missing", "'a'"]),
-        (replace(good, hashes=("0" * 32, *good.hashes[1:])), ["bucket 0 arrived as 000", announcement.hashes[0]]),
-        (replace(good, hashes=good.hashes[:1]), ["1 buckets received, 2 sent"]),
+    for wrong, broken, parts in (
+        (replace(good, version=3), False, ["rollout worker 1, version 4", "for version 3"]),
+        (replace(good, hashes=("0" * 32, *good.hashes[1:])), False, ["bucket 0 arrived as 000", good.hashes[0]]),
+        (replace(good, hashes=good.hashes[:1]), False, ["1 buckets received, 2 sent"]),
+        (replace(good, loaded=loaded | {"b": 99}), True, ["its engine loaded 99 of 100 elements of b"]),
+        (replace(good, loaded={"b": 100}), True, ["loaded 0 of 12 elements of a (and not all of 1 others)"]),
+        (replace(good, unfilled=("qkv", "norm")), True, ["reports 2 parameters as not loaded whole, first qkv"]),
     ):
         problem = receipt_problem(announcement, wrong)
-        assert problem is not None and all(part in problem for part in parts), problem
+        assert problem is not None and problem.broken == broken
+        assert all(part in problem.text for part in parts), problem
 
 
 def test_changed_share_by_hand(writer: WeightWriter) -> None:
@@ -159,8 +233,8 @@ def test_too_small_shared_memory_is_an_error_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    for size, told in ((2**21, "8 MiB"), (2**10, "4 KiB")):
-        with pytest.raises(DiskError, match=rf": {told} for the weights: No space left on device; .*--shm-size"):
+    for size, told in ((2**21, "16 MiB"), (2**10, "8 KiB")):
+        with pytest.raises(DiskError, match=rf": {told} for two copies of the weights: No space left on .*--shm-size"):
             WeightWriter(make_plan([("a", (size,), "float32")], 2**20))
     assert list(tmp_path.iterdir()) == []
 
@@ -168,9 +242,9 @@ def test_too_small_shared_memory_is_an_error_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("need", "free_blocks", "told"),
     [
-        (5 * 2**20 + 1, 512, r"needs 6 MiB for the weights, and 2 MiB are free; .*--shm-size"),
-        (100, 0, r"needs 1 KiB for the weights, and 0 KiB are free"),
-        (3 * 2**30, 3 * 2**18 - 1, r"needs 3,072 MiB for the weights, and 3,071 MiB are free"),
+        (5 * 2**19 + 1, 512, r"need 6 MiB for two copies of the weights, and 2 MiB are free; .*--shm-size"),
+        (100, 0, r"need 1 KiB for two copies of the weights, and 0 KiB are free"),
+        (3 * 2**29, 3 * 2**18 - 1, r"need 3,072 MiB for two copies of the weights, and 3,071 MiB are free"),
     ],
 )
 def test_shared_memory_without_room_is_told_before_the_start_in_numbers(
@@ -180,7 +254,7 @@ def test_shared_memory_without_room_is_told_before_the_start_in_numbers(
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free_blocks, f_frsize=4096))
     with pytest.raises(ResourceError, match=told):
         shared_memory.require_room(need)
-    shared_memory.require_room(free_blocks * 4096)
+    shared_memory.require_room(free_blocks * 2048)
 
 
 def test_shared_memory_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -192,10 +266,11 @@ def test_shared_memory_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch
 def test_close_removes_the_file_and_maps_stay_valid(writer: WeightWriter) -> None:
     announcement = writer.write(1, tensors())
     reader = WeightReader()
-    received = [bucket for _, bucket in reader.read(announcement)]
+    lease = reader.take(announcement)
     writer.close()
     assert not writer.path.exists()
-    assert torch.equal(received[0][0][1], tensors()[0][1])
+    assert torch.equal(lease.tensors()[0][1], tensors()[0][1])
+    lease.close()
 
 
 def test_only_this_user_may_read_the_file_and_its_name_cannot_be_guessed(writer: WeightWriter) -> None:

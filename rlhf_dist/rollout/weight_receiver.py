@@ -1,0 +1,241 @@
+"""The receiving end of a push: from shared memory into vLLM's model, all or nothing.
+
+A load has two parts. First every process of the engine hashes all buckets; a difference is refused there, and the
+engine keeps what it holds. Then the model is loaded. From here on a failure leaves it with parts of two versions (vLLM
+takes its layers apart to load them, and would not notice at the next load), so the engine is broken for good:
+
+    clean -> loading -> clean, or broken
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from rlhf_dist.errors import EngineBroken, WeightSyncError
+from rlhf_dist.models.hf import load_model
+from rlhf_dist.rollout.action_mask import MaskReader, MaskStart
+from rlhf_dist.types import NO_VERSION, Receipt
+from rlhf_dist.weights.receipts import Announcement, receipt_problem
+from rlhf_dist.weights.shared_memory import Lease, WeightReader
+from rlhf_dist.weights.tally import ReadTally
+
+RECEIVER = "rlhf_dist.rollout.weight_receiver.WeightReceiver"
+"""What vLLM mixes into its workers."""
+UNPUBLISHED = NO_VERSION
+"""Version of weights that the engine loaded itself, before the learner published any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hashed:
+    """One process's answer to the first part. An answer, since an exception would lose its type between processes."""
+
+    hashes: tuple[str, ...]
+    refusal: str
+    """Why nothing will be loaded; empty where all is as announced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """One process's answer to the second part."""
+
+    elements: Mapping[str, int]
+    """Announced parameter -> elements that were copied; of its own shard where the engine has several processes."""
+    unfilled: tuple[str, ...]
+    """See `Receipt`."""
+
+
+class EngineWeights:
+    """What the engine as a whole holds: the state machine, over all of its processes."""
+
+    version: int
+    """Of the weights that new tokens are sampled with."""
+
+    def __init__(self, name: str, engine: Any) -> None:
+        """`name`: of the rollout worker, for receipts. `engine`: vLLM's, whose workers are `WeightReceiver`s."""
+        self._name = name
+        self._engine = engine
+        self._take_version(UNPUBLISHED)
+        self._state: Literal["clean", "loading", "broken"] = "clean"
+        self._held: tuple[Announcement, Receipt] | None = None
+
+    def require_clean(self) -> None:
+        """Raise `EngineBroken` unless the engine holds one version, whole."""
+        if self._state != "clean":
+            raise EngineBroken("a load of weights failed in the middle, so its engine is not to be used any more")
+
+    def load(self, announcement: Announcement) -> Receipt:
+        """Load a version and say what the engine holds; weights that it holds already only get the new number.
+
+        Raises `WeightSyncError` where the buckets are not the announced ones: then the weights are as before. Raises
+        `EngineBroken` where the load failed later. A receipt that does not prove the version breaks the engine too.
+        """
+        self.require_clean()
+        self._state = "loading"
+        if self._held is not None and self._held[0].same_weights(announcement):
+            receipt = replace(self._held[1], version=announcement.version)
+        else:
+            receipt = self._load(announcement)
+        self._held = announcement, receipt
+        refusals = self._engine.collective_rpc("follow_mask", args=(announcement,))
+        self._state = "clean" if receipt_problem(announcement, receipt) is None else "broken"
+        raise_refusal(refusals)
+        self._take_version(announcement.version)
+        return receipt
+
+    def _load(self, announcement: Announcement) -> Receipt:
+        call = self._engine.collective_rpc
+        hashed: list[Hashed] = call("hash_weights", args=(announcement,))
+        if any(answer.refusal for answer in hashed):
+            call("release_weights")
+            self._state = "clean"
+            raise_refusal([answer.refusal for answer in hashed])
+        try:
+            loaded: list[Loaded] = call("load_hashed_weights")
+        except Exception as error:
+            raise self._broken(announcement, f"failed ({type(error).__name__}: {error})") from error
+        finally:
+            call("release_weights")
+        # Requests that run are prefilled again; without them vLLM would forget nothing while there are any.
+        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+            raise self._broken(announcement, "is done, but vLLM kept the keys and values of the old weights")
+        unfilled = {name for answer in loaded for name in answer.unfilled}
+        return Receipt(
+            self._name, announcement.version, hashed[0].hashes, merged(announcement, loaded), tuple(sorted(unfilled))
+        )
+
+    def _take_version(self, version: int) -> None:
+        self.version = version
+        self._engine.set_weight_version(str(version))
+
+    def _broken(self, announcement: Announcement, what: str) -> EngineBroken:
+        self._state = "broken"
+        return EngineBroken(f"the load of version {announcement.version} {what}")
+
+
+def raise_refusal(refusals: Sequence[str]) -> None:
+    """Raise the first of the processes' refusals that says something."""
+    for refusal in filter(None, refusals):
+        raise WeightSyncError(refusal)
+
+
+def merged(announcement: Announcement, loaded: Sequence[Loaded]) -> dict[str, int]:
+    """Elements by announced name over all processes of an engine, of which each has a shard or a copy."""
+    return {
+        slot.name: min(sum(answer.elements[slot.name] for answer in loaded), slot.elements)
+        for slot in announcement.plan.slots
+    }
+
+
+class WeightReceiver:
+    """Mixed into vLLM's worker, whose attributes it uses: runs in every process of the engine, beside the model."""
+
+    model_runner: Any
+    model_config: Any
+    vllm_config: Any
+    device: Any
+    _weight_reader: WeightReader | None = None
+    _weight_lease: Lease | None = None
+    _mask_reader: MaskReader | None = None
+
+    def start_mask(self, mask: MaskStart) -> None:
+        """Load the mask policy, and give it to the processor of logits that vLLM made."""
+        from rlhf_dist.rollout.vllm_engine import mask_processor
+
+        dtype = str(self.model_config.dtype).removeprefix("torch.")
+        model = load_model(mask.source, dtype, "sdpa").to(self.device)
+        self._mask_reader = MaskReader(model, mask.lag, mask.version)
+        (processor,) = (p for p in self.model_runner.input_batch.logitsprocs.all if isinstance(p, mask_processor()))
+        processor.reader = self._mask_reader
+
+    def hash_weights(self, announcement: Announcement) -> Hashed:
+        """Hash all buckets of a version and keep it locked; nothing of the model is touched."""
+        if self._weight_reader is None:
+            self._weight_reader = WeightReader()
+        try:
+            self._weight_lease = self._weight_reader.take(announcement)
+        except WeightSyncError as error:
+            return Hashed((), str(error))
+        return Hashed(self._weight_lease.hashes, "")
+
+    def load_hashed_weights(self) -> Loaded:
+        """Load the version that is locked into the model."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        lease, model = self._weight_lease, self.model_runner.model
+        assert lease is not None, "hash_weights comes first"
+        tensors, wanted = lease.tensors(), parameter_names(model)
+        with set_current_vllm_config(self.vllm_config), ReadTally(tensors) as tally:
+            # On a CPU linear layers are packed into another form and the originals freed: they are loaded anew.
+            initialize_layerwise_reload(model)
+            reported = model.load_weights(iter(tensors))
+            partial = partly_loaded(model)
+            finalize_layerwise_reload(model, self.model_config)
+            repack_tied_heads(model)
+        # A few models report nothing: then their layers' own counts and the tally are all there is.
+        unfilled = partial if reported is None else [*(wanted - set(reported)), *partial]
+        return Loaded(tally.counts(), tuple(unfilled))
+
+    def follow_mask(self, announcement: Announcement) -> str:
+        """Move the mask policy along with the model, where it is time for that; returns why it could not, if so."""
+        if self._mask_reader is None:
+            return ""
+        try:
+            self._mask_reader.follow(announcement.version, self._published(announcement))
+        except WeightSyncError as error:
+            return str(error)
+        return ""
+
+    def _published(self, announcement: Announcement) -> Iterator[tuple[str, Any]]:
+        assert self._weight_reader is not None, "the model comes first"
+        lease = self._weight_reader.take(announcement)
+        try:
+            yield from lease.tensors()
+        finally:
+            lease.close()
+
+    def release_weights(self) -> None:
+        """Let the learner write over what was locked."""
+        if self._weight_lease is not None:
+            self._weight_lease.close()
+            self._weight_lease = None
+
+
+def parameter_names(model: Any) -> set[str]:
+    """vLLM's names of a model's parameters; of those that share their memory, the first."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        # Packed layers have an empty tensor in the place of theirs.
+        names.setdefault(parameter.data_ptr() or id(parameter), name)
+    return set(names.values())
+
+
+def partly_loaded(model: Any) -> list[str]:
+    """Linear layers, fused ones included, of which vLLM has counted some elements and not all, while it loads."""
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, LinearBase):  # others, such as embeddings, may be padded
+            info = get_layerwise_info(module)
+            if info.can_load() and 0 < info.load_numel < (info.load_numel_total or 0):
+                found.append(name)
+    return found
+
+
+def repack_tied_heads(model: Any) -> None:
+    """Pack anew the heads that share the embedding's weights.
+
+    Such a head is sent no weights of its own, so a reload leaves its packed form (which a CPU computes with) as it was.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    tables: list[Any] = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    heads: list[Any] = [module for module in tables if isinstance(module, ParallelLMHead)]
+    shared = {module.weight.data_ptr() for module in tables if module not in heads}
+    for head in heads:
+        if head.weight.data_ptr() in shared:
+            head.quant_method.process_weights_after_loading(head)

@@ -1,0 +1,135 @@
+"""The state machine of what an engine holds, over a stand-in engine of one or two processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from rlhf_dist.errors import EngineBroken, WeightSyncError
+from rlhf_dist.rollout.weight_receiver import UNPUBLISHED, EngineWeights, Hashed, Loaded
+from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.receipts import Announcement, receipt_problem
+
+PLAN = make_plan([("norm", (4,), "float32"), ("qkv", (6, 2), "float32")], 1)
+ANNOUNCEMENT = Announcement(1, "unused", 0, PLAN, ("hash 0", "hash 1"))
+WHOLE = Loaded({"norm": 4, "qkv": 12}, ())
+
+
+@dataclass
+class Engine:
+    """Answers as its processes would."""
+
+    loaded: tuple[Loaded, ...] = (WHOLE,)
+    refusal: str = ""
+    mask_refusal: str = ""
+    error: Exception | None = None
+    forgets: bool = True
+    asked: list[str] = field(default_factory=list)
+
+    def collective_rpc(self, method: str, args: Any = ()) -> list[Any]:
+        self.asked.append(method)
+        if method == "hash_weights":
+            return [Hashed(args[0].hashes, "") for _ in self.loaded[1:]] + [Hashed(args[0].hashes, self.refusal)]
+        if method == "load_hashed_weights":
+            if self.error is not None:
+                raise self.error
+            return list(self.loaded)
+        return [self.mask_refusal if method == "follow_mask" else ""]
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        self.asked.append("forget, running ones too" if reset_running_requests else "forget")
+        return self.forgets
+
+    def set_weight_version(self, version: str) -> None:
+        self.asked.append(f"version {version}")
+
+
+def test_a_load_hashes_loads_forgets_and_takes_the_version() -> None:
+    engine = Engine()
+    weights = EngineWeights("w", engine)
+    assert weights.version == UNPUBLISHED and engine.asked == ["version -1"]
+    assert receipt_problem(ANNOUNCEMENT, weights.load(ANNOUNCEMENT)) is None
+    assert engine.asked[1:] == [
+        "hash_weights",
+        "load_hashed_weights",
+        "release_weights",
+        "forget, running ones too",
+        "follow_mask",
+        "version 1",
+    ]
+    assert weights.version == 1
+
+
+def test_weights_that_are_held_get_a_number_and_the_mask_its_turn() -> None:
+    engine = Engine()
+    weights = EngineWeights("w", engine)
+    first = weights.load(ANNOUNCEMENT)
+    engine.asked.clear()
+    assert weights.load(replace(ANNOUNCEMENT, version=2, offset=4096)) == replace(first, version=2)
+    assert engine.asked == ["follow_mask", "version 2"] and weights.version == 2
+    other = make_plan([("norm", (4,), "float32"), ("qkv", (2, 6), "float32")], 1)
+    weights.load(replace(ANNOUNCEMENT, version=3, plan=other))
+    assert "hash_weights" in engine.asked, "the same bytes under another layout are other weights"
+
+
+def test_a_refusal_in_one_of_the_processes_stops_all_and_changes_nothing() -> None:
+    engine = Engine(loaded=(WHOLE, WHOLE), refusal="version 1: bucket 0 arrived as x")
+    weights = EngineWeights("w", engine)
+    with pytest.raises(WeightSyncError, match="bucket 0 arrived as x") as caught:
+        weights.load(ANNOUNCEMENT)
+    assert not isinstance(caught.value, EngineBroken)
+    assert engine.asked[1:] == ["hash_weights", "release_weights"] and weights.version == UNPUBLISHED
+    engine.refusal = ""
+    assert receipt_problem(ANNOUNCEMENT, weights.load(ANNOUNCEMENT)) is None
+
+
+def test_a_mask_that_is_missing_is_refused_and_the_weights_are_whole() -> None:
+    engine = Engine(mask_refusal="version 1 goes with the mask of version 0, which did not arrive")
+    weights = EngineWeights("w", engine)
+    with pytest.raises(WeightSyncError, match="which did not arrive"):
+        weights.load(ANNOUNCEMENT)
+    weights.require_clean()
+    engine.mask_refusal = ""
+    assert weights.load(replace(ANNOUNCEMENT, version=20)).version == 20
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (Engine(error=RuntimeError("half")), r"the load of version 1 failed \(RuntimeError: half\)"),
+        (Engine(forgets=False), "the load of version 1 is done, but vLLM kept the keys and values of the old weights"),
+    ],
+)
+def test_what_goes_wrong_later_breaks_the_engine(engine: Engine, message: str) -> None:
+    weights = EngineWeights("w", engine)
+    with pytest.raises(EngineBroken, match=message):
+        weights.load(ANNOUNCEMENT)
+    assert "release_weights" in engine.asked, "the learner may use the buffer again"
+    with pytest.raises(EngineBroken):
+        weights.require_clean()
+    with pytest.raises(EngineBroken, match="is not to be used any more"):
+        weights.load(replace(ANNOUNCEMENT, version=2))
+
+
+@pytest.mark.parametrize(
+    ("loaded", "problem"),
+    [
+        # Two processes: each has its half of a sharded tensor, and a copy of one that is not cut.
+        ((Loaded({"norm": 4, "qkv": 6}, ()), Loaded({"norm": 4, "qkv": 6}, ())), None),
+        ((Loaded({"norm": 4, "qkv": 6}, ()), Loaded({"norm": 4, "qkv": 2}, ())), "8 of 12 elements of qkv"),
+        (
+            (WHOLE, Loaded({"norm": 0, "qkv": 6}, ("norm.weight",))),
+            "1 parameters as not loaded whole, first norm.weight",
+        ),
+    ],
+)
+def test_shards_of_all_processes_are_added_up(loaded: tuple[Loaded, ...], problem: str | None) -> None:
+    weights = EngineWeights("w", Engine(loaded=loaded))
+    found = receipt_problem(ANNOUNCEMENT, weights.load(ANNOUNCEMENT))
+    assert (found is None) == (problem is None)
+    if problem is not None:
+        assert found is not None and problem in found.text and found.broken
+        with pytest.raises(EngineBroken):
+            weights.require_clean()
