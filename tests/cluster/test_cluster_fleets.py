@@ -241,8 +241,8 @@ def test_a_stopped_worker_is_waited_for_once_and_then_given_up(stoppable: Push) 
 def test_workers_that_may_hold_all_of_the_memory_leave_room_for_the_next_version(
     stoppable: Push, workers: dict[str, Any]
 ) -> None:
-    """One sleeps in version 1, whose buffer is the first, the other stops in version 2, in the second."""
-    fleet = RolloutFleet(stoppable.workers | {"three": start("three")}, timeout_s=30, sync_timeout_s=0.6)
+    """One is stopped in version 1, which is in the first buffer, the other sleeps in version 2, in the second."""
+    fleet = RolloutFleet(stoppable.workers | {"two": workers["two"]}, timeout_s=30, sync_timeout_s=0.6)
     assert fleet.load_weights(replace(ANNOUNCEMENT, version=0)) == [] and fleet.make_room() == []
     os.kill(stoppable.pid, signal.SIGSTOP)
     assert len(fleet.load_weights(replace(ANNOUNCEMENT, version=1, offset=0))) == 1
