@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,23 +71,24 @@ def generate(work: Work) -> None:
         disable_log_stats=True,
         enable_chunked_prefill=False,  # a request with a seed fails on a CPU where its prefill is cut
     )
-    # No text and nothing but the sampled token's logprob: what GRPO needs of a rollout.
-    params = SamplingParams(
-        temperature=work.temperature,
-        max_tokens=work.max_response_tokens,
-        logprobs=0,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+
+    def params(seed: int) -> SamplingParams:
+        """No text and nothing but the sampled token's logprob: what GRPO needs of a rollout."""
+        return SamplingParams(
+            temperature=work.temperature,
+            max_tokens=work.max_response_tokens,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            seed=seed,
+        )
+
     steps = []
     for prompts, seeds in zip(work.prompts, work.seeds, strict=True):
         begun = time.perf_counter()
         asked = [(prompt, seed) for prompt, those in zip(prompts, seeds, strict=True) for seed in those]
-        each = []
-        for _, seed in asked:
-            each.append(copy(params))
-            each[-1].seed = seed
+        each = [params(seed) for _, seed in asked]
         outputs = engine.generate([{"prompt_token_ids": prompt} for prompt, _ in asked], each, use_tqdm=False)
         seconds = time.perf_counter() - begun
         rows = [[len(p), *p, *o.outputs[0].token_ids] for (p, _), o in zip(asked, outputs, strict=True)]

@@ -1,4 +1,4 @@
-"""The vLLM engine of one rollout worker; the only importer of vllm.
+"""The vLLM engine of one rollout worker; with `weight_receiver.py` the only importer of vllm.
 
 The engine's core runs in this process (no EngineCore process), so that weights can be changed between two decoding
 steps and every call is a plain Python call. vllm is imported inside `VllmEngine`, after its environment is set.

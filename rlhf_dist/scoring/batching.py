@@ -55,7 +55,7 @@ class TokenBatcher(Generic[Item, Result]):
             return waiting.answer.result(timeout_s)
         except FutureTimeout:
             if waiting.answer.done():  # `run` itself raised a TimeoutError, or the answer came this very moment
-                return waiting.answer.result()
+                return waiting.answer.result(0)
             begun = not waiting.answer.cancel()
             raise ActorTimeout(
                 f"{self._name} did not answer within {timeout_s:g} s: {tokens} tokens "

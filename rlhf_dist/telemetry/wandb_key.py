@@ -50,7 +50,9 @@ def has_wandb_key() -> bool:
         found = wbauth.authenticate_session(host=server, source="rlhf-dist", prompt=False, update_session=False)
     except AuthenticationError as error:
         raise ConfigError(f"{error} {WAY_OUT.capitalize()}") from None
-    except RuntimeError:  # pathlib's, of a `~` without a home: a user of a container may have none, and then no key
+    except RuntimeError as error:  # pathlib's: a user of a container may have no home, and then no key
+        if "home directory" not in str(error):
+            raise
         return False
     except ValueError as error:
         raise ConfigError(
