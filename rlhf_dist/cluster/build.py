@@ -40,7 +40,7 @@ from rlhf_dist.config.rewards import reward_lines, solved_by
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream, held_out
 from rlhf_dist.errors import RunError
-from rlhf_dist.loop import supervised, train as training
+from rlhf_dist.loop import train as training
 from rlhf_dist.loop.evaluate import evaluate as run_evaluation
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.queue import ExperienceQueue
@@ -118,35 +118,6 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
         if not sound:
             why = gone or f"{run.ledger}: {proof.text()}"
             raise RunError(f"{why}. The run ended, but its ledger does not add up")
-
-
-def sft(config: Config, resume: bool, resume_from: int | None = None) -> None:
-    """A supervised run; a resume of one that is at its end says so and does nothing. `resume_from`: as in `train`."""
-    start = find_start(config, "sft", resume, resume_from, supervised.read_state)
-    if nothing_left(config, "sft.steps", config.sft.steps, start):
-        return
-    warnings = check_before_start(config, "sft", start.resume)
-    started = time.monotonic()
-    with opened(config, "sft", start) as (run, telemetry, progress):
-        for text in warnings:
-            telemetry.warn(text)
-        folder = start.folder
-        source = model_source(config, folder, "sft")
-        progress.stage("starting Ray")
-        with ray_session(config.cluster, run.logs / "ray", progress.note) as machine, ExitStack() as stack:
-            placement = place(config, machine, "sft")
-            progress.stage(f"starting {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
-            group = stack.enter_context(
-                reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s)
-            )
-            ranks = start_ranks(config, placement, source, run.logs, group, hosts.SupervisedHost, stack)
-            join_ranks(config, ranks, folder)
-            learner = hosts.SupervisedGroup(ranks, timeout_s=config.learner.timeout_s)
-            before, after = supervised.fine_tune(
-                learner, config.sft, start.state, directory=run, telemetry=telemetry, progress=progress
-            )
-        summary = {"command": "sft", SUMMARY_STEP: config.sft.steps, "before": before, "after": after}
-        finish(run, progress, before, after, summary, time.monotonic() - started, [])
 
 
 def evaluate(config: Config) -> None:

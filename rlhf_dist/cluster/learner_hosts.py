@@ -1,4 +1,4 @@
-"""The processes of the learner's side: policy, critic and supervised ranks."""
+"""The processes of the learner's side: policy and critic ranks, and what every rank can do."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 
 from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
 from rlhf_dist.algo.recipes import ALGORITHMS
-from rlhf_dist.cluster.groups import LearnerGroup
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.config.schema import AlgoConfig, OptimizerConfig
 from rlhf_dist.learner.critic_files import CRITIC_FOLDER
-from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Group
 
 LOOPBACK = "127.0.0.1"
@@ -252,49 +250,3 @@ def make_ptx(spec: ActorSpec) -> Any:
         micro_batch_tokens=config.learner.micro_batch_tokens,
         shuffle=config.data.shuffle,
     )
-
-
-class SupervisedHost(LearnerHost):
-    """A rank of supervised training."""
-
-    def train_step(self, step: int) -> Any:
-        """See `SupervisedLearner.train_step`."""
-        return self._learner.train_step(step)
-
-    def evaluate(self) -> Any:
-        """See `SupervisedLearner.evaluate`."""
-        return self._learner.evaluate()
-
-    def _optimizer(self) -> OptimizerConfig:
-        return self._spec.config.sft.optimizer
-
-    def _make_learner(self) -> Any:
-        from rlhf_dist.data.demonstrations import demonstrations, held_out_demonstrations
-        from rlhf_dist.learner.supervised import SupervisedLearner
-        from rlhf_dist.models.hf import load_tokenizer
-
-        config = self._spec.config
-        return SupervisedLearner(
-            self._engine,
-            config.sft,
-            demonstrations(config.data, config.sft, config.seed, config.eval.prompts),
-            held_out_demonstrations(config.data, config.sft, config.eval.prompts),
-            load_tokenizer(Path(self._spec.source)),
-            chat=config.data.chat,
-            seed=config.seed,
-            ranks=config.learner.ranks,
-            micro_batch_tokens=config.learner.micro_batch_tokens,
-            shuffle=config.data.shuffle,
-        )
-
-
-class SupervisedGroup(LearnerGroup):
-    """All ranks of supervised training."""
-
-    def train_step(self, step: int) -> MetricSums:
-        """Optimizer step `step` on every rank."""
-        return MetricSums.merge(self.call("train_step", step).values())
-
-    def evaluate(self) -> MetricSums:
-        """Held-out loss over all ranks."""
-        return MetricSums.merge(self.call("evaluate").values())

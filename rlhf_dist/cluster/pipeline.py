@@ -17,6 +17,7 @@ from rlhf_dist.cluster.placement import local_machine, place
 from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import check_run_models, longest, model_path, model_source, preflight_rewards
+from rlhf_dist.cluster.supervised import sft
 from rlhf_dist.config.pipeline_checks import Stage, StageCommand, named
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import DataError, ResourceError
@@ -124,7 +125,7 @@ def runner(command: StageCommand) -> Callable[[Config, bool], None]:
         from rlhf_dist.cluster.reward import reward
 
         return reward
-    return {"sft": build.sft, "train": build.train}[command]
+    return {"sft": sft, "train": build.train}[command]
 
 
 def result_of(stage: Stage, finished: stages_on_disk.Finished) -> StageResult:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.cluster.build import join_ranks, start_ranks
-from rlhf_dist.cluster.groups import LearnerGroup
-from rlhf_dist.cluster.learner_hosts import LearnerHost
 from rlhf_dist.cluster.open_run import finish, opened
-from rlhf_dist.cluster.placement import bundles, place
 from rlhf_dist.cluster.preflight import check_before_start
 from rlhf_dist.cluster.resume import Start, find_start
-from rlhf_dist.cluster.session import ray_session, reserve
-from rlhf_dist.cluster.sources import attention, longest, model_source
+from rlhf_dist.cluster.sources import attention, longest
+from rlhf_dist.cluster.trainer_ranks import TrainerGroup, TrainerHost, started
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.describe import best_accuracy
 from rlhf_dist.data.judgement_rows import Comparison
@@ -23,8 +18,7 @@ from rlhf_dist.data.judgements import Judgements, held_out_judgements, judgement
 from rlhf_dist.data.records import LISTED, together
 from rlhf_dist.data.token_checks import told_apart
 from rlhf_dist.learner.model_engine import checkpoint_files
-from rlhf_dist.learner.preference import HeldOutScores
-from rlhf_dist.loop.reward import Outcome, RewardRun, RewardState, read_state
+from rlhf_dist.loop.reward import Outcome, RewardRun
 from rlhf_dist.loop.reward_report import (
     ACCURACY_HIGH,
     ACCURACY_LOW,
@@ -38,25 +32,17 @@ from rlhf_dist.loop.reward_report import (
     scale_of,
 )
 from rlhf_dist.loop.run_end import read_summary
+from rlhf_dist.loop.trainer import TrainerState, read_state
 from rlhf_dist.models.scalar import ScoreScale
 from rlhf_dist.telemetry import names
-from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.report import read_metrics
 
 PICTURE = "reward.png"
 METRIC_PREFIX = "reward_model/"
 
 
-class RewardHost(LearnerHost):
+class RewardHost(TrainerHost):
     """A rank of a reward model's training."""
-
-    def train_step(self, step: int) -> Any:
-        """See `PreferenceLearner.train_step`."""
-        return self._learner.train_step(step)
-
-    def evaluate(self) -> Any:
-        """See `PreferenceLearner.evaluate`."""
-        return self._learner.evaluate()
 
     def save_scaled(self, folder: Path, scale: ScoreScale) -> None:
         """See `ScalarEngine.save`."""
@@ -98,16 +84,8 @@ class RewardHost(LearnerHost):
         )
 
 
-class RewardGroup(LearnerGroup):
+class RewardGroup(TrainerGroup):
     """All ranks of a reward model's training."""
-
-    def train_step(self, step: int) -> MetricSums:
-        """Optimizer step `step` on every rank."""
-        return MetricSums.merge(self.call("train_step", step).values())
-
-    def evaluate(self) -> HeldOutScores:
-        """Held-out scores of all ranks' shares."""
-        return HeldOutScores.merge(self.call("evaluate").values())
 
     def save_scaled(self, folder: Path, scale: ScoreScale) -> None:
         """Checkpoint with the scores' normalisation."""
@@ -122,23 +100,13 @@ def reward(config: Config, resume: bool, resume_from: int | None = None) -> None
     warnings = check_before_start(config, "reward", start.resume)
     train, held_out = load_judgements(config, check_start(config))
     best = best_accuracy([j for j in held_out if isinstance(j, Comparison)]) if from_task(config) else None
-    started = time.monotonic()
+    begun = time.monotonic()
     with opened(config, "reward", start) as (run, telemetry, progress):
         for text in warnings:
             telemetry.warn(text)
-        folder = start.folder
-        source = model_source(config, folder, "reward")
         if train.dropped or held_out.dropped:
             telemetry.warn(dropped_text(train, held_out))
-        progress.stage("starting Ray")
-        with ray_session(config.cluster, run.logs / "ray", progress.note) as machine, ExitStack() as stack:
-            placement = place(config, machine, "reward")
-            progress.stage(f"starting {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
-            group = stack.enter_context(
-                reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s)
-            )
-            ranks = start_ranks(config, placement, source, run.logs, group, RewardHost, stack)
-            join_ranks(config, ranks, folder)
+        with started(RewardHost, config, "reward", start.folder, run.logs, progress) as ranks:
             outcome = RewardRun(
                 RewardGroup(ranks, timeout_s=config.learner.timeout_s),
                 config.reward,
@@ -151,10 +119,10 @@ def reward(config: Config, resume: bool, resume_from: int | None = None) -> None
         draw(outcome.held_out, read_metrics(run.metrics), best, run.path / PICTURE)
         summary = summary_of(outcome, best)
         lines = [*result_lines(outcome, best, config.reward.steps), f"picture: {run.path / PICTURE}"]
-        finish(run, progress, summary["before"], summary["after"], summary, time.monotonic() - started, lines)
+        finish(run, progress, summary["before"], summary["after"], summary, time.monotonic() - begun, lines)
 
 
-def at_its_end(config: Config, start: Start[RewardState]) -> bool:
+def at_its_end(config: Config, start: Start[TrainerState]) -> bool:
     """Whether a resume has nothing left to do; says so."""
     run = Path(config.output) / config.name
     if start.state is None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_dist.cluster import build
+from rlhf_dist.cluster import build, trainer_ranks
 from rlhf_dist.cluster.placement import Machine
 from rlhf_dist.cluster.resume import Start, find_start, nothing_left
+from rlhf_dist.cluster.supervised import sft
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.schema import (
     Config,
@@ -30,7 +31,7 @@ from rlhf_dist.config.schema import (
 )
 from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import ConfigError, DataError, RunError
-from rlhf_dist.loop import supervised
+from rlhf_dist.loop import trainer
 from rlhf_dist.loop.evaluate import Evaluation
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.run_directory import open_run_directory
@@ -38,6 +39,7 @@ from rlhf_dist.loop.train_state import read_state
 from rlhf_dist.models.tiny import make_tiny
 
 TINY = TinyConfig(hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1, max_positions=64)
+RUNS = {"sft": sft, "train": build.train}
 STATE = {"step": 3, "before": {}, "results": {}}
 
 
@@ -54,7 +56,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
         raise StartedError
         yield Machine(2, 0)
 
-    monkeypatch.setattr(build, "ray_session", session)
+    for module in (build, trainer_ranks):
+        monkeypatch.setattr(module, "ray_session", session)
     made = Config(
         name="run",
         output=str(tmp_path),
@@ -107,7 +110,7 @@ def test_a_run_at_its_end_says_so_and_writes_nothing(
 ) -> None:
     path = at_step_3(config, command, {"command": command, "step": 3})
     before = contents(path)
-    getattr(build, command)(config, resume=True)
+    RUNS[command](config, resume=True)
     onward = {"train": "raise loop.steps to go on", "sft": f"go on in a new run with name=... model.path={path}"}
     assert capsys.readouterr().out == f"run is already at step 3 of 3; {onward[command]}\n"
     assert contents(path) == before
@@ -122,7 +125,7 @@ def test_a_run_cut_before_its_summary_or_with_an_older_one_goes_on(
         if summary is not None:
             (path / "summary.json").write_text(json.dumps(summary))
         with pytest.raises(StartedError):
-            getattr(build, command)(config, resume=True)
+            RUNS[command](config, resume=True)
         captured = capsys.readouterr()
         assert captured.out == "" and "resumed from step 3\n" in captured.err
         assert "  starting Ray: stopped after " in captured.err
@@ -134,7 +137,7 @@ def test_a_target_below_the_checkpoint_is_refused(config: Config, command: str, 
     before = contents(path)
     less = replace(config, loop=replace(config.loop, steps=2), sft=replace(config.sft, steps=2))
     with pytest.raises(ConfigError, match=rf"{key} is 2, but .*step-3 is at step 3 already; give at least 3"):
-        getattr(build, command)(less, resume=True)
+        RUNS[command](less, resume=True)
     assert contents(path) == before
 
 
@@ -143,7 +146,7 @@ def test_more_steps_go_on_and_a_run_that_is_not_there_is_left_to_the_run_directo
         find_start(config, "train", True, None, read_state)
     assert find_start(config, "train", False, None, read_state) == Start()
     at_step_3(config, "sft", {"step": 3})
-    assert not nothing_left(config, "sft.steps", 4, find_start(config, "sft", True, None, supervised.read_state))
+    assert not nothing_left(config, "sft.steps", 4, find_start(config, "sft", True, None, trainer.read_state))
 
 
 def test_a_state_of_another_command_is_told_with_what_to_do(config: Config) -> None:
@@ -154,7 +157,7 @@ def test_a_state_of_another_command_is_told_with_what_to_do(config: Config) -> N
     with pytest.raises(
         DataError, match=r"state\.json: .* `before` is \[\].*; restore it from a backup, or start a new"
     ):
-        find_start(config, "sft", True, 3, supervised.read_state)
+        find_start(config, "sft", True, 3, trainer.read_state)
 
 
 @COMMANDS
@@ -167,7 +170,7 @@ def test_a_flipped_byte_is_told_before_anything_starts(
     state.write_bytes(state.read_bytes().replace(b'"before": {}', b'"before": []'))
     before = contents(path)
     with pytest.raises(DataError, match=r"state\.json: was changed after it was written"):
-        getattr(build, command)(config, resume=True)
+        RUNS[command](config, resume=True)
     assert contents(path) == before and capsys.readouterr() == ("", "")
 
 
@@ -181,7 +184,7 @@ def test_a_resume_from_an_earlier_step_sets_the_later_ones_aside(
     run.wandb_id.write_text("../../elsewhere")
     run.close()
     with pytest.raises(StartedError):
-        build.sft(config, resume=True, resume_from=1)
+        sft(config, resume=True, resume_from=1)
     said = capsys.readouterr().err
     assert "resumed from step 1\n" in said and "kept as step-2.set-aside; delete them" in said
     assert "wandb_id: '../../elsewhere' is not the id of a wandb run; a new wandb run is begun" in said
@@ -193,7 +196,7 @@ def test_a_resume_before_the_first_checkpoint_says_that_it_begins_again(
 ) -> None:
     open_run_directory(config.output, config.name, to_yaml(config), resume=False).close()
     with pytest.raises(StartedError):
-        build.sft(config, resume=True)
+        sft(config, resume=True)
     assert "no checkpoint yet: beginning again from step 0\n" in capsys.readouterr().err
 
 
@@ -206,7 +209,7 @@ def test_a_bad_demonstration_is_refused_before_a_run_directory_is_made(config: C
     else:
         config = replace(config, ptx=PtxConfig(coef=0.1, source="jsonl", path=str(bad)))
     with pytest.raises(DataError, match=r"bad\.jsonl:2: lacks 'response'.*data\.response_key"):
-        getattr(build, command)(config, resume=False)
+        RUNS[command](config, resume=False)
     assert not (Path(config.output) / "run").exists()
 
 
@@ -229,7 +232,8 @@ def test_the_logs_of_an_evaluation_go_unless_it_fails(
         return build.Parts(None, None, None, None, None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(build, "ray_session", session)
+    for module in (build, trainer_ranks):
+        monkeypatch.setattr(module, "ray_session", session)
     monkeypatch.setattr(build, "start_fleets", start)
     monkeypatch.setattr(build, "run_evaluation", lambda *_, **__: Evaluation({"eval/pass_at_4": 0.5}, (), ()))
     if fails:

@@ -12,10 +12,11 @@ import pytest
 from conftest import Workplace, make_workplace
 
 from rlhf_dist.cli.main import main
-from rlhf_dist.cluster import build, preflight
+from rlhf_dist.cluster import build, preflight, trainer_ranks
 from rlhf_dist.cluster.placement import Command
 from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.sources import model_source
+from rlhf_dist.cluster.supervised import sft
 from rlhf_dist.config.load import load
 from rlhf_dist.errors import DataError, ModelError
 
@@ -101,8 +102,9 @@ def test_warnings_of_the_look_are_in_the_events_and_a_resume_looks_at_no_text(
     monkeypatch.setattr(preflight, "check_texts", lambda *_: ["one of a kind"])
     assert preflight.check_before_start(config, "sft") == ["one of a kind"]
     assert preflight.check_before_start(replace(config, name="other"), "sft", resume=True) == []
-    monkeypatch.setattr(build, "ray_session", no_ray)
-    for name, command in (("sft", build.sft), ("train", build.train)):
+    for module in (build, trainer_ranks):
+        monkeypatch.setattr(module, "ray_session", no_ray)
+    for name, command in (("sft", sft), ("train", build.train)):
         with pytest.raises(Opened):
             command(replace(config, name=name), resume=False)
         assert "one of a kind" in (place.output / name / "events.jsonl").read_text()

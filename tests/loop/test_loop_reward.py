@@ -17,10 +17,11 @@ from rlhf_dist.config.schema import RewardConfig, TelemetryConfig
 from rlhf_dist.errors import DataError, DiskError, RunError
 from rlhf_dist.learner.model_engine import checkpoint_files
 from rlhf_dist.learner.preference import HeldOutScores
-from rlhf_dist.loop import reward as reward_loop
-from rlhf_dist.loop.reward import Outcome, RewardRun, RewardState, read_state
+from rlhf_dist.loop import trainer as trainer_loop
+from rlhf_dist.loop.reward import Outcome, RewardRun
 from rlhf_dist.loop.reward_report import calibration_bins, correlation, draw, held_out_results, predictions, scale_of
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
+from rlhf_dist.loop.trainer import TrainerState, read_state
 from rlhf_dist.models.scalar import ScoreScale
 from rlhf_dist.telemetry.display import PlainProgress, Progress
 from rlhf_dist.telemetry.metrics import MetricSums
@@ -79,7 +80,7 @@ def run(
     path: Path,
     trainer: FakeTrainer,
     config: RewardConfig = CONFIG,
-    state: RewardState | None = None,
+    state: TrainerState | None = None,
     again: bool = False,
     progress: Progress | None = None,
 ) -> tuple[RunDirectory, Outcome]:
@@ -133,7 +134,7 @@ def test_only_the_best_is_kept_with_its_own_scale_and_the_run_stops_early(tmp_pa
     assert outcome.after["reward_model/held_out_loss"] == outcome.held_out.loss / 2 == 0.5
     folder = directory.latest_checkpoint()
     assert folder is not None and folder.name == "step-2"
-    assert read_state(folder) == RewardState(2, outcome.before, outcome.after)
+    assert read_state(folder) == TrainerState(2, outcome.before, outcome.after)
     assert [line["step"] for line in lines(directory.metrics)] == [0, 1, 2, 3, 4]
     (event,) = [line for line in lines(directory.events) if line["kind"] == "early_stop"]
     assert "stopped after step 4 of 6" in event["message"] and "0.5000 of step 2" in event["message"]
@@ -172,7 +173,7 @@ def test_each_scoring_of_the_held_out_judgements_has_its_own_line(tmp_path: Path
 
 
 def test_slow_steps_are_shown_between_the_logged_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_loop, "SIGN_S", 0.0)
+    monkeypatch.setattr(trainer_loop, "SIGN_S", 0.0)
     steps = [line.split("  ")[0] for line in shown(tmp_path) if line.startswith("step ")]
     assert steps == ["step 1/3", "step 2/3", "step 3/3"]
 

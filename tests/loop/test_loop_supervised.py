@@ -10,7 +10,8 @@ from stand_ins import Quiet, lines, write_checkpoint
 from rlhf_dist.config.schema import SftConfig, TelemetryConfig
 from rlhf_dist.errors import DiskError
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
-from rlhf_dist.loop.supervised import SupervisedState, fine_tune, read_state
+from rlhf_dist.loop.supervised import fine_tune
+from rlhf_dist.loop.trainer import TrainerState, read_state
 from rlhf_dist.models.checkpoints import read_sealed
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.sinks import open_telemetry
@@ -44,7 +45,7 @@ class FakeLearner:
 
 
 def run(
-    path: Path, learner: FakeLearner, state: SupervisedState | None = None, again: bool = False
+    path: Path, learner: FakeLearner, state: TrainerState | None = None, again: bool = False
 ) -> tuple[RunDirectory, tuple[dict[str, float], dict[str, float]]]:
     directory = open_run_directory(str(path), "run", "name: run\n", again)
     telemetry, _ = open_telemetry(TelemetryConfig(wandb="off"), directory.path, "run", {}, None, lambda message: None)
@@ -64,7 +65,7 @@ def test_one_line_a_step_and_a_state_of_three(tmp_path: Path) -> None:
     folder = directory.latest_checkpoint()
     assert folder is not None
     assert read_sealed(folder).state == {"step": 4, "before": before, "results": after}
-    assert read_state(folder) == SupervisedState(4, {"sft/held_out_loss": 10.0}, {"sft/held_out_loss": 6.0})
+    assert read_state(folder) == TrainerState(4, {"sft/held_out_loss": 10.0}, {"sft/held_out_loss": 6.0})
 
 
 def test_a_run_cut_before_its_first_checkpoint_begins_again_in_the_same_directory(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_a_run_cut_before_its_first_checkpoint_begins_again_in_the_same_director
 
 def test_a_resume_keeps_what_was_measured_before(tmp_path: Path) -> None:
     run(tmp_path, FakeLearner())
-    state = SupervisedState(2, {"sft/held_out_loss": 10.0}, {"sft/held_out_loss": 8.0})
+    state = TrainerState(2, {"sft/held_out_loss": 10.0}, {"sft/held_out_loss": 8.0})
     directory, (before, after) = run(tmp_path, FakeLearner(done=2), state, again=True)
     assert (before, after) == ({"sft/held_out_loss": 10.0}, {"sft/held_out_loss": 6.0})
     assert [line["step"] for line in lines(directory.metrics)] == [0, 1, 2, 3, 4]

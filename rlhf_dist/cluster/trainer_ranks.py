@@ -1,0 +1,66 @@
+"""The ranks of a training that needs no rollouts, `sft` or `reward`: what each can be asked for, and how they start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_dist.cluster.build import join_ranks, start_ranks
+from rlhf_dist.cluster.groups import LearnerGroup
+from rlhf_dist.cluster.learner_hosts import LearnerHost
+from rlhf_dist.cluster.placement import bundles, place
+from rlhf_dist.cluster.session import ray_session, reserve
+from rlhf_dist.cluster.sources import model_source
+from rlhf_dist.config.schema import Config
+from rlhf_dist.telemetry.display import Progress
+from rlhf_dist.telemetry.metrics import MetricSums
+
+
+class TrainerHost(LearnerHost):
+    """One rank's process."""
+
+    def train_step(self, step: int) -> Any:
+        """See the learner's own."""
+        return self._learner.train_step(step)
+
+    def evaluate(self) -> Any:
+        """See the learner's own."""
+        return self._learner.evaluate()
+
+
+class TrainerGroup(LearnerGroup):
+    """All ranks."""
+
+    def train_step(self, step: int) -> MetricSums:
+        """Optimizer step `step` on every rank."""
+        return MetricSums.merge(self.call("train_step", step).values())
+
+    def evaluate(self) -> Any:
+        """What the ranks found on their shares of the held-out rows, merged as its kind is."""
+        found = list(self.call("evaluate").values())
+        return type(found[0]).merge(found)
+
+
+@contextmanager
+def started(
+    host: type[TrainerHost],
+    config: Config,
+    command: Literal["sft", "reward"],
+    folder: Path | None,
+    logs: Path,
+    progress: Progress,
+) -> Iterator[dict[str, Any]]:
+    """The ranks by name, for the time of the block: they have met, and loaded the checkpoint `folder`, if any."""
+    source = model_source(config, folder, command)
+    progress.stage("starting Ray")
+    with ray_session(config.cluster, logs / "ray", progress.note) as machine, ExitStack() as stack:
+        placement = place(config, machine, command)
+        progress.stage(f"starting {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
+        group = stack.enter_context(
+            reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s)
+        )
+        ranks = start_ranks(config, placement, source, logs, group, host, stack)
+        join_ranks(config, ranks, folder)
+        yield ranks
