@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rlhf_dist.algo.kl import KLKind
-from rlhf_dist.config.methods import METHODS
+from rlhf_dist.config.methods import METHODS, RatioTo
 
 Statistics = dict[str, Tensor]
 """Name -> per-token values [N], without gradient."""
@@ -70,6 +70,8 @@ class Algorithm:
     """Its row in `METHODS`, which says what it needs."""
     credit: GroupCredit | TokenCredit
     loss: Loss
+    ratio_to: RatioTo
+    """Whose logprobs the loss gets as the old ones: the learner's before the batch's first update, or the sampler's."""
     token_weights: Callable[[Tensor, int], Tensor]
     """(response lengths [B] of the whole optimizer step, longest response allowed) -> weights [B] float64.
     The step's loss is the sum over rows and their response tokens of weight x per-token loss. Because the weights are
@@ -84,7 +86,7 @@ class Algorithm:
     kl_estimator: KLKind | None
     """Estimator of the KL to the reference that the loss has beside it; None: none in the loss."""
     kl_stop: float
-    """Mean approximate KL per token to the policy before the batch's first update, after which its other updates are
+    """Mean approximate KL per token to the policy that the ratio is taken to, after which the batch's other updates are
     left out; 0: off."""
     entropy_share: float
     """Share of the tokens, those of the highest entropy, that have a policy loss; 1: all."""

@@ -53,8 +53,8 @@ def decoupled_ppo(config: AlgoConfig) -> Algorithm:
     """PPO with the distance of the sampler (behaviour) from the learner before its update (proximal) as a weight.
 
     Batch-size invariance (arXiv:2110.00641); AReaL (arXiv:2505.24298) uses it where rollouts are older than the
-    weights. All methods here take their ratio to the proximal logprobs; this one must have the weight,
-    `algo.correction`, too.
+    weights. The other methods take their ratio to either (`algo.ratio_to`); this one to the proximal logprobs, and it
+    must have the weight, `algo.correction`.
     """
     return make(config, critic_credit(config), clipped(config))
 
@@ -192,6 +192,7 @@ def make(config: AlgoConfig, credit: GroupCredit | TokenCredit, loss: Loss, aggr
         name=config.name,
         credit=credit,
         loss=loss,
+        ratio_to=config.ratio_to,
         token_weights=AGGREGATIONS[aggregation or config.aggregation],
         correction=correction(config.correction),
         # The share of entropies is of all tokens.

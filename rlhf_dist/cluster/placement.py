@@ -87,7 +87,7 @@ def cpu_quota(path: Path) -> int | None:
 
 
 def place(config: Config, machine: Machine, command: Command) -> Placement:
-    """Share `machine` out. Raises `ResourceError` where it has too few CPUs or GPUs for the config."""
+    """Share `machine` out. Raises `ResourceError` where it has too few for the config, or cannot share them."""
     device = _device(config, machine)
     workers = 0 if command in ("sft", "reward") else config.rollout.workers
     critics = config.learner.ranks if command == "train" and critic_apart(config) else 0
@@ -96,6 +96,7 @@ def place(config: Config, machine: Machine, command: Command) -> Placement:
     rollout_gpus, learner_gpus = 0, 0
     if device == "cuda":
         rollout_gpus, learner_gpus = config.rollout.tensor_parallel if workers else 0, 1 if ranks else 0
+        _check_turns(config.loop.max_policy_lag, shared)
         _check_gpus(machine, workers, rollout_gpus, ranks, shared)
     rollout_threads, learner_threads = _threads(config, machine, workers, ranks, shared)
     share = 0.5 if shared else 1.0
@@ -220,6 +221,15 @@ def _device(config: Config, machine: Machine) -> Literal["cpu", "cuda"]:
     if config.cluster.device == "cuda" and machine.gpus == 0:
         raise ResourceError("cluster.device is cuda, but there is no GPU here; set cluster.device to cpu or auto")
     return config.cluster.device
+
+
+def _check_turns(lag: int, shared: bool) -> None:
+    """On a GPU that both sides share, engines sleep while the learner works."""
+    if shared and lag > 0:
+        raise ResourceError(
+            f"loop.max_policy_lag is {lag} with cluster.colocate true on GPUs; rollout workers and learner take turns "
+            "there, so that neither can run ahead: set cluster.colocate to false, or loop.max_policy_lag to 0"
+        )
 
 
 def _check_gpus(machine: Machine, workers: int, parallel: int, ranks: int, shared: bool) -> None:

@@ -9,7 +9,7 @@ from typing import get_args
 
 from rlhf_dist.config import effects
 from rlhf_dist.config.keys import Problems, given, told
-from rlhf_dist.config.methods import METHODS, Baseline, Method, method_problems
+from rlhf_dist.config.methods import METHODS, Baseline, Method, RatioTo, method_problems
 from rlhf_dist.config.schema import AlgoConfig, Config
 
 PROBLEMS: Problems = {
@@ -27,13 +27,32 @@ PROBLEMS: Problems = {
     "algo.kl.estimator is k1 with algo.kl.place loss, where its gradient is 0 on average: only noise; choose k2, k3 or "
     "k3+, or set algo.kl.place to reward": lambda c: c.algo.kl.place == "loss" and c.algo.kl.estimator == "k1",
     "loop.max_policy_lag is {c.loop.max_policy_lag}; this version generates and learns in turn: it must be "
-    "0": lambda c: c.loop.max_policy_lag != 0,
+    "0": lambda c: c.loop.max_policy_lag > 0,
     "algo.shaping.overlong_buffer is {c.algo.shaping.overlong_buffer} and rollout.max_response_tokens "
     "{c.rollout.max_response_tokens}; the penalty would begin before the first token: it must be at most "
     "that": lambda c: c.algo.shaping.overlong_buffer > c.rollout.max_response_tokens,
     "critic.warmup_steps is {c.critic.warmup_steps} of loop.steps {c.loop.steps}; the policy would never learn: lower "
     "it": lambda c: METHODS[c.algo.name].baseline == "critic" and c.critic.warmup_steps >= c.loop.steps,
 }
+
+LAG: Problems = {
+    "loop.max_policy_lag is {c.loop.max_policy_lag} with algo.ratio_to {c.algo.ratio_to} and algo.correction.level "
+    "{c.algo.correction.level}; tokens that older weights sampled would count as the learner's own: set algo.ratio_to "
+    "to behaviour, or algo.correction.level to token": lambda c: (
+        uncorrected(c) and "behaviour" in METHODS[c.algo.name].ratio and c.algo.ratio_to == "proximal"
+    ),
+    "loop.max_policy_lag is {c.loop.max_policy_lag} with algo.correction.level {c.algo.correction.level} and algo.name "
+    "{c.algo.name}, which has no ratio to the sampler; tokens that older weights sampled would count as the learner's "
+    "own: set algo.correction.level to token, or loop.max_policy_lag to 0": lambda c: (
+        uncorrected(c) and "behaviour" not in METHODS[c.algo.name].ratio
+    ),
+}
+"""What rollouts that are older than the weights cannot do without."""
+
+
+def uncorrected(config: Config) -> bool:
+    """Whether tokens may be stale and no weight says so."""
+    return config.loop.max_policy_lag > 0 and config.algo.correction.level == "off"
 
 
 def algorithm_problems(config: Config) -> Iterator[str]:
@@ -47,7 +66,7 @@ def algorithm_problems(config: Config) -> Iterator[str]:
     if wrong:
         return
     yield from method_problems(config, method)
-    yield from told(PROBLEMS, config)
+    yield from told({**PROBLEMS, **LAG}, config)
     correction = algo.correction
     if correction.level != "off" and correction.low == correction.high == 1:
         yield (
@@ -81,6 +100,8 @@ def _row(name: str, method: Method) -> Iterator[str]:
         yield f"{row}: recipe is {method.recipe!r}; it must be MODULE:FUNCTION"
     if method.baseline not in get_args(Baseline):
         yield f"{row}: baseline is {method.baseline!r}; it must be one of {', '.join(get_args(Baseline))}"
+    if not isinstance(method.ratio, tuple) or not set(get_args(RatioTo)).issuperset(method.ratio):
+        yield f"{row}: ratio is {method.ratio!r}; it must be a tuple of {', '.join(get_args(RatioTo))}, or empty"
     if not isinstance(method.keys, tuple) or not {key.name for key in fields(AlgoConfig)}.issuperset(method.keys):
         yield f"{row}: keys is {method.keys!r}; it must be a tuple of keys of `algo`"
         return

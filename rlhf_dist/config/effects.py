@@ -144,6 +144,21 @@ WITH_CRITIC = where(
     f"take it out, or choose {', '.join(name for name, row in METHODS.items() if row.baseline == 'critic')}",
     ", which has no critic",
 )
+WITH_RATIO = only(
+    lambda c: c.algo.name not in METHODS or METHODS[c.algo.name].ratio,
+    " and has no effect with algo.name {c.algo.name}, whose loss has no ratio; take it out, or choose "
+    + ", ".join(name for name, row in METHODS.items() if row.ratio),
+)
+RATIO_OF_METHOD = only(
+    lambda c: c.algo.name not in METHODS or c.algo.ratio_to in METHODS[c.algo.name].ratio,
+    " with algo.name {c.algo.name}, whose ratio is always to the proximal logprobs: algo.correction is its weight for "
+    "the sampler's; take it out, or choose ppo",
+)
+COUNTED_ONCE = only(
+    lambda c: c.algo.correction.level == "off",
+    " with algo.correction.level {c.algo.correction.level}, and both correct for the distance to the sampler: it would "
+    "count twice; set algo.ratio_to to proximal, or algo.correction.level to off",
+)
 SHAPED_GREEDY = only(
     lambda c: c.algo.name not in METHODS or METHODS[c.algo.name].baseline != "greedy",
     " with algo.name {c.algo.name}, whose greedy responses are not shaped: the two would not compare; take it out",

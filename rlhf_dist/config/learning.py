@@ -133,8 +133,8 @@ class AlgoConfig:
     entropy_coef: float = key(0.0, NOT_NEGATIVE)
     """Weight of the entropy bonus in the loss."""
     kl_stop: float = key(0.0, NOT_NEGATIVE, effects.SEVERAL_UPDATES)
-    """The rest of a batch's optimizer steps is left out once the approximate KL to the policy before them, mean per
-    token, passes this; 0: off."""
+    """The rest of a batch's optimizer steps is left out once the approximate KL to the policy that the ratio is taken
+    to, mean per token, passes this; 0: off."""
     entropy_share: float = key(1.0, SHARE_ABOVE_0)
     """Only this share of the tokens, those of the highest entropy, has a policy gradient; 1: all. Usual: 0.2."""
     off_policy_limit: float = key(0.0, NOT_NEGATIVE)
@@ -147,6 +147,11 @@ class AlgoConfig:
     """The probability ratio is clipped at 1 - clip_low."""
     clip_high: float = key(0.2, POSITIVE, effects.of_method)
     """... and at 1 + clip_high. DAPO's clip-higher uses 0.28; gspo bounds the ratio of whole responses: 3e-4, 4e-4."""
+    ratio_to: Literal["proximal", "behaviour"] = key(
+        "proximal", effects.WITH_RATIO, effects.RATIO_OF_METHOD, effects.COUNTED_ONCE
+    )
+    """What the probability ratio compares with: proximal, the learner before the batch's first update; behaviour, the
+    policy that sampled, so that the bounds also hold for tokens of older weights."""
     dual_clip: float = key(0.0, Range("0 (off) or greater than 1", lambda x: x == 0 or x > 1), effects.of_method)
     """0: off; usual value 3."""
 

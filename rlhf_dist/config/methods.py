@@ -12,6 +12,9 @@ if TYPE_CHECKING:  # learning.py says of its keys which methods have them
     from rlhf_dist.config.schema import Config
 
 Baseline = Literal["critic", "group", "step", "greedy", "none"]
+RatioTo = Literal["proximal", "behaviour"]
+"""The learner before the batch's first update, or the policy that sampled."""
+NO_RATIO: tuple[RatioTo, ...] = ()
 
 CLIP = ("clip_low", "clip_high")
 DUAL_CLIP = (*CLIP, "dual_clip")
@@ -72,8 +75,9 @@ class Method:
     besides; none: nothing but the whitening of the step."""
     keys: tuple[str, ...]
     """Keys of `algo` that have an effect with it, beside those that all methods have."""
-    ratio: bool = True
-    """Whether the loss knows the policy that sampled, so that a batch may be passed over several times."""
+    ratio: tuple[RatioTo, ...] = ("proximal", "behaviour")
+    """What `algo.ratio_to` can be. `NO_RATIO`: the loss does not know that the policy has moved, so a batch cannot be
+    passed over several times."""
     refuses: Problems = field(default_factory=dict)
     """What else of a config it does not work with."""
 
@@ -81,18 +85,22 @@ class Method:
 METHODS: dict[str, Method] = {
     "ppo": Method("rlhf_dist.algo.recipes:ppo", "critic", (*DUAL_CLIP, *GAE, *AGGREGATION)),
     "decoupled_ppo": Method(
-        "rlhf_dist.algo.recipes:decoupled_ppo", "critic", (*DUAL_CLIP, *GAE, *AGGREGATION), refuses=UNCORRECTED
+        "rlhf_dist.algo.recipes:decoupled_ppo",
+        "critic",
+        (*DUAL_CLIP, *GAE, *AGGREGATION),
+        ratio=("proximal",),
+        refuses=UNCORRECTED,
     ),
     "nlpo": Method("rlhf_dist.algo.recipes:nlpo", "critic", (*DUAL_CLIP, *GAE, *AGGREGATION, *MASK), refuses=MASKED),
-    "a2c": Method("rlhf_dist.algo.recipes:a2c", "critic", (*GAE, *AGGREGATION), ratio=False),
-    "reinforce": Method("rlhf_dist.algo.recipes:reinforce", "step", AGGREGATION, ratio=False),
+    "a2c": Method("rlhf_dist.algo.recipes:a2c", "critic", (*GAE, *AGGREGATION), ratio=NO_RATIO),
+    "reinforce": Method("rlhf_dist.algo.recipes:reinforce", "step", AGGREGATION, ratio=NO_RATIO),
     "reinforce_pp": Method("rlhf_dist.algo.recipes:reinforce_pp", "none", (*DUAL_CLIP, *RETURNS, *AGGREGATION)),
     "reinforce_pp_baseline": Method(
         "rlhf_dist.algo.recipes:reinforce_pp_baseline", "group", (*DUAL_CLIP, *AGGREGATION, *FILTER)
     ),
-    "remax": Method("rlhf_dist.algo.recipes:remax", "greedy", AGGREGATION, ratio=False),
-    "rloo": Method("rlhf_dist.algo.recipes:rloo", "group", (*AGGREGATION, *FILTER), ratio=False),
-    "opo": Method("rlhf_dist.algo.recipes:opo", "group", (*AGGREGATION, *FILTER), ratio=False),
+    "remax": Method("rlhf_dist.algo.recipes:remax", "greedy", AGGREGATION, ratio=NO_RATIO),
+    "rloo": Method("rlhf_dist.algo.recipes:rloo", "group", (*AGGREGATION, *FILTER), ratio=NO_RATIO),
+    "opo": Method("rlhf_dist.algo.recipes:opo", "group", (*AGGREGATION, *FILTER), ratio=NO_RATIO),
     "grpo": Method("rlhf_dist.algo.recipes:grpo", "group", (*DUAL_CLIP, *AGGREGATION, *FILTER)),
     "dr_grpo": Method("rlhf_dist.algo.recipes:dr_grpo", "group", (*DUAL_CLIP, *AGGREGATION, *FILTER)),
     "dapo": Method("rlhf_dist.algo.recipes:dapo", "group", (*DUAL_CLIP, *AGGREGATION, *FILTER), refuses=IS_GRPO),

@@ -18,6 +18,7 @@ from rlhf_dist.learner.ptx import PtxMix
 from rlhf_dist.learner.rank_batch import RankBatch, on
 from rlhf_dist.learner.rows import Packed, pack_rows
 from rlhf_dist.learner.shard import Estimate, Whitening, token_sums
+from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
 
 
@@ -27,7 +28,8 @@ class Given:
 
     batch: RankBatch
     old: np.ndarray | None
-    """float32 [N]; logprobs before the first update. None: those of the loss itself, because there is one update."""
+    """float32 [N]; the logprobs that the ratio is taken to. None: the learner's before the first update where that is
+    the only one, so those of the loss itself."""
     advantages: np.ndarray
     """float32 [N]."""
     kept: np.ndarray | None
@@ -76,10 +78,12 @@ class PolicyLearner:
         else:
             assert isinstance(self._algorithm.credit, TokenCredit)
             advantages = whitening.apply(estimate.advantages, self._algorithm.credit.clip)
-        by_entropy, old, kept = self._algorithm.entropy_share < 1, None, None
-        if by_entropy or not batch.on_policy:
+        by_entropy, to_sampler = self._algorithm.entropy_share < 1, self._algorithm.ratio_to == "behaviour"
+        moves = not to_sampler and batch.epochs * len(batch.updates) > 1
+        old, kept = batch.sampled if to_sampler else None, None
+        if by_entropy or moves:
             before = self._before(batch)
-            old = None if batch.on_policy else before[:, 0]
+            old = before[:, 0] if moves else old
             kept = self._of_high_entropy(before[:, 1]) if by_entropy else None
         return Given(batch, old, advantages, kept)
 
@@ -91,14 +95,14 @@ class PolicyLearner:
         if len(chosen) == 0:
             # All that the other ranks' losses depend on: under ZeRO 3 their backward passes gather the same modules.
             return (logprobs + entropy + beside).sum() * 0.0, MetricSums({}, {})
-        before = logprobs.detach() if given.old is None else on(device, given.old, places)
+        old = logprobs.detach() if given.old is None else on(device, given.old, places)
         sampled, advantages = on(device, batch.sampled, places), on(device, given.advantages, places)
-        losses, stats = algorithm.loss(logprobs, before, advantages, packed.offsets)
+        losses, stats = algorithm.loss(logprobs, old, advantages, packed.offsets)
         found = {f"policy/{name}": values for name, values in stats.items()} | beside_stats
         found["policy/behaviour_kl"] = kl_estimate(sampled, logprobs.detach(), "k3")
         largest = {"policy/ratio_max": float(stats["ratio"].max())}
         if algorithm.correction is not None:
-            weight, stats = algorithm.correction(before, sampled, packed.offsets)
+            weight, stats = algorithm.correction(old, sampled, packed.offsets)
             losses = weight * losses
             found |= {f"correction/{name}": values for name, values in stats.items()}
         if given.kept is not None:
@@ -116,12 +120,8 @@ class PolicyLearner:
         sums = token_sums(found | {"policy/entropy": entropy})
         if not sentinel:
             return loss, MetricSums.merge([sums, MetricSums({}, largest)])
-        # The sentinel: before the first step both sides hold the same weights, so their logprobs have to agree.
-        difference = (logprobs.detach() - sampled).abs()
-        largest["rollout/logprob_diff_max"] = float(difference.max())
-        return loss, MetricSums.merge(
-            [sums, token_sums({"rollout/logprob_diff_mean": difference}), MetricSums({}, largest)]
-        )
+        found = compare((logprobs.detach() - sampled).abs(), on(device, batch.version - batch.versions, places))
+        return loss, MetricSums.merge([sums, found, MetricSums({}, largest)])
 
     def _forward(
         self, packed: Packed, temperature: float, places: np.ndarray
@@ -176,3 +176,20 @@ class PolicyLearner:
         torch.distributed.all_gather_object(everyone, entropies)
         threshold = float(entropy_threshold(torch.from_numpy(np.concatenate(everyone)), self._algorithm.entropy_share))
         return (entropies >= np.float32(threshold)).astype(np.float32)
+
+
+def compare(difference: Tensor, lag: Tensor) -> MetricSums:
+    """The sentinel: sums of |learner's logprob - sampler's| [N] before the first optimizer step.
+
+    `lag`, int [N]: versions from the weights that sampled a token to the learner's. At lag 0 both sides hold the same
+    weights, so they have to agree. At another they need not, so those means are separate; but a difference that is not
+    finite is wrong at any lag, and counts in the maximum.
+    """
+    own = difference[lag == 0]
+    sums = {names.LOGPROB_DIFF_MEAN: own}
+    for older in lag[lag != 0].unique().tolist():
+        sums[f"{names.LOGPROB_DIFF_LAG_PREFIX}{older}"] = difference[lag == older]
+    watched = torch.cat([own, difference[(lag != 0) & ~difference.isfinite()]])
+    return MetricSums.merge(
+        [token_sums(sums), MetricSums({}, {names.LOGPROB_DIFF_MAX: float(watched.max())} if len(watched) else {})]
+    )

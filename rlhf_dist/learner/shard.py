@@ -35,8 +35,8 @@ class RankPlan:
     """The critic's own, as many."""
     temperature: float
     """The sampler's, so that logprobs compare."""
-    on_policy: bool
-    """The samples come from the learner's present weights and there is one update: old logprobs are the new ones."""
+    version: int
+    """Of the learner's weights before the step."""
     kl_coef: float
     """Of the KL to the reference, as it stands at this step."""
 

@@ -169,7 +169,6 @@ def make_shards(
     count = learner.updates_per_batch * learner.epochs
     first, total = (step - 1) * count, learning.steps * count
     frozen = learning.critic.warmup_steps * count if algorithm.needs_critic else 0
-    on_policy = count == 1 and batch.oldest_version == batch.newest_version == step - 1
     shards = []
     for mine in updates:
         rows = np.concatenate([chosen for micro_batches in mine for chosen in micro_batches]).astype(np.int64)
@@ -189,7 +188,7 @@ def make_shards(
                 learning_rates=rates(learner.optimizer, max(first - frozen, 0), count, total - frozen),
                 critic_rates=rates(learning.critic.optimizer, first, count, total),
                 temperature=learning.sampling.temperature,
-                on_policy=on_policy,
+                version=step - 1,
                 kl_coef=kl_coef,
             )
         )

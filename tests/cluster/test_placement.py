@@ -37,6 +37,22 @@ def config(
     )
 
 
+def lagging(wanted: Config) -> Config:
+    return dataclasses.replace(wanted, loop=dataclasses.replace(wanted.loop, max_policy_lag=1))
+
+
+def test_sides_that_take_turns_on_gpus_cannot_run_at_once() -> None:
+    """On CPUs they share threads, which the system divides; an engine on a shared GPU sleeps in between."""
+    gpus = Machine(cpus=8, gpus=2)
+    for device in ("auto", "cuda"):
+        with pytest.raises(ResourceError, match=r"max_policy_lag is 1 with cluster\.colocate true on GPUs.*to false"):
+            place(lagging(config(device=device)), gpus, "train")
+    assert place(lagging(config(colocate=False)), gpus, "train").device == "cuda"
+    assert place(lagging(config()), gpus, "eval").device == "cuda", "one side only"
+    assert place(lagging(config(device="cpu")), gpus, "train").device == "cpu"
+    assert place(config(), gpus, "train").device == "cuda"
+
+
 def side_by_side(wanted: Config, start: str = "policy", name: Any = "ppo") -> Config:
     critic = dataclasses.replace(wanted.critic, side_by_side=True, start=start)
     return dataclasses.replace(wanted, algo=dataclasses.replace(wanted.algo, name=name), critic=critic)

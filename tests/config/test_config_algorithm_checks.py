@@ -8,8 +8,9 @@ import pytest
 from test_config_checks import ROOT, config
 
 from rlhf_dist.config import effects
+from rlhf_dist.config.algorithm_checks import LAG
 from rlhf_dist.config.checks import problems
-from rlhf_dist.config.keys import given
+from rlhf_dist.config.keys import given, told
 from rlhf_dist.config.load import load
 from rlhf_dist.config.methods import METHODS, Method
 from rlhf_dist.config.schema import AlgoConfig
@@ -49,10 +50,65 @@ def test_a_methods_file_goes_over_a_shipped_config(tmp_path: Path, method: str, 
         ["algo.kl.controller=adaptive", "algo.kl.coef=0.1", "algo.kl.horizon=26"],
         ["algo.kl_stop=0.1", "learner.updates_per_batch=2"],
         ["rollout.top_p=0.9", "rollout.top_k=5"],
+        *([f"algo.name={name}", "algo.ratio_to=behaviour"] for name in ("ppo", "nlpo", "reinforce_pp", "cispo")),
+        ["algo.name=gspo", "algo.clip_low=3e-4", "algo.clip_high=4e-4", "algo.ratio_to=behaviour", "learner.epochs=2"],
     ],
 )
 def test_what_goes_together_passes(tmp_path: Path, overrides: list[str]) -> None:
     assert problems(config(tmp_path, *overrides), "train") == []
+
+
+NO_RATIO_HERE = ["a2c", "reinforce", "remax", "rloo", "opo"]
+DECOUPLED = ["algo.name=decoupled_ppo", "algo.correction.level=token"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        *(
+            ([f"algo.name={name}"], [f"algo.ratio_to is behaviour and has no effect with algo.name {name}", "no ratio"])
+            for name in NO_RATIO_HERE
+        ),
+        (DECOUPLED, ["algo.ratio_to is behaviour with algo.name decoupled_ppo", "algo.correction", "choose ppo"]),
+        (
+            ["algo.correction.level=sequence"],
+            ["algo.ratio_to is behaviour with algo.correction.level sequence", "count twice", "to proximal", "to off"],
+        ),
+    ],
+)
+def test_a_ratio_to_the_sampler_is_refused_where_it_cannot_be(
+    tmp_path: Path, overrides: list[str], parts: list[str]
+) -> None:
+    (found,) = problems(config(tmp_path, *overrides, "algo.ratio_to=behaviour"), "train")
+    assert all(part in found for part in parts), found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ([], ["loop.max_policy_lag is 2", "algo.ratio_to proximal", "algo.correction.level off", "to behaviour"]),
+        (["algo.ratio_to=behaviour"], []),
+        (["algo.correction.level=token"], []),
+        (DECOUPLED, []),
+        *(
+            ([f"algo.name={name}"], ["loop.max_policy_lag is 2", "algo.correction.level off", f"algo.name {name}"])
+            for name in NO_RATIO_HERE
+        ),
+        *(([f"algo.name={name}", "algo.correction.level=geometric"], []) for name in NO_RATIO_HERE),
+        (["loop.max_policy_lag=0"], []),
+    ],
+)
+def test_stale_rows_need_a_ratio_to_the_sampler_or_a_correction(
+    tmp_path: Path, overrides: list[str], parts: list[str]
+) -> None:
+    found = list(told(LAG, config(tmp_path, "loop.max_policy_lag=2", *overrides)))
+    assert len(found) == bool(parts)
+    assert all(part in found[0] for part in parts), found
+
+
+def test_what_stale_rows_need_is_checked(tmp_path: Path) -> None:
+    found = problems(config(tmp_path, "loop.max_policy_lag=2"), "train")
+    assert any("loop.max_policy_lag is 2 with algo.ratio_to proximal" in text for text in found)
 
 
 def test_rules_of_algorithms_are_for_train_alone(tmp_path: Path) -> None:
@@ -66,6 +122,7 @@ def test_rules_of_algorithms_are_for_train_alone(tmp_path: Path) -> None:
     [
         (Method("mine", "group", ()), ["recipe is 'mine'; it must be MODULE:FUNCTION"]),
         (Method("a:b", "groups", ()), ["baseline is 'groups'; it must be one of critic, group"]),  # pyright: ignore[reportArgumentType]
+        (Method("a:b", "group", (), ratio=False), ["ratio is False; it must be a tuple of proximal, behaviour"]),  # pyright: ignore[reportArgumentType]
         (Method("a:b", "group", "aggregation"), ["keys is 'aggregation'; it must be a tuple"]),  # pyright: ignore[reportArgumentType]
         (Method("a:b", "group", ("clip_hi",)), ["keys is ('clip_hi',)"]),
         (Method("a:b", "group", ("group_size",)), ["keys has 'group_size', which every method has"]),

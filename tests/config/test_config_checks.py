@@ -84,7 +84,8 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         ("train", ["learner.optimizer.lr=.nan"], ["learner.optimizer.lr is nan", "greater than 0"]),
         ("train", ["learner.optimizer.lr=.inf"], ["learner.optimizer.lr is inf"]),
         ("train", ["learner.zero_stage=4"], ["learner.zero_stage is 4", "0, 1, 2 or 3"]),
-        ("train", ["loop.max_policy_lag=1"], ["loop.max_policy_lag is 1", "must be 0"]),
+        ("train", ["loop.max_policy_lag=1", "algo.ratio_to=behaviour"], ["loop.max_policy_lag is 1", "must be 0"]),
+        ("train", ["loop.max_policy_lag=-1"], ["loop.max_policy_lag is -1", "0 or more"]),
         ("train", ["learner.updates_per_batch=3"], ["learner.updates_per_batch is 3", "16", "1, 2, 4, 8, 16 do"]),
         (
             "train",
@@ -361,7 +362,7 @@ def test_rules_of_other_commands_do_not_apply(tmp_path: Path) -> None:
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
-    bad = config(tmp_path, "algo.group_size=1", "name=..", "rollout.top_p=2", "loop.max_policy_lag=2")
+    bad = config(tmp_path, "algo.group_size=1", "name=..", "rollout.top_p=2", "loop.max_policy_lag=-2")
     with pytest.raises(ConfigError) as caught:
         check(bad, "train")
     message = str(caught.value)

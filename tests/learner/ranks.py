@@ -42,7 +42,7 @@ from rlhf_dist.loop.step import Learning, collate, make_shards
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.policy import PackedPolicy
 from rlhf_dist.rollout.trajectories import head_of
-from rlhf_dist.types import Batch, Credit, Experience, Group, Handle, Sampling, Scores
+from rlhf_dist.types import NO_VERSION, Batch, Credit, Experience, Group, Handle, Sampling, Scores
 from rlhf_dist.weights.shared_memory import WeightReader
 
 SAMPLING = Sampling(temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, stop=())
@@ -281,6 +281,44 @@ def run_bfloat16(stage: int, world: int, model: Path, folder: Path) -> dict[str,
     }
 
 
+def run_stale(stage: int, world: int, model: Path) -> dict[str, Any]:
+    """The sentinel after a step, on rows that the weights before it sampled, in part or altogether.
+
+    The last rows of all groups are of the present weights, but for 0.01 that one of their tokens is off.
+    """
+    learner = replace(LEARNER, zero_stage=stage, ranks=world, micro_batch_tokens=budget(world))
+    trainer = Trainer(model, learner, "float32", world)
+    made = rollouts(2)
+
+    def logprobs(group: Group) -> np.ndarray:
+        with torch.no_grad():
+            found, _ = trainer.engine.logprobs(pack_rows(rows_of(group), torch.device("cpu")), SAMPLING.temperature)
+        return found.numpy()
+
+    before = [logprobs(group) for group in made]
+    trainer.step(1)
+    after = [logprobs(group) for group in made]
+    after[0][-1] += 0.01
+    found: dict[str, Any] = {"moved": [np.abs(x - y) for x, y in zip(before, after, strict=True)]}
+    for name, fresh in (("mixed", 1), ("stale", 0)):
+        groups = [sampled_by(*of_group, fresh) for of_group in zip(made, before, after, strict=True)]
+        shard = cut(groups, learner, 2, world)[trainer.engine.rank]
+        found[name] = trainer.learner.update(rank_batch(shard, groups, ()), None, AS_THEY_ARE)
+    return found
+
+
+def sampled_by(group: Group, before: np.ndarray, after: np.ndarray, fresh: int) -> Group:
+    """The group with its last `fresh` samples from version 1, whose logprobs are `after`; the others from version 0."""
+    samples, stale = [], len(group.trajectories) - fresh
+    for i, sample in enumerate(group.trajectories):
+        values, version = (group.sampled(before)[i], 0) if i < stale else (group.sampled(after)[i], 1)
+        per_token = np.zeros(len(sample.tokens), np.float32)
+        per_token[sample.loss_mask] = values
+        of_token = np.where(sample.loss_mask, version, NO_VERSION).astype(np.int32)
+        samples.append(replace(sample, logprobs=per_token, versions=of_token))
+    return replace(group, trajectories=tuple(samples))
+
+
 def adamw(module: torch.nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         module.parameters(), lr=OPTIMIZER.lr, betas=(OPTIMIZER.beta1, OPTIMIZER.beta2), eps=OPTIMIZER.eps,
@@ -324,6 +362,7 @@ def main() -> None:
         found["masked"] = plain_masked(model)
     else:
         found["methods"] = {stage: run_methods(model, stage) for stage in (2, 3)}
+        found["stale"] = {stage: run_stale(stage, world, model) for stage in (2, 3)}
         found["masked"] = {stage: run_masked(stage, world, model, folder) for stage in (2, 3)}
         found["bfloat16"] = {}
         for stage in (0, 1, 2, 3):

@@ -48,7 +48,7 @@ def shard(rows: Sequence[tuple[int, int]], scores: Sequence[float], kl_coef: flo
         learning_rates=(1.0,),
         critic_rates=(1.0,),
         temperature=1.0,
-        on_policy=True,
+        version=0,
         kl_coef=kl_coef,
     )
 

@@ -104,7 +104,6 @@ def test_ppo_at_ratio_1_is_reinforce_with_the_same_advantages(tiny_model: Path, 
     """-A grad log pi, token by token: at ratio 1 nothing is clipped."""
     algo = AlgoConfig(name="ppo", clip_low=0.01, clip_high=0.01)
     batch = batch_for(made, algo)
-    assert batch.on_policy
     engine, metrics = learnt(tiny_model, algo, batch)
     a = torch.from_numpy(credit_of(batch).advantages)
     reinforce = expected(engine, batch, lambda logprobs, _: -a * logprobs)
@@ -219,7 +218,6 @@ def test_every_pass_takes_every_mini_batch(tiny_model: Path, made: list[Group]) 
     algo = AlgoConfig(name="ppo")
     learner = replace(LEARNER, epochs=3, updates_per_batch=2)
     batch = batch_for(made, algo, learner)
-    assert not batch.on_policy
     engine, metrics = learnt(tiny_model, algo, batch)
     assert metrics["learner/updates"] == 6 and len(engine.gradients) == 6
     for number in (2, 4):

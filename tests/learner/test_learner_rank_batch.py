@@ -29,7 +29,7 @@ def shard(rows: list[tuple[int, int]], updates: tuple[tuple[np.ndarray, ...], ..
         learning_rates=(0.1, 0.2),
         critic_rates=(0.3, 0.4),
         temperature=0.9,
-        on_policy=False,
+        version=5,
         kl_coef=0.7,
     )
 
@@ -57,7 +57,7 @@ def test_the_plan_comes_along_as_it_is(batch: RankBatch) -> None:
         (0.1, 0.2),
         (0.3, 0.4),
     )
-    assert (batch.temperature, batch.on_policy, batch.kl_coef) == (0.9, False, 0.7)
+    assert (batch.temperature, batch.version, batch.kl_coef) == (0.9, 5, 0.7)
     assert batch.advantages.tolist() == [0, 1] and batch.weights.tolist() == [0.5, 0.5]
 
 

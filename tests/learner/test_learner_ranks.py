@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from plain_methods import METHODS, OPTIMIZER, Seen
@@ -18,6 +19,7 @@ from rlhf_dist.learner.rows import pack_rows
 from rlhf_dist.models.hf import copy_weights, load_model
 from rlhf_dist.models.policy import PackedPolicy
 from rlhf_dist.models.tiny import make_tiny
+from rlhf_dist.telemetry.metrics import MetricSums
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 STAGES = (0, 1, 2, 3)
@@ -140,6 +142,23 @@ def test_the_gradient_under_a_mask_is_that_of_plain_torch(results: dict, stage: 
         assert distance(ranks[1][version], ranks[0][version], start) == 0
     assert distance(results[2, 0][stage]["one"], expected["weights 1"], start) > 1e-2, "another one than without"
     assert any(a != b for a, b in zip(*(found["chunks"] for found in ranks), strict=True)), "uneven under ZeRO-3"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_sentinel_tells_stale_tokens_from_wrong_ones(results: dict, stage: int) -> None:
+    """Over both ranks: the last sample of each group has the learner's version and one token that is 0.01 off."""
+    ranks = [results[2, rank]["stale"][stage] for rank in range(2)]
+    groups = rollouts(2)
+    moved = [group.sampled(found) for group, found in zip(groups, ranks[0]["moved"], strict=True)]
+    fresh = sum(len(samples[-1]) for samples in moved)
+    older = np.concatenate([found for samples in moved for found in samples[:-1]])
+    mixed = MetricSums.merge([found["mixed"] for found in ranks]).values()
+    assert mixed["rollout/logprob_diff_max"] == pytest.approx(0.01, abs=1e-4)
+    assert mixed["rollout/logprob_diff_mean"] == pytest.approx(0.01 / fresh, abs=1e-5)
+    assert mixed["rollout/logprob_diff/lag_1"] == pytest.approx(older.mean(), rel=1e-3)
+    assert older.max() > 0.02, "which would have been the maximum"
+    stale = MetricSums.merge([found["stale"] for found in ranks]).values()
+    assert [name for name in stale if "logprob_diff" in name] == ["rollout/logprob_diff/lag_1"]
 
 
 def test_zero_3_really_holds_parts(results: dict) -> None:

@@ -126,7 +126,6 @@ def test_updates_per_batch_cut_by_groups_and_count_their_own_tokens(batch: Batch
         assert shard.weights[rows].tolist() == [1 / tokens] * 4
     # Training step 3 makes optimizer steps 5 and 6 of 8 warm-up steps.
     assert shard.learning_rates == (5 / 8, 6 / 8)
-    assert not shard.on_policy, "the second update starts from other weights than those that sampled"
 
 
 def test_rows_without_credit_are_not_trained_but_their_tokens_count(batch: Batch) -> None:
@@ -144,17 +143,10 @@ def test_a_batch_without_any_credit_still_shows_the_sentinel_a_group(batch: Batc
     assert shard.groups.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(("version", "step", "on_policy"), [(6, 7, True), (6, 8, False), (5, 7, False)])
-def test_on_policy_only_when_the_weights_are_those_that_sampled(version: int, step: int, on_policy: bool) -> None:
-    batch = collate([experience(0, 3, [2, 6], [1.0, 0.0], version), experience(1, 3, [2, 6], [1.0, 0.0], version)])
-    (shard,) = cut(batch, credit(batch), step=step)
-    assert shard.on_policy is on_policy
-
-
-def test_one_old_token_makes_the_batch_off_policy() -> None:
+def test_a_shard_has_the_version_of_the_weights_before_the_step() -> None:
     batch = collate([experience(0, 3, [2, 6], [1.0, 0.0], 6), experience(1, 3, [2, 6], [1.0, 0.0], 5)])
     assert (batch.oldest_version, batch.newest_version) == (5, 6)
-    assert not cut(batch, credit(batch))[0].on_policy
+    assert [shard.version for shard in cut(batch, credit(batch), step=7, ranks=2)] == [6, 6]
 
 
 def test_metrics_by_hand(batch: Batch) -> None:
@@ -233,9 +225,6 @@ def test_a_shard_has_shaped_scores_the_coefficient_and_the_critics_rates(batch: 
     assert by_row == {(row // 2, row % 2): score * 10 for row, score in enumerate(batch.scores.tolist())}
     assert (shard.kl_coef, shard.epochs, shard.first_update, len(shard.updates)) == (0.3, 3, 6, 2)
     assert shard.critic_rates == (2.0,) * 6 and shard.learning_rates == (1.0,) * 6
-    # A second pass starts from other weights than those that sampled.
-    once = replace(LEARNING, learner=replace(LEARNER, epochs=2))
-    assert not cut(batch, credit(batch), once)[0].on_policy
 
 
 def test_the_critic_values_before_anything_learns_and_learns_beside_the_policy() -> None:
