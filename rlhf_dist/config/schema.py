@@ -74,11 +74,12 @@ class ModelConfig:
 class TaskConfig:
     """A built-in procedural task: endless, seeded, with checkable answers."""
 
-    name: Literal["arithmetic", "reverse", "sort", "count", "describe"] = "reverse"
+    name: Literal["arithmetic", "reverse", "sort", "count", "describe", "guess"] = "reverse"
     """arithmetic: sums and differences; reverse, sort: a word's letters; count: a letter in a word; describe: a few
-    words about a thing, kind or harsh, with human-like comparisons and a gold reward in place of an answer."""
+    words about a thing, kind or harsh, with human-like comparisons and a gold reward in place of an answer; guess:
+    which of three words is meant, in two turns with a hint between them."""
     min_length: int = key(3, COUNT, effects.at_most("data.task.max_length", lambda c: c.data.source == "task"))
-    """Letters in a word (reverse, sort, count), digits of a number (arithmetic) or words of a response (describe)."""
+    """Letters in a word (all others), digits of a number (arithmetic) or words of a response (describe)."""
     max_length: int = key(6, COUNT)
     """The same unit as `min_length`."""
     train_size: int = key(20000, COUNT)

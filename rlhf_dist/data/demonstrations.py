@@ -14,8 +14,9 @@ from rlhf_dist.data.files import held_out_rows, read_rows, training_rows
 from rlhf_dist.data.records import Row, parsed
 from rlhf_dist.data.rows import Demonstration, ask, demonstration, plain_text
 from rlhf_dist.data.stream import EVAL_SEED
-from rlhf_dist.data.tasks import Split, check_task, example
+from rlhf_dist.data.tasks import TASKS, Example, Split, check_task, example
 from rlhf_dist.errors import ConfigError
+from rlhf_dist.types import Message, Prompt
 
 Demonstrations = Sequence[Demonstration]
 """Finite and indexable; the same index gives the same demonstration."""
@@ -52,7 +53,17 @@ class TaskDemonstrations(Demonstrations):
             said = draw_response(rng, self.task.min_length, self.task.max_length)
             return Demonstration(ask(made.question, self.system), said)
         wrong = random.Random(f"wrong/{self.seed}/{index}").random() < self.wrong_share
-        return Demonstration(ask(made.question, self.system), made.shortcut if wrong else made.answer)
+        asked, said = ask(made.question, self.system), made.shortcut if wrong else made.answer
+        return self._turn(asked, said, made, index) if made.tries else Demonstration(asked, said)
+
+    def _turn(self, asked: tuple[Message, ...], said: str, made: Example, index: int) -> Demonstration:
+        """A first turn that tries anything, or, of half of those that miss, the next one, which says `said`."""
+        rng = random.Random(f"turn/{self.seed}/{self.split}/{index}")
+        tried = rng.choice(made.tries)
+        seen = TASKS[self.task.name].observe(Prompt(str(index), asked, made.answer, self.task.name), [tried])
+        if seen is None or rng.random() < 0.5:
+            return Demonstration(asked, tried)
+        return Demonstration((*asked, Message("assistant", tried), Message("user", seen)), said)
 
 
 def demonstrations(config: DataConfig, sft: SftConfig, seed: int, held_out: int) -> Demonstrations:

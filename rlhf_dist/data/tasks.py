@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import random
 import string
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_dist.config.schema import TaskConfig
 from rlhf_dist.data.describe import draw_question
 from rlhf_dist.errors import ConfigError
+from rlhf_dist.types import Prompt
 
 Split = Literal["train", "eval"]
 
@@ -34,6 +36,21 @@ class Example:
     """The one right response; empty for `describe`, which has none."""
     shortcut: str
     """A plausible response that is wrong, always different from `answer`; empty for `describe`."""
+    tries: tuple[str, ...] = ()
+    """What a first response may try, in a task of several turns; empty in one of a single turn."""
+
+
+Observe = Callable[[Prompt, Sequence[str]], str | None]
+"""(prompt, responses so far) -> what the user says next; None: the conversation is at its end. Pure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """How a task makes its questions, and what it says to the responses."""
+
+    draw: Callable[[TaskConfig, random.Random], Example]
+    observe: Observe
+    """Only the last response is scored, against the prompt's answer."""
 
 
 def example(task: TaskConfig, seed: int, split: Split, index: int) -> Example:
@@ -46,7 +63,7 @@ def example(task: TaskConfig, seed: int, split: Split, index: int) -> Example:
     # A string seeds through SHA-512: stable between processes and Python versions, unlike hash().
     rng = random.Random(f"{task.name}/{seed}/{split}/{index}")
     for _ in range(DRAWS):
-        drawn = _draw(task, rng)
+        drawn = TASKS[task.name].draw(task, rng)
         usable = drawn.answer != drawn.shortcut or task.name == "describe"
         if usable and split_of(drawn.question) == split:
             return drawn
@@ -73,16 +90,49 @@ def split_of(question: str) -> Split:
     return "eval" if int.from_bytes(digest, "big") % EVAL_SHARE == 0 else "train"
 
 
-def _draw(task: TaskConfig, rng: random.Random) -> Example:
-    if task.name == "arithmetic":
-        return _arithmetic(task, rng)
-    if task.name == "count":
-        return _count(task, rng)
-    if task.name == "describe":
-        return Example(draw_question(rng), answer="", shortcut="")
+def ends(prompt: Prompt, responses: Sequence[str]) -> None:
+    """A task of a single turn: nothing follows a response."""
+
+
+def hint(prompt: Prompt, responses: Sequence[str]) -> str | None:
+    """`guess`: where the word that is meant stands, seen from the first response; nothing more after that.
+
+    `left` or `right` of it in the list, `none` after a response that is not in the list; None after a right one.
+    """
+    tried, words = responses[-1].strip(), prompt.messages[-1].content.split()[1:]
+    if len(responses) > 1 or tried == prompt.answer:
+        return None
+    if tried not in words:
+        return "none"
+    return "left" if words.index(prompt.answer) < words.index(tried) else "right"
+
+
+def _describe(task: TaskConfig, rng: random.Random) -> Example:
+    return Example(draw_question(rng), answer="", shortcut="")
+
+
+def _reverse(task: TaskConfig, rng: random.Random) -> Example:
     word = _word(task, rng, string.ascii_lowercase)
-    answer = word[::-1] if task.name == "reverse" else "".join(sorted(word))
-    return Example(f"{task.name}: {word}", answer, shortcut=word)
+    return Example(f"reverse: {word}", word[::-1], shortcut=word)
+
+
+def _sort(task: TaskConfig, rng: random.Random) -> Example:
+    word = _word(task, rng, string.ascii_lowercase)
+    return Example(f"sort: {word}", "".join(sorted(word)), shortcut=word)
+
+
+def _guess(task: TaskConfig, rng: random.Random) -> Example:
+    """One of three different words, which nothing in the question tells.
+
+    Who tries the middle one first is right after the hint, always. From another one it is 2 of 3, without the hint 1 of
+    3: the first turn's tokens are worth what the second turn makes of them.
+    """
+    words: list[str] = []
+    while len(words) < 3:
+        word = _word(task, rng, string.ascii_lowercase)
+        words += [word] if word not in words else []
+    answer, shortcut, _ = rng.sample(words, 3)
+    return Example(f"guess: {' '.join(words)}", answer, shortcut, tries=tuple(words))
 
 
 def _arithmetic(task: TaskConfig, rng: random.Random) -> Example:
@@ -109,3 +159,14 @@ def _word(task: TaskConfig, rng: random.Random, letters: str) -> str:
 def _number(task: TaskConfig, rng: random.Random) -> int:
     digits = rng.randint(task.min_length, task.max_length)
     return rng.randrange(0 if digits == 1 else 10 ** (digits - 1), 10**digits)
+
+
+TASKS: Mapping[str, Task] = {
+    "arithmetic": Task(_arithmetic, ends),
+    "reverse": Task(_reverse, ends),
+    "sort": Task(_sort, ends),
+    "count": Task(_count, ends),
+    "describe": Task(_describe, ends),
+    "guess": Task(_guess, hint),
+}
+"""By `data.task.name`, which is the `source` of its prompts too."""

@@ -2,14 +2,20 @@ import re
 import string
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
+from hypothesis import given, strategies as st
 
-from rlhf_dist.config.schema import TaskConfig
-from rlhf_dist.data.tasks import example, split_of
+from rlhf_dist.config.schema import DataConfig, SftConfig, TaskConfig
+from rlhf_dist.data.demonstrations import demonstrations, held_out_demonstrations
+from rlhf_dist.data.stream import PromptStream
+from rlhf_dist.data.tasks import TASKS, example, split_of
 from rlhf_dist.errors import ConfigError
+from rlhf_dist.types import Message, Prompt
 
 NAMES = ("arithmetic", "reverse", "sort", "count")
+GUESS = TaskConfig(name="guess", min_length=1, max_length=3, train_size=300)
 
 
 def solve(question: str) -> str:
@@ -82,3 +88,88 @@ def test_a_task_without_questions_is_refused():
         example(TaskConfig(min_length=5, max_length=4), 0, "train", 0)
     with pytest.raises(ConfigError, match="train_size=0"):
         example(TaskConfig(train_size=0), 0, "train", 0)
+
+
+def asked(answer: str) -> Prompt:
+    return Prompt("0/0", (Message("system", "x"), Message("user", "guess: ab c ba")), answer, "guess")
+
+
+@pytest.mark.parametrize(
+    ("answer", "responses", "seen"),
+    [
+        ("c", ["ab"], "right"),
+        ("c", ["ba"], "left"),
+        ("ab", [" c\n"], "left"),
+        ("ba", ["c"], "right"),
+        ("c", ["a"], "none"),
+        ("c", [""], "none"),
+        ("c", ["guess:"], "none"),
+        ("c", [" c"], None),
+        ("c", ["ab", "ba"], None),
+    ],
+)
+def test_the_hint_of_a_guess(answer: str, responses: list[str], seen: str | None) -> None:
+    assert TASKS["guess"].observe(asked(answer), responses) == seen
+
+
+def guesses(first: int, use_hint: bool) -> float:
+    """Share of training questions that a player wins who tries word number `first`, then what the hint leaves."""
+    won = 0
+    prompts = PromptStream(DataConfig(task=GUESS), 0, 8).take(GUESS.train_size)
+    for prompt in prompts:
+        words = prompt.messages[-1].content.split()[1:]
+        said = [words[first]]
+        seen = TASKS[prompt.source].observe(prompt, said)
+        if seen is not None:
+            left = words[:first] if seen == "left" else words[first + 1 :]
+            said.append(left[0] if use_hint else said[0])
+        assert TASKS[prompt.source].observe(prompt, said) is None, "two turns at most"
+        won += said[-1] == prompt.answer
+    return won / len(prompts)
+
+
+def test_a_guess_needs_both_turns() -> None:
+    assert guesses(1, use_hint=True) == 1.0
+    assert guesses(0, use_hint=True) == pytest.approx(2 / 3, abs=0.08)
+    assert guesses(2, use_hint=True) == pytest.approx(2 / 3, abs=0.08)
+    assert guesses(1, use_hint=False) == pytest.approx(1 / 3, abs=0.08)
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["train", "eval"]))
+def test_a_guess_is_one_of_three_words_and_the_same_again(index, split):
+    made = example(GUESS, 3, split, index)
+    assert made == example(GUESS, 3, split, index) and split_of(made.question) == split
+    assert made.question == "guess: " + " ".join(made.tries)
+    assert len(set(made.tries)) == 3 and {made.answer, made.shortcut} < set(made.tries) and made.answer != made.shortcut
+    assert all(1 <= len(word) <= 3 for word in made.tries)
+
+
+def test_demonstrations_of_a_guess_show_both_turns() -> None:
+    data = DataConfig(task=GUESS, system="be quick")
+    shown = demonstrations(data, SftConfig(wrong_share=0.5), 0, 8)
+    assert list(shown) == list(demonstrations(data, SftConfig(wrong_share=0.5), 0, 8))
+    places, right = Counter(), Counter()
+    for index, made in enumerate(shown):
+        question = example(GUESS, 0, "train", index)
+        assert made.messages[:2] == (Message("system", "be quick"), Message("user", question.question))
+        if len(made.messages) == 2:
+            places[question.tries.index(made.response)] += 1
+            continue
+        tried, seen = made.messages[2:]
+        assert (tried.role, seen.role) == ("assistant", "user") and tried.content != question.answer
+        assert seen.content == TASKS["guess"].observe(asked_as(made.messages[:2], question.answer), [tried.content])
+        right[made.response == question.answer] += 1
+    assert min(places.values()) > 40 and len(places) == 3, "no word is preferred"
+    assert right.total() > 60 and right[True] / right.total() == pytest.approx(0.5, abs=0.15)
+    held_out = held_out_demonstrations(data, SftConfig(), 50)
+    later = [(i, made.response) for i, made in enumerate(held_out) if len(made.messages) == 4]
+    assert later and all(response == example(GUESS, 0, "eval", i).answer for i, response in later)
+
+
+def asked_as(messages: tuple[Message, ...], answer: str) -> Prompt:
+    return Prompt("0/0", messages, answer, "guess")
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "guess"])
+def test_the_other_tasks_have_one_turn(name):
+    assert TASKS[name].observe(asked("c"), ["ab"]) is None and example(TaskConfig(name=name), 0, "train", 0).tries == ()
