@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,63 +14,112 @@ from rlhf_dist.algo.action_mask import ActionMask
 from rlhf_dist.algo.masking import at_least_float32
 from rlhf_dist.errors import ConfigError
 
+Entropy = Literal["none", "value", "gradient"]
+"""What is wanted of it. none: it is not computed. value: a statistic without a gradient. gradient: for a bonus."""
+BLOCK_ELEMENTS = 2**21
+"""Logits that are worked on at once: their softmax stays in a processor's cache."""
+
 
 def token_logprobs(
-    logits: Tensor, targets: Tensor, temperature: float = 1.0, entropy_gradient: bool = False
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, entropy: Entropy = "value"
+) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target token and the entropy of the distribution it is drawn from, both in nats.
 
         logprob = log softmax(z / T)[target]        entropy = -sum_v p_v log p_v,  p = softmax(z / T)
+
+    For backward the logits alone are held, which their maker holds anyway.
 
     Args:
         logits: [..., V] any float dtype; the maths is float32 (float64 for float64 input). -inf: cannot be drawn.
         targets: [...] integer token ids below V.
         temperature: of the sampler, so that the result compares with the rollout's logprobs; above 0.
-        entropy_gradient: for an entropy bonus. Costs no memory that is held for backward.
+        entropy: whether it is computed, and whether it carries a gradient.
 
     Returns:
-        (logprobs [...], entropy [...]). Without `entropy_gradient` the entropy is a statistic: it carries no gradient.
+        (logprobs [...], entropy [...] or None).
     """
+    return _of_logits(logits, targets, temperature, entropy, overwrite=False)
+
+
+def _of_logits(
+    logits: Tensor, targets: Tensor, temperature: float, entropy: Entropy, overwrite: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`overwrite`: the gradient takes the place of the logits, which nobody may need by then."""
     if not temperature > 0:
         raise ConfigError(f"temperature is {temperature}: log-probabilities need one above 0; 1.0 is the plain softmax")
-    scaled = at_least_float32(logits)
-    if temperature != 1.0:
-        scaled = scaled / temperature
-    log_softmax = torch.log_softmax(scaled, dim=-1)
-    logprobs = log_softmax.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
-    if entropy_gradient:
-        return logprobs, _Entropy.apply(log_softmax)  # pyright: ignore[reportReturnType]
-    # Last, because the recomputation in a checkpoint's backward stops before it: nothing here is saved for a gradient.
-    with torch.no_grad():
-        return logprobs, _entropy(log_softmax)
+    rows, ids = logits.reshape(-1, logits.shape[-1]), targets.long().reshape(-1)
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        logprobs, entropies = _values(rows, ids, temperature, entropy != "none")
+    else:
+        # The gradient's way goes beside the values. The recomputation in a checkpoint's backward ends with the last
+        # tensor that is saved, so that it makes the logits again and no softmax.
+        way = _Way.apply(rows, ids, temperature, entropy == "gradient", overwrite)
+        assert isinstance(way, Tensor)
+        logprobs, entropies = _values(rows, ids, temperature, entropy != "none")
+        logprobs = logprobs + way[:, 0]
+        if entropies is not None and entropy == "gradient":
+            entropies = entropies + way[:, 1]
+    return logprobs.view(targets.shape), None if entropies is None else entropies.view(targets.shape)
 
 
-def _entropy(log_softmax: Tensor) -> Tensor:
-    return -log_softmax.exp().mul_(_finite(log_softmax)).sum(dim=-1)
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    """Cuts [N, V] into blocks of about `BLOCK_ELEMENTS`."""
+    step = max(1, BLOCK_ELEMENTS // max(1, rows.shape[1]))
+    return (slice(start, start + step) for start in range(0, rows.shape[0], step))
+
+
+def _log_softmax(rows: Tensor, temperature: float) -> Tensor:
+    scaled = at_least_float32(rows)
+    return torch.log_softmax(scaled if temperature == 1.0 else scaled / temperature, dim=-1)
+
+
+@torch.no_grad()
+def _values(rows: Tensor, ids: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """(logprobs [N], entropy [N] or None) of logits [N, V]."""
+    logprobs = at_least_float32(rows.new_empty(rows.shape[0]))
+    entropies = torch.empty_like(logprobs) if with_entropy else None
+    for block in _blocks(rows):
+        log_softmax = _log_softmax(rows[block], temperature)
+        logprobs[block] = log_softmax.gather(-1, ids[block, None])[:, 0]
+        if entropies is not None:
+            softmax = log_softmax.exp()
+            entropies[block] = -_finite(log_softmax).mul_(softmax).sum(dim=-1)
+    return logprobs, entropies
 
 
 def _finite(log_softmax: Tensor) -> Tensor:
-    # -inf is made finite because its share, 0 x -inf, is 0 and not NaN.
-    return log_softmax.clamp(min=torch.finfo(log_softmax.dtype).min)
+    """In place. -inf is made finite because its share, 0 x -inf, is 0 and not NaN."""
+    return log_softmax.clamp_(min=torch.finfo(log_softmax.dtype).min)
 
 
-class _Entropy(torch.autograd.Function):
-    """`_entropy` with the gradient dH / d log p_v = -p_v (log p_v + 1).
+class _Way(torch.autograd.Function):
+    """Logits [N, V] -> zeros [N, 2], whose gradients are those of the logprobs g and of the entropies h.
 
-    All it saves is its input, which the softmax's own backward holds anyway; autograd would save two more as large.
+    d logprob / d z_v = (1[v is the target] - p_v) / T      d H / d z_v = -p_v (log p_v + H) / T
     """
 
     @staticmethod
-    def forward(ctx: Any, log_softmax: Tensor) -> Tensor:
-        ctx.save_for_backward(log_softmax)
-        return _entropy(log_softmax)
+    def forward(ctx: Any, rows: Tensor, ids: Tensor, temperature: float, with_entropy: bool, overwrite: bool) -> Tensor:
+        ctx.save_for_backward(rows, ids)
+        ctx.temperature, ctx.with_entropy, ctx.overwrite = temperature, with_entropy, overwrite
+        return at_least_float32(rows.new_empty(0)).new_zeros(rows.shape[0], 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (log_softmax,) = ctx.saved_tensors
-        slope = log_softmax.exp().mul_(_finite(log_softmax).add_(1.0))
-        return slope.mul_(-grad_outputs[0].unsqueeze(-1))
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, ids = ctx.saved_tensors
+        g, h = (grad_outputs[0] / ctx.temperature).unbind(1)
+        slope = rows.detach() if ctx.overwrite else torch.empty_like(rows)
+        for block in _blocks(rows):
+            log_softmax = _log_softmax(rows[block], ctx.temperature)
+            softmax = log_softmax.exp()
+            found = softmax * -g[block, None]
+            if ctx.with_entropy:
+                weighted = _finite(log_softmax).mul_(softmax)  # p log p
+                own = weighted.sub_(weighted.sum(-1, keepdim=True) * softmax)  # p (log p + H), as H = -sum p log p
+                found.sub_(own.mul_(h[block, None]))
+            slope[block] = found.scatter_add_(-1, ids[block, None], g[block, None])
+        return slope, None, None, None, None
 
 
 def chunked_logprobs(
@@ -79,38 +128,41 @@ def chunked_logprobs(
     targets_N: Tensor,
     temperature: float,
     chunk: int,
-    entropy_gradient: bool = False,
+    entropy: Entropy = "value",
     mask: ActionMask | None = None,
     least_chunks: int = 1,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`token_logprobs` of `head(hidden_ND)`, with the logits of at most `chunk` tokens held at once.
 
-    Also in backward: each chunk is a checkpoint whose logits are made again there (not if there is only one chunk).
+    Also in backward: each chunk is a checkpoint whose logits are made again there (not if there is only one chunk), and
+    their gradient overwrites them.
 
     Args:
         hidden_ND: [N, D] last hidden states; N may be 0.
-        head: [n, D] -> logits [n, V], for n <= chunk; free of randomness, because backward calls it a second time.
+        head: [n, D] -> logits [n, V], for n <= chunk; free of randomness, because backward calls it a second time, and
+            without use for its logits in its own backward, as a linear layer, a factor or a cap before one.
         targets_N: [N] integer token ids.
         temperature: see `token_logprobs`.
         chunk: tokens, at least 1.
-        entropy_gradient: see `token_logprobs`.
+        entropy: see `token_logprobs`.
         mask: of the same N positions; what it leaves out cannot be drawn. None: everything can.
         least_chunks: cut into so many at least, empty ones too. Under ZeRO-3 a call of the head gathers its weights
             from all ranks, so all have to call it equally often: give them all the largest of their `chunk_count`.
 
     Returns:
-        (logprobs [N] with gradient to the hidden states and the head, entropy [N] with or without), nats.
+        (logprobs [N] with gradient to the hidden states and the head, entropy [N] or None), nats.
     """
     count = max(chunk_count(len(hidden_ND), chunk), least_chunks)
+    recompute = torch.is_grad_enabled() and count > 1
 
-    def of_chunk(hidden: Tensor, targets: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
+    def of_chunk(hidden: Tensor, targets: Tensor, beside: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = head(hidden)
+        assert not recompute or "_saved_result" not in dir(logits.grad_fn), "the head's own backward needs its logits"
         if mask is not None:
             logits = logits.masked_fill(mask.outside(beside, targets, temperature), -torch.inf)
-        return token_logprobs(logits, targets, temperature, entropy_gradient)
+        return _of_logits(logits, targets, temperature, entropy, overwrite=recompute)
 
-    recompute = torch.is_grad_enabled() and count > 1
-    parts: list[tuple[Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor | None]] = []
     beside_ND = hidden_ND if mask is None else mask.hidden
     parted = (tensor.tensor_split(count) for tensor in (hidden_ND, targets_N, beside_ND))
     for inputs in zip(*parted, strict=True):
@@ -120,7 +172,8 @@ def chunked_logprobs(
             parts.append(part)
         else:
             parts.append(of_chunk(*inputs))
-    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
+    entropies = [found for _, found in parts if found is not None]
+    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat(entropies) if entropies else None
 
 
 def chunk_count(tokens: int, chunk: int) -> int:

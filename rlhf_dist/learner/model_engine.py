@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_dist.algo.logprobs import chunk_count
+from rlhf_dist.algo.logprobs import Entropy, chunk_count
 from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.errors import ConfigError, RlhfError
 from rlhf_dist.learner.agreement import Held, require_agreement
@@ -158,17 +158,18 @@ class ModelEngine(Engine):
         """Since the last publication; the same on every rank."""
         super().__init__(policy, source, model, learner, optimizer, device)
 
-    def logprobs(
-        self, packed: Packed, temperature: float, entropy_gradient: bool = False, masked: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """(logprobs, entropy) of the tokens with a loss, float32 [N] each, row after row.
+    def logprobs(self, packed: Packed, temperature: float, masked: bool = True) -> Tensor:
+        """Of the tokens with a loss, float32 [N], row after row.
 
-        The entropy carries a gradient only where it is asked for: it costs memory. `masked`: under the mask, where
-        there is one; false for text that was not sampled.
+        `masked`: under the mask, where there is one; false for text that was not sampled.
         """
-        return self._forward(packed, temperature, entropy_gradient, masked)
+        return self._forward(packed, temperature, "none", masked)[0]
 
-    def _forward(self, packed: Packed, temperature: float, entropy_gradient: bool, masked: bool) -> Any:
+    def logprobs_and_entropy(self, packed: Packed, temperature: float, gradient: bool = False) -> tuple[Tensor, Tensor]:
+        """The same, under the mask, with the entropies; `gradient`: of those too."""
+        return self._forward(packed, temperature, "gradient" if gradient else "value", True)
+
+    def _forward(self, packed: Packed, temperature: float, entropy: Entropy, masked: bool) -> Any:
         return self._deepspeed.forward(
             packed.tokens,
             packed.cu_seqlens,
@@ -176,7 +177,7 @@ class ModelEngine(Engine):
             packed.targets,
             temperature,
             self._chunk,
-            entropy_gradient,
+            entropy,
             self._mask.mask(packed) if self._mask is not None and masked else None,
             self._deepspeed.equally_often(chunk_count(len(packed.predict), self._chunk)),
         )

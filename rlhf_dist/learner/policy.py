@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -81,10 +82,13 @@ class PolicyLearner:
         by_entropy, to_sampler = self._algorithm.entropy_share < 1, self._algorithm.ratio_to == "behaviour"
         moves = not to_sampler and batch.epochs * len(batch.updates) > 1
         old, kept = batch.sampled if to_sampler else None, None
-        if by_entropy or moves:
-            before = self._before(batch)
+        if by_entropy:
+            before = measure(batch, self.engine.device, partial(self._before, batch.temperature))
             old = before[:, 0] if moves else old
-            kept = self._of_high_entropy(before[:, 1]) if by_entropy else None
+            kept = self._of_high_entropy(before[:, 1])
+        elif moves:
+            engine = self.engine
+            old = measure(batch, engine.device, lambda packed: engine.logprobs(packed, batch.temperature))
         return Given(batch, old, advantages, kept)
 
     def _loss(self, chosen: np.ndarray, given: Given, sentinel: bool) -> tuple[Tensor, MetricSums]:
@@ -130,7 +134,7 @@ class PolicyLearner:
 
         `places`: which of the batch's sampled tokens they are; none for a placeholder.
         """
-        logprobs, entropy = self.engine.logprobs(packed, temperature, self._algorithm.entropy_coef > 0)
+        logprobs, entropy = self.engine.logprobs_and_entropy(packed, temperature, self._algorithm.entropy_coef > 0)
         return logprobs, entropy, 0.0, {}
 
     def _mix_in(self, number: int) -> list[MetricSums]:
@@ -140,7 +144,7 @@ class PolicyLearner:
         mixed = self._ptx.batch(number)
         found = [MetricSums({"data/dropped_ptx": (mixed.dropped, 1.0)}, {})]
         for rows in mixed.micro_batches:
-            logprobs, _ = self.engine.logprobs(pack_rows(rows, self.engine.device), 1.0, masked=False)
+            logprobs = self.engine.logprobs(pack_rows(rows, self.engine.device), 1.0, masked=False)
             self.engine.backward(-logprobs.sum() * (self._ptx.coef / mixed.tokens if rows else 0.0), last=False)
             if rows:
                 found.append(token_sums({"ptx/loss": -logprobs}))
@@ -165,10 +169,9 @@ class PolicyLearner:
         kept = off_policy_sequence_mask(logprobs, sampled, advantages, offsets, limit)
         return losses * kept, {"policy/off_policy_masked": 1.0 - kept}
 
-    def _before(self, batch: RankBatch) -> np.ndarray:
-        """Logprob and entropy of each sampled token under the weights before the first update, float32 [N, 2]."""
-        engine = self.engine
-        return measure(batch, engine.device, lambda packed: torch.stack(engine.logprobs(packed, batch.temperature), -1))
+    def _before(self, temperature: float, packed: Packed) -> Tensor:
+        """Logprob and entropy of each sampled token under the present weights, float32 [n, 2]."""
+        return torch.stack(self.engine.logprobs_and_entropy(packed, temperature), -1)
 
     def _of_high_entropy(self, entropies: np.ndarray) -> np.ndarray:
         """1 for the tokens whose entropy is among the highest, over all ranks."""

@@ -33,17 +33,22 @@ class SharedEngine(ModelEngine):
             packed.value_head.load_state_dict(read_tensors(self._resumed / HEAD_FILE))
         return packed
 
-    def logprobs_and_values(
-        self, packed: Packed, temperature: float, entropy_gradient: bool = False, masked: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprobs, entropy, values) of the tokens with a loss, float32 [N] each, row after row."""
-        return self._forward(packed, temperature, entropy_gradient, masked)
+    def values(self, packed: Packed) -> Tensor:
+        """Of the tokens with a loss, float32 [N], row after row; not under the mask, which has no part in them."""
+        return self._forward(packed, 1.0, "none", False)[2]
 
-    def logprobs(
-        self, packed: Packed, temperature: float, entropy_gradient: bool = False, masked: bool = True
-    ) -> tuple[Tensor, Tensor]:
+    def with_values(self, packed: Packed, temperature: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """As `logprobs_and_entropy`, and the values of the same pass."""
+        return self._forward(packed, temperature, "gradient" if gradient else "value", True)
+
+    def logprobs(self, packed: Packed, temperature: float, masked: bool = True) -> Tensor:
         """See `ModelEngine.logprobs`; the value head has no part in it, and a gradient of zero."""
-        logprobs, entropy, values = self.logprobs_and_values(packed, temperature, entropy_gradient, masked)
+        logprobs, _, values = self._forward(packed, temperature, "none", masked)
+        return logprobs + 0.0 * values
+
+    def logprobs_and_entropy(self, packed: Packed, temperature: float, gradient: bool = False) -> tuple[Tensor, Tensor]:
+        """See `ModelEngine.logprobs_and_entropy`; the same of the value head."""
+        logprobs, entropy, values = self.with_values(packed, temperature, gradient)
         return logprobs + 0.0 * values, entropy
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -45,12 +45,7 @@ class SharedPolicyLearner(PolicyLearner):
 
     def estimate(self, batch: RankBatch) -> tuple[EstimateSums, Estimate]:
         """As `CriticLearner.estimate`."""
-        engine = self.engine
-        values = measure(
-            batch,
-            engine.device,
-            lambda packed: engine.logprobs_and_values(packed, batch.temperature, masked=False)[2],
-        )
+        values = measure(batch, self.engine.device, self.engine.values)
         made = estimate(batch, values, self._credit, self._kl_in_reward)
         return EstimateSums.of(made), made
 
@@ -62,9 +57,7 @@ class SharedPolicyLearner(PolicyLearner):
     def _forward(
         self, packed: Packed, temperature: float, places: np.ndarray
     ) -> tuple[Tensor, Tensor, Tensor | float, dict[str, Tensor]]:
-        logprobs, entropy, values = self.engine.logprobs_and_values(
-            packed, temperature, self._algorithm.entropy_coef > 0
-        )
+        logprobs, entropy, values = self.engine.with_values(packed, temperature, self._algorithm.entropy_coef > 0)
         if not len(places):
             return logprobs, entropy, 0.0 * values, {}
         assert self._targets is not None

@@ -55,7 +55,7 @@ class SupervisedLearner:
         micro_batches = rank_share(rows, self.engine.rank, self._ranks, self._budget)
         nll = 0.0
         for index, batch in enumerate(micro_batches):
-            logprobs, _ = self.engine.logprobs(pack_rows(batch, self.engine.device), 1.0)
+            logprobs = self.engine.logprobs(pack_rows(batch, self.engine.device), 1.0)
             loss = -logprobs.sum() * (1.0 / tokens if batch else 0.0)
             nll -= float(logprobs.detach().double().sum()) if batch else 0.0
             self.engine.backward(loss, last=index == len(micro_batches) - 1)
@@ -79,7 +79,7 @@ class SupervisedLearner:
         nll, tokens = 0.0, 0
         with torch.no_grad():
             for batch in rank_share(rows, self.engine.rank, self._ranks, self._budget):
-                logprobs, _ = self.engine.logprobs(pack_rows(batch, self.engine.device), 1.0)
+                logprobs = self.engine.logprobs(pack_rows(batch, self.engine.device), 1.0)
                 nll -= float(logprobs.double().sum()) if batch else 0.0
                 tokens += sum(row.length for row in batch)
         return MetricSums({names.SFT_HELD_OUT_LOSS: (nll, tokens)}, {})

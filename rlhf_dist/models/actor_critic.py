@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf_dist.algo.action_mask import ActionMask
-from rlhf_dist.algo.logprobs import chunked_logprobs
+from rlhf_dist.algo.logprobs import Entropy, chunked_logprobs
 from rlhf_dist.models.policy import PackedPolicy
 
 
@@ -29,14 +29,12 @@ class PackedActorCritic(PackedPolicy):
         targets: torch.Tensor,
         temperature: float,
         chunk: int,
-        entropy_gradient: bool = False,
+        entropy: Entropy = "value",
         mask: ActionMask | None = None,
         least_chunks: int = 1,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(logprobs, entropy, values), float32 [M] each; values are read where the logprobs are, before the token."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """(logprobs, entropy or None, values), float32 [M] each; values are read where the logprobs are."""
         hidden = self.hidden(tokens, cu_seqlens).index_select(0, predict)
         head = self.output_head()
-        logprobs, entropy = chunked_logprobs(
-            hidden, head, targets, temperature, chunk, entropy_gradient, mask, least_chunks
-        )
-        return logprobs, entropy, self.value_head(hidden)[:, 0].float()
+        logprobs, entropies = chunked_logprobs(hidden, head, targets, temperature, chunk, entropy, mask, least_chunks)
+        return logprobs, entropies, self.value_head(hidden)[:, 0].float()

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf_dist.algo.action_mask import ActionMask
-from rlhf_dist.algo.logprobs import chunked_logprobs
+from rlhf_dist.algo.logprobs import Entropy, chunked_logprobs
 from rlhf_dist.errors import ModelError
 from rlhf_dist.models.packed import PackedModel
 
@@ -28,22 +28,20 @@ class PackedPolicy(PackedModel):
         targets: torch.Tensor,
         temperature: float,
         chunk: int,
-        entropy_gradient: bool = False,
+        entropy: Entropy = "value",
         mask: ActionMask | None = None,
         least_chunks: int = 1,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities of `targets` and the entropies of the distributions they are from.
 
         tokens int64 [T], the sequences one after another; cu_seqlens int32 [S + 1], their boundaries (0 first, T
         last, none empty); predict int64 [M], positions in the row whose next token is asked for; targets int64 [M],
         those next tokens. temperature divides the logits; chunk: positions whose logits are held at once.
-        entropy_gradient: the entropy carries a gradient too; mask: what may be drawn at the M positions; least_chunks:
-        see `chunked_logprobs`. Returns (logprobs float32 [M], entropy float32 [M]), nats.
+        entropy: whether it is computed, and whether it carries a gradient; mask: what may be drawn at the M positions;
+        least_chunks: see `chunked_logprobs`. Returns (logprobs float32 [M], entropy float32 [M] or None), nats.
         """
         hidden = self.hidden(tokens, cu_seqlens).index_select(0, predict)
-        return chunked_logprobs(
-            hidden, self.output_head(), targets, temperature, chunk, entropy_gradient, mask, least_chunks
-        )
+        return chunked_logprobs(hidden, self.output_head(), targets, temperature, chunk, entropy, mask, least_chunks)
 
     @torch.no_grad()
     def action_mask(
@@ -106,7 +104,7 @@ def check_head(policy: PackedPolicy) -> None:
     boundaries = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
     predict = torch.tensor([i for i in range(sum(lengths) - 1) if i != lengths[0] - 1], device=device)
     targets = tokens[predict + 1]
-    packed, _ = policy(tokens, boundaries, predict, targets, 1.0, len(predict))
+    packed, _ = policy(tokens, boundaries, predict, targets, 1.0, len(predict), "none")
     logits = [model(input_ids=row[None], use_cache=False).logits[0, :-1].float() for row in tokens.split(lengths)]
     alone = torch.cat(logits).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     difference = float((packed - alone).abs().max())

@@ -76,7 +76,7 @@ class PackedScalarWithLM(PackedScalar):
         """(numbers float32 [M], logprobs float32 [N] of `targets` read at `predict`); as in PackedPolicy.forward."""
         hidden = self.hidden(tokens, cu_seqlens)
         read = hidden.index_select(0, predict)
-        logprobs, _ = chunked_logprobs(read, self.lm_head, targets, 1.0, chunk, least_chunks=least_chunks)
+        logprobs, _ = chunked_logprobs(read, self.lm_head, targets, 1.0, chunk, "none", least_chunks=least_chunks)
         return self._scalars(hidden, positions), logprobs
 
 

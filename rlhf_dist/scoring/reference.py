@@ -141,7 +141,8 @@ class ReferenceModel:
             for sample, start in zip(samples, boundaries(rows)[:-1], strict=True)
         ]
         predict = torch.from_numpy(np.concatenate(asked)).to(self._device)
-        logprobs, _ = self._policy(tokens, cu_seqlens, predict, tokens[predict + 1], temperature, self._chunk)
+        where = (tokens, cu_seqlens, predict)
+        logprobs, _ = self._policy(*where, tokens[predict + 1], temperature, self._chunk, "none")
         return np.split(logprobs.cpu().numpy(), np.cumsum([len(positions) for positions in asked])[:-1])
 
 

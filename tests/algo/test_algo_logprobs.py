@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
-from rlhf_dist.algo.logprobs import chunked_logprobs, token_logprobs
+import rlhf_dist.algo.logprobs as module
+from rlhf_dist.algo.logprobs import Entropy, chunked_logprobs, token_logprobs
 from rlhf_dist.errors import ConfigError
 
 HIDDEN, VOCABULARY = 5, 11
+MODES: tuple[Entropy, ...] = ("none", "value", "gradient")
 
 
 class CountingHead:
@@ -115,10 +117,10 @@ def test_more_chunks_than_needed_change_nothing(least: int) -> None:
     """For ranks that have to call the head as often as another; some chunks are empty then."""
     head = CountingHead()
     hidden, targets = batch(5)
-    expected = chunked_logprobs(hidden, head, targets, 0.7, 5, entropy_gradient=True)
+    expected = chunked_logprobs(hidden, head, targets, 0.7, 5, entropy="gradient")
     gradients = torch.autograd.grad(sum(part.sum() for part in expected), [hidden, head.linear.weight])
     head.rows.clear()
-    got = chunked_logprobs(hidden, head, targets, 0.7, 5, entropy_gradient=True, least_chunks=least)
+    got = chunked_logprobs(hidden, head, targets, 0.7, 5, entropy="gradient", least_chunks=least)
     again = torch.autograd.grad(sum(part.sum() for part in got), [hidden, head.linear.weight])
     torch.testing.assert_close((got, again), (expected, gradients))
     assert len(head.rows) == 2 * least and sum(head.rows) == 2 * 5, "in forward, and again in backward"
@@ -140,12 +142,75 @@ def test_gradient_reaches_the_head_when_the_hidden_states_need_none() -> None:
     assert head.linear.weight.grad is not None and head.linear.weight.grad.abs().sum() > 0
 
 
+def test_entropy_that_nobody_wants_is_not_there() -> None:
+    hidden, targets = batch(6)
+    head = CountingHead()
+    for chunk in (2, 6):
+        logprobs, entropy = chunked_logprobs(hidden, head, targets, 0.7, chunk, "none")
+        assert entropy is None
+        torch.testing.assert_close(logprobs, token_logprobs(head(hidden), targets, 0.7)[0])
+    assert token_logprobs(head(hidden), targets, entropy="none")[1] is None
+
+
+@pytest.mark.parametrize("chunk", [2, 6])
+def test_a_graph_that_is_kept_gives_the_same_gradient_again(chunk: int) -> None:
+    """The gradient overwrites logits only where they are made anew for each backward."""
+    head = CountingHead()
+    hidden, targets = batch(6)
+    logprobs, entropy = chunked_logprobs(hidden, head, targets, 0.7, chunk, "gradient")
+    assert entropy is not None
+    total = (logprobs + 0.5 * entropy).sum()
+    first, second = (torch.autograd.grad(total, [hidden, head.linear.weight], retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_logits_that_the_heads_backward_needs_are_not_overwritten() -> None:
+    head = CountingHead()
+    hidden, targets = batch(6)
+    with pytest.raises(AssertionError, match="the head's own backward needs its logits"):
+        chunked_logprobs(hidden, lambda part: torch.tanh(head(part)), targets, 1.0, 2)
+    chunked_logprobs(hidden, lambda part: torch.tanh(head(part)), targets, 1.0, 6)[0].sum().backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_blocks_equal_the_whole(mode: Entropy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row at a time, two, and all at once."""
+    logits, targets = torch.randn(7, 11, dtype=torch.float64), torch.randint(11, (7,))
+    found = []
+    for elements in (1, 25, 1000):
+        monkeypatch.setattr(module, "BLOCK_ELEMENTS", elements)
+        leaf = logits.clone().requires_grad_()
+        logprobs, entropy = token_logprobs(leaf, targets, 0.7, mode)
+        total = (logprobs * torch.arange(7)).sum()
+        total = total if mode != "gradient" or entropy is None else total + 3 * entropy.sum()
+        found.append((logprobs, entropy, *torch.autograd.grad(total, leaf)))
+    for pieces in found[:2]:
+        for ours, whole in zip(pieces, found[2], strict=True):
+            assert (ours is None) == (whole is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, whole)
+
+
+@pytest.mark.parametrize("chunk", [2, 6])
+def test_bfloat16_logits_have_their_gradient_in_bfloat16(chunk: int) -> None:
+    head = nn.Linear(HIDDEN, VOCABULARY).bfloat16()
+    hidden, targets = torch.randn(6, HIDDEN).bfloat16().requires_grad_(), torch.randint(VOCABULARY, (6,))
+    logprobs, entropy = chunked_logprobs(hidden, head, targets, 0.7, chunk, "gradient")
+    assert logprobs.dtype == torch.float32 and entropy is not None
+    exact = torch.log_softmax(head(hidden).float() / 0.7, -1)
+    own = -(exact.exp() * exact).sum(-1)
+    found = torch.autograd.grad((logprobs + entropy).sum(), [hidden, head.weight])
+    expected = torch.autograd.grad((exact[torch.arange(6), targets] + own).sum(), [hidden, head.weight])
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    assert found[1].dtype == torch.bfloat16
+
+
 def test_no_logits_are_kept_for_backward() -> None:
     """Nothing that autograd saves is larger than a chunk's logits; without chunks the whole [N, V] is kept."""
     head = nn.Linear(HIDDEN, 1000)
     hidden, targets = torch.randn(64, HIDDEN, requires_grad=True), torch.randint(1000, (64,))
 
-    def saved(chunk: int, entropy_gradient: bool) -> dict[int, int]:
+    def saved(chunk: int, entropy: Entropy) -> dict[int, int]:
         """Address -> size of each storage that is held for backward."""
         storages: dict[int, int] = {}
         held: list[Tensor] = []
@@ -156,28 +221,30 @@ def test_no_logits_are_kept_for_backward() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            chunked_logprobs(hidden, head, targets, 1.0, chunk, entropy_gradient)
+            chunked_logprobs(hidden, head, targets, 1.0, chunk, entropy)
         return storages
 
-    for entropy_gradient in (False, True):
-        assert max(saved(8, entropy_gradient).values()) <= 8 * 1000
-        assert list(saved(64, entropy_gradient).values()).count(64 * 1000) == 1  # the softmax, held once
+    for entropy in MODES:
+        assert max(saved(8, entropy).values()) <= 8 * 1000
+        assert list(saved(64, entropy).values()).count(64 * 1000) == 1  # the logits, held once
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_the_entropy_gradient_is_that_of_finite_differences(temperature: float) -> None:
     logits = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 3, 1])
-    assert torch.autograd.gradcheck(lambda z: token_logprobs(z, targets, temperature, True), (logits,))
+    assert torch.autograd.gradcheck(lambda z: token_logprobs(z, targets, temperature, "gradient"), (logits,))
     for ours, theirs in zip(
-        token_logprobs(logits, targets, temperature, True), token_logprobs(logits, targets, temperature), strict=True
+        token_logprobs(logits, targets, temperature, "gradient"),
+        token_logprobs(logits, targets, temperature),
+        strict=True,
     ):
         assert torch.equal(ours, theirs)
 
 
 def test_entropy_gradient_of_even_certain_and_impossible_tokens() -> None:
     logits = torch.tensor([[0.0, 0.0, -math.inf], [0.0, -1000.0, -math.inf]], requires_grad=True)
-    _, entropy = token_logprobs(logits, torch.tensor([0, 0]), entropy_gradient=True)
+    _, entropy = token_logprobs(logits, torch.tensor([0, 0]), entropy="gradient")
     assert entropy.tolist() == pytest.approx([math.log(2.0), 0.0])
     (gradient,) = torch.autograd.grad(1e4 * entropy.sum(), logits)
     torch.testing.assert_close(gradient, torch.zeros(2, 3), atol=1e-2, rtol=0)  # the even one is the highest there is
@@ -197,6 +264,6 @@ def test_chunks_equal_the_whole_in_the_gradient_of_the_entropy(tokens: int, chun
     log_softmax = torch.log_softmax(head(hidden) / temperature, -1)
     expected = gradient(log_softmax[torch.arange(tokens), targets], -(log_softmax.exp() * log_softmax).sum(-1))
     for size in (chunk, tokens):
-        got = gradient(*chunked_logprobs(hidden, head, targets, temperature, size, entropy_gradient=True))
+        got = gradient(*chunked_logprobs(hidden, head, targets, temperature, size, entropy="gradient"))
         for ours, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(ours, theirs)

@@ -77,7 +77,7 @@ def test_logprobs_and_entropy(temperature: float, dtype: torch.dtype) -> None:
     targets = torch.randint(17, (3, 5), generator=chance)
     upstream = torch.randn(2, 3, 5, generator=chance).to(dtype)
     mine, peers = values.clone().requires_grad_(), values.clone().requires_grad_()
-    found = torch.stack(token_logprobs(mine, targets, temperature, entropy_gradient=True))
+    found = torch.stack(token_logprobs(mine, targets, temperature, entropy="gradient"))
     # Theirs takes logits that are divided by the temperature already.
     scaled = peers / temperature
     expected = torch.stack(

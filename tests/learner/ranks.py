@@ -215,8 +215,8 @@ def run_masked(stage: int, world: int, model: Path, folder: Path) -> dict[str, A
     for version in (0, 1, 2):
         engine.publish(version)
         found[f"weights {version}"] = {name: tensor.clone() for name, tensor in engine.weights()}
-        found[f"masked {version}"] = engine.logprobs(packed, 1.0)[0].detach().clone()
-        found[f"plain {version}"] = engine.logprobs(packed, 1.0, masked=False)[0].detach().clone()
+        found[f"masked {version}"] = engine.logprobs(packed, 1.0).detach().clone()
+        found[f"plain {version}"] = engine.logprobs(packed, 1.0, masked=False).detach().clone()
         shard = cut(made, learner, version + 1, world)[engine.rank]
         trainer.update(rank_batch(shard, made, ()), None, AS_THEY_ARE)
         found["chunks"] = chunks(shard, made)
@@ -292,7 +292,7 @@ def run_stale(stage: int, world: int, model: Path) -> dict[str, Any]:
 
     def logprobs(group: Group) -> np.ndarray:
         with torch.no_grad():
-            found, _ = trainer.engine.logprobs(pack_rows(rows_of(group), torch.device("cpu")), SAMPLING.temperature)
+            found = trainer.engine.logprobs(pack_rows(rows_of(group), torch.device("cpu")), SAMPLING.temperature)
         return found.numpy()
 
     before = [logprobs(group) for group in made]

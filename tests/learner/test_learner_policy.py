@@ -17,6 +17,7 @@ from sample_groups import flat_tokens, rows_of
 from torch import Tensor
 
 from rlhf_dist.algo.corrections import Level, Mode, importance_weights
+from rlhf_dist.algo.logprobs import Entropy
 from rlhf_dist.algo.recipes import ppo
 from rlhf_dist.config.schema import AlgoConfig, CorrectionConfig, CriticConfig, KLConfig, LearnerConfig, OptimizerConfig
 from rlhf_dist.learner.policy import PolicyLearner
@@ -42,10 +43,14 @@ class PlainEngine:
         self.policy = PackedPolicy(load_model(model, "float32", "segmented"))
         self.gradients: list[Tensor] = []
 
-    def logprobs(self, packed: Packed, temperature: float, entropy_gradient: bool = False) -> Any:
-        return self.policy(
-            packed.tokens, packed.cu_seqlens, packed.predict, packed.targets, temperature, 64, entropy_gradient
-        )
+    def logprobs(self, packed: Packed, temperature: float) -> Tensor:
+        return self._forward(packed, temperature, "none")[0]
+
+    def logprobs_and_entropy(self, packed: Packed, temperature: float, gradient: bool = False) -> Any:
+        return self._forward(packed, temperature, "gradient" if gradient else "value")
+
+    def _forward(self, packed: Packed, temperature: float, entropy: Entropy) -> Any:
+        return self.policy(packed.tokens, packed.cu_seqlens, packed.predict, packed.targets, temperature, 64, entropy)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
@@ -89,7 +94,7 @@ def whole(batch: RankBatch) -> Packed:
 
 def expected(engine: PlainEngine, batch: RankBatch, term: Any) -> Tensor:
     """The gradient of the mean over all tokens of term(logprobs, entropy)."""
-    logprobs, entropy = engine.logprobs(whole(batch), 0.9, True)
+    logprobs, entropy = engine.logprobs_and_entropy(whole(batch), 0.9, True)
     term(logprobs, entropy).mean().backward()
     engine.step(0.0)
     return engine.gradients.pop()
@@ -230,7 +235,7 @@ def test_the_sentinel_compares_the_samplers_logprobs_once(tiny_model: Path, made
     algo = AlgoConfig(name="ppo")
     batch = batch_for(made, algo, replace(LEARNER, epochs=2))
     _, metrics = learnt(tiny_model, algo, batch)
-    logprobs, _ = PlainEngine(tiny_model).logprobs(whole(batch), 0.9)
+    logprobs = PlainEngine(tiny_model).logprobs(whole(batch), 0.9)
     difference = (logprobs.detach() + 4.0).abs()  # the sampler's are all -4
     assert metrics["rollout/logprob_diff_max"] == pytest.approx(float(difference.max()), rel=1e-5)
     assert metrics["rollout/logprob_diff_mean"] == pytest.approx(float(difference.mean()), rel=1e-5)
@@ -247,12 +252,13 @@ class MaskedEngine(PlainEngine):
             for parameter in self.earlier.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
 
-    def logprobs(self, packed: Packed, temperature: float, entropy_gradient: bool = False, masked: bool = True) -> Any:
-        if not masked:
-            return super().logprobs(packed, temperature, entropy_gradient)
+    def logprobs(self, packed: Packed, temperature: float, masked: bool = True) -> Tensor:
+        return (self._forward if masked else super()._forward)(packed, temperature, "none")[0]
+
+    def _forward(self, packed: Packed, temperature: float, entropy: Entropy) -> Any:
         where = (packed.tokens, packed.cu_seqlens, packed.predict)
         mask = self.earlier.action_mask(*where, top_p=0.5)
-        return self.policy(*where, packed.targets, temperature, 64, entropy_gradient, mask)
+        return self.policy(*where, packed.targets, temperature, 64, entropy, mask)
 
 
 class Texts:
@@ -277,7 +283,7 @@ def test_pre_training_text_is_not_under_the_mask_and_responses_are(tiny_model: P
     responses = expected(engine, batch, lambda logprobs, _: -a * logprobs)
     texts = []
     for masked in (False, True):
-        logprobs, _ = engine.logprobs(pack_rows([row], CPU), 1.0, masked=masked)
+        logprobs = engine.logprobs(pack_rows([row], CPU), 1.0, masked=masked)
         (-0.5 * logprobs.mean()).backward()
         engine.step(0.0)
         texts.append(engine.gradients.pop())

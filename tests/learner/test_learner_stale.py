@@ -42,11 +42,16 @@ class NumbersEngine:
         self.table = torch.full((6,), math.log(0.3), requires_grad=True)
         self.moves = moves
         self.passes = 0
+        self.entropies = 0
         self.gradients: list[list[float]] = []
 
-    def logprobs(self, packed: Packed, temperature: float, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    def logprobs(self, packed: Packed, temperature: float) -> Tensor:
         self.passes += 1
-        return self.table[packed.targets], torch.zeros(len(packed.targets))
+        return self.table[packed.targets]
+
+    def logprobs_and_entropy(self, packed: Packed, temperature: float, gradient: bool) -> tuple[Tensor, Tensor]:
+        self.entropies += 1
+        return self.logprobs(packed, temperature), torch.zeros(len(packed.targets))
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
@@ -174,6 +179,7 @@ def test_a_second_pass_goes_on_from_the_sampler_and_needs_no_old_logprobs() -> N
     engine, _ = learnt(CLIP, stale(epochs=2), moves)
     assert engine.gradients == [[-2.0] * 3 + [2.0] * 3, [-2.4] * 3 + [2.4] * 3]
     assert engine.passes == 3, "two updates, and the logprobs before the first"
+    assert engine.entropies == 2, "in an update entropy is a metric; before the first nobody wants it"
 
 
 def test_one_update_of_stale_rows_needs_no_old_logprobs() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_dist.algo.logprobs import Entropy
 from rlhf_dist.models.actor_critic import PackedActorCritic
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.policy import PackedPolicy
@@ -47,13 +48,13 @@ def test_values_are_read_before_the_token_from_each_sequence_alone(
     torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("entropy", ["value", "gradient"])
 def test_logprobs_and_entropy_are_the_policys(
-    tiny_model: Path, both: PackedActorCritic, packed: Packed, gradient: bool
+    tiny_model: Path, both: PackedActorCritic, packed: Packed, entropy: Entropy
 ) -> None:
     policy = PackedPolicy(load_model(tiny_model, "float32", "segmented"))
-    expected = policy(*packed, 0.8, 4, gradient)
-    found = both(*packed, 0.8, 4, gradient)
+    expected = policy(*packed, 0.8, 4, entropy)
+    found = both(*packed, 0.8, 4, entropy)
     for ours, theirs in zip(found[:2], expected, strict=True):
         assert torch.equal(ours, theirs) and ours.requires_grad == theirs.requires_grad
 

@@ -65,7 +65,7 @@ class Learner:
         where = (packed.tokens, packed.cu_seqlens, packed.predict)
         mask = self.earlier.action_mask(*where, LAG.top_p) if masked else None
         policy = self.earlier if earlier else self.policy
-        return policy(*where, packed.targets, temperature, 64, False, mask)[0].numpy()
+        return policy(*where, packed.targets, temperature, 64, "none", mask)[0].numpy()
 
 
 def requests(sampling: Sampling = SAMPLING, n: int = 4, prompts: Sequence[Prompt] = PROMPTS) -> list[Request]:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sample_groups import flat_logprobs, group_of, two_turns
 from transformers import AutoModelForCausalLM
 
+from rlhf_dist.algo import logprobs as module
 from rlhf_dist.config.schema import ModelConfig
 from rlhf_dist.errors import ConfigError, DataError, RewardError, WeightSyncError
 from rlhf_dist.scoring.reference import ReferenceModel, ReferenceServer, distance
@@ -59,14 +60,27 @@ def test_logprobs_are_those_of_a_plain_forward_pass(
     tiny_model: Path, rollouts: list[Group], budget: int, temperature: float
 ) -> None:
     got = open_reference(tiny_model, budget).logprobs(rollouts, temperature)
-    for (head, logprobs), group in zip(got, rollouts, strict=True):
+    for (head, found), group in zip(got, rollouts, strict=True):
         expected = plain_logprobs(tiny_model, group, temperature)
-        assert logprobs.dtype == head.kl.dtype == head.logprob.dtype == np.float32
-        np.testing.assert_allclose(logprobs, expected, atol=1e-5)
+        assert found.dtype == head.kl.dtype == head.logprob.dtype == np.float32
+        np.testing.assert_allclose(found, expected, atol=1e-5)
         sums = [part.sum() for part in group.sampled(expected)]
         np.testing.assert_allclose(head.logprob, sums, atol=1e-4)
         ours = [part.sum() for part in group.sampled(flat_logprobs(group))]
         np.testing.assert_allclose(head.kl, np.array(ours) - sums, atol=1e-4)
+
+
+def test_no_entropy_is_computed(tiny_model: Path, rollouts: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    values = module._values
+
+    def noting(*words: Any) -> Any:
+        asked.append(words[3])
+        return values(*words)
+
+    monkeypatch.setattr(module, "_values", noting)
+    open_reference(tiny_model).logprobs(rollouts, 1.0)
+    assert asked and not any(asked)
 
 
 def test_the_sums_by_hand() -> None:
