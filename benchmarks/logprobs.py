@@ -23,6 +23,8 @@ from rlhf_dist.config.schema import LearnerConfig
 from rlhf_dist.errors import RunError
 
 SIDES = ("held", "chunked")
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**21)}
+"""What is freed goes back at once, so that a peak is of what is held and not of what glibc keeps for later."""
 TARGET_MEMORY, TARGET_TIME = 1 / 8, 1.4
 """At most; ours over the other."""
 SAME = 1e-3
@@ -47,7 +49,7 @@ class Size:
 
 FULL = Size(8192, 151_936, 896, LearnerConfig().logprob_chunk_tokens)
 """A head as that of Qwen2.5-0.5B."""
-QUICK = Size(512, 20_000, 64, 32)
+QUICK = Size(1024, 50_000, 64, 32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ def run_side(side: str, size: Size, log: Path) -> Side:
     """In a process of its own, whose last line is the result. Raises `RunError` with the log where it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, HERE / "_logprobs_side.py", side, *asdict(size).values()]
-    run_process([str(word) for word in words], log, OPENMP)
+    run_process([str(word) for word in words], log, OPENMP | MALLOC)
     result: dict[str, Any] = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
     log.unlink()
     return Side(**result)

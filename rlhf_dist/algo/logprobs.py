@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ def _of_logits(
     """`overwrite`: the gradient takes the place of the logits, which nobody may need by then."""
     if not temperature > 0:
         raise ConfigError(f"temperature is {temperature}: log-probabilities need one above 0; 1.0 is the plain softmax")
+    assert entropy in get_args(Entropy), entropy
     rows, ids = logits.reshape(-1, logits.shape[-1]), targets.long().reshape(-1)
     if not (torch.is_grad_enabled() and logits.requires_grad):
         logprobs, entropies = _values(rows, ids, temperature, entropy != "none")

@@ -34,12 +34,12 @@ def test_sides_that_computed_something_else_are_told() -> None:
 
 
 def test_a_small_run_takes_a_fraction_of_the_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Three times the logits against those of a chunk, two head gradients of 5 MiB and what the libraries take."""
+    """Three times the logits against those of a chunk, three head gradients of 12 MiB."""
     assert bench.main(["--quick", "--runs", "1", "--out", str(tmp_path / "found.json")]) == 0
     saved = json.loads((tmp_path / "found.json").read_text())
     (held,), (chunked,) = (saved["runs"][side] for side in bench.SIDES)
-    assert held["peak_mib"] > 2.5 * bench.QUICK.logits_mib, "39 MiB each"
-    assert chunked["peak_mib"] < 0.5 * held["peak_mib"]
+    assert held["peak_mib"] > 2.5 * bench.QUICK.logits_mib, "195 MiB each"
+    assert chunked["peak_mib"] < 0.2 * held["peak_mib"]
     assert "memory: " in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [tmp_path / "found.json"], "no logs are left"
 

@@ -330,7 +330,7 @@ def plain_shared(source: Path, masked: bool = False) -> dict[str, Any]:
         packed = pack_rows(rows, CPU)
         where = packed.tokens, packed.cu_seqlens, packed.predict
         mask = lagging.action_mask(*where, MASKED.mask_top_p) if masked else None
-        return both(*where, packed.targets, temperature, 1024, True, mask)
+        return both(*where, packed.targets, temperature, 1024, "gradient", mask)
 
     for step, name in ((1, "one"),) if masked else ((1, "one"), (2, "two")):
         made = rollouts(step)

@@ -26,9 +26,8 @@ class Engine:
     rank = 0
     device = torch.device("cpu")
 
-    def logprobs(self, packed: Packed, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        count = len(packed.targets)
-        return torch.full((count,), -2.0, requires_grad=True), torch.zeros(count)
+    def logprobs(self, packed: Packed, temperature: float) -> torch.Tensor:
+        return torch.full((len(packed.targets),), -2.0, requires_grad=True)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()
