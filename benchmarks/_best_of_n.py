@@ -143,12 +143,12 @@ def sample(work: Work) -> list[dict[str, list[float]]]:
     from rlhf_dist.cluster.placement import local_machine, place
     from rlhf_dist.data.stream import held_out
     from rlhf_dist.loop.requests import make_requests
-    from rlhf_dist.loop.train import sampling_of
+    from rlhf_dist.loop.rules import rules_of
     from rlhf_dist.rollout.vllm_engine import VllmEngine
-    from rlhf_dist.rollout.worker import RolloutWorker
+    from rlhf_dist.rollout.worker import RolloutWorker, Submit
     from rlhf_dist.scoring.reward_model import RewardModel
     from rlhf_dist.scoring.scorer import Scorer
-    from rlhf_dist.types import DroppedPrompt, Group
+    from rlhf_dist.types import Answered, Unanswered
 
     config = from_yaml(Path(work.config).read_text(encoding="utf-8"), work.config)
     placement = place(config, local_machine(), "eval")
@@ -170,13 +170,18 @@ def sample(work: Work) -> list[dict[str, list[float]]]:
     scorer = Scorer(config.scoring, reward_model)
     found = {}
     prompts = held_out(config.data, work.prompts)
-    for item in worker.generate(make_requests(prompts, "eval", work.samples, sampling_of(config), work.seed)):
-        if isinstance(item, DroppedPrompt):
-            raise RunError(f"held-out prompt {item.uid} gave no samples ({item.reason}: {item.detail})")
-        if isinstance(item, Group):
-            scores = scorer.score(item)
-            gold = scores.components[config.scoring.gold]
-            found[item.prompt.uid] = {"proxy": scores.total.tolist(), "gold": gold.tolist()}
+    requests = make_requests(prompts, "eval", work.samples, rules_of(config, False, False).sampling, work.seed)
+    worker.post(0, Submit(tuple(requests)))
+    while len(found) < len(requests):
+        worker.turn()
+        for event in worker.events(0.0):
+            if isinstance(event, Unanswered):
+                drop = event.drop
+                raise RunError(f"held-out prompt {drop.uid} gave no samples ({drop.reason}: {drop.detail})")
+            if isinstance(event, Answered):
+                scores = scorer.score(event.body.place)
+                gold = scores.components[config.scoring.gold]
+                found[event.head.uid] = {"proxy": scores.total.tolist(), "gold": gold.tolist()}
     scorer.close()
     return [found[prompt.uid] for prompt in prompts]
 

@@ -42,6 +42,10 @@ class ActorLost(RunError):
     """Another process died; the message names it, the call and its log."""
 
 
+class AnswerLost(ActorLost):
+    """What a call needs, or its answer, is gone with the process that had made it; who was called may be well."""
+
+
 class RayLost(RunError):
     """A process of Ray's own died; the message says which, and how."""
 

@@ -13,8 +13,9 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 
 RecordT = TypeVar("RecordT")
-Purpose = Literal["train", "eval", "baseline"]
-"""What samples are for: training, an evaluation, or a greedy response that others are compared with."""
+Purpose = Literal["train", "eval", "eval_greedy", "baseline"]
+"""What samples are for: training, an evaluation's samples or its greedy response, or a greedy response that the
+responses in training are compared with."""
 PROMPT_ROLE, POLICY_ROLE = "prompt", "assistant"
 """Roles of segments: everything before the first response as one, and what the policy sampled."""
 NO_VERSION = -1
@@ -87,6 +88,11 @@ class Request:
     def uid(self) -> str:
         """The prompt's."""
         return self.prompt.uid
+
+    @property
+    def key(self) -> str:
+        """Names the request among all that are ever made in a run, but for those of different evaluations."""
+        return f"{self.purpose}/{self.uid}/{self.attempt}"
 
     @property
     def n(self) -> int:
@@ -166,8 +172,12 @@ class GroupHead:
     oldest_version: int
     """Lowest weight version among the sampled tokens."""
     newest_version: int
+    first_version: int
+    """Lowest among the first sampled tokens of its trajectories."""
+    mean_version: float
+    """Over all sampled tokens."""
     worker: str
-    """Which worker made it, for messages."""
+    """Which worker made it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +189,35 @@ class DroppedPrompt:
     """One of a few short fixed words (`prompt_too_long`), used as a counter's name."""
     detail: str
     """The sentence for a person: the length and the limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A rollout worker has sampled all of a request."""
+
+    key: str
+    """The request's."""
+    head: GroupHead
+    body: Handle[Group]
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """A rollout worker cannot sample a request."""
+
+    key: str
+    drop: DroppedPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A rollout worker's sign of life."""
+
+    worker: str
+    steps: int
+    """Decoding steps that its engine has done since it started."""
+    samples: int
+    """Under way in the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +277,9 @@ class Experience:
     prompt: Prompt
     head: GroupHead
     scores: Scores
-    body: Handle[Group]
-    reference: Referenced | None
+    key: str
+    """Of its request: the collator has the group by it."""
+    reference: ReferenceHead | None
     """None in a run without a reference model."""
     baseline: float = 0.0
     """Taken off each of its scores: with remax the score of the greedy response to the same prompt, else 0."""
@@ -256,8 +296,8 @@ class Experience:
 class Batch:
     """The experiences of one training step, by rows (one row is one sample). No tokens, only references to them."""
 
-    bodies: tuple[Handle[Group], ...]
-    """G, in the order of the groups."""
+    keys: tuple[str, ...]
+    """G, of the groups' requests, in the order of the groups."""
     groups: np.ndarray
     """int64 [B]; row -> group."""
     samples: np.ndarray
@@ -274,8 +314,8 @@ class Batch:
     """float32 [B]; as `Scores.distinct`."""
     baselines: np.ndarray
     """float32 [B]; as `Experience.baseline`."""
-    references: tuple[Handle[np.ndarray], ...]
-    """G; the reference's logprobs, as `Referenced.logprobs`; none in a run without a reference."""
+    compared: bool
+    """Whether there is a reference, and the collator has its logprobs."""
     kl: np.ndarray
     """float32 [B]; nats per response to the reference; 0 in a run without one."""
     oldest_version: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,12 +16,14 @@ from rlhf_dist.cluster.processes import ProcessName, end_now, lost_ray, process_
 from rlhf_dist.cluster.spec import ActorSpec, enter, environment
 from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.scoring.reference_files import REFERENCE_FOLDER
-from rlhf_dist.types import Group, Scores
+from rlhf_dist.types import Group, Handle, Scores
 from rlhf_dist.weights.shared_memory import SHARED_MEMORY, sweep
 
 CLOSE_LIMIT_S = 10.0
 STOP_LIMIT_S = 0.5
 """The same when the command was stopped: who waits at the keyboard waits for nobody that is busy."""
+WORKER_THREADS = 4
+"""Of a rollout worker: who asks for events, who loads weights, who brings messages, and one to spare."""
 SERVER_THREADS = 64
 """Groups that one scoring or reference server takes at a time."""
 
@@ -44,19 +48,30 @@ def make_rollout_worker(spec: ActorSpec) -> Any:
         special_texts=any(reward.keep_special_tokens for reward in config.scoring.rewards.values()),
         mask=None if lag is None else MaskStart(Path(spec.mask), spec.mask_version, lag),
     )
-    return RolloutWorker(spec.name, engine, chat=config.data.chat, max_prompt_tokens=config.rollout.max_prompt_tokens)
+    return RolloutWorker(
+        spec.name,
+        engine,
+        chat=config.data.chat,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        keep=lambda group: Handle(ray.put(group)),
+    )
 
 
 class RolloutHost:
-    """A rollout worker's process."""
+    """A rollout worker's process. Calls come on several threads; the engine has one of its own."""
 
     def __init__(self, spec: ActorSpec) -> None:
         enter(spec)
         self._worker = make_rollout_worker(spec)
+        threading.Thread(target=self._worker.run, daemon=True, name="pump").start()
 
-    def generate(self, requests: Any) -> Any:
-        """See `RolloutWorker.generate`."""
-        yield from self._worker.generate(requests)
+    def post(self, number: int, verb: Any) -> None:
+        """See `RolloutWorker.post`."""
+        self._worker.post(number, verb)
+
+    def events(self) -> Any:
+        """See `RolloutWorker.events`."""
+        return self._worker.events()
 
     def load_weights(self, announcement: Any) -> Any:
         """See `RolloutWorker.load_weights`."""
@@ -77,8 +92,9 @@ class ReferenceHost:
         self._name = spec.name
 
     def reference(self, group: Group, temperature: float) -> Any:
-        """See `ReferenceServer.logprobs`; two answers: head, logprobs."""
-        return self._reference.logprobs(group, temperature)
+        """See `ReferenceServer.logprobs`; the head, and a reference to the logprobs."""
+        head, logprobs = self._reference.logprobs(group, temperature)
+        return head, (ray.put(logprobs),)
 
     def move(self, announcement: Any, keep: float) -> Any:
         """See `ReferenceServer.update`."""
@@ -163,12 +179,54 @@ def make_reference(spec: ActorSpec) -> Any:
     )
 
 
+class CollatorHost:
+    """The collator's process."""
+
+    def __init__(self, spec: ActorSpec) -> None:
+        enter(spec)
+        from rlhf_dist.learner.collator import Collator
+
+        self._collator = Collator()
+        self._name = spec.name
+
+    def keep(self, key: str, group: Group) -> None:
+        """See `Collator.keep`. A copy: what Ray hands over is memory that its maker owns."""
+        self._collator.keep(key, copy.deepcopy(group))
+
+    def keep_reference(self, key: str, logprobs: Any) -> None:
+        """See `Collator.keep_reference`."""
+        self._collator.keep_reference(key, logprobs.copy())
+
+    def forget(self, keys: list[str]) -> None:
+        """See `Collator.forget`."""
+        self._collator.forget(keys)
+
+    def texts(self, keys: list[str]) -> Any:
+        """See `Collator.texts`."""
+        return self._collator.texts(keys)
+
+    def batches(self, shards: Any, keys: list[str], compared: bool) -> Any:
+        """See `Collator.batches`; references to them, since a small answer would travel through who asks."""
+        return [ray.put(batch) for batch in self._collator.batches(shards, keys, compared)]
+
+    def ready(self) -> str:
+        """Answers once it can be used."""
+        return self._name
+
+
 def start_all(
-    host: type, specs: Sequence[ActorSpec], group: Any, first_bundle: int, num_cpus: float, num_gpus: float
+    host: type,
+    specs: Sequence[ActorSpec],
+    group: Any,
+    first_bundle: int,
+    num_cpus: float,
+    num_gpus: float,
+    threads: int = 1,
 ) -> dict[str, Any]:
     """Actors by name, started side by side, each in its bundle of the placement group.
 
-    Never restarted by Ray itself: an actor that comes back has lost its state.
+    `threads`: calls that one takes at a time. With more than one Ray keeps no order among them. Never restarted by Ray
+    itself: an actor that comes back has lost its state.
     """
     return {
         ProcessName.of(spec.name, spec.log): ray.remote(host)
@@ -176,6 +234,7 @@ def start_all(
             num_cpus=num_cpus,
             num_gpus=num_gpus,
             max_restarts=0,
+            max_concurrency=threads,
             runtime_env={"env_vars": environment(spec)},
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=first_bundle + i),
         )
@@ -184,19 +243,19 @@ def start_all(
     }
 
 
-def start_servers(host: type, specs: Sequence[ActorSpec], group: Any) -> dict[str, Any]:
-    """Scoring or reference servers by name, on the node of the others.
+def start_servers(host: type, specs: Sequence[ActorSpec], group: Any, threads: int = SERVER_THREADS) -> dict[str, Any]:
+    """Scoring or reference servers, or a collator, by name, on the node of the others.
 
     They take no CPU and no GPU in Ray's books, since they work while others wait; on a GPU machine they see all GPUs
     and take the one that `ActorSpec.device` names. Each takes many groups at a time, so that those that wait can be put
-    together.
+    together; `threads`: so many.
     """
     return {
         ProcessName.of(spec.name, spec.log): ray.remote(host)
         .options(
             num_cpus=0,
             max_restarts=0,
-            max_concurrency=SERVER_THREADS,
+            max_concurrency=threads,
             runtime_env={"env_vars": environment(spec)},
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
         )

@@ -15,12 +15,15 @@ from typing import Any
 
 from rlhf_dist.cluster import actors, learner_hosts as hosts
 from rlhf_dist.cluster.groups import (
+    CollatorProcess,
     CriticGroup,
     PolicyCreditGroup,
     PolicyGroup,
     ReferenceFleet,
     ScoringFleet,
+    silence,
 )
+from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.open_run import finish, opened
 from rlhf_dist.cluster.placement import Placement, bundles, first_learner_bundle, place
 from rlhf_dist.cluster.preflight import check_before_start, require_shared_memory
@@ -41,14 +44,17 @@ from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream, held_out
 from rlhf_dist.errors import RunError
 from rlhf_dist.loop import train as training
+from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.evaluate import evaluate as run_evaluation
 from rlhf_dist.loop.ledger import Ledger
-from rlhf_dist.loop.queue import ExperienceQueue
+from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.resume_point import ledger_gone
+from rlhf_dist.loop.rules import rules_of
 from rlhf_dist.loop.run_directory import (
     step_of,
 )
 from rlhf_dist.loop.shaper import Shaper
+from rlhf_dist.loop.shell import Actors, Shell
 from rlhf_dist.loop.train_state import put_back, read_state
 from rlhf_dist.loop.watch import CollapseWatch
 from rlhf_dist.scoring.non_finite import told
@@ -57,6 +63,7 @@ from rlhf_dist.types import Prompt
 from rlhf_dist.weights.sync import WeightSync
 
 START_KEY = "cluster.start_timeout_s"
+COLLATOR = "collator"
 
 
 def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
@@ -92,15 +99,13 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
             wired = training.Run(
                 config=config,
                 algorithm=hosts.algorithm(config.algo),
-                policy=parts.policy,
-                critic=parts.critic,
-                rollouts=parts.rollouts,
-                sync=WeightSync(parts.policy, parts.rollouts),
-                scoring=parts.scoring,
-                reference=parts.reference,
+                policy=parts.learner.policy,
+                critic=parts.learner.critic,
+                actors=parts.actors,
+                sync=WeightSync(parts.learner.policy, parts.rollouts),
+                members=parts.members,
                 stream=stream,
                 held_out=prompts,
-                queue=ExperienceQueue(config.loop.max_policy_lag, config.loop.prompts_per_step),
                 ledger=ledger,
                 directory=run,
                 telemetry=telemetry,
@@ -135,14 +140,13 @@ def evaluate(config: Config) -> None:
             placement = place(config, machine, "eval")
             parts = start_fleets(config, placement, source, logs, None, stack)
             progress.stage(f"evaluating {len(prompts)} prompts")
+            rules = rules_of(config, parts.actors.reference is not None, masked=False)
             results = run_evaluation(
                 prompts,
                 config.eval,
-                training.sampling_of(config),
+                rules.sampling,
                 seed=config.seed,
-                rollouts=parts.rollouts,
-                scoring=parts.scoring,
-                reference=parts.reference,
+                shell=Shell(Controller(rules, None, parts.members), parts.actors),
                 gold=config.scoring.gold,
                 solved_by=solved_by(config),
             )
@@ -168,14 +172,22 @@ def eval_display(config: Config) -> Iterator[tuple[Progress, Path]]:
 
 
 @dataclass(frozen=True, slots=True)
+class LearnerSide:
+    """The ranks of a run, which have met."""
+
+    policy: PolicyGroup
+    critic: CriticGroup | None
+
+
+@dataclass(frozen=True, slots=True)
 class Parts:
     """The processes of a run, ready to work."""
 
+    actors: Actors
     rollouts: RolloutFleet
-    scoring: ScoringFleet
-    reference: ReferenceFleet | None
-    policy: PolicyGroup
-    critic: CriticGroup | None
+    """`actors.rollouts`, and the receiving end of a push."""
+    members: Members
+    learner: LearnerSide
 
 
 def start_fleets(
@@ -184,6 +196,57 @@ def start_fleets(
     """Start all actors side by side and wait until each is ready; `folder`: the checkpoint resumed from."""
     config = with_sources(config, source, folder, learns=placement.learner_ranks > 0)
     group = stack.enter_context(reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s))
+    workers = start_workers(config, placement, source, logs, folder, group)
+    scorers = start_servers(
+        config, placement, source, logs, group, actors.ScoringHost, "scoring server", config.scoring.replicas
+    )
+    references = scorers if actors.needs_reference(config) else {}
+    if config.reference.replicas and references:
+        references = start_servers(
+            config, placement, source, logs, group, actors.ReferenceHost, "reference server", config.reference.replicas
+        )
+    collator = start_servers(config, placement, source, logs, group, actors.CollatorHost, COLLATOR, 1, threads=1)
+    inbox = Inbox()
+    ranks = start_ranks(config, placement, source, logs, group, hosts.PolicyHost, stack)
+    critics = start_ranks(config, placement, source, logs, group, hosts.CriticHost, stack, critic=True)
+    ready = {name: one.ready.remote() for name, one in (workers | scorers | references | collator).items()}
+    join_ranks(config, ranks, folder)
+    join_ranks(config, critics, folder)
+    gather(ready, "start", config.cluster.start_timeout_s, START_KEY)
+    limit, (collating,) = config.scoring.timeout_s, collator.items()
+    rollouts = RolloutFleet(
+        workers,
+        inbox,
+        timeout_s=config.rollout.timeout_s,
+        sync_timeout_s=config.weights.timeout_s,
+        give_up_after=config.weights.give_up_after,
+    )
+    moves = config.reference.update_every > 0
+    return Parts(
+        actors=Actors(
+            rollouts=rollouts,
+            scoring=ScoringFleet(scorers, inbox, timeout_s=limit),
+            reference=ReferenceFleet(references, inbox, timeout_s=limit, moves=moves) if references else None,
+            bodies=CollatorProcess(*collating, inbox, timeout_s=config.learner.timeout_s),
+            arrivals=inbox,
+            timeout=silence,
+        ),
+        rollouts=rollouts,
+        members=Members(
+            workers,
+            scorers,
+            references,
+            capacity=config.rollout.max_concurrent,
+            limits_s={"rollout": config.rollout.timeout_s, "scoring": limit, "reference": limit},
+        ),
+        learner=learner_side(config, ranks, critics, inbox),
+    )
+
+
+def start_workers(
+    config: Config, placement: Placement, source: str, logs: Path, folder: Path | None, group: Any
+) -> dict[str, Any]:
+    """Start the rollout workers."""
     specs = [
         spec(config, f"rollout worker {i}", source, placement.device, placement.rollout_threads, logs, i)
         for i in range(placement.rollout_workers)
@@ -191,58 +254,42 @@ def start_fleets(
     if placement.learner_ranks and hosts.algorithm(config.algo).mask is not None:
         version = step_of(folder) if folder else 0
         specs = [replace(made, mask=mask_source(source, folder), mask_version=version) for made in specs]
-    workers = actors.start_all(
-        actors.RolloutHost, specs, group, 0, placement.rollout_num_cpus, placement.rollout_num_gpus
-    )
-    scorers = start_servers(
-        config, placement, source, logs, group, actors.ScoringHost, "scoring server", config.scoring.replicas
-    )
-    references = scorers
-    if config.reference.replicas and actors.needs_reference(config):
-        references = start_servers(
-            config, placement, source, logs, group, actors.ReferenceHost, "reference server", config.reference.replicas
-        )
-    ranks = start_ranks(config, placement, source, logs, group, hosts.PolicyHost, stack)
-    critics = start_ranks(config, placement, source, logs, group, hosts.CriticHost, stack, critic=True)
-    ready = {name: worker.ready.remote() for name, worker in (workers | scorers | references).items()}
-    join_ranks(config, ranks, folder)
-    join_ranks(config, critics, folder)
-    gather(ready, "start", config.cluster.start_timeout_s, START_KEY)
-    limit = config.learner.timeout_s
-    critic = None
-    recipe = hosts.algorithm(config.algo)
+    cpus, gpus = placement.rollout_num_cpus, placement.rollout_num_gpus
+    return actors.start_all(actors.RolloutHost, specs, group, 0, cpus, gpus, threads=actors.WORKER_THREADS)
+
+
+def learner_side(config: Config, ranks: dict[str, Any], critics: dict[str, Any], inbox: Inbox) -> LearnerSide:
+    """The groups of policy and critic; while their answers are waited for, events are handed over."""
+    limit, recipe, critic = config.learner.timeout_s, hosts.algorithm(config.algo), None
     if ranks and recipe.credit_by_token:
         own = recipe.needs_critic and not hosts.shares_trunk(config)
         kind = CriticGroup if own else PolicyCreditGroup
-        critic = kind(critics or ranks, timeout_s=limit, in_turn=not critics)
-    reference = None
-    if actors.needs_reference(config):
-        moves = config.reference.update_every > 0
-        reference = ReferenceFleet(references, timeout_s=config.scoring.timeout_s, moves=moves)
-    return Parts(
-        rollouts=RolloutFleet(
-            workers,
-            timeout_s=config.rollout.timeout_s,
-            sync_timeout_s=config.weights.timeout_s,
-            give_up_after=config.weights.give_up_after,
-        ),
-        scoring=ScoringFleet(scorers, timeout_s=config.scoring.timeout_s),
-        reference=reference,
-        policy=PolicyGroup(ranks, timeout_s=limit),
-        critic=critic,
-    )
+        critic = kind(critics or ranks, timeout_s=limit, waits=inbox.wait, in_turn=not critics)
+    return LearnerSide(PolicyGroup(ranks, timeout_s=limit, waits=inbox.wait), critic)
 
 
 def start_servers(
-    config: Config, placement: Placement, source: str, logs: Path, group: Any, host: type, name: str, count: int
+    config: Config,
+    placement: Placement,
+    source: str,
+    logs: Path,
+    group: Any,
+    host: type,
+    name: str,
+    count: int,
+    threads: int = actors.SERVER_THREADS,
 ) -> dict[str, Any]:
-    """Start scoring or reference servers; on a GPU machine they are dealt out over its GPUs."""
+    """Start scoring or reference servers, or the collator; on a GPU machine they are dealt out over its GPUs."""
     gpus = max(1, placement.rollout_workers * placement.rollout_gpus)
     specs = []
     for i in range(count):
         device = f"cuda:{i % gpus}" if placement.device == "cuda" else "cpu"
-        specs.append(spec(config, f"{name} {i}", source, device, placement.scoring_threads, logs, i))
-    return actors.start_servers(host, specs, group)
+        specs.append(
+            spec(
+                config, name if name == COLLATOR else f"{name} {i}", source, device, placement.scoring_threads, logs, i
+            )
+        )
+    return actors.start_servers(host, specs, group, threads)
 
 
 def start_ranks(

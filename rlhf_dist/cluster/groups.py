@@ -3,90 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import cycle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlhf_dist.cluster.waits import gather
-from rlhf_dist.errors import WeightSyncError
+from rlhf_dist.cluster.inbox import Inbox
+from rlhf_dist.cluster.processes import silent
+from rlhf_dist.cluster.waits import Wait, fetch, gather, limit_text
+from rlhf_dist.errors import ActorTimeout, AnswerLost, WeightSyncError
+from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard
-from rlhf_dist.loop.ports import Estimates
+from rlhf_dist.loop.events import Compared, Event, Kept, MemberKind, Scored, Undone
+from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import Group, Handle, Referenced, Scores
+from rlhf_dist.types import Group, Handle, Referenced
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 
 SCORING_KEY = "scoring.timeout_s"
 LEARNER_KEY = "learner.timeout_s"
 
 
-class Replicas:
-    """Servers that do the same; work is dealt out in turn."""
-
-    def __init__(self, workers: Mapping[str, Any], timeout_s: float) -> None:
-        self.workers = dict(workers)
-        self.timeout_s = timeout_s
-        self._turns = cycle(self.workers.items())
-
-    def next(self) -> tuple[str, Any]:
-        """(name, actor) of the server whose turn it is."""
-        return next(self._turns)
+LIMIT_KEYS: dict[MemberKind, tuple[str, str]] = {
+    "rollout": ("generate", "rollout.timeout_s"),
+    "scoring": ("score", SCORING_KEY),
+    "reference": ("compare", SCORING_KEY),
+}
+"""What a member is asked for, and the config key of its limit."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A call to one server of several."""
-
-    server: str
-    call: Any
-    rest: Any = None
-    """Reference to a second answer, which stays where it was made."""
+def silence(kind: MemberKind, name: str, limit_s: float) -> ActorTimeout:
+    """What to raise for a member that has work and has given no sign of progress for so long."""
+    what, key = LIMIT_KEYS[kind]
+    return ActorTimeout(silent([name], what, limit_text(limit_s, key)))
 
 
 class ScoringFleet:
     """All scoring servers."""
 
-    def __init__(self, workers: Mapping[str, Any], *, timeout_s: float) -> None:
-        self._replicas = Replicas(workers, timeout_s)
+    def __init__(self, workers: Mapping[str, Any], inbox: Inbox, *, timeout_s: float) -> None:
+        self._workers = dict(workers)
+        self._inbox = inbox
+        self._timeout_s = timeout_s
 
-    def submit(self, body: Handle[Group]) -> Handle[Scores]:
-        """Begin to score a group; its tokens go from the object store to the server."""
-        name, worker = self._replicas.next()
-        return Handle(Asked(name, worker.score.remote(body.place)))
+    def submit(self, server: str, key: str, body: Handle[Group]) -> None:
+        """See `loop.ports.Scoring`; the tokens go from the object store to the server."""
+        call = self._workers[server].score.remote(body.place)
+        self._inbox.expect(call, partial(self._read, server, key))
 
-    def gather(self, pending: Mapping[str, Handle[Scores]]) -> dict[str, Scores]:
-        """Scores by uid; every group has `scoring.timeout_s`."""
-        limit = self._replicas.timeout_s
-        return {uid: answer(asked.place, f"score prompt {uid}", limit) for uid, asked in pending.items()}
+    def _read(self, server: str, key: str, call: Any) -> list[Event]:
+        try:
+            return [Scored(server, key, fetch(call, server, f"score {key}", self._timeout_s))]
+        except AnswerLost:
+            return [Undone("scoring", server, key)]
 
 
 class ReferenceFleet:
     """All servers that hold the reference model."""
 
-    def __init__(self, workers: Mapping[str, Any], *, timeout_s: float, moves: bool = False) -> None:
-        self._replicas = Replicas(workers, timeout_s)
+    def __init__(self, workers: Mapping[str, Any], inbox: Inbox, *, timeout_s: float, moves: bool = False) -> None:
+        self._workers = dict(workers)
+        self._inbox = inbox
+        self._timeout_s = timeout_s
         self._moves = moves
 
-    def submit(self, body: Handle[Group], temperature: float) -> Handle[Referenced]:
-        """Begin to compute a group's reference logprobs, at the sampler's temperature."""
-        name, worker = self._replicas.next()
-        head, logprobs = worker.reference.options(num_returns=2).remote(body.place, temperature)
-        return Handle(Asked(name, head, logprobs))
+    def submit(self, server: str, key: str, body: Handle[Group], temperature: float) -> None:
+        """See `loop.ports.References`; at the sampler's temperature. The logprobs stay where they are made."""
+        call = self._workers[server].reference.remote(body.place, temperature)
+        self._inbox.expect(call, partial(self._read, server, key))
 
-    def gather(self, pending: Mapping[str, Handle[Referenced]]) -> dict[str, Referenced]:
-        """By uid; every group has `scoring.timeout_s`. The logprobs stay in the object store."""
-        limit = self._replicas.timeout_s
-        return {
-            uid: Referenced(answer(asked.place, f"compare prompt {uid}", limit), Handle(asked.place.rest))
-            for uid, asked in pending.items()
-        }
+    def _read(self, server: str, key: str, call: Any) -> list[Event]:
+        try:
+            head, (logprobs,) = fetch(call, server, f"compare {key}", self._timeout_s)
+        except AnswerLost:
+            return [Undone("reference", server, key)]
+        return [Compared(server, key, Referenced(head, Handle(logprobs)))]
 
     def update(self, announcement: Announcement, keep: float) -> None:
         """Move every server's reference to the published weights. Raises `WeightSyncError` without a right receipt."""
-        calls = {name: worker.move.remote(announcement, keep) for name, worker in self._replicas.workers.items()}
-        for receipt in gather(calls, "move the reference", self._replicas.timeout_s, SCORING_KEY).values():
+        calls = {name: worker.move.remote(announcement, keep) for name, worker in self._workers.items()}
+        for receipt in gather(calls, "move the reference", self._timeout_s, SCORING_KEY, self._inbox.wait).values():
             problem = receipt_problem(announcement, receipt)
             if problem is not None:
                 raise WeightSyncError(problem.text)
@@ -94,8 +91,50 @@ class ReferenceFleet:
     def save(self, folder: Path) -> None:
         """The reference's part of a checkpoint, where it moves; the servers hold the same."""
         if self._moves:
-            name, worker = self._replicas.next()
-            gather({name: worker.save_reference.remote(folder)}, "save", self._replicas.timeout_s, SCORING_KEY)
+            name, worker = next(iter(self._workers.items()))
+            gather({name: worker.save_reference.remote(folder)}, "save", self._timeout_s, SCORING_KEY, self._inbox.wait)
+
+
+class CollatorProcess:
+    """The collator, which owns the tokens of finished groups."""
+
+    def __init__(self, name: str, actor: Any, inbox: Inbox, *, timeout_s: float) -> None:
+        """`timeout_s`: `learner.timeout_s`."""
+        self._name = name
+        self._actor = actor
+        self._inbox = inbox
+        self._timeout_s = timeout_s
+
+    def keep(self, key: str, body: Handle[Group]) -> None:
+        """See `loop.ports.Bodies`; the tokens go from the worker that made them to the collator."""
+        self._inbox.expect(self._actor.keep.remote(key, body.place), partial(self._read, key))
+
+    def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:
+        """See `loop.ports.Bodies`. Calls to the collator are done in their order, so nobody has to wait."""
+        self._actor.keep_reference.remote(key, logprobs.place)
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """See `loop.ports.Bodies`."""
+        self._actor.forget.remote(list(keys))
+
+    def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
+        """See `loop.ports.Bodies`."""
+        return self._ask(self._actor.texts.remote(list(keys)), "show samples")
+
+    def batches(self, shards: Sequence[Shard], keys: Sequence[str], compared: bool) -> Sequence[Handle[RankBatch]]:
+        """See `loop.ports.Bodies`; they stay with the collator."""
+        found = self._ask(self._actor.batches.remote(list(shards), list(keys), compared), "lay out the batch")
+        return [Handle(place) for place in found]
+
+    def _read(self, key: str, call: Any) -> list[Event]:
+        try:
+            fetch(call, self._name, f"keep {key}", self._timeout_s)
+        except AnswerLost:
+            return []  # The worker that had it is lost, and the group begins again.
+        return [Kept(key)]
+
+    def _ask(self, call: Any, what: str) -> Any:
+        return gather({self._name: call}, what, self._timeout_s, LEARNER_KEY, self._inbox.wait)[self._name]
 
 
 def places(handles: Sequence[Handle[Any]]) -> list[Any]:
@@ -103,16 +142,13 @@ def places(handles: Sequence[Handle[Any]]) -> list[Any]:
     return [handle.place for handle in handles]
 
 
-def answer(asked: Asked, what: str, timeout_s: float) -> Any:
-    """The answer of one server, within the limit of one group."""
-    return gather({asked.server: asked.call}, what, timeout_s, SCORING_KEY)[asked.server]
-
-
 class LearnerGroup:
     """All ranks of a learner; every call goes to all of them."""
 
-    def __init__(self, ranks: Mapping[str, Any], *, timeout_s: float) -> None:
+    def __init__(self, ranks: Mapping[str, Any], *, timeout_s: float, waits: Wait | None = None) -> None:
+        """`waits`: what happens while an answer is waited for; None: nothing."""
         self._ranks = dict(ranks)
+        self._waits = waits
         self._timeout_s = timeout_s
         self.ranks = len(self._ranks)
 
@@ -125,25 +161,18 @@ class LearnerGroup:
         return self._wait({name: getattr(rank, method).remote(*args) for name, rank in self._ranks.items()}, method)
 
     def _wait(self, calls: Mapping[str, Any], what: str) -> dict[str, Any]:
-        return gather(calls, what, self._timeout_s, LEARNER_KEY)
+        return gather(calls, what, self._timeout_s, LEARNER_KEY, self._waits)
 
 
 class PolicyGroup(LearnerGroup):
     """All ranks of the policy's learner."""
 
-    def update(
-        self,
-        shards: Sequence[Shard],
-        bodies: Sequence[Handle[Group]],
-        references: Sequence[Handle[np.ndarray]],
-        estimates: Estimates,
-    ) -> MetricSums:
-        """Give each rank its shard, the groups it needs, and the credit that its critic made."""
-        credits = places(estimates.handles) or [None] * len(shards)
-        arrays = places(bodies) + places(references)
+    def update(self, batches: Batches, estimates: Estimates) -> MetricSums:
+        """Give each rank its batch, and the credit that its critic made."""
+        credits = places(estimates.handles) or [None] * len(batches)
         calls = {
-            name: rank.update.remote(shard, credit, estimates.whitening, len(bodies), *arrays)
-            for (name, rank), shard, credit in zip(self._ranks.items(), shards, credits, strict=True)
+            name: rank.update.remote(batch.place, credit, estimates.whitening)
+            for (name, rank), batch, credit in zip(self._ranks.items(), batches, credits, strict=True)
         }
         return MetricSums.merge(self._wait(calls, "update").values())
 
@@ -156,31 +185,27 @@ class PolicyGroup(LearnerGroup):
 class CriticGroup(LearnerGroup):
     """All ranks that hold the critic: processes of their own, or the policy's."""
 
-    def __init__(self, ranks: Mapping[str, Any], *, timeout_s: float, in_turn: bool = False) -> None:
+    def __init__(
+        self, ranks: Mapping[str, Any], *, timeout_s: float, waits: Wait | None = None, in_turn: bool = False
+    ) -> None:
         """`in_turn`: the ranks are the policy's too, so that each side's limit has to begin with its own work."""
-        super().__init__(ranks, timeout_s=timeout_s)
+        super().__init__(ranks, timeout_s=timeout_s, waits=waits)
         self._in_turn = in_turn
 
-    def estimate(
-        self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], references: Sequence[Handle[np.ndarray]]
-    ) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
-        """Values and credit of each shard; the arrays stay where they were made."""
-        calls: dict[str, Any] = {}
-        handles: list[Handle[Estimate]] = []
-        arrays = places(bodies) + places(references)
-        for (name, rank), shard in zip(self._ranks.items(), shards, strict=True):
-            method = rank.estimate.options(num_returns=2)
-            calls[name], estimate = method.remote(shard, len(bodies), *arrays)
-            handles.append(Handle(estimate))
-        return handles, EstimateSums.merge(self._wait(calls, "estimate").values())
+    def estimate(self, batches: Batches) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
+        """Values and credit of each batch; the arrays stay where they were made."""
+        calls = {
+            name: rank.estimate.remote(batch.place)
+            for (name, rank), batch in zip(self._ranks.items(), batches, strict=True)
+        }
+        found = self._wait(calls, "estimate").values()
+        return [Handle(place) for _, (place,) in found], EstimateSums.merge(sums for sums, _ in found)
 
-    def begin_update(
-        self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], estimates: Estimates
-    ) -> Handle[MetricSums]:
+    def begin_update(self, batches: Batches, estimates: Estimates) -> Handle[MetricSums]:
         """Begin to learn the returns; taking turns, the whole update."""
         calls = {
-            name: rank.update_critic.remote(shard, credit.place, *places(bodies))
-            for (name, rank), shard, credit in zip(self._ranks.items(), shards, estimates.handles, strict=True)
+            name: rank.update_critic.remote(batch.place, credit.place)
+            for (name, rank), batch, credit in zip(self._ranks.items(), batches, estimates.handles, strict=True)
         }
         return Handle(self._wait(calls, "update_critic") if self._in_turn else calls)
 
@@ -201,9 +226,7 @@ class PolicyCreditGroup(CriticGroup):
     nothing to learn.
     """
 
-    def begin_update(
-        self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], estimates: Estimates
-    ) -> Handle[MetricSums]:
+    def begin_update(self, batches: Batches, estimates: Estimates) -> Handle[MetricSums]:
         """Nothing to begin."""
         return Handle(None)
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
 from rlhf_dist.algo.recipes import ALGORITHMS
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.config.schema import AlgoConfig, OptimizerConfig
 from rlhf_dist.learner.critic_files import CRITIC_FOLDER
-from rlhf_dist.types import Group
 
 LOOPBACK = "127.0.0.1"
 
@@ -96,25 +96,19 @@ class LearnerHost:
         raise AssertionError("a learner host is a policy's, a critic's, a supervised or a reward model's one")
 
 
-def batch_of(shard: Any, groups: Sequence[Group], references: Sequence[Any]) -> Any:
-    """See `rank_batch`; torch is imported when the first batch is there."""
-    from rlhf_dist.learner.rank_batch import rank_batch
-
-    return rank_batch(shard, groups, references)
-
-
 class CriticVerbs:
     """What a process that gives credit by token can be asked for."""
 
     _critic: Any
 
-    def estimate(self, shard: Any, count: int, *arrays: Any) -> Any:
-        """See `CriticLearner.estimate`; two answers: sums, estimate. `arrays`: `count` groups, then references."""
-        return self._critic.estimate(batch_of(shard, arrays[:count], arrays[count:]))
+    def estimate(self, batch: Any) -> Any:
+        """See `CriticLearner.estimate`; the sums, and a reference to the estimate."""
+        sums, estimate = self._critic.estimate(batch)
+        return sums, (ray.put(estimate),)
 
-    def update_critic(self, shard: Any, estimate: Any, *groups: Group) -> Any:
+    def update_critic(self, batch: Any, estimate: Any) -> Any:
         """See `CriticLearner.update`."""
-        return self._critic.update(batch_of(shard, groups, ()), estimate)
+        return self._critic.update(batch, estimate)
 
     def save_critic(self, folder: Path) -> None:
         """Into the checkpoint's own folder for the critic."""
@@ -125,9 +119,9 @@ class CriticVerbs:
 class PolicyHost(CriticVerbs, LearnerHost):
     """A rank of the policy's learner; the critic's too where they take turns or share the trunk."""
 
-    def update(self, shard: Any, estimate: Any, whitening: Any, count: int, *arrays: Any) -> Any:
-        """See `PolicyLearner.update`; `arrays`: `count` groups, then references."""
-        found = self._learner.update(batch_of(shard, arrays[:count], arrays[count:]), estimate, whitening)
+    def update(self, batch: Any, estimate: Any, whitening: Any) -> Any:
+        """See `PolicyLearner.update`."""
+        found = self._learner.update(batch, estimate, whitening)
         if self._ema is not None:
             self._ema.update(self._engine.weights())
         return found

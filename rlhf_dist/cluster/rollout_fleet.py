@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 
+from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.processes import look
-from rlhf_dist.cluster.waits import fetch, gather, limit_text, silent, wait
-from rlhf_dist.errors import ActorLost, ActorTimeout, EngineBroken, RlhfError, WeightSyncError
+from rlhf_dist.cluster.waits import fetch, limit_text
+from rlhf_dist.errors import ActorLost, EngineBroken, RayLost, RlhfError, RunError, WeightSyncError
+from rlhf_dist.loop.events import Event, Lost
+from rlhf_dist.rollout.worker import Cancel, Submit, Verb
 from rlhf_dist.telemetry.timeline import Patience
-from rlhf_dist.types import DroppedPrompt, Group, GroupHead, Handle, Request
+from rlhf_dist.types import Request
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 from rlhf_dist.weights.shared_memory import BUFFERS
 
-GENERATE_KEY = "rollout.timeout_s"
 SYNC_KEY = "weights.timeout_s"
 
 
@@ -37,6 +40,8 @@ class Standing:
     """The version of the last one; each counts once."""
     silent: bool = False
     """It did not answer in time, and nobody waits for it until it has proved a version."""
+    posted: int = 0
+    """Messages sent to it."""
 
 
 class RolloutFleet:
@@ -47,7 +52,13 @@ class RolloutFleet:
     """
 
     def __init__(
-        self, workers: Mapping[str, Any], *, timeout_s: float, sync_timeout_s: float, give_up_after: int = 3
+        self,
+        workers: Mapping[str, Any],
+        inbox: Inbox,
+        *,
+        timeout_s: float,
+        sync_timeout_s: float,
+        give_up_after: int = 3,
     ) -> None:
         self._standings = {name: Standing(worker) for name, worker in workers.items()}
         # Until the first push they serve what they loaded themselves, which is all that `eval` asks of them.
@@ -56,39 +67,49 @@ class RolloutFleet:
         self._timeout_s = timeout_s
         self._sync_timeout_s = sync_timeout_s
         self._give_up_after = give_up_after
+        self._inbox = inbox
+        for name in self._standings:
+            self._ask_for_events(name)
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[GroupHead, Handle[Group]] | DroppedPrompt]:
-        """Share the requests out evenly; yields groups as they finish."""
+    def submit(self, worker: str, requests: Sequence[Request]) -> None:
+        """See `loop.ports.Rollouts`."""
+        self._post(worker, Submit(tuple(requests)))
+
+    def cancel(self, worker: str, keys: Sequence[str]) -> None:
+        """See `loop.ports.Rollouts`."""
+        self._post(worker, Cancel(tuple(keys)))
+
+    def serving(self) -> tuple[str, ...]:
+        """See `loop.ports.Rollouts`; with those whose receipt for the published version came late."""
         self._take_back()
-        if not self._serving:
-            raise WeightSyncError("no rollout worker holds the published weights")
-        streams: dict[Any, str] = {}
-        for index, name in enumerate(self._serving):
-            share = list(requests[index :: len(self._serving)])
-            if share:
-                method = self._standings[name].worker.generate.options(num_returns="streaming")
-                streams[method.remote(share)] = name
-        patience = Patience(self._timeout_s)
-        while streams:
-            stream = self._first_ready(streams, patience)
-            try:
-                first = fetch(next(stream), streams[stream], "generate", self._timeout_s)
-                if isinstance(first, DroppedPrompt):
-                    yield first
-                    continue
-                # The tokens stay where they are: only their reference is handed on.
-                self._first_ready({stream: streams[stream]}, patience)
-                yield first, Handle(next(stream))
-            except StopIteration:
-                del streams[stream]
+        return tuple(name for name in self._standings if name in self._serving)
 
-    def _first_ready(self, streams: Mapping[Any, str], patience: Patience) -> Any:
-        """A stream that has an item, or has ended."""
-        ready = wait(list(streams), patience)
-        if not ready:
-            limit = limit_text(self._timeout_s, GENERATE_KEY)
-            raise ActorTimeout(silent(list(streams.values()), "generate", limit))
-        return ready[0]
+    def _post(self, worker: str, verb: Verb) -> None:
+        standing = self._standings.get(worker)
+        if standing is not None:  # else it has been given up, which the controller will hear of
+            standing.worker.post.remote(standing.posted, verb)
+            standing.posted += 1
+
+    def _ask_for_events(self, name: str) -> None:
+        self._inbox.expect(self._standings[name].worker.events.remote(), partial(self._read_events, name))
+
+    def _read_events(self, name: str, call: Any) -> Sequence[Event]:
+        """A worker's events; one that has died, or whose engine failed, is lost."""
+        try:
+            events: Sequence[Event] = fetch(call, name, "generate", self._timeout_s)
+        except RayLost:
+            raise
+        except RunError as error:
+            standing = self._standings.pop(name, None)
+            if standing is None:
+                return []  # It was given up before.
+            ray.kill(standing.worker)
+            text = str(error)
+            return [Lost(name, text if text.startswith(name) else f"{name}: {text}")]
+        if name not in self._standings:
+            return []
+        self._ask_for_events(name)
+        return events
 
     def make_room(self) -> list[str]:
         """Give up workers that do not answer where they may hold all buffers; of those, the latest may stay.
@@ -127,18 +148,13 @@ class RolloutFleet:
         asked = [standing for standing in self._standings.values() if standing.version == announcement.version]
         awaited = [standing.call for standing in asked if not standing.silent] or [standing.call for standing in asked]
         if awaited:
-            wait(awaited, Patience(self._sync_timeout_s), count=len(awaited))
+            self._inbox.wait(awaited, Patience(self._sync_timeout_s), count=len(awaited))
         for name, standing in list(self._standings.items()):
             if standing.version == announcement.version:
                 problems += self._read_receipt(name, standing, announcement)
         if not self._serving:
             raise WeightSyncError("; ".join([*problems, "no rollout worker holds the published weights"]))
         return problems
-
-    def texts(self, body: Handle[Group]) -> tuple[str, ...]:
-        """A group's last responses."""
-        found = gather({"the object store": body.place}, "fetch a sample", self._timeout_s, GENERATE_KEY)
-        return tuple(sample.texts[-1] for sample in found["the object store"].trajectories)
 
     def _take_back(self) -> None:
         """Let those serve whose receipt for the present version came late; nobody is waited for."""
@@ -227,7 +243,9 @@ class RolloutFleet:
         """End a worker for good: it is neither asked nor waited for any more."""
         ray.kill(self._standings.pop(name).worker)
         left = len(self._standings)
-        return f"{problem}; it is given up, {left} rollout worker{'s are' if left != 1 else ' is'} left"
+        why = f"{problem}; it is given up, {left} rollout worker{'s are' if left != 1 else ' is'} left"
+        self._inbox.put(Lost(name, why, told=True))
+        return why
 
 
 def _is_done(call: Any) -> bool:

@@ -6,21 +6,29 @@ A time in which this process itself was stopped (Ctrl-Z, a suspended laptop) doe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import ray.exceptions
 from ray.exceptions import RayActorError, RayTaskError
 
 from rlhf_dist.cluster.processes import ending, lost_ray, silent
-from rlhf_dist.errors import ActorLost, ActorTimeout, RayLost, RlhfError, RunError
+from rlhf_dist.errors import ActorLost, ActorTimeout, AnswerLost, RayLost, RlhfError, RunError
 from rlhf_dist.telemetry.timeline import Patience
 
 BLAME_LIMIT_S = 3.0
 """How long a failure waits for a death that may be its cause."""
 
 
-def gather(calls: Mapping[str, Any], what: str, timeout_s: float, key: str = "") -> dict[str, Any]:
+class Wait(Protocol):
+    """How to wait: see `wait`, and `inbox.Inbox.wait`, which hands events over meanwhile."""
+
+    def __call__(self, calls: list[Any], patience: Patience, count: int = 1) -> list[Any]: ...
+
+
+def gather(
+    calls: Mapping[str, Any], what: str, timeout_s: float, key: str = "", waits: Wait | None = None
+) -> dict[str, Any]:
     """Wait for one answer from each: name of the process -> its call. `key` is the config key of the limit.
 
     Raises `ActorTimeout` naming those who did not answer, `ActorLost` naming one that died, or what the call raised.
@@ -29,7 +37,7 @@ def gather(calls: Mapping[str, Any], what: str, timeout_s: float, key: str = "")
     pending = {call: name for name, call in calls.items()}
     answers: dict[str, Any] = {}
     while pending:
-        done = wait(list(pending), patience)
+        done = (waits or wait)(list(pending), patience)
         if not done:
             raise ActorTimeout(silent(list(pending.values()), what, limit_text(timeout_s, key)))
         for call in done:
@@ -71,13 +79,15 @@ def fetch(call: Any, name: str, what: str, timeout_s: float) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, RlhfError):
             raise error.cause from None
+        if isinstance(error.cause, ray.exceptions.ObjectLostError):
+            raise AnswerLost(f"what {name} needed for '{what}' is lost: {error.cause}") from None
         raise RunError(f"{name} failed in '{what}': {type(error.cause).__name__}: {error.cause}\n{error}") from None
     except RayActorError as error:
         require_ray()
         raise ActorLost(f"{name} died during '{what}': {ending(name, str(error))}") from None
     except ray.exceptions.RayError as error:
         require_ray()
-        raise ActorLost(f"the answer of {name} to '{what}' is lost: {type(error).__name__}: {error}") from None
+        raise AnswerLost(f"the answer of {name} to '{what}' is lost: {type(error).__name__}: {error}") from None
 
 
 def cause_of(error: RunError, pending: Mapping[Any, str], what: str) -> RunError:

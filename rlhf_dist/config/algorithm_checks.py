@@ -26,8 +26,6 @@ PROBLEMS: Problems = {
     ),
     "algo.kl.estimator is k1 with algo.kl.place loss, where its gradient is 0 on average: only noise; choose k2, k3 or "
     "k3+, or set algo.kl.place to reward": lambda c: c.algo.kl.place == "loss" and c.algo.kl.estimator == "k1",
-    "loop.max_policy_lag is {c.loop.max_policy_lag}; this version generates and learns in turn: it must be "
-    "0": lambda c: c.loop.max_policy_lag > 0,
     "algo.shaping.overlong_buffer is {c.algo.shaping.overlong_buffer} and rollout.max_response_tokens "
     "{c.rollout.max_response_tokens}; the penalty would begin before the first token: it must be at most "
     "that": lambda c: c.algo.shaping.overlong_buffer > c.rollout.max_response_tokens,

@@ -9,6 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from rlhf_dist.config.admission import target_lag
 from rlhf_dist.config.keys import Given, Rule, plain
 from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.paths import is_missing
@@ -214,3 +215,23 @@ CAN_TAKE_LONG = only(
     lambda spec: spec.kind in ("number", "regex", "function", "http") or not spec.timeout_s > 0,
     " and has no effect with kind {c.kind}; take it out; it cannot take long",
 )
+LAGGING = where("loop.max_policy_lag", bool, "no group is late there; set that above 0, or take it out")
+OVERSAMPLED = says(
+    lambda c, key: key.changed and c.loop.max_policy_lag,
+    "{key.name} is {key.value:g} and has no effect with loop.max_policy_lag {c.loop.max_policy_lag}, where slow groups "
+    "are not waited for; set one of them to its default",
+)
+
+
+def window_fits(config: Any, key: Given) -> str:
+    """The window alone must not come to more than the lag."""
+    loop = config.loop
+    if not key.value or target_lag(loop) >= 0:
+        return ""
+    steps = loop.max_policy_lag - target_lag(loop)
+    widest = 1 + loop.prompts_per_step * loop.max_policy_lag
+    return (
+        f"{key.name} is {key.value} with loop.prompts_per_step {loop.prompts_per_step}: a group that so many may "
+        f"overtake can come {steps} versions late, and loop.max_policy_lag is {loop.max_policy_lag}; set the window to "
+        f"at most {widest}, or 0, or raise the lag"
+    )

@@ -141,7 +141,7 @@ class RolloutConfig:
     enforce_eager: bool = True
     """false: compiled decoding, faster per token, slower to start."""
     timeout_s: float = key(600.0, LIMIT_S)
-    """Limit for one batch of rollouts."""
+    """Longest time without a decoding step of a worker that has requests."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class ScoringConfig:
     batch_tokens: int = key(8192, COUNT)
     """Tokens that a reward or reference model takes at once: groups that wait are put together up to it."""
     timeout_s: float = key(120.0, LIMIT_S)
-    """Limit for scoring one prompt group."""
+    """Limit for scoring one prompt group, from when a server begins; a group that waits for others is not charged."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,17 @@ class LoopConfig:
     prompts_per_step: int = key(16, COUNT)
     """Prompt groups; times algo.group_size: responses."""
     max_policy_lag: int = key(0, NOT_NEGATIVE)
-    """Published versions by which generation may run ahead; 0: generate and learn in turn."""
+    """Most versions between a response's oldest token and the weights that learn from it; 0: generate and learn in
+    turn, above it both at once."""
+    window: int = key(0, NOT_NEGATIVE, effects.window_fits)
+    """Groups, from the oldest that is under way on, which may be trained on before it; 1: in the order of issue; 0: as
+    `max_policy_lag` allows. A wider window waits less for slow groups, and leaves less of the lag for running ahead."""
+    oversample: float = key(1.0, Range("between 1 and 100", lambda x: 1 <= x <= 100), effects.OVERSAMPLED)
+    """Groups issued for each one that a step needs; the slowest are cancelled once there are enough."""
+    age: Literal["oldest", "mean", "first"] = key("oldest", effects.LAGGING)
+    """Which token's version says how old a group is: its oldest, the mean of all, or the oldest first one."""
+    stale: Literal["drop", "keep"] = key("drop", effects.LAGGING)
+    """A group that a fault made older than `max_policy_lag`: another takes its place, or it is trained on."""
     logprob_diff_limit: float = key(1e-3, POSITIVE)
     """Largest difference between rollout and learner logprobs before a warning."""
     checkpoint_every: int = key(50, NOT_NEGATIVE)

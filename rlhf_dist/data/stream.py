@@ -117,6 +117,13 @@ class PromptStream:
             prompts.append(_prompt(f"{self._epoch}/{index}", self._questions[index], self._source))
         return prompts
 
+    def find(self, uid: str) -> Prompt:
+        """The prompt that was issued as `uid`. Raises ConfigError where this data has no such one."""
+        epoch, _, index = uid.partition("/")
+        if not (epoch.isdecimal() and index.isdecimal() and int(index) < len(self)):
+            raise ConfigError(f"data: {self._source} with {len(self)} prompts has none with the uid {uid!r}")
+        return _prompt(uid, self._questions[int(index)], self._source)
+
     def cursor(self) -> dict[str, int | str]:
         """Where the stream stands, as JSON can hold it."""
         return {

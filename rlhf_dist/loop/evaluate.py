@@ -9,12 +9,12 @@ import numpy as np
 
 from rlhf_dist.config.schema import EvalConfig
 from rlhf_dist.errors import DataError, RewardError
-from rlhf_dist.loop.collect import Collected, collect
-from rlhf_dist.loop.non_finite import NON_FINITE
-from rlhf_dist.loop.ports import References, Rollouts, Scoring
+from rlhf_dist.loop.events import Answer
+from rlhf_dist.loop.reasons import NON_FINITE
 from rlhf_dist.loop.requests import greedy as without_chance, make_requests
+from rlhf_dist.loop.shell import Shell
 from rlhf_dist.telemetry import names
-from rlhf_dist.types import DroppedPrompt, Experience, NonFinite, Prompt, Sampling
+from rlhf_dist.types import DroppedPrompt, Experience, NonFinite, Prompt, Purpose, Sampling
 
 SHOWN_ANSWERS = 3
 """Greedy responses that an evaluation hands back, for people to read."""
@@ -32,15 +32,25 @@ class Evaluation:
     """Responses with a reward that is not finite, greedy ones first."""
 
 
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What became of prompts that were sampled and scored."""
+
+    experiences: Sequence[Experience]
+    """In the order of the prompts, without the samples that `scoring.non_finite: mask` leaves out."""
+    dropped: Sequence[DroppedPrompt]
+    """Prompts that gave none, and why."""
+    non_finite: tuple[NonFinite, ...]
+    """All responses with a reward that came as NaN or infinite."""
+
+
 def evaluate(
     prompts: Sequence[Prompt],
     config: EvalConfig,
     sampling: Sampling,
     *,
     seed: int,
-    rollouts: Rollouts,
-    scoring: Scoring,
-    reference: References | None = None,
+    shell: Shell,
     gold: str = "",
     solved_by: Mapping[str, float],
 ) -> Evaluation:
@@ -60,23 +70,23 @@ def evaluate(
     with a reward that is not finite, if any; those that `scoring.non_finite` leaves out count as not solved and in no
     mean. Raises `DataError` if all prompts are dropped, `RewardError` if that is for their rewards.
     """
-    requests = make_requests(prompts, "eval", 1, without_chance(sampling), seed)
-    found = collect(requests, rollouts=rollouts, scoring=scoring)
+    requests = make_requests(prompts, "eval_greedy", 1, without_chance(sampling), seed)
+    if config.samples:
+        requests += make_requests(prompts, "eval", config.samples, sampling, seed)
+    answers = shell.evaluate(requests)
+    found = collected(prompts, "eval_greedy", answers)
     require_some(found)
     greedy, dropped, non_finite = found.experiences, found.dropped, found.non_finite
-    sampled: list[Experience] = []
+    sampled: Sequence[Experience] = ()
     if config.samples:
-        # Without chance there is no distribution to compare.
-        compared = reference if sampling.temperature > 0 else None
-        requests = make_requests(prompts, "eval", config.samples, sampling, seed)
-        found = collect(requests, rollouts=rollouts, scoring=scoring, reference=compared)
+        found = collected(prompts, "eval", answers)
         require_some(found)
         sampled, non_finite = found.experiences, non_finite + found.non_finite
     metrics: dict[str, float] = {}
     if solved_by and (not gold or any(prompt.answer for prompt in prompts)):
         metrics |= accuracies(greedy, sampled, len(prompts), config, solved_by)
     metrics |= rewards(sampled or greedy, gold)
-    kl = [e.reference.head.kl for e in sampled if e.reference is not None]
+    kl = [e.reference.kl for e in sampled if e.reference is not None]
     if kl:
         metrics[names.EVAL_KL] = float(np.concatenate(kl).mean())
     metrics["eval/greedy_reward"] = float(_totals(greedy).mean())
@@ -85,7 +95,19 @@ def evaluate(
         metrics["eval/dropped"] = float(len(dropped))
     if non_finite:
         metrics["eval/non_finite"] = float(len(non_finite))
-    return Evaluation(metrics, sample_answers(prompts, greedy, dropped, rollouts), non_finite)
+    shown = sample_answers(prompts, greedy, dropped, shell)
+    shell.forget([experience.key for experience in (*greedy, *sampled)])
+    return Evaluation(metrics, shown, non_finite)
+
+
+def collected(prompts: Sequence[Prompt], purpose: Purpose, answers: Mapping[tuple[str, str], Answer]) -> Collected:
+    """What the requests of one purpose came to, in the order of the prompts."""
+    found = [answers[purpose, prompt.uid] for prompt in prompts]
+    return Collected(
+        [answer.experience for answer in found if answer.experience is not None],
+        [answer.drop for answer in found if answer.drop is not None],
+        tuple(bad for answer in found for bad in answer.non_finite),
+    )
 
 
 def require_some(found: Collected) -> None:
@@ -145,15 +167,14 @@ def rewards(experiences: Sequence[Experience], gold: str) -> dict[str, float]:
 
 
 def sample_answers(
-    prompts: Sequence[Prompt], greedy: Sequence[Experience], dropped: Sequence[DroppedPrompt], rollouts: Rollouts
+    prompts: Sequence[Prompt], greedy: Sequence[Experience], dropped: Sequence[DroppedPrompt], shell: Shell
 ) -> tuple[str, ...]:
     """Greedy responses to the first `SHOWN_ANSWERS` prompts; `(dropped: REASON)` for one that has none."""
-    bodies = {experience.prompt.uid: experience.body for experience in greedy}
-    reasons = {drop.uid: drop.reason for drop in dropped}
-    return tuple(
-        rollouts.texts(bodies[prompt.uid])[0] if prompt.uid in bodies else f"(dropped: {reasons[prompt.uid]})"
-        for prompt in prompts[:SHOWN_ANSWERS]
-    )
+    shown, reasons = prompts[:SHOWN_ANSWERS], {drop.uid: f"(dropped: {drop.reason})" for drop in dropped}
+    keys = {experience.prompt.uid: experience.key for experience in greedy}
+    asked = [prompt.uid for prompt in shown if prompt.uid in keys]
+    texts = dict(zip(asked, shell.texts([keys[uid] for uid in asked]), strict=True))
+    return tuple(texts[prompt.uid][0] if prompt.uid in texts else reasons[prompt.uid] for prompt in shown)
 
 
 def _totals(experiences: Sequence[Experience]) -> np.ndarray:

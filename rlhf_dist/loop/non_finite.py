@@ -9,11 +9,10 @@ from itertools import compress
 import numpy as np
 
 from rlhf_dist.errors import RewardError
+from rlhf_dist.loop.reasons import NON_FINITE
 from rlhf_dist.scoring.non_finite import first_of
 from rlhf_dist.types import DroppedPrompt, Experience, NonFinite, ReferenceHead
 
-NON_FINITE = "non_finite"
-"""A prompt that is dropped since all its responses are left out, or the greedy one that they are compared with."""
 MOST_LOST = 10
 """Groups lost for each one of a step, ..."""
 MOST_LOST_AT_LEAST = 100
@@ -29,8 +28,7 @@ def with_finite_rewards(experience: Experience) -> Experience | None:
         return None
     head, scores, reference = experience.head, experience.scores, experience.reference
     if reference is not None:
-        near = ReferenceHead(reference.head.kl[kept], reference.head.logprob[kept])
-        reference = replace(reference, head=near)
+        reference = ReferenceHead(reference.kl[kept], reference.logprob[kept])
     return replace(
         experience,
         head=replace(

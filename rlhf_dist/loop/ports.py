@@ -1,53 +1,70 @@
-"""What the loop asks of the processes around it; `cluster` has the Ray side, tests may have another."""
+"""What the loop asks of the processes around it; `cluster` has the Ray side, tests may have another.
+
+The actor side is asked and does not answer: what comes of it arrives as events. The learner side answers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.shard import AS_THEY_ARE, Estimate, EstimateSums, Shard, Whitening
+from rlhf_dist.loop.events import Event
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import DroppedPrompt, Group, GroupHead, Handle, Referenced, Request, Scores
+from rlhf_dist.types import Group, Handle, Request
 from rlhf_dist.weights.receipts import Announcement
+
+
+class Arrivals(Protocol):
+    """The inbox: events in the order in which they came."""
+
+    def listen(self, listener: Callable[[Sequence[Event]], None]) -> None:
+        """Hand events to `listener` from now on: in `pump`, and while anybody waits for an answer."""
+        ...
+
+    def pump(self) -> None:
+        """Wait for events, for a moment at most, and hand them over. Raises `RayLost`."""
+        ...
+
+    def now(self) -> float:
+        """Seconds, from any start; a time in which this process itself was stopped does not count."""
+        ...
 
 
 class Rollouts(Protocol):
     """The rollout fleet."""
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[GroupHead, Handle[Group]] | DroppedPrompt]:
-        """Groups as they finish, from workers that proved the published version."""
+    def submit(self, worker: str, requests: Sequence[Request]) -> None:
+        """Have a worker sample these. `Answered` or `Unanswered` comes of each."""
         ...
 
-    def texts(self, body: Handle[Group]) -> tuple[str, ...]:
-        """A group's last responses, for the sample table."""
+    def cancel(self, worker: str, keys: Sequence[str]) -> None:
+        """Let a worker end these."""
+        ...
+
+    def serving(self) -> tuple[str, ...]:
+        """The workers that proved the published version."""
         ...
 
 
 class Scoring(Protocol):
     """The scoring fleet."""
 
-    def submit(self, body: Handle[Group]) -> Handle[Scores]:
-        """Begin to score a group."""
-        ...
-
-    def gather(self, pending: Mapping[str, Handle[Scores]]) -> dict[str, Scores]:
-        """Wait for scores, by uid."""
+    def submit(self, server: str, key: str, body: Handle[Group]) -> None:
+        """Have a server score a group. `Scored` comes of it, or the reward's error is raised."""
         ...
 
 
 class References(Protocol):
     """The reference servers."""
 
-    def submit(self, body: Handle[Group], temperature: float) -> Handle[Referenced]:
-        """Begin to compute a group's reference logprobs."""
-        ...
-
-    def gather(self, pending: Mapping[str, Handle[Referenced]]) -> dict[str, Referenced]:
-        """Wait for them, by uid; the logprobs stay where they were made."""
+    def submit(self, server: str, key: str, body: Handle[Group], temperature: float) -> None:
+        """Have a server compute a group's reference logprobs. `Compared` comes of it."""
         ...
 
     def update(self, announcement: Announcement, keep: float) -> None:
@@ -56,6 +73,30 @@ class References(Protocol):
 
     def save(self, folder: Path) -> None:
         """Into a checkpoint, where it moves."""
+        ...
+
+
+class Bodies(Protocol):
+    """The collator."""
+
+    def keep(self, key: str, body: Handle[Group]) -> None:
+        """Take a group's tokens over. `Kept` comes of it."""
+        ...
+
+    def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:
+        """Take a group's reference logprobs over."""
+        ...
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """These groups are not needed any more."""
+        ...
+
+    def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
+        """The last responses of each group, to be shown."""
+        ...
+
+    def batches(self, shards: Sequence[Shard], keys: Sequence[str], compared: bool) -> Sequence[Handle[RankBatch]]:
+        """What each rank trains on in a step of these groups; `compared`: with the reference's logprobs."""
         ...
 
 
@@ -72,20 +113,17 @@ class Estimates:
 NO_ESTIMATES = Estimates((), AS_THEY_ARE, {})
 """For algorithms whose credit is by response."""
 
+Batches = Sequence[Handle[RankBatch]]
+"""One for each rank."""
+
 
 class Policy(Protocol):
     """The learner's ranks."""
 
     ranks: int
 
-    def update(
-        self,
-        shards: Sequence[Shard],
-        bodies: Sequence[Handle[Group]],
-        references: Sequence[Handle[np.ndarray]],
-        estimates: Estimates,
-    ) -> MetricSums:
-        """One shard for each rank; the ranks' metrics, merged."""
+    def update(self, batches: Batches, estimates: Estimates) -> MetricSums:
+        """Learn from a step; the ranks' metrics, merged."""
         ...
 
     def save(self, folder: Path) -> None: ...
@@ -94,15 +132,11 @@ class Policy(Protocol):
 class Critic(Protocol):
     """The critic's ranks, as many as the policy's."""
 
-    def estimate(
-        self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], references: Sequence[Handle[np.ndarray]]
-    ) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
-        """Values and credit of each shard under the present critic."""
+    def estimate(self, batches: Batches) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
+        """Values and credit of each batch under the present critic."""
         ...
 
-    def begin_update(
-        self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], estimates: Estimates
-    ) -> Handle[MetricSums]:
+    def begin_update(self, batches: Batches, estimates: Estimates) -> Handle[MetricSums]:
         """Begin to learn the returns, beside what the policy does."""
         ...
 

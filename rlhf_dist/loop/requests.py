@@ -11,10 +11,12 @@ from rlhf_dist.types import Prompt, Purpose, Request, Sampling
 
 def make_requests(prompts: Sequence[Prompt], purpose: Purpose, n: int, sampling: Sampling, seed: int) -> list[Request]:
     """First requests for `n` samples of each prompt; `seed` is the run's."""
-    return [
-        Request(prompt, 0, purpose, sampling, tuple(sample_seed(seed, prompt.uid, sample) for sample in range(n)))
-        for prompt in prompts
-    ]
+    return [make_request(prompt, purpose, n, sampling, seed) for prompt in prompts]
+
+
+def make_request(prompt: Prompt, purpose: Purpose, n: int, sampling: Sampling, seed: int, attempt: int = 0) -> Request:
+    """A request for `n` samples of a prompt; `seed` is the run's."""
+    return Request(prompt, attempt, purpose, sampling, tuple(sample_seed(seed, prompt.uid, i) for i in range(n)))
 
 
 def sample_seed(seed: int, uid: str, sample: int) -> int:

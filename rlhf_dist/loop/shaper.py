@@ -69,7 +69,7 @@ class Shaper:
 
     def observe(self, batch: Batch) -> None:
         """Let the coefficient follow the KL of a step that is done."""
-        if batch.references:
+        if batch.compared:
             self._controller = self._controller.update(float(batch.kl.mean()), len(batch.kl))
 
     def state(self) -> dict[str, Any]:

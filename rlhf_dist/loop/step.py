@@ -17,7 +17,7 @@ from rlhf_dist.data.packing import plan
 from rlhf_dist.errors import RunError
 from rlhf_dist.learner.schedule import learning_rate
 from rlhf_dist.learner.shard import AS_THEY_ARE, Shard
-from rlhf_dist.loop.ports import NO_ESTIMATES, Critic, Estimates, Policy
+from rlhf_dist.loop.ports import NO_ESTIMATES, Batches, Bodies, Critic, Estimates, Policy
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
@@ -43,6 +43,7 @@ def train_step(
     *,
     policy: Policy,
     critic: Critic | None,
+    bodies: Bodies,
     sync: WeightSync,
     shaper: Shaper,
     learning: Learning,
@@ -51,6 +52,8 @@ def train_step(
 ) -> tuple[StepReport, PushReport]:
     """Turn scored rollouts into one update of policy and critic, and push the new weights.
 
+    The collator has their tokens, and hands each rank its own.
+
     `step` is this training step, from 1; the weights before it are version step - 1, after it version step, also where
     they did not move.
     """
@@ -58,15 +61,15 @@ def train_step(
     scores = shaper.shape(batch)
     credit = assign_credit(batch, scores, learning.algorithm, shaper.kl_coef_by_response)
     shards = make_shards(batch, scores, credit, learning, shaper.kl_coef, step, policy.ranks)
+    batches = bodies.batches(shards, batch.keys, batch.compared)
     estimates, critic_stats, stats = NO_ESTIMATES, MetricSums(), MetricSums()
     if critic is not None:
         with watch.phase("value"):
-            estimates = estimate(critic, shards, batch, learning.algorithm)
+            estimates = estimate(critic, batches, learning.algorithm)
     with watch.phase("train"):
-        learns = None if critic is None else critic.begin_update(shards, batch.bodies, estimates)
+        learns = None if critic is None else critic.begin_update(batches, estimates)
         if learns_policy(learning, step):
-            references = batch.references if learning.algorithm.kl_estimator is not None else ()
-            stats = policy.update(shards, batch.bodies, references, estimates)
+            stats = policy.update(batches, estimates)
         if critic is not None and learns is not None:
             critic_stats = critic.finish_update(learns)
     kl_coef = shaper.kl_coef
@@ -85,7 +88,7 @@ def train_step(
         | batch_metrics(batch, scores, learning, step)
         | shaper.metrics(scores)
         | reward_metrics(experiences)
-        | ({names.KL_COEF: kl_coef} if batch.references else {})
+        | ({names.KL_COEF: kl_coef} if batch.compared else {})
     )
     return StepReport(step, push.version, metrics), push
 
@@ -96,7 +99,7 @@ def collate(experiences: Sequence[Experience]) -> Batch:
     references = [e.reference for e in experiences if e.reference is not None]
     assert len(references) in (0, len(experiences)), "either all groups have reference logprobs or none"
     return Batch(
-        bodies=tuple(e.body for e in experiences),
+        keys=tuple(e.key for e in experiences),
         groups=np.repeat(np.arange(len(experiences)), counts),
         samples=np.concatenate([e.samples for e in experiences]),
         tokens=np.concatenate([e.head.tokens for e in experiences]),
@@ -105,8 +108,8 @@ def collate(experiences: Sequence[Experience]) -> Batch:
         scores=np.concatenate([e.scores.total for e in experiences]),
         distinct=np.concatenate([e.scores.distinct for e in experiences]),
         baselines=np.repeat(np.array([e.baseline for e in experiences], np.float32), counts),
-        references=tuple(reference.logprobs for reference in references),
-        kl=np.concatenate([r.head.kl for r in references]) if references else np.zeros(sum(counts), np.float32),
+        compared=bool(references),
+        kl=np.concatenate([r.kl for r in references]) if references else np.zeros(sum(counts), np.float32),
         oldest_version=min(e.head.oldest_version for e in experiences),
         newest_version=max(e.head.newest_version for e in experiences),
     )
@@ -138,9 +141,9 @@ def assign_credit(batch: Batch, scores: np.ndarray, algorithm: Algorithm, kl_coe
     return Credit(advantages.numpy())
 
 
-def estimate(critic: Critic, shards: Sequence[Shard], batch: Batch, algorithm: Algorithm) -> Estimates:
+def estimate(critic: Critic, batches: Batches, algorithm: Algorithm) -> Estimates:
     """Credit by token, and what makes the advantages of all ranks have mean 0 and deviation 1."""
-    handles, sums = critic.estimate(shards, batch.bodies, batch.references)
+    handles, sums = critic.estimate(batches)
     whiten = not isinstance(algorithm.credit, GroupCredit) and algorithm.credit.whiten
     found = sums.metrics()
     if not algorithm.needs_critic:
@@ -159,7 +162,7 @@ def make_shards(
     learner, algorithm = learning.learner, learning.algorithm
     weights = np.zeros(len(batch.tokens))
     updates: list[list[tuple[np.ndarray, ...]]] = [[] for _ in range(ranks)]
-    for groups in np.array_split(np.arange(len(batch.bodies)), learner.updates_per_batch):
+    for groups in np.array_split(np.arange(len(batch.keys)), learner.updates_per_batch):
         rows = np.flatnonzero(np.isin(batch.groups, groups))
         lengths = torch.from_numpy(batch.lengths[rows])
         weights[rows] = algorithm.token_weights(lengths, learning.sampling.max_tokens).numpy()
@@ -210,7 +213,7 @@ def rows_to_train(rows: np.ndarray, batch: Batch, credit: Credit, algorithm: Alg
 
 def batch_metrics(batch: Batch, scores: np.ndarray, learning: Learning, step: int) -> dict[str, float]:
     """What the controller can tell from lengths and scores."""
-    groups = len(batch.bodies)
+    groups = len(batch.keys)
     found = {
         names.REWARD_MEAN: float(batch.scores.mean()),
         "reward/std": float(batch.scores.std()),

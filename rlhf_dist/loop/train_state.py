@@ -36,6 +36,8 @@ class State:
     """Of `CollapseWatch`."""
     ledger: LedgerTotals | None = None
     """As the ledger stood; None in a checkpoint of format 1."""
+    open: dict[str, int] = field(default_factory=dict)
+    """uid -> attempt of the groups that were under way or waited to be trained on, oldest first."""
 
 
 def read_state(folder: Path) -> State:

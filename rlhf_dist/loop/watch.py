@@ -72,7 +72,7 @@ def watch_metrics(experiences: Sequence[Experience], gold: str) -> dict[str, flo
     if gold:
         metrics[names.REWARD_PROXY] = float(total.mean())
         metrics[names.REWARD_GOLD] = float(np.concatenate([e.scores.components[gold] for e in experiences]).mean())
-    references = [(e.head.lengths, e.reference.head) for e in experiences if e.reference is not None]
+    references = [(e.head.lengths, e.reference) for e in experiences if e.reference is not None]
     if references:
         tokens = float(sum(lengths.sum() for lengths, _ in references))
         kl = np.concatenate([head.kl for _, head in references]).astype(np.float64)

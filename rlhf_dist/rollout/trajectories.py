@@ -66,5 +66,7 @@ def head_of(group: Group, worker: str) -> GroupHead:
         finish_reasons=tuple(sample.finish_reason for sample in group.trajectories),
         oldest_version=int(versions.min()),
         newest_version=int(versions.max()),
+        first_version=min(int(sample.versions[sample.loss_mask][0]) for sample in group.trajectories),
+        mean_version=float(versions.mean()),
         worker=worker,
     )

@@ -92,8 +92,9 @@ class VllmEngine:
                 # Log-probabilities of the distribution that was drawn from: temperature and cuts included.
                 logprobs_mode="processed_logprobs",
                 logits_processors=None if mask is None else [mask_processor()],
-                # A mask looks at the newest token before the next is scheduled.
-                async_scheduling=False if mask is not None else None,
+                # One step at a time: no batch is in flight when weights are loaded, so a token has the version of the
+                # weights that it was sampled with; and a mask sees the newest token before the next is scheduled.
+                async_scheduling=False,
                 worker_extension_cls=RECEIVER,
                 trust_remote_code=False,
                 disable_log_stats=True,
@@ -119,6 +120,7 @@ class VllmEngine:
 
     def step(self) -> list[Response]:
         """See `worker.Engine`."""
+        self._weights.require_clean()
         return [self._response(output) for output in self._engine.step() if output.finished]
 
     def abort(self, keys: Iterable[str]) -> None:

@@ -1,15 +1,53 @@
-"""A rollout worker: renders prompts, has an engine sample their responses, and hands out one group after another."""
+"""A rollout worker: one thread pumps an engine; between two decoding steps it does what it was asked to meanwhile.
+
+Verbs come in through `post` and `load_weights`, from any thread. What becomes of requests goes out through `events`.
+Only the pump touches the engine.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import count
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from rlhf_dist.data.render import render
 from rlhf_dist.rollout.trajectories import Response, Turn, head_of, single_turn
-from rlhf_dist.types import DroppedPrompt, Group, GroupHead, Receipt, Request
+from rlhf_dist.types import Answered, Beat, DroppedPrompt, Group, Handle, Receipt, Request, Unanswered
 from rlhf_dist.weights.receipts import Announcement
+
+WorkerEvent = Answered | Unanswered | Beat
+BEAT_S = 1.0
+"""The longest that `events` waits before it tells of steps alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Sample these requests."""
+
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End these requests; nothing is heard of them any more."""
+
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Load a version into the engine; what came of it goes into `done`."""
+
+    announcement: Announcement
+    done: Future[Receipt] = field(default_factory=Future)
+
+
+Verb = Submit | Cancel
+"""What a worker is asked for by message. Ray keeps no order between calls that run side by side, so each has a number,
+and the pump does them in the order of their numbers."""
 
 
 class Engine(Protocol):
@@ -29,7 +67,9 @@ class Engine(Protocol):
         """End responses that are under way; nothing is heard of them any more."""
         ...
 
-    def load_weights(self, announcement: Announcement) -> Receipt: ...
+    def load_weights(self, announcement: Announcement) -> Receipt:
+        """Between two steps; responses that are under way go on with the new weights."""
+        ...
 
 
 class OpenGroup:
@@ -40,13 +80,19 @@ class OpenGroup:
         self._prompt = prompt
         self._responses: dict[int, Response] = {}
 
-    def turn(self, sample: int, key: str) -> Turn:
-        """What an engine is asked for; `key` is the caller's."""
-        return Turn(key, self._prompt, self._request.sampling, self._request.seeds[sample])
+    def turns(self) -> list[Turn]:
+        """What an engine is asked for, one a sample."""
+        sampling, seeds = self._request.sampling, self._request.seeds
+        return [Turn(turn_key(self._request.key, i), self._prompt, sampling, seed) for i, seed in enumerate(seeds)]
 
-    def add(self, sample: int, response: Response) -> Group | None:
+    @property
+    def under_way(self) -> list[str]:
+        """Keys of the turns that have no response yet."""
+        return [turn_key(self._request.key, i) for i in range(self._request.n) if i not in self._responses]
+
+    def add(self, response: Response) -> Group | None:
         """Take the response of one sample; the group, where it was the last."""
-        self._responses[sample] = response
+        self._responses[int(response.key.rpartition("/")[2])] = response
         if len(self._responses) < self._request.n:
             return None
         ordered = (self._responses[number] for number in range(self._request.n))
@@ -54,58 +100,145 @@ class OpenGroup:
 
 
 class RolloutWorker:
-    """A generator over an engine."""
+    """A pump over an engine. `run` is the body of its thread; all other methods may be called from any thread."""
 
-    def __init__(self, name: str, engine: Engine, *, chat: bool, max_prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        *,
+        chat: bool,
+        max_prompt_tokens: int,
+        keep: Callable[[Group], Handle[Group]] = Handle,
+    ) -> None:
+        """`keep` puts a finished group where others find it by the handle."""
         self.name = name
         self._engine = engine
         self._chat = chat
         self._max_prompt_tokens = max_prompt_tokens
-        self._numbers = count()
+        self._keep = keep
+        self._inbox: SimpleQueue[Load | None] = SimpleQueue()
+        self._posted: dict[int, Verb] = {}
+        """Messages by number, until those before them have come."""
+        self._next_number = 0
+        self._open: dict[str, OpenGroup] = {}
+        self._out: list[WorkerEvent] = []
+        self._changed = threading.Condition()
+        self._steps = 0
+        self._samples = 0
+        """Under way, as the pump last counted."""
+        self._failure: BaseException | None = None
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[GroupHead | Group | DroppedPrompt]:
-        """Sample each request's prompt; yields, as groups finish, a head and then its group.
-
-        Two items, so that the caller can read the small one and leave the tokens where they are. A prompt that is too
-        long, or has no tokens, yields one `DroppedPrompt`. Each sample is a request of its own to the engine, with its
-        own seed, so what is sampled does not depend on what else is under way.
-        """
-        accepted: list[tuple[Request, list[int]]] = []
-        for request in requests:
-            tokens = render(self._engine.tokenizer, request.prompt.messages, self._chat)
-            if not tokens:
-                yield DroppedPrompt(request.uid, "prompt_empty", "the tokenizer knows none of its characters")
-            elif len(tokens) <= self._max_prompt_tokens:
-                accepted.append((request, tokens))
-            else:
-                limit = f"rollout.max_prompt_tokens is {self._max_prompt_tokens}"
-                yield DroppedPrompt(request.uid, "prompt_too_long", f"{len(tokens)} tokens; {limit}")
-        under_way: dict[str, tuple[OpenGroup, int]] = {}
-        try:
-            for request, tokens in accepted:
-                self._submit(request, OpenGroup(request, tokens), under_way)
-            while under_way:
-                for response in self._engine.step():
-                    group, sample = under_way.pop(response.key)
-                    finished = group.add(sample, response)
-                    if finished is not None:
-                        yield head_of(finished, self.name)
-                        yield finished
-        finally:
-            # The caller went away in the middle: nothing of it may run on into the next call.
-            self._engine.abort(under_way)
+    def post(self, number: int, verb: Verb) -> None:
+        """Ask for something, and do not wait for it. `number`: 0 for the first, then one more each time."""
+        with self._changed:
+            self._posted[number] = verb
+        self._inbox.put(None)
 
     def load_weights(self, announcement: Announcement) -> Receipt:
-        """Load a published version; the receipt says what arrived."""
-        return self._engine.load_weights(announcement)
+        """Load a published version between two steps; the receipt says what arrived. The caller has the limit."""
+        load = Load(announcement)
+        self._inbox.put(load)
+        return load.done.result()
+
+    def events(self, wait_s: float = BEAT_S) -> list[WorkerEvent]:
+        """What has happened since the last call; waits for something, for at most `wait_s`. The last one is a `Beat`.
+
+        Raises what ended the pump.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._out or self._failure, wait_s)
+            if self._failure is not None:
+                raise self._failure
+            found, self._out = self._out, []
+            return [*found, Beat(self.name, self._steps, self._samples)]
 
     def ready(self) -> str:
         """Answers once the engine is up: the caller's sign that it can be used."""
         return self.name
 
-    def _submit(self, request: Request, group: OpenGroup, under_way: dict[str, tuple[OpenGroup, int]]) -> None:
-        for sample in range(request.n):
-            # The number tells apart what is asked twice, such as an evaluation's greedy and sampled responses.
-            key = f"{next(self._numbers)}/{request.purpose}/{request.uid}/{sample}"
-            self._engine.submit(group.turn(sample, key))
-            under_way[key] = group, sample
+    def run(self) -> None:
+        """Pump until the process ends."""
+        try:
+            while True:
+                self.turn(wait=not self._open)
+        except BaseException as error:  # whatever it is, who asks for events has to hear of it
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def turn(self, wait: bool = False) -> None:
+        """Do what was asked for, in its order, then one decoding step; `wait`: for something to be asked for."""
+        try:
+            load = self._inbox.get(wait)
+            while True:
+                self._take(load)
+                load = self._inbox.get_nowait()
+        except Empty:
+            pass
+        steps = 1 if self._open else 0
+        responses = self._engine.step() if steps else []
+        self._tell([event for response in responses for event in self._ended(response)], steps)
+
+    def _take(self, load: Load | None) -> None:
+        while True:
+            with self._changed:
+                verb = self._posted.pop(self._next_number, None)
+            if verb is None:
+                break
+            self._next_number += 1
+            self._do(verb)
+        if load is not None and load.done.set_running_or_notify_cancel():
+            try:
+                load.done.set_result(self._engine.load_weights(load.announcement))
+            except Exception as error:
+                load.done.set_exception(error)
+
+    def _do(self, verb: Verb) -> None:
+        match verb:
+            case Submit():
+                for request in verb.requests:
+                    self._submit(request)
+            case Cancel():
+                for key in verb.keys:
+                    group = self._open.pop(key, None)
+                    if group is not None:
+                        self._engine.abort(group.under_way)
+
+    def _submit(self, request: Request) -> None:
+        """Begin to sample a request. One that is too long, or has no tokens, is told of as unanswered."""
+        tokens = render(self._engine.tokenizer, request.prompt.messages, self._chat)
+        if not tokens:
+            self._refuse(request, "prompt_empty", "the tokenizer knows none of its characters")
+        elif len(tokens) > self._max_prompt_tokens:
+            limit = f"rollout.max_prompt_tokens is {self._max_prompt_tokens}"
+            self._refuse(request, "prompt_too_long", f"{len(tokens)} tokens; {limit}")
+        else:
+            group = OpenGroup(request, tokens)
+            for turn in group.turns():
+                self._engine.submit(turn)
+            self._open[request.key] = group
+
+    def _refuse(self, request: Request, reason: str, detail: str) -> None:
+        self._tell([Unanswered(request.key, DroppedPrompt(request.uid, reason, detail))])
+
+    def _ended(self, response: Response) -> list[WorkerEvent]:
+        key = response.key.rpartition("/")[0]
+        group = self._open[key].add(response)
+        if group is None:
+            return []
+        del self._open[key]
+        return [Answered(key, head_of(group, self.name), self._keep(group))]
+
+    def _tell(self, events: Sequence[WorkerEvent], steps: int = 0) -> None:
+        with self._changed:
+            self._out += events
+            self._steps += steps
+            self._samples = sum(len(group.under_way) for group in self._open.values())
+            if events:
+                self._changed.notify_all()
+
+
+def turn_key(request_key: str, sample: int) -> str:
+    """Names one response among all that are under way in an engine."""
+    return f"{request_key}/{sample}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, TimeoutError as FutureTimeout
@@ -37,13 +38,16 @@ class TokenBatcher(Generic[Item, Result]):
         self._waiting: deque[_Waiting[Item, Result]] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._progress = 0.0
+        """When a batch began or ended last, monotonic."""
         self._thread = threading.Thread(target=self._work, daemon=True, name=name)
         self._thread.start()
 
     def submit(self, item: Item, tokens: int, timeout_s: float) -> Result:
         """The result for `item`, which counts `tokens`; waits for its batch. May be called from any thread.
 
-        Raises what `run` raised for the batch, `ActorTimeout` after `timeout_s` seconds, `RunError` when closed.
+        Raises what `run` raised for the batch, `RunError` when closed, and `ActorTimeout` where no batch has ended for
+        `timeout_s` seconds: to wait behind others that come to their end is not charged.
         """
         waiting: _Waiting[Item, Result] = _Waiting(item, tokens, Future())
         with self._changed:
@@ -51,16 +55,18 @@ class TokenBatcher(Generic[Item, Result]):
                 raise RunError(f"{self._name} has been closed")
             self._waiting.append(waiting)
             self._changed.notify()
-        try:
-            return waiting.answer.result(timeout_s)
-        except FutureTimeout:
-            if waiting.answer.done():  # `run` itself raised a TimeoutError, or the answer came this very moment
-                return waiting.answer.result(0)
-            begun = not waiting.answer.cancel()
-            raise ActorTimeout(
-                f"{self._name} did not answer within {timeout_s:g} s: {tokens} tokens "
-                + ("were being worked on" if begun else f"still waited, with {len(self._waiting)} requests in the line")
-            ) from None
+        asked = time.monotonic()
+        while (left := max(asked, self._progress) + timeout_s - time.monotonic()) > 0:
+            try:
+                return waiting.answer.result(left)
+            except FutureTimeout:
+                if waiting.answer.done():  # `run` itself raised a TimeoutError, or the answer came this very moment
+                    return waiting.answer.result(0)
+        begun = not waiting.answer.cancel()
+        raise ActorTimeout(
+            f"{self._name} did not answer within {timeout_s:g} s: {tokens} tokens "
+            + ("were being worked on" if begun else f"still waited, with {len(self._waiting)} requests in the line")
+        )
 
     def close(self) -> None:
         """End the thread once its present batch is done; who waits is told. May be called twice."""
@@ -76,13 +82,16 @@ class TokenBatcher(Generic[Item, Result]):
 
     def _work(self) -> None:
         while batch := self._next_batch():
+            self._progress = time.monotonic()
             try:
                 results = self._run([waiting.item for waiting in batch])
                 assert len(results) == len(batch), (len(results), len(batch))
             except BaseException as error:  # whatever it is, the callers have to hear of it and the thread to go on
+                self._progress = time.monotonic()
                 for waiting in batch:
                     waiting.answer.set_exception(error)
                 continue
+            self._progress = time.monotonic()
             for waiting, result in zip(batch, results, strict=True):
                 waiting.answer.set_result(result)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from rlhf_dist.config.schema import RewardSpec
 from rlhf_dist.errors import ConfigError, RewardError
 from rlhf_dist.scoring.child import Child, ChildEnded, ChildLate
-from rlhf_dist.scoring.limits import Limit, take_turn
+from rlhf_dist.scoring.limits import Limit, Turn
 from rlhf_dist.scoring.values import as_float32
 
 IMPORT_LIMIT_S = 60.0
@@ -29,7 +28,7 @@ class FunctionReward:
         self._path, self._timeout_s = spec.function, spec.timeout_s
         self._label = f"the reward {name} ({spec.function})"
         self._limit_key = f"scoring.rewards.{name}.timeout_s"
-        self._turn = threading.Lock()
+        self._turn = Turn()
         self._child: Child | None = self._load()
 
     def __call__(
@@ -42,7 +41,7 @@ class FunctionReward:
         Called from several threads, one call after another reaches the function: it need not be made for more.
         """
         request = (list(prompts), list(responses), list(answers))
-        with take_turn(self._turn, limit, self._label):
+        with self._turn.take(limit, self._label):
             answer = self._ask(request, limit)
         if "values" in answer:
             return as_float32(answer["values"])

@@ -14,9 +14,9 @@ SHARE_OF_LIMIT = 0.9
 """Of `scoring.timeout_s` for all rewards of a group, so that the reason comes before the caller's limit passes."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Limit:
-    """A time by which something has to be done, and the key that says so."""
+    """A time by which something has to be done, and the key that says so. `Turn.take` puts it off."""
 
     deadline: float
     """monotonic."""
@@ -36,16 +36,30 @@ class Limit:
         return own if outer is None or own.deadline <= outer.deadline else outer
 
 
-@contextmanager
-def take_turn(turn: threading.Lock, limit: Limit | None, who: str) -> Iterator[None]:
-    """Hold `turn`. Raises RewardError naming `who` where other groups kept it until the limit."""
-    if not turn.acquire(timeout=-1 if limit is None else max(0.0, limit.deadline - time.monotonic())):
-        assert limit is not None, "without a limit the lock is waited for"
-        raise RewardError(
-            f"{who} was busy with other groups for {limit.seconds:g} s; make it faster, or raise {limit.key} or "
-            "scoring.replicas"
-        )
-    try:
-        yield
-    finally:
-        turn.release()
+class Turn:
+    """One group at a time. Who waits for others is not charged for it, as long as they come to their end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken = 0
+
+    @contextmanager
+    def take(self, limit: Limit | None, who: str) -> Iterator[None]:
+        """Hold the turn; `limit` is put off by the time that this takes. Raises RewardError naming `who` where another
+        group has kept it for as long as the limit allows."""
+        begun, seen = time.monotonic(), self._taken
+        while not self._lock.acquire(timeout=-1 if limit is None else limit.seconds):
+            assert limit is not None, "without a limit the lock is waited for"
+            if seen == self._taken:
+                raise RewardError(
+                    f"{who} was busy with another group for {limit.seconds:g} s; make it faster, or raise {limit.key} "
+                    "or scoring.replicas"
+                )
+            seen = self._taken
+        try:
+            self._taken += 1
+            if limit is not None:
+                limit.deadline += time.monotonic() - begun
+            yield
+        finally:
+            self._lock.release()

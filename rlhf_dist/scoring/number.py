@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +12,7 @@ from rlhf_dist.errors import RewardError
 from rlhf_dist.scoring.answers import unreadable_answer
 from rlhf_dist.scoring.child import ChildEnded, ChildLate
 from rlhf_dist.scoring.expressions import expression, given
-from rlhf_dist.scoring.limits import Limit, take_turn
+from rlhf_dist.scoring.limits import Limit, Turn
 from rlhf_dist.scoring.rules import number_match
 from rlhf_dist.scoring.score_list import short
 from rlhf_dist.scoring.verifier import Verifier
@@ -25,7 +24,7 @@ class NumberReward:
     def __init__(self, name: str, spec: RewardSpec) -> None:
         self._label, self._timeout_s = f"the reward {name}", spec.timeout_s
         self._limit_key = f"scoring.rewards.{name}.timeout_s"
-        self._turn = threading.Lock()
+        self._turn = Turn()
         self._verifier = Verifier()
 
     def __call__(self, responses: Sequence[str], answers: Sequence[str], limit: Limit | None = None) -> np.ndarray:
@@ -34,7 +33,7 @@ class NumberReward:
         verified = {answer: self._latex(answer) for answer in set(answers) if unreadable_answer("number", answer)}
         if not verified:
             return number_match(responses, answers)
-        with take_turn(self._turn, limit, self._label):
+        with self._turn.take(limit, self._label):
             self._verifier.start()
             own = Limit.within(self._timeout_s, self._limit_key, limit)  # the start does not count
             return np.array(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ from rlhf_dist.config.patterns import pattern_problem
 from rlhf_dist.config.schema import RewardSpec
 from rlhf_dist.errors import ConfigError, RewardError
 from rlhf_dist.scoring.child import Child, ChildEnded, ChildLate
-from rlhf_dist.scoring.limits import Limit, take_turn
+from rlhf_dist.scoring.limits import Limit, Turn
 from rlhf_dist.scoring.score_list import short
 
 START_LIMIT_S = 60.0
@@ -33,12 +32,12 @@ class PatternReward:
         shown = short(spec.pattern).replace("\\\\", "\\")  # as it is written, for a search
         self._label = f"the reward {name} (pattern {shown})"
         self._limit_key = f"scoring.rewards.{name}.timeout_s"
-        self._turn = threading.Lock()
+        self._turn = Turn()
         self._child: Child | None = None
 
     def __call__(self, responses: Sequence[str], limit: Limit | None = None) -> np.ndarray:
         """float32 [n]. Raises RewardError when matching takes too long; may be called from several threads."""
-        with take_turn(self._turn, limit, self._label):
+        with self._turn.take(limit, self._label):
             child, self._child = self._child or self._start(), None
             own = Limit.within(self._timeout_s, self._limit_key, limit)  # its start does not count
             found = np.array([self._matches(child, response, own) for response in responses], np.float32)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,43 +15,99 @@ import pytest
 import ray
 from sample_groups import group_of, request_of
 
+from rlhf_dist.cluster.actors import CollatorHost
+from rlhf_dist.cluster.inbox import Inbox
+from rlhf_dist.cluster.rollout_fleet import RolloutFleet
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import ClusterConfig, Config
 from rlhf_dist.errors import DataError, EngineBroken, WeightSyncError
 from rlhf_dist.learner.shard import EstimateSums, Whitening
-from rlhf_dist.rollout.trajectories import head_of
+from rlhf_dist.loop.events import Event
+from rlhf_dist.rollout import worker as rollout_worker
+from rlhf_dist.rollout.trajectories import Response, Turn
+from rlhf_dist.rollout.worker import RolloutWorker, Verb
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import (
-    DroppedPrompt,
-    Group,
-    Handle,
-    Message,
-    Prompt,
-    Receipt,
-    ReferenceHead,
-    Request,
-    Scores,
-)
+from rlhf_dist.types import Answered, Group, Handle, Message, Prompt, Receipt, ReferenceHead, Scores
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement
 
-PROMPTS = [Prompt(f"0/{i}", (Message("user", "x"),), "abc", "test") for i in range(5)]
-REQUESTS = [request_of(prompt) for prompt in PROMPTS]
+LONG = 100
+"""Tokens of a prompt, one a character, that a worker refuses."""
+PROMPTS = [Prompt(f"0/{i}", (Message("user", "x" * (LONG if i == 4 else 1)),), "abc", "test") for i in range(5)]
+REQUESTS = [request_of(prompt, 2) for prompt in PROMPTS]
 ANNOUNCEMENT = Announcement(3, "unused", 0, make_plan([("a", (4,), "float32")], 8), ("hash",))
+THREADS = 8
 
 
 def group(prompt: Prompt, texts: tuple[str, ...] = ("a", "bc")) -> Group:
     return group_of([1], range(len(texts)), [1] * len(texts), prompt=prompt, version=3, texts=texts)
 
 
+class LightEngine:
+    """Ends every response in one step, but for those of a prompt that it was told to hold: `holds 0/2`."""
+
+    tokenizer = None
+
+    def __init__(self, stand: Stand, tokens: int) -> None:
+        self._stand = stand
+        self._tokens = tokens
+        self._under_way: list[Turn] = []
+
+    def submit(self, turn: Turn) -> None:
+        self._under_way.append(turn)
+
+    def step(self) -> list[Response]:
+        self._stand.work()
+        ended = [turn for turn in self._under_way if not self._stand.holds(turn.key)]
+        self._under_way = [turn for turn in self._under_way if turn not in ended]
+        time.sleep(0.0 if ended else 0.01)
+        return [self._response(turn) for turn in ended]
+
+    def abort(self, keys: Iterable[str]) -> None:
+        gone = set(keys)
+        self._under_way = [turn for turn in self._under_way if turn.key not in gone]
+
+    def load_weights(self, announcement: Announcement) -> Receipt:
+        return self._stand.receipt(announcement)
+
+    def _response(self, turn: Turn) -> Response:
+        tokens, n = np.arange(self._tokens) + turn.seed % 1000, self._tokens
+        versions = np.full(n, 3, np.int32)
+        return Response(turn.key, tokens.tolist(), np.zeros(n, np.float32), versions, "stop", "ab"[turn.seed % 2])
+
+
 class Stand:
     """Stands in for a worker, a server and a learner rank; does as it was last told."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, tokens: int) -> None:
+        """`tokens`: of each response."""
         self._name = name
         self._mode = "right"
+        self._tokens = tokens
+        rollout_worker.render = lambda tokenizer, messages, chat: [1] * len(messages[0].content)
+        self.anew()
+
+    def anew(self) -> None:
+        """Be a rollout worker that nobody has asked for anything."""
+        engine = LightEngine(self, self._tokens)
+        self._worker = RolloutWorker(
+            self._name, engine, chat=False, max_prompt_tokens=LONG - 1, keep=lambda group: Handle(ray.put(group))
+        )
+        threading.Thread(target=self._worker.run, daemon=True).start()
+
+    def post(self, number: int, verb: Verb) -> None:
+        self._worker.post(number, verb)
+
+    def events(self) -> Any:
+        return self._worker.events()
+
+    def load_weights(self, announcement: Announcement) -> Receipt:
+        return self._worker.load_weights(announcement)
+
+    def holds(self, turn: str) -> bool:
+        return self._mode.startswith("holds ") and f"/{self._mode.split()[1]}/" in turn
 
     def be(self, mode: str) -> str:
         self._mode = mode
@@ -65,6 +122,8 @@ class Stand:
         """Answer, or fail in the way it was told."""
         if self._mode == "sleeps":
             time.sleep(1.5)
+        if self._mode == "hangs":
+            time.sleep(8.0)
         if self._mode == "dies late":
             time.sleep(0.3)
         if self._mode.startswith("dies"):
@@ -75,17 +134,7 @@ class Stand:
             raise IndexError("list index out of range")
         return self._name
 
-    def generate(self, requests: list[Request]) -> Iterator[Any]:
-        for request in requests:
-            self.work()
-            if request.uid == "0/4":
-                yield DroppedPrompt(request.uid, "prompt_too_long", "9 tokens")
-                continue
-            made = group(request.prompt)
-            yield head_of(made, self._name)
-            yield made
-
-    def load_weights(self, announcement: Announcement) -> Receipt:
+    def receipt(self, announcement: Announcement) -> Receipt:
         self.work()
         if self._mode == "torn":
             raise WeightSyncError("version 3: bucket 0 arrived torn; nothing was loaded")
@@ -97,21 +146,19 @@ class Stand:
     def publish(self, version: int) -> Announcement | None:
         return replace(ANNOUNCEMENT, version=version) if self._name == "one" else None
 
-    def update(self, shard: Any, credit: Any, whitening: Whitening, count: int, *arrays: Any) -> MetricSums:
-        groups, references = arrays[:count], arrays[count:]
-        tokens = float(sum(sample.length for found in groups for sample in found.trajectories))
-        found = {"policy/loss": (shard, 1.0), "tokens": (tokens, 1.0), "references": (float(sum(references)), 1.0)}
+    def update(self, batch: Any, credit: Any, whitening: Whitening) -> MetricSums:
+        found = {"policy/loss": (batch, 1.0)}
         if credit is not None:
             found["credit"] = (credit - whitening.mean, 1.0)
         return MetricSums(found, {})
 
-    def estimate(self, shard: Any, count: int, *arrays: Any) -> tuple[EstimateSums, float]:
+    def estimate(self, batch: Any) -> tuple[EstimateSums, Any]:
         self.work()
-        return EstimateSums(1.0, shard, float(count), float(len(arrays) - count), 0.0, 0.0, 0.0), 10.0 * shard
+        return EstimateSums(1.0, batch, 0.0, 0.0, 0.0, 0.0, 0.0), (ray.put(10.0 * batch),)
 
-    def update_critic(self, shard: Any, credit: float, *groups: Group) -> MetricSums:
+    def update_critic(self, batch: Any, credit: float) -> MetricSums:
         self.work()
-        return MetricSums({"critic/loss": (shard + credit, 1.0), "groups": (float(len(groups)), 1.0)}, {})
+        return MetricSums({"critic/loss": (batch + credit, 1.0)}, {})
 
     def save_critic(self, folder: Path) -> None:
         (folder / f"critic-{self._name}").touch()
@@ -128,10 +175,10 @@ class Stand:
         self.work()
         n, tokens = len(group.trajectories), sum(sample.length for sample in group.trajectories)
         head = ReferenceHead(np.full(n, temperature), np.zeros(n))
-        return head, np.full(tokens, 1.0 if self._name == "one" else 2.0, np.float32)
+        return head, (ray.put(np.full(tokens, 1.0 if self._name == "one" else 2.0, np.float32)),)
 
     def move(self, announcement: Announcement, keep: float) -> Receipt:
-        return self.load_weights(announcement)
+        return self.receipt(announcement)
 
     def save_reference(self, folder: Path) -> None:
         (folder / f"reference-{self._name}").touch()
@@ -150,10 +197,20 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield found
 
 
-def start(name: str) -> Any:
-    # The worker imports this module to know the class.
+def remote(host: type, threads: int = 1) -> Any:
+    """The class as an actor's; its process imports the modules of the tests to know it."""
     here = {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"}
-    return ray.remote(Stand).options(num_cpus=0, max_restarts=0, runtime_env={"env_vars": here}).remote(name)
+    return ray.remote(host).options(num_cpus=0, max_restarts=0, max_concurrency=threads, runtime_env={"env_vars": here})
+
+
+def start(name: str, tokens: int = 1) -> Any:
+    return remote(Stand, THREADS).remote(name, tokens)
+
+
+def start_collator(folder: Path) -> Any:
+    """The real one."""
+    spec = ActorSpec("collator", Config(), "", "cpu", 1, str(folder / "collator.log"), 0, "")
+    return remote(CollatorHost).remote(spec)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +225,7 @@ def pair(machine: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def workers(pair: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    gather({name: actor.anew.remote() for name, actor in pair.items()}, "be new", 30)
     yield pair
     gather({name: actor.be.remote("right") for name, actor in pair.items()}, "calm down", 30)
 
@@ -179,3 +237,38 @@ def tell(actor: Any, mode: str) -> None:
 
 def handles(count: int) -> list[Handle[Group]]:
     return [Handle(ray.put(group(prompt))) for prompt in PROMPTS[:count]]
+
+
+class Ears:
+    """An inbox, and all that was heard."""
+
+    def __init__(self) -> None:
+        self.inbox = Inbox()
+        self.heard: list[Event] = []
+        self.inbox.listen(self.heard.extend)
+
+    def of(self, *kinds: type) -> list[Any]:
+        return [event for event in self.heard if isinstance(event, kinds)]
+
+    def until(self, come: Callable[[], bool], limit_s: float = 60.0) -> None:
+        end = time.monotonic() + limit_s
+        while not come():
+            assert time.monotonic() < end, self.heard
+            self.inbox.pump()
+
+    def hear(self, kind: type, count: int) -> list[Any]:
+        """Wait until so many of this kind have come."""
+        self.until(lambda: len(self.of(kind)) >= count)
+        return self.of(kind)
+
+
+def fleet(workers: dict[str, Any], ears: Ears, sync_timeout_s: float = 30.0) -> RolloutFleet:
+    return RolloutFleet(workers, ears.inbox, timeout_s=30.0, sync_timeout_s=sync_timeout_s)
+
+
+def serve(rollouts: RolloutFleet, ears: Ears) -> set[str]:
+    """Ask all who serve for a group; those who gave one."""
+    names, before = rollouts.serving(), len(ears.of(Answered))
+    for name in names:
+        rollouts.submit(name, REQUESTS[:1])
+    return {event.head.worker for event in ears.hear(Answered, before + len(names))[before:]}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from sample_groups import PROMPT, group_of
 
 from rlhf_dist.algo.recipes import ppo
+from rlhf_dist.cluster import learner_hosts
 from rlhf_dist.cluster.learner_hosts import CriticHost, PolicyHost
 from rlhf_dist.cluster.sources import with_sources
 from rlhf_dist.cluster.spec import ActorSpec
@@ -31,10 +33,11 @@ from rlhf_dist.config.schema import (
     PtxConfig,
 )
 from rlhf_dist.learner import deepspeed_engine
+from rlhf_dist.learner.rank_batch import rank_batch
+from rlhf_dist.loop.rules import sampling_of
 from rlhf_dist.loop.step import Learning, assign_credit, collate, make_shards
-from rlhf_dist.loop.train import sampling_of
 from rlhf_dist.rollout.trajectories import head_of
-from rlhf_dist.types import Experience, Group, Handle, Referenced, ReferenceHead, Scores
+from rlhf_dist.types import Experience, Group, ReferenceHead, Scores
 
 OPTIMIZER = OptimizerConfig(lr=0.01, warmup_steps=0)
 
@@ -67,8 +70,8 @@ def experiences(step: int) -> tuple[list[Experience], list[Group], list[np.ndarr
         )
         reference = chance.normal(-4.5, 0.3, size=total).astype(np.float32)
         scores = Scores(chance.normal(size=2).astype(np.float32), {}, np.ones(2), np.zeros(2, np.uint64))
-        referenced = Referenced(ReferenceHead(np.zeros(2, np.float32), np.zeros(2, np.float32)), Handle(group))
-        found.append(Experience(body.prompt, head_of(body, "w"), scores, Handle(group), referenced))
+        compared = ReferenceHead(np.zeros(2, np.float32), np.zeros(2, np.float32))
+        found.append(Experience(body.prompt, head_of(body, "w"), scores, body.request.key, compared))
         made.append(body)
         references.append(reference)
     return found, made, references
@@ -97,11 +100,12 @@ class Hosts:
         learning = Learning(ppo(config.algo), config.learner, config.critic, sampling_of(config), 9)
         credit = assign_credit(batch, batch.scores, learning.algorithm, 0.0)
         (shard,) = make_shards(batch, batch.scores, credit, learning, 0.1, step, 1)
-        sums, estimate = self.critic.estimate(shard, len(made), *made, *references)
+        made_of = rank_batch(shard, made, references)
+        sums, (estimate,) = self.critic.estimate(made_of)
         values = {}
         if config.critic.start != "shared":
-            values = self.critic.update_critic(shard, estimate, *made).values()
-        values |= self.policy.update(shard, estimate, sums.whitening(), len(made), *made).values()
+            values = self.critic.update_critic(made_of, estimate).values()
+        values |= self.policy.update(made_of, estimate, sums.whitening()).values()
         self.policy.publish(step)
         return values
 
@@ -113,6 +117,7 @@ class Hosts:
 
 
 def main() -> None:
+    learner_hosts.ray = SimpleNamespace(put=lambda record: record)  # type: ignore[assignment]  # no Ray in this process
     model, folder, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     config = config_of(kind, model, folder)
     hosts = Hosts(config, model, None, folder)

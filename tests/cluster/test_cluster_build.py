@@ -27,6 +27,9 @@ LEASHED = AlgoConfig(name="ppo", kl=KLConfig(coef=0.1))
 """Has a critic and a reference."""
 
 
+PARTS: Any = build.Parts(None, None, None, build.LearnerSide(None, None))  # type: ignore[arg-type]
+
+
 def test_a_users_folder_hides_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -53,17 +56,17 @@ def test_a_run_whose_ledger_does_not_add_up_fails(
 
     def trained(run: Run, state: Any) -> Outcome:
         run.telemetry.log(0, {"eval/greedy_accuracy": 0.0})
-        run.ledger.issue(["0/0"], 0)
+        run.ledger.issue([("0/0", 0)], 0)
         if leaves != "in flight":
-            run.ledger.finish(["0/0"])
-            run.ledger.score(["0/0"])
-            run.ledger.consume(["0/0"], 1)
+            run.ledger.finish([("0/0", 0)], [5])
+            run.ledger.score([("0/0", 0)])
+            run.ledger.consume([("0/0", 0)], 1, [5])
         if leaves == "used twice":
-            run.ledger._database.execute("INSERT INTO uses VALUES ('0/0', 2)")
+            run.ledger._database.execute("INSERT INTO uses VALUES ('0/0', 2, 5)")
         return Outcome({}, {}, {})
 
     monkeypatch.setattr(build, "ray_session", session)
-    monkeypatch.setattr(build, "start_fleets", lambda *_: build.Parts(None, None, None, None, None))
+    monkeypatch.setattr(build, "start_fleets", lambda *_: PARTS)
     monkeypatch.setattr(build.training, "train", trained)
     tiny = TinyConfig(hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1, max_positions=64)
     rollout = RolloutConfig(max_prompt_tokens=40, max_response_tokens=8, cpus=1)

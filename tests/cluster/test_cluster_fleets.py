@@ -14,7 +14,7 @@ from typing import Any
 import cluster_stand_ins
 import pytest
 import ray
-from cluster_stand_ins import ANNOUNCEMENT, REQUESTS, handles, start, tell
+from cluster_stand_ins import ANNOUNCEMENT, Ears, fleet, handles, serve, start, tell
 
 from rlhf_dist.cluster import actors, join_probe, processes
 from rlhf_dist.cluster.address import check_cluster
@@ -31,9 +31,10 @@ from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import ClusterConfig
 from rlhf_dist.errors import ActorLost, ActorTimeout, ResourceError, RunError, WeightSyncError
 from rlhf_dist.learner.shard import EstimateSums, Whitening
+from rlhf_dist.loop.events import Compared, Scored
 from rlhf_dist.loop.ports import NO_ESTIMATES, Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import DroppedPrompt, Handle
+from rlhf_dist.types import Handle
 
 machine, pair, workers = cluster_stand_ins.machine, cluster_stand_ins.pair, cluster_stand_ins.workers
 
@@ -42,37 +43,42 @@ def put(*records: float) -> list[Handle[Any]]:
     return [Handle(ray.put(record)) for record in records]
 
 
-def test_policy_ranks_each_get_their_shard_and_credit_and_report_once(workers: dict[str, Any]) -> None:
+def test_policy_ranks_each_get_their_batch_and_credit_and_report_once(workers: dict[str, Any]) -> None:
     group = PolicyGroup(workers, timeout_s=30)
     assert group.ranks == 2
-    merged = group.update([2.0, 4.0], handles(3), [], NO_ESTIMATES)  # type: ignore[list-item]
-    assert merged.values() == {"policy/loss": 3.0, "tokens": 6.0, "references": 0.0}
-    references = put(10.0, 20.0)
+    assert group.update(put(2.0, 4.0), NO_ESTIMATES).values() == {"policy/loss": 3.0}
     estimates = Estimates(put(5.0, 9.0), Whitening(1.0, 1.0), {})
-    merged = group.update([2.0, 4.0], handles(3), references, estimates)  # type: ignore[list-item]
-    assert merged.values() == {"policy/loss": 3.0, "tokens": 6.0, "references": 30.0, "credit": 6.0}
+    assert group.update(put(2.0, 4.0), estimates).values() == {"policy/loss": 3.0, "credit": 6.0}
     assert group.publish(9).version == 9
 
 
-def test_a_critic_estimates_and_learns_its_own_shards(workers: dict[str, Any], tmp_path: Path) -> None:
-    group, rollouts = CriticGroup(workers, timeout_s=30), handles(3)
-    shards: Any = [2.0, 4.0]
-    found, sums = group.estimate(shards, rollouts, put(1.0))
-    assert sums == EstimateSums(2.0, 6.0, 6.0, 2.0, 0.0, 0.0, 0.0), "3 groups and 1 reference on each rank"
+def test_a_critic_estimates_and_learns_its_own_batches(workers: dict[str, Any], tmp_path: Path) -> None:
+    group, batches = CriticGroup(workers, timeout_s=30), put(2.0, 4.0)
+    found, sums = group.estimate(batches)
+    assert sums == EstimateSums(2.0, 6.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     assert all(isinstance(handle.place, ray.ObjectRef) for handle in found), "the arrays stay away"
-    pending = group.begin_update(shards, rollouts, Estimates(found, Whitening(0.0, 1.0), {}))
+    pending = group.begin_update(batches, Estimates(found, Whitening(0.0, 1.0), {}))
     assert list(pending.place) == ["one", "two"]
-    assert group.finish_update(pending).values() == {"critic/loss": (22.0 + 44.0) / 2, "groups": 3.0}
+    assert group.finish_update(pending).values() == {"critic/loss": (22.0 + 44.0) / 2}
     group.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["critic-one", "critic-two"]
 
 
+def test_events_are_handed_over_while_ranks_learn(workers: dict[str, Any]) -> None:
+    ears = Ears()
+    tell(workers["two"], "sleeps")
+    ScoringFleet({"one": workers["one"]}, ears.inbox, timeout_s=30).submit("one", "key", handles(1)[0])
+    group = CriticGroup({"two": workers["two"]}, timeout_s=30, waits=ears.inbox.wait)
+    group.estimate(put(1.0))
+    assert [event.key for event in ears.of(Scored)] == ["key"]
+
+
 def test_a_critic_that_sleeps_is_not_waited_for_while_the_policy_learns(workers: dict[str, Any]) -> None:
-    group, rollouts = CriticGroup(workers, timeout_s=0.7), handles(1)
+    group = CriticGroup(workers, timeout_s=0.7)
     tell(workers["two"], "sleeps")
     begun = time.monotonic()
     estimates = Estimates(put(1.0, 1.0), Whitening(0.0, 1.0), {})
-    pending = group.begin_update([1.0, 1.0], rollouts, estimates)  # type: ignore[list-item]
+    pending = group.begin_update(put(1.0, 1.0), estimates)
     assert time.monotonic() - begun < 1.0, "it only begins"
     message = r"^two did not finish 'update_critic' in 0\.7 s \(learner\.timeout_s\)$"
     with pytest.raises(ActorTimeout, match=message):
@@ -81,16 +87,16 @@ def test_a_critic_that_sleeps_is_not_waited_for_while_the_policy_learns(workers:
 
 def test_a_critic_that_takes_turns_is_done_before_the_policy_begins(workers: dict[str, Any]) -> None:
     """On the same ranks its work would count against the limit of the policy's."""
-    group, shards = CriticGroup(workers, timeout_s=0.7, in_turn=True), [2.0, 4.0]
+    group, batches = CriticGroup(workers, timeout_s=0.7, in_turn=True), put(2.0, 4.0)
     estimates = Estimates(put(20.0, 40.0), Whitening(0.0, 1.0), {})
-    pending = group.begin_update(shards, handles(1), estimates)  # type: ignore[arg-type]
+    pending = group.begin_update(batches, estimates)
     for worker in workers.values():
         tell(worker, "breaks")
-    assert group.finish_update(pending).values() == {"critic/loss": 33.0, "groups": 1.0}, "nobody is asked any more"
+    assert group.finish_update(pending).values() == {"critic/loss": 33.0}, "nobody is asked any more"
     tell(workers["one"], "right")
     tell(workers["two"], "sleeps")
     with pytest.raises(ActorTimeout, match=r"^two did not finish 'update_critic' in 0\.7 s"):
-        group.begin_update(shards, handles(1), estimates)  # type: ignore[arg-type]
+        group.begin_update(batches, estimates)
 
 
 def test_a_critic_rank_that_dies_is_named(workers: dict[str, Any]) -> None:
@@ -98,73 +104,86 @@ def test_a_critic_rank_that_dies_is_named(workers: dict[str, Any]) -> None:
     tell(doomed, "dies")
     group = CriticGroup({"critic rank 0": workers["one"], "critic rank 1": doomed}, timeout_s=30)
     with pytest.raises(ActorLost, match=r"^critic rank 1 died during 'estimate': .*logs/critic-rank-1\.log"):
-        group.estimate([1.0, 2.0], handles(1), [])  # type: ignore[list-item]
+        group.estimate(put(1.0, 2.0))
 
 
 def test_a_head_on_the_policys_trunk_has_nothing_to_do_of_its_own(workers: dict[str, Any], tmp_path: Path) -> None:
     group = PolicyCreditGroup(workers, timeout_s=30)
-    assert group.estimate([2.0, 4.0], handles(1), [])[1].advantages == 6.0  # type: ignore[list-item]
-    assert group.finish_update(group.begin_update([], [], NO_ESTIMATES)) == MetricSums()
+    assert group.estimate(put(2.0, 4.0))[1].advantages == 6.0
+    assert group.finish_update(group.begin_update([], NO_ESTIMATES)) == MetricSums()
     group.save(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_groups_are_dealt_out_to_scoring_servers_in_turn(workers: dict[str, Any]) -> None:
-    scoring = ScoringFleet(workers, timeout_s=30)
-    found = scoring.gather({str(i): scoring.submit(handle) for i, handle in enumerate(handles(5))})
-    assert [found[str(i)].total[0] for i in range(5)] == [1.0, 2.0, 1.0, 2.0, 1.0]
+def test_scores_are_those_of_the_server_that_was_asked(workers: dict[str, Any]) -> None:
+    ears = Ears()
+    scoring = ScoringFleet(workers, ears.inbox, timeout_s=30)
+    for name, handle in zip(("one", "two", "two"), handles(3), strict=True):
+        scoring.submit(name, f"for {name}", handle)
+    found = ears.hear(Scored, 3)
+    assert sorted((event.server, event.key, float(event.scores.total[0])) for event in found) == [
+        ("one", "for one", 1.0),
+        ("two", "for two", 2.0),
+        ("two", "for two", 2.0),
+    ]
 
 
-def test_groups_are_dealt_out_to_reference_servers_and_logprobs_stay_there(workers: dict[str, Any]) -> None:
-    fleet_of = ReferenceFleet(workers, timeout_s=30)
-    found = fleet_of.gather({str(i): fleet_of.submit(handle, 0.7) for i, handle in enumerate(handles(4))})
+def test_a_reference_compares_at_the_samplers_temperature_and_logprobs_stay_there(workers: dict[str, Any]) -> None:
+    ears = Ears()
+    references = ReferenceFleet(workers, ears.inbox, timeout_s=30)
+    for name, handle in zip(workers, handles(2), strict=True):
+        references.submit(name, name, handle, 0.7)
+    found = {event.key: event.reference for event in ears.hear(Compared, 2)}
     assert all(isinstance(referenced.logprobs.place, ray.ObjectRef) for referenced in found.values())
-    assert [found[str(i)].head.kl.tolist() for i in range(4)] == [[0.7, 0.7]] * 4
-    arrays = gather({uid: referenced.logprobs.place for uid, referenced in found.items()}, "fetch", 30)
-    assert [arrays[str(i)].tolist() for i in range(4)] == [[1.0, 1.0], [2.0, 2.0]] * 2
+    assert {key: referenced.head.kl.tolist() for key, referenced in found.items()} == {
+        "one": [0.7] * 2,
+        "two": [0.7] * 2,
+    }
+    arrays = gather({key: referenced.logprobs.place for key, referenced in found.items()}, "fetch", 30)
+    assert {key: array.tolist() for key, array in arrays.items()} == {"one": [1.0, 1.0], "two": [2.0, 2.0]}
 
 
 @pytest.mark.parametrize("kind", [ReferenceFleet, ScoringFleet])
 @pytest.mark.parametrize(
     ("mode", "error", "why"),
     [
-        ("sleeps", ActorTimeout, "did not finish 'VERB prompt 0/1' in 0.7 s (scoring.timeout_s)"),
-        ("breaks", RunError, "failed in 'VERB prompt 0/1': IndexError: list index out of range"),
-        ("dies", ActorLost, "died during 'VERB prompt 0/1': "),
+        ("breaks", RunError, "failed in 'VERB train/0/1/0': IndexError: list index out of range"),
+        ("dies", ActorLost, "died during 'VERB train/0/1/0': "),
     ],
 )
-def test_a_server_that_fails_is_named_with_the_prompt(
+def test_a_server_that_fails_is_named_with_the_request(
     workers: dict[str, Any], kind: Any, mode: str, error: type[Exception], why: str
 ) -> None:
-    bad = start("doomed") if mode == "dies" else workers["two"]
+    bad, ears = start("doomed") if mode == "dies" else workers["two"], Ears()
     tell(bad, mode)
-    fleet_of = kind({"server 0": workers["one"], "server 1": bad}, timeout_s=0.7 if mode == "sleeps" else 30.0)
+    fleet_of = kind({"server 0": workers["one"], "server 1": bad}, ears.inbox, timeout_s=30.0)
     words, verb = ((0.7,), "compare") if kind is ReferenceFleet else ((), "score")
-    pending = {f"0/{i}": fleet_of.submit(handle, *words) for i, handle in enumerate(handles(2))}
+    for i, handle in enumerate(handles(2)):
+        fleet_of.submit(f"server {i}", f"train/0/{i}/0", handle, *words)
     with pytest.raises(error) as caught:
-        fleet_of.gather(pending)
+        ears.until(lambda: False, 60)
     assert str(caught.value).startswith("server 1 " + why.replace("VERB", verb)), str(caught.value)
 
 
 def test_a_reference_that_moves_proves_what_it_took(workers: dict[str, Any], tmp_path: Path) -> None:
-    fleet_of = ReferenceFleet(workers, timeout_s=30, moves=True)
+    fleet_of = ReferenceFleet(workers, Ears().inbox, timeout_s=30, moves=True)
     fleet_of.update(ANNOUNCEMENT, 0.5)
     tell(workers["two"], "lies")
     with pytest.raises(WeightSyncError, match=r"^two, version 3: .*another hash"):
         fleet_of.update(ANNOUNCEMENT, 0.5)
     fleet_of.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["reference-one"], "one copy is enough"
-    ReferenceFleet(workers, timeout_s=30).save(tmp_path / "not there")
+    ReferenceFleet(workers, Ears().inbox, timeout_s=30).save(tmp_path / "not there")
 
 
 def test_a_failing_reference_quarantines_no_rollout_worker(workers: dict[str, Any]) -> None:
-    rollouts = RolloutFleet(workers, timeout_s=30, sync_timeout_s=30)
+    ears = Ears()
+    rollouts = fleet(workers, ears)
     assert rollouts.load_weights(ANNOUNCEMENT) == []
     tell(workers["two"], "lies")
     with pytest.raises(WeightSyncError):
-        ReferenceFleet(workers, timeout_s=30).update(ANNOUNCEMENT, 0.0)
-    served = [item for item in rollouts.generate(REQUESTS[:4]) if not isinstance(item, DroppedPrompt)]
-    assert {head.worker for head, _ in served} == {"one", "two"}
+        ReferenceFleet(workers, Ears().inbox, timeout_s=30).update(ANNOUNCEMENT, 0.0)
+    assert serve(rollouts, ears) == {"one", "two"}
 
 
 def test_nobody_else_can_enter_the_folder_of_the_session(machine: Any) -> None:
@@ -188,6 +207,7 @@ class Push:
     """A fleet of one worker that answers and one whose process can be stopped."""
 
     workers: dict[str, Any]
+    ears: Ears
     fleet: RolloutFleet
     pid: int
     version: int = 0
@@ -197,8 +217,7 @@ class Push:
         return self.fleet.load_weights(replace(ANNOUNCEMENT, version=self.version))
 
     def serve(self) -> set[str]:
-        served = self.fleet.generate(REQUESTS[:4])
-        return {item[0].worker for item in served if not isinstance(item, DroppedPrompt)}
+        return serve(self.fleet, self.ears)
 
     def answered(self) -> None:
         """Wait until the one that was stopped has answered what it was asked."""
@@ -212,7 +231,8 @@ def stoppable(workers: dict[str, Any], tmp_path: Path) -> Iterator[Push]:
     actor = start("stoppable")
     pid = gather({"it": actor.leave_signs.remote(log)}, "leave signs", 120)["it"]
     both = {"one": workers["one"], ProcessName.of("stoppable", str(log)): actor}
-    yield Push(both, RolloutFleet(both, timeout_s=30, sync_timeout_s=0.6), pid)
+    ears = Ears()
+    yield Push(both, ears, fleet(both, ears, sync_timeout_s=0.6), pid)
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
@@ -242,17 +262,19 @@ def test_workers_that_may_hold_all_of_the_memory_leave_room_for_the_next_version
     stoppable: Push, workers: dict[str, Any]
 ) -> None:
     """One is stopped in version 1, which is in the first buffer, the other sleeps in version 2, in the second."""
-    fleet = RolloutFleet(stoppable.workers | {"two": workers["two"]}, timeout_s=30, sync_timeout_s=0.6)
-    assert fleet.load_weights(replace(ANNOUNCEMENT, version=0)) == [] and fleet.make_room() == []
+    for name in ("one", "stoppable"):  # that fleet's messages have numbers of their own
+        gather({name: stoppable.workers[name].anew.remote()}, "be new", 30)
+    three = fleet(stoppable.workers | {"two": workers["two"]}, stoppable.ears, sync_timeout_s=0.6)
+    assert three.load_weights(replace(ANNOUNCEMENT, version=0)) == [] and three.make_room() == []
     os.kill(stoppable.pid, signal.SIGSTOP)
-    assert len(fleet.load_weights(replace(ANNOUNCEMENT, version=1, offset=0))) == 1
-    assert fleet.make_room() == [], "only one of the buffers may be held"
+    assert len(three.load_weights(replace(ANNOUNCEMENT, version=1, offset=0))) == 1
+    assert three.make_room() == [], "only one of the buffers may be held"
     tell(workers["one"], "sleeps")
-    assert len(fleet.load_weights(replace(ANNOUNCEMENT, version=2, offset=4096))) == 2
-    (given_up,) = fleet.make_room()
+    assert len(three.load_weights(replace(ANNOUNCEMENT, version=2, offset=4096))) == 2
+    (given_up,) = three.make_room()
     assert given_up.startswith("stoppable still has not loaded 1: it is stopped")
     assert given_up.endswith("as another worker holds the rest; it is given up, 2 rollout workers are left")
-    assert fleet.make_room() == []
+    assert three.make_room() == []
 
 
 def test_a_worker_that_goes_on_comes_back_without_being_waited_for(stoppable: Push) -> None:
@@ -278,7 +300,7 @@ def test_a_late_receipt_is_not_taken_for_the_version_that_is_pushed_now(stoppabl
 
 def test_when_the_only_worker_is_stopped_the_run_ends(stoppable: Push) -> None:
     (name, standing) = list(stoppable.fleet._standings.items())[1]
-    stoppable.fleet = RolloutFleet({name: standing.worker}, timeout_s=30, sync_timeout_s=0.3)
+    stoppable.fleet = fleet({name: standing.worker}, stoppable.ears, sync_timeout_s=0.3)
     os.kill(stoppable.pid, signal.SIGSTOP)
     with pytest.raises(WeightSyncError, match=r"^stoppable did not .*; no rollout worker holds the published weights$"):
         stoppable.push()

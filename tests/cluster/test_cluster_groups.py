@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cluster_stand_ins
 import pytest
 import ray
-from cluster_stand_ins import ANNOUNCEMENT, PROMPTS, REQUESTS, group, start, tell
+from cluster_stand_ins import ANNOUNCEMENT, PROMPTS, REQUESTS, Ears, fleet, group, serve, start, tell
 
 from rlhf_dist.cluster import actors, processes
 from rlhf_dist.cluster.groups import ScoringFleet
-from rlhf_dist.cluster.rollout_fleet import RolloutFleet
 from rlhf_dist.cluster.session import reserve
 from rlhf_dist.cluster.spec import ActorSpec
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import Config, RewardSpec, ScoringConfig
 from rlhf_dist.errors import ActorLost, ActorTimeout, DataError, ResourceError, RewardError, RunError, WeightSyncError
-from rlhf_dist.types import DroppedPrompt, Handle
+from rlhf_dist.loop.events import Lost, Scored
+from rlhf_dist.types import Answered, Beat, Handle, Prompt, Unanswered
 
 machine, pair, workers = cluster_stand_ins.machine, cluster_stand_ins.pair, cluster_stand_ins.workers
 
@@ -33,14 +35,13 @@ def reward(prompts, responses, answers):
         mode = file.read()
     if mode == "hangs":
         time.sleep(600)
+    if mode == "slow":
+        time.sleep(0.05)
+        mode = "right"
     if mode == "raises":
         raise KeyError("missing")
     return {"right": [1.0] * len(responses), "nan": [float("nan")] * len(responses), "few": []}[mode]
 """
-
-
-def fleet(workers: dict[str, Any], timeout_s: float = 30.0, sync_timeout_s: float = 30.0) -> RolloutFleet:
-    return RolloutFleet(workers, timeout_s=timeout_s, sync_timeout_s=sync_timeout_s)
 
 
 def test_one_that_sleeps_is_named_with_the_call_and_the_limit(workers: dict[str, Any]) -> None:
@@ -104,20 +105,54 @@ def test_any_other_error_names_the_process_and_keeps_its_traceback(workers: dict
     assert any("in work" in line for line in rest)
 
 
-def test_prompts_are_shared_out_and_tokens_stay_away(workers: dict[str, Any]) -> None:
-    found = list(fleet(workers).generate(REQUESTS))
-    dropped = [item for item in found if isinstance(item, DroppedPrompt)]
-    assert [drop.uid for drop in dropped] == ["0/4"]
-    pairs = [item for item in found if not isinstance(item, DroppedPrompt)]
-    assert {head.uid: head.worker for head, _ in pairs} == {"0/0": "one", "0/1": "two", "0/2": "one", "0/3": "two"}
-    assert all(isinstance(handle.place, ray.ObjectRef) for _, handle in pairs)
-    assert fleet(workers).texts(pairs[0][1]) == ("a", "bc")
+def test_what_a_worker_is_asked_for_comes_as_events_and_tokens_stay_away(workers: dict[str, Any]) -> None:
+    ears = Ears()
+    both = fleet(workers, ears)
+    both.submit("one", REQUESTS[:2])
+    both.submit("one", REQUESTS[2:3])
+    both.submit("two", REQUESTS[3:])
+    found = ears.hear(Answered, 4)
+    assert {event.key: event.head.worker for event in found} == {
+        "train/0/0/0": "one",
+        "train/0/1/0": "one",
+        "train/0/2/0": "one",
+        "train/0/3/0": "two",
+    }
+    assert all(isinstance(event.body.place, ray.ObjectRef) for event in found)
+    (refused,) = ears.hear(Unanswered, 1)
+    assert (refused.key, refused.drop.reason) == ("train/0/4/0", "prompt_too_long")
+    assert {event.worker for event in ears.of(Beat)} == {"one", "two"}
 
 
-def test_generation_has_a_limit(workers: dict[str, Any]) -> None:
-    tell(workers["two"], "sleeps")
-    with pytest.raises(ActorTimeout, match=r"^two did not finish 'generate' in 0\.5 s \(rollout\.timeout_s\)$"):
-        list(fleet(workers, timeout_s=0.5).generate(REQUESTS[:2]))
+def test_what_is_cancelled_is_not_heard_of(workers: dict[str, Any]) -> None:
+    ears = Ears()
+    both = fleet(workers, ears)
+    tell(workers["one"], "holds 0/0")
+    both.submit("one", REQUESTS[:1])
+    ears.until(lambda: any(event.samples == 2 for event in ears.of(Beat)))
+    both.cancel("one", [REQUESTS[0].key])
+    both.submit("one", REQUESTS[1:2])
+    ears.hear(Answered, 1)
+    ears.until(lambda: ears.of(Beat)[-1] == Beat("one", ears.of(Beat)[-1].steps, 0))
+    assert [event.key for event in ears.of(Answered)] == ["train/0/1/0"]
+
+
+def test_a_worker_whose_engine_fails_is_lost_and_ended(workers: dict[str, Any]) -> None:
+    doomed, ears = start("doomed"), Ears()
+    tell(doomed, "breaks")
+    both = fleet({"rollout worker 0": doomed, "two": workers["two"]}, ears)
+    both.submit("rollout worker 0", REQUESTS[:1])
+    (lost,) = ears.hear(Lost, 1)
+    first = lost.why.splitlines()[0]
+    assert first == ("rollout worker 0: rollout worker 0 failed in 'generate': IndexError: list index out of range"), (
+        "words as they are"
+    )
+    assert (lost.worker, lost.told, both.serving()) == ("rollout worker 0", False, ("two",))
+    both.submit("rollout worker 0", REQUESTS[:1])  # nobody hears it
+    with pytest.raises(ActorLost):
+        for _ in range(300):  # a process ends a moment after it is told to
+            tell(doomed, "right")
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
@@ -131,28 +166,30 @@ def test_generation_has_a_limit(workers: dict[str, Any]) -> None:
     ],
 )
 def test_a_worker_without_a_right_receipt_serves_no_tokens(workers: dict[str, Any], mode: str, why: str) -> None:
-    one_of_two = fleet(workers, sync_timeout_s=0.7)
+    ears = Ears()
+    one_of_two = fleet(workers, ears, sync_timeout_s=0.7)
     tell(workers["one"], mode)
     (problem,) = one_of_two.load_weights(ANNOUNCEMENT)
     assert problem.startswith("one") and why in problem
-    served = [item for item in one_of_two.generate(REQUESTS[:4]) if not isinstance(item, DroppedPrompt)]
-    assert {head.worker for head, _ in served} == {"two"} and len(served) == 4
+    assert one_of_two.serving() == ("two",) and serve(one_of_two, ears) == {"two"}
     tell(workers["one"], "right")
+    if mode == "sleeps":
+        return  # `test_cluster_fleets` has what becomes of late receipts
     assert one_of_two.load_weights(ANNOUNCEMENT) == [], "a push that succeeds lets it serve again"
-    again = [item for item in one_of_two.generate(REQUESTS[:4]) if not isinstance(item, DroppedPrompt)]
-    assert {head.worker for head, _ in again} == {"one", "two"}
+    assert serve(one_of_two, ears) == {"one", "two"} and ears.of(Lost) == []
 
 
 def test_a_worker_that_dies_in_a_push_is_given_up_at_once(workers: dict[str, Any]) -> None:
-    doomed = start("doomed")
+    doomed, ears = start("doomed"), Ears()
     tell(doomed, "dies")
-    both = fleet({"rollout worker 0": doomed, "rollout worker 1": workers["two"]})
-    (problem,) = both.load_weights(ANNOUNCEMENT)
-    assert problem.startswith("rollout worker 0 died during 'load_weights': ")
-    assert problem.endswith("; it is given up, 1 rollout worker is left")
+    both = fleet({"rollout worker 0": doomed, "rollout worker 1": workers["two"]}, ears)
+    both.load_weights(ANNOUNCEMENT)  # its events may tell of the death before its receipt does
+    (lost,) = ears.hear(Lost, 1)
+    assert lost.worker == "rollout worker 0"
+    assert re.match(r"rollout worker 0 died during '(load_weights|generate)': ", lost.why)
     assert both.load_weights(ANNOUNCEMENT) == [], "it is asked no more"
-    served = [item for item in both.generate(REQUESTS[:2]) if not isinstance(item, DroppedPrompt)]
-    assert {head.worker for head, _ in served} == {"two"}
+    assert both.serving() == ("rollout worker 1",) and serve(both, ears) == {"two"}
+    assert len(ears.of(Lost)) == 1
 
 
 @pytest.mark.parametrize(
@@ -163,14 +200,17 @@ def test_a_worker_that_dies_in_a_push_is_given_up_at_once(workers: dict[str, Any
     ],
 )
 def test_a_worker_whose_engine_is_broken_is_given_up_at_once(workers: dict[str, Any], mode: str, why: str) -> None:
-    doomed = start("doomed")
+    doomed, ears = start("doomed"), Ears()
     tell(doomed, mode)
-    both = fleet({"doomed": doomed, "rollout worker 1": workers["two"]})
+    both = fleet({"doomed": doomed, "rollout worker 1": workers["two"]}, ears)
     (problem,) = both.load_weights(ANNOUNCEMENT)
     assert problem.startswith("doomed") and problem.endswith(f"{why}; it is given up, 1 rollout worker is left")
+    assert ears.hear(Lost, 1) == [Lost("doomed", problem, told=True)]
     assert both.load_weights(ANNOUNCEMENT) == [], "it is asked no more"
     with pytest.raises(ActorLost):
         gather({"doomed": doomed.work.remote()}, "work", 60)
+    ears.inbox.pump()
+    assert len(ears.of(Lost)) == 1
 
 
 def test_an_answer_that_was_lost_on_the_way_names_whose_it_was(workers: dict[str, Any]) -> None:
@@ -186,7 +226,7 @@ def test_when_no_worker_holds_the_weights_the_run_ends(workers: dict[str, Any]) 
     for worker in workers.values():
         tell(worker, "lies")
     with pytest.raises(WeightSyncError, match=r"^one, version 3: .*; two, version 3: "):
-        fleet(workers).load_weights(ANNOUNCEMENT)
+        fleet(workers, Ears()).load_weights(ANNOUNCEMENT)
 
 
 def test_a_reservation_that_does_not_fit_is_an_error_with_both_numbers(machine: Any) -> None:
@@ -199,18 +239,27 @@ def test_a_reservation_that_does_not_fit_is_an_error_with_both_numbers(machine: 
 
 
 @pytest.fixture(scope="module")
-def scoring(machine: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ScoringFleet, Path]]:
+def scoring(machine: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], Path]]:
     """Two real scoring servers with a user's function, and the file that says what the function does."""
     folder = tmp_path_factory.mktemp("scoring")
     (folder / "group_rewards.py").write_text(REWARDS)
     rewards = {"mine": RewardSpec(kind="function", function="group_rewards:reward", timeout_s=1.0)}
-    config = Config(scoring=ScoringConfig(rewards))
+    config = Config(scoring=ScoringConfig(rewards, timeout_s=1.2))
     log = str(folder / "logs" / "scoring.log")
     specs = [ActorSpec(f"scoring server {i}", config, "", "cpu", 1, log, i, str(folder)) for i in range(2)]
     with reserve([{"CPU": 0.1, "GPU": 0.0}], 60.0) as group:
         servers = actors.start_servers(actors.ScoringHost, specs, group)
         gather({name: server.ready.remote() for name, server in servers.items()}, "start", 120)
-        yield ScoringFleet(servers, timeout_s=20), folder / "mode"
+        yield servers, folder / "mode"
+
+
+def score(servers: dict[str, Any], prompts: list[Prompt]) -> list[Scored]:
+    """Groups of these, all at once, at the first server."""
+    ears = Ears()
+    scoring = ScoringFleet(servers, ears.inbox, timeout_s=20)
+    for prompt in prompts:
+        scoring.submit("scoring server 0", prompt.uid, Handle(ray.put(group(prompt))))
+    return ears.hear(Scored, len(prompts))
 
 
 @pytest.mark.parametrize(
@@ -222,17 +271,28 @@ def scoring(machine: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         ("hangs", "did not return within 1 s for 2 responses"),
     ],
 )
-def test_a_bad_reward_is_told_in_one_sentence(scoring: tuple[ScoringFleet, Path], mode: str, message: str) -> None:
-    fleet, file = scoring
+def test_a_bad_reward_is_told_in_one_sentence(scoring: tuple[dict[str, Any], Path], mode: str, message: str) -> None:
+    servers, file = scoring
     file.write_text(mode)
     with pytest.raises(RewardError) as caught:
-        fleet.gather({"0/0": fleet.submit(Handle(ray.put(group(PROMPTS[0]))))})
+        score(servers, PROMPTS[:1])
     assert str(caught.value).startswith("the reward mine (group_rewards:reward) ")
     assert message in str(caught.value) and "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
 
 
-def test_scores_come_back_by_uid(scoring: tuple[ScoringFleet, Path]) -> None:
-    fleet, file = scoring
+def test_scores_come_back_by_key(scoring: tuple[dict[str, Any], Path]) -> None:
+    servers, file = scoring
     file.write_text("right")
-    found = fleet.gather({p.uid: fleet.submit(Handle(ray.put(group(p)))) for p in PROMPTS[:2]})
-    assert {uid: scores.total.tolist() for uid, scores in found.items()} == {"0/0": [1.0, 1.0], "0/1": [1.0, 1.0]}
+    found = score(servers, PROMPTS[:2])
+    assert {event.key: event.scores.total.tolist() for event in found} == {"0/0": [1.0, 1.0], "0/1": [1.0, 1.0]}
+    assert {event.server for event in found} == {"scoring server 0"}
+
+
+def test_a_backlog_at_one_server_ends_nothing(scoring: tuple[dict[str, Any], Path]) -> None:
+    """64 groups of 0.05 s wait for 3 s with limits of 1 s: of the reward, and of `scoring.timeout_s`."""
+    servers, file = scoring
+    file.write_text("slow")
+    begun = time.monotonic()
+    prompts = [replace(PROMPTS[0], uid=f"0/{i}") for i in range(64)]
+    assert len(score(servers, prompts)) == 64
+    assert time.monotonic() - begun >= 64 * 0.05

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ledgers import LedgerByUid
 
 from rlhf_dist.cluster import build, trainer_ranks
 from rlhf_dist.cluster.placement import Machine
@@ -83,9 +85,7 @@ def at_step_3(config: Config, command: str, summary: dict[str, Any] | None) -> P
     if command == "train":
         ledger = Ledger(run.ledger)
         for step in (1, 2, 3):
-            for move in (lambda uids: ledger.issue(uids, 0), ledger.finish, ledger.score):
-                move([f"0/{step}"])
-            ledger.consume([f"0/{step}"], step)
+            LedgerByUid(ledger).use([f"0/{step}"], step)
         stream = PromptStream(config.data, config.seed, config.eval.prompts)
         state |= {"steps": 3, "cursor": stream.cursor(), "ledger": asdict(ledger.totals(3))}
         ledger.close()
@@ -229,7 +229,8 @@ def test_the_logs_of_an_evaluation_go_unless_it_fails(
         (logs / "rollout-worker-0.log").write_text("started")
         if fails:
             raise RunError("it died")
-        return build.Parts(None, None, None, None, None)  # type: ignore[arg-type]
+        arrivals = SimpleNamespace(listen=lambda _: None)
+        return build.Parts(SimpleNamespace(reference=None, arrivals=arrivals), None, None, None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
     for module in (build, trainer_ranks):

@@ -10,6 +10,7 @@ import cluster_stand_ins
 import numpy as np
 import pytest
 import ray
+from cluster_stand_ins import Ears
 
 from rlhf_dist.cluster import actors, build
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet
@@ -17,7 +18,7 @@ from rlhf_dist.cluster.session import reserve
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import Config, RolloutConfig
 from rlhf_dist.loop.requests import make_requests
-from rlhf_dist.types import DroppedPrompt, Group, Message, Prompt, Request, Sampling
+from rlhf_dist.types import Answered, Group, Message, Prompt, Request, Sampling
 
 pytestmark = pytest.mark.timeout(300)
 machine = cluster_stand_ins.machine
@@ -37,19 +38,29 @@ def workers(machine: Any, tiny_model: Path, tmp_path_factory: pytest.TempPathFac
         yield found
 
 
-def sampled(workers: dict[str, Any], requests: list[Request]) -> dict[str, Group]:
-    """By uid."""
-    fleet = RolloutFleet(workers, timeout_s=120, sync_timeout_s=60)
-    items = [item for item in fleet.generate(requests) if not isinstance(item, DroppedPrompt)]
-    assert {head.worker for head, _ in items} == set(workers)
-    return {head.uid: ray.get(body.place, timeout=60) for head, body in items}
+class Sampler:
+    """One fleet of both; each request goes to the worker that is named."""
+
+    def __init__(self, workers: dict[str, Any]) -> None:
+        self.ears, self.heard = Ears(), 0
+        self.fleet = RolloutFleet(workers, self.ears.inbox, timeout_s=120, sync_timeout_s=60)
+
+    def sample(self, requests: list[Request], numbers: list[int]) -> dict[str, Group]:
+        """By uid; request i is sampled by worker numbers[i]."""
+        for request, number in zip(requests, numbers, strict=True):
+            self.fleet.submit(f"rollout worker {number}", [request])
+        found = self.ears.hear(Answered, self.heard + len(requests))[self.heard :]
+        self.heard += len(requests)
+        made = {event.head.uid: event.head.worker for event in found}
+        assert made == {request.uid: f"rollout worker {n}" for request, n in zip(requests, numbers, strict=True)}
+        return {event.head.uid: ray.get(event.body.place, timeout=60) for event in found}
 
 
 def test_one_worker_samples_what_two_do(workers: dict[str, Any]) -> None:
-    requests = make_requests(PROMPTS, "train", 6, SAMPLING, seed=3)
-    both = sampled(workers, requests)
-    one = sampled(dict(list(workers.items())[:1]), requests)
-    turned = sampled(workers, [requests[i] for i in (1, 0, 2, 3)])  # two prompts change workers
+    sampler, requests = Sampler(workers), make_requests(PROMPTS, "train", 6, SAMPLING, seed=3)
+    both = sampler.sample(requests, [0, 1, 0, 1])
+    one = sampler.sample(requests, [0, 0, 0, 0])
+    turned = sampler.sample([requests[i] for i in (1, 0, 2, 3)], [0, 1, 0, 1])  # two prompts change workers
     for uid, group in both.items():
         for other in (one[uid], turned[uid]):
             for ours, theirs in zip(group.trajectories, other.trajectories, strict=True):

@@ -84,7 +84,20 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         ("train", ["learner.optimizer.lr=.nan"], ["learner.optimizer.lr is nan", "greater than 0"]),
         ("train", ["learner.optimizer.lr=.inf"], ["learner.optimizer.lr is inf"]),
         ("train", ["learner.zero_stage=4"], ["learner.zero_stage is 4", "0, 1, 2 or 3"]),
-        ("train", ["loop.max_policy_lag=1", "algo.ratio_to=behaviour"], ["loop.max_policy_lag is 1", "must be 0"]),
+        (
+            "train",
+            ["loop.max_policy_lag=1", "loop.window=18", "algo.ratio_to=behaviour"],
+            ["loop.window is 18", "prompts_per_step 16", "2 versions", "at most 17"],
+        ),
+        ("train", ["loop.window=2"], ["loop.window is 2", "max_policy_lag is 0", "at most 1"]),
+        ("train", ["loop.oversample=0.9"], ["loop.oversample is 0.9", "between 1 and 100"]),
+        (
+            "train",
+            ["loop.oversample=1.5", "loop.max_policy_lag=1", "algo.ratio_to=behaviour"],
+            ["loop.oversample is 1.5 and has no effect with loop.max_policy_lag 1"],
+        ),
+        ("train", ["loop.stale=keep"], ["loop.stale is keep and has no effect with loop.max_policy_lag 0"]),
+        ("train", ["loop.age=mean"], ["loop.age is mean and has no effect with loop.max_policy_lag 0"]),
         ("train", ["loop.max_policy_lag=-1"], ["loop.max_policy_lag is -1", "0 or more"]),
         ("train", ["learner.updates_per_batch=3"], ["learner.updates_per_batch is 3", "16", "1, 2, 4, 8, 16 do"]),
         (

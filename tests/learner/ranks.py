@@ -42,7 +42,7 @@ from rlhf_dist.loop.step import Learning, collate, make_shards
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.policy import PackedPolicy
 from rlhf_dist.rollout.trajectories import head_of
-from rlhf_dist.types import NO_VERSION, Batch, Credit, Experience, Group, Handle, Sampling, Scores
+from rlhf_dist.types import NO_VERSION, Batch, Credit, Experience, Group, Sampling, Scores
 from rlhf_dist.weights.shared_memory import WeightReader
 
 SAMPLING = Sampling(temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, stop=())
@@ -80,8 +80,8 @@ def batch_of(made: list[Group]) -> tuple[Batch, Credit]:
     none = np.zeros(3)
     batch = collate(
         [
-            Experience(r.prompt, head_of(r, "w"), Scores(s, {}, none, none), Handle(i), None)
-            for i, (r, s) in enumerate(zip(made, scores, strict=True))
+            Experience(r.prompt, head_of(r, "w"), Scores(s, {}, none, none), r.request.key, None)
+            for r, s in zip(made, scores, strict=True)
         ]
     )
     advantages = np.random.default_rng(0).normal(size=len(batch.groups)).astype(np.float32)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from ledgers import LedgerByUid
 
 from rlhf_dist.errors import DataError
 from rlhf_dist.loop.ledger import Ledger
@@ -29,11 +30,7 @@ FILES = (
 
 def use(ledger: Ledger, step: int) -> None:
     """A step of two groups."""
-    uids = [f"0/{2 * step}", f"0/{2 * step + 1}"]
-    ledger.issue(uids, step - 1)
-    ledger.finish(uids)
-    ledger.score(uids)
-    ledger.consume(uids, step)
+    LedgerByUid(ledger).use([f"0/{2 * step}", f"0/{2 * step + 1}"], step)
 
 
 def make_run(output: Path) -> Path:
@@ -43,8 +40,8 @@ def make_run(output: Path) -> Path:
     for step in (1, 2, 3, 4):
         use(ledger, step)
         if step == 3:
-            ledger.issue(["0/dropped"], 2)
-            ledger.drop(["0/dropped"], "stale")
+            ledger.issue([("0/dropped", 0)], 2)
+            ledger.drop([("0/dropped", 0)], "stale")
         if step % 2:
             continue
         folder = directory.begin_checkpoint(step)

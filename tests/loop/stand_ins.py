@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlhf_dist.errors import ActorTimeout
 from rlhf_dist.learner.critic_files import critic_files
 from rlhf_dist.learner.model_engine import checkpoint_files
 from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard
-from rlhf_dist.loop.ports import Estimates
+from rlhf_dist.loop.events import Compared, Event, Kept, MemberKind, Scored
+from rlhf_dist.loop.members import Members
+from rlhf_dist.loop.ports import Batches, Estimates
+from rlhf_dist.loop.shell import Actors
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import (
+    Answered,
     DroppedPrompt,
     Experience,
     Group,
@@ -27,18 +32,18 @@ from rlhf_dist.types import (
     ReferenceHead,
     Request,
     Scores,
+    Unanswered,
 )
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement
 
-Bodies = Sequence[Handle[Group]]
-References = Sequence[Handle[np.ndarray]]
+WORKER = "rollout worker 0"
 PLAN = make_plan([("a", (4,), "float32")], 8)
 
 
-def asked_for(pending: Mapping[str, Handle[Any]]) -> list[tuple[str, tuple[str, int]]]:
-    """(uid, (uid, samples)) of groups that `FakeRollouts` made."""
-    return [(uid, asked.place) for uid, asked in pending.items()]
+def asked_for(body: Handle[Any]) -> tuple[str, int]:
+    """(uid, samples) of a group that `FakeRollouts` made."""
+    return body.place
 
 
 def handles(kind: str, count: int) -> tuple[Handle[Any], ...]:
@@ -58,7 +63,7 @@ def prompts(count: int) -> list[Prompt]:
 def head_of(uid: str, prompt: int, lengths: Sequence[int], reasons: tuple[str, ...], version: int) -> GroupHead:
     """`prompt`: tokens of the prompt."""
     sampled = np.array(lengths)
-    return GroupHead(uid, sampled + prompt, sampled, reasons, version, version, "rollout worker 0")
+    return GroupHead(uid, sampled + prompt, sampled, reasons, version, version, version, version, WORKER)
 
 
 def experience(
@@ -75,14 +80,13 @@ def experience(
         prompt=Prompt(f"0/{number}", (Message("user", "x"),), "", "test"),
         head=head_of(f"0/{number}", prompt, lengths, reasons, version),
         scores=scores_of(total, {"exact": total, "style": total * 0 + number}),
-        body=Handle(f"body {number}"),
-        reference=None if kl is None else referenced(number, kl),
+        key=f"train/0/{number}/0",
+        reference=None if kl is None else referenced(kl),
     )
 
 
-def referenced(number: int, kl: list[float]) -> Referenced:
-    head = ReferenceHead(np.array(kl, np.float32), np.zeros(len(kl), np.float32))
-    return Referenced(head, Handle(f"reference {number}"))
+def referenced(kl: list[float]) -> ReferenceHead:
+    return ReferenceHead(np.array(kl, np.float32), np.zeros(len(kl), np.float32))
 
 
 EXPERIENCES = [
@@ -95,7 +99,7 @@ EXPERIENCES = [
 
 def with_reference() -> list[Experience]:
     """The experiences with KL 0, 1, 2 ... nats, row by row."""
-    return [replace(e, reference=referenced(i, [2.0 * i, 2.0 * i + 1.0])) for i, e in enumerate(EXPERIENCES)]
+    return [replace(e, reference=referenced([2.0 * i, 2.0 * i + 1.0])) for i, e in enumerate(EXPERIENCES)]
 
 
 def write_checkpoint(folder: Path, ranks: int) -> None:
@@ -112,6 +116,29 @@ def write_files(folder: Path, names: Sequence[str]) -> None:
 
 
 @dataclass
+class FakeInbox:
+    """Hands over what was put into it; a second passes with each `pump`."""
+
+    events: list[Event] = field(default_factory=list)
+    seconds: float = 0.0
+    listener: Callable[[Sequence[Event]], None] = lambda events: None
+
+    def listen(self, listener: Callable[[Sequence[Event]], None]) -> None:
+        self.listener = listener
+
+    def put(self, event: Event) -> None:
+        self.events.append(event)
+
+    def pump(self) -> None:
+        events, self.events = self.events, []
+        self.seconds += 1.0
+        self.listener(events)
+
+    def now(self) -> float:
+        return self.seconds
+
+
+@dataclass
 class FakeRollouts:
     """Every response has 3 tokens; its handle is (uid, samples)."""
 
@@ -121,15 +148,22 @@ class FakeRollouts:
     """Prompts that never come back."""
     served: list[str] = field(default_factory=list)
     version: int = -1
+    inbox: FakeInbox = field(default_factory=FakeInbox)
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[GroupHead, Handle[Group]] | DroppedPrompt]:
+    def submit(self, worker: str, requests: Sequence[Request]) -> None:
         for request in reversed(requests):
             self.served.append(request.uid)
             if request.uid in self.drops or "*" in self.drops:
-                yield DroppedPrompt(request.uid, "prompt_empty", "no known characters")
+                drop = DroppedPrompt(request.uid, "prompt_empty", "no known characters")
+                self.inbox.put(Unanswered(request.key, drop))
             elif request.uid not in self.loses:
                 head = head_of(request.uid, 2, [3] * request.n, ("stop",) * request.n, self.version)
-                yield head, Handle((request.uid, request.n))
+                self.inbox.put(Answered(request.key, head, Handle((request.uid, request.n))))
+
+    def cancel(self, worker: str, keys: Sequence[str]) -> None: ...
+
+    def serving(self) -> tuple[str, ...]:
+        return (WORKER,)
 
     def make_room(self) -> list[str]:
         return []
@@ -138,24 +172,20 @@ class FakeRollouts:
         self.version = announcement.version
         return []
 
-    def texts(self, body: Handle[Group]) -> tuple[str, ...]:
-        return ("abc",)
-
 
 @dataclass
 class FakeScoring:
     """The first sample of a group is right, the others are wrong."""
 
-    def submit(self, body: Handle[Group]) -> Handle[Scores]:
-        return Handle(body.place)
+    inbox: FakeInbox = field(default_factory=FakeInbox)
 
-    def gather(self, pending: Mapping[str, Handle[Scores]]) -> dict[str, Scores]:
-        found = {}
-        for uid, (_, samples) in asked_for(pending):
-            total = np.zeros(samples, np.float32)
-            total[0] = 1.0
-            found[uid] = scores_of(total, {"exact": total})
-        return found
+    def submit(self, server: str, key: str, body: Handle[Group]) -> None:
+        self.inbox.put(Scored(server, key, self.scores(*asked_for(body))))
+
+    def scores(self, uid: str, samples: int) -> Scores:
+        total = np.zeros(samples, np.float32)
+        total[0] = 1.0
+        return scores_of(total, {"exact": total})
 
 
 @dataclass
@@ -170,17 +200,13 @@ class FakeReference:
     saved: list[str] = field(default_factory=list)
     leaves: Sequence[str] = ("reference/config.json",)
     """Files that it writes into a checkpoint."""
+    inbox: FakeInbox = field(default_factory=FakeInbox)
 
-    def submit(self, body: Handle[Group], temperature: float) -> Handle[Referenced]:
-        self.asked.append((body.place, temperature))
-        return Handle(body.place)
-
-    def gather(self, pending: Mapping[str, Handle[Referenced]]) -> dict[str, Referenced]:
-        found = {}
-        for uid, (_, samples) in asked_for(pending):
-            head = ReferenceHead(np.full(samples, self.kl, np.float32), np.full(samples, -3.0, np.float32))
-            found[uid] = Referenced(head, Handle(f"reference {uid}"))
-        return found
+    def submit(self, server: str, key: str, body: Handle[Group], temperature: float) -> None:
+        uid, samples = asked_for(body)
+        self.asked.append(((uid, samples), temperature))
+        head = ReferenceHead(np.full(samples, self.kl, np.float32), np.full(samples, -3.0, np.float32))
+        self.inbox.put(Compared(server, key, Referenced(head, Handle(f"reference {uid}"))))
 
     def update(self, announcement: Announcement, keep: float) -> None:
         self.moved.append((announcement.version, keep))
@@ -188,6 +214,61 @@ class FakeReference:
     def save(self, folder: Path) -> None:
         self.saved.append(folder.name)
         write_files(folder, self.leaves)
+
+
+@dataclass
+class FakeBodies:
+    """Keeps everything; the batch of a rank is its shard."""
+
+    kept: set[str] = field(default_factory=set)
+    references: dict[str, Any] = field(default_factory=dict)
+    given: list[tuple[Sequence[str], bool]] = field(default_factory=list)
+    """Keys of every step, and whether their reference logprobs were wanted."""
+    inbox: FakeInbox = field(default_factory=FakeInbox)
+
+    def keep(self, key: str, body: Handle[Group]) -> None:
+        self.kept.add(key)
+        self.inbox.put(Kept(key))
+
+    def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:
+        self.references[key] = logprobs.place
+
+    def forget(self, keys: Sequence[str]) -> None:
+        self.kept -= set(keys)
+
+    def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
+        assert set(keys) <= self.kept
+        return [("abc",)] * len(keys)
+
+    def batches(self, shards: Sequence[Shard], keys: Sequence[str], compared: bool) -> list[Handle[Any]]:
+        assert set(keys) <= self.kept or not self.kept
+        self.given.append((keys, compared))
+        return [Handle(shard) for shard in shards]
+
+
+def silence(kind: str, name: str, limit_s: float) -> Exception:
+    return ActorTimeout(f"{name} was silent for {limit_s:g} s")
+
+
+def actors(
+    rollouts: FakeRollouts | None = None,
+    scoring: FakeScoring | None = None,
+    reference: FakeReference | None = None,
+    bodies: FakeBodies | None = None,
+) -> Actors:
+    """These, with one inbox."""
+    inbox = FakeInbox()
+    made = rollouts or FakeRollouts(), scoring or FakeScoring(), reference, bodies or FakeBodies()
+    for part in made:
+        if part is not None:
+            part.inbox = inbox
+    return Actors(*made, inbox, silence)
+
+
+def members(reference: bool = False) -> Members:
+    """One of each."""
+    limits: dict[MemberKind, float] = {"rollout": 50.0, "scoring": 50.0, "reference": 50.0}
+    return Members([WORKER], ["scorer"], ["reference"] if reference else [], capacity=10**6, limits_s=limits)
 
 
 @dataclass
@@ -207,14 +288,12 @@ class FakePolicy:
     hash: str = ""
     order: list[str] = field(default_factory=list)
     """What was asked of it, and of a critic that has the same list."""
-    given: list[tuple[Sequence[Shard], Bodies, References, Estimates]] = field(default_factory=list)
-    """What every update got."""
+    given: list[tuple[Sequence[Shard], Estimates]] = field(default_factory=list)
+    """What every update got; the batches of `FakeBodies` are the shards."""
 
-    def update(
-        self, shards: Sequence[Shard], bodies: Bodies, references: References, estimates: Estimates
-    ) -> MetricSums:
+    def update(self, batches: Batches, estimates: Estimates) -> MetricSums:
         self.order.append("policy")
-        self.given.append((shards, bodies, references, estimates))
+        self.given.append((shards_of(batches), estimates))
         self.updates += 1
         if self.updates == self.fails_at:
             raise RuntimeError("the machine went down")
@@ -237,25 +316,20 @@ class FakeCritic:
     """Advantages of each rank are 1 and 3, returns 4 and 8, values 3 and 5."""
 
     order: list[str] = field(default_factory=list)
-    given: list[tuple[Sequence[Shard], Bodies, Estimates]] = field(default_factory=list)
+    given: list[tuple[Sequence[Shard], Estimates]] = field(default_factory=list)
     """What every update got."""
-    references: References = ()
-    """What the last estimate got."""
     saved: list[str] = field(default_factory=list)
     leaves: Sequence[str] = tuple(critic_files(shared=False, ranks=2))
     """Files that it writes into a checkpoint; those of a critic with its own trunk on as many ranks as `FakePolicy`."""
 
-    def estimate(
-        self, shards: Sequence[Shard], bodies: Bodies, references: References
-    ) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
+    def estimate(self, batches: Batches) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
         self.order.append("estimate")
-        self.references = references
         sums = EstimateSums(2.0, 4.0, 10.0, 12.0, 80.0, 8.0, 10.0)
-        return [Handle(f"estimate {rank}") for rank, _ in enumerate(shards)], EstimateSums.merge([sums] * len(shards))
+        return [Handle(f"estimate {rank}") for rank, _ in enumerate(batches)], EstimateSums.merge([sums] * len(batches))
 
-    def begin_update(self, shards: Sequence[Shard], bodies: Bodies, estimates: Estimates) -> Handle[MetricSums]:
+    def begin_update(self, batches: Batches, estimates: Estimates) -> Handle[MetricSums]:
         self.order.append("critic begins")
-        self.given.append((shards, bodies, estimates))
+        self.given.append((shards_of(batches), estimates))
         return Handle("pending")
 
     def finish_update(self, pending: Handle[MetricSums]) -> MetricSums:
@@ -266,6 +340,11 @@ class FakeCritic:
     def save(self, folder: Path) -> None:
         self.saved.append(folder.name)
         write_files(folder, self.leaves)
+
+
+def shards_of(batches: Batches) -> list[Any]:
+    """What `FakeBodies` made batches of."""
+    return [batch.place for batch in batches]
 
 
 class Quiet:

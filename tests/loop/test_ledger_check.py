@@ -100,7 +100,7 @@ def test_an_older_copy_of_the_ledger_fits_the_checkpoint_before(run: Path) -> No
 def test_what_came_after_the_checkpoint_does_not_count(run: Path) -> None:
     ledger = Ledger(run / "ledger.sqlite")
     use(ledger, 5)
-    ledger.issue(["0/open"], 5)
+    ledger.issue([("0/open", 0)], 5)
     ledger.close()
     assert resume_point(run, "train", None) is not None and resume_point(run, "train", 2) is not None
 
@@ -140,7 +140,7 @@ def test_a_run_of_format_1_goes_on_and_is_brought_up(run: Path) -> None:
     ledger.close()
     assert totals.id and (totals.consumed, totals.dropped) == (8, 1)
     with sqlite3.connect(run / "ledger.sqlite") as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+        assert database.execute("PRAGMA user_version").fetchone() == (3,)
     database.close()
 
 

@@ -2,67 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from stand_ins import FakeRollouts, asked_for, prompts
+from stand_ins import FakeReference, FakeRollouts, FakeScoring, actors, asked_for, members, prompts, scores_of
 
-from rlhf_dist.config.schema import EvalConfig
+from rlhf_dist.config.schema import Config, EvalConfig
 from rlhf_dist.errors import DataError
-from rlhf_dist.loop.evaluate import evaluate
-from rlhf_dist.types import Group, Handle, Referenced, ReferenceHead, Sampling, Scores
-from rlhf_dist.weights.receipts import Announcement
+from rlhf_dist.loop.controller import Controller
+from rlhf_dist.loop.evaluate import Evaluation, evaluate
+from rlhf_dist.loop.events import Compared
+from rlhf_dist.loop.rules import rules_of
+from rlhf_dist.loop.shell import Shell
+from rlhf_dist.types import Group, Handle, Prompt, Referenced, ReferenceHead, Sampling, Scores
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, stop=())
 CONFIG = EvalConfig(prompts=4, samples=2)
 EXACT = {"exact": 1.0}
 
 
-@dataclass
-class Scorers:
+class Scorers(FakeScoring):
     """The first sample of a group is right and has a total of 1, the others 0; gold is 3 less than twice that."""
 
-    def submit(self, body: Handle[Group]) -> Handle[Scores]:
-        return Handle(body.place)
-
-    def gather(self, pending: Mapping[str, Handle[Scores]]) -> dict[str, Scores]:
-        found = {}
-        for uid, (_, samples) in asked_for(pending):
-            total = np.zeros(samples, np.float32)
-            total[0] = 1.0
-            components = {"exact": total, "truth": 2 * total - 3}
-            found[uid] = Scores(total, components, np.ones(samples, np.float32), np.arange(samples, dtype=np.uint64))
-        return found
+    def scores(self, uid: str, samples: int) -> Scores:
+        total = np.zeros(samples, np.float32)
+        total[0] = 1.0
+        return scores_of(total, {"exact": total, "truth": 2 * total - 3})
 
 
-BY_RULE: Any = {"scoring": Scorers(), "solved_by": EXACT}
-
-
-@dataclass
-class ReferenceServers:
+class ReferenceServers(FakeReference):
     """Sample i of a group is i + 1 nats away."""
 
-    temperatures: set[float] = field(default_factory=set)
+    def submit(self, server: str, key: str, body: Handle[Group], temperature: float) -> None:
+        _, n = asked_for(body)
+        self.asked.append((body.place, temperature))
+        head = ReferenceHead(np.arange(1.0, n + 1), -np.ones(n))
+        self.inbox.put(Compared(server, key, Referenced(head, Handle(None))))
 
-    def submit(self, body: Handle[Group], temperature: float) -> Handle[Referenced]:
-        self.temperatures.add(temperature)
-        return Handle(body.place)
 
-    def gather(self, pending: Mapping[str, Handle[Referenced]]) -> dict[str, Referenced]:
-        heads = {uid: ReferenceHead(np.arange(1.0, n + 1), -np.ones(n)) for uid, (_, n) in asked_for(pending)}
-        return {uid: Referenced(head, Handle(None)) for uid, head in heads.items()}
-
-    def update(self, announcement: Announcement, keep: float) -> None: ...
+def evaluated(
+    questions: Sequence[Prompt],
+    config: EvalConfig = CONFIG,
+    *,
+    rollouts: FakeRollouts | None = None,
+    reference: ReferenceServers | None = None,
+    gold: str = "",
+    solved_by: Mapping[str, float] = EXACT,
+) -> Evaluation:
+    """With the controller and its shell."""
+    rules = rules_of(Config(), reference is not None, masked=False)
+    controller = Controller(rules, None, members(reference is not None))
+    processes = actors(rollouts, Scorers(), reference)
+    shell = Shell(controller, processes)
+    found = evaluate(questions, config, SAMPLING, seed=1, shell=shell, gold=gold, solved_by=solved_by)
+    assert processes.bodies.kept == set(), "nobody needs the tokens any more"  # type: ignore[attr-defined]
+    return found
 
 
 def test_a_prompt_without_a_response_counts_as_not_solved() -> None:
-    every = evaluate(prompts(4), CONFIG, SAMPLING, seed=1, rollouts=FakeRollouts(), **BY_RULE).metrics
+    every = evaluated(prompts(4)).metrics
     assert every["eval/greedy_accuracy"] == every["eval/pass_at_2"] == 1.0 and every["eval/sampled_accuracy"] == 0.5
     assert "eval/dropped" not in every
-    found = evaluate(prompts(4), CONFIG, SAMPLING, seed=1, rollouts=FakeRollouts(drops=["0/1"]), **BY_RULE)
+    found = evaluated(prompts(4), rollouts=FakeRollouts(drops=["0/1"]))
     assert found.metrics["eval/greedy_accuracy"] == found.metrics["eval/pass_at_2"] == 0.75
     assert found.metrics["eval/sampled_accuracy"] == 3 / 8
     assert found.metrics["eval/dropped"] == 1.0
@@ -71,22 +74,12 @@ def test_a_prompt_without_a_response_counts_as_not_solved() -> None:
 
 def test_an_evaluation_without_any_response_is_an_error() -> None:
     with pytest.raises(DataError, match=r"no held-out prompt could be answered \(prompt_empty: no known characters\)"):
-        evaluate(prompts(3), CONFIG, SAMPLING, seed=1, rollouts=FakeRollouts(drops=["*"]), **BY_RULE)
+        evaluated(prompts(3), rollouts=FakeRollouts(drops=["*"]))
 
 
 def test_without_answers_a_gold_reward_and_kl_take_the_place_of_accuracy() -> None:
     reference = ReferenceServers()
-    found = evaluate(
-        prompts(4),
-        CONFIG,
-        SAMPLING,
-        seed=1,
-        rollouts=FakeRollouts(),
-        scoring=Scorers(),
-        solved_by=EXACT,
-        reference=reference,
-        gold="truth",
-    )
+    found = evaluated(prompts(4), reference=reference, gold="truth")
     assert found.metrics == {
         "eval/reward": 0.5,
         "eval/reward_std": 0.5,
@@ -99,40 +92,28 @@ def test_without_answers_a_gold_reward_and_kl_take_the_place_of_accuracy() -> No
         "eval/response_length": 3.0,
     }
     # At temperature 0 a logprob is 0 or minus infinity.
-    assert reference.temperatures == {SAMPLING.temperature}
+    assert {temperature for _, temperature in reference.asked} == {SAMPLING.temperature}
 
 
 def test_accuracy_stays_where_a_prompt_has_an_answer() -> None:
     questions = [replace(prompts(1)[0], answer="cba"), *prompts(4)[1:]]
-    found = evaluate(questions, CONFIG, SAMPLING, seed=1, rollouts=FakeRollouts(), **BY_RULE, gold="truth").metrics
+    found = evaluated(questions, gold="truth").metrics
     assert found["eval/greedy_accuracy"] == 1.0 and found["eval/gold"] == -2.0
     assert "eval/kl" not in found
 
 
 def test_greedy_responses_stand_in_where_none_is_sampled() -> None:
     reference = ReferenceServers()
-    found = evaluate(
-        prompts(2),
-        replace(CONFIG, samples=0),
-        SAMPLING,
-        seed=1,
-        rollouts=FakeRollouts(),
-        scoring=Scorers(),
-        solved_by=EXACT,
-        reference=reference,
-        gold="truth",
-    )
+    found = evaluated(prompts(2), replace(CONFIG, samples=0), reference=reference, gold="truth")
     assert found.metrics["eval/reward"] == found.metrics["eval/greedy_reward"] == 1.0
     assert found.metrics["eval/gold"] == -1.0 and found.metrics["eval/gold_std"] == 0.0
-    assert "eval/kl" not in found.metrics and reference.temperatures == set()
+    assert "eval/kl" not in found.metrics and reference.asked == []
     assert found.answers == ("abc", "abc")
 
 
 def test_accuracy_is_of_the_rewards_that_say_what_is_right() -> None:
     def accuracy(solved_by: dict[str, float]) -> float | None:
-        every = evaluate(
-            prompts(4), CONFIG, SAMPLING, seed=1, rollouts=FakeRollouts(), scoring=Scorers(), solved_by=solved_by
-        ).metrics
+        every = evaluated(prompts(4), solved_by=solved_by).metrics
         assert ("eval/greedy_accuracy" in every) == ("eval/pass_at_2" in every) == ("eval/sampled_accuracy" in every)
         return every.get("eval/greedy_accuracy")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from stand_ins import (
+    FakeBodies,
     FakeCritic,
     FakePolicy,
     FakeReference,
-    FakeRollouts,
-    asked_for,
+    FakeScoring,
+    actors,
     experience,
     lines,
+    members,
     prompts,
     scores_of,
 )
@@ -28,17 +30,18 @@ from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.schema import AlgoConfig, Config, EvalConfig, KLConfig
 from rlhf_dist.errors import RewardError
 from rlhf_dist.loop import non_finite
-from rlhf_dist.loop.collect import collect
+from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.evaluate import evaluate
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.non_finite import with_finite_rewards
-from rlhf_dist.loop.requests import make_requests
+from rlhf_dist.loop.rules import rules_of
 from rlhf_dist.loop.shaper import Shaper
+from rlhf_dist.loop.shell import Shell
 from rlhf_dist.loop.step import assign_credit, collate
 from rlhf_dist.loop.train import train
 from rlhf_dist.loop.watch import watch_metrics
 from rlhf_dist.scoring.non_finite import find_non_finite, zeroed
-from rlhf_dist.types import Experience, Group, Handle, Sampling, Scores
+from rlhf_dist.types import Experience, Sampling, Scores
 
 NAN = math.nan
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=9, stop=())
@@ -62,10 +65,10 @@ def test_what_is_left_of_a_group_by_hand() -> None:
     assert kept.head.finish_reasons == ("stop",) * 3
     assert kept.scores.total.tolist() == kept.scores.components["exact"].tolist() == [1.0, 0.0, 1.0]
     assert kept.scores.hashes.tolist() == [0, 2, 3] and len(kept.scores.distinct) == 3
-    assert kept.reference is not None and kept.reference.head.kl.tolist() == [0.0, 2.0, 3.0]
-    assert kept.reference.head.logprob.shape == (3,)
+    assert kept.reference is not None and kept.reference.kl.tolist() == [0.0, 2.0, 3.0]
+    assert kept.reference.logprob.shape == (3,)
     assert kept.left_out == (1,) and kept.samples.tolist() == [0, 2, 3]
-    assert (kept.body.place, kept.reference.logprobs.place) == ("body 0", "reference 0"), "tokens stay where they are"
+    assert kept.key == "train/0/0/0", "tokens stay where they are"
     whole = group(1, [1.0, 0.0, 0.0, 0.0])
     assert with_finite_rewards(whole) is whole and whole.samples.tolist() == [0, 1, 2, 3]
     assert with_finite_rewards(group(2, [NAN] * 4)) is None
@@ -107,10 +110,10 @@ def test_credit_is_that_of_a_group_that_never_had_the_response(name: str) -> Non
 
 
 @dataclass
-class Scoring:
+class Scoring(FakeScoring):
     """The scorer's own treatment of `given`, the raw reward of each sample of a group; single samples score 1."""
 
-    policy: str
+    policy: str = "mask"
     given: Sequence[float] = (1.0, NAN, 0.0, 1.0)
     lost: Sequence[str] = ()
     """Prompts of which every response is infinite; `*`: all of training."""
@@ -118,13 +121,7 @@ class Scoring:
     """So many of the first groups have a greedy response that is infinite."""
     singles: list[str] = field(default_factory=list)
 
-    def submit(self, body: Handle[Group]) -> Handle[Scores]:
-        return Handle(body.place)
-
-    def gather(self, pending: Mapping[str, Handle[Scores]]) -> dict[str, Scores]:
-        return {uid: self.score(uid, samples) for uid, (_, samples) in asked_for(pending)}
-
-    def score(self, uid: str, samples: int) -> Scores:
+    def scores(self, uid: str, samples: int) -> Scores:
         raw = np.array(self.given[:samples] if samples > 1 else [1.0], np.float32)
         if samples == 1 and not uid.startswith("eval"):
             self.singles.append(uid)
@@ -153,7 +150,7 @@ def trained(path: Path, config: Config, scoring: Scoring, **parts: Any) -> tuple
 
 def test_a_run_leaves_the_responses_out(tmp_path: Path) -> None:
     config = configured("mask", AlgoConfig(group_size=4))
-    policy, found, run = trained(tmp_path, config, Scoring("mask"))
+    policy, found, run = trained(tmp_path, config, Scoring(policy="mask"))
     for (shard,), *_ in policy.given:
         assert shard.samples.tolist() == [0, 2, 3] * PROMPTS and shard.groups.tolist() == [0] * 3 + [1] * 3 + [2] * 3
         assert shard.advantages == pytest.approx([0.57735, -1.15470, 0.57735] * PROMPTS, abs=1e-4)
@@ -170,7 +167,7 @@ def test_a_run_leaves_the_responses_out(tmp_path: Path) -> None:
 
 
 def test_a_run_counts_them_as_0(tmp_path: Path) -> None:
-    policy, found, run = trained(tmp_path, configured("zero", AlgoConfig(group_size=4)), Scoring("zero"))
+    policy, found, run = trained(tmp_path, configured("zero", AlgoConfig(group_size=4)), Scoring(policy="zero"))
     for (shard,), *_ in policy.given:
         assert shard.advantages == pytest.approx([0.86603, -0.86603, -0.86603, 0.86603] * PROMPTS, abs=1e-4)
         assert shard.weights == pytest.approx([1 / 36] * 12)
@@ -181,11 +178,11 @@ def test_a_run_counts_them_as_0(tmp_path: Path) -> None:
 
 def test_a_run_that_fails_at_such_a_reward_counts_none(tmp_path: Path) -> None:
     _, found, run = trained(
-        tmp_path, configured("fail", AlgoConfig(group_size=4)), Scoring("fail", (1.0, 0.0, 0.0, 0.0))
+        tmp_path, configured("fail", AlgoConfig(group_size=4)), Scoring(policy="fail", given=(1.0, 0.0, 0.0, 0.0))
     )
     assert not any("reward/non_finite" in line for line in found) and warnings(run.directory) == []
     _, found, _ = trained(
-        tmp_path / "b", configured("mask", AlgoConfig(group_size=4)), Scoring("mask", (1.0, 0.0, 0.0, 0.0))
+        tmp_path / "b", configured("mask", AlgoConfig(group_size=4)), Scoring(policy="mask", given=(1.0, 0.0, 0.0, 0.0))
     )
     assert [line["reward/non_finite"] for line in found] == [0.0] * STEPS
 
@@ -193,7 +190,9 @@ def test_a_run_that_fails_at_such_a_reward_counts_none(tmp_path: Path) -> None:
 def test_a_critic_never_sees_their_rows(tmp_path: Path) -> None:
     critic = FakeCritic()
     algo = AlgoConfig(name="ppo", group_size=4, kl=KLConfig(coef=0.1))
-    _, found, _ = trained(tmp_path, configured("mask", algo), Scoring("mask"), critic=critic, reference=FakeReference())
+    _, found, _ = trained(
+        tmp_path, configured("mask", algo), Scoring(policy="mask"), critic=critic, reference=FakeReference()
+    )
     assert len(critic.given) == STEPS
     for (shard,), *_ in critic.given:
         assert sorted(shard.samples.tolist()) == [0] * 3 + [2] * 3 + [3] * 3
@@ -205,7 +204,7 @@ def test_a_critic_never_sees_their_rows(tmp_path: Path) -> None:
 def test_a_group_without_any_finite_reward_is_dropped_and_made_up_for(tmp_path: Path) -> None:
     config = configured("mask", AlgoConfig(group_size=4))
     first = [prompt.uid for prompt in wired(tmp_path / "peek", config).stream.take(2)]
-    _, found, run = trained(tmp_path, config, Scoring("mask", (1.0, 0.0, 0.0, 0.0), lost=first))
+    _, found, run = trained(tmp_path, config, Scoring(policy="mask", given=(1.0, 0.0, 0.0, 0.0), lost=first))
     ledger = Ledger(run.directory.ledger)
     proof = ledger.proof()
     ledger.close()
@@ -222,13 +221,13 @@ def test_rewards_that_are_never_finite_end_the_run_with_their_name(
     """After a whole epoch of 20 prompts; of a larger data set after so many groups."""
     config = configured("mask", AlgoConfig(group_size=4))
     place = r"exact is -inf for response \d of prompt \d/\d+: 'abc'\)$"
-    run = wired(tmp_path / "epoch", config, scoring=Scoring("mask", lost=["*"]))
+    run = wired(tmp_path / "epoch", config, scoring=Scoring(policy="mask", lost=["*"]))
     with pytest.raises(RewardError, match=rf"epoch of prompts was dropped \(\d+ non_finite; the last: no .* {place}"):
         train(run, None)
     close(run)
     monkeypatch.setattr(non_finite, "MOST_LOST", 2)
     monkeypatch.setattr(non_finite, "MOST_LOST_AT_LEAST", 1)
-    run = wired(tmp_path / "groups", config, scoring=Scoring("mask", lost=["*"]))
+    run = wired(tmp_path / "groups", config, scoring=Scoring(policy="mask", lost=["*"]))
     words = "^6 prompt groups without a finite reward were dropped while 3 were collected for a step; mend the reward"
     with pytest.raises(RewardError, match=rf"{words} .*{place}"):
         train(run, None)
@@ -238,7 +237,7 @@ def test_rewards_that_are_never_finite_end_the_run_with_their_name(
 @pytest.mark.parametrize(("policy", "lost"), [("mask", {"non_finite": 2}), ("zero", {})])
 def test_a_greedy_baseline_follows_the_policy(tmp_path: Path, policy: str, lost: dict[str, int]) -> None:
     """Scores 1 and 0 less those of greedy responses, which are 0; the first two of those are infinite."""
-    scoring = Scoring(policy, (1.0, 0.0), greedy_lost=2)
+    scoring = Scoring(policy=policy, given=(1.0, 0.0), greedy_lost=2)
     learner, found, run = trained(tmp_path, configured(policy, AlgoConfig(name="remax", group_size=2)), scoring)
     ledger = Ledger(run.directory.ledger)
     proof = ledger.proof()
@@ -253,7 +252,7 @@ def test_a_greedy_baseline_follows_the_policy(tmp_path: Path, policy: str, lost:
 def test_prompts_without_signal_are_told_by_the_responses_that_are_left(tmp_path: Path) -> None:
     """1, 1 and NaN, NaN: no signal; after the last round the step takes what there is."""
     algo = AlgoConfig(group_size=4, filter_groups=True, filter_rounds=2)
-    _, found, _ = trained(tmp_path, configured("mask", algo), Scoring("mask", (1.0, NAN, NAN, 1.0)))
+    _, found, _ = trained(tmp_path, configured("mask", algo), Scoring(policy="mask", given=(1.0, NAN, NAN, 1.0)))
     assert [line["data/dropped_no_signal"] for line in found] == [PROMPTS] * STEPS
     assert [line["reward/groups_without_signal"] for line in found] == [1.0] * STEPS
 
@@ -261,9 +260,10 @@ def test_prompts_without_signal_are_told_by_the_responses_that_are_left(tmp_path
 def test_the_sample_table_shows_a_response_that_was_learnt_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FakeRollouts, "texts", lambda self, rollout: ("zero", "one", "two", "three"))
+    texts = ("zero", "one", "two", "three")
+    monkeypatch.setattr(FakeBodies, "texts", lambda self, keys: [texts] * len(keys))
     config = configured("mask", AlgoConfig(group_size=4))
-    _, _, run = trained(tmp_path, config, Scoring("mask", (NAN, 1.0, 0.0, 0.0)))
+    _, _, run = trained(tmp_path, config, Scoring(policy="mask", given=(NAN, 1.0, 0.0, 0.0)))
     from pyarrow import parquet
 
     rows = parquet.read_table(run.directory.rollouts / "step-000001.parquet").to_pylist()
@@ -278,14 +278,14 @@ def test_signs_of_collapse_are_read_from_what_is_left() -> None:
 
 def measured(policy: str, given: Sequence[float], **options: Any) -> dict[str, float]:
     """Four prompts: a greedy response that scores 1, and two samples of `given`."""
-    scoring = Scoring(policy, given, **options)
+    scoring = Scoring(policy=policy, given=given, **options)
+    controller = Controller(rules_of(Config(), False, False), None, members())
     found = evaluate(
         [replace(prompt, uid=f"eval/{i}") for i, prompt in enumerate(prompts(4))],
         EvalConfig(prompts=4, samples=2),
         SAMPLING,
         seed=1,
-        rollouts=FakeRollouts(),
-        scoring=scoring,
+        shell=Shell(controller, actors(scoring=scoring)),
         solved_by={"exact": 1.0},
     )
     assert len(found.non_finite) == found.metrics.get("eval/non_finite", 0.0)
@@ -313,22 +313,9 @@ def test_a_held_out_prompt_without_any_finite_reward_is_dropped() -> None:
 
 def test_an_evaluation_of_a_run_is_warned_of(tmp_path: Path) -> None:
     config = configured("zero", AlgoConfig(group_size=2))
-    run = wired(tmp_path, config, scoring=Scoring("zero", (1.0, 0.0), lost=["eval/1"]))
+    run = wired(tmp_path, config, scoring=Scoring(policy="zero", given=(1.0, 0.0), lost=["eval/1"]))
     train(run, None)
     close(run)
     begins = "evaluation at step {}: 1 response has a reward that is not finite (exact 1) and counts as 0 there"
     told = warnings(run.directory)
     assert [text.startswith(begins.format(step)) for step, text in zip((0, STEPS), told, strict=True)] == [True] * 2
-
-
-def test_collecting_tells_the_ledger_of_those_that_went(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.sqlite")
-    ledger.issue([prompt.uid for prompt in prompts(3)], 0)
-    scoring = Scoring("mask", lost=["0/1"])
-    requests = make_requests(prompts(3), "train", 4, SAMPLING, 1)
-    found = collect(requests, rollouts=FakeRollouts(), scoring=scoring, ledger=ledger)
-    counts = ledger.counts()
-    ledger.close()
-    assert [(drop.uid, drop.reason) for drop in found.dropped] == [("0/1", "non_finite")]
-    assert [e.samples.tolist() for e in found.experiences] == [[0, 2, 3]] * 2 and len(found.non_finite) == 6
-    assert (counts["scored"], counts["dropped"]) == (2, 1)

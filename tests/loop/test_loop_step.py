@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stand_ins import EXPERIENCES, FakeCritic, FakePolicy, FakeRollouts, experience, handles, with_reference
+from stand_ins import (
+    EXPERIENCES,
+    FakeBodies,
+    FakeCritic,
+    FakePolicy,
+    FakeRollouts,
+    experience,
+    handles,
+    with_reference,
+)
 
 from rlhf_dist.algo.algorithm import GroupCredit
 from rlhf_dist.algo.recipes import dr_grpo, grpo, ppo
@@ -48,6 +57,7 @@ SAMPLING = Sampling(temperature=0.8, top_p=1.0, top_k=0, max_tokens=9, stop=())
 LEARNER = LearnerConfig(micro_batch_tokens=20, optimizer=OptimizerConfig(lr=1.0, warmup_steps=4))
 GRPO = AlgoConfig()
 ALGORITHM = grpo(GRPO)
+KEYS = tuple(f"train/0/{number}/0" for number in range(4))
 LEARNING = Learning(ALGORITHM, LEARNER, CriticConfig(), SAMPLING, 100)
 
 
@@ -79,7 +89,7 @@ def credit(batch: Batch) -> Credit:
 
 
 def test_collate_lays_samples_out_as_rows(batch: Batch) -> None:
-    assert batch.bodies == handles("body", 4)
+    assert batch.keys == KEYS
     assert batch.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert batch.samples.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
     assert batch.tokens.tolist() == [5, 9, 14, 6, 5, 5, 5, 5]
@@ -175,6 +185,7 @@ def run_step(
     config: CriticConfig = LEARNING.critic,
     policy: FakePolicy | None = None,
     step: int = 7,
+    bodies: FakeBodies | None = None,
 ) -> tuple[StepReport, Shaper]:
     shaper = Shaper(algo, SAMPLING.max_tokens)
     algorithm = ppo(algo) if critic else grpo(algo)
@@ -183,6 +194,7 @@ def run_step(
         experiences,
         policy=made,
         critic=critic,
+        bodies=bodies or FakeBodies(),
         sync=WeightSync(made, FakeRollouts()),
         shaper=shaper,
         learning=Learning(algorithm, LEARNER, config, SAMPLING, 100),
@@ -204,11 +216,11 @@ def test_a_step_tells_how_much_of_the_batch_was_trained() -> None:
 
 def test_collate_carries_references_kl_and_what_was_cut() -> None:
     batch = collate([*with_reference()[:3], experience(3, 2, [3, 3], [1, 0], kl=[6, 7], reasons=("length", "stop"))])
-    assert batch.references == handles("reference", 4)
+    assert batch.compared
     assert batch.kl.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert batch.ended.tolist() == [True] * 6 + [False, True]
     plain = collate(EXPERIENCES)
-    assert plain.references == () and plain.kl.tolist() == [0.0] * 8
+    assert not plain.compared and plain.kl.tolist() == [0.0] * 8
 
 
 def test_a_reference_for_some_groups_only_is_a_mistake_of_ours() -> None:
@@ -229,15 +241,13 @@ def test_a_shard_has_shaped_scores_the_coefficient_and_the_critics_rates(batch: 
 
 def test_the_critic_values_before_anything_learns_and_learns_beside_the_policy() -> None:
     order: list[str] = []
-    policy, critic = FakePolicy(order=order), FakeCritic(order=order)
-    report, _ = run_step(with_reference(), AlgoConfig(name="ppo"), critic, policy=policy)
+    policy, critic, kept = FakePolicy(order=order), FakeCritic(order=order), FakeBodies()
+    report, _ = run_step(with_reference(), AlgoConfig(name="ppo"), critic, policy=policy, bodies=kept)
     assert order == ["estimate", "critic begins", "policy", "critic ends", "publish"]
-    (shards, bodies, references, estimates) = policy.given[0]
-    assert bodies == handles("body", 4)
-    assert critic.references == handles("reference", 4)
-    assert references == (), "KL is in the reward: the policy's loss has none"
-    assert tuple(estimates.handles) == handles("estimate", 2) and critic.given[0][2] is estimates
-    assert critic.given[0][:2] == (shards, bodies)
+    shards, estimates = policy.given[0]
+    assert kept.given == [(KEYS, True)], "one batch a rank for all that is asked of it, with the reference's logprobs"
+    assert tuple(estimates.handles) == handles("estimate", 2) and critic.given[0][1] is estimates
+    assert critic.given[0][0] == shards
     # Advantages 1, 3, 1, 3 over both ranks: mean 2, deviation 1.
     assert (estimates.whitening.mean, estimates.whitening.deviation) == pytest.approx((2.0, 1.0))
     assert report.metrics["critic/loss"] == 1.5 and report.metrics["critic/value_mean"] == 4.0
@@ -249,7 +259,7 @@ def test_the_critic_values_before_anything_learns_and_learns_beside_the_policy()
 def test_advantages_stay_as_they_are_where_whitening_is_off() -> None:
     policy = FakePolicy()
     run_step(EXPERIENCES, AlgoConfig(name="ppo", whiten_advantages=False), FakeCritic(), policy=policy)
-    assert policy.given[0][3].whitening == AS_THEY_ARE
+    assert policy.given[0][1].whitening == AS_THEY_ARE
 
 
 @pytest.mark.parametrize(("step", "learns"), [(1, False), (2, False), (3, True)])
@@ -264,7 +274,7 @@ def test_while_the_critic_warms_up_the_policy_is_left_alone(step: int, learns: b
 def test_credit_by_response_needs_no_critic() -> None:
     policy = FakePolicy()
     run_step(EXPERIENCES, policy=policy, config=CriticConfig(warmup_steps=50))
-    assert policy.given[0][3] is NO_ESTIMATES and policy.order == ["policy", "publish"]
+    assert policy.given[0][1] is NO_ESTIMATES and policy.order == ["policy", "publish"]
 
 
 def test_shaped_scores_are_what_is_learnt_and_shown_beside_the_raw_ones() -> None:
@@ -326,10 +336,10 @@ def test_a_falling_rate_ends_with_the_run_though_it_began_later(batch: Batch) ->
 
 
 def test_kl_in_the_loss_leaves_the_rewards_alone_and_no_row_out() -> None:
-    policy = FakePolicy(ranks=1)
-    run_step(with_reference(), AlgoConfig(kl=KLConfig(place="loss", coef=0.5)), policy=policy)
+    policy, kept = FakePolicy(ranks=1), FakeBodies()
+    run_step(with_reference(), AlgoConfig(kl=KLConfig(place="loss", coef=0.5)), policy=policy, bodies=kept)
     (shard,) = policy.given[0][0]
-    assert policy.given[0][2] == handles("reference", 4)
+    assert kept.given == [(KEYS, True)]
     assert len(shard.groups) == 8 and shard.kl_coef == 0.5
     assert np.count_nonzero(shard.advantages) == 6
 

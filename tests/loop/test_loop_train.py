@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_ins import FakeCritic, FakePolicy, FakeReference, FakeRollouts, FakeScoring, Quiet, lines
+from stand_ins import FakeCritic, FakePolicy, FakeReference, FakeRollouts, Quiet, actors, lines, members
 
 from rlhf_dist.algo.recipes import ALGORITHMS
 from rlhf_dist.config.schema import (
@@ -35,7 +35,6 @@ from rlhf_dist.errors import DataError, DiskError
 from rlhf_dist.learner.critic_files import critic_files
 from rlhf_dist.learner.ema import EMA_FILES
 from rlhf_dist.loop.ledger import Ledger
-from rlhf_dist.loop.queue import ExperienceQueue
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.train import Run, resume, train
@@ -59,15 +58,17 @@ def wired(path: Path, config: Config = CONFIG, again: bool = False, **parts: Any
     """A run in `path`; `again` is --resume."""
     directory = open_run_directory(str(path), "run", "name: run\n", again)
     telemetry, _ = open_telemetry(config.telemetry, directory.path, "run", {}, None, lambda message: None)
-    made: dict[str, Any] = {"policy": FakePolicy(), "rollouts": FakeRollouts(), "scoring": FakeScoring()}
-    made |= {"critic": None, "reference": None} | parts
-    made.setdefault("sync", WeightSync(made["policy"], made["rollouts"]))
+    sides = {name: parts.pop(name) for name in ("rollouts", "scoring", "reference", "bodies") if name in parts}
+    processes = actors(**sides)
+    made: dict[str, Any] = {"policy": FakePolicy(), "critic": None} | parts
+    made.setdefault("sync", WeightSync(made["policy"], processes.rollouts))  # pyright: ignore[reportArgumentType]
     return Run(
         config=config,
         algorithm=ALGORITHMS[config.algo.name](config.algo),
         stream=PromptStream(config.data, config.seed, config.eval.prompts),
         held_out=held_out(config.data, config.eval.prompts),
-        queue=ExperienceQueue(0, config.loop.prompts_per_step),
+        actors=processes,
+        members=members(processes.reference is not None),
         ledger=Ledger(directory.ledger),
         directory=directory,
         telemetry=telemetry,
@@ -110,7 +111,7 @@ def test_a_checkpoints_state_is_enough_to_go_on(tmp_path: Path) -> None:
     folder = run.directory.latest_checkpoint()
     assert folder is not None
     written = json.loads((folder / "state.json").read_text())
-    state_keys = {"step", "steps", "cursor", "before", "results", "answers", "shaper", "watch", "ledger"}
+    state_keys = {"step", "steps", "cursor", "before", "results", "answers", "shaper", "watch", "ledger", "open"}
     assert written.keys() == state_keys | {"format", "files", "hash"}
     state = read_state(folder)
     assert (state.step, state.steps, state.cursor["position"]) == (STEPS, STEPS, ALL)
@@ -140,14 +141,17 @@ def test_a_run_cut_before_its_first_checkpoint_begins_again_in_the_same_director
     train(again, None)
     proof = again.ledger.proof()
     close(again)
-    assert proof.text() == f"{ALL} groups issued: {ALL} consumed, 0 dropped, 0 in flight, 0 lost, 0 used twice"
+    tokens = f"{ALL * 24} tokens sampled: {ALL * 24} trained on, 0 dropped"
+    groups = f"{ALL} groups issued: {ALL} consumed, 0 dropped, 0 in flight, 0 lost, 0 used twice"
+    assert proof.text() == f"{groups}; {tokens}"
     assert [line["step"] for line in lines(again.directory.metrics)] == [0, 1, 2, 3, 4]
     aside = again.directory.path / "metrics.before-resume.jsonl"
     assert [line["step"] for line in lines(aside)] == [0, 1, 2]
     (event,) = [event for event in lines(again.directory.events) if event["kind"] == "resume"]
     assert event["facts"] == {"step": 0, "prompts_reissued": 3 * PROMPTS, "metrics_moved": 3}
     first = [prompt.uid for prompt in PromptStream(config.data, config.seed, config.eval.prompts).take(PROMPTS)]
-    served = [uid for uid in again.rollouts.served if not uid.startswith("eval")]  # type: ignore[attr-defined]
+    rollouts: Any = again.actors.rollouts
+    served = [uid for uid in rollouts.served if not uid.startswith("eval")]
     assert set(first) <= set(served), "the stream begins at its start"
 
 

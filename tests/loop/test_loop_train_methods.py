@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import RunError
 from rlhf_dist.learner.mask_policy import MASK_FILES
 from rlhf_dist.loop.train import train
-from rlhf_dist.types import Handle, Request, Scores
+from rlhf_dist.types import Request, Scores
 
 
 def with_algo(algo: AlgoConfig) -> Config:
@@ -27,18 +27,16 @@ class FlatHalf(FakeScoring):
     """All samples of every second prompt (in the order asked) score the same."""
 
     def __init__(self, flat: int = 2) -> None:
+        super().__init__()
         self.asked = 0
         self.flat = flat
 
-    def gather(self, pending: Mapping[str, Handle[Scores]]) -> dict[str, Scores]:
-        found = super().gather(pending)
-        for uid, scores in found.items():
-            samples = len(scores.total)
-            self.asked += samples > 1  # an evaluation's single answers are left alone
-            if samples > 1 and self.asked % self.flat == 0:
-                same = np.ones(samples, np.float32)
-                found[uid] = scores_of(same, {"exact": same})
-        return found
+    def scores(self, uid: str, samples: int) -> Scores:
+        self.asked += samples > 1  # an evaluation's single answers are left alone
+        if samples > 1 and self.asked % self.flat == 0:
+            same = np.ones(samples, np.float32)
+            return scores_of(same, {"exact": same})
+        return super().scores(uid, samples)
 
 
 class MaskedPolicy(FakePolicy):
@@ -97,9 +95,9 @@ class MaskedRollouts(FakeRollouts):
 
     asked: list[tuple[bool, float, int]] = field(default_factory=list)
 
-    def generate(self, requests: Sequence[Request]):
+    def submit(self, worker: str, requests: Sequence[Request]) -> None:
         self.asked += {(r.sampling.masked, r.sampling.temperature, r.n) for r in requests}
-        yield from super().generate(requests)
+        super().submit(worker, requests)
 
 
 def test_training_samples_under_the_mask_of_nlpo_and_evaluation_without(tmp_path: Path) -> None:
@@ -129,17 +127,14 @@ class GreedyRollouts(FakeRollouts):
     greedy: list[str] = field(default_factory=list)
     greedy_drops: tuple[str, ...] = ()
 
-    def generate(self, requests: Sequence[Request]):
-        if requests[0].sampling.temperature == 0:
-            assert {request.n for request in requests} == {1} and self.drops == ()
-            self.greedy += [request.uid for request in requests]
-            try:
-                self.drops = self.greedy_drops
-                yield from super().generate(requests)
-            finally:
-                self.drops = ()
-        else:
-            yield from super().generate(requests)
+    def submit(self, worker: str, requests: Sequence[Request]) -> None:
+        greedy = [request for request in requests if request.sampling.temperature == 0]
+        assert {request.n for request in greedy} <= {1} and self.drops == ()
+        self.greedy += [request.uid for request in greedy]
+        super().submit(worker, [request for request in requests if request not in greedy])
+        self.drops = self.greedy_drops
+        super().submit(worker, greedy)
+        self.drops = ()
 
 
 def test_the_greedy_score_is_taken_off_with_remax(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from stand_ins import head_of
 
 from rlhf_dist.loop.watch import KL_FLOOR, CollapseWatch, correlation, watch_metrics
 from rlhf_dist.telemetry import names
-from rlhf_dist.types import Experience, Handle, Message, Prompt, Referenced, ReferenceHead, Scores
+from rlhf_dist.types import Experience, Message, Prompt, ReferenceHead, Scores
 
 Series = dict[str, np.ndarray]
 
@@ -25,14 +25,14 @@ def experience(uid: str, lengths: list[int], gold: list[float], texts: list[int]
     reference = None
     if kl is not None:
         logprob = (np.array(lengths) * math.log(0.5)).astype(np.float32)
-        reference = Referenced(ReferenceHead(np.array(kl, np.float32), logprob), Handle(None))
+        reference = ReferenceHead(np.array(kl, np.float32), logprob)
     return Experience(
         prompt=Prompt(uid, (Message("user", "x"),), "", "test"),
         head=head_of(uid, 2, lengths, ("stop",) * len(lengths), 0),
         scores=Scores(
             components["model"], components, np.full(len(lengths), 0.25, np.float32), np.array(texts, np.uint64)
         ),
-        body=Handle(None),
+        key=f"train/{uid}/0",
         reference=reference,
     )
 

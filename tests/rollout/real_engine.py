@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pumping import answered, groups_of, pumped
 from sample_groups import flat_logprobs, rows_of
 
 from rlhf_dist.algo.algorithm import LaggingMask
@@ -20,8 +21,8 @@ from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.policy import PackedPolicy
 from rlhf_dist.rollout.action_mask import MaskStart
 from rlhf_dist.rollout.vllm_engine import VllmEngine
-from rlhf_dist.rollout.worker import RolloutWorker
-from rlhf_dist.types import Group, GroupHead, Message, Prompt, Request, Sampling, Trajectory
+from rlhf_dist.rollout.worker import RolloutWorker, Submit
+from rlhf_dist.types import Group, Message, Prompt, Request, Sampling, Trajectory
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.shared_memory import WeightWriter
@@ -73,15 +74,12 @@ def requests(sampling: Sampling = SAMPLING, n: int = 4, prompts: Sequence[Prompt
 
 
 def groups(worker: RolloutWorker, asked: Sequence[Request]) -> list[Group]:
-    """What the worker samples, in the order of the uids; each must come with its head before it."""
-    items = list(worker.generate(asked))
-    found: list[Group] = []
-    for head, group in zip(items[0::2], items[1::2], strict=True):
-        assert isinstance(head, GroupHead) and isinstance(group, Group)
-        assert head.uid == group.prompt.uid
-        assert head.lengths.tolist() == [sample.length for sample in group.trajectories]
-        found.append(group)
-    return sorted(found, key=lambda group: group.prompt.uid)
+    """What the worker samples, in the order of the uids; each must come with its head."""
+    events = pumped(worker, Submit(tuple(asked)))
+    for event, group in zip(answered(events), groups_of(events), strict=True):
+        assert (event.key, event.head.uid) == (group.request.key, group.prompt.uid)
+        assert event.head.lengths.tolist() == [sample.length for sample in group.trajectories]
+    return sorted(groups_of(events), key=lambda group: group.prompt.uid)
 
 
 def samples(found: Sequence[Group]) -> list[Trajectory]:
@@ -140,6 +138,6 @@ def engine(tiny_model: Path) -> VllmEngine:
     return start_engine(tiny_model)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def worker(engine: VllmEngine) -> RolloutWorker:
     return RolloutWorker("rollout worker 0", engine, chat=True, max_prompt_tokens=CONFIG.max_prompt_tokens)

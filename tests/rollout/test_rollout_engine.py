@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import real_engine
+from pumping import answered, groups_of, pumped
 from real_engine import (
     GREEDY,
     PROMPTS,
@@ -24,16 +25,15 @@ from sample_groups import flat_logprobs
 from rlhf_dist.loop.requests import make_requests
 from rlhf_dist.rollout.vllm_engine import VllmEngine
 from rlhf_dist.rollout.weight_receiver import UNPUBLISHED
-from rlhf_dist.rollout.worker import RolloutWorker
+from rlhf_dist.rollout.worker import Cancel, Load, RolloutWorker, Submit
 from rlhf_dist.types import (
     NO_VERSION,
     POLICY_ROLE,
     PROMPT_ROLE,
-    DroppedPrompt,
-    Group,
     Message,
     Prompt,
     Trajectory,
+    Unanswered,
 )
 from rlhf_dist.weights.receipts import receipt_problem
 
@@ -111,7 +111,7 @@ def test_a_push_is_proved_and_changes_the_logprobs(
     assert largest_difference(learner, before) > 1e-2, "the weights have moved, so the old samples must not fit"
     announcement = learner.publish(version)
     assert len(announcement.hashes) >= 3
-    receipt = worker.load_weights(announcement)
+    receipt = engine.load_weights(announcement)
     assert receipt_problem(announcement, receipt) is None
     assert (receipt.worker, receipt.version) == ("rollout worker 0", version)
     found = groups(worker, requests())
@@ -184,42 +184,42 @@ def test_a_token_that_ends_a_turn_ends_a_response(worker: RolloutWorker, engine:
 
 def test_a_prompt_that_is_too_long_is_dropped_with_its_reason(worker: RolloutWorker) -> None:
     long = Prompt("0/9", (Message("user", "x" * 40),), "", "test")
-    items = list(worker.generate(requests(prompts=[long, PROMPTS[0]])))
-    (dropped,) = [item for item in items if isinstance(item, DroppedPrompt)]
-    assert (dropped.uid, dropped.reason) == ("0/9", "prompt_too_long")
-    assert dropped.detail == "43 tokens; rollout.max_prompt_tokens is 24"
-    assert [item.prompt.uid for item in items if isinstance(item, Group)] == ["0/0"]
+    found = pumped(worker, Submit(tuple(requests(prompts=[long, PROMPTS[0]]))))
+    (drop,) = [event.drop for event in found if isinstance(event, Unanswered)]
+    assert (drop.uid, drop.reason) == ("0/9", "prompt_too_long")
+    assert drop.detail == "43 tokens; rollout.max_prompt_tokens is 24"
+    assert [group.prompt.uid for group in groups_of(found)] == ["0/0"]
 
 
-def test_a_caller_that_goes_away_leaves_nothing_behind(worker: RolloutWorker) -> None:
-    for _ in worker.generate(requests()):
-        break
+def test_what_is_cancelled_leaves_nothing_behind(worker: RolloutWorker, engine: VllmEngine) -> None:
+    asked = requests()
+    worker.post(0, Submit(tuple(asked)))
+    worker.turn()
+    assert engine._engine.get_num_unfinished_requests() > 0
+    assert answered(pumped(worker, Cancel(tuple(request.key for request in asked)))) == []
+    assert engine._engine.get_num_unfinished_requests() == 0
     assert [g.prompt.uid for g in groups(worker, requests(prompts=PROMPTS[:1]))] == ["0/0"]
 
 
 def test_a_push_in_the_middle_of_responses_shows_in_versions_and_logprobs(
-    engine: VllmEngine, worker: RolloutWorker, learner: Learner, monkeypatch: pytest.MonkeyPatch
+    engine: VllmEngine, worker: RolloutWorker, learner: Learner
 ) -> None:
     """Three tokens under one version, the rest under the next: each agrees with the weights that it names.
 
     The keys and values of what was sampled before the push are computed again, so tokens after it are the new policy's
     over the whole text.
     """
-    worker.load_weights(learner.publish(version=20))
+    engine.load_weights(learner.publish(version=20))
     learner.earlier.load_state_dict(learner.policy.state_dict())
-    steps, inner = 0, engine._engine.step
-
-    def step() -> object:
-        nonlocal steps
-        steps += 1
-        if steps == 4:
-            learner.move(seed=20)
-            assert engine._engine.get_num_unfinished_requests() > 0
-            worker.load_weights(learner.publish(version=21))
-        return inner()
-
-    monkeypatch.setattr(engine._engine, "step", step)
-    found = groups(worker, requests(n=8))
+    worker.post(0, Submit(tuple(requests(n=8))))
+    for _ in range(3):
+        worker.turn()
+    learner.move(seed=20)
+    assert engine._engine.get_num_unfinished_requests() > 0
+    pushed = Load(learner.publish(version=21))
+    worker._inbox.put(pushed)  # as `load_weights` does, which waits for the answer
+    found = sorted(groups_of(pumped(worker)), key=lambda group: group.prompt.uid)
+    assert pushed.done.result(0).version == 21
     made = [sample.versions[sample.loss_mask] for sample in samples(found)]
     assert versions(found) == {20, 21}
     assert all(each.tolist() == [20] * min(3, len(each)) + [21] * (len(each) - 3) for each in made)

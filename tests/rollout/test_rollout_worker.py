@@ -1,8 +1,10 @@
-"""A rollout worker over a stand-in engine: which prompts reach the engine, and how the others come back."""
+"""A rollout worker over a stand-in engine: the pump, which prompts reach the engine, and how the others come back."""
 
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,47 +13,73 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pumping import answered, groups_of, pumped
 from sample_groups import SAMPLING, request_of
 from small_tokenizers import small_tokenizer
 
 from rlhf_dist.config.schema import RolloutConfig
+from rlhf_dist.errors import EngineBroken
 from rlhf_dist.models.hf import load_tokenizer
 from rlhf_dist.rollout.trajectories import Response, Turn
 from rlhf_dist.rollout.vllm_engine import VllmEngine, decoded, sampling_params
-from rlhf_dist.rollout.worker import RolloutWorker
-from rlhf_dist.types import DroppedPrompt, Group, GroupHead, Message, Prompt, Receipt, Request
+from rlhf_dist.rollout.worker import Cancel, RolloutWorker, Submit
+from rlhf_dist.types import Beat, Message, Prompt, Receipt, Request, Unanswered
+from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement
 
 
 class Engine:
-    """Answers each turn with its seed as the only token: two a step, the newest first."""
+    """Answers each turn with its seed and the version as its only tokens: two a step, the newest first."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.turns: list[Turn] = []
         self.under_way: list[Turn] = []
+        self.version = 0
+        self.fails: Exception | None = None
 
     def submit(self, turn: Turn) -> None:
         assert turn.context, "an engine refuses a prompt without tokens"
+        assert turn.key not in {other.key for other in self.under_way}
         self.turns.append(turn)
         self.under_way.append(turn)
 
     def step(self) -> list[Response]:
+        if self.fails is not None:
+            raise self.fails
         ended, self.under_way = self.under_way[:-3:-1], self.under_way[:-2]
-        zero = np.zeros(1, np.int32)
-        return [Response(turn.key, [turn.seed], zero.astype(np.float32), zero, "stop", "a") for turn in ended]
+        zero = np.zeros(1, np.float32)
+        return [
+            Response(turn.key, [turn.seed], zero, np.full(1, self.version, np.int32), "stop", "a") for turn in ended
+        ]
 
     def abort(self, keys: Iterable[str]) -> None:
         gone = set(keys)
+        assert gone <= {turn.key for turn in self.under_way}
         self.under_way = [turn for turn in self.under_way if turn.key not in gone]
 
     def load_weights(self, announcement: Announcement) -> Receipt:
-        raise AssertionError("not asked for here")
+        if self.fails is not None:
+            raise self.fails
+        self.version = announcement.version
+        return Receipt("w", announcement.version, announcement.hashes, {"a": 4})
+
+
+ANNOUNCEMENT = Announcement(7, "unused", 0, make_plan([("a", (4,), "float32")], 8), ("hash",))
+LIMIT_S = 30.0
 
 
 def asked(*texts: str, n: int = 1) -> list[Request]:
     prompts = [Prompt(f"0/{i}", (Message("user", text),), "", "test") for i, text in enumerate(texts)]
     return [request_of(prompt, n) for prompt in prompts]
+
+
+def submit(*requests: Request) -> Submit:
+    return Submit(tuple(requests))
+
+
+def uids(events: Iterable[Any]) -> list[str]:
+    return [event.head.uid for event in answered(events)]
 
 
 @pytest.fixture
@@ -65,12 +93,14 @@ def worker(engine: Engine) -> RolloutWorker:
 
 
 def test_prompts_without_tokens_and_too_long_ones_are_dropped_and_the_others_answered(worker: RolloutWorker) -> None:
-    found = list(worker.generate(asked("abc", "äöü", "abcde", "b")))
-    assert [(drop.uid, drop.reason) for drop in found if isinstance(drop, DroppedPrompt)] == [
-        ("0/1", "prompt_empty"),
-        ("0/2", "prompt_too_long"),
+    found = pumped(worker, submit(*asked("abc", "äöü", "abcde", "b")))
+    drops = [event for event in found if isinstance(event, Unanswered)]
+    assert [(event.key, event.drop.uid, event.drop.reason) for event in drops] == [
+        ("train/0/1/0", "0/1", "prompt_empty"),
+        ("train/0/2/0", "0/2", "prompt_too_long"),
     ]
-    assert [head.uid for head in found if isinstance(head, GroupHead)] == ["0/3", "0/0"]
+    assert drops[1].drop.detail == "5 tokens; rollout.max_prompt_tokens is 4"
+    assert uids(found) == ["0/3", "0/0"]
 
 
 def test_each_sample_is_a_turn_of_its_own_and_its_group_has_it_in_its_place(
@@ -78,29 +108,128 @@ def test_each_sample_is_a_turn_of_its_own_and_its_group_has_it_in_its_place(
 ) -> None:
     """The engine ends the last samples first, and groups end in the middle of a step."""
     requests = asked("abc", "b", n=3)
-    items = list(worker.generate(requests))
-    assert [item.uid for item in items if isinstance(item, GroupHead)] == ["0/1", "0/0"]
-    for group in (item for item in items if isinstance(item, Group)):
-        assert group.request in requests
+    found = pumped(worker, submit(*requests))
+    assert uids(found) == ["0/1", "0/0"]
+    for event, group in zip(answered(found), groups_of(found), strict=True):
+        assert group.request in requests and event.key == group.request.key
+        assert (event.head.worker, event.head.lengths.tolist()) == ("w", [1, 1, 1])
         assert [sample.tokens[-1] for sample in group.trajectories] == [0, 1, 2], "sample i has the seed i here"
     assert [turn.seed for turn in engine.turns] == [0, 1, 2] * 2
     assert {turn.sampling for turn in engine.turns} == {requests[0].sampling}
 
 
 def test_what_is_asked_twice_is_kept_apart(worker: RolloutWorker, engine: Engine) -> None:
-    """As an evaluation asks for greedy responses and for sampled ones to the same prompts."""
+    """As an evaluation asks for greedy responses and for sampled ones to the same prompts; and a group asked again."""
     (request,) = asked("abc", n=2)
-    first, second = worker.generate([request]), worker.generate([request])
-    assert [item.uid for item in (*first, *second) if isinstance(item, GroupHead)] == ["0/0", "0/0"]
-    assert len({turn.key for turn in engine.turns}) == 4
+    others = [replace(request, purpose="eval"), replace(request, purpose="eval_greedy"), replace(request, attempt=1)]
+    found = pumped(worker, submit(request, *others))
+    assert {event.key for event in answered(found)} == {each.key for each in (request, *others)}
+    assert len({turn.key for turn in engine.turns}) == 8
 
 
-def test_a_caller_that_goes_away_takes_its_turns_along(worker: RolloutWorker, engine: Engine) -> None:
-    stream = worker.generate(asked("abc", "b", "c", n=2))
-    next(stream)
-    assert len(engine.under_way) == 4
-    stream.close()
-    assert engine.under_way == []
+def test_messages_are_done_in_the_order_of_their_numbers(worker: RolloutWorker, engine: Engine) -> None:
+    """Ray keeps no order among them: here a group is cancelled by a message that comes before the one that begins it.
+
+    What is cancelled before it has begun would be sampled for nobody.
+    """
+    first, second, third = asked("abc", "b", "c", n=4)
+    worker.post(2, submit(third))
+    worker.post(1, Cancel((first.key,)))
+    worker.turn()
+    assert engine.turns == [], "number 0 has not come"
+    worker.post(0, submit(first, second))
+    worker.turn()
+    assert [turn.key.rpartition("/")[0] for turn in engine.turns] == [first.key] * 4 + [second.key] * 4 + [
+        third.key
+    ] * 4
+    assert uids(pumped(worker)) == ["0/2", "0/1"], "the first was cancelled after it had begun"
+
+
+def test_weights_load_between_two_steps_and_what_is_under_way_goes_on(worker: RolloutWorker, engine: Engine) -> None:
+    worker.post(0, submit(*asked("abc", n=4)))
+    worker.turn()
+    receipts: list[Receipt] = []
+    loading = threading.Thread(target=lambda: receipts.append(worker.load_weights(ANNOUNCEMENT)))
+    loading.start()
+    while worker._inbox.empty():  # it has been asked for
+        time.sleep(0.001)
+    assert (receipts, engine.version) == ([], 0), "not by the thread that asks"
+    found = pumped(worker)
+    loading.join(LIMIT_S)
+    assert [(receipt.worker, receipt.version) for receipt in receipts] == [("w", 7)]
+    (group,) = groups_of(found)
+    made = [sample.versions[sample.loss_mask].tolist() for sample in group.trajectories]
+    assert made == [[7], [7], [0], [0]], "two samples a step, the last ones first"
+    (event,) = answered(found)
+    assert (event.head.oldest_version, event.head.newest_version, event.head.mean_version) == (0, 7, 3.5)
+    assert len(engine.turns) == 4, "nothing was begun again"
+
+
+def test_what_is_cancelled_ends_and_nothing_is_heard_of_it(worker: RolloutWorker, engine: Engine) -> None:
+    first, second = asked("abc", "b", n=3)
+    worker.post(0, submit(first, second))
+    worker.turn()  # two samples of the second end
+    worker.post(1, Cancel((second.key, "train/0/9/0")))
+    found = pumped(worker)
+    assert uids(found) == ["0/0"] and engine.under_way == []
+    assert [event for event in found if isinstance(event, Unanswered)] == []
+    assert len(engine.turns) == 6
+    assert uids(pumped(worker, submit(second))) == ["0/1"], "it may be asked for again"
+
+
+def test_a_beat_tells_of_steps_and_of_what_is_under_way(worker: RolloutWorker) -> None:
+    assert worker.events(0) == [Beat("w", 0, 0)]
+    worker.post(0, submit(*asked("abc", "b", n=4)))
+    worker.turn()
+    assert worker.events(0) == [Beat("w", 1, 6)]
+    worker.turn()
+    *_, last = worker.events(0)
+    assert last == Beat("w", 2, 4)
+    worker.post(1, Cancel(("train/0/0/0",)))
+    worker.turn()
+    assert worker.events(0) == [Beat("w", 2, 0)], "no step without work"
+
+
+def test_who_asks_for_events_waits_for_one_and_no_longer_than_he_says(worker: RolloutWorker) -> None:
+    begun = time.monotonic()
+    assert worker.events(0.2) == [Beat("w", 0, 0)]
+    assert time.monotonic() - begun >= 0.2
+    worker.post(0, submit(*asked("abc")))
+    later = threading.Timer(0.2, worker.turn)
+    begun = time.monotonic()
+    later.start()
+    assert uids(worker.events(LIMIT_S)) == ["0/0"] and time.monotonic() - begun < LIMIT_S / 2
+
+
+@pytest.mark.parametrize("error", [IndexError("no such block"), EngineBroken("a load failed")])
+def test_an_engine_that_fails_is_told_by_events(worker: RolloutWorker, engine: Engine, error: Exception) -> None:
+    engine.fails = error
+    pump = threading.Thread(target=worker.run, daemon=True)
+    pump.start()
+    worker.post(0, submit(*asked("abc")))
+    with pytest.raises(type(error), match=str(error)):
+        for _ in range(20):
+            worker.events(1.0)
+    pump.join(LIMIT_S)
+    assert not pump.is_alive()
+    with pytest.raises(type(error), match=str(error)):
+        worker.events(LIMIT_S)
+
+
+def test_a_load_that_fails_is_told_to_who_asked_for_it_and_the_pump_goes_on(
+    worker: RolloutWorker, engine: Engine
+) -> None:
+    threading.Thread(target=worker.run, daemon=True).start()
+    engine.fails = OSError("gone")
+    with pytest.raises(OSError, match="gone"):
+        worker.load_weights(ANNOUNCEMENT)
+    engine.fails = None
+    assert worker.load_weights(ANNOUNCEMENT).version == 7
+    worker.post(0, submit(*asked("abc")))
+    found: list[Any] = []
+    while not uids(found):
+        found += worker.events(1.0)
+    assert [group.trajectories[0].versions[-1] for group in groups_of(found)] == [7]
 
 
 Settings = dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -121,6 +122,44 @@ def test_a_limit_that_passes_during_the_work_is_told_as_such() -> None:
     gate.opened.set()
     assert batcher.submit("next", 1, LIMIT_S) == "next!"
     batcher.close()
+
+
+def test_a_backlog_that_comes_to_its_end_is_waited_for() -> None:
+    """64 groups of 0.05 s, one a batch: the last waits for 3 s with a limit of 1 s."""
+
+    def run(items: list[int]) -> list[int]:
+        time.sleep(0.05)
+        return items
+
+    begun = time.monotonic()
+    with closing(TokenBatcher(run, 1, "the judge")) as batcher, ThreadPoolExecutor(64) as pool:
+        assert list(pool.map(lambda item: batcher.submit(item, 1, 1.0), range(64))) == list(range(64))
+    assert time.monotonic() - begun >= 3.2
+
+
+def test_one_that_hangs_in_a_backlog_is_told_within_its_limit() -> None:
+    """The others had their turn before it; the time since then is what counts."""
+    opened = threading.Event()
+
+    def run(items: list[str]) -> list[str]:
+        if items == ["hangs"]:
+            opened.wait(LIMIT_S)
+        time.sleep(0.05)
+        return items
+
+    with ThreadPoolExecutor(16) as pool:
+        batcher = TokenBatcher(run, 1, "the judge")
+        before = [pool.submit(batcher.submit, "before", 1, 0.4) for _ in range(10)]
+        wait_until(lambda: any(future.done() for future in before))
+        begun = time.monotonic()
+        with pytest.raises(
+            ActorTimeout, match=r"^the judge did not answer within 0\.4 s: 1 tokens were being worked on"
+        ):
+            batcher.submit("hangs", 1, 0.4)
+        assert [future.result(LIMIT_S) for future in before] == ["before"] * 10
+        assert 0.4 < time.monotonic() - begun < 3.0
+        opened.set()
+        batcher.close()
 
 
 def test_a_time_limit_of_the_work_itself_is_not_taken_for_the_callers() -> None:

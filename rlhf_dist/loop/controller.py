@@ -1,0 +1,393 @@
+"""The controller: every decision of the actor side, without a clock, a wait or a process.
+
+    prompts -> backlog -> rollout worker -> (collator, scoring server, reference server) -> ready -> `take`
+
+`handle` takes in one event and says what is to be done. `take` hands a step's groups to the learner side. Both halves
+run at once; what holds each of them back, with P groups a step, target lag S and a window of W groups:
+
+    | who is slow       | what fills up                        | what stops                | what goes on              |
+    |-------------------|--------------------------------------|---------------------------|---------------------------|
+    | rollout workers   | the backlog                          | the learner, in `take`    | scoring of what is done   |
+    | one slow group    | groups that wait behind the window   | the learner, W groups on  | generation, up to (S+1) P |
+    | a server          | groups that wait for it              | the learner, in `take`    | generation, up to (S+1) P |
+    | learner, push     | ready groups                         | issuing, at (S+1) P seats | what is under way         |
+    | S = 0             | P seats: one step's                  | each half in turn         | the synchronous loop      |
+
+**Lag.** Groups are numbered as they are issued. Group q needs a seat, and a group gives its seat back when it is
+dropped or when the version that it was trained into is published. So q is issued at a version of at least
+ceil((q - d + 1) / P) - (S + 1), where d groups before it were dropped. It is trained on by step floor((q - d + W - 1)
+/ P) + 1 at the latest, since only the W - 1 groups after the oldest open one may pass it. The lag, versions from its
+oldest token to the weights that learn from it, is therefore at most
+
+    S + ceil((W - 1) / P) <= L = loop.max_policy_lag
+
+Source: windowed FIFO, MiniMax (arXiv:2605.26494, section 6.2.4).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice, takewhile
+
+import numpy as np
+
+from rlhf_dist.errors import ActorLost, DataError, RewardError
+from rlhf_dist.loop.events import (
+    About,
+    Answer,
+    Asked,
+    Book,
+    Cancel,
+    Command,
+    Compare,
+    Compared,
+    Event,
+    Forget,
+    Keep,
+    KeepReference,
+    Kept,
+    Lost,
+    MemberKind,
+    Published,
+    Score,
+    Scored,
+    Serving,
+    Taken,
+    Tell,
+    Tick,
+    Undone,
+)
+from rlhf_dist.loop.members import Members
+from rlhf_dist.loop.non_finite import dropped as without_rewards, refuse_if_hopeless, with_finite_rewards
+from rlhf_dist.loop.open_groups import OpenRequest
+from rlhf_dist.loop.reasons import (
+    END_OF_RUN,
+    GREEDY_LOST,
+    NO_SIGNAL,
+    NON_FINITE,
+    SLOWEST,
+    STALE,
+    UNTOLD,
+    WORKER_LOST,
+)
+from rlhf_dist.loop.requests import greedy, make_request
+from rlhf_dist.loop.rules import Prompts, Rules
+from rlhf_dist.types import Answered, Beat, DroppedPrompt, Experience, NonFinite, Unanswered
+
+
+class Controller:
+    """Used by one thread. Nothing in it depends on anything but the events and their order."""
+
+    def __init__(self, rules: Rules, prompts: Prompts | None, members: Members, step: int = 0) -> None:
+        """`prompts`: None where nothing is trained. `step`: training steps done, also the version published."""
+        self._rules, self._prompts, self._members = rules, prompts, members
+        self._version = step
+        self._open: dict[str, OpenRequest] = {}
+        """By key: all that is issued or asked for, and neither taken, answered nor dropped."""
+        self._groups: dict[int, OpenRequest] = {}
+        """By number, oldest first: those of them that are groups in training."""
+        self._ready = 0
+        """How many of the groups are whole."""
+        self._answers: dict[tuple[str, str], Answer] = {}
+        """Of an evaluation, by purpose and uid."""
+        self._evaluations, self._awaited = 0, 0
+        """Evaluations so far; requests of the present one that are open."""
+        self._issued, self._base = 0, 0
+        """Groups so far; the number of the oldest open one when the last step was taken."""
+        self._taken, self._in_step = step * rules.groups_per_step, 0
+        """Groups that steps have taken; those of them whose version is not published."""
+        self._dropped: Counter[str] = Counter()
+        self._non_finite: tuple[NonFinite, ...] = ()
+        self._arrived = False
+        """Whether a group has become ready since the last step was taken."""
+        self.late = 0
+        """Events about requests that were not open, or about what was known of them."""
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """What is to be done after the event; `now` in seconds, from any start.
+
+        Raises DataError or RewardError where the data or the rewards leave nothing to train on, ActorLost where the
+        last rollout worker is lost.
+        """
+        commands: list[Command] = []
+        match event:
+            case Tick():
+                return self._members.silent(now)
+            case Beat():
+                self._members.beat(event, now)
+            case Published():
+                self._version, self._in_step = event.version, 0
+            case Serving():
+                self._members.serve(event.workers)
+            case Lost():
+                commands = self._lost(event, now)
+            case Asked():
+                self._ask(event, now)
+            case _:
+                commands = self._heard(event, now)
+        return commands + self._go_on(now)
+
+    def take(self, now: float) -> tuple[Taken | None, list[Command]]:
+        """A step's groups, where they are there, and what is to be done first: groups that are too old are dropped.
+
+        The groups' seats stay taken until the version that they are trained into is published.
+        """
+        commands, wanted = self._drop_stale(now), self._rules.groups_per_step
+        if self._ready < wanted:
+            return None, commands
+        waiting = next((number for number, one in self._groups.items() if one.experience is None), self._issued)
+        reach = waiting + self._rules.window
+        within = takewhile(lambda one: one.number < reach or self._rules.extra_groups, self._groups.values())
+        chosen = list(islice((one for one in within if one.experience is not None), wanted))
+        if len(chosen) < wanted:
+            return None, commands
+        for one in chosen:
+            del self._open[one.request.key], self._groups[one.number]
+        self._ready -= wanted
+        self._taken, self._in_step = self._taken + wanted, self._in_step + wanted
+        if self._rules.extra_groups:
+            commands += self._end(SLOWEST)
+        self._base = next(iter(self._groups), self._issued)
+        seconds = float(np.mean([one.ready - one.since for one in chosen]))
+        found = tuple(one.experience for one in chosen if one.experience is not None)
+        taken = Taken(found, tuple(one.attempt for one in chosen), dict(self._dropped), self._non_finite, seconds)
+        self._dropped, self._non_finite, self._arrived = Counter(), (), False
+        return taken, commands + self._go_on(now)
+
+    def finish(self) -> list[Command]:
+        """At the end of a run: what is under way is not wanted any more."""
+        return self._end(END_OF_RUN)
+
+    def answers(self) -> dict[tuple[str, str], Answer] | None:
+        """What the evaluation came to, by purpose and uid of each request; None while it is under way."""
+        if self._awaited:
+            return None
+        found, self._answers = self._answers, {}
+        return found
+
+    def open_groups(self) -> dict[str, int]:
+        """uid -> attempt of every group that is under way or ready, oldest first: what a resume issues again."""
+        return dict(one.attempt for one in self._groups.values())
+
+    def _go_on(self, now: float) -> list[Command]:
+        return self._admit(now) + self._members.dispatch(now)
+
+    def _admit(self, now: float) -> list[Command]:
+        """Issue as many groups as there are seats, and no more than the run needs."""
+        if self._prompts is None:
+            return []
+        rules = self._rules
+        needed = rules.steps * rules.groups_per_step - self._taken
+        needed += rules.extra_groups if needed else 0
+        seats = rules.seats - self._in_step - (rules.extra_groups if self._in_step else 0)
+        count = min(seats, needed) - len(self._groups)
+        if count <= 0:
+            return []
+        issued: list[tuple[str, int]] = []
+        for prompt, attempt in self._prompts.take(count):
+            request = make_request(prompt, "train", rules.group_size, rules.sampling, rules.seed, attempt)
+            one = OpenRequest(request, self._issued, now, rules.compares)
+            self._issued += 1
+            together = (one,)
+            if rules.greedy_baseline:
+                beside = make_request(prompt, "baseline", 1, greedy(rules.sampling), rules.seed, attempt)
+                one.partner = OpenRequest(beside, -1, now, False, one)
+                together = (one, one.partner)
+            for each in together:
+                self._open[each.request.key] = each
+            self._groups[one.number] = one
+            self._members.wait(together)
+            issued.append(one.attempt)
+        return [Book("issued", tuple(issued), version=self._version)]
+
+    def _ask(self, event: Asked, now: float) -> None:
+        """The requests of an evaluation, before those that wait: the learner side stands still meanwhile."""
+        for request in reversed(event.requests):
+            compares = self._rules.compares and request.purpose == "eval" and request.sampling.temperature > 0
+            # Each evaluation is another attempt, so that a late answer to an earlier one is not taken for this one's.
+            one = OpenRequest(request, -1, now, compares)
+            one.request = replace(request, attempt=self._evaluations)
+            self._open[one.request.key] = one
+            self._members.wait((one,), first=True)
+        self._evaluations, self._awaited = self._evaluations + 1, self._awaited + len(event.requests)
+
+    def _heard(self, event: About, now: float) -> list[Command]:
+        """Something about a request, from the member that had it."""
+        one, commands = self._open.get(event.key), list[Command]()
+        self._members.done(*self._sender(event, one), event.key, now)
+        if one is None or one.knows(event):
+            self.late += 1
+            return []
+        match event:
+            case Undone():
+                one.undone = True  # Its worker is lost: told of before, or soon.
+                return self._begin_again([one]) if one.worker not in self._members.workers else []
+            case Unanswered():
+                return self._drop(one, event.drop.reason, event.drop.detail)
+            case Answered():
+                commands = self._answered(one, event, now)
+            case Kept():
+                one.kept = True
+            case Scored():
+                one.scores = event.scores
+            case Compared():
+                one.reference = event.reference.head
+                commands = [KeepReference(event.key, event.reference.logprobs)]
+        return commands + self._settle(one, now)
+
+    def _answered(self, one: OpenRequest, event: Answered, now: float) -> list[Command]:
+        one.head = event.head
+        commands: list[Command] = [Keep(event.key, event.body)]
+        if one.trains:
+            commands.append(Book("finished", (one.attempt,), tokens=(int(event.head.lengths.sum()),)))
+        commands.append(Score(self._members.server("scoring", event.key, now), event.key, event.body))
+        if one.compares:
+            server = self._members.server("reference", event.key, now)
+            commands.append(Compare(server, event.key, event.body, one.request.sampling.temperature))
+        return commands
+
+    def _settle(self, one: OpenRequest, now: float) -> list[Command]:
+        """What becomes of a request whose answer is whole; nothing while it is not."""
+        experience = one.whole()
+        if experience is None or one.experience is not None:
+            return []
+        kept, non_finite = with_finite_rewards(experience), experience.scores.non_finite
+        lost = without_rewards(experience) if kept is None else None
+        if one.evaluates:
+            self._answers[one.request.purpose, one.request.uid] = Answer(kept, lost, non_finite)
+            # Who asked reads the texts of an answer, and has it forgotten then.
+            return self._close(one) + ([Forget((one.request.key,))] if kept is None else [])
+        self._non_finite += non_finite
+        if not one.trains:
+            return self._compare_with_greedy(one, kept, lost, now)
+        if kept is None:
+            return self._drop(one, NON_FINITE, lost.detail if lost else "")
+        commands: list[Command] = [Book("scored", (one.attempt,))]
+        total, rules = kept.scores.total, self._rules
+        if rules.filter_groups and one.number - self._base < rules.filtered and (total == total[0]).all():
+            return commands + self._drop(one, NO_SIGNAL, "")
+        one.experience, one.ready, self._arrived = kept, now, True
+        self._ready += 1
+        return commands
+
+    def _compare_with_greedy(
+        self, one: OpenRequest, kept: Experience | None, lost: DroppedPrompt | None, now: float
+    ) -> list[Command]:
+        group, commands = one.partner, self._close(one)
+        if group is None:
+            return commands
+        group.partner = None
+        if kept is None:
+            return commands + self._drop(group, NON_FINITE, lost.detail if lost else "")
+        group.baseline = float(kept.scores.total[0])
+        return commands + self._settle(group, now)
+
+    def _drop(self, one: OpenRequest, reason: str, detail: str) -> list[Command]:
+        """The request gives nothing, and neither does what belongs to it."""
+        commands, uid = self._close(one), one.request.uid
+        if one.evaluates:
+            self._answers[one.request.purpose, uid] = Answer(None, DroppedPrompt(uid, reason, detail))
+            return commands
+        if not one.trains:
+            group, one.partner = one.partner, None
+            if group is None:
+                return commands
+            group.partner = None
+            return commands + self._drop(group, GREEDY_LOST, detail)
+        if one.partner is not None:
+            one.partner.partner = None
+            commands += self._close(one.partner)
+        self._dropped[reason] += 1
+        commands.append(Book("dropped", (one.attempt,), reason=reason))
+        if reason not in UNTOLD:
+            commands.append(Tell("dropped", f"prompt {uid}: {reason}: {detail}", uid))
+        self._require_hope(reason, detail)
+        return commands
+
+    def _close(self, one: OpenRequest) -> list[Command]:
+        """Nothing more is wanted of a request: not of the worker that samples it, nor of who keeps its tokens."""
+        del self._open[one.request.key]
+        if one.trains:
+            del self._groups[one.number]
+            self._ready -= one.experience is not None
+        self._awaited -= one.evaluates
+        if not one.worker:
+            self._members.withdraw(one)
+            return []
+        if one.head is None:
+            self._members.cancelled(one.worker, one.request.key)
+            return [Cancel(one.worker, (one.request.key,))]
+        return [] if one.evaluates else [Forget((one.request.key,))]
+
+    def _require_hope(self, reason: str, detail: str) -> None:
+        """Raise where nothing will ever be trained on."""
+        lost = self._dropped.total() - sum(self._dropped[one] for one in (NO_SIGNAL, STALE, SLOWEST, END_OF_RUN))
+        refuse_if_hopeless(self._dropped[NON_FINITE], self._rules.groups_per_step, self._non_finite)
+        if self._prompts is not None and not self._arrived and lost and lost >= len(self._prompts):
+            reasons = ", ".join(f"{count} {each}" for each, count in self._dropped.items())
+            failure = RewardError if reason == NON_FINITE else DataError
+            raise failure(f"a whole epoch of prompts was dropped ({reasons}; the last: {detail})")
+
+    def _lost(self, event: Lost, now: float) -> list[Command]:
+        """Let others begin again what only the lost worker had."""
+        if not self._members.lose(event.worker):
+            return []
+        if not self._members.workers:
+            raise ActorLost(event.why)
+        gone = [one for one in self._open.values() if one.worker == event.worker and (one.undone or not one.kept)]
+        again = f"{len(gone)} requests of {event.worker} begin again with other workers" if gone else ""
+        text = "; ".join(filter(None, ["" if event.told else event.why, again]))
+        told: list[Command] = [Tell("warning", text)] if text else []
+        return self._begin_again(gone) + told
+
+    def _begin_again(self, gone: Sequence[OpenRequest]) -> list[Command]:
+        """Before all that waits, in the order of issue; a greedy response with its group, where both are gone."""
+        commands: list[Command] = []
+        together: list[tuple[OpenRequest, ...]] = []
+        for one in sorted(gone, key=lambda each: each.number):
+            del self._open[one.request.key]
+            if one.head is not None:
+                commands.append(Forget((one.request.key,)))  # the collator may have got it just before
+            if one.trains:
+                commands.append(Book("dropped", (one.attempt,), reason=WORKER_LOST))
+            one.begin_again(self._evaluations if one.evaluates else one.request.attempt + 1)
+            if one.trains:
+                commands.append(Book("issued", (one.attempt,), version=self._version))
+            self._open[one.request.key] = one
+            partner = one.partner if one.partner in gone else None
+            if one.trains or partner is None:
+                together.append((one,) if partner is None else (one, partner))
+        self._evaluations += any(one.evaluates for one in gone)
+        for requests in reversed(together):
+            self._members.wait(requests, first=True)
+        return commands
+
+    def _drop_stale(self, now: float) -> list[Command]:
+        """What is ready and too old to be trained on, where the rules say so; others make up for it."""
+        rules = self._rules
+        if not rules.drop_stale or not self._ready:
+            return []
+        done = [(one, one.experience.head) for one in self._groups.values() if one.experience is not None]
+        old = [one for one, head in done if rules.age_of(head, self._version) > rules.max_lag]
+        commands = [command for one in old for command in self._drop(one, STALE, "")]
+        return commands + self._go_on(now) if old else []
+
+    def _end(self, reason: str) -> list[Command]:
+        return [command for one in list(self._groups.values()) for command in self._drop(one, reason, "")]
+
+    @staticmethod
+    def _sender(event: About, one: OpenRequest | None) -> tuple[MemberKind, str]:
+        """Whose work is done with the event; nobody's name where it is nobody's."""
+        match event:
+            case Scored():
+                return "scoring", event.server
+            case Compared():
+                return "reference", event.server
+            case Undone():
+                return event.kind, event.server
+            case Kept():
+                return "scoring", ""
+            case _:
+                return "rollout", one.worker if one is not None else ""

@@ -1,0 +1,225 @@
+"""What the controller hears, and what it says to be done. Records only.
+
+`controller.Controller.handle` turns one into the other; `shell.Shell` carries them between it and the processes.
+Events from processes name the request that they are about by its key. One about a request that is not open any more
+(answered twice, or by a worker that was given up) is counted and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rlhf_dist.types import (
+    Answered,
+    Beat,
+    DroppedPrompt,
+    Experience,
+    Group,
+    Handle,
+    NonFinite,
+    Referenced,
+    Request,
+    Scores,
+    Unanswered,
+)
+
+MemberKind = Literal["rollout", "scoring", "reference"]
+"""What a process does for the loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The collator owns a group's tokens: they outlive the worker that made them."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The rewards of a group are there."""
+
+    server: str
+    key: str
+    scores: Scores
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A group's distance to the reference is there."""
+
+    server: str
+    key: str
+    reference: Referenced
+
+
+@dataclass(frozen=True, slots=True)
+class Undone:
+    """A server could not get at a group's tokens: they were lost with the worker that had made them."""
+
+    kind: MemberKind
+    server: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """All serving workers hold this version; the groups that it was trained on give their seats back."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The rollout workers that may be given work now. The others keep what they have, until they are lost."""
+
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A rollout worker is gone, with all that nobody else has."""
+
+    worker: str
+    why: str
+    told: bool = False
+    """People know already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """An evaluation is wanted: these requests, beside what is under way."""
+
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed: who has been silent for too long?"""
+
+
+About = Answered | Unanswered | Kept | Scored | Compared | Undone
+"""Events about one request; `key` is its."""
+Event = About | Beat | Published | Serving | Lost | Asked | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Give these requests to a rollout worker."""
+
+    worker: str
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End these requests at a rollout worker; nothing more is wanted of them."""
+
+    worker: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Let the collator take a group's tokens over."""
+
+    key: str
+    body: Handle[Group]
+
+
+@dataclass(frozen=True, slots=True)
+class KeepReference:
+    """Let the collator take a group's reference logprobs over."""
+
+    key: str
+    logprobs: Handle[np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Nobody needs these groups' tokens any more."""
+
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Have a server score a group."""
+
+    server: str
+    key: str
+    body: Handle[Group]
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """Have a server compute a group's reference logprobs."""
+
+    server: str
+    key: str
+    body: Handle[Group]
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
+class Book:
+    """A line in the ledger: these attempts, each (uid, attempt), have come to this state."""
+
+    state: Literal["issued", "finished", "scored", "dropped"]
+    attempts: tuple[tuple[str, int], ...]
+    version: int = 0
+    """issued: the version that was published then."""
+    tokens: tuple[int, ...] = ()
+    """finished: sampled tokens of each."""
+    reason: str = ""
+    """dropped: one of a few fixed words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """A line in the run's event log; a warning is shown to people, too."""
+
+    kind: Literal["dropped", "warning"]
+    message: str
+    uid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TimedOut:
+    """A process that has work gave no sign of it for longer than its limit."""
+
+    kind: MemberKind
+    member: str
+    limit_s: float
+
+
+Command = Submit | Cancel | Keep | KeepReference | Forget | Score | Compare | Book | Tell | TimedOut
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A step's groups, and what happened since those before them."""
+
+    experiences: tuple[Experience, ...]
+    """As many as a step has, in the order in which they were issued."""
+    attempts: tuple[tuple[str, int], ...]
+    """(uid, attempt) of each."""
+    dropped: Mapping[str, int]
+    """Reason -> groups."""
+    non_finite: tuple[NonFinite, ...]
+    """Responses with a reward that came as NaN or infinite."""
+    seconds: float
+    """Mean time from issue to ready, of these groups."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a request of an evaluation came to: one of the two."""
+
+    experience: Experience | None
+    drop: DroppedPrompt | None
+    non_finite: tuple[NonFinite, ...] = ()
+    """Responses with a reward that came as NaN or infinite."""

@@ -1,0 +1,141 @@
+"""The processes of the actor side, as the controller sees them: who has how much work, and who has been silent."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rlhf_dist.loop.events import Command, MemberKind, Submit, TimedOut
+from rlhf_dist.loop.open_groups import OpenRequest
+from rlhf_dist.types import Beat
+
+MemberKey = tuple[MemberKind, str]
+"""Kind and name: a server that gives both scores and logprobs is two members."""
+
+
+@dataclass(slots=True)
+class Member:
+    """One process."""
+
+    work: dict[str, int] = field(default_factory=dict)
+    """Request key -> size: of a rollout worker's the samples, of a server's 1."""
+    load: int = 0
+    """Sum of the sizes."""
+    sign: float = 0.0
+    """When it last gave a sign of progress, or got work while it had none."""
+    steps: int = -1
+    """Decoding steps, as it last told."""
+    serves: bool = False
+    """It may be given more: of a rollout worker, once it has proved the published weights."""
+
+
+class Members:
+    """Work goes to who has least of it. A member that has work and gives no sign of progress is silent.
+
+    Such a limit is charged from when work begins: what queues behind other work of a member that goes on does not
+    count, however long the queue.
+    """
+
+    def __init__(
+        self,
+        workers: Iterable[str],
+        scorers: Iterable[str],
+        references: Iterable[str],
+        *,
+        capacity: int,
+        limits_s: Mapping[MemberKind, float],
+    ) -> None:
+        """`capacity`: samples that a rollout worker is given at a time; more wait here, for the first that is free."""
+        named: dict[MemberKind, Iterable[str]] = {"rollout": workers, "scoring": scorers, "reference": references}
+        self._members: dict[MemberKey, Member] = {
+            (kind, name): Member() for kind, names in named.items() for name in names
+        }
+        self._of_kind: dict[MemberKind, list[MemberKey]] = {
+            kind: [key for key in self._members if key[0] == kind] for kind in named
+        }
+        self._capacity = capacity
+        self._limits_s = limits_s
+        self._backlog: deque[tuple[OpenRequest, ...]] = deque()
+
+    @property
+    def workers(self) -> list[str]:
+        """Rollout workers that are not lost."""
+        return [name for _, name in self._of_kind["rollout"]]
+
+    def wait(self, requests: tuple[OpenRequest, ...], first: bool = False) -> None:
+        """Into the backlog, to go to one worker together; `first`: before all others."""
+        (self._backlog.appendleft if first else self._backlog.append)(requests)
+
+    def withdraw(self, gone: OpenRequest) -> None:
+        """Out of the backlog."""
+        kept = (tuple(one for one in requests if one is not gone) for requests in self._backlog)
+        self._backlog = deque(requests for requests in kept if requests)
+
+    def dispatch(self, now: float) -> list[Command]:
+        """Requests of the backlog for the workers that have room, one command a worker."""
+        found: dict[str, list[OpenRequest]] = {}
+        serving = [key for key in self._of_kind["rollout"] if self._members[key].serves]
+        while self._backlog and serving:
+            key = min(serving, key=lambda each: self._members[each].load)
+            size = sum(one.request.n for one in self._backlog[0])
+            load = self._members[key].load
+            if load and load + size > self._capacity:
+                break
+            for one in self._backlog.popleft():
+                one.worker = key[1]
+                self._give(key, one.request.key, one.request.n, now)
+                found.setdefault(key[1], []).append(one)
+        return [Submit(worker, tuple(one.request for one in sent)) for worker, sent in found.items()]
+
+    def server(self, kind: MemberKind, request_key: str, now: float) -> str:
+        """The server of this kind that has least to do; it now has this request, too."""
+        key = min(self._of_kind[kind], key=lambda each: self._members[each].load)
+        self._give(key, request_key, 1, now)
+        return key[1]
+
+    def done(self, kind: MemberKind, name: str, request_key: str, now: float) -> None:
+        """A member has answered."""
+        member = self._members.get((kind, name))
+        if member is not None:
+            member.load -= member.work.pop(request_key, 0)
+            member.sign = now
+
+    def cancelled(self, worker: str, request_key: str) -> None:
+        """A worker is no longer asked for this."""
+        member = self._members.get(("rollout", worker))
+        if member is not None:
+            member.load -= member.work.pop(request_key, 0)
+
+    def beat(self, beat: Beat, now: float) -> None:
+        """A worker's sign of life; it is one of progress where the engine has made steps."""
+        member = self._members.get(("rollout", beat.worker))
+        if member is not None and member.steps != beat.steps:
+            member.steps, member.sign = beat.steps, now
+
+    def serve(self, workers: Sequence[str]) -> None:
+        """Only these rollout workers may be given work."""
+        for kind, name in self._of_kind["rollout"]:
+            self._members[kind, name].serves = name in workers
+
+    def lose(self, worker: str) -> bool:
+        """A rollout worker is gone; false where that is known."""
+        if self._members.pop(("rollout", worker), None) is None:
+            return False
+        self._of_kind["rollout"].remove(("rollout", worker))
+        return True
+
+    def silent(self, now: float) -> list[Command]:
+        """Members that have work and gave no sign of progress within their limit."""
+        return [
+            TimedOut(kind, name, self._limits_s[kind])
+            for (kind, name), member in self._members.items()
+            if member.work and now - member.sign > self._limits_s[kind]
+        ]
+
+    def _give(self, key: MemberKey, request_key: str, size: int, now: float) -> None:
+        member = self._members[key]
+        if not member.work:
+            member.sign = now
+        member.work[request_key] = size
+        member.load += size

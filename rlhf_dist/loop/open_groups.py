@@ -1,0 +1,80 @@
+"""A request that is under way, with what is known of its answer so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from rlhf_dist.loop.events import About, Compared, Kept, Scored, Undone
+from rlhf_dist.types import Answered, Experience, GroupHead, ReferenceHead, Request, Scores, Unanswered
+
+
+@dataclass(slots=True)
+class OpenRequest:
+    """Changed by the controller alone, as events come."""
+
+    request: Request
+    number: int
+    """Of a group in training: how many were issued before it. -1 for others."""
+    since: float
+    """When it was issued."""
+    compares: bool
+    """A reference model is asked."""
+    partner: OpenRequest | None = None
+    """Of a greedy baseline: the group that is compared with it. Of such a group: its baseline, while that is open."""
+    worker: str = ""
+    """Who samples it; empty in the backlog."""
+    head: GroupHead | None = None
+    kept: bool = False
+    """The collator owns the group."""
+    undone: bool = False
+    """A server could not get at it any more."""
+    scores: Scores | None = None
+    reference: ReferenceHead | None = None
+    baseline: float = 0.0
+    experience: Experience | None = None
+    """Once all is there, of a group in training: it is ready."""
+    ready: float = 0.0
+    """When it became so."""
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether an evaluation waits for it."""
+        return self.request.purpose in ("eval", "eval_greedy")
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a group in training, which has a seat and is in the ledger."""
+        return self.request.purpose == "train"
+
+    @property
+    def attempt(self) -> tuple[str, int]:
+        """(uid, attempt), as the ledger has it."""
+        return self.request.uid, self.request.attempt
+
+    def whole(self) -> Experience | None:
+        """All that is known of it, once everything that was asked for has come."""
+        if self.head is None or self.scores is None or not self.kept or (self.trains and self.partner is not None):
+            return None
+        if self.compares and self.reference is None:
+            return None
+        request = self.request
+        return Experience(request.prompt, self.head, self.scores, request.key, self.reference, self.baseline)
+
+    def knows(self, event: About) -> bool:
+        """Whether the event says what an earlier one has said."""
+        match event:
+            case Answered() | Unanswered():
+                return self.head is not None
+            case Kept():
+                return self.kept
+            case Scored():
+                return self.scores is not None
+            case Compared():
+                return self.reference is not None
+            case Undone():
+                return False
+
+    def begin_again(self, attempt: int) -> None:
+        """The next attempt: with the same seeds, so that the same samples come of it."""
+        self.request, self.undone = replace(self.request, attempt=attempt), False
+        self.worker, self.head, self.kept, self.scores, self.reference = "", None, False, None, None

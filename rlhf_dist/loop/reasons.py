@@ -1,0 +1,20 @@
+"""Why a group is dropped: fixed words, used in the ledger and as names of counters."""
+
+from __future__ import annotations
+
+NON_FINITE = "non_finite"
+"""All its responses are left out for their rewards, or the greedy one that they are compared with."""
+NO_SIGNAL = "no_signal"
+"""A group whose samples all scored the same."""
+GREEDY_LOST = "greedy_lost"
+"""A group whose greedy response did not come."""
+STALE = "stale"
+"""A group that a fault delayed beyond the lag."""
+SLOWEST = "slowest"
+"""A group that others of an over-sampled step overtook."""
+WORKER_LOST = "worker_lost"
+"""An attempt whose rollout worker is gone; the next attempt takes its place."""
+END_OF_RUN = "end_of_run"
+"""A group that was under way when the last step was done."""
+UNTOLD = (NON_FINITE, NO_SIGNAL, STALE, SLOWEST, END_OF_RUN)
+"""Reasons that are counted, without a line for each group in the event log."""

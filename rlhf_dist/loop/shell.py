@@ -1,0 +1,163 @@
+"""The shell around the controller: events in, commands out. It decides nothing.
+
+One thread does all: whoever waits, in `Shell` or for an answer of the learner, hands events over meanwhile
+(`ports.Arrivals`). So a training step and what comes in beside it need no locks, and the order of events is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from rlhf_dist.loop.controller import Controller
+from rlhf_dist.loop.events import (
+    Answer,
+    Asked,
+    Book,
+    Cancel,
+    Command,
+    Compare,
+    Event,
+    Forget,
+    Keep,
+    KeepReference,
+    MemberKind,
+    Published,
+    Score,
+    Serving,
+    Submit,
+    Taken,
+    Tell,
+    Tick,
+    TimedOut,
+)
+from rlhf_dist.loop.ledger import Ledger
+from rlhf_dist.loop.ports import Arrivals, Bodies, References, Rollouts, Scoring
+from rlhf_dist.types import Request
+
+Timeout = Callable[[MemberKind, str, float], Exception]
+"""(kind, name, limit in seconds) of a process that has been silent -> what to raise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Actors:
+    """The processes of the actor side."""
+
+    rollouts: Rollouts
+    scoring: Scoring
+    reference: References | None
+    """None where no KL is wanted."""
+    bodies: Bodies
+    arrivals: Arrivals
+    timeout: Timeout
+
+
+class Shell:
+    """Carries events to the controller and its commands to the processes, the ledger and the event log."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        actors: Actors,
+        *,
+        ledger: Ledger | None = None,
+        tell: Callable[[Tell], None] = lambda _: None,
+    ) -> None:
+        """`ledger`: None where nothing is trained. `tell` writes to the event log."""
+        self._controller = controller
+        self._actors = actors
+        self._ledger = ledger
+        self._tell = tell
+        self._served: tuple[str, ...] | None = None
+        actors.arrivals.listen(self.hear)
+
+    def hear(self, events: Sequence[Event]) -> None:
+        """Do what follows from the events: the ledger first, in one transaction, then the rest in its order."""
+        now = self._actors.arrivals.now()
+        self._do(command for event in events for command in self._controller.handle(event, now))
+
+    def published(self, version: int) -> None:
+        """The workers that serve hold this version now: groups may be issued under it."""
+        self._served = self._actors.rollouts.serving()
+        self.hear([Serving(self._served), Published(version)])
+
+    def next_step(self) -> Taken:
+        """Wait until a step's groups are there. Raises what ends the run."""
+        while True:
+            taken, commands = self._controller.take(self._actors.arrivals.now())
+            self._do(commands)
+            if taken is not None:
+                return taken
+            self._pump()
+
+    def evaluate(self, requests: Iterable[Request]) -> dict[tuple[str, str], Answer]:
+        """Have these requests answered, beside what is under way; by purpose and uid. Raises what ends the run.
+
+        Weights are pushed by the caller, so all tokens are of the version that is published now.
+        """
+        self._serve()
+        self.hear([Asked(tuple(requests))])
+        while (found := self._controller.answers()) is None:
+            self._pump()
+        return found
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Nobody needs these groups' tokens any more."""
+        self._actors.bodies.forget(keys)
+
+    def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
+        """The last responses of each group."""
+        return self._actors.bodies.texts(keys) if keys else []
+
+    def finish(self) -> None:
+        """At the end of a run: drop what is under way."""
+        self._do(self._controller.finish())
+
+    def open_groups(self) -> dict[str, int]:
+        """See `Controller.open_groups`."""
+        return self._controller.open_groups()
+
+    def _pump(self) -> None:
+        self._serve()
+        self._actors.arrivals.pump()
+        self.hear([Tick()])
+
+    def _serve(self) -> None:
+        """Tell the controller where other workers serve than before: one whose receipt came late does again."""
+        serving = self._actors.rollouts.serving()
+        if serving != self._served:
+            self._served = serving
+            self.hear([Serving(serving)])
+
+    def _do(self, commands: Iterable[Command]) -> None:
+        found = list(commands)
+        entries = [command for command in found if isinstance(command, Book)]
+        if entries and self._ledger is not None:
+            self._ledger.book(entries)
+        for command in found:
+            self._carry_out(command)
+
+    def _carry_out(self, command: Command) -> None:
+        actors = self._actors
+        match command:
+            case Submit():
+                actors.rollouts.submit(command.worker, command.requests)
+            case Cancel():
+                actors.rollouts.cancel(command.worker, command.keys)
+            case Keep():
+                actors.bodies.keep(command.key, command.body)
+            case KeepReference():
+                actors.bodies.keep_reference(command.key, command.logprobs)
+            case Forget():
+                actors.bodies.forget(command.keys)
+            case Score():
+                actors.scoring.submit(command.server, command.key, command.body)
+            case Compare():
+                assert actors.reference is not None, "without a reference nothing is compared"
+                actors.reference.submit(command.server, command.key, command.body, command.temperature)
+            case Tell():
+                self._tell(command)
+            case TimedOut():
+                raise actors.timeout(command.kind, command.member, command.limit_s)
+            case Book():
+                pass

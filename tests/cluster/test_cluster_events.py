@@ -1,0 +1,227 @@
+"""The controller, its shell and the fleets with light actors: a worker dies, a member is silent, how much is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cluster_stand_ins
+import numpy as np
+import pytest
+import ray
+from cluster_stand_ins import REQUESTS, Ears, fleet, start, start_collator, tell
+
+from rlhf_dist.cluster import groups, rollout_fleet
+from rlhf_dist.cluster.groups import CollatorProcess, ReferenceFleet, ScoringFleet, silence
+from rlhf_dist.cluster.inbox import Inbox
+from rlhf_dist.cluster.waits import gather
+from rlhf_dist.config.schema import AlgoConfig, Config, LoopConfig
+from rlhf_dist.errors import ActorTimeout
+from rlhf_dist.learner.shard import Shard
+from rlhf_dist.loop.controller import Controller
+from rlhf_dist.loop.events import Compared, Event, Kept, Scored, Tell, Undone
+from rlhf_dist.loop.members import Members
+from rlhf_dist.loop.rules import rules_of
+from rlhf_dist.loop.shell import Actors, Shell
+from rlhf_dist.types import Answered, Message, Prompt
+
+machine, pair, workers = cluster_stand_ins.machine, cluster_stand_ins.pair, cluster_stand_ins.workers
+
+
+class Endless:
+    """Prompts, one after another."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def __len__(self) -> int:
+        return 100
+
+    def take(self, n: int) -> list[tuple[Prompt, int]]:
+        first, self.given = self.given, self.given + n
+        text = "How many legs have three spiders and a dog?"
+        return [(Prompt(f"0/{i}", (Message("user", text),), "28", "test"), 0) for i in range(first, self.given)]
+
+
+@dataclass
+class Line:
+    """A run's actor side, and what was heard and told in it."""
+
+    shell: Shell
+    bodies: CollatorProcess
+    heard: list[Event]
+    told: list[str]
+    inbox: Inbox
+
+    def until_kept(self, count: int) -> None:
+        while sum(isinstance(event, Kept) for event in self.heard) < count:
+            self.inbox.pump()
+
+
+def line(workers: dict[str, Any], server: Any, collator: Any, count: int, size: int = 2, limit_s: float = 60.0) -> Line:
+    """Steps of `count` groups of `size`."""
+    config = Config(loop=LoopConfig(prompts_per_step=count, steps=1), algo=AlgoConfig(group_size=size))
+    inbox, told, heard = Inbox(), list[str](), list[Event]()
+    bodies = CollatorProcess("collator", collator, inbox, timeout_s=60)
+    rollouts = rollout_fleet.RolloutFleet(workers, inbox, timeout_s=limit_s, sync_timeout_s=60)
+    members = Members(
+        workers,
+        ["scoring server 0"],
+        [],
+        capacity=1000,
+        limits_s={"rollout": limit_s, "scoring": limit_s, "reference": limit_s},
+    )
+    scoring = ScoringFleet({"scoring server 0": server}, inbox, timeout_s=60)
+    controller = Controller(rules_of(config, compares=False, masked=False), Endless(), members)
+
+    def note(found: Tell) -> None:
+        told.append(found.message)
+
+    shell = Shell(controller, Actors(rollouts, scoring, None, bodies, inbox, silence), tell=note)
+
+    def hear(events: Sequence[Event]) -> None:
+        heard.extend(events)
+        shell.hear(events)
+
+    inbox.listen(hear)
+    return Line(shell, bodies, heard, told, inbox)
+
+
+@pytest.fixture(scope="module")
+def collator(machine: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    found = start_collator(tmp_path_factory.mktemp("collator"))
+    gather({"collator": found.ready.remote()}, "start", 120)
+    yield found
+
+
+def shard(count: int) -> Shard:
+    """The first sample of each group, for one rank."""
+    zero, rows = np.zeros(count, np.float32), np.arange(count)
+    return Shard(
+        groups=rows,
+        samples=rows * 0,
+        advantages=zero,
+        scores=zero,
+        weights=zero.astype(np.float64),
+        updates=((rows,),),
+        epochs=1,
+        first_update=0,
+        learning_rates=(0.1,),
+        critic_rates=(0.1,),
+        temperature=1.0,
+        version=0,
+        kl_coef=0.0,
+    )
+
+
+@pytest.mark.parametrize("tokens", [3, 30_000])
+def test_a_dead_workers_groups_begin_again_and_its_finished_ones_are_trained_on(
+    workers: dict[str, Any], collator: Any, tokens: int
+) -> None:
+    """`tokens` of a response: few go inline through Ray, many through its object store."""
+    doomed, other = start("doomed", tokens), start("other", tokens)
+    tell(doomed, "holds 0/2")
+    run = line({"rollout worker 0": doomed, "rollout worker 1": other}, workers["one"], collator, 6)
+    run.shell.published(0)
+    run.until_kept(5)
+    made = {event.key: event.head.worker for event in run.heard if isinstance(event, Answered)}
+    assert sorted(made) == [f"train/0/{i}/0" for i in (0, 1, 3, 4, 5)]
+    assert sum(worker == "doomed" for worker in made.values()) == 2
+    ray.kill(doomed)
+    taken = run.shell.next_step()
+    assert taken.attempts == (("0/0", 0), ("0/1", 0), ("0/2", 1), ("0/3", 0), ("0/4", 0), ("0/5", 0))
+    (message,) = run.told
+    assert message.startswith("rollout worker 0 died during 'generate': ")
+    assert message.endswith("; 1 requests of rollout worker 0 begin again with other workers")
+    keys = [experience.key for experience in taken.experiences]
+    (batch,) = run.bodies.batches([shard(6)], keys, False)
+    found = gather({"batch": batch.place}, "fetch", 60)["batch"]
+    lengths = [len(experience.prompt.messages[0].content) + tokens for experience in taken.experiences]
+    assert np.diff(found.starts).tolist() == lengths
+    assert [found.tokens[found.starts[i + 1] - 1] for i in range(6)] == [
+        found.tokens[found.starts[i] + lengths[i] - tokens] + tokens - 1 for i in range(6)
+    ]
+    run.shell.forget(keys)
+
+
+@pytest.mark.parametrize("tokens", [1, 60_000])
+def test_tokens_that_died_with_their_worker_end_nothing(workers: dict[str, Any], collator: Any, tokens: int) -> None:
+    """Nobody had taken them over. The worker's own death is told by its events."""
+    doomed, ears = start("doomed", tokens), Ears()
+    rollouts = fleet({"doomed": doomed}, ears)
+    rollouts.submit("doomed", REQUESTS[:1])
+    (answer,) = ears.hear(Answered, 1)
+    ray.kill(doomed)
+    while rollouts.serving():
+        ears.inbox.pump()
+    key = answer.key
+    CollatorProcess("collator", collator, ears.inbox, timeout_s=60).keep(key, answer.body)
+    ScoringFleet({"server": workers["one"]}, ears.inbox, timeout_s=60).submit("server", key, answer.body)
+    ReferenceFleet({"server": workers["two"]}, ears.inbox, timeout_s=60).submit("server", key, answer.body, 1.0)
+    ears.until(lambda: not ears.inbox._calls)
+    # Ray may still have a copy of them on the node; what matters is that nothing is raised.
+    heard = ears.of(Undone, Scored, Compared)
+    assert sorted(type(event) is Undone or event.server == "server" for event in heard) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("silent", "message"),
+    [
+        ("worker", r"^rollout worker 0 did not finish 'generate' in 0\.5 s \(rollout\.timeout_s\)$"),
+        ("server", r"^scoring server 0 did not finish 'score' in 0\.5 s \(scoring\.timeout_s\)$"),
+    ],
+)
+def test_a_member_that_is_silent_is_named_with_its_limit(
+    workers: dict[str, Any], collator: Any, silent: str, message: str
+) -> None:
+    worker, server = workers["one"], workers["two"]
+    tell(worker if silent == "worker" else server, "hangs")
+    run = line({"rollout worker 0": worker}, server, collator, 1, limit_s=0.5)
+    run.shell.published(0)
+    with pytest.raises(ActorTimeout, match=message):
+        run.shell.next_step()
+
+
+def test_little_goes_through_the_controller_for_each_sample(
+    workers: dict[str, Any], collator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of 8: what workers are sent and what they, the collator and the server answer."""
+    groups_of, size = 16, 8
+    sizes = {"post": 0, "events": 0, "score": 0, "keep": 0}
+    context = ray._private.worker.global_worker.get_serialization_context()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def weigh(kind: str, value: Any) -> None:
+        sizes[kind] += context.serialize(value).total_bytes
+
+    inner, fetch = rollout_fleet.RolloutFleet._post, rollout_fleet.fetch
+
+    def post(self: Any, worker: str, verb: Any) -> None:
+        weigh("post", verb)
+        inner(self, worker, verb)
+
+    def fetched(call: Any, name: str, what: str, timeout_s: float) -> Any:
+        found = fetch(call, name, what, timeout_s)
+        weigh("events" if what == "generate" else what.split()[0], found)
+        if what == "generate":
+            arrays = [
+                value
+                for event in found
+                if isinstance(event, Answered)
+                for value in (event.head.tokens, event.head.lengths)
+            ]
+            assert all(len(array) == size for array in arrays)
+        return found
+
+    monkeypatch.setattr(rollout_fleet.RolloutFleet, "_post", post)
+    monkeypatch.setattr(rollout_fleet, "fetch", fetched)
+    monkeypatch.setattr(groups, "fetch", fetched)
+    long = {name: start(name, 300) for name in ("rollout worker 0", "rollout worker 1")}
+    run = line(long, workers["one"], collator, groups_of, size)
+    run.shell.published(0)
+    taken = run.shell.next_step()
+    assert len(taken.experiences) == groups_of
+    a_sample = {kind: total / groups_of / size for kind, total in sizes.items()}
+    print(a_sample)
+    assert a_sample["post"] + a_sample["events"] <= 300, a_sample
+    assert sum(a_sample.values()) <= 600, a_sample
