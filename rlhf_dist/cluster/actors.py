@@ -31,7 +31,9 @@ SERVER_THREADS = 64
 def make_rollout_worker(spec: ActorSpec) -> Any:
     """Engine and worker, inside the actor's process."""
     from rlhf_dist.algo.recipes import ALGORITHMS
+    from rlhf_dist.data.tasks import TASKS
     from rlhf_dist.rollout.action_mask import MaskStart
+    from rlhf_dist.rollout.conversation import nothing_more
     from rlhf_dist.rollout.vllm_engine import VllmEngine
     from rlhf_dist.rollout.worker import RolloutWorker
 
@@ -54,6 +56,7 @@ def make_rollout_worker(spec: ActorSpec) -> Any:
         chat=config.data.chat,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         keep=lambda group: Handle(ray.put(group)),
+        observe=TASKS[config.data.task.name].observe if config.data.source == "task" else nothing_more,
     )
 
 

@@ -76,6 +76,8 @@ class Inbox:
             awaited = [call for call in pending if call not in done] + list(self._calls)
             if awaited and not self._events:
                 ray.wait(awaited, num_returns=1, timeout=max(0.0, left), fetch_local=False)
+            elif not self._events:
+                time.sleep(max(0.0, left))  # Nothing is under way at all.
             found = self._read()
             if self._hand_over() or found:
                 if not calls:

@@ -215,6 +215,10 @@ CAN_TAKE_LONG = only(
     lambda spec: spec.kind in ("number", "regex", "function", "http") or not spec.timeout_s > 0,
     " and has no effect with kind {c.kind}; take it out; it cannot take long",
 )
+TURNS_NEED_CHAT = says(
+    lambda c, key: c.data.source == "task" and key.value == "guess" and not c.data.chat,
+    "{key.name} is {key.value} with data.chat false; its second turn needs a chat template: set data.chat to true",
+)
 LAGGING = where("loop.max_policy_lag", bool, "no group is late there; set that above 0, or take it out")
 OVERSAMPLED = says(
     lambda c, key: key.changed and c.loop.max_policy_lag,

@@ -74,7 +74,9 @@ class ModelConfig:
 class TaskConfig:
     """A built-in procedural task: endless, seeded, with checkable answers."""
 
-    name: Literal["arithmetic", "reverse", "sort", "count", "describe", "guess"] = "reverse"
+    name: Literal["arithmetic", "reverse", "sort", "count", "describe", "guess"] = key(
+        "reverse", effects.TURNS_NEED_CHAT
+    )
     """arithmetic: sums and differences; reverse, sort: a word's letters; count: a letter in a word; describe: a few
     words about a thing, kind or harsh, with human-like comparisons and a gold reward in place of an answer; guess:
     which of three words is meant, in two turns with a hint between them."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_dist.data.rows import Demonstration
+from rlhf_dist.errors import ModelError
 from rlhf_dist.models.text_format import chat_tokens, text_format
 from rlhf_dist.types import Message
 
@@ -26,6 +27,24 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat
     start = list(text_format(tokenizer, chat=False).start)
     tokens = list(tokenizer.encode("\n".join(m.content for m in messages), add_special_tokens=False))
     return tokens if tokens[: len(start)] == start else start + tokens
+
+
+def between(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ended: bool) -> list[int]:
+    """The tokens between a response and the next, through the model's template.
+
+    messages: the conversation, of which the last two turns are the response and what the user says to it. `ended`: the
+    response's own tokens have the end of its turn. Raises ModelError where the template does not close a turn with that
+    token, or writes the conversation before it in another way than `render` does.
+    """
+    form = text_format(tokenizer, chat=True)
+    before, whole = chat_tokens(tokenizer, messages[:-2]), chat_tokens(tokenizer, messages)
+    if whole[: len(before)] != before or form.end not in whole[len(before) :]:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: its chat template changes what came before when a turn follows, or does not "
+            "close turns by a token; a conversation of several turns cannot go on from the tokens that were sampled"
+        )
+    closed = whole.index(form.end, len(before))
+    return whole[closed + 1 :] if ended else whole[closed:]
 
 
 def tokenize_response(tokenizer: PreTrainedTokenizerBase, response: str, chat: bool, ended: bool = True) -> list[int]:

@@ -41,18 +41,48 @@ class Response:
     """With the special tokens inside; None where no reward asks for it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What the policy read, and what it said to it."""
+
+    read: Sequence[int]
+    """Tokens: the prompt at first, later what stands between two responses."""
+    text: str
+    """Of a later one: the observation, as the template was given it."""
+    response: Response
+
+
 def single_turn(prompt: Sequence[int], response: Response) -> Trajectory:
     """A prompt's tokens and the response to them."""
-    before, after = len(prompt), len(response.tokens)
+    return conversation([Exchange(prompt, "", response)])
+
+
+def conversation(exchanges: Sequence[Exchange]) -> Trajectory:
+    """At least one, in their order, as one trajectory; only the responses are sampled."""
+    responses = [exchange.response for exchange in exchanges]
+    parts = [np.asarray(part, np.int32) for one in exchanges for part in (one.read, one.response.tokens)]
+    starts = np.cumsum([0, *map(len, parts)])
+    mask = np.repeat([False, True] * len(exchanges), np.diff(starts))
+    logprobs, versions = np.zeros(len(mask), np.float32), np.full(len(mask), NO_VERSION, np.int32)
+    logprobs[mask] = np.concatenate([response.logprobs for response in responses])
+    versions[mask] = np.concatenate([response.versions for response in responses])
+    segments, texts, special = [], list[str](), list[str]()
+    for turn, exchange in enumerate(exchanges):
+        segments += [
+            Segment("user" if turn else PROMPT_ROLE, turn, int(starts[2 * turn])),
+            Segment(POLICY_ROLE, turn, int(starts[2 * turn + 1])),
+        ]
+        texts += [exchange.text, exchange.response.text]
+        special += [exchange.text, exchange.response.special_text or ""]
     return Trajectory(
-        tokens=np.array([*prompt, *response.tokens], np.int32),
-        loss_mask=np.arange(before + after) >= before,
-        logprobs=np.concatenate([np.zeros(before, np.float32), response.logprobs]),
-        versions=np.concatenate([np.full(before, NO_VERSION, np.int32), response.versions]),
-        segments=(Segment(PROMPT_ROLE, 0, 0), Segment(POLICY_ROLE, 0, before)),
-        finish_reason=response.finish_reason,
-        texts=(response.text,),
-        special_texts=() if response.special_text is None else (response.special_text,),
+        tokens=np.concatenate(parts),
+        loss_mask=mask,
+        logprobs=logprobs,
+        versions=versions,
+        segments=tuple(segments),
+        finish_reason=responses[-1].finish_reason,
+        texts=tuple(texts[1:]),
+        special_texts=() if responses[0].special_text is None else tuple(special[1:]),
     )
 
 

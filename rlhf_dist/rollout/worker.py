@@ -10,11 +10,13 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from rlhf_dist.data.render import render
-from rlhf_dist.rollout.trajectories import Response, Turn, head_of, single_turn
+from rlhf_dist.data.render import between, render
+from rlhf_dist.rollout.conversation import Observe, OpenGroup, nothing_more, request_of
+from rlhf_dist.rollout.trajectories import Response, Turn, head_of
 from rlhf_dist.types import Answered, Beat, DroppedPrompt, Group, Handle, Receipt, Request, Unanswered
 from rlhf_dist.weights.receipts import Announcement
 
@@ -72,33 +74,6 @@ class Engine(Protocol):
         ...
 
 
-class OpenGroup:
-    """The samples of a request while they are made."""
-
-    def __init__(self, request: Request, prompt: Sequence[int]) -> None:
-        self._request = request
-        self._prompt = prompt
-        self._responses: dict[int, Response] = {}
-
-    def turns(self) -> list[Turn]:
-        """What an engine is asked for, one a sample."""
-        sampling, seeds = self._request.sampling, self._request.seeds
-        return [Turn(turn_key(self._request.key, i), self._prompt, sampling, seed) for i, seed in enumerate(seeds)]
-
-    @property
-    def under_way(self) -> list[str]:
-        """Keys of the turns that have no response yet."""
-        return [turn_key(self._request.key, i) for i in range(self._request.n) if i not in self._responses]
-
-    def add(self, response: Response) -> Group | None:
-        """Take the response of one sample; the group, where it was the last."""
-        self._responses[int(response.key.rpartition("/")[2])] = response
-        if len(self._responses) < self._request.n:
-            return None
-        ordered = (self._responses[number] for number in range(self._request.n))
-        return Group(self._request, tuple(single_turn(self._prompt, response) for response in ordered))
-
-
 class RolloutWorker:
     """A pump over an engine. `run` is the body of its thread; all other methods may be called from any thread."""
 
@@ -110,13 +85,15 @@ class RolloutWorker:
         chat: bool,
         max_prompt_tokens: int,
         keep: Callable[[Group], Handle[Group]] = Handle,
+        observe: Observe = nothing_more,
     ) -> None:
-        """`keep` puts a finished group where others find it by the handle."""
+        """`keep` puts a finished group where others find it by the handle. `observe`: what is said to a response."""
         self.name = name
         self._engine = engine
         self._chat = chat
         self._max_prompt_tokens = max_prompt_tokens
         self._keep = keep
+        self._observe = observe
         self._inbox: SimpleQueue[Load | None] = SimpleQueue()
         self._posted: dict[int, Verb] = {}
         """Messages by number, until those before them have come."""
@@ -210,25 +187,37 @@ class RolloutWorker:
         tokens = render(self._engine.tokenizer, request.prompt.messages, self._chat)
         if not tokens:
             self._refuse(request, "prompt_empty", "the tokenizer knows none of its characters")
-        elif len(tokens) > self._max_prompt_tokens:
-            limit = f"rollout.max_prompt_tokens is {self._max_prompt_tokens}"
-            self._refuse(request, "prompt_too_long", f"{len(tokens)} tokens; {limit}")
-        else:
-            group = OpenGroup(request, tokens)
-            for turn in group.turns():
+            return
+        group = OpenGroup(request, tokens, self._observe, partial(between, self._engine.tokenizer))
+        self._open[request.key] = group
+        self._go_on(group, group.first())
+
+    def _go_on(self, group: OpenGroup, turns: Sequence[Turn]) -> None:
+        """Sample these turns of a group; the group goes where one has more before it than is allowed."""
+        longest = max((len(turn.context) for turn in turns), default=0)
+        if longest <= self._max_prompt_tokens:
+            for turn in turns:
                 self._engine.submit(turn)
-            self._open[request.key] = group
+            return
+        del self._open[group.request.key]
+        asked = {turn.key for turn in turns}
+        self._engine.abort([key for key in group.under_way if key not in asked])
+        limit = f"rollout.max_prompt_tokens is {self._max_prompt_tokens}"
+        where = "" if group.is_new else " before a later turn"
+        self._refuse(group.request, "prompt_too_long", f"{longest} tokens{where}; {limit}")
 
     def _refuse(self, request: Request, reason: str, detail: str) -> None:
         self._tell([Unanswered(request.key, DroppedPrompt(request.uid, reason, detail))])
 
     def _ended(self, response: Response) -> list[WorkerEvent]:
-        key = response.key.rpartition("/")[0]
-        group = self._open[key].add(response)
+        group = self._open.get(request_of(response.key))
         if group is None:
+            return []  # It was refused for another of its samples in this very step.
+        self._go_on(group, group.add(response))
+        done = group.whole()
+        if done is None or self._open.pop(done.request.key, None) is None:
             return []
-        del self._open[key]
-        return [Answered(key, head_of(group, self.name), self._keep(group))]
+        return [Answered(done.request.key, head_of(done, self.name), self._keep(done))]
 
     def _tell(self, events: Sequence[WorkerEvent], steps: int = 0) -> None:
         with self._changed:
@@ -237,8 +226,3 @@ class RolloutWorker:
             self._samples = sum(len(group.under_way) for group in self._open.values())
             if events:
                 self._changed.notify_all()
-
-
-def turn_key(request_key: str, sample: int) -> str:
-    """Names one response among all that are under way in an engine."""
-    return f"{request_key}/{sample}"

@@ -18,6 +18,7 @@ from sample_groups import SAMPLING, request_of
 from small_tokenizers import small_tokenizer
 
 from rlhf_dist.config.schema import RolloutConfig
+from rlhf_dist.data.render import render
 from rlhf_dist.errors import EngineBroken
 from rlhf_dist.models.hf import load_tokenizer
 from rlhf_dist.rollout.trajectories import Response, Turn
@@ -55,7 +56,7 @@ class Engine:
 
     def abort(self, keys: Iterable[str]) -> None:
         gone = set(keys)
-        assert gone <= {turn.key for turn in self.under_way}
+        assert gone <= {turn.key for turn in self.turns}, "asked for at some time"
         self.under_way = [turn for turn in self.under_way if turn.key not in gone]
 
     def load_weights(self, announcement: Announcement) -> Receipt:
@@ -139,9 +140,7 @@ def test_messages_are_done_in_the_order_of_their_numbers(worker: RolloutWorker, 
     assert engine.turns == [], "number 0 has not come"
     worker.post(0, submit(first, second))
     worker.turn()
-    assert [turn.key.rpartition("/")[0] for turn in engine.turns] == [first.key] * 4 + [second.key] * 4 + [
-        third.key
-    ] * 4
+    assert [turn.key.rsplit("/", 2)[0] for turn in engine.turns] == [first.key] * 4 + [second.key] * 4 + [third.key] * 4
     assert uids(pumped(worker)) == ["0/2", "0/1"], "the first was cancelled after it had begun"
 
 
@@ -302,3 +301,41 @@ def test_on_a_cpu_no_prefill_is_cut_and_no_sequence_split(
         VllmEngine(tiny_model, RolloutConfig(), dtype="float32", device=device, threads=1, name="w", chat=True)
     assert started_with["enable_chunked_prefill"] is cut
     assert os.environ.get("VLLM_CPU_ATTN_SPLIT_KV") == split
+
+
+def talking(engine: Engine, limit: int) -> RolloutWorker:
+    """Every first response is answered by one more turn, through the tiny model's own template."""
+    return RolloutWorker(
+        "w", engine, chat=True, max_prompt_tokens=limit, observe=lambda _, said: "no" if len(said) == 1 else None
+    )
+
+
+def test_a_second_turn_goes_on_from_the_tokens_that_were_sampled(engine: Engine) -> None:
+    (group,) = groups_of(pumped(talking(engine, 64), submit(*asked("abc", n=2))))
+    first, second = engine.turns[0], engine.turns[-1]
+    read = render(engine.tokenizer, (Message("user", "abc"),), chat=True)
+    assert list(first.context) == read and list(second.context)[: len(read) + 1] == [*read, first.seed]
+    shown = engine.tokenizer.decode(list(second.context)[len(read) + 1 :])
+    assert "no" in shown and "abc" not in shown, shown
+    assert [sample.texts for sample in group.trajectories] == [("a", "no", "a")] * 2
+    assert all(sample.length == 2 and len(sample.segments) == 4 for sample in group.trajectories)
+
+
+def test_a_conversation_that_grows_too_long_takes_its_group_along(engine: Engine) -> None:
+    limit = len(render(engine.tokenizer, (Message("user", "abc"),), chat=True))
+    (drop,) = [
+        event for event in pumped(talking(engine, limit), submit(*asked("abc", n=3))) if isinstance(event, Unanswered)
+    ]
+    assert drop.drop.reason == "prompt_too_long" and "before a later turn" in drop.drop.detail
+    assert engine.under_way == [], "its other samples end, too"
+
+
+def test_a_conversation_is_cancelled_in_its_second_turn(engine: Engine) -> None:
+    worker = talking(engine, 64)
+    (request,) = asked("abc", n=1)
+    worker.post(0, submit(request))
+    worker.turn()
+    assert [turn.key for turn in engine.under_way] == [f"{request.key}/0/1"]
+    worker.post(1, Cancel((request.key,)))
+    worker.turn()
+    assert engine.under_way == [] and answered(worker.events(0)) == []

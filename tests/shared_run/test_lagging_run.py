@@ -1,4 +1,7 @@
-"""A real run whose halves work at once: generation with one core, the learner with the other, one version apart."""
+"""A real run whose halves work at once: generation with one core, the learner with the other, one version apart.
+
+Its task has two turns, so pushes come within conversations too.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,7 @@ def lagging(shared_run: SharedRun) -> Lagging:
     words = ["rollout.workers=1", "learner.ranks=1", "learner.zero_stage=0", "cluster.colocate=false"]
     words += [f"loop.max_policy_lag={LAG}", "algo.ratio_to=behaviour", f"loop.steps={STEPS}", "eval.every=3"]
     words += ["rollout.max_concurrent=8"]  # two groups at a time: pushes come while others run
+    words += ["data.task.name=guess", "data.task.max_length=2", "rollout.max_prompt_tokens=56"]
     run = place.run("train", "name=lagging", f"model.path={place.output / 'sft'}", *words)
     assert run.code == 0, run.stderr
     return Lagging(place.output / "lagging", run.stdout)
@@ -71,3 +75,8 @@ def test_open_groups_are_in_the_checkpoints_of_the_middle(lagging: Lagging) -> N
     newest = sorted((lagging.path / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
     counts = {path.name: len(json.loads((path / "state.json").read_text())["open"]) for path in newest}
     assert counts[f"step-{STEPS}"] == 0 and counts[f"step-{STEPS - 2}"] > 0
+
+
+def test_conversations_of_two_turns_are_trained_on_whole(lagging: Lagging) -> None:
+    """A response is at most 8 tokens long, what is trained on in one conversation is longer."""
+    assert max(line["rollout/response_length_max"] for line in lagging.steps) > 8

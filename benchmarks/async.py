@@ -1,0 +1,121 @@
+"""`rlhf-dist bench async`: generation and learning at once, beside each in turn, one core for each half in both.
+
+Ours against ours: the same canonical run of `rlhf-dist train` with `loop.max_policy_lag` 0 and above it, both with
+`cluster.colocate: false`. The default run, whose halves take turns on all cores, is shown beside them and not judged.
+The runs take turns, because machines are noisy, and are compared by response tokens a second over all measured steps:
+single steps of an asynchronous run are long and short by chance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from _canonical import canonical_config, write_config
+from step import HERE, Step, at_least, machine_facts, run_ours, run_process, save, work_folder
+
+from rlhf_dist.cli.arguments import Parser
+from rlhf_dist.errors import ConfigError
+
+APART = ("cluster.colocate=false",)
+PHASES = ("generate", "train", "sync", "other")
+TARGET_RATIO = 1.6
+"""At least; asynchronous over synchronous, in response tokens a second."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print the table, save the JSON; returns 0 also where the target is missed. Raises `RlhfError`."""
+    args = parse(argv)
+    sides = {
+        "in turn": APART,
+        "at once": (*APART, f"loop.max_policy_lag={args.lag}", "algo.ratio_to=behaviour"),
+        "default": (),
+    }
+    found: dict[str, list[list[Step]]] = {name: [] for name in sides}
+    with work_folder() as folder:
+        for number in range(args.runs):
+            for name, words in sides.items():
+                print(f"round {number + 1} of {args.runs}: {name}", file=sys.stderr, flush=True)
+                config = canonical_config(folder, "grpo", [*args.words, *words], args.warmup + args.steps)
+                path = write_config(config, folder)
+                if not (folder / "model").exists():
+                    run_process([sys.executable, str(HERE / "_canonical.py"), str(path)], folder / "models.log", {})
+                steps, _ = run_ours(path, folder, f"{name.replace(' ', '-')}-{number}", PHASES)
+                found[name].append(steps[args.warmup :])
+    result = summary(found)
+    print(table(result))
+    facts = {"lag": args.lag, "config": args.words, "warmup": args.warmup, "machine": machine_facts()}
+    save(args.out, result | facts)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line. Raises `InputError`."""
+    parser = Parser(
+        prog="rlhf-dist bench async",
+        usage="rlhf-dist bench async [--lag L] [--steps N] [--warmup N] [--runs N] [--out FILE] [key=value ...]",
+        description="Generation and learning at once beside each in turn, by response tokens a second.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="*", metavar="key=value", help="keys set over the canonical config")
+    parser.add_argument("--lag", type=at_least(1), default=1, help="loop.max_policy_lag (1)")
+    parser.add_argument("--steps", type=at_least(1), default=8, help="measured steps of each run (8)")
+    parser.add_argument("--warmup", type=at_least(0), default=2, help="steps before them that do not count (2)")
+    parser.add_argument("--runs", type=at_least(1), default=2, help="rounds of all runs (2)")
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / f"async-{stamp}.json", help="JSON to write")
+    args = parser.parse_intermixed_args(list(argv))
+    for word in args.words:
+        if "=" not in word:
+            raise ConfigError(f"`{word}` is not of the form key=value; this benchmark takes no config file")
+    return args
+
+
+def summary(found: Mapping[str, Sequence[Sequence[Step]]]) -> dict[str, Any]:
+    """Of each side the median over its runs; the ratios of tokens a second."""
+    sides = {name: side_summary(runs) for name, runs in found.items()}
+    ratio = sides["at once"]["tokens_per_s"] / sides["in turn"]["tokens_per_s"]
+    return {
+        "sides": sides,
+        "ratio": ratio,
+        "to_default": sides["at once"]["tokens_per_s"] / sides["default"]["tokens_per_s"],
+        "reached": {"ratio": ratio >= TARGET_RATIO},
+    }
+
+
+def side_summary(runs: Sequence[Sequence[Step]]) -> dict[str, Any]:
+    """Tokens a second of a run: all tokens of its steps over all their time; of the phases the mean of a step."""
+    rates = [sum(step.tokens for step in run) / sum(sum(step.seconds.values()) for step in run) for run in runs]
+    steps = [step for run in runs for step in run]
+    return {
+        "tokens_per_s": statistics.median(rates),
+        "runs": rates,
+        "seconds": {phase: statistics.fmean(step.seconds[phase] for step in steps) for phase in PHASES},
+        "tokens": statistics.fmean(step.tokens for step in steps),
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """What the command prints."""
+    heads = ("step s", *PHASES)
+    lines = ["means".ljust(10) + "".join(name.rjust(10) for name in heads) + "response tok/s".rjust(17)]
+    for name, side in result["sides"].items():
+        seconds = side["seconds"]
+        cells = [sum(seconds.values()), *(seconds[phase] for phase in PHASES)]
+        row = "".join(f"{cell:10.2f}" for cell in cells)
+        lines.append(name.ljust(10) + row + f"{side['tokens_per_s']:17.0f}")
+    lines.append("generate of `at once` is what the learner waits for; the rest of the sampling goes on beside it")
+    lines.append(
+        f"ratio = at once / in turn in response tokens a second: {result['ratio']:.2f} (at least {TARGET_RATIO:g} "
+        f"asked); to the default run with all cores for each half in turn: {result['to_default']:.2f}"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,86 @@
+"""The samples of one request while they are made: of each, whose turn it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rlhf_dist.rollout.trajectories import Exchange, Response, Turn, conversation
+from rlhf_dist.types import POLICY_ROLE, Group, Message, Prompt, Request
+
+Observe = Callable[[Prompt, Sequence[str]], str | None]
+"""(prompt, the policy's responses so far) -> what the user says next; None: the conversation is at its end."""
+Between = Callable[[Sequence[Message], bool], list[int]]
+"""(conversation up to what the user says last, whether the response before it ended by itself) -> the tokens that stand
+between that response and the next."""
+SEEDS = 2**63
+"""A seed is below."""
+
+
+def nothing_more(prompt: Prompt, responses: Sequence[str]) -> None:
+    """Of tasks with a single turn."""
+
+
+class OpenGroup:
+    """Keys of turns are `REQUEST KEY/SAMPLE/TURN`."""
+
+    def __init__(self, request: Request, prompt: Sequence[int], observe: Observe, between: Between) -> None:
+        """`prompt`: its tokens."""
+        self.request = request
+        self._observe = observe
+        self._between = between
+        self._read: list[list[tuple[Sequence[int], str]]] = [[(prompt, "")] for _ in range(request.n)]
+        """By sample: tokens and text of all that it was given to read; the last is what it answers now."""
+        self._said: list[list[Response]] = [[] for _ in range(request.n)]
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no response has come yet."""
+        return not any(self._said)
+
+    @property
+    def under_way(self) -> list[str]:
+        """Keys of the turns that have no response yet."""
+        open_turns = ((i, len(said)) for i, said in enumerate(self._said) if len(said) < len(self._read[i]))
+        return [f"{self.request.key}/{sample}/{turn}" for sample, turn in open_turns]
+
+    def first(self) -> list[Turn]:
+        """One turn of each sample."""
+        return [self._turn(sample) for sample in range(self.request.n)]
+
+    def add(self, response: Response) -> list[Turn]:
+        """Take a response; the sample's next turn, where it has one."""
+        sample = int(response.key.split("/")[-2])
+        said, prompt = self._said[sample], self.request.prompt
+        said.append(response)
+        observation = self._observe(prompt, [one.text for one in said])
+        if observation is None:
+            return []
+        messages = [*prompt.messages]
+        for one, (_, read) in zip(said, [*self._read[sample][1:], ((), observation)], strict=True):
+            messages += [Message(POLICY_ROLE, one.text), Message("user", read)]
+        self._read[sample].append((self._between(messages, response.finish_reason == "stop"), observation))
+        return [self._turn(sample)]
+
+    def whole(self) -> Group | None:
+        """The group, once no sample has a turn under way."""
+        if self.under_way:
+            return None
+        samples = [
+            conversation([Exchange(tokens, text, one) for (tokens, text), one in zip(read, said, strict=True)])
+            for read, said in zip(self._read, self._said, strict=True)
+        ]
+        return Group(self.request, tuple(samples))
+
+    def _turn(self, sample: int) -> Turn:
+        read, said, request = self._read[sample], self._said[sample], self.request
+        context = [*read[0][0]]
+        for response, (tokens, _) in zip(said, read[1:], strict=True):
+            context += [*response.tokens, *tokens]
+        # Another seed for each turn: with one, the same chances would come again.
+        seed = (request.seeds[sample] + len(said)) % SEEDS
+        return Turn(f"{request.key}/{sample}/{len(said)}", context, request.sampling, seed)
+
+
+def request_of(turn_key: str) -> str:
+    """The key of a turn's request."""
+    return turn_key.rsplit("/", 2)[0]

@@ -1,0 +1,77 @@
+"""Conversations of several turns, by hand: what stands before each, which tokens count, when they end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from sample_groups import PROMPT, request_of
+
+from rlhf_dist.rollout.conversation import OpenGroup, request_of as request_of_turn
+from rlhf_dist.rollout.trajectories import Response
+from rlhf_dist.types import Message, Prompt, Segment
+
+PROMPT_TOKENS, HINT = [1, 2, 3], [90, 91]
+
+
+def hint(prompt: Prompt, responses: Sequence[str]) -> str | None:
+    """Until the policy says `right`, twice at most."""
+    return None if responses[-1] == "right" or len(responses) > 1 else "left"
+
+
+def between(messages: Sequence[Message], ended: bool) -> list[int]:
+    """What it was asked for, as tokens: 89 closes a turn that did not end by itself."""
+    assert [message.role for message in messages[-2:]] == ["assistant", "user"] and messages[-1].content == "left"
+    return HINT if ended else [89, *HINT]
+
+
+def said(key: str, text: str, tokens: list[int], version: int = 4, reason: str = "stop") -> Response:
+    logprobs = -np.array(tokens, np.float32)
+    return Response(key, tokens, logprobs, np.full(len(tokens), version, np.int32), reason, text)
+
+
+def opened(n: int) -> OpenGroup:
+    return OpenGroup(request_of(PROMPT, n), PROMPT_TOKENS, hint, between)
+
+
+def test_a_wrong_response_gets_a_hint_and_a_second_turn_with_all_before_it() -> None:
+    group = opened(2)
+    first = group.first()
+    assert [turn.context for turn in first] == [PROMPT_TOKENS] * 2 and [turn.seed for turn in first] == [0, 1]
+    (again,) = group.add(said(first[0].key, "wrong", [5, 6]))
+    assert again.context == [*PROMPT_TOKENS, 5, 6, *HINT]
+    assert again.seed == 1, "another one than that of the turn before"
+    assert group.under_way == [again.key, first[1].key] and group.whole() is None
+    assert group.add(said(first[1].key, "right", [7])) == [] and group.whole() is None
+    assert group.add(said(again.key, "wrong again", [8, 9, 10], version=5)) == [], "there are two turns at most"
+    whole = group.whole()
+    assert whole is not None and group.under_way == []
+    sample, short = whole.trajectories
+    assert sample.tokens.tolist() == [*PROMPT_TOKENS, 5, 6, *HINT, 8, 9, 10]
+    assert sample.loss_mask.tolist() == [False] * 3 + [True] * 2 + [False] * 2 + [True] * 3
+    assert sample.logprobs.tolist() == [0, 0, 0, -5, -6, 0, 0, -8, -9, -10]
+    assert sample.versions.tolist() == [-1, -1, -1, 4, 4, -1, -1, 5, 5, 5]
+    assert sample.segments == (
+        Segment("prompt", 0, 0),
+        Segment("assistant", 0, 3),
+        Segment("user", 1, 5),
+        Segment("assistant", 1, 7),
+    )
+    assert sample.texts == ("wrong", "left", "wrong again") and sample.length == 5
+    assert short.tokens.tolist() == [*PROMPT_TOKENS, 7] and short.texts == ("right",)
+
+
+def test_a_truncated_response_is_closed_by_a_token_that_the_policy_did_not_sample() -> None:
+    group = opened(1)
+    (first,) = group.first()
+    (again,) = group.add(said(first.key, "wro", [5, 6], reason="length"))
+    assert again.context == [*PROMPT_TOKENS, 5, 6, 89, *HINT]
+    group.add(said(again.key, "right", [8]))
+    whole = group.whole()
+    assert whole is not None and whole.trajectories[0].length == 3, "the token that closes the turn is not trained on"
+
+
+def test_a_turn_knows_its_request() -> None:
+    group = opened(1)
+    (first,) = group.first()
+    assert request_of_turn(first.key) == group.request.key
