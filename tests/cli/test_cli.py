@@ -34,10 +34,11 @@ def cli(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **functions: object) -> None:
-    """Put functions in the place of `cluster/build.py`."""
-    build = SimpleNamespace(**functions)
-    monkeypatch.setitem(sys.modules, "rlhf_dist.cluster.build", build)
-    monkeypatch.setattr(rlhf_dist.cluster, "build", build, raising=False)
+    """Put functions in the place of `cluster/build.py` and `cluster/supervised.py`."""
+    found = SimpleNamespace(**functions)
+    for name in ("build", "supervised"):
+        monkeypatch.setitem(sys.modules, f"rlhf_dist.cluster.{name}", found)
+        monkeypatch.setattr(rlhf_dist.cluster, name, found, raising=False)
 
 
 @pytest.fixture
