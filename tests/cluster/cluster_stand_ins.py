@@ -107,7 +107,7 @@ class Stand:
         return self._worker.load_weights(announcement)
 
     def holds(self, turn: str) -> bool:
-        return self._mode.startswith("holds ") and f"/{self._mode.split()[1]}/" in turn
+        return self._mode.startswith("holds ") and turn.split("/", 1)[1].startswith(f"{self._mode.split()[1]}/")
 
     def be(self, mode: str) -> str:
         self._mode = mode
