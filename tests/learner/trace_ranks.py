@@ -33,21 +33,22 @@ from rlhf_dist.config.schema import (
     ModelConfig,
     OptimizerConfig,
 )
+from rlhf_dist.learner.collator import Collator
 from rlhf_dist.learner.critic import CriticLearner
 from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.model_engine import Engine, ModelEngine
 from rlhf_dist.learner.policy import PolicyLearner
-from rlhf_dist.learner.rank_batch import rank_batch
+from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.scalar_engine import ScalarEngine
 from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard
-from rlhf_dist.loop.ports import Estimates
+from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.step import Learning, train_step
 from rlhf_dist.models.tokenizer import character_tokenizer
 from rlhf_dist.rollout.trajectories import head_of
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.timeline import Stopwatch
-from rlhf_dist.types import Experience, Group, Handle, Message, Prompt, Referenced, ReferenceHead, Sampling, Scores
+from rlhf_dist.types import Experience, Group, Handle, Message, Prompt, ReferenceHead, Sampling, Scores
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.sync import WeightSync
 
@@ -158,8 +159,11 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (HIDDEN,)}
 
 
-def experiences(step: int) -> list[Experience]:
-    """The trajectories of a training step: groups of 2 to 4 samples, prompts of 2 to 9 tokens, responses of 1 to 24."""
+def experiences(step: int, bodies: Bodies) -> list[Experience]:
+    """The trajectories of a training step: groups of 2 to 4 samples, prompts of 2 to 9 tokens, responses of 1 to 24.
+
+    Their tokens go to `bodies`.
+    """
     chance = np.random.RandomState(SEED + step)
     made = []
     for group, scores in enumerate(SCORES[step - 1]):
@@ -181,21 +185,40 @@ def experiences(step: int) -> list[Experience]:
         reference = (sampled + 0.3 * chance.standard_normal(total)).astype(np.float32)
         kl = np.add.reduceat(sampled - reference, np.concatenate([[0], np.cumsum(lengths)[:-1]]))
         none = np.zeros(len(scores))
+        bodies.collator.keep(body.request.key, body)
+        bodies.collator.keep_reference(body.request.key, reference)
         made.append(
             Experience(
                 prompt,
                 head_of(body, "w"),
                 Scores(np.array(scores, np.float32), {}, none, none),
-                Handle(body),
-                Referenced(ReferenceHead(kl, none), Handle(reference)),
+                body.request.key,
+                ReferenceHead(kl, none),
             )
         )
     return made
 
 
-def records(handles: Sequence[Handle[Any]]) -> list[Any]:
-    """What the handles stand for: here the records themselves."""
-    return [handle.place for handle in handles]
+class Bodies:
+    """`loop.ports.Bodies` of a process alone: a collator, and handles that hold what they stand for."""
+
+    def __init__(self) -> None:
+        self.collator = Collator()
+
+    def batches(self, shards: Sequence[Shard], keys: Sequence[str], compared: bool) -> list[Handle[RankBatch]]:
+        return [Handle(batch) for batch in self.collator.batches(shards, keys, compared)]
+
+    def keep(self, key: str, body: Handle[Group]) -> None:
+        raise NotImplementedError
+
+    def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:
+        raise NotImplementedError
+
+    def forget(self, keys: Sequence[str]) -> None:
+        raise NotImplementedError
+
+    def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
+        raise NotImplementedError
 
 
 def everyone(mine: Any) -> list[Any]:
@@ -232,19 +255,12 @@ class PolicyRanks:
         self.rows: list[list[int]] = []
         """[optimizer steps of first passes][micro-batches of all ranks]: rows."""
 
-    def update(
-        self,
-        shards: Sequence[Shard],
-        bodies: Sequence[Handle[Group]],
-        references: Sequence[Handle[np.ndarray]],
-        estimates: Estimates,
-    ) -> MetricSums:
+    def update(self, batches: Batches, estimates: Estimates) -> MetricSums:
         rank = self._learner.engine.rank
-        for cuts in zip(*(shard.updates for shard in shards), strict=True):
+        for cuts in zip(*(batch.place.updates for batch in batches), strict=True):
             self.rows.append([len(chosen) for micro_batches in cuts for chosen in micro_batches])
         own = estimates.handles[rank].place if estimates.handles else None
-        batch = rank_batch(shards[rank], records(bodies), records(references))
-        return MetricSums.merge(everyone(self._learner.update(batch, own, estimates.whitening)))
+        return MetricSums.merge(everyone(self._learner.update(batches[rank].place, own, estimates.whitening)))
 
     def publish(self, version: int) -> Announcement:
         return everyone(self._learner.engine.publish(version))[0]
@@ -260,17 +276,13 @@ class CriticRanks:
         self._learner = learner
         self._rank = learner.engine.rank
 
-    def estimate(
-        self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], references: Sequence[Handle[np.ndarray]]
-    ) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
-        sums, own = self._learner.estimate(rank_batch(shards[self._rank], records(bodies), records(references)))
+    def estimate(self, batches: Batches) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
+        sums, own = self._learner.estimate(batches[self._rank].place)
         return [Handle(found) for found in everyone(own)], EstimateSums.merge(everyone(sums))
 
-    def begin_update(
-        self, shards: Sequence[Shard], bodies: Sequence[Handle[Group]], estimates: Estimates
-    ) -> Handle[MetricSums]:
+    def begin_update(self, batches: Batches, estimates: Estimates) -> Handle[MetricSums]:
         own = estimates.handles[self._rank].place
-        return Handle(self._learner.update(rank_batch(shards[self._rank], records(bodies), ()), own))
+        return Handle(self._learner.update(batches[self._rank].place, own))
 
     def finish_update(self, pending: Handle[MetricSums]) -> MetricSums:
         return MetricSums.merge(everyone(pending.place))
@@ -312,12 +324,13 @@ def run(method: Method, world: int, folder: Path) -> dict[str, Any]:
     start = {name: weights(engine) for name, engine in engines.items()}
     policy = PolicyRanks(PolicyLearner(policy_engine, algorithm), world)
     sync = WeightSync(policy, NoWorkers())
-    shaper, metrics = Shaper(method.algo, LONGEST), []
+    shaper, metrics, bodies = Shaper(method.algo, LONGEST), [], Bodies()
     for step in range(1, STEPS + 1):
         report, push = train_step(
-            experiences(step),
+            experiences(step, bodies),
             policy=policy,
             critic=critics,
+            bodies=bodies,
             sync=sync,
             shaper=shaper,
             learning=Learning(algorithm, learner, critic, SAMPLING, STEPS),
