@@ -87,6 +87,13 @@ def canonical_config(folder: Path, algo: Algo, overrides: Sequence[str], steps: 
     )
 
 
+def require_overrides(words: Sequence[str]) -> None:
+    """Raise `ConfigError` for a word of the command line that is no `key=value`."""
+    for word in words:
+        if "=" not in word:
+            raise ConfigError(f"`{word}` is not of the form key=value; this benchmark takes no config file")
+
+
 def algorithm_keys(algo: Algo, folder: Path) -> dict[str, Any]:
     """What the config says of the algorithm and its rewards."""
     if algo == "ppo":

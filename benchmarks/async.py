@@ -16,11 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from _canonical import canonical_config, write_config
+from _canonical import canonical_config, require_overrides, write_config
 from step import HERE, Step, at_least, machine_facts, run_ours, run_process, save, work_folder
 
 from rlhf_dist.cli.arguments import Parser
-from rlhf_dist.errors import ConfigError
 
 APART = ("cluster.colocate=false",)
 PHASES = ("generate", "train", "sync", "other")
@@ -70,9 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"async-{stamp}.json", help="JSON to write")
     args = parser.parse_intermixed_args(list(argv))
-    for word in args.words:
-        if "=" not in word:
-            raise ConfigError(f"`{word}` is not of the form key=value; this benchmark takes no config file")
+    require_overrides(args.words)
     return args
 
 

@@ -26,7 +26,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from _canonical import ALGOS, canonical_config, prompt_tokens, reward_folder, write_config
+from _canonical import (
+    ALGOS,
+    canonical_config,
+    prompt_tokens,
+    require_overrides,
+    reward_folder,
+    write_config,
+)
 from _limit import Work, write_work
 
 from rlhf_dist.cli.arguments import Parser
@@ -140,9 +147,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"step-{stamp}.json", help="JSON to write")
     args = parser.parse_intermixed_args(list(argv))
-    for word in args.words:
-        if "=" not in word:
-            raise ConfigError(f"`{word}` is not of the form key=value; this benchmark takes no config file")
+    require_overrides(args.words)
     return args
 
 

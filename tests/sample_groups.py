@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlhf_dist.learner.rows import Row
-from rlhf_dist.rollout.trajectories import Response, single_turn
+from rlhf_dist.rollout.trajectories import Exchange, Response, conversation
 from rlhf_dist.types import (
     NO_VERSION,
     POLICY_ROLE,
@@ -28,6 +28,11 @@ PROMPT = Prompt("0/0", (Message("user", "x"),), "", "test")
 def request_of(prompt: Prompt, n: int = 1, sampling: Sampling = SAMPLING) -> Request:
     """For training, with the seeds 0, 1, 2 ..."""
     return Request(prompt, 0, "train", sampling, tuple(range(n)))
+
+
+def single_turn(prompt: Sequence[int], response: Response) -> Trajectory:
+    """A prompt's tokens and the response to them."""
+    return conversation([Exchange(prompt, "", response)])
 
 
 def group_of(

@@ -51,51 +51,46 @@ class Inbox:
 
     def pump(self) -> None:
         """Wait for events, for `SLICE_S` at most, and hand them over. Raises `RayLost`."""
-        self._step([], 1, SLICE_S)
-        require_ray()
+        if not self._events and not self._wait_for([], SLICE_S):
+            require_ray()
+        self._hand_over()
 
     def wait(self, calls: list[Any], patience: Patience, count: int = 1) -> list[Any]:
         """Those of `calls` that are done: `count`, or fewer when the patience is at its end. Raises `RunError`, and
         what the listener raises."""
         while True:
-            done: list[Any] = patience.wait(lambda seconds: self._step(calls, count, seconds))
+            done: list[Any] = patience.wait(lambda seconds: self._slice(calls, count, seconds))
             if len(done) >= count or patience.left <= 0:
                 return done
             require_ray()
 
-    def _step(self, calls: list[Any], count: int, seconds: float) -> list[Any]:
-        """One wait; hands over what came. Returns those of `calls` that are done once there are `count`, or in time."""
+    def _slice(self, calls: list[Any], count: int, seconds: float) -> list[Any]:
+        """Those of `calls` that are done: `count`, or fewer after `seconds`; events are handed over as they come."""
         end = self._clock() + seconds
         while True:
-            pending = list(calls)
-            done = ray.wait(pending, num_returns=len(pending), timeout=0)[0] if pending else []
+            done, pending = ray.wait(calls, num_returns=len(calls), timeout=0)
             left = end - self._clock()
-            if calls and (len(done) >= count or left <= 0):
+            if len(done) < count and left > 0:
+                self._wait_for(pending, left)
                 self._hand_over()
-                return done
-            awaited = [call for call in pending if call not in done] + list(self._calls)
-            if awaited and not self._events:
-                ray.wait(awaited, num_returns=1, timeout=max(0.0, left), fetch_local=False)
-            elif not self._events:
-                time.sleep(max(0.0, left))  # Nothing is under way at all.
-            found = self._read()
-            if self._hand_over() or found:
-                if not calls:
-                    return []
-            elif not calls and self._clock() >= end:
-                return []
+                continue
+            self._hand_over()
+            return done
 
-    def _read(self) -> bool:
-        """Take in all calls that are done; whether there were any."""
+    def _wait_for(self, calls: list[Any], seconds: float) -> bool:
+        """Wait until one of these calls, or of those that become events, is done; whether one is."""
+        awaited = [*calls, *self._calls]
+        if not awaited:
+            time.sleep(seconds)  # Nothing is under way at all.
+            return False
+        return bool(ray.wait(awaited, num_returns=1, timeout=seconds, fetch_local=False)[0])
+
+    def _hand_over(self) -> None:
+        """Read all calls that have become events, and hand these to the listener."""
         waiting = list(self._calls)
         done = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)[0] if waiting else []
         for call in done:
             self._events += self._calls.pop(call)(call)
-        return bool(done)
-
-    def _hand_over(self) -> bool:
-        """Whether there was anything to hand over."""
         events, self._events = self._events, []
         if events and self._listener is not None:
             self._listener(events)
-        return bool(events)

@@ -242,8 +242,14 @@ class Ledger:
         return LedgerProof(issued, consumed, dropped, in_flight, lost, twice, **tokens)
 
     def totals(self, step: int) -> LedgerTotals:
-        """For the checkpoint of `step`."""
+        """For the checkpoint of `step`, which is being written: what was dropped until now belongs to it.
+
+        A group may have been dropped since the step was done. The checkpoint does not issue it again, so a resume from
+        there must not take its drop back.
+        """
         with self._transaction():
+            sql = "UPDATE groups SET step = ?1 WHERE state = 'dropped' AND step > ?1"
+            self._database.execute(sql, (step,))
             return totals_of(self._database, step)
 
     def close(self) -> None:

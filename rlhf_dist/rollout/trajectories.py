@@ -52,11 +52,6 @@ class Exchange:
     response: Response
 
 
-def single_turn(prompt: Sequence[int], response: Response) -> Trajectory:
-    """A prompt's tokens and the response to them."""
-    return conversation([Exchange(prompt, "", response)])
-
-
 def conversation(exchanges: Sequence[Exchange]) -> Trajectory:
     """At least one, in their order, as one trajectory; only the responses are sampled."""
     responses = [exchange.response for exchange in exchanges]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -113,10 +113,17 @@ class RolloutWorker:
         self._inbox.put(None)
 
     def load_weights(self, announcement: Announcement) -> Receipt:
-        """Load a published version between two steps; the receipt says what arrived. The caller has the limit."""
+        """Load a published version between two steps; the receipt says what arrived.
+
+        Who asks has the limit (`weights.timeout_s`); a load that comes later is done all the same, and its receipt read
+        at the next push. Raises what ended the pump, if it ends before the load.
+        """
         load = Load(announcement)
         self._inbox.put(load)
-        return load.done.result()
+        while not wait([load.done], BEAT_S).done:
+            if self._failure is not None:
+                raise self._failure
+        return load.done.result(0)
 
     def events(self, wait_s: float = BEAT_S) -> list[WorkerEvent]:
         """What has happened since the last call; waits for something, for at most `wait_s`. The last one is a `Beat`.
@@ -138,16 +145,16 @@ class RolloutWorker:
         """Pump until the process ends."""
         try:
             while True:
-                self.turn(wait=not self._open)
+                self.turn(idle=not self._open)
         except BaseException as error:  # whatever it is, who asks for events has to hear of it
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
 
-    def turn(self, wait: bool = False) -> None:
-        """Do what was asked for, in its order, then one decoding step; `wait`: for something to be asked for."""
+    def turn(self, idle: bool = False) -> None:
+        """Do what was asked for, in its order, then one decoding step; `idle`: wait for something to be asked for."""
         try:
-            load = self._inbox.get(wait)
+            load = self._inbox.get(idle)
             while True:
                 self._take(load)
                 load = self._inbox.get_nowait()
@@ -223,6 +230,6 @@ class RolloutWorker:
         with self._changed:
             self._out += events
             self._steps += steps
-            self._samples = sum(len(group.under_way) for group in self._open.values())
+            self._samples = sum(group.waits_for for group in self._open.values())
             if events:
                 self._changed.notify_all()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from sample_groups import flat_tokens, group_of, two_turns
+from sample_groups import flat_tokens, group_of, single_turn, two_turns
 
-from rlhf_dist.rollout.trajectories import Response, head_of, single_turn
+from rlhf_dist.rollout.trajectories import Response, head_of
 from rlhf_dist.types import NO_VERSION, POLICY_ROLE, PROMPT_ROLE, Segment
 
 
