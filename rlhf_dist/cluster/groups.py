@@ -15,7 +15,7 @@ from rlhf_dist.cluster.waits import Wait, fetch, gather, limit_text
 from rlhf_dist.errors import ActorTimeout, AnswerLost, WeightSyncError
 from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard
-from rlhf_dist.loop.events import Compared, Event, Kept, MemberKind, Scored, Undone
+from rlhf_dist.loop.events import NOBODY, Compared, Event, Kept, MemberKind, Scored, Undone
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Group, Handle, Referenced
@@ -23,8 +23,6 @@ from rlhf_dist.weights.receipts import Announcement, receipt_problem
 
 SCORING_KEY = "scoring.timeout_s"
 LEARNER_KEY = "learner.timeout_s"
-
-
 LIMIT_KEYS: dict[MemberKind, tuple[str, str]] = {
     "rollout": ("generate", "rollout.timeout_s"),
     "scoring": ("score", SCORING_KEY),
@@ -130,7 +128,7 @@ class CollatorProcess:
         try:
             fetch(call, self._name, f"keep {key}", self._timeout_s)
         except AnswerLost:
-            return []  # The worker that had it is lost, and the group begins again.
+            return [Undone("scoring", NOBODY, key)]
         return [Kept(key)]
 
     def _ask(self, call: Any, what: str) -> Any:

@@ -13,15 +13,13 @@ run at once; what holds each of them back, with P groups a step, target lag S an
     | learner, push     | ready groups                         | issuing, at (S+1) P seats | what is under way         |
     | S = 0             | P seats: one step's                  | each half in turn         | the synchronous loop      |
 
-**Lag.** Groups are numbered as they are issued. Group q needs a seat, and a group gives its seat back when it is
-dropped or when the version that it was trained into is published. So q is issued at a version of at least
-ceil((q - d + 1) / P) - (S + 1), where d groups before it were dropped. It is trained on by step floor((q - d + W - 1)
-/ P) + 1 at the latest, since only the W - 1 groups after the oldest open one may pass it. The lag, versions from its
-oldest token to the weights that learn from it, is therefore at most
+**Lag** (windowed FIFO, MiniMax, arXiv:2605.26494, section 6.2.4). Groups are numbered as they are issued. Group q needs
+a seat, and a group gives its seat back when it is dropped or when the version that it was trained into is published. So
+q is issued at a version of at least ceil((q - d + 1) / P) - (S + 1), where d groups before it were dropped. It is
+trained on by step floor((q - d + W - 1) / P) + 1 at the latest, since only the W - 1 groups after the oldest open one
+may pass it. The lag, versions from its oldest token to the weights that learn from it, is therefore at most
 
     S + ceil((W - 1) / P) <= L = loop.max_policy_lag
-
-Source: windowed FIFO, MiniMax (arXiv:2605.26494, section 6.2.4).
 """
 
 from __future__ import annotations
@@ -33,8 +31,9 @@ from itertools import islice, takewhile
 
 import numpy as np
 
-from rlhf_dist.errors import ActorLost, DataError, RewardError
+from rlhf_dist.errors import ActorLost
 from rlhf_dist.loop.events import (
+    NOBODY,
     About,
     Answer,
     Asked,
@@ -57,6 +56,7 @@ from rlhf_dist.loop.events import (
     Taken,
     Tell,
     Tick,
+    TimedOut,
     Undone,
 )
 from rlhf_dist.loop.members import Members
@@ -71,6 +71,7 @@ from rlhf_dist.loop.reasons import (
     STALE,
     UNTOLD,
     WORKER_LOST,
+    refuse_whole_epoch,
 )
 from rlhf_dist.loop.requests import greedy, make_request
 from rlhf_dist.loop.rules import Prompts, Rules
@@ -90,6 +91,8 @@ class Controller:
         """By number, oldest first: those of them that are groups in training."""
         self._ready = 0
         """How many of the groups are whole."""
+        self._undone: dict[str, float] = {}
+        """Key -> since when somebody could not get at the tokens of a request, whose worker is not known to be lost."""
         self._answers: dict[tuple[str, str], Answer] = {}
         """Of an evaluation, by purpose and uid."""
         self._evaluations, self._awaited = 0, 0
@@ -114,7 +117,7 @@ class Controller:
         commands: list[Command] = []
         match event:
             case Tick():
-                return self._members.silent(now)
+                return self._members.silent(now) + self._unexplained(now)
             case Beat():
                 self._members.beat(event, now)
             case Published():
@@ -222,8 +225,10 @@ class Controller:
             return []
         match event:
             case Undone():
-                one.undone = True  # Its worker is lost: told of before, or soon.
-                return self._begin_again([one]) if one.worker not in self._members.workers else []
+                if one.worker not in self._members.workers:
+                    return self._begin_again([one])
+                self._undone.setdefault(event.key, now)
+                return []
             case Unanswered():
                 return self._drop(one, event.drop.reason, event.drop.detail)
             case Answered():
@@ -303,12 +308,15 @@ class Controller:
         commands.append(Book("dropped", (one.attempt,), reason=reason))
         if reason not in UNTOLD:
             commands.append(Tell("dropped", f"prompt {uid}: {reason}: {detail}", uid))
-        self._require_hope(reason, detail)
+        refuse_if_hopeless(self._dropped[NON_FINITE], self._rules.groups_per_step, self._non_finite)
+        if self._prompts is not None and not self._arrived:
+            refuse_whole_epoch(self._dropped, len(self._prompts), reason, detail)
         return commands
 
     def _close(self, one: OpenRequest) -> list[Command]:
         """Nothing more is wanted of a request: not of the worker that samples it, nor of who keeps its tokens."""
         del self._open[one.request.key]
+        self._undone.pop(one.request.key, None)
         if one.trains:
             del self._groups[one.number]
             self._ready -= one.experience is not None
@@ -321,22 +329,14 @@ class Controller:
             return [Cancel(one.worker, (one.request.key,))]
         return [] if one.evaluates else [Forget((one.request.key,))]
 
-    def _require_hope(self, reason: str, detail: str) -> None:
-        """Raise where nothing will ever be trained on."""
-        lost = self._dropped.total() - sum(self._dropped[one] for one in (NO_SIGNAL, STALE, SLOWEST, END_OF_RUN))
-        refuse_if_hopeless(self._dropped[NON_FINITE], self._rules.groups_per_step, self._non_finite)
-        if self._prompts is not None and not self._arrived and lost and lost >= len(self._prompts):
-            reasons = ", ".join(f"{count} {each}" for each, count in self._dropped.items())
-            failure = RewardError if reason == NON_FINITE else DataError
-            raise failure(f"a whole epoch of prompts was dropped ({reasons}; the last: {detail})")
-
     def _lost(self, event: Lost, now: float) -> list[Command]:
         """Let others begin again what only the lost worker had."""
         if not self._members.lose(event.worker):
             return []
         if not self._members.workers:
             raise ActorLost(event.why)
-        gone = [one for one in self._open.values() if one.worker == event.worker and (one.undone or not one.kept)]
+        had = [one for one in self._open.values() if one.worker == event.worker]
+        gone = [one for one in had if not one.kept or one.request.key in self._undone]
         again = f"{len(gone)} requests of {event.worker} begin again with other workers" if gone else ""
         text = "; ".join(filter(None, ["" if event.told else event.why, again]))
         told: list[Command] = [Tell("warning", text)] if text else []
@@ -348,6 +348,7 @@ class Controller:
         together: list[tuple[OpenRequest, ...]] = []
         for one in sorted(gone, key=lambda each: each.number):
             del self._open[one.request.key]
+            self._undone.pop(one.request.key, None)
             if one.head is not None:
                 commands.append(Forget((one.request.key,)))  # the collator may have got it just before
             if one.trains:
@@ -363,6 +364,12 @@ class Controller:
         for requests in reversed(together):
             self._members.wait(requests, first=True)
         return commands
+
+    def _unexplained(self, now: float) -> list[Command]:
+        """Workers whose tokens nobody could get at, and who have not been told of as lost within their limit."""
+        limit = self._members.limits_s["rollout"]
+        late = [key for key, since in self._undone.items() if now - since > limit]
+        return [TimedOut("rollout", self._open[key].worker, limit) for key in late]
 
     def _drop_stale(self, now: float) -> list[Command]:
         """What is ready and too old to be trained on, where the rules say so; others make up for it."""
@@ -388,6 +395,6 @@ class Controller:
             case Undone():
                 return event.kind, event.server
             case Kept():
-                return "scoring", ""
+                return "scoring", NOBODY
             case _:
-                return "rollout", one.worker if one is not None else ""
+                return "rollout", one.worker if one is not None else NOBODY

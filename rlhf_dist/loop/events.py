@@ -31,6 +31,10 @@ MemberKind = Literal["rollout", "scoring", "reference"]
 """What a process does for the loop."""
 
 
+NOBODY = ""
+"""In place of a member's name: the collator is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """The collator owns a group's tokens: they outlive the worker that made them."""
@@ -58,7 +62,7 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class Undone:
-    """A server could not get at a group's tokens: they were lost with the worker that had made them."""
+    """A server, or the collator, could not get at a group's tokens: they were lost with the worker that made them."""
 
     kind: MemberKind
     server: str

@@ -55,7 +55,7 @@ class Members:
             kind: [key for key in self._members if key[0] == kind] for kind in named
         }
         self._capacity = capacity
-        self._limits_s = limits_s
+        self.limits_s = limits_s
         self._backlog: deque[tuple[OpenRequest, ...]] = deque()
 
     @property
@@ -128,9 +128,9 @@ class Members:
     def silent(self, now: float) -> list[Command]:
         """Members that have work and gave no sign of progress within their limit."""
         return [
-            TimedOut(kind, name, self._limits_s[kind])
+            TimedOut(kind, name, self.limits_s[kind])
             for (kind, name), member in self._members.items()
-            if member.work and now - member.sign > self._limits_s[kind]
+            if member.work and now - member.sign > self.limits_s[kind]
         ]
 
     def _give(self, key: MemberKey, request_key: str, size: int, now: float) -> None:

@@ -26,8 +26,6 @@ class OpenRequest:
     head: GroupHead | None = None
     kept: bool = False
     """The collator owns the group."""
-    undone: bool = False
-    """A server could not get at it any more."""
     scores: Scores | None = None
     reference: ReferenceHead | None = None
     baseline: float = 0.0
@@ -76,5 +74,5 @@ class OpenRequest:
 
     def begin_again(self, attempt: int) -> None:
         """The next attempt: with the same seeds, so that the same samples come of it."""
-        self.request, self.undone = replace(self.request, attempt=attempt), False
+        self.request = replace(self.request, attempt=attempt)
         self.worker, self.head, self.kept, self.scores, self.reference = "", None, False, None, None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+from rlhf_dist.errors import DataError, RewardError
+
 NON_FINITE = "non_finite"
 """All its responses are left out for their rewards, or the greedy one that they are compared with."""
 NO_SIGNAL = "no_signal"
@@ -18,3 +22,16 @@ END_OF_RUN = "end_of_run"
 """A group that was under way when the last step was done."""
 UNTOLD = (NON_FINITE, NO_SIGNAL, STALE, SLOWEST, END_OF_RUN)
 """Reasons that are counted, without a line for each group in the event log."""
+
+
+def refuse_whole_epoch(dropped: Counter[str], prompts: int, reason: str, detail: str) -> None:
+    """Raise where as many groups as an epoch has prompts could not be used, and none could.
+
+    DataError, or RewardError where the last was dropped for its rewards (`reason`, `detail`). Groups that could have
+    been used, but for the others of their step, do not count.
+    """
+    unusable = dropped.total() - sum(dropped[usable] for usable in (NO_SIGNAL, STALE, SLOWEST, END_OF_RUN))
+    if unusable and unusable >= prompts:
+        reasons = ", ".join(f"{count} {each}" for each, count in dropped.items())
+        failure = RewardError if reason == NON_FINITE else DataError
+        raise failure(f"a whole epoch of prompts was dropped ({reasons}; the last: {detail})")
