@@ -85,12 +85,10 @@ def fetch(call: Any, name: str, what: str, timeout_s: float) -> Any:
     except RayActorError as error:
         require_ray()
         raise ActorLost(f"{name} died during '{what}': {ending(name, str(error))}") from None
-    except ray.exceptions.ObjectLostError as error:
-        require_ray()
-        raise AnswerLost(f"the answer of {name} to '{what}' is lost: {error}") from None
     except ray.exceptions.RayError as error:
         require_ray()
-        raise ActorLost(f"the answer of {name} to '{what}' is lost: {type(error).__name__}: {error}") from None
+        kind = AnswerLost if isinstance(error, ray.exceptions.ObjectLostError) else ActorLost
+        raise kind(f"the answer of {name} to '{what}' is lost: {type(error).__name__}: {error}") from None
 
 
 def cause_of(error: RunError, pending: Mapping[Any, str], what: str) -> RunError:
