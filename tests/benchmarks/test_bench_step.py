@@ -46,7 +46,7 @@ def test_summary_takes_medians_and_the_fastest_limit() -> None:
     slow = [a_step(10.0, 20.0, 400.0)]
     limit = [a_step(1.0, 2.0, 400.0), a_step(2.0, 1.0, 800.0), a_step(50.0, 49.0, 100.0)]  # 100, 200, 1 tokens/s
     ours = [a_step(3.0, 4.0, 400.0)]  # 50 tokens/s
-    found = bench.summary([slow, limit], ours, start_s=31.0)
+    found = bench.summary([slow, limit], ours, start_s=31.0, target=1.3)
     assert found["limit"]["tokens_per_s"] == 100.0
     assert found["limit"]["seconds"] == {"generate": 2.0, "train": 2.0, "sync": 0.0, "other": 1.0}
     assert found["limit"]["step_s"] == 4.0
@@ -57,7 +57,7 @@ def test_summary_takes_medians_and_the_fastest_limit() -> None:
 def test_the_table_says_where_our_scoring_is(tmp_path: Path) -> None:
     limit = bench.Step({"generate": 1.0, "score": 2.0, "value": 3.0, "train": 4.0, "sync": 0.0, "other": 0.0}, 80.0)
     ours = bench.Step({"generate": 5.0, "value": 6.0, "train": 7.0, "sync": 1.0, "other": 1.0}, 100.0)
-    result = bench.summary([[limit]], [ours], start_s=1.0)
+    result = bench.summary([[limit]], [ours], start_s=1.0, target=1.08)
     config = _canonical.canonical_config(tmp_path, "ppo", [], steps=1)
     head, columns, *rows = bench.table(result, config).splitlines()
     assert head.startswith("one synchronous PPO step: 8 prompts x 8 samples")

@@ -1,0 +1,83 @@
+"""TRL's GRPOTrainer at the canonical work. `python _trl_side.py CONFIG.yaml TIMINGS.json`, in a process of its own.
+
+The trainer as its users run it on a CPU: generation by transformers, no reference model (`beta` 0), one optimizer step
+a batch. Micro-batches of 16 responses: with one of 64, rows are padded to the longest of all and the step is longer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+MICRO_BATCH = 16
+"""Responses of a forward pass."""
+
+
+def main(argv: list[str]) -> None:
+    """Train as many steps as the config says; writes seconds and response tokens of each."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from rlhf_dist.cluster.placement import local_machine, place
+    from rlhf_dist.config.load import from_yaml
+
+    config = from_yaml(Path(argv[0]).read_text(encoding="utf-8"))
+    torch.set_num_threads(place(config, local_machine(), "train").learner_threads)
+    rows = [json.loads(line) for line in Path(config.data.path).read_text(encoding="utf-8").splitlines()]
+    responses = config.loop.prompts_per_step * config.algo.group_size
+    tokens: list[int] = []
+    marks: list[float] = []
+
+    def shorter_is_better(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        tokens.append(sum(len(ids) for ids in completion_ids))
+        return [-float(len(ids)) for ids in completion_ids]
+
+    class Clock(TrainerCallback):
+        """Notes when training begins and when each step ends."""
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            marks.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            marks.append(time.perf_counter())
+
+    trainer = GRPOTrainer(
+        model=config.model.path,
+        reward_funcs=shorter_is_better,
+        args=GRPOConfig(
+            output_dir=str(Path(argv[1]).parent / "trl"),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=MICRO_BATCH,
+            gradient_accumulation_steps=responses // MICRO_BATCH,
+            num_generations=config.algo.group_size,
+            max_completion_length=config.rollout.max_response_tokens,
+            temperature=config.rollout.temperature,
+            beta=0.0,
+            learning_rate=config.learner.optimizer.lr,
+            max_grad_norm=config.learner.optimizer.max_grad_norm,
+            max_steps=config.loop.steps,
+            seed=config.seed,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    assert len(tokens) == config.loop.steps == len(marks) - 1, (len(tokens), len(marks))
+    seconds = [after - before for before, after in pairwise(marks)]
+    steps = [{"seconds": s, "tokens": n} for s, n in zip(seconds, tokens, strict=True)]
+    Path(argv[1]).write_text(json.dumps(steps), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
