@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.cluster import actors, learner_hosts as hosts
+from rlhf_dist.cluster.collator_host import CollatorHost
 from rlhf_dist.cluster.groups import (
     CollatorProcess,
     CriticGroup,
@@ -205,7 +206,7 @@ def start_fleets(
         references = start_servers(
             config, placement, source, logs, group, actors.ReferenceHost, "reference server", config.reference.replicas
         )
-    collator = start_servers(config, placement, source, logs, group, actors.CollatorHost, COLLATOR, 1, threads=1)
+    collator = start_servers(config, placement, source, logs, group, CollatorHost, COLLATOR, 1, threads=1)
     inbox = Inbox()
     ranks = start_ranks(config, placement, source, logs, group, hosts.PolicyHost, stack)
     critics = start_ranks(config, placement, source, logs, group, hosts.CriticHost, stack, critic=True)

@@ -14,7 +14,8 @@ from rlhf_dist.cluster.processes import silent
 from rlhf_dist.cluster.waits import Wait, fetch, gather, limit_text
 from rlhf_dist.errors import ActorTimeout, AnswerLost, WeightSyncError
 from rlhf_dist.learner.rank_batch import RankBatch
-from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard
+from rlhf_dist.learner.shard import Shard
+from rlhf_dist.learner.token_sums import Estimate, EstimateSums
 from rlhf_dist.loop.events import NOBODY, Compared, Event, Kept, MemberKind, Scored, Undone
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.telemetry.metrics import MetricSums

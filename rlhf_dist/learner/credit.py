@@ -10,8 +10,8 @@ import torch
 from rlhf_dist.algo.algorithm import TokenCredit
 from rlhf_dist.algo.rewards import token_rewards
 from rlhf_dist.learner.rank_batch import RankBatch
-from rlhf_dist.learner.rows import Packed
-from rlhf_dist.learner.shard import Estimate
+from rlhf_dist.learner.rows import Packed, pack_batch
+from rlhf_dist.learner.token_sums import Estimate
 
 
 def estimate(batch: RankBatch, values: np.ndarray, credit: TokenCredit, kl_in_reward: bool) -> Estimate:
@@ -50,7 +50,7 @@ def measure(batch: RankBatch, device: torch.device, measured: Callable[[Packed],
     parts, places = [], []
     with torch.no_grad():
         for chosen in (chosen for micro_batches in batch.updates for chosen in micro_batches):
-            found = measured(batch.pack(chosen, device)).float().cpu().numpy()
+            found = measured(pack_batch(batch, chosen, device)).float().cpu().numpy()
             places.append(batch.places(chosen))
             parts.append(found[: len(places[-1])])  # of the placeholder nothing
     out = np.empty_like(np.concatenate(parts))

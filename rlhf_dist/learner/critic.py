@@ -8,9 +8,10 @@ from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
 from rlhf_dist.algo.losses import clipped_value_loss
 from rlhf_dist.config.schema import CriticConfig
 from rlhf_dist.learner.credit import estimate, measure
-from rlhf_dist.learner.rank_batch import RankBatch, on
+from rlhf_dist.learner.rank_batch import RankBatch
+from rlhf_dist.learner.rows import on, pack_batch
 from rlhf_dist.learner.scalar_engine import ScalarEngine
-from rlhf_dist.learner.shard import Estimate, EstimateSums, token_sums
+from rlhf_dist.learner.token_sums import Estimate, EstimateSums, token_sums
 from rlhf_dist.telemetry.metrics import MetricSums
 
 
@@ -36,7 +37,7 @@ class CriticLearner:
         found: list[MetricSums] = []
         for micro_batches, rate in zip(batch.updates * batch.epochs, batch.critic_rates, strict=True):
             for index, chosen in enumerate(micro_batches):
-                packed, places = batch.pack(chosen, device), batch.places(chosen)
+                packed, places = pack_batch(batch, chosen, device), batch.places(chosen)
                 values = self.engine.values(packed)
                 if len(chosen):
                     old, returns = (on(device, x, places) for x in (estimate.values, estimate.returns))

@@ -16,9 +16,9 @@ from rlhf_dist.algo.kl import kl_estimate
 from rlhf_dist.learner.credit import measure
 from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.ptx import PtxMix
-from rlhf_dist.learner.rank_batch import RankBatch, on
-from rlhf_dist.learner.rows import Packed, pack_rows
-from rlhf_dist.learner.shard import Estimate, Whitening, token_sums
+from rlhf_dist.learner.rank_batch import RankBatch
+from rlhf_dist.learner.rows import Packed, on, pack_batch, pack_rows
+from rlhf_dist.learner.token_sums import Estimate, Whitening, token_sums
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
 
@@ -94,7 +94,7 @@ class PolicyLearner:
     def _loss(self, chosen: np.ndarray, given: Given, sentinel: bool) -> tuple[Tensor, MetricSums]:
         """The weighted loss of one micro-batch, and its metrics."""
         algorithm, batch, device = self._algorithm, given.batch, self.engine.device
-        packed, places = batch.pack(chosen, device), batch.places(chosen)
+        packed, places = pack_batch(batch, chosen, device), batch.places(chosen)
         logprobs, entropy, beside, beside_stats = self._forward(packed, batch.temperature, places)
         if len(chosen) == 0:
             # All that the other ranks' losses depend on: under ZeRO 3 their backward passes gather the same modules.

@@ -1,4 +1,4 @@
-"""What one learner rank trains on in one step, as one object. Pure."""
+"""What one learner rank trains on in one step, as one object. Pure; without torch, which the collator does not load."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from rlhf_dist.learner.rows import NOTHING, Packed, pack
 from rlhf_dist.learner.shard import RankPlan, Shard
 from rlhf_dist.types import Group
 
@@ -42,13 +39,6 @@ class RankBatch(RankPlan):
         """int64; which of the N are of the chosen rows, row after row."""
         return spans(self.offsets, chosen)
 
-    def pack(self, chosen: np.ndarray, device: torch.device) -> Packed:
-        """The chosen rows for one forward pass; a placeholder for none, since every rank runs as many passes."""
-        if not len(chosen):
-            return pack(*NOTHING, device)
-        where = spans(self.starts, chosen)
-        return pack(self.tokens[where], self.loss_mask[where], np.diff(self.starts)[chosen], device)
-
 
 def rank_batch(shard: Shard, groups: Sequence[Group], references: Sequence[np.ndarray]) -> RankBatch:
     """The shard's rows out of the step's groups; `references`: of each group float32 [sampled tokens], or none."""
@@ -75,8 +65,3 @@ def joined(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
 def spans(edges: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """int64; all numbers of the spans edges[i]:edges[i + 1] of the chosen i, one span after another."""
     return joined([np.arange(edges[i], edges[i + 1]) for i in chosen], np.int64)
-
-
-def on(device: torch.device, values: np.ndarray, places: np.ndarray) -> Tensor:
-    """The values at these places, on the device."""
-    return torch.from_numpy(values[places]).to(device)

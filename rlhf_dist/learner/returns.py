@@ -7,7 +7,7 @@ import numpy as np
 from rlhf_dist.algo.algorithm import TokenCredit
 from rlhf_dist.learner.credit import estimate
 from rlhf_dist.learner.rank_batch import RankBatch
-from rlhf_dist.learner.shard import Estimate, EstimateSums
+from rlhf_dist.learner.token_sums import Estimate, EstimateSums
 
 
 class ReturnsLearner:

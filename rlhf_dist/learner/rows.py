@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_dist.learner.rank_batch import RankBatch, spans
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -81,3 +83,16 @@ def pack(tokens: np.ndarray, loss_mask: np.ndarray, lengths: np.ndarray, device:
         targets=ids[predict + 1].to(device),
         offsets=torch.from_numpy(np.searchsorted(with_loss, edges)).to(device),
     )
+
+
+def pack_batch(batch: RankBatch, chosen: np.ndarray, device: torch.device) -> Packed:
+    """The chosen rows for one forward pass; a placeholder for none, since every rank runs as many passes."""
+    if not len(chosen):
+        return pack(*NOTHING, device)
+    where = spans(batch.starts, chosen)
+    return pack(batch.tokens[where], batch.loss_mask[where], np.diff(batch.starts)[chosen], device)
+
+
+def on(device: torch.device, values: np.ndarray, places: np.ndarray) -> Tensor:
+    """The values at these places, on the device."""
+    return torch.from_numpy(values[places]).to(device)

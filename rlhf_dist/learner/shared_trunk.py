@@ -13,10 +13,10 @@ from rlhf_dist.config.schema import CriticConfig
 from rlhf_dist.learner.credit import estimate, measure
 from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.ptx import PtxMix
-from rlhf_dist.learner.rank_batch import RankBatch, on
-from rlhf_dist.learner.rows import Packed
-from rlhf_dist.learner.shard import Estimate, EstimateSums, Whitening
+from rlhf_dist.learner.rank_batch import RankBatch
+from rlhf_dist.learner.rows import Packed, on
 from rlhf_dist.learner.shared_engine import SharedEngine
+from rlhf_dist.learner.token_sums import Estimate, EstimateSums, Whitening
 from rlhf_dist.telemetry.metrics import MetricSums
 
 

@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from rlhf_dist.learner.rank_batch import RankBatch
-from rlhf_dist.learner.shard import AS_THEY_ARE, Estimate, EstimateSums, Shard, Whitening
+from rlhf_dist.learner.shard import Shard
+from rlhf_dist.learner.token_sums import AS_THEY_ARE, Estimate, EstimateSums, Whitening
 from rlhf_dist.loop.events import Event
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Group, Handle, Request

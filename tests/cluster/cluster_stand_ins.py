@@ -15,7 +15,7 @@ import pytest
 import ray
 from sample_groups import group_of, request_of
 
-from rlhf_dist.cluster.actors import CollatorHost
+from rlhf_dist.cluster.collator_host import CollatorHost
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet
 from rlhf_dist.cluster.session import ray_session
@@ -23,7 +23,7 @@ from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import ClusterConfig, Config
 from rlhf_dist.errors import DataError, EngineBroken, WeightSyncError
-from rlhf_dist.learner.shard import EstimateSums, Whitening
+from rlhf_dist.learner.token_sums import EstimateSums, Whitening
 from rlhf_dist.loop.events import Event
 from rlhf_dist.rollout import worker as rollout_worker
 from rlhf_dist.rollout.trajectories import Response, Turn

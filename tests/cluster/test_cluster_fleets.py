@@ -30,7 +30,7 @@ from rlhf_dist.cluster.rollout_fleet import RolloutFleet
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import ClusterConfig
 from rlhf_dist.errors import ActorLost, ActorTimeout, ResourceError, RunError, WeightSyncError
-from rlhf_dist.learner.shard import EstimateSums, Whitening
+from rlhf_dist.learner.token_sums import EstimateSums, Whitening
 from rlhf_dist.loop.events import Compared, Scored
 from rlhf_dist.loop.ports import NO_ESTIMATES, Estimates
 from rlhf_dist.telemetry.metrics import MetricSums

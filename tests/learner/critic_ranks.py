@@ -40,9 +40,10 @@ from rlhf_dist.learner.ptx import PtxMix
 from rlhf_dist.learner.rank_batch import rank_batch
 from rlhf_dist.learner.rows import Row, pack_rows
 from rlhf_dist.learner.scalar_engine import ScalarEngine
-from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard
+from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.shared_engine import SharedEngine
 from rlhf_dist.learner.shared_trunk import SharedPolicyLearner
+from rlhf_dist.learner.token_sums import Estimate, EstimateSums
 from rlhf_dist.loop.step import Learning, assign_credit, make_shards
 from rlhf_dist.models.actor_critic import PackedActorCritic
 from rlhf_dist.models.hf import load_model, load_tokenizer

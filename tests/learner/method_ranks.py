@@ -19,7 +19,8 @@ from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.rank_batch import rank_batch
 from rlhf_dist.learner.returns import ReturnsLearner
-from rlhf_dist.learner.shard import AS_THEY_ARE, EstimateSums, Shard
+from rlhf_dist.learner.shard import Shard
+from rlhf_dist.learner.token_sums import AS_THEY_ARE, EstimateSums
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.step import Learning, assign_credit, collate, make_shards
 from rlhf_dist.rollout.trajectories import head_of

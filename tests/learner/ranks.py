@@ -37,7 +37,8 @@ from rlhf_dist.learner.model_engine import ModelEngine, optimizer_file
 from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.rank_batch import rank_batch
 from rlhf_dist.learner.rows import pack_rows
-from rlhf_dist.learner.shard import AS_THEY_ARE, Shard
+from rlhf_dist.learner.shard import Shard
+from rlhf_dist.learner.token_sums import AS_THEY_ARE
 from rlhf_dist.loop.step import Learning, collate, make_shards
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.policy import PackedPolicy

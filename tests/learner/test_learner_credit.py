@@ -18,7 +18,8 @@ from rlhf_dist.algo.recipes import ppo
 from rlhf_dist.config.schema import AlgoConfig
 from rlhf_dist.learner.credit import estimate
 from rlhf_dist.learner.rank_batch import rank_batch
-from rlhf_dist.learner.shard import AS_THEY_ARE, Estimate, EstimateSums, Shard, Whitening
+from rlhf_dist.learner.shard import Shard
+from rlhf_dist.learner.token_sums import AS_THEY_ARE, Estimate, EstimateSums, Whitening
 from rlhf_dist.types import Group
 
 

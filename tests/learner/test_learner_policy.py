@@ -22,8 +22,8 @@ from rlhf_dist.algo.recipes import ppo
 from rlhf_dist.config.schema import AlgoConfig, CorrectionConfig, CriticConfig, KLConfig, LearnerConfig, OptimizerConfig
 from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.rank_batch import RankBatch, rank_batch
-from rlhf_dist.learner.rows import Packed, Row, pack_rows
-from rlhf_dist.learner.shard import AS_THEY_ARE, Estimate, Whitening
+from rlhf_dist.learner.rows import Packed, Row, pack_batch, pack_rows
+from rlhf_dist.learner.token_sums import AS_THEY_ARE, Estimate, Whitening
 from rlhf_dist.loop.step import Learning, assign_credit, make_shards
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.policy import PackedPolicy
@@ -89,7 +89,7 @@ def credit_of(batch: RankBatch) -> Estimate:
 
 def whole(batch: RankBatch) -> Packed:
     """All rows in one."""
-    return batch.pack(np.arange(len(batch.lengths)), CPU)
+    return pack_batch(batch, np.arange(len(batch.lengths)), CPU)
 
 
 def expected(engine: PlainEngine, batch: RankBatch, term: Any) -> Tensor:

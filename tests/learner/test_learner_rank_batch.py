@@ -8,6 +8,7 @@ import torch
 from sample_groups import group_of, two_turns
 
 from rlhf_dist.learner.rank_batch import RankBatch, rank_batch
+from rlhf_dist.learner.rows import pack_batch
 from rlhf_dist.learner.shard import Shard
 
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def test_the_plan_comes_along_as_it_is(batch: RankBatch) -> None:
 
 
 def test_chosen_rows_are_packed_in_their_order(batch: RankBatch) -> None:
-    packed = batch.pack(np.array([1, 0]), CPU)
+    packed = pack_batch(batch, np.array([1, 0]), CPU)
     assert packed.tokens.tolist() == [1, 2, 6, 7, 1, 2, 5, 6, 7, 8, 9]
     assert (packed.cu_seqlens.tolist(), packed.offsets.tolist()) == ([0, 4, 11], [0, 2, 5])
     assert packed.targets.tolist() == [6, 7, 5, 8, 9], "what was read between two turns is no target"
@@ -75,7 +76,7 @@ def test_a_rank_without_rows_packs_a_placeholder() -> None:
     assert (len(empty.tokens), len(empty.sampled), empty.offsets.tolist()) == (0, 0, [0])
     nothing = np.empty(0, np.int64)
     assert empty.places(nothing).tolist() == []
-    assert empty.pack(nothing, CPU).targets.tolist() == [0]
+    assert pack_batch(empty, nothing, CPU).targets.tolist() == [0]
 
 
 def test_without_a_reference_there_are_no_logprobs_of_it() -> None:

@@ -40,7 +40,8 @@ from rlhf_dist.learner.model_engine import Engine, ModelEngine
 from rlhf_dist.learner.policy import PolicyLearner
 from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.scalar_engine import ScalarEngine
-from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard
+from rlhf_dist.learner.shard import Shard
+from rlhf_dist.learner.token_sums import Estimate, EstimateSums
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.step import Learning, train_step

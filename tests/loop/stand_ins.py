@@ -13,7 +13,8 @@ import numpy as np
 from rlhf_dist.errors import ActorTimeout
 from rlhf_dist.learner.critic_files import critic_files
 from rlhf_dist.learner.model_engine import checkpoint_files
-from rlhf_dist.learner.shard import Estimate, EstimateSums, Shard
+from rlhf_dist.learner.shard import Shard
+from rlhf_dist.learner.token_sums import Estimate, EstimateSums
 from rlhf_dist.loop.events import Compared, Event, Kept, MemberKind, Scored
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.ports import Batches, Estimates

@@ -31,7 +31,8 @@ from rlhf_dist.config.schema import (
     ShapingConfig,
 )
 from rlhf_dist.errors import RunError
-from rlhf_dist.learner.shard import AS_THEY_ARE, Shard
+from rlhf_dist.learner.shard import Shard
+from rlhf_dist.learner.token_sums import AS_THEY_ARE
 from rlhf_dist.loop.ports import NO_ESTIMATES
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.step import (

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from rlhf_dist.algo.losses import clipped_policy_loss, clipped_value_loss
-from rlhf_dist.learner.shard import EstimateSums
+from rlhf_dist.learner.token_sums import EstimateSums
 from rlhf_dist.telemetry.timeline import Stopwatch
 
 ROOT = Path(__file__).parents[2]
