@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from _processes import processes, started
 from step import HERE, at_least, machine_facts, save, work_folder
 
 from rlhf_dist.cli.arguments import Parser
@@ -28,8 +26,6 @@ from rlhf_dist.config.checks import check
 from rlhf_dist.config.load import load
 from rlhf_dist.errors import RunError
 
-MARK = "RLHF_DIST_BENCH_MEMORY"
-"""In the environment of the run, which its processes inherit: they are found by it."""
 EVERY_S = 4.0
 SETTLED_STEP = 50
 """Growth counts from here."""
@@ -95,22 +91,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def watch(config: Path, words: Sequence[str], folder: Path) -> list[Sample]:
     """Run, and look at its processes until it ends. Raises `RunError` where it fails."""
-    mark = uuid.uuid4().hex
     log = folder / "run.log"
     samples: list[Sample] = []
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "rlhf_dist", "train", str(config), *words],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {MARK: mark},
-            cwd=HERE.parent,
-        )
+    with started(["train", str(config), *words], log) as (process, mark):
         while process.poll() is None:
             time.sleep(EVERY_S)
             step = steps_done(folder / "run" / "metrics.jsonl")
             if step:
-                samples.append(Sample(step, held(f"{MARK}={mark}")))
+                samples.append(Sample(step, held(mark)))
     if process.returncode:
         raise RunError(f"the run ended with exit code {process.returncode}; its log: {log}")
     return samples
@@ -124,26 +112,15 @@ def steps_done(metrics: Path) -> int:
 
 
 def held(mark: str) -> dict[str, float]:
-    """MiB by kind of process, of those whose environment has `mark`; one that ends meanwhile is left out."""
+    """MiB by kind of process; one that ends meanwhile is left out."""
     found: dict[str, float] = {}
-    for folder in Path("/proc").iterdir():
+    for folder, kind in processes(mark):
         try:
-            if not folder.name.isdigit() or mark.encode() not in (folder / "environ").read_bytes().split(b"\0"):
-                continue
-            words = (folder / "cmdline").read_bytes().split(b"\0")
             share = (folder / "smaps_rollup").read_text(encoding="ascii")
         except OSError:
             continue
-        kind = kind_of([word.decode(errors="replace") for word in words if word])
         found[kind] = found.get(kind, 0.0) + int(share.split("\nPss:")[1].split()[0]) / 1024
     return found
-
-
-def kind_of(words: Sequence[str]) -> str:
-    """`ray::NAME.method` is how Ray calls its workers; the command is the controller; all others are Ray's own."""
-    if words and words[0].startswith("ray::"):
-        return words[0].removeprefix("ray::").split(".")[0].split("(")[0]
-    return "controller" if "rlhf_dist" in words else "Ray itself"
 
 
 def summary(samples: Sequence[Sample], steps: int) -> dict[str, Any]:
