@@ -35,7 +35,7 @@ STUDIES: Mapping[str, Mapping[str, Sequence[str]]] = {
         "lag 1": (APART, "loop.max_policy_lag=1", "algo.ratio_to=behaviour"),
         "lag 4": (APART, "loop.max_policy_lag=4", "algo.ratio_to=behaviour"),
     },
-    "precision": {"float32": (), "bfloat16": ("model.dtype=bfloat16",)},
+    "precision": {"float32": (), "bfloat16": ("model.dtype=bfloat16", "learner.zero_stage=1")},
 }
 """Study -> variant -> what it sets."""
 ACCURACY = "eval/greedy_accuracy"

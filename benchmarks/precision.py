@@ -31,7 +31,12 @@ from step import (
 from rlhf_dist.cli.arguments import Parser
 from rlhf_dist.config.schema import Config
 
-DTYPES = ("float32", "bfloat16")
+DTYPES: Mapping[str, Sequence[str]] = {
+    "float32": ("model.dtype=float32",),
+    # DeepSpeed adds bfloat16 gradients up in float32 from stage 1 on.
+    "bfloat16": ("model.dtype=bfloat16", "learner.zero_stage=1"),
+}
+"""Type -> what it sets."""
 TARGET_RATIO = 1.8
 """At least; tokens a second of our bfloat16 run over those of our float32 one."""
 
@@ -58,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
 def made(folder: Path, dtype: str, args: argparse.Namespace) -> Config:
     """The canonical config of this type, with its model, in a folder of its own. Raises `ConfigError`."""
     folder.mkdir()
-    config = canonical_config(folder, "grpo", [*args.words, f"model.dtype={dtype}"], args.warmup + args.steps)
+    config = canonical_config(folder, "grpo", [*args.words, *DTYPES[dtype]], args.warmup + args.steps)
     path = write_config(config, folder)
     run_process([sys.executable, str(HERE / "_canonical.py"), str(path)], folder / "models.log", {})
     return config
