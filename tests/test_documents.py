@@ -86,9 +86,10 @@ def test_the_config_and_its_reward(files: Path) -> None:
 def test_the_readme_shows_the_same() -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     (row,) = re.findall(r"^```json\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    ppo, rewards = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    ppo, rewards, at_once = re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert code in DATA_PAGE and row in DATA_PAGE and rewards in DATA_PAGE
     assert problems(from_yaml(ppo), "train") == []
+    assert problems(from_yaml(at_once), "train") == []
 
 
 def bad_data(text: str, held_back: int = 0) -> Callable[[Path], object]:
