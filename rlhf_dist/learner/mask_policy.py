@@ -12,7 +12,7 @@ from rlhf_dist.algo.algorithm import LaggingMask
 from rlhf_dist.config.schema import ModelConfig
 from rlhf_dist.learner.rows import Packed
 from rlhf_dist.models.attention import choose_attention
-from rlhf_dist.models.hf import Companions, copy_weights, load_model, save_hf
+from rlhf_dist.models.hf import Companions, copy_weights, load_model, own_memory, save_hf
 from rlhf_dist.models.policy import PackedPolicy
 
 MASK_FOLDER = "mask"
@@ -29,6 +29,7 @@ class MaskPolicy:
         loaded = load_model(source, model.dtype, choose_attention(model.attention, device, model.dtype))
         self._policy = PackedPolicy(loaded.to(device))  # pyright: ignore[reportArgumentType]
         self._policy.requires_grad_(False)
+        own_memory(self._policy)
         self._lag = lag
 
     def mask(self, packed: Packed) -> ActionMask:

@@ -19,7 +19,7 @@ from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine
 from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.rows import Packed
 from rlhf_dist.models.attention import choose_attention
-from rlhf_dist.models.hf import load_model, read_companions, save_hf
+from rlhf_dist.models.hf import load_model, own_memory, read_companions, save_hf
 from rlhf_dist.models.policy import PackedPolicy, check_head
 from rlhf_dist.models.tensors import digest, read_tensors, write_tensors
 from rlhf_dist.weights.plan import make_plan
@@ -56,6 +56,7 @@ class Engine:
         self.device = torch.device(device)
         # Now, not when it is saved: a resumed run removes the checkpoint that it came from.
         self.companions = read_companions(source)
+        own_memory(module)
         self._deepspeed = DeepSpeedEngine(
             module, optimizer, zero_stage=learner.zero_stage, dtype=model.dtype, device=device
         )

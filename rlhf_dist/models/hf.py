@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
@@ -119,6 +120,18 @@ def load_weights(
         raise unloadable(path, "model", error) from error
     refuse_unknown(path, info["unexpected_keys"])
     return model, set(info["missing_keys"])
+
+
+def own_memory(module: nn.Module) -> None:
+    """Move weights on the CPU out of the file that they were read from, to memory as torch itself lays it out.
+
+    transformers maps the file, and where in it a weight lies depends on the file's header. So does the rounding of
+    matrix products, as their kernels go by the alignment: a resumed run, whose weights come from another file than
+    those of the run before it, would differ from that one in the last bits. Tied weights stay tied.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def refuse_missing(path: str | Path, missing: set[str]) -> None:

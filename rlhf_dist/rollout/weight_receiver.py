@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlhf_dist.errors import EngineBroken, WeightSyncError
-from rlhf_dist.models.hf import load_model
+from rlhf_dist.models.hf import load_model, own_memory
 from rlhf_dist.rollout.action_mask import MaskReader, MaskStart
 from rlhf_dist.types import NO_VERSION, Receipt
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
@@ -145,6 +145,7 @@ class WeightReceiver:
 
         dtype = str(self.model_config.dtype).removeprefix("torch.")
         model = load_model(mask.source, dtype, "sdpa").to(self.device)
+        own_memory(model)
         self._mask_reader = MaskReader(model, mask.lag, mask.version)
         (processor,) = (p for p in self.model_runner.input_batch.logitsprocs.all if isinstance(p, mask_processor()))
         processor.reader = self._mask_reader

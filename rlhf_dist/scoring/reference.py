@@ -14,7 +14,7 @@ import torch
 from rlhf_dist.config.schema import ModelConfig
 from rlhf_dist.errors import DataError, RewardError, WeightSyncError
 from rlhf_dist.models.attention import choose_attention
-from rlhf_dist.models.hf import load_model, read_companions, save_hf
+from rlhf_dist.models.hf import load_model, own_memory, read_companions, save_hf
 from rlhf_dist.models.policy import PackedPolicy, check_head
 from rlhf_dist.models.tensors import WAY_OUT, read_tensors, write_tensors
 from rlhf_dist.scoring.batching import TokenBatcher
@@ -43,6 +43,7 @@ class ReferenceModel:
         loaded = load_model(source, model.dtype, choose_attention(model.attention, device, model.dtype))
         self._policy = PackedPolicy(loaded.to(device))  # pyright: ignore[reportArgumentType]
         self._policy.requires_grad_(False)
+        own_memory(self._policy)
         check_head(self._policy)
         self._device = torch.device(device)
         self._source = source

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from rlhf_dist.config.schema import ModelConfig, TinyConfig
 from rlhf_dist.errors import DiskError, ModelError
-from rlhf_dist.models.hf import ModelSource, load_model, load_tokenizer, resolve, save_hf
+from rlhf_dist.models.hf import ModelSource, load_model, load_tokenizer, own_memory, resolve, save_hf
 from rlhf_dist.models.inspect import inspect
 from rlhf_dist.models.tiny import make_tiny
 
@@ -36,6 +36,20 @@ def copy(small: Path, tmp_path: Path) -> Path:
 
 def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("padding", [8, 16, 40])
+def test_weights_lie_in_memory_as_torch_puts_them_whatever_file_they_come_from(copy: Path, padding: int) -> None:
+    """Other words in the header move all tensors of the file, which is mapped into memory."""
+    file = copy / "model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt", "note": "x" * padding})
+    model = load_model(copy, "float32", "segmented")
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    own_memory(model)
+    after = dict(model.named_parameters())
+    assert {tensor.data_ptr() % 64 for tensor in after.values()} == {0}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight, "still tied"
 
 
 def test_resolve_tiny_and_a_directory(small: Path) -> None:
