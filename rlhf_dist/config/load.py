@@ -2,7 +2,7 @@
 
 Layers, later wins: the defaults of `schema.py`, the files under `include:` in their order, the file itself, the
 overrides. The text is read and checked against the schema here, so that each message can name file, key, value and
-choice; OmegaConf then resolves `${...}` and makes the typed, frozen sections.
+choice; then the typed, frozen sections are made of it, by OmegaConf where there is a `${...}` to resolve.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
 
@@ -183,12 +184,18 @@ def _type_at(parts: Sequence[str]) -> Any:
     kind: Any = Config
     for part in parts:
         if dataclasses.is_dataclass(kind):
-            kind = get_type_hints(kind).get(part)
+            kind = _hints(kind).get(part)
         elif get_origin(kind) is dict:
             kind = get_args(kind)[1]
         else:
             return None
     return kind
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """Of a section: name of each key -> its declared type."""
+    return get_type_hints(kind)
 
 
 # ---- schema ----------------------------------------------------------------------------------------------------------
@@ -201,6 +208,8 @@ def _build(layers: Sequence[Layer]) -> Config:
     tree = dataclasses.asdict(Config())
     for layer in layers:
         tree = _merged(tree, layer.values, Config, layer.key)
+    if not _refers(tree):
+        return _made(tree, Config)
     # The defaults are in `tree`: the empty `rewards` here only keeps OmegaConf from adding the default reward again.
     schema = OmegaConf.structured(Config(scoring=ScoringConfig(rewards={})))
     try:
@@ -210,6 +219,24 @@ def _build(layers: Sequence[Layer]) -> Config:
         raise ConfigError(_unresolved(layers, error.full_key or "", reason)) from error
     except RecursionError as error:
         raise ConfigError(f"{layers[0].where}: a reference ${{...}} is nested too deeply; {ESCAPE}") from error
+
+
+def _refers(value: Any) -> bool:
+    """Whether a text in it has a `${`, as a reference or escaped; then OmegaConf has to read it, which is slow."""
+    if isinstance(value, dict):
+        return any(map(_refers, value.values()))
+    return any(map(_refers, value)) if isinstance(value, list) else isinstance(value, str) and "${" in value
+
+
+def _made(value: Any, kind: Any) -> Any:
+    """A value that was checked against `kind`, as OmegaConf would make it: sections frozen, whole numbers as floats."""
+    if dataclasses.is_dataclass(kind):
+        return cast(Any, kind)(**{name: _made(inner, _hints(kind)[name]) for name, inner in value.items()})
+    if get_origin(kind) is dict:
+        return {name: _made(inner, get_args(kind)[1]) for name, inner in value.items()}
+    if get_origin(kind) is list:
+        return list(value)
+    return float(value) if kind is float else value
 
 
 def _unresolved(layers: Sequence[Layer], key: str, reason: str) -> str:
@@ -257,7 +284,7 @@ def _is_section(kind: Any) -> bool:
 
 
 def _type_at_child(kind: Any, name: str) -> Any:
-    return get_args(kind)[1] if get_origin(kind) is dict else get_type_hints(kind)[name]
+    return get_args(kind)[1] if get_origin(kind) is dict else _hints(kind)[name]
 
 
 def _problems(value: Any, kind: Any, key: str) -> Iterator[str]:
@@ -265,7 +292,7 @@ def _problems(value: Any, kind: Any, key: str) -> Iterator[str]:
     if value is None or value == "???":  # the latter is OmegaConf's word for a value still to come
         yield f"`{key}` has no value; give {_expected(kind)}, or take the line out"
     elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        hints = get_type_hints(kind)
+        hints = _hints(kind)
         for name, inner in value.items():
             if name in hints:
                 yield from _problems(inner, hints[name], _join(key, name))
@@ -337,7 +364,7 @@ def _suggest_key(name: str, section: str, siblings: Sequence[str]) -> str:
 
 
 def _all_keys(kind: Any, prefix: str) -> Iterator[str]:
-    for name, inner in get_type_hints(kind).items():
+    for name, inner in _hints(kind).items():
         yield _join(prefix, name)
         if dataclasses.is_dataclass(inner):
             yield from _all_keys(inner, _join(prefix, name))

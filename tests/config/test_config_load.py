@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from rlhf_dist.config import load as loading
 from rlhf_dist.config.load import MAX_WHOLE, from_yaml, load, to_yaml
 from rlhf_dist.config.schema import Config, RewardSpec, RolloutConfig, ScoringConfig
 from rlhf_dist.errors import ConfigError
@@ -202,7 +203,21 @@ TRICKY = st.sampled_from(
 )
 
 
-@settings(max_examples=30)  # of about 0.1 s each
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[2].glob("configs/**/*.yaml")), ids=lambda path: path.stem
+)
+def test_a_config_without_references_is_what_omegaconf_would_make_of_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Type by type: a whole number where a float is declared, too."""
+    words = ["loop.steps=7", "rollout.stop=[a, b]", "algo.gamma=1"]
+    ours = load(path, words)
+    monkeypatch.setattr(loading, "_refers", lambda _: True)
+    theirs = load(path, words)
+    assert ours == theirs and repr(ours) == repr(theirs)
+
+
+@settings(max_examples=30)
 @given(
     name=TEXT | TRICKY,
     stop=st.lists(TEXT | TRICKY, max_size=3),
