@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_dist.cli.main import main
 from rlhf_dist.config.schema import RewardSpec
 from rlhf_dist.errors import RewardError
 from rlhf_dist.scoring.http_client import HttpReward
@@ -47,13 +48,10 @@ def start(*words: str, **variables: str) -> subprocess.Popen[str]:
     )
 
 
-def refused(*words: str, **variables: str) -> str:
-    process = start(*words, **variables)
-    try:
-        out, err = process.communicate(timeout=LIMIT_S)
-    finally:
-        process.kill()
-    assert process.returncode == 2 and out == "" and "Traceback" not in err, err
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["serve-reward", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err, err
     return err
 
 
@@ -92,20 +90,23 @@ def test_a_dry_run_starts_nothing(config: Path) -> None:
     assert "weight: 2.0" in out and out.endswith("# would serve right at http://127.0.0.1:8071/score\n")
 
 
-def test_what_cannot_be_served_is_one_message_and_code_2(config: Path) -> None:
+def test_what_cannot_be_served_is_one_message_and_code_2(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         assert f"127.0.0.1:{port} cannot be listened at: Address already in use" in refused(
-            str(config), "--port", str(port)
+            capsys, str(config), "--port", str(port)
         )
     assert "--host 0.0.0.0: others reach this address, so it needs a token" in refused(
-        str(config), "--host", "0.0.0.0", "--port", "0"
+        capsys, str(config), "--host", "0.0.0.0", "--port", "0"
     )
     assert "--token-env = TEST_NO_TOKEN: this variable is not set" in refused(
-        str(config), "--host", "0.0.0.0", "--port", "0", "--token-env", "TEST_NO_TOKEN"
+        capsys, str(config), "--host", "0.0.0.0", "--port", "0", "--token-env", "TEST_NO_TOKEN"
     )
-    message = refused(str(config), "--port", "0", "--token-env", "TEST_BAD_TOKEN", TEST_BAD_TOKEN=f"{TOKEN}\n")
+    monkeypatch.setenv("TEST_BAD_TOKEN", f"{TOKEN}\n")
+    message = refused(capsys, str(config), "--port", "0", "--token-env", "TEST_BAD_TOKEN")
     assert "holds is no token" in message and TOKEN not in message
-    assert "'99999' is not a port" in refused(str(config), "--port", "99999")
+    assert "'99999' is not a port" in refused(capsys, str(config), "--port", "99999")

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from conftest import SharedRun, family
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 START_LIMIT_S = 120.0
