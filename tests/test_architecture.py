@@ -138,11 +138,24 @@ def test_lower_rooms_import_without_torch() -> None:
         for path in SOURCES
         if room(inside(path)) in WITHOUT_TORCH
     ]
+    assert imports_torch(modules) == "False"
+
+
+def imports_torch(modules: list[str]) -> str:
+    """Whether these import torch, as Python writes it."""
     code = f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\nprint('torch' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
-    assert (result.stdout.strip(), result.returncode) == ("False", 0), result.stderr
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_servers_without_a_model_and_the_collator_start_without_torch() -> None:
+    """It takes seconds and a quarter of a GiB in each process."""
+    modules = ["rlhf_dist.cluster.actors", "rlhf_dist.learner.collator", "rlhf_dist.scoring.scorer"]
+    modules += ["rlhf_dist.loop.events", "rlhf_dist.scoring.number", "rlhf_dist.scoring.http_client"]
+    assert imports_torch(modules) == "False"
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -89,7 +89,6 @@ class ReferenceHost:
 
     def __init__(self, spec: ActorSpec) -> None:
         enter(spec)
-        set_threads(spec)
         self._reference = make_reference(spec)
         self._name = spec.name
 
@@ -118,7 +117,6 @@ class ScoringHost(ReferenceHost):
         from rlhf_dist.scoring.scorer import Scorer
 
         enter(spec)
-        set_threads(spec)
         self._scorer = Scorer(spec.config.scoring, partial(make_reward_model, spec))
         with_reference = needs_reference(spec.config) and spec.config.reference.replicas == 0
         self._reference = make_reference(spec) if with_reference else None
@@ -135,7 +133,7 @@ def needs_reference(config: Config) -> bool:
 
 
 def set_threads(spec: ActorSpec) -> None:
-    """torch's own share of the CPUs."""
+    """torch's own share of the CPUs. Called where a model is held: rewards without one need no torch."""
     import torch
 
     torch.set_num_threads(spec.threads)
@@ -145,6 +143,7 @@ def make_reward_model(spec: ActorSpec, name: str, reward: RewardSpec) -> Any:
     """A reward of kind model, inside the actor's process."""
     from rlhf_dist.scoring.reward_model import RewardModel
 
+    set_threads(spec)
     return RewardModel(name, reward, spec.config.scoring, model_setting(spec.config, spec.source, spec.device))
 
 
@@ -167,6 +166,7 @@ def make_reference(spec: ActorSpec) -> Any:
     """The reference model behind its batcher, inside the actor's process."""
     from rlhf_dist.scoring.reference import ReferenceModel, ReferenceServer
 
+    set_threads(spec)
     config = spec.config
     model = ReferenceModel(
         config.reference.path,

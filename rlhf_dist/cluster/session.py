@@ -44,6 +44,8 @@ def prepare(config: ClusterConfig) -> None:
     if not joins_cluster(config):
         # Ray would give its workers the lowest priority but four: whatever else ran on the machine would come first.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # Ray would start a process for each CPU to wait for tasks, and there are none: every actor has its own.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.pop("RAY_ADDRESS", None)
         # torch chooses a folder when it is imported, and the workers get this process's choice.
         if cache := compile_cache(os.environ):

@@ -18,13 +18,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from errno import EACCES, EAGAIN
 from pathlib import Path
-from typing import IO
-
-import torch
+from typing import IO, TYPE_CHECKING
 
 from rlhf_dist.errors import DiskError, ResourceError, WeightSyncError
 from rlhf_dist.weights.plan import Slot, WeightPlan
 from rlhf_dist.weights.receipts import Announcement, bucket_hash
+
+if TYPE_CHECKING:  # who only sweeps, or asks for room, does not wait seconds for torch
+    import torch
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "rlhf_dist-"
@@ -196,6 +197,8 @@ def map_file(path: Path) -> mmap.mmap:
 
 def slot_view(memory: mmap.mmap, slot: Slot, start: int) -> torch.Tensor:
     """A tensor over a slot's bytes, without a copy; `start`: where its buffer begins."""
+    import torch
+
     dtype = getattr(torch, slot.dtype)
     if slot.elements == 0:
         return torch.empty(slot.shape, dtype=dtype)
