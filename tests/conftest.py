@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMAND_LIMIT_S = 400.0
 """Far more than a run of the tests needs on two busy cores."""
 
-STARTS_ENGINES = {"shared_run", "machine", "judged"}
+STARTS_ENGINES = {"shared_run", "local_ray", "judged"}
 """Fixtures that start Ray, vLLM or DeepSpeed."""
 
 os.environ.pop("RAY_ADDRESS", None)
@@ -95,7 +97,7 @@ class Workplace:
     def output(self) -> Path:
         return self.folder / "runs"
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, program: Sequence[str] = ("-m", "rlhf_dist")) -> subprocess.Popen[str]:
         """Start `rlhf-dist COMMAND run.yaml ...`; the n-th command's output goes to n.stdout and n.stderr."""
         command, *rest = words
         number = len(list(self.folder.glob("*.stdout")))
@@ -104,7 +106,7 @@ class Workplace:
             open(self.folder / f"{number}.stderr", "w") as err,
         ):
             return subprocess.Popen(
-                [sys.executable, "-m", "rlhf_dist", command, "run.yaml", *rest],
+                [sys.executable, *program, command, "run.yaml", *rest],
                 cwd=self.folder,
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
                 stdout=out,
@@ -172,6 +174,15 @@ def end(process: subprocess.Popen[str]) -> None:
         process.wait(30)
 
 
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait while the command runs, within a limit."""
+    deadline = time.monotonic() + COMMAND_LIMIT_S
+    while not condition():
+        assert process.poll() is None, f"the command ended with {process.returncode}"
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.02)
+
+
 def make_workplace(folder: Path) -> Workplace:
     """A folder with the tests' config and rewards."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,10 +192,19 @@ def make_workplace(folder: Path) -> Workplace:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts real engines by the fixtures that start them; other tests carry the mark themselves."""
+    """Mark what starts real engines by the fixtures that start them; other tests carry the mark themselves.
+
+    The tests of this process's Ray session come last and together, so that it is there for no other test.
+    """
+    items.sort(key=lambda item: uses(item, "local_ray"))
     for item in items:
-        if not STARTS_ENGINES.isdisjoint(getattr(item, "fixturenames", ())):
+        if any(uses(item, fixture) for fixture in STARTS_ENGINES):
             item.add_marker("engines")
+
+
+def uses(item: pytest.Item, fixture: str) -> bool:
+    """Whether the test asks for the fixture, itself or through others."""
+    return fixture in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(autouse=True)
@@ -192,6 +212,13 @@ def wandb_reads_its_settings_anew() -> None:
     """wandb reads variables and files once in a process, and would remember the key of another test."""
     if found := sys.modules.get("wandb.sdk.wandb_setup"):
         found._singleton = None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.fixture(scope="session")
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A Ray session in this process, one for all tests that want one."""
+    with session.ray_session(ClusterConfig(address="local"), tmp_path_factory.mktemp("ray"), print):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ from sample_groups import group_of, request_of
 from rlhf_dist.cluster.collator_host import CollatorHost
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet
-from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.cluster.waits import gather
-from rlhf_dist.config.schema import ClusterConfig, Config
+from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import DataError, EngineBroken, WeightSyncError
 from rlhf_dist.learner.token_sums import EstimateSums, Whitening
 from rlhf_dist.loop.events import Event
@@ -191,12 +191,6 @@ class Stand:
         self.work()
 
 
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with ray_session(ClusterConfig(address="local"), tmp_path_factory.mktemp("ray"), print) as found:
-        yield found
-
-
 def remote(host: type, threads: int = 1) -> Any:
     """The class as an actor's; its process imports the modules of the tests to know it."""
     here = {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"}
@@ -213,8 +207,9 @@ def start_collator(folder: Path) -> Any:
     return remote(CollatorHost).remote(spec)
 
 
-@pytest.fixture(scope="module")
-def pair(machine: Any) -> dict[str, Any]:
+@cache
+def start_pair() -> dict[str, Any]:
+    """Two workers, for all tests in this process that want them."""
     found = {"one": start("one"), "two": start("two")}
     assert gather({name: actor.work.remote() for name, actor in found.items()}, "start", 60) == {
         "one": "one",
@@ -224,7 +219,8 @@ def pair(machine: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def workers(pair: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def workers(local_ray: None) -> Iterator[dict[str, Any]]:
+    pair = start_pair()
     gather({name: actor.anew.remote() for name, actor in pair.items()}, "be new", 30)
     yield pair
     gather({name: actor.be.remote("right") for name, actor in pair.items()}, "calm down", 30)

@@ -26,7 +26,7 @@ from rlhf_dist.loop.rules import rules_of
 from rlhf_dist.loop.shell import Actors, Shell
 from rlhf_dist.types import Answered, Message, Prompt
 
-machine, pair, workers = cluster_stand_ins.machine, cluster_stand_ins.pair, cluster_stand_ins.workers
+workers = cluster_stand_ins.workers
 
 
 class Endless:
@@ -89,7 +89,7 @@ def line(workers: dict[str, Any], server: Any, collator: Any, count: int, size: 
 
 
 @pytest.fixture(scope="module")
-def collator(machine: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def collator(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     found = start_collator(tmp_path_factory.mktemp("collator"))
     gather({"collator": found.ready.remote()}, "start", 120)
     yield found

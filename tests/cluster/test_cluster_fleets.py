@@ -36,7 +36,7 @@ from rlhf_dist.loop.ports import NO_ESTIMATES, Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Handle
 
-machine, pair, workers = cluster_stand_ins.machine, cluster_stand_ins.pair, cluster_stand_ins.workers
+workers = cluster_stand_ins.workers
 
 
 def put(*records: float) -> list[Handle[Any]]:
@@ -186,13 +186,13 @@ def test_a_failing_reference_quarantines_no_rollout_worker(workers: dict[str, An
     assert serve(rollouts, ears) == {"one", "two"}
 
 
-def test_nobody_else_can_enter_the_folder_of_the_session(machine: Any) -> None:
+def test_nobody_else_can_enter_the_folder_of_the_session(local_ray: None) -> None:
     session = Path(ray._private.worker._global_node.get_temp_dir_path())  # pyright: ignore[reportAttributeAccessIssue]
     assert session.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_cluster_that_is_there_can_be_joined_and_one_with_another_token_not(
-    machine: Any, monkeypatch: pytest.MonkeyPatch
+    local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = ray.get_runtime_context().gcs_address
     assert join_probe.problem(where, 30.0) == ""

@@ -25,7 +25,7 @@ from rlhf_dist.errors import ActorLost, ActorTimeout, DataError, ResourceError, 
 from rlhf_dist.loop.events import Lost, Scored
 from rlhf_dist.types import Answered, Beat, Handle, Prompt, Unanswered
 
-machine, pair, workers = cluster_stand_ins.machine, cluster_stand_ins.pair, cluster_stand_ins.workers
+workers = cluster_stand_ins.workers
 
 REWARDS = """
 import os, time
@@ -54,14 +54,14 @@ def test_one_that_sleeps_is_named_with_the_call_and_the_limit(workers: dict[str,
     assert time.monotonic() - begun < 1.4, "it did not wait for the sleeper"
 
 
-def test_a_signal_to_the_process_group_does_not_reach_ray(machine: Any) -> None:
+def test_a_signal_to_the_process_group_does_not_reach_ray(local_ray: None) -> None:
     """`timeout`, batch systems and Ctrl-Z signal the whole group: a Ray that ends or stops first leaves us waiting."""
     found = processes.ray_children()
     assert len(found) == 2, "gcs_server and raylet"
     assert all(os.getpgid(pid) != os.getpgid(0) for pid in found)
 
 
-def test_one_that_dies_is_named_with_its_log(machine: Any) -> None:
+def test_one_that_dies_is_named_with_its_log(local_ray: None) -> None:
     doomed = start("doomed")
     tell(doomed, "dies")
     with pytest.raises(ActorLost) as caught:
@@ -82,7 +82,7 @@ def test_a_rank_that_fails_because_its_peer_died_is_not_blamed(workers: dict[str
         gather({"learner rank 0": workers["one"].work.remote(), "learner rank 1": doomed.work.remote()}, "update", 30)
 
 
-def test_ray_prints_nothing_of_its_own_on_the_screen(machine: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ray_prints_nothing_of_its_own_on_the_screen(local_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
     from ray._private import worker
 
     worker.print_to_stdstream({"lines": ["A worker died"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
@@ -227,7 +227,7 @@ def test_when_no_worker_holds_the_weights_the_run_ends(workers: dict[str, Any]) 
         fleet(workers, Ears()).load_weights(ANNOUNCEMENT)
 
 
-def test_a_reservation_that_does_not_fit_is_an_error_with_both_numbers(machine: Any) -> None:
+def test_a_reservation_that_does_not_fit_is_an_error_with_both_numbers(local_ray: None) -> None:
     needed = reserve([{"CPU": 64.0, "GPU": 0.0}] * 2, 1.0)
     with (
         pytest.raises(ResourceError, match=r"128 CPUs and 0 GPUs free within 1 s \(cluster\.start_timeout_s\)"),
@@ -237,7 +237,7 @@ def test_a_reservation_that_does_not_fit_is_an_error_with_both_numbers(machine: 
 
 
 @pytest.fixture(scope="module")
-def scoring(machine: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], Path]]:
+def scoring(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], Path]]:
     """Two real scoring servers with a user's function, and the file that says what the function does."""
     folder = tmp_path_factory.mktemp("scoring")
     (folder / "group_rewards.py").write_text(REWARDS)

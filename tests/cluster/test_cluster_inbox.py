@@ -16,7 +16,7 @@ from rlhf_dist.errors import RunError
 from rlhf_dist.loop.events import Event, Kept
 from rlhf_dist.telemetry.timeline import SLICE_S, Patience
 
-machine, pair, workers = cluster_stand_ins.machine, cluster_stand_ins.pair, cluster_stand_ins.workers
+workers = cluster_stand_ins.workers
 
 
 def reading(key: str) -> Callable[[Any], list[Event]]:
