@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -23,7 +23,6 @@ from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import DataError, EngineBroken, WeightSyncError
-from rlhf_dist.learner.token_sums import EstimateSums, Whitening
 from rlhf_dist.loop.events import Event
 from rlhf_dist.rollout import worker as rollout_worker
 from rlhf_dist.rollout.trajectories import Response, Turn
@@ -32,6 +31,9 @@ from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Answered, Group, Handle, Message, Prompt, Receipt, ReferenceHead, Scores
 from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement
+
+if TYPE_CHECKING:  # each stand-in is a process that imports this module, and torch takes seconds
+    from rlhf_dist.learner.token_sums import EstimateSums, Whitening
 
 LONG = 100
 """Tokens of a prompt, one a character, that a worker refuses."""
@@ -153,6 +155,8 @@ class Stand:
         return MetricSums(found, {})
 
     def estimate(self, batch: Any) -> tuple[EstimateSums, Any]:
+        from rlhf_dist.learner.token_sums import EstimateSums
+
         self.work()
         return EstimateSums(1.0, batch, 0.0, 0.0, 0.0, 0.0, 0.0), (ray.put(10.0 * batch),)
 
