@@ -125,6 +125,9 @@ class Trajectory:
     0 for the others."""
     versions: np.ndarray
     """int32 [T]; the weight version that sampled each token; `NO_VERSION` for the others."""
+    cache_versions: np.ndarray
+    """int32 [T]; no key or value that a token was sampled from is of older weights than these. As `versions`, but lower
+    for what is sampled after a push with `rollout.kv_after_push: keep`; `NO_VERSION` for the others."""
     segments: tuple[Segment, ...]
     """At least two: the prompt and a response. The last is a response."""
     finish_reason: str

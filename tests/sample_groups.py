@@ -61,8 +61,9 @@ def group_of(
         special or (None,) * n,
         strict=True,
     )
+    of_token = np.full(len(tokens), version, np.int32)
     responses = [
-        Response("", part.tolist(), logps, np.full(len(part), version, np.int32), reason, text, special_text)
+        Response("", part.tolist(), logps, of_token[: len(part)], of_token[: len(part)], reason, text, special_text)
         for part, logps, reason, text, special_text in parts
     ]
     prompt_ids = np.asarray(prompt_tokens).tolist()
@@ -74,11 +75,13 @@ def two_turns(prompt: Prompt = PROMPT, *, logprobs: Sequence[float] = (-1.0, -2.
     mask = np.array([False, False, True, False, False, True, True])
     per_token = np.zeros(len(mask), np.float32)
     per_token[mask] = logprobs
+    versions = np.where(mask, version, NO_VERSION).astype(np.int32)
     sample = Trajectory(
         tokens=np.array([1, 2, 5, 6, 7, 8, 9], np.int32),
         loss_mask=mask,
         logprobs=per_token,
-        versions=np.where(mask, version, NO_VERSION).astype(np.int32),
+        versions=versions,
+        cache_versions=versions,
         segments=(
             Segment(PROMPT_ROLE, 0, 0),
             Segment(POLICY_ROLE, 0, 2),

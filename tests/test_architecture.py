@@ -32,7 +32,7 @@ FLOORS = (
 the maths, so config and algo have floors to themselves."""
 
 ONLY_IN = {
-    "vllm": lambda path: path in ("rollout/vllm_engine.py", "rollout/weight_receiver.py"),
+    "vllm": lambda path: path.removeprefix("rollout/") in ("vllm_engine.py", "weight_receiver.py", "spare_model.py"),
     "deepspeed": lambda path: path == "learner/deepspeed_engine.py",
     "ray": lambda path: path.startswith("cluster/"),
     "torch": lambda path: room(path) not in {"types", "errors", "config", "telemetry", "cli"},

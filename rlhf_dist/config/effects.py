@@ -220,6 +220,12 @@ TURNS_NEED_CHAT = says(
     "{key.name} is {key.value} with data.chat false; its second turn needs a chat template: set data.chat to true",
 )
 LAGGING = where("loop.max_policy_lag", bool, "no group is late there; set that above 0, or take it out")
+RUNS_AT_A_PUSH = where(
+    "loop.max_policy_lag",
+    bool,
+    "set that above 0, or rollout.kv_after_push to recompute",
+    ", where no response is being sampled when new weights arrive",
+)
 OVERSAMPLED = says(
     lambda c, key: key.changed and c.loop.max_policy_lag,
     "{key.name} is {key.value:g} and has no effect with loop.max_policy_lag {c.loop.max_policy_lag}, where slow groups "

@@ -140,6 +140,10 @@ class RolloutConfig:
     """Memory for the key-value cache on a CPU."""
     gpu_memory_utilization: float = key(0.85, SHARE_ABOVE_0)
     """Share of a GPU's memory for weights and cache."""
+    kv_after_push: Literal["recompute", "keep"] = key("recompute", effects.RUNS_AT_A_PUSH)
+    """What becomes of the cached keys and values of responses that are being sampled when new weights arrive.
+    recompute: they are computed again, so that later tokens are the new policy's; keep: later tokens mix new weights
+    with old keys and values, generation pauses for less, and on a CPU a worker holds the weights twice."""
     enforce_eager: bool = True
     """false: compiled decoding, faster per token, slower to start."""
     timeout_s: float = key(600.0, LIMIT_S)

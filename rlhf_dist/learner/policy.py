@@ -124,7 +124,7 @@ class PolicyLearner:
         sums = token_sums(found | {"policy/entropy": entropy})
         if not sentinel:
             return loss, MetricSums.merge([sums, MetricSums({}, largest)])
-        found = compare((logprobs.detach() - sampled).abs(), on(device, batch.version - batch.versions, places))
+        found = compare((logprobs.detach() - sampled).abs(), on(device, batch.version - batch.cache_versions, places))
         return loss, MetricSums.merge([sums, found, MetricSums({}, largest)])
 
     def _forward(
@@ -184,9 +184,10 @@ class PolicyLearner:
 def compare(difference: Tensor, lag: Tensor) -> MetricSums:
     """The sentinel: sums of |learner's logprob - sampler's| [N] before the first optimizer step.
 
-    `lag`, int [N]: versions from the weights that sampled a token to the learner's. At lag 0 both sides hold the same
-    weights, so they have to agree. At another they need not, so those means are separate; but a difference that is not
-    finite is wrong at any lag, and counts in the maximum.
+    `lag`, int [N]: versions from the oldest weights that a token was sampled with to the learner's. At lag 0 both sides
+    hold the same weights, so they have to agree. At another they need not, nor where keys and values of older weights
+    were kept, so those means are separate; but a difference that is not finite is wrong at any lag, and counts in the
+    maximum.
     """
     own = difference[lag == 0]
     sums = {names.LOGPROB_DIFF_MEAN: own}

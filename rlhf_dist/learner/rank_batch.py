@@ -25,8 +25,8 @@ class RankBatch(RankPlan):
     """int64 [b + 1]; the sampled tokens of row i are numbers offsets[i] to offsets[i + 1] of the N."""
     sampled: np.ndarray
     """float32 [N]; the sampler's logprobs."""
-    versions: np.ndarray
-    """int32 [N]; the weights that sampled each."""
+    cache_versions: np.ndarray
+    """int32 [N]; the oldest weights that each was sampled with, see `Trajectory`."""
     reference: np.ndarray
     """float32 [N]; the reference's logprobs; empty where nobody asks for them."""
 
@@ -52,7 +52,7 @@ def rank_batch(shard: Shard, groups: Sequence[Group], references: Sequence[np.nd
         starts=np.cumsum([0, *(len(sample.tokens) for sample in samples)]),
         offsets=np.cumsum([0, *(sample.length for sample in samples)]),
         sampled=joined([sample.logprobs[sample.loss_mask] for sample in samples], np.float32),
-        versions=joined([sample.versions[sample.loss_mask] for sample in samples], np.int32),
+        cache_versions=joined([sample.cache_versions[sample.loss_mask] for sample in samples], np.int32),
         reference=joined([by_sample[g][s] for g, s in rows] if references else [], np.float32),
     )
 

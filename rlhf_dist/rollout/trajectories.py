@@ -35,6 +35,8 @@ class Response:
     """float32 [tokens]."""
     versions: np.ndarray
     """int32 [tokens]."""
+    cache_versions: np.ndarray
+    """int32 [tokens]; see `Trajectory`."""
     finish_reason: str
     text: str
     special_text: str | None = None
@@ -59,8 +61,10 @@ def conversation(exchanges: Sequence[Exchange]) -> Trajectory:
     starts = np.cumsum([0, *map(len, parts)])
     mask = np.repeat([False, True] * len(exchanges), np.diff(starts))
     logprobs, versions = np.zeros(len(mask), np.float32), np.full(len(mask), NO_VERSION, np.int32)
+    cache_versions = versions.copy()
     logprobs[mask] = np.concatenate([response.logprobs for response in responses])
     versions[mask] = np.concatenate([response.versions for response in responses])
+    cache_versions[mask] = np.concatenate([response.cache_versions for response in responses])
     segments, texts, special = [], list[str](), list[str]()
     for turn, exchange in enumerate(exchanges):
         segments += [
@@ -74,6 +78,7 @@ def conversation(exchanges: Sequence[Exchange]) -> Trajectory:
         loss_mask=mask,
         logprobs=logprobs,
         versions=versions,
+        cache_versions=cache_versions,
         segments=tuple(segments),
         finish_reason=responses[-1].finish_reason,
         texts=tuple(texts[1:]),

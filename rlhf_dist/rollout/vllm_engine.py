@@ -104,7 +104,12 @@ class VllmEngine:
         if mask is not None:
             self._engine.collective_rpc("start_mask", args=(mask,))
         self._turns: dict[str, Turn] = {}
-        self._weights = EngineWeights(name, self._engine)
+        self.kv_after_push = config.kv_after_push
+        # Compiled steps and those on a GPU hold on to the memory that the weights lie in.
+        self._can_exchange = device == "cpu" and config.enforce_eager
+        self._salt = ""
+        """Of new requests: vLLM lets them share cached keys and values with requests of the same salt alone."""
+        self._weights = EngineWeights(name, self._engine, self._renew_caches)
         self.tokenizer: Any = self._engine.get_tokenizer()
         self._special_texts = special_texts
         # vLLM by itself stops at the tokenizer's end token and at those of generation_config.json.
@@ -114,9 +119,7 @@ class VllmEngine:
         """See `worker.Engine`. vLLM's own n is not used: it draws all samples from seeds in a row, and keeps their
         responses back until the last has ended."""
         self._weights.require_clean()
-        params = sampling_params(turn.sampling, turn.seed, self._stops)
-        self._engine.add_request(turn.key, {"prompt_token_ids": list(turn.context)}, params)
-        self._turns[turn.key] = turn
+        self._begin(turn)
 
     def step(self) -> list[Response]:
         """See `worker.Engine`."""
@@ -129,20 +132,58 @@ class VllmEngine:
         if ended:
             self._engine.abort_request(ended)
 
+    def sampled(self, key: str) -> int:
+        """Tokens so far of a response that is under way."""
+        processor = self._engine.output_processor
+        (request,) = processor.external_req_ids[key]
+        return processor.request_states[request].detokenizer.num_output_tokens()
+
+    def prepare_weights(self, announcement: Announcement) -> None:
+        """See `worker.Engine`. Where keys and values are computed again, that takes longer than a load: then nothing is
+        prepared, which would take the memory of the weights once more."""
+        if self._can_exchange and self.kv_after_push == "keep":
+            self._weights.prepare(announcement)
+
     def load_weights(self, announcement: Announcement) -> Receipt:
         """Load a published version into every process of the engine, and say what it holds."""
         return self._weights.load(announcement)
+
+    def _begin(self, turn: Turn) -> None:
+        params = sampling_params(turn.sampling, turn.seed, self._stops)
+        prompt: Any = {"prompt_token_ids": list(turn.context)}
+        if self._salt:
+            prompt["cache_salt"] = self._salt
+        self._engine.add_request(turn.key, prompt, params)
+        self._turns[turn.key] = turn
+
+    def _renew_caches(self, version: int) -> bool:
+        """See `EngineWeights`. With `keep`, what is cached stays with the requests that it belongs to.
+
+        No other request may read it, so new ones get another salt, and those without a token begin again with that.
+        """
+        if self.kv_after_push == "recompute":
+            # Requests that run are prefilled again; without them vLLM would forget nothing while there are any.
+            return self._engine.reset_prefix_cache(reset_running_requests=True)
+        self._salt = str(version)
+        waiting = [turn for turn in self._turns.values() if not self.sampled(turn.key)]
+        self.abort([turn.key for turn in waiting])
+        for turn in waiting:
+            self._begin(turn)
+        return True
 
     def _response(self, output: Any) -> Response:
         turn, (sample,) = self._turns.pop(output.request_id), output.outputs
         versions = np.full(len(sample.token_ids), self._weights.version, dtype=np.int32)
         for span in sample.weight_versions or ():
             versions[span.start : span.end] = int(span.version)
+        # What a response reads was cached since its first token, or since a push after it.
+        oldest = versions if self.kv_after_push == "recompute" else np.full_like(versions, versions[0])
         return Response(
             key=turn.key,
             tokens=sample.token_ids,
             logprobs=sampled_logprobs(sample),
             versions=versions,
+            cache_versions=oldest,
             finish_reason=str(sample.finish_reason),
             text=sample.text if turn.sampling.stop else decoded(self.tokenizer, sample, special=False),
             special_text=decoded(self.tokenizer, sample, special=True) if self._special_texts else None,

@@ -5,17 +5,22 @@ engine keeps what it holds. Then the model is loaded. From here on a failure lea
 takes its layers apart to load them, and would not notice at the next load), so the engine is broken for good:
 
     clean -> loading -> clean, or broken
+
+Where the model has a spare one, both parts are done with that while the model is in use (`prepare`), and a load only
+exchanges the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any, Literal
 
 from rlhf_dist.errors import EngineBroken, WeightSyncError
 from rlhf_dist.models.hf import load_model, own_memory
 from rlhf_dist.rollout.action_mask import MaskReader, MaskStart
+from rlhf_dist.rollout.spare_model import SpareModel
 from rlhf_dist.types import NO_VERSION, Receipt
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 from rlhf_dist.weights.shared_memory import Lease, WeightReader
@@ -52,10 +57,19 @@ class EngineWeights:
     version: int
     """Of the weights that new tokens are sampled with."""
 
-    def __init__(self, name: str, engine: Any) -> None:
-        """`name`: of the rollout worker, for receipts. `engine`: vLLM's, whose workers are `WeightReceiver`s."""
+    def __init__(self, name: str, engine: Any, renew_caches: Callable[[int], bool]) -> None:
+        """`name`: of the rollout worker, for receipts. `engine`: vLLM's, whose workers are `WeightReceiver`s.
+
+        `renew_caches` is called with each version once its weights are in. It returns whether requests that begin from
+        now on read no keys and values of older weights.
+        """
         self._name = name
         self._engine = engine
+        self._renew_caches = renew_caches
+        self._lock = Lock()
+        """A version is prepared in another thread than it is loaded in."""
+        self._prepared: tuple[Announcement, Receipt] | None = None
+        """What the spare model holds, if it is whole and was not put into use."""
         self._take_version(UNPUBLISHED)
         self._state: Literal["clean", "loading", "broken"] = "clean"
         self._held: tuple[Announcement, Receipt] | None = None
@@ -65,26 +79,53 @@ class EngineWeights:
         if self._state != "clean":
             raise EngineBroken("a load of weights failed in the middle, so its engine is not to be used any more")
 
+    def prepare(self, announcement: Announcement) -> None:
+        """Load a version into the spare model, while the engine may step in another thread. Raises as `load`."""
+        with self._lock:
+            self.require_clean()
+            if self._holds(announcement) is None:
+                self._prepared = None
+                self._prepared = announcement, self._fill(announcement, spare=True)
+
     def load(self, announcement: Announcement) -> Receipt:
         """Load a version and say what the engine holds; weights that it holds already only get the new number.
 
         Raises `WeightSyncError` where the buckets are not the announced ones: then the weights are as before. Raises
         `EngineBroken` where the load failed later. A receipt that does not prove the version breaks the engine too.
         """
+        with self._lock:
+            return self._load(announcement)
+
+    def _load(self, announcement: Announcement) -> Receipt:
         self.require_clean()
         self._state = "loading"
-        if self._held is not None and self._held[0].same_weights(announcement):
-            receipt = replace(self._held[1], version=announcement.version)
+        held = self._holds(announcement)
+        if held is not None:
+            receipt = replace(held, version=announcement.version)
         else:
-            receipt = self._load(announcement)
+            receipt = self._take(announcement)
+            self._require_renewed(announcement)
         self._held = announcement, receipt
         refusals = self._engine.collective_rpc("follow_mask", args=(announcement,))
         self._state = "clean" if receipt_problem(announcement, receipt) is None else "broken"
-        raise_refusal(refusals)
+        # Before a mask's refusal: whatever becomes of that, tokens are sampled with these weights from now on.
         self._take_version(announcement.version)
+        raise_refusal(refusals)
         return receipt
 
-    def _load(self, announcement: Announcement) -> Receipt:
+    def _holds(self, announcement: Announcement) -> Receipt | None:
+        """The receipt for these weights, if they are the model's already."""
+        return self._held[1] if self._held is not None and self._held[0].same_weights(announcement) else None
+
+    def _take(self, announcement: Announcement) -> Receipt:
+        """The weights into the model, by an exchange where that is possible."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is None or prepared[0] != announcement:
+            return self._fill(announcement, spare=False)
+        self._engine.collective_rpc("exchange_weights")
+        return prepared[1]
+
+    def _fill(self, announcement: Announcement, spare: bool) -> Receipt:
         call = self._engine.collective_rpc
         hashed: list[Hashed] = call("hash_weights", args=(announcement,))
         if any(answer.refusal for answer in hashed):
@@ -92,18 +133,25 @@ class EngineWeights:
             self._state = "clean"
             raise_refusal([answer.refusal for answer in hashed])
         try:
-            loaded: list[Loaded] = call("load_hashed_weights")
+            loaded: list[Loaded] = call("load_hashed_weights", args=(spare,))
         except Exception as error:
             raise self._broken(announcement, f"failed ({type(error).__name__}: {error})") from error
         finally:
             call("release_weights")
-        # Requests that run are prefilled again; without them vLLM would forget nothing while there are any.
-        if not self._engine.reset_prefix_cache(reset_running_requests=True):
-            raise self._broken(announcement, "is done, but vLLM kept the keys and values of the old weights")
         unfilled = {name for answer in loaded for name in answer.unfilled}
         return Receipt(
             self._name, announcement.version, hashed[0].hashes, merged(announcement, loaded), tuple(sorted(unfilled))
         )
+
+    def _require_renewed(self, announcement: Announcement) -> None:
+        why = ""
+        try:
+            renewed = self._renew_caches(announcement.version)
+        except RuntimeError as error:  # what vLLM raises where it cannot take its running requests back
+            renewed, why = False, f" ({error})"
+        if not renewed:
+            what = f"is done, but vLLM did not give up the keys and values of the old weights{why}"
+            raise self._broken(announcement, f"{what}; with rollout.kv_after_push keep it would not have to")
 
     def _take_version(self, version: int) -> None:
         self.version = version
@@ -138,6 +186,7 @@ class WeightReceiver:
     _weight_reader: WeightReader | None = None
     _weight_lease: Lease | None = None
     _mask_reader: MaskReader | None = None
+    _spare: SpareModel | None = None
 
     def start_mask(self, mask: MaskStart) -> None:
         """Load the mask policy, and give it to the processor of logits that vLLM made."""
@@ -160,13 +209,16 @@ class WeightReceiver:
             return Hashed((), str(error))
         return Hashed(self._weight_lease.hashes, "")
 
-    def load_hashed_weights(self) -> Loaded:
-        """Load the version that is locked into the model."""
+    def load_hashed_weights(self, spare: bool) -> Loaded:
+        """Load the version that is locked into the model, or into its spare one."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         lease, model = self._weight_lease, self.model_runner.model
         assert lease is not None, "hash_weights comes first"
+        if spare:
+            self._spare = self._spare or SpareModel(model)
+            model = self._spare.model
         tensors, wanted = lease.tensors(), parameter_names(model)
         with set_current_vllm_config(self.vllm_config), ReadTally(tensors) as tally:
             # On a CPU linear layers are packed into another form and the originals freed: they are loaded anew.
@@ -178,6 +230,11 @@ class WeightReceiver:
         # A few models report nothing: then their layers' own counts and the tally are all there is.
         unfilled = partial if reported is None else [*(wanted - set(reported)), *partial]
         return Loaded(tally.counts(), tuple(unfilled))
+
+    def exchange_weights(self) -> None:
+        """Use the spare model's weights."""
+        assert self._spare is not None, "load_hashed_weights comes first"
+        self._spare.exchange()
 
     def follow_mask(self, announcement: Announcement) -> str:
         """Move the mask policy along with the model, where it is time for that; returns why it could not, if so."""

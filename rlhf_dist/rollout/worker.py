@@ -1,7 +1,7 @@
 """A rollout worker: one thread pumps an engine; between two decoding steps it does what it was asked to meanwhile.
 
 Verbs come in through `post` and `load_weights`, from any thread. What becomes of requests goes out through `events`.
-Only the pump touches the engine.
+Only the pump touches the engine, but for what can be prepared of a load.
 """
 
 from __future__ import annotations
@@ -69,6 +69,10 @@ class Engine(Protocol):
         """End responses that are under way; nothing is heard of them any more."""
         ...
 
+    def prepare_weights(self, announcement: Announcement) -> None:
+        """Do what can be done of a load before it, in any thread, while `step` may run in the pump's."""
+        ...
+
     def load_weights(self, announcement: Announcement) -> Receipt:
         """Between two steps; responses that are under way go on with the new weights."""
         ...
@@ -118,6 +122,7 @@ class RolloutWorker:
         Who asks has the limit (`weights.timeout_s`); a load that comes later is done all the same, and its receipt read
         at the next push. Raises what ended the pump, if it ends before the load.
         """
+        self._engine.prepare_weights(announcement)
         load = Load(announcement)
         self._inbox.put(load)
         while not wait([load.done], BEAT_S).done:

@@ -71,13 +71,17 @@ class LightEngine:
         gone = set(keys)
         self._under_way = [turn for turn in self._under_way if turn.key not in gone]
 
+    def prepare_weights(self, announcement: Announcement) -> None:
+        pass
+
     def load_weights(self, announcement: Announcement) -> Receipt:
         return self._stand.receipt(announcement)
 
     def _response(self, turn: Turn) -> Response:
         tokens, n = np.arange(self._tokens) + turn.seed % 1000, self._tokens
         versions = np.full(n, 3, np.int32)
-        return Response(turn.key, tokens.tolist(), np.zeros(n, np.float32), versions, "stop", "ab"[turn.seed % 2])
+        text = "ab"[turn.seed % 2]
+        return Response(turn.key, tokens.tolist(), np.zeros(n, np.float32), versions, versions, "stop", text)
 
 
 class Stand:

@@ -98,6 +98,11 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         ),
         ("train", ["loop.stale=keep"], ["loop.stale is keep and has no effect with loop.max_policy_lag 0"]),
         ("train", ["loop.age=mean"], ["loop.age is mean and has no effect with loop.max_policy_lag 0"]),
+        (
+            "train",
+            ["rollout.kv_after_push=keep"],
+            ["rollout.kv_after_push is keep and has no effect with loop.max_policy_lag 0", "set that above 0"],
+        ),
         ("train", ["loop.max_policy_lag=-1"], ["loop.max_policy_lag is -1", "0 or more"]),
         ("train", ["learner.updates_per_batch=3"], ["learner.updates_per_batch is 3", "16", "1, 2, 4, 8, 16 do"]),
         (

@@ -316,7 +316,7 @@ def sampled_by(group: Group, before: np.ndarray, after: np.ndarray, fresh: int) 
         per_token = np.zeros(len(sample.tokens), np.float32)
         per_token[sample.loss_mask] = values
         of_token = np.where(sample.loss_mask, version, NO_VERSION).astype(np.int32)
-        samples.append(replace(sample, logprobs=per_token, versions=of_token))
+        samples.append(replace(sample, logprobs=per_token, versions=of_token, cache_versions=of_token))
     return replace(group, trajectories=tuple(samples))
 
 

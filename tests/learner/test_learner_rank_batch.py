@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,16 @@ from sample_groups import group_of, two_turns
 from rlhf_dist.learner.rank_batch import RankBatch, rank_batch
 from rlhf_dist.learner.rows import pack_batch
 from rlhf_dist.learner.shard import Shard
+from rlhf_dist.types import NO_VERSION
 
 CPU = torch.device("cpu")
-GROUPS = [group_of([1, 2], [5, 6, 7], [1, 2], logprobs=np.array([-1.0, -2.0, -3.0]), version=3), two_turns(version=4)]
+(TWO_TURNS,) = two_turns(version=4).trajectories
+KEPT = replace(TWO_TURNS, cache_versions=np.where(TWO_TURNS.loss_mask, 2, NO_VERSION))
+"""Sampled by version 4, from keys and values of which some are of version 2."""
+GROUPS = [
+    group_of([1, 2], [5, 6, 7], [1, 2], logprobs=np.array([-1.0, -2.0, -3.0]), version=3),
+    replace(two_turns(), trajectories=(KEPT,)),
+]
 REFERENCES = [np.array([-1.5, -2.5, -3.5], np.float32), np.array([-7.0, -8.0, -9.0], np.float32)]
 
 
@@ -46,7 +55,7 @@ def test_rows_lie_end_to_end_with_all_that_is_known_of_their_tokens(batch: RankB
     assert batch.tokens[batch.loss_mask].tolist() == [5, 8, 9, 6, 7]
     assert (batch.starts.tolist(), batch.offsets.tolist()) == ([0, 7, 11], [0, 3, 5])
     assert batch.sampled.tolist() == [-1, -2, -3, -2, -3]
-    assert batch.versions.tolist() == [4, 4, 4, 3, 3]
+    assert batch.cache_versions.tolist() == [2, 2, 2, 3, 3]
     assert batch.reference.tolist() == [-7, -8, -9, -2.5, -3.5]
     assert (batch.lengths.tolist(), batch.places(np.array([1])).tolist()) == ([3, 2], [3, 4])
 

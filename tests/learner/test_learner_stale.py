@@ -90,7 +90,7 @@ def stale(lengths: Sequence[int] = (1,) * 6, ratios: np.ndarray = RATIOS, epochs
         starts=starts,
         offsets=ends,
         sampled=(math.log(0.3) - np.log(ratios)).astype(np.float32),
-        versions=np.zeros(int(ends[-1]), np.int32),
+        cache_versions=np.zeros(int(ends[-1]), np.int32),
         reference=np.empty(0, np.float32),
     )
 

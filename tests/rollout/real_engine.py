@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -27,7 +29,12 @@ from rlhf_dist.weights.plan import make_plan
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.shared_memory import WeightWriter
 
-CONFIG = RolloutConfig(max_prompt_tokens=24, max_response_tokens=24, kv_cache_gib=0.1, max_concurrent=32)
+CONFIG = RolloutConfig(
+    max_prompt_tokens=300, max_response_tokens=24, kv_cache_gib=0.1, max_concurrent=32, kv_after_push="keep"
+)
+"""A block of the cache holds 128 tokens, so a prompt must be longer than that to be shared."""
+PROMPT_TOKENS = 24
+"""Of the worker, for all but those tests that have one of their own."""
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=16, stop=())
 PROMPTS = [Prompt(f"0/{i}", (Message("user", text),), "", "test") for i, text in enumerate(["abc", "b", "zyxwv"])]
 LAG = LaggingMask(top_p=0.6, every=20)
@@ -107,14 +114,24 @@ GREEDY = replace(SAMPLING, temperature=0.0)
 
 
 @cache
+def longer(model: Path) -> Path:
+    """The model with room for long prompts; its weights do not depend on that."""
+    folder = model.with_name(f"{model.name}-longer")
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    return folder
+
+
+@cache
 def start_learner(model: Path) -> Learner:
-    return Learner(model)
+    return Learner(longer(model))
 
 
 @cache
 def start_engine(model: Path) -> VllmEngine:
     return VllmEngine(
-        model,
+        longer(model),
         CONFIG,
         dtype="float32",
         device="cpu",
@@ -140,4 +157,4 @@ def engine(tiny_model: Path) -> VllmEngine:
 
 @pytest.fixture
 def worker(engine: VllmEngine) -> RolloutWorker:
-    return RolloutWorker("rollout worker 0", engine, chat=True, max_prompt_tokens=CONFIG.max_prompt_tokens)
+    return RolloutWorker("rollout worker 0", engine, chat=True, max_prompt_tokens=PROMPT_TOKENS)

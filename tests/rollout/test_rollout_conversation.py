@@ -26,8 +26,8 @@ def between(messages: Sequence[Message], ended: bool) -> list[int]:
 
 
 def said(key: str, text: str, tokens: list[int], version: int = 4, reason: str = "stop") -> Response:
-    logprobs = -np.array(tokens, np.float32)
-    return Response(key, tokens, logprobs, np.full(len(tokens), version, np.int32), reason, text)
+    logprobs, versions = -np.array(tokens, np.float32), np.full(len(tokens), version, np.int32)
+    return Response(key, tokens, logprobs, versions, versions - 1, reason, text)
 
 
 def opened(n: int) -> OpenGroup:
@@ -51,6 +51,7 @@ def test_a_wrong_response_gets_a_hint_and_a_second_turn_with_all_before_it() -> 
     assert sample.loss_mask.tolist() == [False] * 3 + [True] * 2 + [False] * 2 + [True] * 3
     assert sample.logprobs.tolist() == [0, 0, 0, -5, -6, 0, 0, -8, -9, -10]
     assert sample.versions.tolist() == [-1, -1, -1, 4, 4, -1, -1, 5, 5, 5]
+    assert sample.cache_versions.tolist() == [-1, -1, -1, 3, 3, -1, -1, 4, 4, 4]
     assert sample.segments == (
         Segment("prompt", 0, 0),
         Segment("assistant", 0, 3),

@@ -202,13 +202,14 @@ def test_what_is_cancelled_leaves_nothing_behind(worker: RolloutWorker, engine: 
 
 
 def test_a_push_in_the_middle_of_responses_shows_in_versions_and_logprobs(
-    engine: VllmEngine, worker: RolloutWorker, learner: Learner
+    engine: VllmEngine, worker: RolloutWorker, learner: Learner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three tokens under one version, the rest under the next: each agrees with the weights that it names.
 
     The keys and values of what was sampled before the push are computed again, so tokens after it are the new policy's
-    over the whole text.
+    over the whole text. (`test_rollout_kept_caches.py` has the other setting.)
     """
+    monkeypatch.setattr(engine, "kv_after_push", "recompute")
     engine.load_weights(learner.publish(version=20))
     learner.earlier.load_state_dict(learner.policy.state_dict())
     worker.post(0, Submit(tuple(requests(n=8))))
@@ -223,6 +224,7 @@ def test_a_push_in_the_middle_of_responses_shows_in_versions_and_logprobs(
     made = [sample.versions[sample.loss_mask] for sample in samples(found)]
     assert versions(found) == {20, 21}
     assert all(each.tolist() == [20] * min(3, len(each)) + [21] * (len(each) - 3) for each in made)
+    assert all(np.array_equal(sample.cache_versions, sample.versions) for sample in samples(found))
     sampled = np.concatenate([flat_logprobs(g) for g in found])
     before = np.concatenate([learner.logprobs(g, earlier=True) for g in found])
     after = np.concatenate([learner.logprobs(g) for g in found])

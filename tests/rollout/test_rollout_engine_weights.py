@@ -26,10 +26,11 @@ class Engine:
     mask_refusal: str = ""
     error: Exception | None = None
     forgets: bool = True
+    cannot_forget: Exception | None = None
     asked: list[str] = field(default_factory=list)
 
     def collective_rpc(self, method: str, args: Any = ()) -> list[Any]:
-        self.asked.append(method)
+        self.asked.append(f"{method}, spare" if args == (True,) else method)
         if method == "hash_weights":
             return [Hashed(args[0].hashes, "") for _ in self.loaded[1:]] + [Hashed(args[0].hashes, self.refusal)]
         if method == "load_hashed_weights":
@@ -38,24 +39,30 @@ class Engine:
             return list(self.loaded)
         return [self.mask_refusal if method == "follow_mask" else ""]
 
-    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
-        self.asked.append("forget, running ones too" if reset_running_requests else "forget")
+    def renew_caches(self, version: int) -> bool:
+        self.asked.append(f"caches of version {version}")
+        if self.cannot_forget is not None:
+            raise self.cannot_forget
         return self.forgets
 
     def set_weight_version(self, version: str) -> None:
         self.asked.append(f"version {version}")
 
 
+def held_by(engine: Engine) -> EngineWeights:
+    return EngineWeights("w", engine, engine.renew_caches)
+
+
 def test_a_load_hashes_loads_forgets_and_takes_the_version() -> None:
     engine = Engine()
-    weights = EngineWeights("w", engine)
+    weights = held_by(engine)
     assert weights.version == UNPUBLISHED and engine.asked == ["version -1"]
     assert receipt_problem(ANNOUNCEMENT, weights.load(ANNOUNCEMENT)) is None
     assert engine.asked[1:] == [
         "hash_weights",
         "load_hashed_weights",
         "release_weights",
-        "forget, running ones too",
+        "caches of version 1",
         "follow_mask",
         "version 1",
     ]
@@ -64,7 +71,7 @@ def test_a_load_hashes_loads_forgets_and_takes_the_version() -> None:
 
 def test_weights_that_are_held_get_a_number_and_the_mask_its_turn() -> None:
     engine = Engine()
-    weights = EngineWeights("w", engine)
+    weights = held_by(engine)
     first = weights.load(ANNOUNCEMENT)
     engine.asked.clear()
     assert weights.load(replace(ANNOUNCEMENT, version=2, offset=4096)) == replace(first, version=2)
@@ -76,7 +83,7 @@ def test_weights_that_are_held_get_a_number_and_the_mask_its_turn() -> None:
 
 def test_a_refusal_in_one_of_the_processes_stops_all_and_changes_nothing() -> None:
     engine = Engine(loaded=(WHOLE, WHOLE), refusal="version 1: bucket 0 arrived as x")
-    weights = EngineWeights("w", engine)
+    weights = held_by(engine)
     with pytest.raises(WeightSyncError, match="bucket 0 arrived as x") as caught:
         weights.load(ANNOUNCEMENT)
     assert not isinstance(caught.value, EngineBroken)
@@ -85,12 +92,52 @@ def test_a_refusal_in_one_of_the_processes_stops_all_and_changes_nothing() -> No
     assert receipt_problem(ANNOUNCEMENT, weights.load(ANNOUNCEMENT)) is None
 
 
+def test_a_version_that_was_prepared_only_has_to_be_exchanged() -> None:
+    engine = Engine()
+    weights = held_by(engine)
+    weights.prepare(ANNOUNCEMENT)
+    assert engine.asked[1:] == ["hash_weights", "load_hashed_weights, spare", "release_weights"]
+    assert weights.version == UNPUBLISHED, "it is not in use yet"
+    engine.asked.clear()
+    assert receipt_problem(ANNOUNCEMENT, weights.load(ANNOUNCEMENT)) is None
+    assert engine.asked == ["exchange_weights", "caches of version 1", "follow_mask", "version 1"]
+    engine.asked.clear()
+    weights.prepare(replace(ANNOUNCEMENT, version=2))
+    assert engine.asked == [], "the engine holds these weights"
+
+
+def test_another_version_than_the_prepared_one_is_loaded_as_without() -> None:
+    engine = Engine()
+    weights = held_by(engine)
+    other = replace(ANNOUNCEMENT, version=2, hashes=("hash 2", "hash 3"))
+    weights.prepare(ANNOUNCEMENT)
+    engine.asked.clear()
+    assert weights.load(other).hashes == other.hashes
+    assert engine.asked[:2] == ["hash_weights", "load_hashed_weights"]
+    weights.load(ANNOUNCEMENT)
+    assert "exchange_weights" not in engine.asked, "the spare model's turn is over with the load after it"
+
+
+def test_what_goes_wrong_in_a_preparation_has_the_consequences_of_a_load() -> None:
+    engine = Engine(refusal="version 1: bucket 0 arrived as x")
+    weights = held_by(engine)
+    with pytest.raises(WeightSyncError, match="bucket 0 arrived as x"):
+        weights.prepare(ANNOUNCEMENT)
+    weights.require_clean()
+    engine.refusal, engine.error = "", RuntimeError("half")
+    with pytest.raises(EngineBroken, match=r"the load of version 1 failed \(RuntimeError: half\)"):
+        weights.prepare(ANNOUNCEMENT)
+    with pytest.raises(EngineBroken):
+        weights.require_clean()
+
+
 def test_a_mask_that_is_missing_is_refused_and_the_weights_are_whole() -> None:
     engine = Engine(mask_refusal="version 1 goes with the mask of version 0, which did not arrive")
-    weights = EngineWeights("w", engine)
+    weights = held_by(engine)
     with pytest.raises(WeightSyncError, match="which did not arrive"):
         weights.load(ANNOUNCEMENT)
     weights.require_clean()
+    assert weights.version == 1, "what is sampled next is sampled with the new weights"
     engine.mask_refusal = ""
     assert weights.load(replace(ANNOUNCEMENT, version=20)).version == 20
 
@@ -99,11 +146,16 @@ def test_a_mask_that_is_missing_is_refused_and_the_weights_are_whole() -> None:
     ("engine", "message"),
     [
         (Engine(error=RuntimeError("half")), r"the load of version 1 failed \(RuntimeError: half\)"),
-        (Engine(forgets=False), "the load of version 1 is done, but vLLM kept the keys and values of the old weights"),
+        (
+            Engine(forgets=False),
+            "the load of version 1 is done, but vLLM did not give up the keys and values of the old weights; with "
+            "rollout.kv_after_push keep it would not have to",
+        ),
+        (Engine(cannot_forget=RuntimeError("a transfer")), r"keys and values of the old weights \(a transfer\); with"),
     ],
 )
 def test_what_goes_wrong_later_breaks_the_engine(engine: Engine, message: str) -> None:
-    weights = EngineWeights("w", engine)
+    weights = held_by(engine)
     with pytest.raises(EngineBroken, match=message):
         weights.load(ANNOUNCEMENT)
     assert "release_weights" in engine.asked, "the learner may use the buffer again"
@@ -126,7 +178,7 @@ def test_what_goes_wrong_later_breaks_the_engine(engine: Engine, message: str) -
     ],
 )
 def test_shards_of_all_processes_are_added_up(loaded: tuple[Loaded, ...], problem: str | None) -> None:
-    weights = EngineWeights("w", Engine(loaded=loaded))
+    weights = held_by(Engine(loaded=loaded))
     found = receipt_problem(ANNOUNCEMENT, weights.load(ANNOUNCEMENT))
     assert (found is None) == (problem is None)
     if problem is not None:

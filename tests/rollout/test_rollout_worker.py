@@ -38,6 +38,7 @@ class Engine:
         self.under_way: list[Turn] = []
         self.version = 0
         self.fails: Exception | None = None
+        self.prepared: list[int] = []
 
     def submit(self, turn: Turn) -> None:
         assert turn.context, "an engine refuses a prompt without tokens"
@@ -49,15 +50,16 @@ class Engine:
         if self.fails is not None:
             raise self.fails
         ended, self.under_way = self.under_way[:-3:-1], self.under_way[:-2]
-        zero = np.zeros(1, np.float32)
-        return [
-            Response(turn.key, [turn.seed], zero, np.full(1, self.version, np.int32), "stop", "a") for turn in ended
-        ]
+        zero, version = np.zeros(1, np.float32), np.full(1, self.version, np.int32)
+        return [Response(turn.key, [turn.seed], zero, version, version, "stop", "a") for turn in ended]
 
     def abort(self, keys: Iterable[str]) -> None:
         gone = set(keys)
         assert gone <= {turn.key for turn in self.turns}, "asked for at some time"
         self.under_way = [turn for turn in self.under_way if turn.key not in gone]
+
+    def prepare_weights(self, announcement: Announcement) -> None:
+        self.prepared.append(announcement.version)
 
     def load_weights(self, announcement: Announcement) -> Receipt:
         if self.fails is not None:
@@ -223,7 +225,7 @@ def test_a_load_that_fails_is_told_to_who_asked_for_it_and_the_pump_goes_on(
     with pytest.raises(OSError, match="gone"):
         worker.load_weights(ANNOUNCEMENT)
     engine.fails = None
-    assert worker.load_weights(ANNOUNCEMENT).version == 7
+    assert worker.load_weights(ANNOUNCEMENT).version == 7 and engine.prepared[-1] == 7
     worker.post(0, submit(*asked("abc")))
     found: list[Any] = []
     while not uids(found):

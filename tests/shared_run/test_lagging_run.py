@@ -35,6 +35,7 @@ def lagging(shared_run: SharedRun) -> Lagging:
     words = ["rollout.workers=1", "learner.ranks=1", "learner.zero_stage=0", "cluster.colocate=false"]
     words += [f"loop.max_policy_lag={LAG}", "algo.ratio_to=behaviour", f"loop.steps={STEPS}", "eval.every=3"]
     words += ["rollout.max_concurrent=8"]  # two groups at a time: pushes come while others run
+    words += ["rollout.kv_after_push=keep"]
     words += ["data.task.name=guess", "data.task.max_length=2", "rollout.max_prompt_tokens=56"]
     run = place.run("train", "name=lagging", f"model.path={place.output / 'sft'}", *words)
     assert run.code == 0, run.stderr
@@ -47,7 +48,10 @@ def test_generation_runs_ahead_and_no_further_than_allowed(lagging: Lagging) -> 
 
 
 def test_tokens_of_the_learners_own_weights_agree_and_older_ones_are_told_apart(lagging: Lagging) -> None:
-    """The learner moves by much more than 1e-4 a step, so a token with a wrong version would show."""
+    """The learner moves by much more than 1e-4 a step, so a token with a wrong version would show.
+
+    So would one that its own weights sampled from kept keys and values of older ones.
+    """
     fresh = [line["rollout/logprob_diff_max"] for line in lagging.steps if "rollout/logprob_diff_max" in line]
     stale = [line["rollout/logprob_diff/lag_1"] for line in lagging.steps if "rollout/logprob_diff/lag_1" in line]
     assert fresh and all(0 < value <= 1e-4 for value in fresh), fresh
