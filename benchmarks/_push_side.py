@@ -56,7 +56,9 @@ class Push:
     publish_s: float
     """The learner's copy into shared memory with its hashes, in another process while requests are sampled."""
     slowed_s: float
-    """What the steps took longer while the engine's process prepared the load."""
+    """What the steps took longer while the engine's process prepared the load, all of them together."""
+    slowest_s: float
+    """The longest of them."""
     pause_s: float
     """From the end of one decoding step to the begin of the next."""
     resume_s: float
@@ -191,7 +193,7 @@ def push(generation: Generation, policy: Policy, mode: Mode) -> Push:
     pause_s = time.perf_counter() - begun
     resume_s = generation.until_all_went_on() - step_s
     assert receipt_problem(announcement, receipt) is None
-    return Push(mode, running, cached, publish_s, slowed_s, pause_s, resume_s, step_s)
+    return Push(mode, running, cached, publish_s, slowed_s, max(beside), pause_s, resume_s, step_s)
 
 
 def parity(generation: Generation, policy: Policy, mode: Mode, temperature: float) -> Parity:

@@ -24,7 +24,7 @@ from rlhf_dist.cli.arguments import Parser
 from rlhf_dist.cluster.placement import local_machine, place
 
 MODES = ("keep", "recompute")
-COLUMNS = ("publish_s", "slowed_s", "pause_s", "resume_s", "step_s")
+COLUMNS = ("publish_s", "slowed_s", "slowest_s", "pause_s", "resume_s", "step_s")
 TARGET_PAUSE_S, TARGET_PARITY = 0.1, 1e-5
 """At most: the pause of `keep`; the logprobs' difference of `recompute`, on both sides of a push, in float32."""
 
@@ -85,21 +85,21 @@ def table(result: Mapping[str, Any]) -> str:
     """What the command prints."""
     sides, limit = result["sides"], result["limit"]
     keep, agree = sides["keep"], sides["recompute"]["parity"]
-    heads = ("pause ms", "longest ms", "prefill ms", "step ms", "slowed ms", "before", "after")
+    heads = ("pause ms", "longest ms", "prefill ms", "step ms", "slowed ms", "slowest ms", "before", "after")
     lines = [
         f"{keep['running']:.0f} requests under way with {keep['cached']:,.0f} cached tokens; {result['threads']} "
         f"threads; {result['parameters'] / 1e6:.1f}M parameters, {result['bytes'] / 2**20:,.0f} MiB",
         "medians".ljust(11) + "".join(f"{name:>12}" for name in heads),
     ]
     for mode, side in sides.items():
-        cells = (side["pause_s"], side["longest_pause_s"], side["resume_s"], side["step_s"], side["slowed_s"])
-        row = "".join(f"{1e3 * cell:12.1f}" for cell in cells)
+        names = ("pause_s", "longest_pause_s", "resume_s", "step_s", "slowed_s", "slowest_s")
+        row = "".join(f"{1e3 * side[name]:12.1f}" for name in names)
         lines.append(mode.ljust(11) + row + "".join(f"{side['parity'][name]:12.1e}" for name in ("before", "after")))
     lines += [
         f"limit      {1e3 * (limit['hash_s'] + limit['copy_s']):12.1f}: hash {1e3 * limit['hash_s']:.1f}, copy "
         f"{1e3 * limit['copy_s']:.1f}",
-        "prefill: what the requests' next tokens took beyond a step; slowed: what steps before took longer while the "
-        "load was prepared beside them",
+        "prefill: what the requests' next tokens took beyond a step",
+        "slowed: what the steps took longer, together, while the load was prepared beside them; slowest: one of these",
         "before, after: of tokens on either side of a push, the largest difference between the sampler's logprobs and "
         "those of the weights that their version names",
         f"the learner's copy and hashes: {1e3 * keep['publish_s']:.1f} ms",

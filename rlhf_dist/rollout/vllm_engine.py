@@ -48,6 +48,13 @@ def set_environment(config: RolloutConfig, device: str, threads: int, masked: bo
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
+def memory_of(config: RolloutConfig, device: str) -> dict[str, Any]:
+    """vLLM's settings for the memory that it takes."""
+    if device == "cpu":
+        return {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
+    return {"gpu_memory_utilization": config.gpu_memory_utilization}
+
+
 class VllmEngine:
     """Continuous batching of responses, with weights that can be replaced between two steps."""
 
@@ -73,9 +80,6 @@ class VllmEngine:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
-        if device == "cpu":
-            memory = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=str(model),
@@ -98,7 +102,7 @@ class VllmEngine:
                 worker_extension_cls=RECEIVER,
                 trust_remote_code=False,
                 disable_log_stats=True,
-                **memory,
+                **memory_of(config, device),
             )
         )
         if mask is not None:

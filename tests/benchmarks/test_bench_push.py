@@ -19,7 +19,15 @@ AGREE = {"before": 2e-6, "after": 3e-6, "after_mean": 1e-6}
 
 
 def pushes(mode: str, *pauses: float) -> list[dict[str, Any]]:
-    rest = {"running": 64, "cached": 2000, "publish_s": 0.05, "slowed_s": 0.2, "resume_s": 0.4, "step_s": 0.04}
+    rest = {
+        "running": 64,
+        "cached": 2000,
+        "publish_s": 0.05,
+        "slowed_s": 0.2,
+        "slowest_s": 0.1,
+        "resume_s": 0.4,
+        "step_s": 0.04,
+    }
     return [{"mode": mode, "pause_s": pause} | rest for pause in pauses]
 
 
@@ -36,7 +44,10 @@ def test_figures_by_hand() -> None:
     assert (result["sides"]["keep"]["pause_s"], result["sides"]["keep"]["longest_pause_s"]) == (0.09, 0.3)
     assert result["reached"] == {"pause": True, "parity": True}
     shown = bench.table(result)
-    assert "keep               90.0       300.0       400.0        40.0       200.0     2.0e-06     2.0e-01" in shown
+    assert (
+        "keep               90.0       300.0       400.0        40.0       200.0       100.0     2.0e-06     2.0e-01"
+        in shown
+    )
     assert "limit              40.0: hash 10.0, copy 30.0" in shown and "25.2M parameters, 96 MiB" in shown
     assert "pause of keep: 90.0 ms (at most 100 asked); logprobs of recompute agree to 3.0e-06" in shown
     found["parity"]["recompute"] = AGREE | {"before": 2e-5}
