@@ -180,7 +180,7 @@ class VllmEngine:
         versions = np.full(len(sample.token_ids), self._weights.version, dtype=np.int32)
         for span in sample.weight_versions or ():
             versions[span.start : span.end] = int(span.version)
-        # What a response reads was cached since its first token, or since a push after it.
+        # What is kept was made when the first token was sampled, or later; else all was made again at the last push.
         oldest = versions if self.kv_after_push == "recompute" else np.full_like(versions, versions[0])
         return Response(
             key=turn.key,
