@@ -67,6 +67,7 @@ class RolloutHost:
         self._worker = make_rollout_worker(spec)
         threading.Thread(target=self._worker.run, daemon=True, name="pump").start()
 
+    @ray.method(num_returns=0)
     def post(self, number: int, verb: Any) -> None:
         """See `RolloutWorker.post`."""
         self._worker.post(number, verb)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -20,14 +21,17 @@ class CollatorHost:
         self._collator = Collator()
         self._name = spec.name
 
-    def keep(self, key: str, group: Group) -> None:
-        """See `Collator.keep`. A copy: what Ray hands over is memory that its maker owns."""
-        self._collator.keep(key, copy.deepcopy(group))
+    def keep(self, keys: Sequence[str], *groups: Group) -> None:
+        """See `Collator.keep`. Copies: what Ray hands over is memory that its maker owns."""
+        for key, group in zip(keys, groups, strict=True):
+            self._collator.keep(key, copy.deepcopy(group))
 
+    @ray.method(num_returns=0)
     def keep_reference(self, key: str, logprobs: Any) -> None:
         """See `Collator.keep_reference`."""
         self._collator.keep_reference(key, logprobs.copy())
 
+    @ray.method(num_returns=0)
     def forget(self, keys: list[str]) -> None:
         """See `Collator.forget`."""
         self._collator.forget(keys)

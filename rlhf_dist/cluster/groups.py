@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,10 @@ class CollatorProcess:
         self._inbox = inbox
         self._timeout_s = timeout_s
 
-    def keep(self, key: str, body: Handle[Group]) -> None:
+    def keep(self, bodies: Mapping[str, Handle[Group]]) -> None:
         """See `loop.ports.Bodies`; the tokens go from the worker that made them to the collator."""
-        self._inbox.expect(self._actor.keep.remote(key, body.place), partial(self._read, key))
+        call = self._actor.keep.remote(list(bodies), *places(bodies.values()))
+        self._inbox.expect(call, partial(self._read, bodies))
 
     def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:
         """See `loop.ports.Bodies`. Calls to the collator are done in their order, so nobody has to wait."""
@@ -125,18 +126,22 @@ class CollatorProcess:
         found = self._ask(self._actor.batches.remote(list(shards), list(keys), compared), "lay out the batch")
         return [Handle(place) for place in found]
 
-    def _read(self, key: str, call: Any) -> list[Event]:
+    def _read(self, bodies: Mapping[str, Handle[Group]], call: Any) -> list[Event]:
         try:
-            fetch(call, self._name, f"keep {key}", self._timeout_s)
+            fetch(call, self._name, f"keep {', '.join(bodies)}", self._timeout_s)
         except AnswerLost:
-            return [Undone("scoring", NOBODY, key)]
-        return [Kept(key)]
+            if len(bodies) == 1:
+                return [Undone("scoring", NOBODY, key) for key in bodies]
+            for key, body in bodies.items():  # one is lost, and the others can be had
+                self.keep({key: body})
+            return []
+        return [Kept(key) for key in bodies]
 
     def _ask(self, call: Any, what: str) -> Any:
         return gather({self._name: call}, what, self._timeout_s, LEARNER_KEY, self._inbox.wait)[self._name]
 
 
-def places(handles: Sequence[Handle[Any]]) -> list[Any]:
+def places(handles: Iterable[Handle[Any]]) -> list[Any]:
     """The object references of records, as arguments of a remote call: Ray passes the records themselves."""
     return [handle.place for handle in handles]
 

@@ -1,13 +1,16 @@
-"""The inbox: answers that nobody waits for by name become events, in the order in which they are read.
+"""The inbox: answers that nobody waits for by name become events, in the order in which they come.
 
 Everybody in this process who waits for a call waits here, so that events are handed over meanwhile: by one thread, one
-list after another.
+list after another. Ray's own thread says which call is done, so that a wait costs the same however many are under way.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
@@ -24,7 +27,11 @@ class Inbox:
     """See `loop.ports.Arrivals`. Used by one thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._calls: dict[Any, Read] = {}
+        self._calls: dict[Future[Any], Read] = {}
+        self._done: SimpleQueue[Future[Any]] = SimpleQueue()
+        """Of these, and of those that somebody waits for by name; filled by Ray's thread."""
+        self._found: deque[Future[Any]] = deque()
+        """Taken from there, and not read."""
         self._events: list[Event] = []
         self._listener: Callable[[Sequence[Event]], None] | None = None
         self._clock = clock
@@ -32,7 +39,9 @@ class Inbox:
 
     def expect(self, call: Any, read: Read) -> None:
         """Turn the answer of this call into events."""
-        self._calls[call] = read
+        future = call.future()
+        self._calls[future] = read
+        future.add_done_callback(self._done.put)
 
     def put(self, event: Event) -> None:
         """Something happened in this process; it is handed over with what comes next."""
@@ -51,13 +60,15 @@ class Inbox:
 
     def pump(self) -> None:
         """Wait for events, for `SLICE_S` at most, and hand them over. Raises `RayLost`."""
-        if not self._events and not self._wait_for([], SLICE_S):
+        if not self._events and not self._wait_for_one(SLICE_S):
             require_ray()
         self._hand_over()
 
     def wait(self, calls: list[Any], patience: Patience, count: int = 1) -> list[Any]:
         """Those of `calls` that are done: `count`, or fewer when the patience is at its end. Raises `RunError`, and
         what the listener raises."""
+        for call in calls:
+            call.future().add_done_callback(self._done.put)
         while True:
             done: list[Any] = patience.wait(lambda seconds: self._slice(calls, count, seconds))
             if len(done) >= count or patience.left <= 0:
@@ -68,29 +79,32 @@ class Inbox:
         """Those of `calls` that are done: `count`, or fewer after `seconds`; events are handed over as they come."""
         end = self._clock() + seconds
         while True:
-            done, pending = ray.wait(calls, num_returns=len(calls), timeout=0)
+            done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
             left = end - self._clock()
             if len(done) < count and left > 0:
-                self._wait_for(pending, left)
+                self._wait_for_one(left)
                 self._hand_over()
                 continue
             self._hand_over()
             return done
 
-    def _wait_for(self, calls: list[Any], seconds: float) -> bool:
-        """Wait until one of these calls, or of those that become events, is done; whether one is."""
-        awaited = [*calls, *self._calls]
-        if not awaited:
-            time.sleep(seconds)  # Nothing is under way at all.
+    def _wait_for_one(self, seconds: float) -> bool:
+        """Wait until a call is done; whether one is."""
+        try:
+            self._found.append(self._done.get(timeout=seconds))
+        except Empty:
             return False
-        return bool(ray.wait(awaited, num_returns=1, timeout=seconds, fetch_local=False)[0])
+        return True
 
     def _hand_over(self) -> None:
         """Read all calls that have become events, and hand these to the listener."""
-        waiting = list(self._calls)
-        done = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)[0] if waiting else []
-        for call in done:
-            self._events += self._calls.pop(call)(call)
+        while not self._done.empty():
+            self._found.append(self._done.get())
+        while self._found:
+            future = self._found.popleft()
+            read = self._calls.pop(future, None)
+            if read is not None:  # else somebody waits for it by name
+                self._events += read(future)
         events, self._events = self._events, []
         if events and self._listener is not None:
             self._listener(events)

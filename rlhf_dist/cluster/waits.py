@@ -6,6 +6,7 @@ A time in which this process itself was stopped (Ctrl-Z, a suspended laptop) doe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import ray
@@ -71,9 +72,9 @@ def limit_text(timeout_s: float, key: str) -> str:
 
 
 def fetch(call: Any, name: str, what: str, timeout_s: float) -> Any:
-    """The answer of a call that is done, with the errors of the other process in this one's words."""
+    """The answer of a call that is done, or of its future, with the errors of the other process in this one's words."""
     try:
-        return ray.get(call, timeout=timeout_s)
+        return call.result(timeout_s) if isinstance(call, Future) else ray.get(call, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError:
         raise ActorTimeout(f"{name} did not hand over the answer of '{what}' in {timeout_s:g} s") from None
     except RayTaskError as error:

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ Attempts = Iterable[tuple[str, int]]
 LOCK_LIMIT_S = 10.0
 """Seconds to wait for another process that holds the database (a reader of a backup, say)."""
 IN_FLIGHT = ("issued", "finished", "scored")
+BOOKED = (*IN_FLIGHT, "dropped")
+"""What the controller writes, in the order in which an attempt comes to it."""
 STATES = (*IN_FLIGHT, "consumed", "dropped", "rewound")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS groups (
@@ -146,18 +149,20 @@ class Ledger:
             self._database.execute(f"PRAGMA user_version = {FORMAT}")
 
     def book(self, entries: Iterable[Book]) -> None:
-        """Several lines in one transaction, in their order."""
+        """Several lines in one transaction. An attempt goes through the states in one order, so that is theirs, too."""
         with self._transaction():
-            for entry in entries:
-                match entry.state:
+            for (place, version, reason), lines in groupby(sorted(entries, key=_kind), key=_kind):
+                found = list(lines)
+                attempts = [attempt for entry in found for attempt in entry.attempts]
+                match BOOKED[place]:
                     case "issued":
-                        self.issue(entry.attempts, entry.version)
+                        self.issue(attempts, version)
                     case "finished":
-                        self.finish(entry.attempts, entry.tokens)
+                        self.finish(attempts, [tokens for entry in found for tokens in entry.tokens])
                     case "scored":
-                        self.score(entry.attempts)
-                    case "dropped":
-                        self.drop(entry.attempts, entry.reason)
+                        self.score(attempts)
+                    case _:
+                        self.drop(attempts, reason)
 
     def issue(self, attempts: Attempts, version: int) -> None:
         """Groups go to a rollout worker, under weights `version`. An attempt is new, or taken back by `rewind`."""
@@ -318,6 +323,11 @@ class Ledger:
             yield
         except sqlite3.Error as error:
             raise DiskError(f"{self._path}: cannot be read or written: {error}") from error
+
+
+def _kind(entry: Book) -> tuple[int, int, str]:
+    """Lines of one kind are written at once."""
+    return BOOKED.index(entry.state), entry.version, entry.reason
 
 
 def totals_of(database: sqlite3.Connection, step: int) -> LedgerTotals:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from rlhf_dist.loop.events import Command, MemberKind, Submit, TimedOut
 from rlhf_dist.loop.open_groups import OpenRequest
@@ -18,6 +19,8 @@ MemberKey = tuple[MemberKind, str]
 class Member:
     """One process."""
 
+    kind: MemberKind
+    name: str
     work: dict[str, int] = field(default_factory=dict)
     """Request key -> size: of a rollout worker's the samples, of a server's 1."""
     load: int = 0
@@ -26,8 +29,16 @@ class Member:
     """When it last gave a sign of progress, or got work while it had none."""
     steps: int = -1
     """Decoding steps, as it last told."""
-    serves: bool = False
-    """It may be given more: of a rollout worker, once it has proved the published weights."""
+
+    def give(self, request_key: str, size: int, now: float) -> None:
+        """It has this work, too."""
+        if not self.work:
+            self.sign = now
+        self.work[request_key] = size
+        self.load += size
+
+
+LOAD = attrgetter("load")
 
 
 class Members:
@@ -49,11 +60,11 @@ class Members:
         """`capacity`: samples that a rollout worker is given at a time; more wait here, for the first that is free."""
         named: dict[MemberKind, Iterable[str]] = {"rollout": workers, "scoring": scorers, "reference": references}
         self._members: dict[MemberKey, Member] = {
-            (kind, name): Member() for kind, names in named.items() for name in names
+            (kind, name): Member(kind, name) for kind, names in named.items() for name in names
         }
-        self._of_kind: dict[MemberKind, list[MemberKey]] = {
-            kind: [key for key in self._members if key[0] == kind] for kind in named
-        }
+        self._of_kind = {kind: [one for one in self._members.values() if one.kind == kind] for kind in named}
+        self._serving: list[Member] = []
+        """Rollout workers that may be given more: they have proved the published weights."""
         self._capacity = capacity
         self.limits_s = limits_s
         self._backlog: deque[tuple[OpenRequest, ...]] = deque()
@@ -61,7 +72,7 @@ class Members:
     @property
     def workers(self) -> list[str]:
         """Rollout workers that are not lost."""
-        return [name for _, name in self._of_kind["rollout"]]
+        return [one.name for one in self._of_kind["rollout"]]
 
     def wait(self, requests: tuple[OpenRequest, ...], first: bool = False) -> None:
         """Into the backlog, to go to one worker together; `first`: before all others."""
@@ -75,24 +86,22 @@ class Members:
     def dispatch(self, now: float) -> list[Command]:
         """Requests of the backlog for the workers that have room, one command a worker."""
         found: dict[str, list[OpenRequest]] = {}
-        serving = [key for key in self._of_kind["rollout"] if self._members[key].serves]
-        while self._backlog and serving:
-            key = min(serving, key=lambda each: self._members[each].load)
+        while self._backlog and self._serving:
+            worker = min(self._serving, key=LOAD)
             size = sum(one.request.n for one in self._backlog[0])
-            load = self._members[key].load
-            if load and load + size > self._capacity:
+            if worker.load and worker.load + size > self._capacity:
                 break
             for one in self._backlog.popleft():
-                one.worker = key[1]
-                self._give(key, one.request.key, one.request.n, now)
-                found.setdefault(key[1], []).append(one)
+                one.worker = worker.name
+                worker.give(one.request.key, one.request.n, now)
+                found.setdefault(worker.name, []).append(one)
         return [Submit(worker, tuple(one.request for one in sent)) for worker, sent in found.items()]
 
     def server(self, kind: MemberKind, request_key: str, now: float) -> str:
         """The server of this kind that has least to do; it now has this request, too."""
-        key = min(self._of_kind[kind], key=lambda each: self._members[each].load)
-        self._give(key, request_key, 1, now)
-        return key[1]
+        server = min(self._of_kind[kind], key=LOAD)
+        server.give(request_key, 1, now)
+        return server.name
 
     def done(self, kind: MemberKind, name: str, request_key: str, now: float) -> None:
         """A member has answered."""
@@ -115,27 +124,20 @@ class Members:
 
     def serve(self, workers: Sequence[str]) -> None:
         """Only these rollout workers may be given work."""
-        for kind, name in self._of_kind["rollout"]:
-            self._members[kind, name].serves = name in workers
+        named = set(workers)
+        self._serving = [one for one in self._of_kind["rollout"] if one.name in named]
 
     def lose(self, worker: str) -> bool:
         """A rollout worker is gone; false where that is known."""
-        if self._members.pop(("rollout", worker), None) is None:
-            return False
-        self._of_kind["rollout"].remove(("rollout", worker))
-        return True
+        gone = self._members.pop(("rollout", worker), None)
+        for listed in (self._of_kind["rollout"], self._serving):
+            listed[:] = [one for one in listed if one is not gone]
+        return gone is not None
 
     def silent(self, now: float) -> list[Command]:
         """Members that have work and gave no sign of progress within their limit."""
         return [
-            TimedOut(kind, name, self.limits_s[kind])
-            for (kind, name), member in self._members.items()
-            if member.work and now - member.sign > self.limits_s[kind]
+            TimedOut(member.kind, member.name, self.limits_s[member.kind])
+            for member in self._members.values()
+            if member.work and now - member.sign > self.limits_s[member.kind]
         ]
-
-    def _give(self, key: MemberKey, request_key: str, size: int, now: float) -> None:
-        member = self._members[key]
-        if not member.work:
-            member.sign = now
-        member.work[request_key] = size
-        member.load += size

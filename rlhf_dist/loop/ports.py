@@ -80,8 +80,8 @@ class References(Protocol):
 class Bodies(Protocol):
     """The collator."""
 
-    def keep(self, key: str, body: Handle[Group]) -> None:
-        """Take a group's tokens over. `Kept` comes of it."""
+    def keep(self, bodies: Mapping[str, Handle[Group]]) -> None:
+        """Take the tokens of groups over, by key. `Kept` comes of each."""
         ...
 
     def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:

@@ -38,6 +38,9 @@ from rlhf_dist.types import Request
 Timeout = Callable[[MemberKind, str, float], Exception]
 """(kind, name, limit in seconds) of a process that has been silent -> what to raise."""
 
+TICK_S = 1.0
+"""How often what follows from time alone is looked at, at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Actors:
@@ -69,10 +72,11 @@ class Shell:
         self._ledger = ledger
         self._tell = tell
         self._served: tuple[str, ...] | None = None
+        self._ticked = actors.arrivals.now()
         actors.arrivals.listen(self.hear)
 
     def hear(self, events: Sequence[Event]) -> None:
-        """Do what follows from the events: the ledger first, in one transaction, then the rest in its order."""
+        """Do what follows from the events: what can be done at once (ledger, collator), then the rest in its order."""
         now = self._actors.arrivals.now()
         self._do(command for event in events for command in self._controller.handle(event, now))
 
@@ -118,9 +122,12 @@ class Shell:
         return self._controller.open_groups()
 
     def _pump(self) -> None:
-        self._serve()
-        self._actors.arrivals.pump()
-        self.hear([Tick()])
+        arrivals = self._actors.arrivals
+        arrivals.pump()
+        if arrivals.now() - self._ticked >= TICK_S:
+            self._ticked = arrivals.now()
+            self._serve()
+            self.hear([Tick()])
 
     def _serve(self) -> None:
         """Tell the controller where other workers serve than before: one whose receipt came late does again."""
@@ -134,6 +141,8 @@ class Shell:
         entries = [command for command in found if isinstance(command, Book)]
         if entries and self._ledger is not None:
             self._ledger.book(entries)
+        if bodies := {command.key: command.body for command in found if isinstance(command, Keep)}:
+            self._actors.bodies.keep(bodies)
         for command in found:
             self._carry_out(command)
 
@@ -144,8 +153,6 @@ class Shell:
                 actors.rollouts.submit(command.worker, command.requests)
             case Cancel():
                 actors.rollouts.cancel(command.worker, command.keys)
-            case Keep():
-                actors.bodies.keep(command.key, command.body)
             case KeepReference():
                 actors.bodies.keep_reference(command.key, command.logprobs)
             case Forget():
@@ -159,5 +166,5 @@ class Shell:
                 self._tell(command)
             case TimedOut():
                 raise actors.timeout(command.kind, command.member, command.limit_s)
-            case Book():
-                pass
+            case Book() | Keep():
+                pass  # all of them are done, in `_do`

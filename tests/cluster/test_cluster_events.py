@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cluster_stand_ins
@@ -25,6 +28,10 @@ from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.rules import rules_of
 from rlhf_dist.loop.shell import Actors, Shell
 from rlhf_dist.types import Answered, Message, Prompt
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import controller as bench
 
 workers = cluster_stand_ins.workers
 
@@ -156,7 +163,7 @@ def test_tokens_that_died_with_their_worker_end_nothing(workers: dict[str, Any],
     while rollouts.serving():
         ears.inbox.pump()
     key = answer.key
-    CollatorProcess("collator", collator, ears.inbox, timeout_s=60).keep(key, answer.body)
+    CollatorProcess("collator", collator, ears.inbox, timeout_s=60).keep({key: answer.body})
     ScoringFleet({"server": workers["one"]}, ears.inbox, timeout_s=60).submit("server", key, answer.body)
     ReferenceFleet({"server": workers["two"]}, ears.inbox, timeout_s=60).submit("server", key, answer.body, 1.0)
     ears.until(lambda: not ears.inbox._calls)
@@ -225,3 +232,14 @@ def test_little_goes_through_the_controller_for_each_sample(
     print(a_sample)
     assert a_sample["post"] + a_sample["events"] <= 300, a_sample
     assert sum(a_sample.values()) <= 600, a_sample
+
+
+def test_the_controller_benchmark(machine: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the Ray that is up; small. Speed is not asserted."""
+    saved = tmp_path / "controller.json"
+    assert bench.main(["--workers", "1", "3", "--steps", "2", "--runs", "1", "--out", str(saved)]) == 0
+    found = json.loads(saved.read_text())
+    assert [line["workers"] for line in found["lines"]] == [1, 3]
+    assert found["messages"].keys() == {"post", "events", "score", "keep", "forget"}
+    assert found["bytes_per_sample"] <= bench.TARGET_BYTES, found["messages"]
+    assert "driver's CPU time" in capsys.readouterr().out

@@ -209,7 +209,7 @@ class Bodies:
     def batches(self, shards: Sequence[Shard], keys: Sequence[str], compared: bool) -> list[Handle[RankBatch]]:
         return [Handle(batch) for batch in self.collator.batches(shards, keys, compared)]
 
-    def keep(self, key: str, body: Handle[Group]) -> None:
+    def keep(self, bodies: Mapping[str, Handle[Group]]) -> None:
         raise NotImplementedError
 
     def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:

@@ -227,9 +227,10 @@ class FakeBodies:
     """Keys of every step, and whether their reference logprobs were wanted."""
     inbox: FakeInbox = field(default_factory=FakeInbox)
 
-    def keep(self, key: str, body: Handle[Group]) -> None:
-        self.kept.add(key)
-        self.inbox.put(Kept(key))
+    def keep(self, bodies: Mapping[str, Handle[Group]]) -> None:
+        for key in bodies:
+            self.kept.add(key)
+            self.inbox.put(Kept(key))
 
     def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:
         self.references[key] = logprobs.place

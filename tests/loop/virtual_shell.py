@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,9 +109,10 @@ class Collator:
     def __init__(self, ports: Ports, checks: Checks) -> None:
         self._ports, self._checks = ports, checks
 
-    def keep(self, key: str, body: Handle[Group]) -> None:
-        assert body.place == key
-        self._ports.post("collator", self._ports.keep, key)
+    def keep(self, bodies: Mapping[str, Handle[Group]]) -> None:
+        for key, body in bodies.items():
+            assert body.place == key
+            self._ports.post("collator", self._ports.keep, key)
 
     def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:
         self._ports.post("collator", self._ports.keep_logprobs, key)
