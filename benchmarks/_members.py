@@ -11,7 +11,7 @@ import numpy as np
 import ray
 
 from rlhf_dist.rollout.trajectories import Exchange, Response, conversation, head_of
-from rlhf_dist.rollout.worker import BEAT_S, Submit, Verb
+from rlhf_dist.rollout.worker import Submit, Verb
 from rlhf_dist.types import Answered, Beat, Group, Handle, Request, Scores
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 9, 100
@@ -52,12 +52,12 @@ class Host:
             worker.steps += 1
             worker.some.set()
 
-    async def events(self, name: str) -> list[Answered | Beat]:
+    async def events(self, name: str, wait_s: float) -> list[Answered | Beat]:
         """See `rollout.worker.RolloutWorker.events`."""
         worker = self._worker(name)
         if not worker.out:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(worker.some.wait(), BEAT_S)
+                await asyncio.wait_for(worker.some.wait(), wait_s)
         worker.some.clear()
         found, worker.out = worker.out, []
         return self._weigh("events", [*found, Beat(name, worker.steps, 0)])

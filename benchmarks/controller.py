@@ -18,7 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from _members import COLLATOR, SERVER, WORKER, Host, Member
 from step import HERE, at_least, machine_facts, save
 
 from rlhf_dist.cli.arguments import Parser
@@ -74,7 +73,7 @@ class Endless:
 def main(argv: Sequence[str]) -> int:
     """Measure, print the table, save the JSON; returns 0 also where a target is missed. Raises `RlhfError`."""
     args = parse(argv)
-    session.prepare(ClusterConfig(address="local"))
+    session.prepare(ClusterConfig(address="local"))  # before anything imports ray
     with tempfile.TemporaryDirectory(prefix="rlhf-dist-bench-") as place:
         folder = Path(place)
         with session.ray_session(ClusterConfig(address="local"), folder, print):
@@ -109,6 +108,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def start_hosts(weigh: bool) -> list[Any]:
     """Processes for logical members. `weigh`: they sum up their messages, which costs them time."""
     import ray
+    from _members import Host
 
     paths = {"PYTHONPATH": f"{HERE}:{HERE.parent}"}
     host = ray.remote(Host).options(num_cpus=0, max_concurrency=2000, runtime_env={"env_vars": paths})
@@ -149,6 +149,8 @@ def bare_call(host: Any) -> float:
 
 def start_shell(names: Sequence[str], hosts: Sequence[Any], ledger: Ledger, steps: int) -> Shell:
     """A run's actor side over logical members."""
+    from _members import COLLATOR, SERVER, WORKER, Member
+
     from rlhf_dist.cluster.groups import CollatorProcess, ScoringFleet, silence
     from rlhf_dist.cluster.inbox import Inbox
     from rlhf_dist.cluster.rollout_fleet import RolloutFleet

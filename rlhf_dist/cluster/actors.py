@@ -72,9 +72,9 @@ class RolloutHost:
         """See `RolloutWorker.post`."""
         self._worker.post(number, verb)
 
-    def events(self) -> Any:
+    def events(self, wait_s: float) -> Any:
         """See `RolloutWorker.events`."""
-        return self._worker.events()
+        return self._worker.events(wait_s)
 
     def load_weights(self, announcement: Any) -> Any:
         """See `RolloutWorker.load_weights`."""

@@ -14,13 +14,15 @@ from rlhf_dist.cluster.processes import look
 from rlhf_dist.cluster.waits import fetch, limit_text
 from rlhf_dist.errors import ActorLost, EngineBroken, RayLost, RlhfError, RunError, WeightSyncError
 from rlhf_dist.loop.events import Event, Lost
-from rlhf_dist.rollout.worker import Cancel, Submit, Verb
+from rlhf_dist.rollout.worker import BEAT_S, Cancel, Submit, Verb
 from rlhf_dist.telemetry.timeline import Patience
 from rlhf_dist.types import Request
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 from rlhf_dist.weights.shared_memory import BUFFERS
 
 SYNC_KEY = "weights.timeout_s"
+BEATS = 32
+"""Of all workers together, in the longest that one waits where it has nothing to tell."""
 
 
 @dataclass(slots=True)
@@ -91,7 +93,8 @@ class RolloutFleet:
             standing.posted += 1
 
     def _ask_for_events(self, name: str) -> None:
-        self._inbox.expect(self._standings[name].worker.events.remote(), partial(self._read_events, name))
+        wait_s = BEAT_S * max(1.0, len(self._standings) / BEATS)
+        self._inbox.expect(self._standings[name].worker.events.remote(wait_s), partial(self._read_events, name))
 
     def _read_events(self, name: str, call: Any) -> Sequence[Event]:
         """A worker's events; one that has died, or whose engine failed, is lost."""

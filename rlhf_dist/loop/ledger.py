@@ -6,7 +6,7 @@
 
 It is how a resume knows what to issue again, and how a run proves at its end that no group was lost or used twice, and
 where every token that was sampled went. An attempt is (uid, number): a group whose worker is lost is begun again as the
-next one. Each call is one transaction, on disk when the call returns.
+next one. Each call is one transaction; all but those of `book` are on disk when they return.
 """
 
 from __future__ import annotations
@@ -149,8 +149,12 @@ class Ledger:
             self._database.execute(f"PRAGMA user_version = {FORMAT}")
 
     def book(self, entries: Iterable[Book]) -> None:
-        """Several lines in one transaction. An attempt goes through the states in one order, so that is theirs, too."""
-        with self._transaction():
+        """Several lines in one transaction. An attempt goes through the states in one order, so that is theirs, too.
+
+        They are on disk with the next call of another kind. If the machine fails before, they are lost, and a resume
+        would have taken them back.
+        """
+        with self._waits_for_no_disk(), self._transaction():
             for (place, version, reason), lines in groupby(sorted(entries, key=_kind), key=_kind):
                 found = list(lines)
                 attempts = [attempt for entry in found for attempt in entry.attempts]
@@ -316,6 +320,16 @@ class Ledger:
                 if self._database.in_transaction:
                     self._database.execute("ROLLBACK")
                 raise
+
+    @contextmanager
+    def _waits_for_no_disk(self) -> Iterator[None]:
+        """Transactions inside take microseconds, not the milliseconds of a disk: a later one puts them there."""
+        with self._disk_errors():
+            self._database.execute("PRAGMA synchronous=NORMAL")
+            try:
+                yield
+            finally:
+                self._database.execute("PRAGMA synchronous=FULL")
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:

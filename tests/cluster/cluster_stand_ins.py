@@ -106,8 +106,8 @@ class Stand:
     def post(self, number: int, verb: Verb) -> None:
         self._worker.post(number, verb)
 
-    def events(self) -> Any:
-        return self._worker.events()
+    def events(self, wait_s: float) -> Any:
+        return self._worker.events(wait_s)
 
     def load_weights(self, announcement: Announcement) -> Receipt:
         return self._worker.load_weights(announcement)
