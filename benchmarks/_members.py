@@ -33,11 +33,10 @@ class Worker:
 class Host:
     """Members by name. All calls are coroutines, so that one which waits holds no thread."""
 
-    def __init__(self, weighs: bool) -> None:
-        """`weighs`: sum up the bytes of what comes from the controller and goes to it, in Ray's own format."""
+    def __init__(self) -> None:
         self._workers: dict[str, Worker] = {}
         self._sizes: dict[str, list[int]] = {}
-        self._weighs = weighs
+        self._weighs = False
 
     @ray.method(num_returns=0)
     async def post(self, name: str, number: int, verb: Verb) -> None:
@@ -80,8 +79,12 @@ class Host:
     async def nothing(self) -> None:
         """A bare call."""
 
+    async def weigh(self) -> None:
+        """From now on, note the bytes of what comes from the controller and goes to it, in Ray's own format."""
+        self._weighs = True
+
     async def sizes(self) -> dict[str, list[int]]:
-        """Verb -> bytes of each message so far; sent and received ones are apart but for their names."""
+        """Verb -> bytes of each message since `weigh`."""
         return self._sizes
 
     def _worker(self, name: str) -> Worker:

@@ -77,12 +77,11 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="rlhf-dist-bench-") as place:
         folder = Path(place)
         with session.ray_session(ClusterConfig(address="local"), folder, print):
-            hosts, scales = start_hosts(weigh=False), start_hosts(weigh=True)
+            hosts = start_hosts()
             measure(1, hosts, folder, 1)  # what the first calls of a process cost is not to count
             runs = [measure(workers, hosts, folder, args.steps) for _ in range(args.runs) for workers in args.workers]
-            measure(args.workers[-1], scales, folder, args.steps)
-            sizes = weights(scales)
-    result = summary(runs, sizes, args.steps * GROUPS * SAMPLES)
+            sizes = weigh(args.workers[-1], hosts, folder, args.steps)
+    result = summary(runs, sizes, (args.steps + 1) * GROUPS * SAMPLES)
     print(table(result))
     save(args.out, result | {"steps": args.steps, "machine": machine_facts()})
     return 0
@@ -105,14 +104,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(list(argv))
 
 
-def start_hosts(weigh: bool) -> list[Any]:
-    """Processes for logical members. `weigh`: they sum up their messages, which costs them time."""
+def start_hosts() -> list[Any]:
+    """Processes for logical members."""
     import ray
     from _members import Host
 
     paths = {"PYTHONPATH": f"{HERE}:{HERE.parent}"}
     host = ray.remote(Host).options(num_cpus=0, max_concurrency=2000, runtime_env={"env_vars": paths})
-    hosts = [host.remote(weigh) for _ in range(HOSTS)]
+    hosts = [host.remote() for _ in range(HOSTS)]
     ray.get([one.nothing.remote() for one in hosts], timeout=LIMIT_S)
     return hosts
 
@@ -182,10 +181,12 @@ def take_step(shell: Shell, ledger: Ledger, step: int) -> None:
     shell.forget([one.key for one in taken.experiences])
 
 
-def weights(hosts: Sequence[Any]) -> dict[str, list[int]]:
-    """Kind of message -> bytes of each."""
+def weigh(workers: int, hosts: Sequence[Any], folder: Path, steps: int) -> dict[str, list[int]]:
+    """Kind of message -> bytes of each, in a run of its own: to weigh them takes the hosts' time."""
     import ray
 
+    ray.get([host.weigh.remote() for host in hosts], timeout=LIMIT_S)
+    measure(workers, hosts, folder, steps)
     found: dict[str, list[int]] = {}
     for sizes in ray.get([host.sizes.remote() for host in hosts], timeout=LIMIT_S):
         for kind, messages in sizes.items():
