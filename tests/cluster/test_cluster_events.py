@@ -234,7 +234,7 @@ def test_little_goes_through_the_controller_for_each_sample(
     assert sum(a_sample.values()) <= 600, a_sample
 
 
-def test_the_controller_benchmark(machine: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_controller_benchmark(local_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the Ray that is up; small. Speed is not asserted."""
     saved = tmp_path / "controller.json"
     assert bench.main(["--workers", "1", "3", "--steps", "2", "--runs", "1", "--out", str(saved)]) == 0
