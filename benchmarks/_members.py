@@ -92,7 +92,7 @@ class Host:
 
     def _weigh(self, verb: str, message: Any) -> Any:
         if self._weighs:
-            context = ray._private.worker.global_worker.get_serialization_context()  # pyright: ignore[reportAttributeAccessIssue]
+            context = ray._private.worker.global_worker.get_serialization_context()  # pyright: ignore[reportPrivateImportUsage]
             self._sizes.setdefault(verb, []).append(context.serialize(message).total_bytes)
         return message
 

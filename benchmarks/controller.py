@@ -110,8 +110,9 @@ def start_hosts() -> list[Any]:
     from _members import Host
 
     paths = {"PYTHONPATH": f"{HERE}:{HERE.parent}"}
-    host = ray.remote(Host).options(num_cpus=0, max_concurrency=2000, runtime_env={"env_vars": paths})
-    hosts = [host.remote() for _ in range(HOSTS)]
+    host: Any = ray.remote(Host)
+    settings = {"num_cpus": 0, "max_concurrency": 2000, "runtime_env": {"env_vars": paths}}
+    hosts = [host.options(**settings).remote() for _ in range(HOSTS)]
     ray.get([one.nothing.remote() for one in hosts], timeout=LIMIT_S)
     return hosts
 
