@@ -143,6 +143,12 @@ class Trajectory:
         """N."""
         return int(self.loss_mask.sum())
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest response."""
+        ends = [*(segment.start for segment in self.segments[1:]), len(self.tokens)]
+        return max(end - s.start for s, end in zip(self.segments, ends, strict=True) if s.role == POLICY_ROLE)
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -171,10 +177,13 @@ class GroupHead:
     """int64 [n]; all tokens of each trajectory."""
     lengths: np.ndarray
     """int64 [n]; the sampled ones."""
+    longest: np.ndarray
+    """int64 [n]; those of the longest response: `max_tokens` is the limit of one."""
     finish_reasons: tuple[str, ...]
     oldest_version: int
     """Lowest weight version among the sampled tokens."""
     newest_version: int
+    """Highest among them."""
     first_version: int
     """Lowest among the first sampled tokens of its trajectories."""
     mean_version: float
@@ -309,6 +318,8 @@ class Batch:
     """int64 [B]; all tokens of the row."""
     lengths: np.ndarray
     """int64 [B]; the sampled ones."""
+    longest: np.ndarray
+    """int64 [B]; those of the row's longest response."""
     ended: np.ndarray
     """bool [B]; false for a response that was cut before its end token."""
     scores: np.ndarray
@@ -322,7 +333,7 @@ class Batch:
     kl: np.ndarray
     """float32 [B]; nats per response to the reference; 0 in a run without one."""
     oldest_version: int
-    newest_version: int
+    """Lowest weight version among the sampled tokens."""
 
 
 @dataclass(frozen=True, slots=True)

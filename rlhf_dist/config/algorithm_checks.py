@@ -24,6 +24,12 @@ PROBLEMS: Problems = {
     "top_k to 0, or algo.kl.coef to 0": lambda c: (
         (c.algo.kl.coef or c.algo.kl.measure) and (c.rollout.top_p < 1 or c.rollout.top_k)
     ),
+    "rollout.top_p is {c.rollout.top_p} and rollout.top_k {c.rollout.top_k} with algo.ratio_to {c.algo.ratio_to} and "
+    "algo.correction.level {c.algo.correction.level}; the sampler's logprobs are then of a cut distribution and the "
+    "learner's are not, so their ratio would be wrong by what is cut away: set top_p to 1 and top_k to 0": lambda c: (
+        (c.algo.ratio_to == "behaviour" or c.algo.correction.level != "off")
+        and (c.rollout.top_p < 1 or c.rollout.top_k)
+    ),
     "algo.kl.estimator is k1 with algo.kl.place loss, where its gradient is 0 on average: only noise; choose k2, k3 or "
     "k3+, or set algo.kl.place to reward": lambda c: c.algo.kl.place == "loss" and c.algo.kl.estimator == "k1",
     "algo.shaping.overlong_buffer is {c.algo.shaping.overlong_buffer} and rollout.max_response_tokens "

@@ -29,11 +29,12 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat
     return tokens if tokens[: len(start)] == start else start + tokens
 
 
-def between(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ended: bool) -> list[int]:
+def between(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], last: int) -> list[int]:
     """The tokens between a response and the next, through the model's template.
 
-    messages: the conversation, of which the last two turns are the response and what the user says to it. `ended`: the
-    response's own tokens have the end of its turn. Raises ModelError where the template does not close a turn with that
+    messages: the conversation, of which the last two turns are the response and what the user says to it. `last`: the
+    response's last token; where that is not the one that closes a turn (the response was truncated, or ended by a stop
+    text), the turn is closed here. Raises ModelError where the template does not close a turn with that
     token, or writes the conversation before it in another way than `render` does.
     """
     form = text_format(tokenizer, chat=True)
@@ -44,7 +45,7 @@ def between(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], end
             "close turns by a token; a conversation of several turns cannot go on from the tokens that were sampled"
         )
     closed = whole.index(form.end, len(before))
-    return whole[closed + 1 :] if ended else whole[closed:]
+    return whole[closed + 1 :] if last == form.end else whole[closed:]
 
 
 def tokenize_response(tokenizer: PreTrainedTokenizerBase, response: str, chat: bool, ended: bool = True) -> list[int]:

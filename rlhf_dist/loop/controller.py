@@ -270,8 +270,7 @@ class Controller:
         if kept is None:
             return self._drop(one, NON_FINITE, lost.detail if lost else "")
         commands: list[Command] = [Book("scored", (one.attempt,))]
-        total, rules = kept.scores.total, self._rules
-        if rules.filter_groups and one.number - self._base < rules.filtered and (total == total[0]).all():
+        if self._rules.filters(kept.scores.total, one.number - self._base):
             return commands + self._drop(one, NO_SIGNAL, "")
         one.experience, one.ready, self._arrived = kept, now, True
         self._ready += 1

@@ -6,6 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+import numpy as np
+import torch
+
+from rlhf_dist.algo.masking import all_equal
 from rlhf_dist.config.admission import target_lag, window_of
 from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.schema import Config
@@ -63,6 +67,11 @@ class Rules:
         """Groups that may be open, or in a step whose version is not published."""
         return (self.target_lag + 1) * self.groups_per_step + self.extra_groups
 
+    def filters(self, total: np.ndarray, since: int) -> bool:
+        """Whether a group with these scores is made up for; it was issued as number `since` after the oldest open one
+        when a step was taken last."""
+        return self.filter_groups and since < self.filtered and all_equal(torch.from_numpy(total))
+
     def age_of(self, head: GroupHead, version: int) -> float:
         """Published versions between `version` and the weights that sampled the group, by `age`."""
         sampled = {"oldest": head.oldest_version, "mean": head.mean_version, "first": head.first_version}
@@ -83,7 +92,7 @@ def rules_of(config: Config, compares: bool, masked: bool) -> Rules:
         age=loop.age,
         drop_stale=loop.stale == "drop",
         filter_groups=algo.filter_groups,
-        filtered=(algo.filter_rounds - 1) * groups,
+        filtered=((target_lag(loop) + 1) * algo.filter_rounds - 1) * groups,
         group_size=algo.group_size,
         sampling=replace(sampling_of(config), masked=masked),
         seed=config.seed,

@@ -97,7 +97,7 @@ def penalized(batch: Batch, shaping: ShapingConfig, max_tokens: int) -> torch.Te
     if shaping.length_normalize:
         scores = length_normalized(scores, lengths)
     if shaping.overlong_buffer:
-        penalty = soft_overlong_penalty(lengths, max_tokens, shaping.overlong_buffer)
+        penalty = soft_overlong_penalty(torch.from_numpy(batch.longest), max_tokens, shaping.overlong_buffer)
         scores = scores + shaping.overlong_penalty * penalty
     if shaping.repetition_penalty:
         scores = scores + repetition_penalty(torch.from_numpy(batch.distinct), shaping.repetition_penalty)

@@ -105,6 +105,7 @@ def collate(experiences: Sequence[Experience]) -> Batch:
         samples=np.concatenate([e.samples for e in experiences]),
         tokens=np.concatenate([e.head.tokens for e in experiences]),
         lengths=np.concatenate([e.head.lengths for e in experiences]),
+        longest=np.concatenate([e.head.longest for e in experiences]),
         ended=np.array([reason == "stop" for e in experiences for reason in e.head.finish_reasons]),
         scores=np.concatenate([e.scores.total for e in experiences]),
         distinct=np.concatenate([e.scores.distinct for e in experiences]),
@@ -112,7 +113,6 @@ def collate(experiences: Sequence[Experience]) -> Batch:
         compared=bool(references),
         kl=np.concatenate([r.kl for r in references]) if references else np.zeros(sum(counts), np.float32),
         oldest_version=min(e.head.oldest_version for e in experiences),
-        newest_version=max(e.head.newest_version for e in experiences),
     )
 
 
@@ -221,7 +221,7 @@ def batch_metrics(batch: Batch, scores: np.ndarray, learning: Learning, step: in
         names.RESPONSE_LENGTH: float(batch.lengths.mean()),
         "rollout/response_length_max": float(batch.lengths.max()),
         "rollout/response_tokens": float(batch.lengths.sum()),
-        "rollout/cut_share": float((batch.lengths >= learning.sampling.max_tokens).mean()),
+        "rollout/cut_share": float((batch.longest >= learning.sampling.max_tokens).mean()),
         "rollout/unended_share": float((~batch.ended).mean()),
         # Versions between the weights being updated and those that sampled the oldest token; 0: on policy.
         "rollout/policy_lag_max": float(step - 1 - batch.oldest_version),

@@ -9,9 +9,9 @@ from rlhf_dist.types import POLICY_ROLE, Group, Message, Prompt, Request
 
 Observe = Callable[[Prompt, Sequence[str]], str | None]
 """(prompt, the policy's responses so far) -> what the user says next; None: the conversation is at its end."""
-Between = Callable[[Sequence[Message], bool], list[int]]
-"""(conversation up to what the user says last, whether the response before it ended by itself) -> the tokens that stand
-between that response and the next."""
+Between = Callable[[Sequence[Message], int], list[int]]
+"""(conversation up to what the user says last, last token of the response before it) -> the tokens that stand between
+that response and the next."""
 SEEDS = 2**63
 """A seed is below."""
 
@@ -62,7 +62,7 @@ class OpenGroup:
         for one, (_, read) in zip(said, [*self._read[sample][1:], ((), observation)], strict=True):
             messages += [Message(POLICY_ROLE, one.text), Message("user", read)]
         self.waits_for += 1
-        self._read[sample].append((self._between(messages, response.finish_reason == "stop"), observation))
+        self._read[sample].append((self._between(messages, response.tokens[-1]), observation))
         return [self._turn(sample)]
 
     def whole(self) -> Group | None:

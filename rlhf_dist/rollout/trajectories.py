@@ -93,6 +93,7 @@ def head_of(group: Group, worker: str) -> GroupHead:
         uid=group.prompt.uid,
         tokens=np.array([len(sample.tokens) for sample in group.trajectories]),
         lengths=np.array([sample.length for sample in group.trajectories]),
+        longest=np.array([sample.longest for sample in group.trajectories]),
         finish_reasons=tuple(sample.finish_reason for sample in group.trajectories),
         oldest_version=int(versions.min()),
         newest_version=int(versions.max()),

@@ -126,7 +126,7 @@ class Rig:
 def head_of(key: str, lengths: Sequence[int], version: int, worker: str = "a") -> GroupHead:
     sampled = np.array(lengths)
     reasons = ("stop",) * len(lengths)
-    return GroupHead(key, sampled + 2, sampled, reasons, version, version, version, float(version), worker)
+    return GroupHead(key, sampled + 2, sampled, sampled, reasons, version, version, version, float(version), worker)
 
 
 def scores_of(total: Sequence[float]) -> Scores:

@@ -158,6 +158,13 @@ def test_a_group_without_signal_is_dropped_and_another_takes_its_place() -> None
     assert of_kind(commands, Forget) == [Forget(("train/0/0/0",))]
 
 
+def test_scores_that_differ_in_their_last_digit_are_no_signal() -> None:
+    """A reward model gives the same text such scores."""
+    rig = Rig(rules_with(filter_groups=True))
+    assert dropped(rig.finish("train/0/0/0", (1.0, 1.0000001))) == [("0/0", "no_signal")]
+    assert dropped(rig.finish("train/0/1/0", (1.0, 1.001))) == []
+
+
 def test_after_so_many_groups_one_without_signal_is_used() -> None:
     rig = Rig(rules_with(filter_groups=True, filtered=2))
     rig.finish("train/0/0/0", (1.0, 1.0))

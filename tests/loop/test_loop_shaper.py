@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from stand_ins import EXPERIENCES, experience, with_reference
 
 from rlhf_dist.config.schema import AlgoConfig, KLConfig, ShapingConfig
-from rlhf_dist.loop.shaper import Shaper
+from rlhf_dist.loop.shaper import Shaper, penalized
 from rlhf_dist.loop.step import collate
 
 RUNNING = AlgoConfig(
@@ -22,6 +23,14 @@ def test_a_response_without_its_end_is_punished_before_anything_else() -> None:
     batch = collate([experience(0, 3, [2, 6], [1.0, 0.5], reasons=("length", "stop"))])
     assert shaper.shape(batch).tolist() == [-1.5, 0.5], "1 - 3 = -2, cut to -1.5"
     assert batch.scores.tolist() == [1.0, 0.5], "the scores themselves stay"
+
+
+def test_a_response_of_several_turns_is_overlong_where_one_of_them_is() -> None:
+    """Nine tokens are allowed, and the penalty begins at six. The row of nine is two turns of 5 and 4."""
+    batch, shaping = collate(EXPERIENCES), ShapingConfig(overlong_buffer=3)
+    turns = replace(batch, longest=np.array([2, 6, 5, 1, 4, 4, 3, 3]))
+    assert penalized(batch, shaping, 9).tolist() == [1, 0, -1, 0, 0, 2, 1, 0]
+    assert penalized(turns, shaping, 9).tolist() == [1, 0, 0, 0, 0, 2, 1, 0]
 
 
 def test_running_moments_grow_from_step_to_step() -> None:

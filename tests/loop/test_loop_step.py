@@ -96,7 +96,7 @@ def test_collate_lays_samples_out_as_rows(batch: Batch) -> None:
     assert batch.tokens.tolist() == [5, 9, 14, 6, 5, 5, 5, 5]
     assert batch.lengths.tolist() == [2, 6, 9, 1, 4, 4, 3, 3]
     assert batch.scores.tolist() == [1, 0, 0, 0, 0, 2, 1, 0]
-    assert (batch.oldest_version, batch.newest_version) == (6, 6)
+    assert batch.longest.tolist() == batch.lengths.tolist() and batch.oldest_version == 6
 
 
 def test_credit_by_hand(batch: Batch) -> None:
@@ -156,7 +156,7 @@ def test_a_batch_without_any_credit_still_shows_the_sentinel_a_group(batch: Batc
 
 def test_a_shard_has_the_version_of_the_weights_before_the_step() -> None:
     batch = collate([experience(0, 3, [2, 6], [1.0, 0.0], 6), experience(1, 3, [2, 6], [1.0, 0.0], 5)])
-    assert (batch.oldest_version, batch.newest_version) == (5, 6)
+    assert batch.oldest_version == 5
     assert [shard.version for shard in cut(batch, credit(batch), step=7, ranks=2)] == [6, 6]
 
 
@@ -172,6 +172,12 @@ def test_metrics_by_hand(batch: Batch) -> None:
     assert found["learner/tokens"] == 32.0 + 2 * (3 + 5 + 1 + 2)
     assert found["rollout/policy_lag_max"] == 0.0
     assert reward_metrics(EXPERIENCES) == {"reward/exact": 0.5, "reward/style": 1.5}
+
+
+def test_a_row_of_several_turns_is_cut_where_one_of_its_responses_is(batch: Batch) -> None:
+    """Nine tokens are allowed; the row of nine is two turns of 5 and 4."""
+    turns = replace(batch, longest=np.array([2, 6, 5, 1, 4, 4, 3, 3]))
+    assert batch_metrics(turns, batch.scores, LEARNING, step=7)["rollout/cut_share"] == 0.0
 
 
 def test_policy_lag_counts_versions_behind_the_step() -> None:

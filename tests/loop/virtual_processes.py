@@ -162,6 +162,7 @@ class Processes:
             uid=request.uid,
             tokens=lengths + 3,
             lengths=lengths,
+            longest=lengths,
             finish_reasons=("stop",) * request.n,
             oldest_version=spans[0][1],
             newest_version=spans[-1][1],

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from sample_groups import PROMPT, request_of
 
 from rlhf_dist.rollout.conversation import OpenGroup, request_of as request_of_turn
 from rlhf_dist.rollout.trajectories import Response
 from rlhf_dist.types import Message, Prompt, Segment
 
-PROMPT_TOKENS, HINT = [1, 2, 3], [90, 91]
+PROMPT_TOKENS, HINT, END = [1, 2, 3], [90, 91], 89
 
 
 def hint(prompt: Prompt, responses: Sequence[str]) -> str | None:
@@ -19,10 +20,10 @@ def hint(prompt: Prompt, responses: Sequence[str]) -> str | None:
     return None if responses[-1] == "right" or len(responses) > 1 else "left"
 
 
-def between(messages: Sequence[Message], ended: bool) -> list[int]:
-    """What it was asked for, as tokens: 89 closes a turn that did not end by itself."""
+def between(messages: Sequence[Message], last: int) -> list[int]:
+    """What it was asked for, as tokens: 89 closes a turn whose own last token does not."""
     assert [message.role for message in messages[-2:]] == ["assistant", "user"] and messages[-1].content == "left"
-    return HINT if ended else [89, *HINT]
+    return HINT if last == END else [END, *HINT]
 
 
 def said(key: str, text: str, tokens: list[int], version: int = 4, reason: str = "stop") -> Response:
@@ -38,8 +39,8 @@ def test_a_wrong_response_gets_a_hint_and_a_second_turn_with_all_before_it() -> 
     group = opened(2)
     first = group.first()
     assert [turn.context for turn in first] == [PROMPT_TOKENS] * 2 and [turn.seed for turn in first] == [0, 1]
-    (again,) = group.add(said(first[0].key, "wrong", [5, 6]))
-    assert again.context == [*PROMPT_TOKENS, 5, 6, *HINT]
+    (again,) = group.add(said(first[0].key, "wrong", [5, 89]))
+    assert again.context == [*PROMPT_TOKENS, 5, 89, *HINT]
     assert again.seed == 1, "another one than that of the turn before"
     assert group.under_way == [again.key, first[1].key] and group.whole() is None
     assert group.add(said(first[1].key, "right", [7])) == [] and group.whole() is None
@@ -47,9 +48,9 @@ def test_a_wrong_response_gets_a_hint_and_a_second_turn_with_all_before_it() -> 
     whole = group.whole()
     assert whole is not None and group.under_way == []
     sample, short = whole.trajectories
-    assert sample.tokens.tolist() == [*PROMPT_TOKENS, 5, 6, *HINT, 8, 9, 10]
+    assert sample.tokens.tolist() == [*PROMPT_TOKENS, 5, 89, *HINT, 8, 9, 10]
     assert sample.loss_mask.tolist() == [False] * 3 + [True] * 2 + [False] * 2 + [True] * 3
-    assert sample.logprobs.tolist() == [0, 0, 0, -5, -6, 0, 0, -8, -9, -10]
+    assert sample.logprobs.tolist() == [0, 0, 0, -5, -89, 0, 0, -8, -9, -10]
     assert sample.versions.tolist() == [-1, -1, -1, 4, 4, -1, -1, 5, 5, 5]
     assert sample.cache_versions.tolist() == [-1, -1, -1, 3, 3, -1, -1, 4, 4, 4]
     assert sample.segments == (
@@ -58,14 +59,16 @@ def test_a_wrong_response_gets_a_hint_and_a_second_turn_with_all_before_it() -> 
         Segment("user", 1, 5),
         Segment("assistant", 1, 7),
     )
-    assert sample.texts == ("wrong", "left", "wrong again") and sample.length == 5
+    assert sample.texts == ("wrong", "left", "wrong again") and (sample.length, sample.longest) == (5, 3)
     assert short.tokens.tolist() == [*PROMPT_TOKENS, 7] and short.texts == ("right",)
 
 
-def test_a_truncated_response_is_closed_by_a_token_that_the_policy_did_not_sample() -> None:
+@pytest.mark.parametrize("reason", ["length", "stop"])
+def test_a_turn_that_its_own_tokens_do_not_close_is_closed(reason: str) -> None:
+    """By a token that the policy did not sample: it was truncated, or a stop text ended it."""
     group = opened(1)
     (first,) = group.first()
-    (again,) = group.add(said(first.key, "wro", [5, 6], reason="length"))
+    (again,) = group.add(said(first.key, "wro", [5, 6], reason=reason))
     assert again.context == [*PROMPT_TOKENS, 5, 6, 89, *HINT]
     group.add(said(again.key, "right", [8]))
     whole = group.whole()
