@@ -30,7 +30,6 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {
     "OpenMP's own": {},
     "spin 10000": {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"},
     "spin 1000": {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"},
-    "spin 1000, 0 ms": {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
 """PyTorch's wheels bring GNU OpenMP, which counts spins; Intel's, where it is loaded, counts milliseconds."""

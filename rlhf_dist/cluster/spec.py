@@ -58,8 +58,9 @@ def environment(spec: ActorSpec) -> dict[str, str]:
     """
     variables = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUTF8": "1"}
     if spec.device == "cpu":
-        # Threads that wait for each other spin for microseconds, then sleep. Sleeping at once halves the speed of
-        # decoding; spinning for milliseconds, OpenMP's own choice, is many times slower where others use the cores too.
-        variables["GOMP_SPINCOUNT"] = "10000"
+        # Threads that wait for each other spin for microseconds, then sleep. Sleeping at once makes decoding slower;
+        # spinning for longer takes the core from the thread that is waited for, where others use the cores too.
+        # docs/performance.md has the figures.
+        variables["GOMP_SPINCOUNT"] = "1000"
         variables["KMP_BLOCKTIME"] = "1"
     return variables
