@@ -30,6 +30,8 @@ class Evaluation:
     """Greedy responses to the first prompts, in their order; why there is none, for a prompt that was dropped."""
     non_finite: tuple[NonFinite, ...]
     """Responses with a reward that is not finite, greedy ones first."""
+    version: int
+    """Of the weights that sampled every token of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ def evaluate(
         metrics["eval/non_finite"] = float(len(non_finite))
     shown = sample_answers(prompts, greedy, dropped, shell)
     shell.forget([experience.key for experience in (*greedy, *sampled)])
-    return Evaluation(metrics, shown, non_finite)
+    return Evaluation(metrics, shown, non_finite, version_of([*greedy, *sampled]))
 
 
 def collected(prompts: Sequence[Prompt], purpose: Purpose, answers: Mapping[tuple[str, str], Answer]) -> Collected:
@@ -108,6 +110,13 @@ def collected(prompts: Sequence[Prompt], purpose: Purpose, answers: Mapping[tupl
         [answer.drop for answer in found if answer.drop is not None],
         tuple(bad for answer in found for bad in answer.non_finite),
     )
+
+
+def version_of(found: Sequence[Experience]) -> int:
+    """The one version of all their tokens: nothing is pushed while an evaluation is under way."""
+    versions = {version for e in found for version in (e.head.oldest_version, e.head.newest_version)}
+    assert len(versions) == 1, f"an evaluation is of one version, not of {sorted(versions)}"
+    return versions.pop()
 
 
 def require_some(found: Collected) -> None:

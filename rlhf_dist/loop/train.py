@@ -211,6 +211,7 @@ def measure(run: Run, shell: Shell, step: int) -> Evaluation:
         gold=run.config.scoring.gold,
         solved_by=solved_by(run.config),
     )
+    assert found.version == step, f"the evaluation at step {step} is of version {found.version}"
     warn_of_non_finite(run, f"evaluation at step {step}", found.non_finite)
     run.progress.eval(step, found.metrics)
     return found

@@ -7,12 +7,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from stand_ins import FakeReference, FakeRollouts, FakeScoring, actors, asked_for, members, prompts, scores_of
+from stand_ins import (
+    FakeReference,
+    FakeRollouts,
+    FakeScoring,
+    actors,
+    asked_for,
+    experience,
+    members,
+    prompts,
+    scores_of,
+)
 
 from rlhf_dist.config.schema import Config, EvalConfig
 from rlhf_dist.errors import DataError
 from rlhf_dist.loop.controller import Controller
-from rlhf_dist.loop.evaluate import Evaluation, evaluate
+from rlhf_dist.loop.evaluate import Evaluation, evaluate, version_of
 from rlhf_dist.loop.events import Compared
 from rlhf_dist.loop.rules import rules_of
 from rlhf_dist.loop.shell import Shell
@@ -70,6 +80,14 @@ def test_a_prompt_without_a_response_counts_as_not_solved() -> None:
     assert found.metrics["eval/sampled_accuracy"] == 3 / 8
     assert found.metrics["eval/dropped"] == 1.0
     assert found.answers == ("abc", "(dropped: prompt_empty)", "abc")
+
+
+def test_an_evaluation_is_of_one_version() -> None:
+    old, new = experience(0, 3, [2], [1.0], version=6), experience(1, 3, [2], [1.0], version=7)
+    assert version_of([old, old]) == 6
+    for mixed in ([old, new], [replace(old, head=replace(old.head, newest_version=7))]):
+        with pytest.raises(AssertionError, match=r"of one version, not of \[6, 7\]"):
+            version_of(mixed)
 
 
 def test_an_evaluation_without_any_response_is_an_error() -> None:
