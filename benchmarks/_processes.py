@@ -50,5 +50,6 @@ def processes(mark: str) -> Iterator[tuple[Path, str]]:
 def kind_of(words: Sequence[str]) -> str:
     """`ray::CLASS.method` is how Ray names its workers; the command is the controller; all others are Ray's own."""
     if words and words[0].startswith("ray::"):
-        return words[0].removeprefix("ray::").split(".")[0].split("(")[0].split(":")[0]
+        name = words[0].removeprefix("ray::").split(".")[0].split("(")[0].split(":")[0]
+        return "Ray itself" if name.endswith("Agent") else name
     return "controller" if "rlhf_dist" in words else "Ray itself"

@@ -40,12 +40,13 @@ def main(argv: Sequence[str]) -> int:
         for number in range(args.runs):
             for name, words in sides.items():
                 print(f"round {number + 1} of {args.runs}: {name}", file=sys.stderr, flush=True)
-                config = canonical_config(folder, "grpo", [*args.words, *words], args.warmup + args.steps)
+                config = canonical_config(folder, "grpo", [*args.words, *words], args.warmup + args.steps + args.lag)
                 path = write_config(config, folder)
                 if not (folder / "model").exists():
                     run_process([sys.executable, str(HERE / "_canonical.py"), str(path)], folder / "models.log", {})
                 steps, _ = run_ours(path, folder, f"{name.replace(' ', '-')}-{number}", PHASES)
-                found[name].append(steps[args.warmup :])
+                # At the end of a run nothing more is sampled, and the learner has the machine to itself.
+                found[name].append(steps[args.warmup : args.warmup + args.steps])
     result = summary(found)
     print(table(result))
     facts = {"lag": args.lag, "config": args.words, "warmup": args.warmup, "machine": machine_facts()}

@@ -58,11 +58,13 @@ def main(argv: Sequence[str]) -> int:
     with work_folder() as folder:
         for name, words in sides.items():
             print(name, file=sys.stderr, flush=True)
-            config = canonical_config(folder, "grpo", [*args.words, *words], args.warmup + args.steps)
+            config = canonical_config(folder, "grpo", [*args.words, *words], args.warmup + args.steps + args.lag + 1)
             path = write_config(config, folder)
             if not (folder / "model").exists():
                 run_process([sys.executable, str(HERE / "_canonical.py"), str(path)], folder / "models.log", {})
-            found[name] = watch(path, folder, name.replace(" ", "-"))
+            seen = watch(path, folder, name.replace(" ", "-"))
+            # Without the end of the run, where nothing more is sampled, and its evaluation.
+            found[name] = Watched(seen.lanes, seen.ends[: args.warmup + args.steps])
     shares = {name: summary(seen, args.warmup) for name, seen in found.items()}
     print(table(shares))
     save(args.out, {"lag": args.lag, "shares": shares, "config": args.words, "machine": machine_facts()})

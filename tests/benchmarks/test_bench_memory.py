@@ -46,6 +46,7 @@ def test_processes_are_named_by_what_they_do() -> None:
     assert kind_of(["ray::RolloutHost.events"]) == "RolloutHost"
     assert kind_of(["ray::ScoringHost"]) == "ScoringHost"
     assert kind_of(["python", "-m", "rlhf_dist", "train"]) == "controller"
+    assert kind_of(["ray::DashboardAgent"]) == "Ray itself"
     assert kind_of(["/x/raylet", "--port"]) == "Ray itself"
 
 
