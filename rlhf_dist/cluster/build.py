@@ -238,7 +238,13 @@ def start_fleets(
             scorers,
             references,
             capacity=config.rollout.max_concurrent,
-            limits_s={"rollout": config.rollout.timeout_s, "scoring": limit, "reference": limit},
+            limits_s={
+                "rollout": config.rollout.timeout_s,
+                "scoring": limit,
+                "reference": limit,
+                "collator": config.learner.timeout_s,
+            },
+            collator=collating[0],
         ),
         learner=learner_side(config, ranks, critics, inbox),
     )

@@ -28,6 +28,7 @@ LIMIT_KEYS: dict[MemberKind, tuple[str, str]] = {
     "rollout": ("generate", "rollout.timeout_s"),
     "scoring": ("score", SCORING_KEY),
     "reference": ("compare", SCORING_KEY),
+    "collator": ("keep", LEARNER_KEY),
 }
 """What a member is asked for, and the config key of its limit."""
 
@@ -35,6 +36,11 @@ LIMIT_KEYS: dict[MemberKind, tuple[str, str]] = {
 def silence(kind: MemberKind, name: str, limit_s: float) -> ActorTimeout:
     """What to raise for a member that has work and has given no sign of progress for so long."""
     what, key = LIMIT_KEYS[kind]
+    if name == NOBODY:
+        return ActorTimeout(
+            f"no rollout worker holds the published weights, and requests have waited {limit_text(limit_s, key)} for "
+            "one; the warnings before say why"
+        )
     return ActorTimeout(silent([name], what, limit_text(limit_s, key)))
 
 
@@ -131,7 +137,7 @@ class CollatorProcess:
             fetch(call, self._name, f"keep {', '.join(bodies)}", self._timeout_s)
         except AnswerLost:
             if len(bodies) == 1:
-                return [Undone("scoring", NOBODY, key) for key in bodies]
+                return [Undone("collator", self._name, key) for key in bodies]
             for key, body in bodies.items():  # one is lost, and the others can be had
                 self.keep({key: body})
             return []

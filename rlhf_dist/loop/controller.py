@@ -48,7 +48,6 @@ from rlhf_dist.loop.events import (
     KeepReference,
     Kept,
     Lost,
-    MemberKind,
     Published,
     Score,
     Scored,
@@ -219,7 +218,7 @@ class Controller:
     def _heard(self, event: About, now: float) -> list[Command]:
         """Something about a request, from the member that had it."""
         one, commands = self._open.get(event.key), list[Command]()
-        self._members.done(*self._sender(event, one), event.key, now)
+        self._members.heard(event, one.worker if one is not None else NOBODY, now)
         if one is None or one.knows(event):
             self.late += 1
             return []
@@ -245,6 +244,7 @@ class Controller:
     def _answered(self, one: OpenRequest, event: Answered, now: float) -> list[Command]:
         one.head = event.head
         commands: list[Command] = [Keep(event.key, event.body)]
+        self._members.server("collator", event.key, now)
         if one.trains:
             commands.append(Book("finished", (one.attempt,), tokens=(int(event.head.lengths.sum()),)))
         commands.append(Score(self._members.server("scoring", event.key, now), event.key, event.body))
@@ -382,18 +382,3 @@ class Controller:
 
     def _end(self, reason: str) -> list[Command]:
         return [command for one in list(self._groups.values()) for command in self._drop(one, reason, "")]
-
-    @staticmethod
-    def _sender(event: About, one: OpenRequest | None) -> tuple[MemberKind, str]:
-        """Whose work is done with the event; nobody's name where it is nobody's."""
-        match event:
-            case Scored():
-                return "scoring", event.server
-            case Compared():
-                return "reference", event.server
-            case Undone():
-                return event.kind, event.server
-            case Kept():
-                return "scoring", NOBODY
-            case _:
-                return "rollout", one.worker if one is not None else NOBODY

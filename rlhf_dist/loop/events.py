@@ -27,12 +27,10 @@ from rlhf_dist.types import (
     Unanswered,
 )
 
-MemberKind = Literal["rollout", "scoring", "reference"]
+MemberKind = Literal["rollout", "scoring", "reference", "collator"]
 """What a process does for the loop."""
-
-
 NOBODY = ""
-"""In place of a member's name: the collator is none."""
+"""In place of a member's name: of a request that waits for a worker."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from rlhf_dist.loop.events import Command, MemberKind, Submit, TimedOut
+from rlhf_dist.loop.events import (
+    NOBODY,
+    About,
+    Command,
+    Compared,
+    Kept,
+    MemberKind,
+    Scored,
+    Submit,
+    TimedOut,
+    Undone,
+)
 from rlhf_dist.loop.open_groups import OpenRequest
 from rlhf_dist.types import Beat
 
@@ -56,9 +67,15 @@ class Members:
         *,
         capacity: int,
         limits_s: Mapping[MemberKind, float],
+        collator: str = "collator",
     ) -> None:
         """`capacity`: samples that a rollout worker is given at a time; more wait here, for the first that is free."""
-        named: dict[MemberKind, Iterable[str]] = {"rollout": workers, "scoring": scorers, "reference": references}
+        named: dict[MemberKind, Iterable[str]] = {
+            "rollout": workers,
+            "scoring": scorers,
+            "reference": references,
+            "collator": (collator,),
+        }
         self._members: dict[MemberKey, Member] = {
             (kind, name): Member(kind, name) for kind, names in named.items() for name in names
         }
@@ -68,6 +85,8 @@ class Members:
         self._capacity = capacity
         self.limits_s = limits_s
         self._backlog: deque[tuple[OpenRequest, ...]] = deque()
+        self._stuck: float | None = None
+        """Since when the backlog has waited for a worker that serves."""
 
     @property
     def workers(self) -> list[str]:
@@ -86,6 +105,10 @@ class Members:
     def dispatch(self, now: float) -> list[Command]:
         """Requests of the backlog for the workers that have room, one command a worker."""
         found: dict[str, list[OpenRequest]] = {}
+        if not self._backlog or self._serving:
+            self._stuck = None
+        elif self._stuck is None:
+            self._stuck = now
         while self._backlog and self._serving:
             worker = min(self._serving, key=LOAD)
             size = sum(one.request.n for one in self._backlog[0])
@@ -102,6 +125,21 @@ class Members:
         server = min(self._of_kind[kind], key=LOAD)
         server.give(request_key, 1, now)
         return server.name
+
+    def heard(self, event: About, worker: str, now: float) -> None:
+        """Whoever tells this of a request is done with it; `worker`: who samples it."""
+        match event:
+            case Scored():
+                self.done("scoring", event.server, event.key, now)
+            case Compared():
+                self.done("reference", event.server, event.key, now)
+            case Undone():
+                self.done(event.kind, event.server, event.key, now)
+            case Kept():
+                (collator,) = self._of_kind["collator"]
+                self.done("collator", collator.name, event.key, now)
+            case _:
+                self.done("rollout", worker, event.key, now)
 
     def done(self, kind: MemberKind, name: str, request_key: str, now: float) -> None:
         """A member has answered."""
@@ -135,8 +173,13 @@ class Members:
         return gone is not None
 
     def silent(self, now: float) -> list[Command]:
-        """Members that have work and gave no sign of progress within their limit."""
-        return [
+        """Members that have work and gave no sign of progress within their limit; nobody's name where no worker serves.
+
+        A worker that refused a push is not asked again before the next one, which may never come.
+        """
+        limit = self.limits_s["rollout"]
+        stuck = self._stuck is not None and now - self._stuck > limit
+        return [TimedOut("rollout", NOBODY, limit)] * stuck + [
             TimedOut(member.kind, member.name, self.limits_s[member.kind])
             for member in self._members.values()
             if member.work and now - member.sign > self.limits_s[member.kind]

@@ -179,6 +179,9 @@ class Stand:
         total = np.full(len(group.trajectories), 1.0 if self._name == "one" else 2.0, np.float32)
         return Scores(total, {}, total, total.astype(np.uint64))
 
+    def keep(self, keys: list[str], *groups: Group) -> None:
+        self.work()
+
     def reference(self, group: Group, temperature: float) -> Any:
         self.work()
         n, tokens = len(group.trajectories), sum(sample.length for sample in group.trajectories)

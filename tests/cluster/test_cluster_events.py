@@ -77,7 +77,7 @@ def line(workers: dict[str, Any], server: Any, collator: Any, count: int, size: 
         ["scoring server 0"],
         [],
         capacity=1000,
-        limits_s={"rollout": limit_s, "scoring": limit_s, "reference": limit_s},
+        limits_s={"rollout": limit_s, "scoring": limit_s, "reference": limit_s, "collator": limit_s},
     )
     scoring = ScoringFleet({"scoring server 0": server}, inbox, timeout_s=60)
     controller = Controller(rules_of(config, compares=False, masked=False), Endless(), members)
@@ -177,14 +177,17 @@ def test_tokens_that_died_with_their_worker_end_nothing(workers: dict[str, Any],
     [
         ("worker", r"^rollout worker 0 did not finish 'generate' in 0\.5 s \(rollout\.timeout_s\)$"),
         ("server", r"^scoring server 0 did not finish 'score' in 0\.5 s \(scoring\.timeout_s\)$"),
+        ("collator", r"^collator did not finish 'keep' in 0\.5 s \(learner\.timeout_s\)$"),
     ],
 )
 def test_a_member_that_is_silent_is_named_with_its_limit(
     workers: dict[str, Any], collator: Any, silent: str, message: str
 ) -> None:
     worker, server = workers["one"], workers["two"]
-    tell(worker if silent == "worker" else server, "hangs")
-    run = line({"rollout worker 0": worker}, server, collator, 1, limit_s=0.5)
+    stand = start("three")
+    tell({"worker": worker, "server": server, "collator": stand}[silent], "hangs")
+    keeper = stand if silent == "collator" else collator
+    run = line({"rollout worker 0": worker}, server, keeper, 1, limit_s=0.5)
     run.shell.published(0)
     with pytest.raises(ActorTimeout, match=message):
         run.shell.next_step()

@@ -10,7 +10,7 @@ import pytest
 from rlhf_dist.cluster import groups
 from rlhf_dist.cluster.groups import CollatorProcess
 from rlhf_dist.errors import AnswerLost
-from rlhf_dist.loop.events import NOBODY, Event, Kept, Undone
+from rlhf_dist.loop.events import Event, Kept, Undone
 from rlhf_dist.types import Group, Handle
 
 
@@ -42,4 +42,4 @@ def test_the_groups_of_a_list_of_events_are_kept_in_one_call(monkeypatch: pytest
         call, read = calls.pop(0)
         heard += read(call)
     assert asked == [(["a", "b", "c"], "1", "lost", "3"), (["a"], "1"), (["b"], "lost"), (["c"], "3")]
-    assert heard == [Kept("a"), Undone("scoring", NOBODY, "b"), Kept("c")]
+    assert heard == [Kept("a"), Undone("collator", "collator", "b"), Kept("c")]

@@ -89,7 +89,7 @@ class Rig:
     """Workers `a`, `b` ... that serve, scoring server `s`, reference server `r`, and all commands so far."""
 
     def __init__(self, rules: Rules, workers: str = "a", capacity: int = 100, **stream: Any) -> None:
-        limits = {"rollout": 10.0, "scoring": 20.0, "reference": 30.0}
+        limits = {"rollout": 10.0, "scoring": 20.0, "reference": 30.0, "collator": 40.0}
         self.members = Members(workers, "s", "r", capacity=capacity, limits_s=limits)  # type: ignore[arg-type]
         self.controller = Controller(rules, FewPrompts(**stream), self.members)
         self.now = 0.0

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -269,7 +269,7 @@ def actors(
 
 def members(reference: bool = False) -> Members:
     """One of each."""
-    limits: dict[MemberKind, float] = {"rollout": 50.0, "scoring": 50.0, "reference": 50.0}
+    limits: dict[MemberKind, float] = dict.fromkeys(get_args(MemberKind), 50.0)
     return Members([WORKER], ["scorer"], ["reference"] if reference else [], capacity=10**6, limits_s=limits)
 
 

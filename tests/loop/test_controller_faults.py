@@ -6,7 +6,7 @@ import pytest
 from hand_made import Rig, compared, given, held_out, of_kind, rules_with, scores_of
 
 from rlhf_dist.errors import ActorLost
-from rlhf_dist.loop.events import NOBODY, Asked, Book, Forget, Kept, Lost, Scored, Serving, Tell, Tick, TimedOut, Undone
+from rlhf_dist.loop.events import Asked, Book, Forget, Kept, Lost, Scored, Serving, Tell, Tick, TimedOut, Undone
 
 
 def test_an_answer_that_comes_twice_changes_nothing() -> None:
@@ -115,7 +115,7 @@ def test_no_two_evaluations_have_a_key_in_common_though_a_worker_is_lost() -> No
 def test_tokens_that_nobody_gets_from_a_worker_that_is_not_lost_are_not_waited_for_beyond_its_limit() -> None:
     rig = Rig(rules_with(), workers="ab")
     rig.answer("train/0/0/0")
-    assert rig.hear(Undone("scoring", NOBODY, "train/0/0/0")) == [], "the collator's own: the worker may be lost"
+    assert rig.hear(Undone("collator", "collator", "train/0/0/0")) == [], "the collator's own: the worker may be lost"
     limit = rig.members.limits_s["rollout"]
     rig.now += limit
     assert rig.hear(Tick()) == []

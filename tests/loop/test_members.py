@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from hand_made import prompt, rules_with
 
-from rlhf_dist.loop.events import MemberKind, Submit, TimedOut
+from rlhf_dist.loop.events import NOBODY, Kept, MemberKind, Submit, TimedOut, Undone
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.open_groups import OpenRequest
 from rlhf_dist.loop.requests import make_request
 from rlhf_dist.types import Beat, Purpose
 
-LIMITS_S: dict[MemberKind, float] = {"rollout": 10.0, "scoring": 20.0, "reference": 30.0}
+LIMITS_S: dict[MemberKind, float] = {"rollout": 10.0, "scoring": 20.0, "reference": 30.0, "collator": 40.0}
 
 
 def members(workers: str = "ab", capacity: int = 4, scorers: str = "s") -> Members:
@@ -135,6 +135,30 @@ def test_a_member_that_has_work_and_gives_no_sign_is_silent() -> None:
     assert found.silent(15.0) == []
     assert found.silent(15.1) == [TimedOut("rollout", "a", 10.0)]
     assert found.silent(26.1) == [TimedOut("rollout", "a", 10.0), TimedOut("scoring", "s", 20.0)]
+
+
+def test_requests_wait_no_longer_than_a_limit_for_a_worker_that_serves() -> None:
+    """One refused the last push and another is lost: the learner waits for groups, so no push comes that could help."""
+    found = members()
+    found.serve(("b",))
+    found.lose("b")
+    found.wait((request("0"),))
+    assert found.dispatch(5.0) == found.dispatch(6.0) == found.silent(15.0) == []
+    assert found.silent(15.1) == [TimedOut("rollout", NOBODY, 10.0)]
+    found.serve(("a",))
+    assert sent(found, 16.0) == [("a", ["0"])] and found.silent(16.1) == []
+    found.done("rollout", "a", "train/0/0", 17.0)
+    assert found.dispatch(17.0) == found.silent(1000.0) == []
+
+
+def test_the_collator_is_a_member_too() -> None:
+    found = members()
+    found.server("collator", "0", 0.0)
+    found.server("collator", "1", 1.0)
+    found.heard(Kept("0"), "a", 30.0)
+    assert found.silent(70.0) == [] and found.silent(70.1) == [TimedOut("collator", "collator", 40.0)]
+    found.heard(Undone("collator", "collator", "1"), "a", 71.0)
+    assert found.silent(1000.0) == []
 
 
 def test_a_member_without_work_is_never_silent() -> None:
