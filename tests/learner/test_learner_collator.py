@@ -1,0 +1,49 @@
+"""The collator: what it owns, what it lays out, what it says of what never came. Pure."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sample_groups import group_of, two_turns
+from test_learner_rank_batch import shard
+
+from rlhf_dist.errors import RunError
+from rlhf_dist.learner.collator import Collator
+
+GROUP, CONVERSATION = group_of([1, 2], [5, 6, 7], [1, 2], texts=("five", "six")), two_turns()
+
+
+def collator() -> Collator:
+    found = Collator()
+    found.keep("a", GROUP)
+    found.keep("b", CONVERSATION)
+    return found
+
+
+def test_each_rank_gets_its_rows_of_the_groups_in_their_order() -> None:
+    found = collator().batches([shard([(0, 0)]), shard([(1, 1)])], ["b", "a"], compared=False)
+    assert [batch.tokens.tolist() for batch in found] == [[1, 2, 5, 6, 7, 8, 9], [1, 2, 6, 7]]
+    assert [len(batch.reference) for batch in found] == [0, 0]
+
+
+def test_the_last_response_of_each_sample_is_shown() -> None:
+    assert collator().texts(["b", "a"]) == [("last",), ("five", "six")]
+
+
+def test_reference_logprobs_that_never_came_are_told_of() -> None:
+    found = collator()
+    found.keep_reference("a", np.array([-1.5, -2.5, -3.5], np.float32))
+    (batch,) = found.batches([shard([(0, 1)])], ["a"], compared=True)
+    assert batch.reference.tolist() == [-2.5, -3.5]
+    with pytest.raises(RunError, match="the reference's logprobs of b were lost with the server that made them"):
+        found.batches([shard([(0, 0)])], ["a", "b"], compared=True)
+
+
+def test_what_nobody_needs_is_gone_and_a_late_reference_does_not_bring_it_back() -> None:
+    found = collator()
+    found.forget(["a", "unknown"])
+    found.keep_reference("a", np.zeros(3, np.float32))
+    assert len(found) == 1 and found.texts(["b"]) == [("last",)]
+    found.keep("a", GROUP)
+    with pytest.raises(RunError, match="of a were lost"):
+        found.batches([shard([(0, 0)])], ["a"], compared=True)
