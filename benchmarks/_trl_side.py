@@ -22,7 +22,8 @@ def main(argv: list[str]) -> None:
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     from rlhf_dist.cluster.placement import local_machine, place
     from rlhf_dist.config.load import from_yaml
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
     tokens: list[int] = []
     marks: list[float] = []
 
-    def shorter_is_better(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def shorter_is_better(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         tokens.append(sum(len(ids) for ids in completion_ids))
         return [-float(len(ids)) for ids in completion_ids]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -122,7 +123,7 @@ def curve(variant: str, seed: int, metrics: Path) -> Curve:
     trained = {row["step"]: row for row in rows if "time/step" in row}
     evaluated = {row["step"]: row[ACCURACY] for row in rows if ACCURACY in row}
     steps = sorted(evaluated)
-    seconds = [sum(row["time/step"] for step, row in trained.items() if step <= until) for until in steps]
+    seconds = [math.fsum(row["time/step"] for step, row in trained.items() if step <= until) for until in steps]
     tokens = sum(row["rollout/response_tokens"] for row in trained.values())
     return Curve(
         variant=variant,

@@ -178,9 +178,11 @@ class Members:
         A worker that refused a push is not asked again before the next one, which may never come.
         """
         limit = self.limits_s["rollout"]
-        stuck = self._stuck is not None and now - self._stuck > limit
-        return [TimedOut("rollout", NOBODY, limit)] * stuck + [
+        found: list[Command] = [
             TimedOut(member.kind, member.name, self.limits_s[member.kind])
             for member in self._members.values()
             if member.work and now - member.sign > self.limits_s[member.kind]
         ]
+        if self._stuck is not None and now - self._stuck > limit:
+            found.append(TimedOut("rollout", NOBODY, limit))
+        return found
