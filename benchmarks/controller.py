@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from step import HERE, at_least, machine_facts, save
 
@@ -24,6 +24,7 @@ from rlhf_dist.cli.arguments import Parser
 from rlhf_dist.cluster import session
 from rlhf_dist.config.schema import AlgoConfig, ClusterConfig, Config, LoopConfig
 from rlhf_dist.loop.controller import Controller
+from rlhf_dist.loop.events import MemberKind
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.rules import rules_of
@@ -169,8 +170,8 @@ def start_shell(names: Sequence[str], hosts: Sequence[Any], ledger: Ledger, step
         arrivals=inbox,
         timeout=silence,
     )
-    limits = {"rollout": LIMIT_S, "scoring": LIMIT_S, "reference": LIMIT_S}
-    members = Members(names, servers, [], capacity=GROUPS * SAMPLES * (LAG + 1), limits_s=limits)  # pyright: ignore[reportArgumentType]
+    limits: dict[MemberKind, float] = dict.fromkeys(get_args(MemberKind), LIMIT_S)
+    members = Members(names, servers, [], capacity=GROUPS * SAMPLES * (LAG + 1), limits_s=limits)
     return Shell(Controller(rules, Endless(), members), actors, ledger=ledger)
 
 

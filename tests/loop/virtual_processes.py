@@ -217,9 +217,13 @@ class Processes:
         self.after(self.random.random() * 0.5, self._keep, key)
 
     def _keep(self, key: str) -> None:
-        if key in self.bodies and not self._makers[key].dead:
+        """It answers in any case; what was forgotten meanwhile stays forgotten."""
+        if self._makers[key].dead:
+            self.tell("collator", Undone("collator", "collator", key))
+            return
+        if key in self.bodies:
             self.bodies[key] = True
-            self.tell("collator", Kept(key))
+        self.tell("collator", Kept(key))
 
     def keep_logprobs(self, key: str) -> None:
         """The collator takes a group's reference logprobs over."""
