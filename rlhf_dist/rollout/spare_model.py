@@ -17,7 +17,7 @@ class SpareModel:
     def __init__(self, live: nn.Module) -> None:
         """Costs the memory of the weights once more."""
         modules: dict[int, nn.Module] = {}
-        self.model = twin(live, modules, {})
+        self.model: Any = twin(live, modules, {})
         self._pairs = [(module, modules[id(module)]) for module in live.modules()]
         for module, spare in self._pairs:
             share_loading(module, spare)
@@ -56,7 +56,7 @@ def twin(module: nn.Module, modules: dict[int, nn.Module], tensors: dict[int, Te
 def tensor_twin(tensor: Tensor, tensors: dict[int, Tensor]) -> Tensor:
     """A copy with the same class and attributes, which is how vLLM's parameters know their loaders."""
     if id(tensor) not in tensors:
-        made = tensor.data.clone()
+        made: Any = tensor.data.clone()
         made.__class__ = tensor.__class__
         made.__dict__ = tensor.__dict__.copy()
         tensors[id(tensor)] = made
@@ -76,7 +76,7 @@ def share_loading(module: nn.Module, spare: nn.Module) -> None:
     info = get_layerwise_info(module)
     noted = []
     for tensors in info.restore_metadata:
-        copies = {name: to_meta_tensor(tensor) for name, tensor in tensors.items()}
+        copies: dict[str, Any] = {name: to_meta_tensor(tensor) for name, tensor in tensors.items()}
         for copied in copies.values():
             if hasattr(copied, "weight_loader"):
                 # After a first load it is wrapped by one that counts for the other module.

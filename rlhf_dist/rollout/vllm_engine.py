@@ -138,7 +138,7 @@ class VllmEngine:
 
     def sampled(self, key: str) -> int:
         """Tokens so far of a response that is under way."""
-        processor = self._engine.output_processor
+        processor: Any = self._engine.output_processor
         (request,) = processor.external_req_ids[key]
         return processor.request_states[request].detokenizer.num_output_tokens()
 
