@@ -92,7 +92,8 @@ class Host:
 
     def _weigh(self, verb: str, message: Any) -> Any:
         if self._weighs:
-            context = ray._private.worker.global_worker.get_serialization_context()  # pyright: ignore[reportPrivateImportUsage]
+            ours: Any = ray._private.worker  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
+            context = ours.global_worker.get_serialization_context()
             self._sizes.setdefault(verb, []).append(context.serialize(message).total_bytes)
         return message
 
@@ -120,6 +121,7 @@ def sampled(request: Request) -> Group:
     """An answer; its tokens are of no interest."""
     tokens = list(range(RESPONSE_TOKENS))
     zeros = np.zeros(RESPONSE_TOKENS, np.float32)
-    response = Response("", tokens, zeros, zeros.astype(np.int32), "stop", "text")
+    versions = zeros.astype(np.int32)
+    response = Response("", tokens, zeros, versions, versions, "stop", "text")
     sample = conversation([Exchange(tokens[:PROMPT_TOKENS], "", response)])
     return Group(request, (sample,) * request.n)

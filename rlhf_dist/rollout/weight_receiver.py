@@ -214,7 +214,8 @@ class WeightReceiver:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-        lease, model = self._weight_lease, self.model_runner.model
+        lease: Lease | None = self._weight_lease
+        model: Any = self.model_runner.model
         assert lease is not None, "hash_weights comes first"
         if spare:
             self._spare = self._spare or SpareModel(model)
