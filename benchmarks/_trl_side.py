@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rlhf_dist.config.schema import Config
+
 MICRO_BATCH = 16
 """Responses of a forward pass."""
 
@@ -22,7 +24,6 @@ def main(argv: list[str]) -> None:
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     from rlhf_dist.cluster.placement import local_machine, place
@@ -31,7 +32,6 @@ def main(argv: list[str]) -> None:
     config = from_yaml(Path(argv[0]).read_text(encoding="utf-8"))
     torch.set_num_threads(place(config, local_machine(), "train").learner_threads)
     rows = [json.loads(line) for line in Path(config.data.path).read_text(encoding="utf-8").splitlines()]
-    responses = config.loop.prompts_per_step * config.algo.group_size
     tokens: list[int] = []
     marks: list[float] = []
 
@@ -51,25 +51,7 @@ def main(argv: list[str]) -> None:
     trainer = GRPOTrainer(
         model=config.model.path,
         reward_funcs=shorter_is_better,
-        args=GRPOConfig(
-            output_dir=str(Path(argv[1]).parent / "trl"),
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            per_device_train_batch_size=MICRO_BATCH,
-            gradient_accumulation_steps=responses // MICRO_BATCH,
-            num_generations=config.algo.group_size,
-            max_completion_length=config.rollout.max_response_tokens,
-            temperature=config.rollout.temperature,
-            beta=0.0,
-            learning_rate=config.learner.optimizer.lr,
-            max_grad_norm=config.learner.optimizer.max_grad_norm,
-            max_steps=config.loop.steps,
-            seed=config.seed,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
+        args=settings(config, Path(argv[1]).parent / "trl"),
         train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
         callbacks=[Clock()],
     )
@@ -78,6 +60,31 @@ def main(argv: list[str]) -> None:
     seconds = [after - before for before, after in pairwise(marks)]
     steps = [{"seconds": s, "tokens": n} for s, n in zip(seconds, tokens, strict=True)]
     Path(argv[1]).write_text(json.dumps(steps), encoding="utf-8")
+
+
+def settings(config: Config, folder: Path) -> Any:
+    """TRL's own config for the same work."""
+    from trl.trainer.grpo_config import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=config.loop.prompts_per_step * config.algo.group_size // MICRO_BATCH,
+        num_generations=config.algo.group_size,
+        max_completion_length=config.rollout.max_response_tokens,
+        temperature=config.rollout.temperature,
+        beta=0.0,
+        learning_rate=config.learner.optimizer.lr,
+        max_grad_norm=config.learner.optimizer.max_grad_norm,
+        max_steps=config.loop.steps,
+        seed=config.seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ def test_the_logs_of_an_evaluation_go_unless_it_fails(
         (logs / "rollout-worker-0.log").write_text("started")
         if fails:
             raise RunError("it died")
-        arrivals = SimpleNamespace(listen=lambda _: None)
+        arrivals = SimpleNamespace(listen=lambda _: None, now=lambda: 0.0)
         return build.Parts(SimpleNamespace(reference=None, arrivals=arrivals), None, None, None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))

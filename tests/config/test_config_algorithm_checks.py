@@ -111,6 +111,24 @@ def test_what_stale_rows_need_is_checked(tmp_path: Path) -> None:
     assert any("loop.max_policy_lag is 2 with algo.ratio_to proximal" in text for text in found)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        (
+            ["algo.ratio_to=behaviour", "rollout.top_p=0.9"],
+            "rollout.top_p is 0.9 and rollout.top_k 0 with algo.ratio_to",
+        ),
+        (
+            ["algo.correction.level=token", "rollout.top_k=5"],
+            "rollout.top_k 5 with algo.ratio_to proximal and algo.corr",
+        ),
+    ],
+)
+def test_a_cut_distribution_has_no_ratio_to_the_learner(tmp_path: Path, overrides: list[str], found: str) -> None:
+    (problem,) = problems(config(tmp_path, *overrides), "train")
+    assert found in problem and "set top_p to 1 and top_k to 0" in problem
+
+
 def test_rules_of_algorithms_are_for_train_alone(tmp_path: Path) -> None:
     bad = config(tmp_path, "critic.coef=0.5", "algo.kl.controller=adaptive", "reference.path=model")
     assert len(problems(bad, "train")) == 3

@@ -213,16 +213,6 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         ),
         (
             "train",
-            ["algo.ratio_to=behaviour", "rollout.top_p=0.9"],
-            ["rollout.top_p is 0.9 and rollout.top_k 0 with algo.ratio_to behaviour", "their ratio would be wrong"],
-        ),
-        (
-            "train",
-            ["algo.correction.level=token", "rollout.top_k=5"],
-            ["rollout.top_k 5 with algo.ratio_to proximal and algo.correction.level token", "set top_p to 1"],
-        ),
-        (
-            "train",
             ["algo.kl.measure=true", "rollout.top_k=5"],
             ["rollout.top_k 5 with a reference", "set top_p to 1 and top_k to 0"],
         ),

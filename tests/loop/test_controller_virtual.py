@@ -22,7 +22,7 @@ def test_the_same_seed_is_the_same_run() -> None:
 
 
 def test_the_runs_come_to_all_that_they_are_to_show() -> None:
-    worlds = [replay(seed) for seed in range(200)]
+    worlds = [replay(seed) for seed in range(300)]
     reasons = Counter(line.reason for world in worlds for line in world.checks.ledger.values())
     assert reasons.keys() >= {"worker_lost", "refused", "non_finite", "no_signal", "slowest", "stale"}
     assert any(world.controller.late for world in worlds), "no event came twice or late"
