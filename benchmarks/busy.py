@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         path = write_config(config, folder)
         run_process([sys.executable, str(HERE / "_canonical.py"), str(path)], folder / "models.log", {})
 
-        def measure(name: str, number: int) -> list[Step]:
+        def measure(name: str) -> list[Step]:
             if name == "rlhf-dist":
                 label = f"run-{len(list(folder.glob('run-*.log')))}"
                 return run_ours(path, folder, label, PHASES["grpo"])[0]
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
                 for state in ("quiet", "busy"):
                     print(f"round {number + 1} of {args.runs}: {name}, {state}", file=sys.stderr, flush=True)
                     with busy_process() if state == "busy" else nullcontext():
-                        steps = measure(name, number)
+                        steps = measure(name)
                     found.setdefault(name, {}).setdefault(state, []).extend(steps[args.warmup :])
     result = summary(found)
     print(table(result))
@@ -71,7 +71,7 @@ def busy_process() -> Iterator[None]:
         yield
     finally:
         process.kill()
-        process.wait()
+        process.wait(10)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -144,7 +144,8 @@ class Shell:
         if bodies := {command.key: command.body for command in found if isinstance(command, Keep)}:
             self._actors.bodies.keep(bodies)
         for command in found:
-            self._carry_out(command)
+            if not isinstance(command, Book | Keep):
+                self._carry_out(command)
 
     def _carry_out(self, command: Command) -> None:
         actors = self._actors
@@ -166,5 +167,3 @@ class Shell:
                 self._tell(command)
             case TimedOut():
                 raise actors.timeout(command.kind, command.member, command.limit_s)
-            case Book() | Keep():
-                pass  # all of them are done, in `_do`
