@@ -12,14 +12,11 @@ import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from _canonical import canonical_config, require_overrides, write_config
-from step import HERE, Step, at_least, machine_facts, run_ours, run_process, save, work_folder
-
-from rlhf_dist.cli.arguments import Parser
+from _arguments import canonical_arguments
+from _canonical import canonical_config, write_config
+from step import HERE, Step, machine_facts, run_ours, run_process, save, work_folder
 
 APART = ("cluster.colocate=false",)
 PHASES = ("generate", "train", "sync", "other")
@@ -56,22 +53,17 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line. Raises `InputError`."""
-    parser = Parser(
-        prog="rlhf-dist bench async",
-        usage="rlhf-dist bench async [--lag L] [--steps N] [--warmup N] [--runs N] [--out FILE] [key=value ...]",
-        description="Generation and learning at once beside each in turn, by response tokens a second.",
-        allow_abbrev=False,
+    return canonical_arguments(
+        argv,
+        "async",
+        "Generation and learning at once beside each in turn, by response tokens a second.",
+        {
+            "lag": (1, 1, "loop.max_policy_lag"),
+            "steps": (1, 8, "measured steps of each run"),
+            "warmup": (0, 2, "steps before them that do not count"),
+            "runs": (1, 2, "rounds of all runs"),
+        },
     )
-    parser.add_argument("words", nargs="*", metavar="key=value", help="keys set over the canonical config")
-    parser.add_argument("--lag", type=at_least(1), default=1, help="loop.max_policy_lag (1)")
-    parser.add_argument("--steps", type=at_least(1), default=8, help="measured steps of each run (8)")
-    parser.add_argument("--warmup", type=at_least(0), default=2, help="steps before them that do not count (2)")
-    parser.add_argument("--runs", type=at_least(1), default=2, help="rounds of all runs (2)")
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / f"async-{stamp}.json", help="JSON to write")
-    args = parser.parse_intermixed_args(list(argv))
-    require_overrides(args.words)
-    return args
 
 
 def summary(found: Mapping[str, Sequence[Sequence[Step]]]) -> dict[str, Any]:

@@ -14,14 +14,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from _canonical import canonical_config, require_overrides, write_config
-from step import HERE, PHASES, Step, at_least, machine_facts, run_limit, run_ours, run_process, save, work_folder
-
-from rlhf_dist.cli.arguments import Parser
+from _arguments import canonical_arguments
+from _canonical import canonical_config, write_config
+from step import HERE, PHASES, Step, machine_facts, run_limit, run_ours, run_process, save, work_folder
 
 SHOWN = ("generate", "train", "step")
 TARGET_RATIO = 2.0
@@ -76,22 +73,17 @@ def busy_process() -> Iterator[None]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line. Raises `InputError`."""
-    parser = Parser(
-        prog="rlhf-dist bench busy",
-        usage="rlhf-dist bench busy [--settings] [--steps N] [--warmup N] [--runs N] [--out FILE] [key=value ...]",
-        description="A step beside one busy process over a quiet one.",
-        allow_abbrev=False,
+    return canonical_arguments(
+        argv,
+        "busy",
+        "A step beside one busy process over a quiet one.",
+        {
+            "steps": (1, 5, "measured steps of each run"),
+            "warmup": (0, 1, "steps before them that do not count"),
+            "runs": (1, 1, "rounds of all"),
+        },
+        flag="settings: raw vLLM and PyTorch under other OpenMP settings too",
     )
-    parser.add_argument("words", nargs="*", metavar="key=value", help="keys set over the canonical config")
-    parser.add_argument("--settings", action="store_true", help="raw vLLM and PyTorch under other OpenMP settings too")
-    parser.add_argument("--steps", type=at_least(1), default=5, help="measured steps of each run (5)")
-    parser.add_argument("--warmup", type=at_least(0), default=1, help="steps before them that do not count (1)")
-    parser.add_argument("--runs", type=at_least(1), default=1, help="rounds of all (1)")
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / f"busy-{stamp}.json", help="JSON to write")
-    args = parser.parse_intermixed_args(list(argv))
-    require_overrides(args.words)
-    return args
 
 
 def summary(found: Mapping[str, Mapping[str, Sequence[Step]]]) -> dict[str, Any]:

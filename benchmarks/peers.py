@@ -10,15 +10,14 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from _canonical import canonical_config, require_overrides, write_config
-from step import HERE, OPENMP, Step, at_least, machine_facts, run_ours, run_process, save, side_summary, work_folder
+from _arguments import canonical_arguments
+from _canonical import canonical_config, write_config
+from step import HERE, OPENMP, Step, machine_facts, run_ours, run_process, save, side_summary, work_folder
 
-from rlhf_dist.cli.arguments import Parser
 from rlhf_dist.errors import ConfigError
 
 TARGET_RATIO = 5.0
@@ -60,21 +59,16 @@ def run_trl(config: Path, folder: Path, number: int) -> list[Step]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line. Raises `InputError`."""
-    parser = Parser(
-        prog="rlhf-dist bench peers",
-        usage="rlhf-dist bench peers [--steps N] [--warmup N] [--runs N] [--out FILE] [key=value ...]",
-        description="A GRPO step beside one of TRL's GRPOTrainer, by response tokens a second.",
-        allow_abbrev=False,
+    return canonical_arguments(
+        argv,
+        "peers",
+        "A GRPO step beside one of TRL's GRPOTrainer, by response tokens a second.",
+        {
+            "steps": (1, 4, "measured steps of each run"),
+            "warmup": (0, 1, "steps before them that do not count"),
+            "runs": (1, 2, "rounds of both"),
+        },
     )
-    parser.add_argument("words", nargs="*", metavar="key=value", help="keys set over the canonical config")
-    parser.add_argument("--steps", type=at_least(1), default=4, help="measured steps of each run (4)")
-    parser.add_argument("--warmup", type=at_least(0), default=1, help="steps before them that do not count (1)")
-    parser.add_argument("--runs", type=at_least(1), default=2, help="rounds of both (2)")
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / f"peers-{stamp}.json", help="JSON to write")
-    args = parser.parse_intermixed_args(list(argv))
-    require_overrides(args.words)
-    return args
 
 
 def summary(found: Mapping[str, Sequence[Step]]) -> dict[str, Any]:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from _canonical import canonical_config, require_overrides, write_config
+from _arguments import canonical_arguments
+from _canonical import canonical_config, write_config
 from step import (
     HERE,
     PHASES,
     Step,
-    at_least,
     machine_facts,
     run_limit,
     run_ours,
@@ -28,7 +27,6 @@ from step import (
     work_folder,
 )
 
-from rlhf_dist.cli.arguments import Parser
 from rlhf_dist.config.schema import Config
 
 DTYPES: Mapping[str, Sequence[str]] = {
@@ -71,21 +69,16 @@ def made(folder: Path, dtype: str, args: argparse.Namespace) -> Config:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line. Raises `InputError`."""
-    parser = Parser(
-        prog="rlhf-dist bench precision",
-        usage="rlhf-dist bench precision [--steps N] [--warmup N] [--runs N] [--out FILE] [key=value ...]",
-        description="A bfloat16 step beside a float32 one, by response tokens a second.",
-        allow_abbrev=False,
+    return canonical_arguments(
+        argv,
+        "precision",
+        "A bfloat16 step beside a float32 one, by response tokens a second.",
+        {
+            "steps": (1, 6, "measured steps of each run"),
+            "warmup": (0, 2, "steps before them that do not count"),
+            "runs": (1, 1, "rounds of all"),
+        },
     )
-    parser.add_argument("words", nargs="*", metavar="key=value", help="keys set over the canonical config")
-    parser.add_argument("--steps", type=at_least(1), default=6, help="measured steps of each run (6)")
-    parser.add_argument("--warmup", type=at_least(0), default=2, help="steps before them that do not count (2)")
-    parser.add_argument("--runs", type=at_least(1), default=1, help="rounds of all (1)")
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / f"precision-{stamp}.json", help="JSON to write")
-    args = parser.parse_intermixed_args(list(argv))
-    require_overrides(args.words)
-    return args
 
 
 def summary(found: Mapping[str, Mapping[str, Sequence[Step]]]) -> dict[str, Any]:

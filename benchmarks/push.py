@@ -13,14 +13,12 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from _canonical import canonical_config, require_overrides, write_config
-from step import HERE, OPENMP, at_least, machine_facts, run_process, save, work_folder
+from _arguments import canonical_arguments
+from _canonical import canonical_config, write_config
+from step import HERE, OPENMP, machine_facts, run_process, save, work_folder
 
-from rlhf_dist.cli.arguments import Parser
 from rlhf_dist.cluster.placement import local_machine, place
 
 MODES = ("keep", "recompute")
@@ -49,20 +47,15 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line. Raises `InputError`."""
-    parser = Parser(
-        prog="rlhf-dist bench push",
-        usage="rlhf-dist bench push [--requests N] [--pushes N] [--out FILE] [key=value ...]",
-        description="The pause of generation at a push of new weights, by rollout.kv_after_push.",
-        allow_abbrev=False,
+    return canonical_arguments(
+        argv,
+        "push",
+        "The pause of generation at a push of new weights, by rollout.kv_after_push.",
+        {
+            "requests": (1, 64, "under way at each push"),
+            "pushes": (1, 10, "measured with each setting"),
+        },
     )
-    parser.add_argument("words", nargs="*", metavar="key=value", help="keys set over the canonical config")
-    parser.add_argument("--requests", type=at_least(1), default=64, help="under way at each push (64)")
-    parser.add_argument("--pushes", type=at_least(1), default=10, help="measured with each setting (10)")
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / f"push-{stamp}.json", help="JSON to write")
-    args = parser.parse_intermixed_args(list(argv))
-    require_overrides(args.words)
-    return args
 
 
 def summary(found: Mapping[str, Any]) -> dict[str, Any]:

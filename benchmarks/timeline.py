@@ -13,15 +13,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from _canonical import canonical_config, require_overrides, write_config
+from _arguments import canonical_arguments
+from _canonical import canonical_config, write_config
 from _processes import processes, started
-from step import HERE, at_least, machine_facts, run_process, save, work_folder
+from step import HERE, machine_facts, run_process, save, work_folder
 
-from rlhf_dist.cli.arguments import Parser
 from rlhf_dist.errors import RunError
 
 APART = ("cluster.colocate=false",)
@@ -76,21 +75,16 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line. Raises `InputError`."""
-    parser = Parser(
-        prog="rlhf-dist bench timeline",
-        usage="rlhf-dist bench timeline [--lag L] [--steps N] [--warmup N] [--out FILE] [key=value ...]",
-        description="A picture of who computes when, in turn and at once. Linux only.",
-        allow_abbrev=False,
+    return canonical_arguments(
+        argv,
+        "timeline",
+        "A picture of who computes when, in turn and at once. Linux only.",
+        {
+            "lag": (1, 1, "loop.max_policy_lag"),
+            "steps": (1, 4, "steps shown"),
+            "warmup": (1, 2, "steps before them"),
+        },
     )
-    parser.add_argument("words", nargs="*", metavar="key=value", help="keys set over the canonical config")
-    parser.add_argument("--lag", type=at_least(1), default=1, help="loop.max_policy_lag (1)")
-    parser.add_argument("--steps", type=at_least(1), default=4, help="steps shown (4)")
-    parser.add_argument("--warmup", type=at_least(1), default=2, help="steps before them, 1 or more (2)")
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / f"timeline-{stamp}.json", help="JSON to write")
-    args = parser.parse_intermixed_args(list(argv))
-    require_overrides(args.words)
-    return args
 
 
 def watch(config: Path, folder: Path, name: str) -> Watched:

@@ -143,8 +143,8 @@ class VllmEngine:
         return processor.request_states[request].detokenizer.num_output_tokens()
 
     def prepare_weights(self, announcement: Announcement) -> None:
-        """See `worker.Engine`. With `recompute` nothing is prepared: to compute keys and values again takes longer than a
-        load, and the spare weights would take as much memory as the weights."""
+        """See `worker.Engine`. With `recompute` nothing is prepared: computing keys and values again takes longer
+        than a load, and spare weights take as much memory as the weights."""
         if self._can_exchange and self.kv_after_push == "keep":
             self._weights.prepare(announcement)
 

@@ -1,0 +1,41 @@
+"""The command line of the benchmarks that run on the canonical work."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from _canonical import require_overrides
+from step import HERE, at_least
+
+from rlhf_dist.cli.arguments import Parser
+
+
+def canonical_arguments(
+    argv: Sequence[str], name: str, description: str, numbers: Mapping[str, tuple[int, int, str]], flag: str = ""
+) -> argparse.Namespace:
+    """`rlhf-dist bench NAME [--OPTION N] ... [--out FILE] [key=value ...]`. Raises `InputError`.
+
+    `numbers`: option -> (lowest, by default, what it is). `flag`: one that is set or not, as `option: what it is`.
+    """
+    option, _, what = flag.partition(": ")
+    shown = [f"[--{option}]"] if flag else []
+    shown += [f"[--{number} N]" for number in numbers]
+    parser = Parser(
+        prog=f"rlhf-dist bench {name}",
+        usage=f"rlhf-dist bench {name} {' '.join(shown)} [--out FILE] [key=value ...]",
+        description=description,
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="*", metavar="key=value", help="keys set over the canonical config")
+    if flag:
+        parser.add_argument(f"--{option}", action="store_true", help=what)
+    for number, (lowest, default, meaning) in numbers.items():
+        parser.add_argument(f"--{number}", type=at_least(lowest), default=default, help=f"{meaning} ({default})")
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / f"{name}-{stamp}.json", help="JSON to write")
+    args = parser.parse_intermixed_args(list(argv))
+    require_overrides(args.words)
+    return args
