@@ -24,6 +24,10 @@ def main(argv: list[str]) -> None:
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
+    from trl import import_utils
+
+    # Its module for vLLM, which is not used here, cannot be imported beside a newer vLLM.
+    import_utils.is_vllm_available = lambda *_, **__: False
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     from rlhf_dist.cluster.placement import local_machine, place
