@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_dist.learner.preference import HeldOutScores
-    from rlhf_dist.learner.rows import Packed
+    from rlhf_dist.learner.micro_batch_rows import Packed
+    from rlhf_dist.learner.preference_learner import HeldOutScores
 
 VOCABULARY = 2000
 """Tokens at most; a small text has fewer."""
@@ -90,7 +90,7 @@ def make(config: Config, folder: Path) -> dict[str, Any]:
     The texts are the better sides. Those of the last `preferences.held_out` pairs come last, where both `sft` and
     `reward` hold out, so that neither the tokenizer nor a model has seen them when training is stopped by them.
     """
-    from rlhf_dist.learner.preference import tokenize_judgement
+    from rlhf_dist.learner.preference_learner import tokenize_judgement
 
     sides = {side: read_side(config, folder / name) for side, name in SIDES.items()}
     learnt = sides["train"][: -config.preferences.held_out]
@@ -208,7 +208,7 @@ class Reader:
 
 def score(config: Config, folder: Path, model: Path) -> HeldOutScores:
     """What the reward model `model` makes of the test pairs: the evaluation of `rlhf-dist reward`, on other pairs."""
-    from rlhf_dist.learner.preference import PreferenceLearner
+    from rlhf_dist.learner.preference_learner import PreferenceLearner
     from rlhf_dist.models.hf import load_tokenizer
 
     learner = PreferenceLearner(

@@ -24,10 +24,10 @@ from rlhf_dist.cli.arguments import Parser
 from rlhf_dist.cluster import session
 from rlhf_dist.config.schema import AlgoConfig, ClusterConfig, Config, LoopConfig
 from rlhf_dist.loop.controller import Controller
+from rlhf_dist.loop.controller_rules import rules_of
 from rlhf_dist.loop.events import MemberKind
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.members import Members
-from rlhf_dist.loop.rules import rules_of
 from rlhf_dist.loop.shell import Actors, Shell
 from rlhf_dist.types import Message, Prompt
 

@@ -22,7 +22,7 @@ from rlhf_dist.types import (
 )
 
 if TYPE_CHECKING:
-    from rlhf_dist.learner.rows import Row
+    from rlhf_dist.learner.micro_batch_rows import Row
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=40, stop=())
 PROMPT = Prompt("0/0", (Message("user", "x"),), "", "test")
@@ -96,7 +96,7 @@ def two_turns(prompt: Prompt = PROMPT, *, logprobs: Sequence[float] = (-1.0, -2.
 
 def rows_of(group: Group) -> list[Row]:
     """Its samples as rows, for what is worked out by other means."""
-    from rlhf_dist.learner.rows import Row  # which imports torch, for which not all wait
+    from rlhf_dist.learner.micro_batch_rows import Row  # which imports torch, for which not all wait
 
     return [Row(sample.tokens, sample.loss_mask) for sample in group.trajectories]
 

@@ -97,14 +97,14 @@ def test_imports(path: Path) -> None:
     [
         ("algo/kl.py", "import vllm"),
         ("rollout/worker.py", "def f():\n    from vllm.engine import x"),
-        ("learner/policy.py", "import importlib\nimportlib.import_module('deepspeed')"),
+        ("learner/policy_learner.py", "import importlib\nimportlib.import_module('deepspeed')"),
         ("loop/step.py", "import ray.util"),
         ("config/load.py", "import torch.nn as nn"),
         ("data/stream.py", "from rlhf_dist.loop.queue import Q"),
         ("data/stream.py", "from rlhf_dist import loop"),
         ("data/stream.py", "from ..loop import queue"),
         ("models/hf.py", "from rlhf_dist.data import rows"),
-        ("learner/policy.py", "from rlhf_dist import rollout"),
+        ("learner/policy_learner.py", "from rlhf_dist import rollout"),
         ("types.py", "from rlhf_dist.errors import DataError"),
         ("loop/step.py", "def f():\n    import rlhf_dist.cluster.build"),
     ],
@@ -172,3 +172,9 @@ def test_a_long_function_is_seen() -> None:
 
 def test_no_utils() -> None:
     assert [path for path in ALL if path.stem in ("utils", "util", "helpers", "misc")] == []
+
+
+def test_a_file_name_appears_once() -> None:
+    """So that a traceback, a search or a tab in an editor names one file."""
+    names = [path.name for path in SOURCES if path.name != "__init__.py"]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []

@@ -125,7 +125,7 @@ def print_dry_run(config: Config, command: Command) -> int:
     """Print the resolved config as YAML and the plan on this machine as comments below it; returns the exit code."""
     from rlhf_dist.cluster.placement import local_machine
     from rlhf_dist.config.load import to_yaml
-    from rlhf_dist.config.rewards import reward_lines
+    from rlhf_dist.config.reward_words import reward_lines
 
     lines = plan_lines(config, local_machine(), command)
     lines += reward_lines(config) if command in ("train", "eval") else []

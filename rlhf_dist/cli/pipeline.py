@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
     from rlhf_dist.cluster import session
 
     session.prepare(stages[0].config.cluster)
-    from rlhf_dist.cluster.pipeline import pipeline
+    from rlhf_dist.cluster.stage_runs import pipeline
 
     pipeline(stages)
     return 0
@@ -56,7 +56,7 @@ def dry_run(stages: Sequence[Stage]) -> int:
     """Print what would be done with each stage. Raises `ResourceError` where one does not fit on this machine."""
     from rlhf_dist.cluster.placement import local_machine
     from rlhf_dist.config.pipeline_checks import named
-    from rlhf_dist.config.rewards import reward_lines
+    from rlhf_dist.config.reward_words import reward_lines
 
     machine = local_machine()
     for stage in stages:
@@ -72,7 +72,7 @@ def dry_run(stages: Sequence[Stage]) -> int:
 def foresee(stages: Sequence[Stage]) -> list[str]:
     """What would be done with each stage now, as far as it can be known before the earlier ones have run."""
     from rlhf_dist.config.pipeline_checks import named
-    from rlhf_dist.loop.pipeline import Basis, Finished, aside, basis_of, decide, listed, read_finished
+    from rlhf_dist.loop.stages import Basis, Finished, aside, basis_of, decide, listed, read_finished
 
     not_yet = Finished(Basis("", {}, {}), "", {}, 0)
     finished: dict[str, Finished] = {}

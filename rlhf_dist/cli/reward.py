@@ -21,7 +21,7 @@ def run(argv: Sequence[str]) -> int:
     from rlhf_dist.cluster import session
 
     session.prepare(config.cluster)
-    from rlhf_dist.cluster.reward import reward
+    from rlhf_dist.cluster.reward_build import reward
 
     reward(config, resume=arguments.resumes(args), resume_from=args.resume_from)
     return 0

@@ -21,7 +21,7 @@ def run(argv: Sequence[str]) -> int:
     from rlhf_dist.cluster import session
 
     session.prepare(config.cluster)
-    from rlhf_dist.cluster.supervised import sft
+    from rlhf_dist.cluster.supervised_build import sft
 
     sft(config, resume=arguments.resumes(args), resume_from=args.resume_from)
     return 0

@@ -31,8 +31,8 @@ def make_rollout_worker(spec: ActorSpec) -> Any:
     """Engine and worker, inside the actor's process."""
     from rlhf_dist.algo.recipes import ALGORITHMS
     from rlhf_dist.data.tasks import TASKS
-    from rlhf_dist.rollout.action_mask import MaskStart
     from rlhf_dist.rollout.conversation import nothing_more
+    from rlhf_dist.rollout.masked_sampling import MaskStart
     from rlhf_dist.rollout.vllm_engine import VllmEngine
     from rlhf_dist.rollout.worker import RolloutWorker
 

@@ -40,17 +40,17 @@ from rlhf_dist.cluster.sources import (
 )
 from rlhf_dist.cluster.spec import ActorSpec
 from rlhf_dist.cluster.waits import gather
-from rlhf_dist.config.rewards import reward_lines, solved_by
+from rlhf_dist.config.reward_words import reward_lines, solved_by
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream, held_out
 from rlhf_dist.errors import RunError
-from rlhf_dist.loop import train as training
+from rlhf_dist.loop import rl_training as training
 from rlhf_dist.loop.controller import Controller
-from rlhf_dist.loop.evaluate import evaluate as run_evaluation
+from rlhf_dist.loop.controller_rules import rules_of
+from rlhf_dist.loop.evaluation import evaluate as run_evaluation
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.resume_point import ledger_gone
-from rlhf_dist.loop.rules import rules_of
 from rlhf_dist.loop.run_directory import (
     step_of,
 )

@@ -164,7 +164,7 @@ class PolicyHost(CriticVerbs, LearnerHost):
         )
 
     def _make_learner(self) -> Any:
-        from rlhf_dist.learner.policy import PolicyLearner
+        from rlhf_dist.learner.policy_learner import PolicyLearner
         from rlhf_dist.learner.returns import ReturnsLearner
         from rlhf_dist.learner.shared_trunk import SharedPolicyLearner
 

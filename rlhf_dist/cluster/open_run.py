@@ -15,7 +15,7 @@ from rlhf_dist.cluster.preflight import disk_need, require_shared_memory
 from rlhf_dist.cluster.resume import Start, resumed
 from rlhf_dist.cluster.sources import model_source, reward_model_doubts
 from rlhf_dist.config.load import to_yaml
-from rlhf_dist.config.rewards import reward_lines
+from rlhf_dist.config.reward_words import reward_lines
 from rlhf_dist.config.schema import Config
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory, require_free_disk, write_json, write_text
 from rlhf_dist.loop.run_end import FINISHED, OUTCOME, end_recorded

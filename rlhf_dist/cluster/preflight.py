@@ -12,7 +12,7 @@ from rlhf_dist.cluster.sources import check_critic, check_reference, check_run_m
 from rlhf_dist.config.schema import Config
 from rlhf_dist.loop.run_lock import require_place
 from rlhf_dist.models.weight_files import read_headers
-from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.shared_memory import require_room
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from rlhf_dist.cluster.placement import Command
 from rlhf_dist.cluster.sources import model_path
 from rlhf_dist.config.schema import Config
-from rlhf_dist.data.answers import ambiguous_whole
 from rlhf_dist.data.demonstrations import (
     TaskDemonstrations,
     demonstrations,
@@ -19,6 +18,7 @@ from rlhf_dist.data.demonstrations import (
 )
 from rlhf_dist.data.files import held_out_rows, used_rows
 from rlhf_dist.data.judgements import FileJudgements, Judgements, held_out_judgements, judgements
+from rlhf_dist.data.numeric_answers import ambiguous_whole
 from rlhf_dist.data.records import Row, parsed, together
 from rlhf_dist.data.rows import question
 from rlhf_dist.data.text_checks import (

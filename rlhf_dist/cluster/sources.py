@@ -50,9 +50,9 @@ def reward_model_doubts(config: Config, begins: bool) -> list[str]:
 
 def model_source(config: Config, checkpoint: Path | None, command: Command = "train") -> str:
     """The Hugging Face directory to start from: the checkpoint's, or what `model.path` names, after checks."""
+    from rlhf_dist.models.capabilities import check_positions
     from rlhf_dist.models.hf import load_tokenizer
     from rlhf_dist.models.inspect import inspect
-    from rlhf_dist.models.limits import check_positions
     from rlhf_dist.models.model_config import load_config
     from rlhf_dist.models.scalar import inspect_scalar
     from rlhf_dist.models.text_format import check_format
@@ -74,7 +74,7 @@ def model_source(config: Config, checkpoint: Path | None, command: Command = "tr
 
 def longest(config: Config, command: Command) -> tuple[int, str]:
     """Tokens of the longest sequence that `command` puts through its models, and the config keys that say so."""
-    from rlhf_dist.models.limits import ROLLOUT_TOKENS
+    from rlhf_dist.models.capabilities import ROLLOUT_TOKENS
 
     if command == "sft":
         return config.sft.max_tokens, "sft.max_tokens"

@@ -9,8 +9,8 @@ from typing import Literal
 
 from rlhf_dist.config.paths import lookup_problem, short, special_kind
 from rlhf_dist.config.schema import DataConfig
-from rlhf_dist.data.answers import whole_answers
 from rlhf_dist.data.jsonl import jsonl_rows
+from rlhf_dist.data.numeric_answers import whole_answers
 from rlhf_dist.data.records import Row
 from rlhf_dist.data.tables import dataset_rows, parquet_rows
 from rlhf_dist.errors import ConfigError, DataError

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from rlhf_dist.config.schema import DataConfig
-from rlhf_dist.data.answers import number_text
+from rlhf_dist.data.numeric_answers import number_text
 from rlhf_dist.data.records import Row, shown
 from rlhf_dist.errors import DataError
 from rlhf_dist.types import Message

@@ -9,8 +9,8 @@ import torch
 
 from rlhf_dist.algo.algorithm import TokenCredit
 from rlhf_dist.algo.rewards import token_rewards
+from rlhf_dist.learner.micro_batch_rows import Packed, pack_batch
 from rlhf_dist.learner.rank_batch import RankBatch
-from rlhf_dist.learner.rows import Packed, pack_batch
 from rlhf_dist.learner.token_sums import Estimate
 
 

@@ -8,8 +8,8 @@ from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
 from rlhf_dist.algo.losses import clipped_value_loss
 from rlhf_dist.config.schema import CriticConfig
 from rlhf_dist.learner.credit import estimate, measure
+from rlhf_dist.learner.micro_batch_rows import on, pack_batch
 from rlhf_dist.learner.rank_batch import RankBatch
-from rlhf_dist.learner.rows import on, pack_batch
 from rlhf_dist.learner.scalar_engine import ScalarEngine
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums, token_sums
 from rlhf_dist.telemetry.metrics import MetricSums

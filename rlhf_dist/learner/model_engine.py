@@ -17,12 +17,12 @@ from rlhf_dist.errors import ConfigError, RlhfError
 from rlhf_dist.learner.agreement import Held, require_agreement
 from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine
 from rlhf_dist.learner.mask_policy import MaskPolicy
-from rlhf_dist.learner.rows import Packed
+from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.hf import load_model, own_memory, read_companions, save_hf
-from rlhf_dist.models.policy import PackedPolicy, check_head
+from rlhf_dist.models.packed_policy import PackedPolicy, check_head
 from rlhf_dist.models.tensors import digest, read_tensors, write_tensors
-from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.shared_memory import WeightWriter
 

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_dist.config.schema import PtxConfig
 from rlhf_dist.data.order import RowOrder
 from rlhf_dist.data.rows import Demonstration
-from rlhf_dist.learner.rows import Row
+from rlhf_dist.learner.micro_batch_rows import Row
 from rlhf_dist.learner.supervised import demonstration_rows, rank_share
 
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from rlhf_dist.algo.logprobs import chunk_count
 from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
+from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.model_engine import Engine
-from rlhf_dist.learner.rows import Packed
 from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.scalar import (
     NO_SCALE,

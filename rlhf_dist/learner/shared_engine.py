@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_dist.learner.critic_files import HEAD_FILE
+from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.model_engine import PREFIX, ModelEngine
-from rlhf_dist.learner.rows import Packed
 from rlhf_dist.models.actor_critic import PackedActorCritic
 from rlhf_dist.models.tensors import read_tensors, write_tensors
 

@@ -11,10 +11,10 @@ from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
 from rlhf_dist.algo.losses import clipped_value_loss
 from rlhf_dist.config.schema import CriticConfig
 from rlhf_dist.learner.credit import estimate, measure
-from rlhf_dist.learner.policy import PolicyLearner
+from rlhf_dist.learner.micro_batch_rows import Packed, on
+from rlhf_dist.learner.policy_learner import PolicyLearner
 from rlhf_dist.learner.ptx import PtxMix
 from rlhf_dist.learner.rank_batch import RankBatch
-from rlhf_dist.learner.rows import Packed, on
 from rlhf_dist.learner.shared_engine import SharedEngine
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums, Whitening
 from rlhf_dist.telemetry.metrics import MetricSums

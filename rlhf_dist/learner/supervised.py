@@ -14,9 +14,9 @@ from rlhf_dist.data.packing import plan
 from rlhf_dist.data.render import tokenize_demonstration
 from rlhf_dist.data.rows import Demonstration
 from rlhf_dist.errors import DataError
+from rlhf_dist.learner.learning_rate import learning_rate
+from rlhf_dist.learner.micro_batch_rows import Row, pack_rows, response_row
 from rlhf_dist.learner.model_engine import ModelEngine
-from rlhf_dist.learner.rows import Row, pack_rows, response_row
-from rlhf_dist.learner.schedule import learning_rate
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
 

@@ -32,6 +32,7 @@ from itertools import islice, takewhile
 import numpy as np
 
 from rlhf_dist.errors import ActorLost
+from rlhf_dist.loop.controller_rules import Prompts, Rules
 from rlhf_dist.loop.events import (
     NOBODY,
     About,
@@ -58,8 +59,8 @@ from rlhf_dist.loop.events import (
     TimedOut,
     Undone,
 )
+from rlhf_dist.loop.left_out import dropped as without_rewards, refuse_if_hopeless, with_finite_rewards
 from rlhf_dist.loop.members import Members
-from rlhf_dist.loop.non_finite import dropped as without_rewards, refuse_if_hopeless, with_finite_rewards
 from rlhf_dist.loop.open_groups import OpenRequest
 from rlhf_dist.loop.reasons import (
     END_OF_RUN,
@@ -73,7 +74,6 @@ from rlhf_dist.loop.reasons import (
     refuse_whole_epoch,
 )
 from rlhf_dist.loop.requests import greedy, make_request
-from rlhf_dist.loop.rules import Prompts, Rules
 from rlhf_dist.types import Answered, Beat, DroppedPrompt, Experience, NonFinite, Unanswered
 
 

@@ -11,7 +11,7 @@ import torch
 
 from rlhf_dist.algo.preference import CalibrationBin, calibration, correlation_interval, wilson_interval
 from rlhf_dist.errors import DiskError
-from rlhf_dist.learner.preference import HeldOutScores
+from rlhf_dist.learner.preference_learner import HeldOutScores
 from rlhf_dist.models.score_scale import ScoreScale
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.report import Series

@@ -15,7 +15,7 @@ from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.schema import CriticConfig, LearnerConfig, OptimizerConfig
 from rlhf_dist.data.packing import plan
 from rlhf_dist.errors import RunError
-from rlhf_dist.learner.schedule import learning_rate
+from rlhf_dist.learner.learning_rate import learning_rate
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import AS_THEY_ARE
 from rlhf_dist.loop.ports import NO_ESTIMATES, Batches, Bodies, Critic, Estimates, Policy

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from rlhf_dist.algo.action_mask import ActionMask
 from rlhf_dist.algo.logprobs import Entropy, chunked_logprobs
-from rlhf_dist.models.policy import PackedPolicy
+from rlhf_dist.models.packed_policy import PackedPolicy
 
 
 class PackedActorCritic(PackedPolicy):

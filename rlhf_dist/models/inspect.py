@@ -9,8 +9,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Gene
 
 from rlhf_dist.errors import ModelError
 from rlhf_dist.models.attention import SEGMENTED
+from rlhf_dist.models.capabilities import ROLLOUT_TOKENS, check_attention, check_head_dim, check_layers, check_positions
 from rlhf_dist.models.fit import check_fit, empty_model, quiet
-from rlhf_dist.models.limits import ROLLOUT_TOKENS, check_attention, check_head_dim, check_layers, check_positions
 from rlhf_dist.models.model_config import load_config
 from rlhf_dist.models.model_files import check_small_files, reason_of
 from rlhf_dist.models.text_format import check_format

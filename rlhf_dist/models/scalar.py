@@ -19,6 +19,7 @@ from transformers import (
 from rlhf_dist.algo.logprobs import chunked_logprobs
 from rlhf_dist.errors import ModelError
 from rlhf_dist.models.attention import SEGMENTED
+from rlhf_dist.models.capabilities import ROLLOUT_TOKENS, check_attention, check_layers, check_positions
 from rlhf_dist.models.fit import check_fit
 from rlhf_dist.models.hf import (
     Companions,
@@ -31,10 +32,9 @@ from rlhf_dist.models.hf import (
     read_companions,
     refuse_missing,
 )
-from rlhf_dist.models.limits import ROLLOUT_TOKENS, check_attention, check_layers, check_positions
 from rlhf_dist.models.model_files import reason_of
 from rlhf_dist.models.packed import PackedModel
-from rlhf_dist.models.policy import logit_shape
+from rlhf_dist.models.packed_policy import logit_shape
 from rlhf_dist.models.score_scale import NO_SCALE, ScoreScale, parse_scale
 from rlhf_dist.models.text_format import end_tokens
 

@@ -17,7 +17,7 @@ import torch
 
 from rlhf_dist.config.schema import RolloutConfig
 from rlhf_dist.models.text_format import text_format
-from rlhf_dist.rollout.action_mask import MaskReader, MaskStart, Reading
+from rlhf_dist.rollout.masked_sampling import MaskReader, MaskStart, Reading
 from rlhf_dist.rollout.trajectories import Response, Turn
 from rlhf_dist.rollout.weight_receiver import RECEIVER, EngineWeights
 from rlhf_dist.types import Receipt, Sampling

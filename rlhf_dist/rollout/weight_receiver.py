@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from rlhf_dist.errors import EngineBroken, WeightSyncError
 from rlhf_dist.models.hf import load_model, own_memory
-from rlhf_dist.rollout.action_mask import MaskReader, MaskStart
+from rlhf_dist.rollout.masked_sampling import MaskReader, MaskStart
 from rlhf_dist.rollout.spare_model import SpareModel
 from rlhf_dist.types import NO_VERSION, Receipt
 from rlhf_dist.weights.receipts import Announcement, receipt_problem

@@ -11,7 +11,7 @@ import numpy as np
 from rlhf_dist.config.schema import RewardSpec
 from rlhf_dist.errors import ConfigError, RewardError
 from rlhf_dist.scoring.child import Child, ChildEnded, ChildLate
-from rlhf_dist.scoring.limits import Limit, Turn
+from rlhf_dist.scoring.time_limits import Limit, Turn
 from rlhf_dist.scoring.values import as_float32
 
 IMPORT_LIMIT_S = 60.0

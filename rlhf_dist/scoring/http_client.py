@@ -16,8 +16,8 @@ import numpy as np
 
 from rlhf_dist.config.schema import RewardSpec
 from rlhf_dist.errors import ConfigError, ResourceError, RewardError
-from rlhf_dist.scoring.limits import SHARE_OF_LIMIT, Limit
 from rlhf_dist.scoring.texts import Texts
+from rlhf_dist.scoring.time_limits import SHARE_OF_LIMIT, Limit
 from rlhf_dist.scoring.values import checked_scores
 
 CONNECT_LIMIT_S = 10.0

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_dist.config.rewards import has_math_verify
+from rlhf_dist.config.reward_words import has_math_verify
 from rlhf_dist.config.schema import RewardSpec
 from rlhf_dist.errors import RewardError
 from rlhf_dist.scoring.answers import unreadable_answer
 from rlhf_dist.scoring.child import ChildEnded, ChildLate
 from rlhf_dist.scoring.expressions import expression, given
-from rlhf_dist.scoring.limits import Limit, Turn
 from rlhf_dist.scoring.rules import number_match
 from rlhf_dist.scoring.score_list import short
+from rlhf_dist.scoring.time_limits import Limit, Turn
 from rlhf_dist.scoring.verifier import Verifier
 
 

@@ -11,8 +11,8 @@ from rlhf_dist.config.patterns import pattern_problem
 from rlhf_dist.config.schema import RewardSpec
 from rlhf_dist.errors import ConfigError, RewardError
 from rlhf_dist.scoring.child import Child, ChildEnded, ChildLate
-from rlhf_dist.scoring.limits import Limit, Turn
 from rlhf_dist.scoring.score_list import short
+from rlhf_dist.scoring.time_limits import Limit, Turn
 
 START_LIMIT_S = 60.0
 

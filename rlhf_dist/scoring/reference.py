@@ -15,7 +15,7 @@ from rlhf_dist.config.schema import ModelConfig
 from rlhf_dist.errors import DataError, RewardError, WeightSyncError
 from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.hf import load_model, own_memory, read_companions, save_hf
-from rlhf_dist.models.policy import PackedPolicy, check_head
+from rlhf_dist.models.packed_policy import PackedPolicy, check_head
 from rlhf_dist.models.tensors import WAY_OUT, read_tensors, write_tensors
 from rlhf_dist.scoring.batching import TokenBatcher
 from rlhf_dist.scoring.packed_rows import boundaries, laid, passes

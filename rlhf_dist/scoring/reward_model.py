@@ -15,15 +15,15 @@ from rlhf_dist.config.schema import ModelConfig, RewardSpec, ScoringConfig
 from rlhf_dist.data.render import render, tokenize_response
 from rlhf_dist.errors import ModelError, RewardError
 from rlhf_dist.models.attention import choose_attention
+from rlhf_dist.models.capabilities import positions
 from rlhf_dist.models.hf import load_tokenizer, resolve
-from rlhf_dist.models.limits import positions
 from rlhf_dist.models.model_config import load_config
 from rlhf_dist.models.scalar import NO_SCALE, PackedScalar, check_scalar, inspect_scalar, load_scalar, read_scale
 from rlhf_dist.models.text_format import check_format
 from rlhf_dist.scoring.batching import TokenBatcher
-from rlhf_dist.scoring.limits import SHARE_OF_LIMIT
 from rlhf_dist.scoring.packed_rows import boundaries, laid, passes
 from rlhf_dist.scoring.texts import Texts, texts_of
+from rlhf_dist.scoring.time_limits import SHARE_OF_LIMIT
 from rlhf_dist.types import Group, Message
 
 LOG = logging.getLogger(__name__)

@@ -14,12 +14,12 @@ from rlhf_dist.errors import ConfigError, DataError, RewardError
 from rlhf_dist.scoring.diversity import distinct_pairs, text_hashes
 from rlhf_dist.scoring.function import FunctionReward
 from rlhf_dist.scoring.http_client import HttpReward
-from rlhf_dist.scoring.limits import Limit
 from rlhf_dist.scoring.non_finite import find_non_finite, refusal, zeroed
 from rlhf_dist.scoring.number import NumberReward
 from rlhf_dist.scoring.pattern import PatternReward
 from rlhf_dist.scoring.rules import exact_match
 from rlhf_dist.scoring.texts import Texts, texts_of
+from rlhf_dist.scoring.time_limits import Limit
 from rlhf_dist.types import Group, Scores
 
 TextReward = Callable[[Texts, Limit], np.ndarray]

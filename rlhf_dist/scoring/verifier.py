@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from rlhf_dist.config.rewards import has_math_verify
+from rlhf_dist.config.reward_words import has_math_verify
 from rlhf_dist.errors import ConfigError, RewardError
 from rlhf_dist.scoring.answers import unreadable_answer
 from rlhf_dist.scoring.child import Child, ChildEnded, ChildLate

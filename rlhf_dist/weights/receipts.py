@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import xxhash
 
 from rlhf_dist.types import Receipt
-from rlhf_dist.weights.plan import WeightPlan
+from rlhf_dist.weights.buckets import WeightPlan
 
 
 @dataclass(frozen=True, slots=True)

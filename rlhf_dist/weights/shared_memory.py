@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from rlhf_dist.errors import DiskError, ResourceError, WeightSyncError
-from rlhf_dist.weights.plan import Slot, WeightPlan
+from rlhf_dist.weights.buckets import Slot, WeightPlan
 from rlhf_dist.weights.receipts import Announcement, bucket_hash
 
 if TYPE_CHECKING:  # who only sweeps, or asks for room, does not wait seconds for torch

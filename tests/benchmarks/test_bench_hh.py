@@ -59,7 +59,7 @@ def test_the_split_is_by_rows_and_counts_what_it_leaves_out(tmp_path: Path) -> N
 
 
 def test_the_language_model_reads_the_tokens_of_the_reward_model(tmp_path: Path) -> None:
-    from rlhf_dist.learner.preference import tokenize_judgement
+    from rlhf_dist.learner.preference_learner import tokenize_judgement
     from rlhf_dist.models.hf import load_tokenizer
 
     rows = read_rows("jsonl", str(hh_file(tmp_path / "hh.jsonl.gz", 20)), "--data")

@@ -34,9 +34,9 @@ def cli(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **functions: object) -> None:
-    """Put functions in the place of `cluster/build.py` and `cluster/supervised.py`."""
+    """Put functions in the place of `cluster/build.py` and `cluster/supervised_build.py`."""
     found = SimpleNamespace(**functions)
-    for name in ("build", "supervised"):
+    for name in ("build", "supervised_build"):
         monkeypatch.setitem(sys.modules, f"rlhf_dist.cluster.{name}", found)
         monkeypatch.setattr(rlhf_dist.cluster, name, found, raising=False)
 

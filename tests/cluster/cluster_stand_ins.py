@@ -29,7 +29,7 @@ from rlhf_dist.rollout.trajectories import Response, Turn
 from rlhf_dist.rollout.worker import RolloutWorker, Verb
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Answered, Group, Handle, Message, Prompt, Receipt, ReferenceHead, Scores
-from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement
 
 if TYPE_CHECKING:  # each stand-in is a process that imports this module, and torch takes seconds

@@ -34,7 +34,7 @@ from rlhf_dist.config.schema import (
 )
 from rlhf_dist.learner import deepspeed_engine
 from rlhf_dist.learner.rank_batch import rank_batch
-from rlhf_dist.loop.rules import sampling_of
+from rlhf_dist.loop.controller_rules import sampling_of
 from rlhf_dist.loop.step import Learning, assign_credit, collate, make_shards
 from rlhf_dist.rollout.trajectories import head_of
 from rlhf_dist.types import Experience, Group, ReferenceHead, Scores

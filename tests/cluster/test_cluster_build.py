@@ -21,7 +21,7 @@ from rlhf_dist.cluster.sources import require_rows, with_sources
 from rlhf_dist.cluster.spec import enter
 from rlhf_dist.config.schema import AlgoConfig, Config, KLConfig, RolloutConfig, TelemetryConfig, TinyConfig
 from rlhf_dist.errors import ModelError, RunError
-from rlhf_dist.loop.train import Outcome, Run
+from rlhf_dist.loop.rl_training import Outcome, Run
 
 LEASHED = AlgoConfig(name="ppo", kl=KLConfig(coef=0.1))
 """Has a critic and a reference."""

@@ -23,9 +23,9 @@ from rlhf_dist.config.schema import AlgoConfig, Config, LoopConfig
 from rlhf_dist.errors import ActorTimeout
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.loop.controller import Controller
+from rlhf_dist.loop.controller_rules import rules_of
 from rlhf_dist.loop.events import Compared, Event, Kept, Scored, Tell, Undone
 from rlhf_dist.loop.members import Members
-from rlhf_dist.loop.rules import rules_of
 from rlhf_dist.loop.shell import Actors, Shell
 from rlhf_dist.types import Answered, Message, Prompt
 

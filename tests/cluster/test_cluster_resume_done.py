@@ -17,7 +17,7 @@ from ledgers import LedgerByUid
 from rlhf_dist.cluster import build, trainer_ranks
 from rlhf_dist.cluster.placement import Machine
 from rlhf_dist.cluster.resume import Start, find_start, nothing_left
-from rlhf_dist.cluster.supervised import sft
+from rlhf_dist.cluster.supervised_build import sft
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.schema import (
     Config,
@@ -34,7 +34,7 @@ from rlhf_dist.config.schema import (
 from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import ConfigError, DataError, RunError
 from rlhf_dist.loop import trainer
-from rlhf_dist.loop.evaluate import Evaluation
+from rlhf_dist.loop.evaluation import Evaluation
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.run_directory import open_run_directory
 from rlhf_dist.loop.train_state import read_state

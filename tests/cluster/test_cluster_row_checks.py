@@ -12,7 +12,7 @@ from conftest import Workplace, make_workplace
 
 from rlhf_dist.cli.main import main
 from rlhf_dist.cluster.placement import Command
-from rlhf_dist.cluster.reward import dropped_text, load_judgements
+from rlhf_dist.cluster.reward_build import dropped_text, load_judgements
 from rlhf_dist.cluster.row_checks import read_data
 from rlhf_dist.config.load import load
 from rlhf_dist.errors import DataError
@@ -60,7 +60,7 @@ def test_answers_that_are_expressions_need_math_verify(
         )
         monkeypatch.syspath_prepend(Path("stand_in").absolute())
     else:
-        monkeypatch.setattr("rlhf_dist.config.rewards.find_spec", lambda name: None)
+        monkeypatch.setattr("rlhf_dist.config.reward_words.find_spec", lambda name: None)
     answers("4", "x+1", "2x", "none")
     found = refused("train", NUMBER)
     assert found.startswith("2 of 4 rows" if installed else "3 of 4 rows")

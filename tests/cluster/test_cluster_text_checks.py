@@ -16,7 +16,7 @@ from rlhf_dist.cluster import build, preflight, trainer_ranks
 from rlhf_dist.cluster.placement import Command
 from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.sources import model_source
-from rlhf_dist.cluster.supervised import sft
+from rlhf_dist.cluster.supervised_build import sft
 from rlhf_dist.config.load import load
 from rlhf_dist.errors import DataError, ModelError
 

@@ -64,7 +64,10 @@ def test_one_that_is_stopped_is_told_with_the_way_out(name: ProcessName, actor: 
 @pytest.mark.parametrize(
     ("actor", "sight"),
     [
-        ("/x/rlhf_dist/learner/policy.py", Sight("is busy in <module> (rlhf_dist/learner/policy.py:1)")),
+        (
+            "/x/rlhf_dist/learner/policy_learner.py",
+            Sight("is busy in <module> (rlhf_dist/learner/policy_learner.py:1)"),
+        ),
         (
             "/x/torch/distributed/distributed_c10d.py",
             Sight("waits for the others in a collective operation", waits=True),

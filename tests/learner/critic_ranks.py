@@ -35,10 +35,10 @@ from rlhf_dist.data.rows import Demonstration
 from rlhf_dist.learner.critic import CriticLearner
 from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.mask_policy import MaskPolicy
-from rlhf_dist.learner.policy import PolicyLearner
+from rlhf_dist.learner.micro_batch_rows import Row, pack_rows
+from rlhf_dist.learner.policy_learner import PolicyLearner
 from rlhf_dist.learner.ptx import PtxMix
 from rlhf_dist.learner.rank_batch import rank_batch
-from rlhf_dist.learner.rows import Row, pack_rows
 from rlhf_dist.learner.scalar_engine import ScalarEngine
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.shared_engine import SharedEngine
@@ -47,7 +47,7 @@ from rlhf_dist.learner.token_sums import Estimate, EstimateSums
 from rlhf_dist.loop.step import Learning, assign_credit, make_shards
 from rlhf_dist.models.actor_critic import PackedActorCritic
 from rlhf_dist.models.hf import load_model, load_tokenizer
-from rlhf_dist.models.policy import PackedPolicy
+from rlhf_dist.models.packed_policy import PackedPolicy
 from rlhf_dist.models.scalar import PackedScalar, load_scalar
 from rlhf_dist.models.tensors import read_tensors
 from rlhf_dist.telemetry.metrics import MetricSums

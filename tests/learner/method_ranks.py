@@ -16,7 +16,7 @@ from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
 from rlhf_dist.algo.recipes import ALGORITHMS
 from rlhf_dist.config.schema import CriticConfig, LearnerConfig, ModelConfig
 from rlhf_dist.learner.model_engine import ModelEngine
-from rlhf_dist.learner.policy import PolicyLearner
+from rlhf_dist.learner.policy_learner import PolicyLearner
 from rlhf_dist.learner.rank_batch import rank_batch
 from rlhf_dist.learner.returns import ReturnsLearner
 from rlhf_dist.learner.shard import Shard

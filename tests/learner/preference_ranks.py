@@ -18,8 +18,8 @@ from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig,
 from rlhf_dist.data.judgement_rows import Comparison, Judgement, Pair, Rating
 from rlhf_dist.data.packing import plan
 from rlhf_dist.learner.deepspeed_engine import init_process_group
-from rlhf_dist.learner.preference import PreferenceLearner, tokenize_judgement
-from rlhf_dist.learner.rows import Packed, pack_rows
+from rlhf_dist.learner.micro_batch_rows import Packed, pack_rows
+from rlhf_dist.learner.preference_learner import PreferenceLearner, tokenize_judgement
 from rlhf_dist.learner.scalar_engine import ScalarEngine, ScalarEngineWithLM
 from rlhf_dist.models.hf import load_tokenizer
 from rlhf_dist.models.scalar import PackedScalar, PackedScalarWithLM, ScoreScale, load_lm_head, load_scalar

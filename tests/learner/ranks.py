@@ -33,15 +33,15 @@ from rlhf_dist.config.schema import (
 from rlhf_dist.errors import DataError, RunError
 from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.mask_policy import MASK_FOLDER, MaskPolicy
+from rlhf_dist.learner.micro_batch_rows import pack_rows
 from rlhf_dist.learner.model_engine import ModelEngine, optimizer_file
-from rlhf_dist.learner.policy import PolicyLearner
+from rlhf_dist.learner.policy_learner import PolicyLearner
 from rlhf_dist.learner.rank_batch import rank_batch
-from rlhf_dist.learner.rows import pack_rows
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import AS_THEY_ARE
 from rlhf_dist.loop.step import Learning, collate, make_shards
 from rlhf_dist.models.hf import load_model
-from rlhf_dist.models.policy import PackedPolicy
+from rlhf_dist.models.packed_policy import PackedPolicy
 from rlhf_dist.rollout.trajectories import head_of
 from rlhf_dist.types import NO_VERSION, Batch, Credit, Experience, Group, Sampling, Scores
 from rlhf_dist.weights.shared_memory import WeightReader

@@ -20,13 +20,13 @@ from rlhf_dist.algo.corrections import Level, Mode, importance_weights
 from rlhf_dist.algo.logprobs import Entropy
 from rlhf_dist.algo.recipes import ppo
 from rlhf_dist.config.schema import AlgoConfig, CorrectionConfig, CriticConfig, KLConfig, LearnerConfig, OptimizerConfig
-from rlhf_dist.learner.policy import PolicyLearner
+from rlhf_dist.learner.micro_batch_rows import Packed, Row, pack_batch, pack_rows
+from rlhf_dist.learner.policy_learner import PolicyLearner
 from rlhf_dist.learner.rank_batch import RankBatch, rank_batch
-from rlhf_dist.learner.rows import Packed, Row, pack_batch, pack_rows
 from rlhf_dist.learner.token_sums import AS_THEY_ARE, Estimate, Whitening
 from rlhf_dist.loop.step import Learning, assign_credit, make_shards
 from rlhf_dist.models.hf import load_model
-from rlhf_dist.models.policy import PackedPolicy
+from rlhf_dist.models.packed_policy import PackedPolicy
 from rlhf_dist.types import Group, Sampling
 
 CPU = torch.device("cpu")

@@ -17,7 +17,8 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_dist.config.schema import RewardConfig, TinyConfig
 from rlhf_dist.data.judgement_rows import Comparison, Pair
 from rlhf_dist.errors import DataError
-from rlhf_dist.learner.preference import (
+from rlhf_dist.learner.micro_batch_rows import Packed
+from rlhf_dist.learner.preference_learner import (
     Element,
     HeldOutScores,
     PreferenceLearner,
@@ -26,7 +27,6 @@ from rlhf_dist.learner.preference import (
     pairs_of,
     tokenize_judgement,
 )
-from rlhf_dist.learner.rows import Packed
 from rlhf_dist.models.hf import load_tokenizer
 from rlhf_dist.models.tiny import make_tiny
 from rlhf_dist.models.tokenizer import character_tokenizer

@@ -9,8 +9,8 @@ import pytest
 import torch
 from sample_groups import group_of, two_turns
 
+from rlhf_dist.learner.micro_batch_rows import pack_batch
 from rlhf_dist.learner.rank_batch import RankBatch, rank_batch
-from rlhf_dist.learner.rows import pack_batch
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.types import NO_VERSION
 

@@ -15,9 +15,9 @@ from ranks import LAG, rollouts
 from sample_groups import rows_of
 
 from rlhf_dist.config.schema import TinyConfig
-from rlhf_dist.learner.rows import pack_rows
+from rlhf_dist.learner.micro_batch_rows import pack_rows
 from rlhf_dist.models.hf import copy_weights, load_model
-from rlhf_dist.models.policy import PackedPolicy
+from rlhf_dist.models.packed_policy import PackedPolicy
 from rlhf_dist.models.tiny import make_tiny
 from rlhf_dist.telemetry.metrics import MetricSums
 

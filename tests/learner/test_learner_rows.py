@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from rlhf_dist.config.schema import OptimizerConfig
-from rlhf_dist.learner.rows import Row, pack_rows, response_row
-from rlhf_dist.learner.schedule import learning_rate
+from rlhf_dist.learner.learning_rate import learning_rate
+from rlhf_dist.learner.micro_batch_rows import Row, pack_rows, response_row
 
 CPU = torch.device("cpu")
 

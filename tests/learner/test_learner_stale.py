@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rlhf_dist.algo.recipes import ALGORITHMS
 from rlhf_dist.config.schema import AlgoConfig, CorrectionConfig
-from rlhf_dist.learner.policy import PolicyLearner, compare
+from rlhf_dist.learner.micro_batch_rows import Packed
+from rlhf_dist.learner.policy_learner import PolicyLearner, compare
 from rlhf_dist.learner.rank_batch import RankBatch
-from rlhf_dist.learner.rows import Packed
 from rlhf_dist.learner.token_sums import AS_THEY_ARE, Estimate
 from rlhf_dist.telemetry.metrics import MetricSums
 

@@ -14,8 +14,8 @@ from conftest import Workplace, make_workplace
 from rlhf_dist.config.schema import SftConfig
 from rlhf_dist.data.rows import Demonstration
 from rlhf_dist.errors import DataError, DiskError
+from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.model_engine import ModelEngine
-from rlhf_dist.learner.rows import Packed
 from rlhf_dist.learner.supervised import SupervisedLearner
 from rlhf_dist.models.hf import load_tokenizer
 

@@ -37,7 +37,7 @@ from rlhf_dist.learner.collator import Collator
 from rlhf_dist.learner.critic import CriticLearner
 from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.model_engine import Engine, ModelEngine
-from rlhf_dist.learner.policy import PolicyLearner
+from rlhf_dist.learner.policy_learner import PolicyLearner
 from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.scalar_engine import ScalarEngine
 from rlhf_dist.learner.shard import Shard

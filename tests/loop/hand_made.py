@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rlhf_dist.loop.controller import Controller
+from rlhf_dist.loop.controller_rules import Rules
 from rlhf_dist.loop.events import Book, Command, Compared, Event, Kept, Published, Scored, Serving, Submit, Taken
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.requests import make_requests
-from rlhf_dist.loop.rules import Rules
 from rlhf_dist.types import (
     Answered,
     DroppedPrompt,

@@ -35,7 +35,7 @@ from rlhf_dist.types import (
     Scores,
     Unanswered,
 )
-from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement
 
 WORKER = "rollout worker 0"

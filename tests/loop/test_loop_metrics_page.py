@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stand_ins import FakeCritic, FakeReference, FakeRollouts, lines
-from test_loop_train import CONFIG, whole
+from test_loop_rl_training import CONFIG, whole
 
 from rlhf_dist.config.schema import AlgoConfig, KLConfig, ShapingConfig
 from rlhf_dist.data.stream import PromptStream

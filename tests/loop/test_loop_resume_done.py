@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from stand_ins import Quiet, lines
-from test_loop_supervised import CONFIG as SFT, FakeLearner
-from test_loop_train import CONFIG, close, whole, wired
+from test_loop_rl_training import CONFIG, close, whole, wired
+from test_loop_supervised_training import CONFIG as SFT, FakeLearner
 
 from rlhf_dist.config.schema import TelemetryConfig
+from rlhf_dist.loop.rl_training import train
 from rlhf_dist.loop.run_directory import open_run_directory
-from rlhf_dist.loop.supervised import fine_tune
-from rlhf_dist.loop.train import train
+from rlhf_dist.loop.supervised_training import fine_tune
 from rlhf_dist.loop.train_state import read_state
 from rlhf_dist.telemetry.sinks import open_telemetry
 

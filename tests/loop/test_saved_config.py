@@ -9,8 +9,8 @@ import pytest
 
 from rlhf_dist.config.load import from_yaml, to_yaml
 from rlhf_dist.config.schema import Config
-from rlhf_dist.loop.pipeline import Basis, differences
 from rlhf_dist.loop.saved_config import config_changes, key_changes
+from rlhf_dist.loop.stages import Basis, differences
 
 NOW = to_yaml(from_yaml("scoring: {rewards: {judge: {kind: exact, weight: 2.0}}}"))
 

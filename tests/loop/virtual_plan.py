@@ -8,8 +8,8 @@ from random import Random
 
 import numpy as np
 
+from rlhf_dist.loop.controller_rules import Rules
 from rlhf_dist.loop.requests import greedy
-from rlhf_dist.loop.rules import Rules
 from rlhf_dist.types import Message, NonFinite, Prompt, Sampling, Scores
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=64, stop=())

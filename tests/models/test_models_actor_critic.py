@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_dist.algo.logprobs import Entropy
 from rlhf_dist.models.actor_critic import PackedActorCritic
 from rlhf_dist.models.hf import load_model
-from rlhf_dist.models.policy import PackedPolicy
+from rlhf_dist.models.packed_policy import PackedPolicy
 
 LENGTHS = (5, 2, 11)
 Packed = tuple[Tensor, Tensor, Tensor, Tensor]

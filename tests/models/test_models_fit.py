@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_dist.config.schema import TinyConfig
 from rlhf_dist.errors import ModelError
+from rlhf_dist.models.capabilities import check_positions, positions
 from rlhf_dist.models.fit import check_fit, refuse_unknown
 from rlhf_dist.models.hf import load_model, load_tokenizer
 from rlhf_dist.models.inspect import inspect, inspect_causal
-from rlhf_dist.models.limits import check_positions, positions
-from rlhf_dist.models.policy import PackedPolicy, check_head
+from rlhf_dist.models.packed_policy import PackedPolicy, check_head
 from rlhf_dist.models.scalar import inspect_scalar, load_scalar, save_scalar
 from rlhf_dist.models.tiny import make_tiny
 
@@ -183,7 +183,7 @@ KINDS: dict[str, Callable[[], Any]] = {
         do_layer_norm_before=False, max_position_embeddings=64,
     ),
 }  # fmt: skip
-"""Kinds that need something of their own; the plain ones are in test_models_policy.py."""
+"""Kinds that need something of their own; the plain ones are in test_models_packed_policy.py."""
 
 
 @pytest.mark.parametrize("kind", KINDS)

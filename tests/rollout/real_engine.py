@@ -17,15 +17,15 @@ from sample_groups import flat_logprobs, rows_of
 
 from rlhf_dist.algo.algorithm import LaggingMask
 from rlhf_dist.config.schema import RolloutConfig
-from rlhf_dist.learner.rows import pack_rows
+from rlhf_dist.learner.micro_batch_rows import pack_rows
 from rlhf_dist.loop.requests import make_requests
 from rlhf_dist.models.hf import load_model
-from rlhf_dist.models.policy import PackedPolicy
-from rlhf_dist.rollout.action_mask import MaskStart
+from rlhf_dist.models.packed_policy import PackedPolicy
+from rlhf_dist.rollout.masked_sampling import MaskStart
 from rlhf_dist.rollout.vllm_engine import VllmEngine
 from rlhf_dist.rollout.worker import RolloutWorker, Submit
 from rlhf_dist.types import Group, Message, Prompt, Request, Sampling, Trajectory
-from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.shared_memory import WeightWriter
 

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_dist.errors import EngineBroken, WeightSyncError
 from rlhf_dist.rollout.weight_receiver import UNPUBLISHED, EngineWeights, Hashed, Loaded
-from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 
 PLAN = make_plan([("norm", (4,), "float32"), ("qkv", (6, 2), "float32")], 1)

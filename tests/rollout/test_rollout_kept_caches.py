@@ -17,7 +17,7 @@ from pumping import groups_of, pumped
 from real_engine import CONFIG, Learner, groups, requests, samples
 from sample_groups import flat_logprobs
 
-from rlhf_dist.models.policy import PackedPolicy
+from rlhf_dist.models.packed_policy import PackedPolicy
 from rlhf_dist.rollout.vllm_engine import VllmEngine
 from rlhf_dist.rollout.worker import RolloutWorker, Submit
 from rlhf_dist.types import Group, Message, Prompt, Request, Trajectory

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import _push_side as side
 
 from rlhf_dist.models.hf import load_model
-from rlhf_dist.models.policy import PackedPolicy
+from rlhf_dist.models.packed_policy import PackedPolicy
 from rlhf_dist.rollout.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]

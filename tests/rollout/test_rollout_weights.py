@@ -18,7 +18,7 @@ from rlhf_dist.errors import EngineBroken, WeightSyncError
 from rlhf_dist.rollout.vllm_engine import VllmEngine
 from rlhf_dist.rollout.worker import RolloutWorker
 from rlhf_dist.types import Receipt
-from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 from rlhf_dist.weights.shared_memory import WeightWriter
 

@@ -25,7 +25,7 @@ from rlhf_dist.rollout.trajectories import Response, Turn
 from rlhf_dist.rollout.vllm_engine import VllmEngine, decoded, sampling_params
 from rlhf_dist.rollout.worker import Cancel, RolloutWorker, Submit
 from rlhf_dist.types import Beat, Message, Prompt, Receipt, Request, Unanswered
-from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement
 
 

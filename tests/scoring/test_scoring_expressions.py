@@ -2,7 +2,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from rlhf_dist.config.rewards import reward_lines
+from rlhf_dist.config.reward_words import reward_lines
 from rlhf_dist.config.schema import Config, RewardSpec, ScoringConfig
 from rlhf_dist.errors import ConfigError, RewardError
 from rlhf_dist.scoring import verifier
@@ -75,7 +75,7 @@ def stand_in(tmp_path, monkeypatch):
 
 @pytest.fixture
 def absent(monkeypatch):
-    monkeypatch.setattr("rlhf_dist.config.rewards.find_spec", lambda name: None)
+    monkeypatch.setattr("rlhf_dist.config.reward_words.find_spec", lambda name: None)
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_a_math_verify_that_cannot_be_imported_is_told(stand_in, reader):
 def test_the_first_lines_say_whether_it_is_in_use(stand_in, monkeypatch):
     config = Config(scoring=ScoringConfig(rewards={"math": RewardSpec(kind="number")}))
     assert reward_lines(config)[0] == "rewards: math (number with math-verify, weight 1)"
-    monkeypatch.setattr("rlhf_dist.config.rewards.find_spec", lambda name: None)
+    monkeypatch.setattr("rlhf_dist.config.reward_words.find_spec", lambda name: None)
     assert reward_lines(config)[0] == "rewards: math (number, weight 1)"
 
 

@@ -10,8 +10,8 @@ from rlhf_dist.config.schema import RewardSpec, ScoringConfig
 from rlhf_dist.errors import ConfigError, RewardError
 from rlhf_dist.scoring import function as functions
 from rlhf_dist.scoring.function import FunctionReward
-from rlhf_dist.scoring.limits import Limit
 from rlhf_dist.scoring.scorer import preflight
+from rlhf_dist.scoring.time_limits import Limit
 
 MODULE = """
 import asyncio, functools, os, re, signal

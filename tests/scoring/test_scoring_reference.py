@@ -22,7 +22,7 @@ from rlhf_dist.errors import ConfigError, DataError, RewardError, WeightSyncErro
 from rlhf_dist.scoring.reference import ReferenceModel, ReferenceServer, distance
 from rlhf_dist.scoring.reference_files import MASTERS_FILE
 from rlhf_dist.types import Group
-from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 from rlhf_dist.weights.shared_memory import WeightWriter
 

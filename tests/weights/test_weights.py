@@ -21,7 +21,7 @@ from hypothesis import given, strategies as st
 from rlhf_dist.errors import DiskError, ResourceError, WeightSyncError
 from rlhf_dist.types import Receipt
 from rlhf_dist.weights import shared_memory
-from rlhf_dist.weights.plan import ALIGNMENT, make_plan
+from rlhf_dist.weights.buckets import ALIGNMENT, make_plan
 from rlhf_dist.weights.receipts import Announcement, Problem, changed_share, receipt_problem
 from rlhf_dist.weights.shared_memory import WeightReader, WeightWriter, sweep
 

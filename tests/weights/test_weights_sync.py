@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from rlhf_dist.errors import WeightSyncError
-from rlhf_dist.weights.plan import make_plan
+from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.sync import WeightSync
 

@@ -14,10 +14,10 @@ from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
 from rlhf_dist.algo.corrections import entropy_threshold, off_policy_sequence_mask
 from rlhf_dist.algo.kl import kl_estimate
 from rlhf_dist.learner.credit import measure
+from rlhf_dist.learner.micro_batch_rows import Packed, on, pack_batch, pack_rows
 from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.ptx import PtxMix
 from rlhf_dist.learner.rank_batch import RankBatch
-from rlhf_dist.learner.rows import Packed, on, pack_batch, pack_rows
 from rlhf_dist.learner.token_sums import Estimate, Whitening, token_sums
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums

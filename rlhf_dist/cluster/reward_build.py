@@ -18,7 +18,6 @@ from rlhf_dist.data.judgements import Judgements, held_out_judgements, judgement
 from rlhf_dist.data.records import LISTED, together
 from rlhf_dist.data.token_checks import told_apart
 from rlhf_dist.learner.model_engine import checkpoint_files
-from rlhf_dist.loop.reward import Outcome, RewardRun
 from rlhf_dist.loop.reward_report import (
     ACCURACY_HIGH,
     ACCURACY_LOW,
@@ -31,6 +30,7 @@ from rlhf_dist.loop.reward_report import (
     draw,
     scale_of,
 )
+from rlhf_dist.loop.reward_training import Outcome, RewardRun
 from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.loop.trainer import TrainerState, read_state
 from rlhf_dist.models.scalar import ScoreScale
@@ -63,7 +63,7 @@ class RewardHost(TrainerHost):
         )
 
     def _make_learner(self) -> Any:
-        from rlhf_dist.learner.preference import PreferenceLearner
+        from rlhf_dist.learner.preference_learner import PreferenceLearner
         from rlhf_dist.models.hf import load_tokenizer
 
         config, tokenizer = self._spec.config, load_tokenizer(Path(self._spec.source))

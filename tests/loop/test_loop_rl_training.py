@@ -35,9 +35,9 @@ from rlhf_dist.errors import DataError, DiskError
 from rlhf_dist.learner.critic_files import critic_files
 from rlhf_dist.learner.ema import EMA_FILES
 from rlhf_dist.loop.ledger import Ledger
+from rlhf_dist.loop.rl_training import Run, resume, train
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
 from rlhf_dist.loop.shaper import Shaper
-from rlhf_dist.loop.train import Run, resume, train
 from rlhf_dist.loop.train_state import State, read_state
 from rlhf_dist.loop.watch import CollapseWatch
 from rlhf_dist.telemetry.sinks import open_telemetry

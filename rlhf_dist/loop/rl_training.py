@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlhf_dist.algo.algorithm import Algorithm
-from rlhf_dist.config.rewards import solved_by
+from rlhf_dist.config.reward_words import solved_by
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.learner.critic_files import critic_files
@@ -16,13 +16,13 @@ from rlhf_dist.learner.ema import EMA_FILES
 from rlhf_dist.learner.mask_policy import MASK_FILES
 from rlhf_dist.learner.model_engine import checkpoint_files
 from rlhf_dist.loop.controller import Controller
-from rlhf_dist.loop.evaluate import Evaluation, evaluate
+from rlhf_dist.loop.controller_rules import Rules, rules_of, sampling_of
+from rlhf_dist.loop.evaluation import Evaluation, evaluate
 from rlhf_dist.loop.events import Tell
 from rlhf_dist.loop.ledger import Ledger
+from rlhf_dist.loop.left_out import counted
 from rlhf_dist.loop.members import Members
-from rlhf_dist.loop.non_finite import counted
 from rlhf_dist.loop.ports import Critic, Policy
-from rlhf_dist.loop.rules import Rules, rules_of, sampling_of
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.shaper import Shaper

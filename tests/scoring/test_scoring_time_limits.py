@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from rlhf_dist.errors import RewardError
-from rlhf_dist.scoring.limits import Limit, Turn
+from rlhf_dist.scoring.time_limits import Limit, Turn
 
 GROUPS, WORK_S, LIMIT_S = 64, 0.05, 1.0
 

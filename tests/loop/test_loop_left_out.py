@@ -23,22 +23,22 @@ from stand_ins import (
     prompts,
     scores_of,
 )
-from test_loop_train import CONFIG, PROMPTS, STEPS, close, warnings, wired
+from test_loop_rl_training import CONFIG, PROMPTS, STEPS, close, warnings, wired
 
 from rlhf_dist.algo.recipes import ALGORITHMS
 from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.schema import AlgoConfig, Config, EvalConfig, KLConfig
 from rlhf_dist.errors import RewardError
-from rlhf_dist.loop import non_finite
+from rlhf_dist.loop import left_out
 from rlhf_dist.loop.controller import Controller
-from rlhf_dist.loop.evaluate import evaluate
+from rlhf_dist.loop.controller_rules import rules_of
+from rlhf_dist.loop.evaluation import evaluate
 from rlhf_dist.loop.ledger import Ledger
-from rlhf_dist.loop.non_finite import with_finite_rewards
-from rlhf_dist.loop.rules import rules_of
+from rlhf_dist.loop.left_out import with_finite_rewards
+from rlhf_dist.loop.rl_training import train
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.shell import Shell
 from rlhf_dist.loop.step import assign_credit, collate
-from rlhf_dist.loop.train import train
 from rlhf_dist.loop.watch import watch_metrics
 from rlhf_dist.scoring.non_finite import find_non_finite, zeroed
 from rlhf_dist.types import Experience, Sampling, Scores
@@ -225,8 +225,8 @@ def test_rewards_that_are_never_finite_end_the_run_with_their_name(
     with pytest.raises(RewardError, match=rf"epoch of prompts was dropped \(\d+ non_finite; the last: no .* {place}"):
         train(run, None)
     close(run)
-    monkeypatch.setattr(non_finite, "MOST_LOST", 2)
-    monkeypatch.setattr(non_finite, "MOST_LOST_AT_LEAST", 1)
+    monkeypatch.setattr(left_out, "MOST_LOST", 2)
+    monkeypatch.setattr(left_out, "MOST_LOST_AT_LEAST", 1)
     run = wired(tmp_path / "groups", config, scoring=Scoring(policy="mask", lost=["*"]))
     words = "^6 prompt groups without a finite reward were dropped while 3 were collected for a step; mend the reward"
     with pytest.raises(RewardError, match=rf"{words} .*{place}"):

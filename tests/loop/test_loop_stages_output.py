@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from test_loop_pipeline import CONFIG, HF, begin, finish, stage
+from test_loop_stages import CONFIG, HF, begin, finish, stage
 
 from rlhf_dist.config.pipeline_checks import Stage
 from rlhf_dist.errors import ConfigError, DataError
-from rlhf_dist.loop.pipeline import basis_of, decide, write_finished
 from rlhf_dist.loop.run_directory import write_json, write_text
+from rlhf_dist.loop.stages import basis_of, decide, write_finished
 from rlhf_dist.models.checkpoints import sealed
 
 

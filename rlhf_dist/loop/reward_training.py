@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf_dist.config.schema import RewardConfig
 from rlhf_dist.errors import RunError
-from rlhf_dist.learner.preference import HeldOutScores
+from rlhf_dist.learner.preference_learner import HeldOutScores
 from rlhf_dist.loop.reward_report import SCORE_MEAN, SCORE_STD, held_out_results, scale_of
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.trainer import Trainer, TrainerState

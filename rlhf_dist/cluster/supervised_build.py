@@ -11,7 +11,7 @@ from rlhf_dist.cluster.preflight import check_before_start
 from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
 from rlhf_dist.cluster.trainer_ranks import TrainerGroup, TrainerHost, started
 from rlhf_dist.config.schema import Config, OptimizerConfig
-from rlhf_dist.loop.supervised import fine_tune
+from rlhf_dist.loop.supervised_training import fine_tune
 from rlhf_dist.loop.trainer import read_state
 
 

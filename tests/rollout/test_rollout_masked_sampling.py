@@ -16,8 +16,8 @@ from rlhf_dist.algo.action_mask import likeliest
 from rlhf_dist.algo.algorithm import LaggingMask
 from rlhf_dist.errors import WeightSyncError
 from rlhf_dist.models.hf import load_model
-from rlhf_dist.rollout import action_mask
-from rlhf_dist.rollout.action_mask import MaskReader, Reading
+from rlhf_dist.rollout import masked_sampling
+from rlhf_dist.rollout.masked_sampling import MaskReader, Reading
 
 TOP_P = 0.8
 
@@ -47,7 +47,7 @@ def check(model: PreTrainedModel, reader: MaskReader, readings: Sequence[Reading
 def test_sequences_come_go_wait_and_change_places(
     model: PreTrainedModel, prefill: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(action_mask, "PREFILL_TOKENS", prefill)
+    monkeypatch.setattr(masked_sampling, "PREFILL_TOKENS", prefill)
     reader, chance = MaskReader(model, LaggingMask(TOP_P, 1), 0), random.Random(0)
     live: list[Reading] = []
     most = 0

@@ -16,10 +16,10 @@ from rlhf_dist.algo.preference import wilson_interval
 from rlhf_dist.config.schema import RewardConfig, TelemetryConfig
 from rlhf_dist.errors import DataError, DiskError, RunError
 from rlhf_dist.learner.model_engine import checkpoint_files
-from rlhf_dist.learner.preference import HeldOutScores
+from rlhf_dist.learner.preference_learner import HeldOutScores
 from rlhf_dist.loop import trainer as trainer_loop
-from rlhf_dist.loop.reward import Outcome, RewardRun
 from rlhf_dist.loop.reward_report import calibration_bins, correlation, draw, held_out_results, predictions, scale_of
+from rlhf_dist.loop.reward_training import Outcome, RewardRun
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
 from rlhf_dist.loop.trainer import TrainerState, read_state
 from rlhf_dist.models.scalar import ScoreScale

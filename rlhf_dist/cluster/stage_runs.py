@@ -17,11 +17,11 @@ from rlhf_dist.cluster.placement import local_machine, place
 from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import check_run_models, longest, model_path, model_source, preflight_rewards
-from rlhf_dist.cluster.supervised import sft
+from rlhf_dist.cluster.supervised_build import sft
 from rlhf_dist.config.pipeline_checks import Stage, StageCommand, named
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import DataError, ResourceError
-from rlhf_dist.loop import pipeline as stages_on_disk
+from rlhf_dist.loop import stages as stages_on_disk
 from rlhf_dist.loop.run_directory import write_json, write_text
 from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.loop.run_lock import require_place, take_lock
@@ -64,7 +64,7 @@ def pipeline(stages: Sequence[Stage]) -> None:
 
 def check_lengths(stages: Sequence[Stage]) -> None:
     """A stage that goes on from an earlier one's model has that model's positions. Raises ModelError."""
-    from rlhf_dist.models.limits import check_positions
+    from rlhf_dist.models.capabilities import check_positions
     from rlhf_dist.models.model_config import load_config
 
     by_name = {stage.name: stage for stage in stages}
@@ -122,7 +122,7 @@ def bring_to_end(
 def runner(command: StageCommand) -> Callable[[Config, bool], None]:
     """(config, resume) -> a whole run."""
     if command == "reward":
-        from rlhf_dist.cluster.reward import reward
+        from rlhf_dist.cluster.reward_build import reward
 
         return reward
     return {"sft": sft, "train": build.train}[command]

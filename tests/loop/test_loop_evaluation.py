@@ -22,9 +22,9 @@ from stand_ins import (
 from rlhf_dist.config.schema import Config, EvalConfig
 from rlhf_dist.errors import DataError
 from rlhf_dist.loop.controller import Controller
-from rlhf_dist.loop.evaluate import Evaluation, evaluate, version_of
+from rlhf_dist.loop.controller_rules import rules_of
+from rlhf_dist.loop.evaluation import Evaluation, evaluate, version_of
 from rlhf_dist.loop.events import Compared
-from rlhf_dist.loop.rules import rules_of
 from rlhf_dist.loop.shell import Shell
 from rlhf_dist.types import Group, Handle, Prompt, Referenced, ReferenceHead, Sampling, Scores
 

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_dist.config.rewards import reward_lines, solved_by
+from rlhf_dist.config.reward_words import reward_lines, solved_by
 from rlhf_dist.config.schema import Config, RewardSpec, ScoringConfig
 
 EXACT, UNWEIGHTED = RewardSpec(kind="exact"), RewardSpec(kind="number", weight=0.0)

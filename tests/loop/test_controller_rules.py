@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from rlhf_dist.config.schema import AlgoConfig, Config, LoopConfig
-from rlhf_dist.loop.rules import rules_of
+from rlhf_dist.loop.controller_rules import rules_of
 
 
 @pytest.mark.parametrize(("lag", "filtered"), [(0, 4), (1, 12)])

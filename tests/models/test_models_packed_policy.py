@@ -21,7 +21,7 @@ from rlhf_dist.config.schema import TinyConfig
 from rlhf_dist.errors import ModelError
 from rlhf_dist.models.attention import choose_attention, register_segmented, segmented
 from rlhf_dist.models.hf import load_model
-from rlhf_dist.models.policy import PackedPolicy, check_head
+from rlhf_dist.models.packed_policy import PackedPolicy, check_head
 from rlhf_dist.models.tiny import make_tiny
 
 SMALL = TinyConfig(hidden_size=128, intermediate_size=192, layers=2, heads=4, kv_heads=2, max_positions=64)

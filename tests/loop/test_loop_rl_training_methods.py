@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from stand_ins import FakeCritic, FakePolicy, FakeRollouts, FakeScoring, lines, scores_of, write_files
-from test_loop_train import CONFIG, PROMPTS, STEPS, close, wired
+from test_loop_rl_training import CONFIG, PROMPTS, STEPS, close, wired
 
 from rlhf_dist.config.schema import AlgoConfig, Config
 from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import RunError
 from rlhf_dist.learner.mask_policy import MASK_FILES
-from rlhf_dist.loop.train import train
+from rlhf_dist.loop.rl_training import train
 from rlhf_dist.types import Request, Scores
 
 

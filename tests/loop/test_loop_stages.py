@@ -16,7 +16,10 @@ from rlhf_dist.config.learning import CriticConfig
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.pipeline_checks import Stage, load_stages
 from rlhf_dist.errors import ConfigError
-from rlhf_dist.loop.pipeline import (
+from rlhf_dist.loop.pipeline_files import content
+from rlhf_dist.loop.run_directory import open_run_directory, write_json
+from rlhf_dist.loop.saved_config import config_changes
+from rlhf_dist.loop.stages import (
     Basis,
     Finished,
     basis_of,
@@ -31,9 +34,6 @@ from rlhf_dist.loop.pipeline import (
     write_begun,
     write_finished,
 )
-from rlhf_dist.loop.pipeline_files import content
-from rlhf_dist.loop.run_directory import open_run_directory, write_json
-from rlhf_dist.loop.saved_config import config_changes
 
 HF = "checkpoints/step-3/hf"
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")

@@ -10,7 +10,7 @@ from stand_ins import Quiet, lines, write_checkpoint
 from rlhf_dist.config.schema import SftConfig, TelemetryConfig
 from rlhf_dist.errors import DiskError
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
-from rlhf_dist.loop.supervised import fine_tune
+from rlhf_dist.loop.supervised_training import fine_tune
 from rlhf_dist.loop.trainer import TrainerState, read_state
 from rlhf_dist.models.checkpoints import read_sealed
 from rlhf_dist.telemetry.metrics import MetricSums
