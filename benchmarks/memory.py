@@ -36,7 +36,7 @@ CONFIG: dict[str, Any] = {
     "model": {"path": "tiny"},
     "data": {"source": "task", "task": {"name": "reverse", "min_length": 3, "max_length": 5}},
     "algo": {"name": "grpo", "group_size": 8},
-    "rollout": {"max_prompt_tokens": 64, "max_response_tokens": 16, "kv_cache_gib": 0.25},
+    "rollout": {"max_prompt_tokens": 64, "max_response_tokens": 16, "kv_cache_gib": 0.0625},
     "learner": {"micro_batch_tokens": 4096},
     "loop": {"prompts_per_step": 8, "checkpoint_every": 50},
     "eval": {"prompts": 32, "every": 50, "samples": 4},
