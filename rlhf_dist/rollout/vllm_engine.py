@@ -160,20 +160,36 @@ class VllmEngine:
         self._engine.add_request(turn.key, prompt, params)
         self._turns[turn.key] = turn
 
-    def _renew_caches(self, version: int) -> bool:
-        """See `EngineWeights`. With `keep`, what is cached stays with the requests that it belongs to.
+    def _renew_caches(self, version: int) -> str:
+        """See `EngineWeights`."""
+        return self._compute_again() if self.kv_after_push == "recompute" else self._begin_again(version)
+
+    def _compute_again(self) -> str:
+        """Requests that run are prefilled again; without them vLLM would forget nothing while there are any."""
+        why = ""
+        try:
+            if self._engine.reset_prefix_cache(reset_running_requests=True):
+                return ""
+        except RuntimeError as error:  # what vLLM raises where it cannot take its running requests back
+            why = f" ({error})"
+        what = f"vLLM did not give up the keys and values of the old weights{why}"
+        return f"{what}; with rollout.kv_after_push keep it would not have to"
+
+    def _begin_again(self, version: int) -> str:
+        """What is cached stays with the requests that it belongs to.
 
         No other request may read it, so new ones get another salt, and those without a token begin again with that.
         """
-        if self.kv_after_push == "recompute":
-            # Requests that run are prefilled again; without them vLLM would forget nothing while there are any.
-            return self._engine.reset_prefix_cache(reset_running_requests=True)
         self._salt = str(version)
         waiting = [turn for turn in self._turns.values() if not self.sampled(turn.key)]
-        self.abort([turn.key for turn in waiting])
-        for turn in waiting:
-            self._begin(turn)
-        return True
+        try:
+            self.abort([turn.key for turn in waiting])
+            for turn in waiting:
+                self._begin(turn)
+        except Exception as error:  # whatever vLLM raises, some of them are not under way any more
+            what = f"vLLM did not take requests without a token again ({type(error).__name__}: {error})"
+            return f"{what}; with rollout.kv_after_push recompute it would not have to"
+        return ""
 
     def _response(self, output: Any) -> Response:
         turn, (sample,) = self._turns.pop(output.request_id), output.outputs

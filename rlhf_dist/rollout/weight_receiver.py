@@ -57,11 +57,11 @@ class EngineWeights:
     version: int
     """Of the weights that new tokens are sampled with."""
 
-    def __init__(self, name: str, engine: Any, renew_caches: Callable[[int], bool]) -> None:
+    def __init__(self, name: str, engine: Any, renew_caches: Callable[[int], str]) -> None:
         """`name`: of the rollout worker, for receipts. `engine`: vLLM's, whose workers are `WeightReceiver`s.
 
-        `renew_caches` is called with each version once its weights are in. It returns whether requests that begin from
-        now on read no keys and values of older weights.
+        `renew_caches` is called with each version once its weights are in. It returns why requests that begin from now
+        on may read keys and values of older weights; nothing where they do not.
         """
         self._name = name
         self._engine = engine
@@ -144,14 +144,9 @@ class EngineWeights:
         )
 
     def _require_renewed(self, announcement: Announcement) -> None:
-        why = ""
-        try:
-            renewed = self._renew_caches(announcement.version)
-        except RuntimeError as error:  # what vLLM raises where it cannot take its running requests back
-            renewed, why = False, f" ({error})"
-        if not renewed:
-            what = f"is done, but vLLM did not give up the keys and values of the old weights{why}"
-            raise self._broken(announcement, f"{what}; with rollout.kv_after_push keep it would not have to")
+        problem = self._renew_caches(announcement.version)
+        if problem:
+            raise self._broken(announcement, f"is done, but {problem}")
 
     def _take_version(self, version: int) -> None:
         self.version = version

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import real_engine
 import torch
-from real_engine import PROMPTS, Learner, groups, largest_difference, requests, versions
+from real_engine import PROMPTS, SAMPLING, Learner, groups, largest_difference, requests, versions
 
 from rlhf_dist.errors import EngineBroken, WeightSyncError
+from rlhf_dist.rollout.trajectories import Turn
 from rlhf_dist.rollout.vllm_engine import VllmEngine
 from rlhf_dist.rollout.worker import RolloutWorker
 from rlhf_dist.types import Receipt
@@ -155,6 +156,41 @@ def test_a_load_that_fails_after_any_tensor_breaks_the_engine(
         monkeypatch.undo()
         require_broken(push, worker)
         push.mend()
+    assert agrees(push, worker)
+
+
+@pytest.mark.parametrize(
+    ("mode", "call", "message"),
+    [
+        (
+            "recompute",
+            "reset_prefix_cache",
+            r"vLLM did not give up the keys and values of the old weights \(no room\); with "
+            r"rollout\.kv_after_push keep it would not have to$",
+        ),
+        (
+            "keep",
+            "add_request",
+            r"vLLM did not take requests without a token again \(RuntimeError: no room\); with "
+            r"rollout\.kv_after_push recompute it would not have to$",
+        ),
+    ],
+)
+def test_caches_that_stay_old_break_the_engine_and_the_message_names_the_other_way(
+    push: Push, worker: RolloutWorker, monkeypatch: pytest.MonkeyPatch, mode: str, call: str, message: str
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no room")
+
+    push.engine.submit(Turn("without a token", [1, 2, 3], SAMPLING, 0))
+    monkeypatch.setattr(push.engine, "kv_after_push", mode)
+    monkeypatch.setattr(push.engine._engine, call, failing)
+    with pytest.raises(EngineBroken, match=f"^the load of version 61 is done, but {message}"):
+        push.engine.load_weights(push.publish(BAD, change=0.1))
+    monkeypatch.undo()
+    push.engine.abort(["without a token"])
+    require_broken(push, worker)
+    push.mend()
     assert agrees(push, worker)
 
 
