@@ -154,7 +154,7 @@ def start_shell(names: Sequence[str], hosts: Sequence[Any], ledger: Ledger, step
 
     from rlhf_dist.cluster.groups import CollatorProcess, ScoringFleet, silence
     from rlhf_dist.cluster.inbox import Inbox
-    from rlhf_dist.cluster.rollout_fleet import RolloutFleet
+    from rlhf_dist.cluster.rollout_fleet import RolloutFleet, beat_s
 
     # `keep`: the answers name version 0 for ever.
     loop = LoopConfig(prompts_per_step=GROUPS, steps=steps, max_policy_lag=LAG, stale="keep")
@@ -171,7 +171,8 @@ def start_shell(names: Sequence[str], hosts: Sequence[Any], ledger: Ledger, step
         timeout=silence,
     )
     limits: dict[MemberKind, float] = dict.fromkeys(get_args(MemberKind), LIMIT_S)
-    members = Members(names, servers, [], capacity=GROUPS * SAMPLES * (LAG + 1), limits_s=limits)
+    capacity = GROUPS * SAMPLES * (LAG + 1)
+    members = Members(names, servers, [], capacity=capacity, limits_s=limits, beat_s=beat_s(len(names)))
     return Shell(Controller(rules, Endless(), members), actors, ledger=ledger)
 
 

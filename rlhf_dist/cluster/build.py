@@ -30,7 +30,7 @@ from rlhf_dist.cluster.placement import Placement, bundles, first_learner_bundle
 from rlhf_dist.cluster.preflight import check_before_start, require_shared_memory
 from rlhf_dist.cluster.processes import log_name
 from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
-from rlhf_dist.cluster.rollout_fleet import RolloutFleet
+from rlhf_dist.cluster.rollout_fleet import RolloutFleet, beat_s
 from rlhf_dist.cluster.session import ray_session, reserve
 from rlhf_dist.cluster.sources import (
     mask_source,
@@ -244,6 +244,7 @@ def start_fleets(
                 "reference": limit,
                 "collator": config.learner.timeout_s,
             },
+            beat_s=beat_s(len(workers)),
             collator=collating[0],
         ),
         learner=learner_side(config, ranks, critics, inbox),

@@ -22,7 +22,12 @@ from rlhf_dist.weights.shared_memory import BUFFERS
 
 SYNC_KEY = "weights.timeout_s"
 BEATS = 32
-"""Of all workers together, in the longest that one waits where it has nothing to tell."""
+"""Of all workers together, at most in `BEAT_S`."""
+
+
+def beat_s(workers: int) -> float:
+    """The longest that one of so many workers keeps its steps to itself."""
+    return BEAT_S * max(1.0, workers / BEATS)
 
 
 @dataclass(slots=True)
@@ -93,8 +98,8 @@ class RolloutFleet:
             standing.posted += 1
 
     def _ask_for_events(self, name: str) -> None:
-        wait_s = BEAT_S * max(1.0, len(self._standings) / BEATS)
-        self._inbox.expect(self._standings[name].worker.events.remote(wait_s), partial(self._read_events, name))
+        call = self._standings[name].worker.events.remote(beat_s(len(self._standings)))
+        self._inbox.expect(call, partial(self._read_events, name))
 
     def _read_events(self, name: str, call: Any) -> Sequence[Event]:
         """A worker's events; one that has died, or whose engine failed, is lost."""

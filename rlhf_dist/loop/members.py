@@ -67,9 +67,13 @@ class Members:
         *,
         capacity: int,
         limits_s: Mapping[MemberKind, float],
+        beat_s: float,
         collator: str = "collator",
     ) -> None:
-        """`capacity`: samples that a rollout worker is given at a time; more wait here, for the first that is free."""
+        """`capacity`: samples that a rollout worker is given at a time; more wait here, for the first that is free.
+
+        `beat_s`: the longest that a rollout worker keeps its steps to itself; its limit is longer by that.
+        """
         named: dict[MemberKind, Iterable[str]] = {
             "rollout": workers,
             "scoring": scorers,
@@ -84,6 +88,7 @@ class Members:
         """Rollout workers that may be given more: they have proved the published weights."""
         self._capacity = capacity
         self.limits_s = limits_s
+        self._silence_s: Mapping[MemberKind, float] = {**limits_s, "rollout": limits_s["rollout"] + beat_s}
         self._backlog: deque[tuple[OpenRequest, ...]] = deque()
         self._stuck: float | None = None
         """Since when the backlog has waited for a worker that serves."""
@@ -181,7 +186,7 @@ class Members:
         found: list[Command] = [
             TimedOut(member.kind, member.name, self.limits_s[member.kind])
             for member in self._members.values()
-            if member.work and now - member.sign > self.limits_s[member.kind]
+            if member.work and now - member.sign > self._silence_s[member.kind]
         ]
         if self._stuck is not None and now - self._stuck > limit:
             found.append(TimedOut("rollout", NOBODY, limit))

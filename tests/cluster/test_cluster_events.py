@@ -78,6 +78,7 @@ def line(workers: dict[str, Any], server: Any, collator: Any, count: int, size: 
         [],
         capacity=1000,
         limits_s={"rollout": limit_s, "scoring": limit_s, "reference": limit_s, "collator": limit_s},
+        beat_s=rollout_fleet.beat_s(len(workers)),
     )
     scoring = ScoringFleet({"scoring server 0": server}, inbox, timeout_s=60)
     controller = Controller(rules_of(config, compares=False, masked=False), Endless(), members)

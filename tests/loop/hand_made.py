@@ -10,7 +10,19 @@ import numpy as np
 
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import Rules
-from rlhf_dist.loop.events import Book, Command, Compared, Event, Kept, Published, Scored, Serving, Submit, Taken
+from rlhf_dist.loop.events import (
+    Book,
+    Command,
+    Compared,
+    Event,
+    Kept,
+    MemberKind,
+    Published,
+    Scored,
+    Serving,
+    Submit,
+    Taken,
+)
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.requests import make_requests
 from rlhf_dist.types import (
@@ -89,8 +101,8 @@ class Rig:
     """Workers `a`, `b` ... that serve, scoring server `s`, reference server `r`, and all commands so far."""
 
     def __init__(self, rules: Rules, workers: str = "a", capacity: int = 100, **stream: Any) -> None:
-        limits = {"rollout": 10.0, "scoring": 20.0, "reference": 30.0, "collator": 40.0}
-        self.members = Members(workers, "s", "r", capacity=capacity, limits_s=limits)  # type: ignore[arg-type]
+        limits: dict[MemberKind, float] = {"rollout": 10.0, "scoring": 20.0, "reference": 30.0, "collator": 40.0}
+        self.members = Members(workers, "s", "r", capacity=capacity, limits_s=limits, beat_s=0.0)
         self.controller = Controller(rules, FewPrompts(**stream), self.members)
         self.now = 0.0
         self.first = self.hear(Serving(tuple(workers)))

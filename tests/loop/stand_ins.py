@@ -270,7 +270,8 @@ def actors(
 def members(reference: bool = False) -> Members:
     """One of each."""
     limits: dict[MemberKind, float] = dict.fromkeys(get_args(MemberKind), 50.0)
-    return Members([WORKER], ["scorer"], ["reference"] if reference else [], capacity=10**6, limits_s=limits)
+    references = ["reference"] if reference else []
+    return Members([WORKER], ["scorer"], references, capacity=10**6, limits_s=limits, beat_s=0.0)
 
 
 @dataclass

@@ -13,9 +13,9 @@ from rlhf_dist.types import Beat, Purpose
 LIMITS_S: dict[MemberKind, float] = {"rollout": 10.0, "scoring": 20.0, "reference": 30.0, "collator": 40.0}
 
 
-def members(workers: str = "ab", capacity: int = 4, scorers: str = "s") -> Members:
+def members(workers: str = "ab", capacity: int = 4, scorers: str = "s", beat_s: float = 0.0) -> Members:
     """Workers that serve, each named by a letter, scoring servers, and a reference server `r`."""
-    found = Members(workers, scorers, "r", capacity=capacity, limits_s=LIMITS_S)
+    found = Members(workers, scorers, "r", capacity=capacity, limits_s=LIMITS_S, beat_s=beat_s)
     found.serve(tuple(workers))
     return found
 
@@ -103,7 +103,7 @@ def test_a_worker_that_does_not_serve_is_given_nothing() -> None:
 
 
 def test_nobody_serves_before_the_first_weights() -> None:
-    found = Members("a", "s", "", capacity=4, limits_s=LIMITS_S)
+    found = Members("a", "s", "", capacity=4, limits_s=LIMITS_S, beat_s=0.0)
     found.wait((request("0"),))
     assert sent(found) == []
 
@@ -199,3 +199,15 @@ def test_a_beat_is_a_sign_only_where_the_engine_has_made_steps() -> None:
     assert found.silent(17.0) == []
     found.beat(Beat("a", 1, 1), 17.0)
     assert found.silent(19.0) == [TimedOut("rollout", "a", 10.0)]
+
+
+def test_steps_that_a_worker_has_not_told_of_yet_are_not_held_against_it() -> None:
+    """It makes one each second and tells of them each 60: far more rarely than its limit of 10."""
+    found = members("a", beat_s=60.0)
+    found.wait((request("0"),))
+    found.dispatch(0.0)
+    for now in range(1, 600):
+        if now % 60 == 0:
+            found.beat(Beat("a", now, 1), now)
+        assert found.silent(now) == []
+    assert found.silent(540.0 + 71.0) == [TimedOut("rollout", "a", 10.0)], "and one that stops is found"

@@ -11,14 +11,13 @@ from virtual_account import Broken, Line
 from virtual_checks import Checks, Watched
 from virtual_fleet import Fleet
 from virtual_plan import GREEDY, SAMPLING, Plan, Stream, plan_of, prompt_of
-from virtual_time import END_S, LIMITS_S
+from virtual_time import END_S, members_of
 
 from rlhf_dist.errors import ActorTimeout
 from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.loop.events import Event, Lost, MemberKind
 from rlhf_dist.loop.ledger import Ledger
-from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.requests import make_requests
 from rlhf_dist.loop.shell import Actors, Shell
 from rlhf_dist.types import Group, Handle, Request
@@ -161,11 +160,10 @@ class ShellRun:
         self.ledger.rewind(step)
         self.checks.resume(account, step, tuple(again.items()))
         self.stream = Stream(position, tuple(again.items()))
-        members = Members(plan.workers, plan.scorers, plan.references, capacity=plan.capacity, limits_s=LIMITS_S)
         reference = Servers(ports, "reference") if plan.rules.compares else None
         collator = Collator(ports, self.checks)
         actors = Actors(ports, Servers(ports, "scoring"), reference, collator, clock, timed_out)
-        shell = Shell(Watched(self.checks, self.stream, members, step), actors, ledger=self.ledger)
+        shell = Shell(Watched(self.checks, self.stream, members_of(plan), step), actors, ledger=self.ledger)
         ports.plan_faults()
         self._push(step)
         if step == 0 and plan.evaluate_every:

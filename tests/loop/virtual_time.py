@@ -14,6 +14,7 @@ from virtual_account import Attempt, Broken, Line
 from virtual_checks import Checks, Watched
 from virtual_fleet import Fleet
 from virtual_plan import GREEDY, SAMPLING, Plan, Stream, plan_of, prompt_of
+from virtual_processes import BEAT_S
 
 from rlhf_dist.loop.events import (
     Asked,
@@ -38,12 +39,18 @@ from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.requests import make_requests
 
 TICK_S = 20.0
-LIMITS_S: dict[MemberKind, float] = {"rollout": 90.0, "scoring": 90.0, "reference": 90.0, "collator": 90.0}
-"""More than a message and a beat, or the longest work of a server, take together; less than the longest group."""
+LIMITS_S: dict[MemberKind, float] = {"rollout": 45.0, "scoring": 90.0, "reference": 90.0, "collator": 90.0}
+"""More than a message takes, and the longest work of a server with it; less than the longest group."""
 END_S = 100_000.0
 """No run takes that long."""
 Learner = Generator[float | None, None, None]
 """The learner side: seconds that it works, or None while it waits for whatever comes."""
+
+
+def members_of(plan: Plan) -> Members:
+    """A plan's processes, as the controller sees them."""
+    names = plan.workers, plan.scorers, plan.references
+    return Members(*names, capacity=plan.capacity, limits_s=LIMITS_S, beat_s=BEAT_S)
 
 
 class World(Fleet):
@@ -68,7 +75,7 @@ class World(Fleet):
         step, again, position, ledger = self.saved
         self.begin()
         self.step, self.stream = step, Stream(position, again)
-        self.members = Members(plan.workers, plan.scorers, plan.references, capacity=plan.capacity, limits_s=LIMITS_S)
+        self.members = members_of(plan)
         self.checks.resume(ledger, step, again)
         self.controller = Watched(self.checks, self.stream, self.members, step)
         self.learner = self._learn()
