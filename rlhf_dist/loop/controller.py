@@ -105,7 +105,7 @@ class Controller:
         self._arrived = False
         """Whether a group has become ready since the last step was taken."""
         self.late = 0
-        """Events about requests that were not open, or about what was known of them."""
+        """Events since the last step was taken that were about requests not open, or about what was known of them."""
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """What is to be done after the event; `now` in seconds, from any start.
@@ -154,8 +154,9 @@ class Controller:
         self._base = next(iter(self._groups), self._issued)
         seconds = float(np.mean([one.ready - one.since for one in chosen]))
         found = tuple(one.experience for one in chosen if one.experience is not None)
-        taken = Taken(found, tuple(one.attempt for one in chosen), dict(self._dropped), self._non_finite, seconds)
-        self._dropped, self._non_finite, self._arrived = Counter(), (), False
+        attempts = tuple(one.attempt for one in chosen)
+        taken = Taken(found, attempts, dict(self._dropped), self._non_finite, self.late, seconds)
+        self._dropped, self._non_finite, self.late, self._arrived = Counter(), (), 0, False
         return taken, commands + self._go_on(now)
 
     def finish(self) -> list[Command]:

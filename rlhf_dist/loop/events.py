@@ -213,6 +213,8 @@ class Taken:
     """Reason -> groups."""
     non_finite: tuple[NonFinite, ...]
     """Responses with a reward that came as NaN or infinite."""
+    late: int
+    """Events that changed nothing: they came twice, or after nobody wanted them any more."""
     seconds: float
     """Mean time from issue to ready, of these groups."""
 

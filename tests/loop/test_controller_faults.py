@@ -12,19 +12,26 @@ from rlhf_dist.loop.events import Asked, Book, Forget, Kept, Lost, Scored, Servi
 def test_an_answer_that_comes_twice_changes_nothing() -> None:
     rig = Rig(rules_with())
     rig.answer("train/0/0/0")
-    assert rig.answer("train/0/0/0", version=5) == [] and rig.controller.late == 1
+    assert rig.answer("train/0/0/0", version=5) == []
     rig.hear(Kept("train/0/0/0"))
     rig.hear(Scored("s", "train/0/0/0", scores_of((0.0, 1.0))))
     taken, _ = rig.take()
-    assert taken is not None and taken.experiences[0].head.oldest_version == 0
+    assert taken is not None and taken.experiences[0].head.oldest_version == 0 and taken.late == 1
 
 
 def test_what_is_heard_of_a_dropped_group_changes_nothing() -> None:
-    rig = Rig(rules_with())
+    rig = Rig(rules_with(steps=3))
     rig.refuse("train/0/0/0")
     for event in (Kept("train/0/0/0"), Scored("s", "train/0/0/0", scores_of((0.0, 1.0))), compared("train/0/0/0")):
         assert rig.hear(event) == []
-    assert rig.answer("train/0/0/0") == [] and rig.controller.late == 4
+    assert rig.answer("train/0/0/0") == []
+    rig.finish("train/0/1/0")
+    taken, _ = rig.take()
+    assert taken is not None and taken.late == 4
+    rig.publish(1)
+    rig.finish("train/0/2/0", version=1)
+    taken, _ = rig.take()
+    assert taken is not None and taken.late == 0, "those of a step are counted once"
 
 
 def test_what_only_a_lost_worker_had_begins_again_as_the_next_attempt_with_the_same_seeds() -> None:

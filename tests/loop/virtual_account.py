@@ -113,7 +113,9 @@ class Account:
     sampled: int = 0
     """Tokens of groups in training."""
     late: int = 0
-    """Events that change nothing."""
+    """Events since the last step that change nothing."""
+    all_late: int = 0
+    """Those of the steps before."""
     largest_lag: int = 0
 
     def _hear(self, event: Event) -> dict[str, int]:

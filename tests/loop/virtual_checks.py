@@ -40,6 +40,9 @@ class Checks(Account):
         if found != expected:
             raise Broken(f"taken were {found}, and windowed FIFO gives {expected}")
         if taken is not None:
+            if taken.late != self.late:
+                raise Broken(f"{taken.late} events are said to have changed nothing, and {self.late} had to")
+            self.all_late, self.late = self.all_late + self.late, 0
             for attempt, experience in zip(taken.attempts, taken.experiences, strict=True):
                 self._check_taken(attempt, experience)
                 del self.groups[attempt[0]]
