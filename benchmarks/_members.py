@@ -45,9 +45,7 @@ class Host:
         worker = self._worker(name)
         if isinstance(verb, Submit):
             groups = [(request, sampled(request)) for request in verb.requests]
-            worker.out += [
-                Answered(request.key, head_of(group, name), Handle(ray.put(group))) for request, group in groups
-            ]
+            worker.out += [Answered(request.key, head_of(group), Handle(ray.put(group))) for request, group in groups]
             worker.steps += 1
             worker.some.set()
 
@@ -59,7 +57,7 @@ class Host:
                 await asyncio.wait_for(worker.some.wait(), wait_s)
         worker.some.clear()
         found, worker.out = worker.out, []
-        return self._weigh("events", [*found, Beat(name, worker.steps, 0)])
+        return self._weigh("events", [*found, Beat(name, worker.steps)])
 
     async def score(self, name: str, group: Group) -> Scores:
         """See `scoring.scorer.Scorer.score`."""

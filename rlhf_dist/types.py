@@ -188,8 +188,6 @@ class GroupHead:
     """Lowest among the first sampled tokens of its trajectories."""
     mean_version: float
     """Over all sampled tokens."""
-    worker: str
-    """Which worker made it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +226,6 @@ class Beat:
     worker: str
     steps: int
     """Decoding steps that its engine has done since it started."""
-    samples: int
-    """Under way in the engine."""
 
 
 @dataclass(frozen=True, slots=True)

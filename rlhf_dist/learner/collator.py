@@ -19,10 +19,6 @@ class Collator:
         self._groups: dict[str, Group] = {}
         self._references: dict[str, np.ndarray] = {}
 
-    def __len__(self) -> int:
-        """Groups held."""
-        return len(self._groups)
-
     def keep(self, key: str, group: Group) -> None:
         """Take a group over."""
         self._groups[key] = group

@@ -31,7 +31,7 @@ class OpenGroup:
         self._read: list[list[tuple[Sequence[int], str]]] = [[(prompt, "")] for _ in range(request.n)]
         """By sample: tokens and text of all that it was given to read; the last is what it answers now."""
         self._said: list[list[Response]] = [[] for _ in range(request.n)]
-        self.waits_for = request.n
+        self._waits_for = request.n
         """Turns that have no response yet."""
 
     @property
@@ -54,20 +54,20 @@ class OpenGroup:
         sample = int(response.key.split("/")[-2])
         said, prompt = self._said[sample], self.request.prompt
         said.append(response)
-        self.waits_for -= 1
+        self._waits_for -= 1
         observation = self._observe(prompt, [one.text for one in said])
         if observation is None:
             return []
         messages = [*prompt.messages]
         for one, (_, read) in zip(said, [*self._read[sample][1:], ((), observation)], strict=True):
             messages += [Message(POLICY_ROLE, one.text), Message("user", read)]
-        self.waits_for += 1
+        self._waits_for += 1
         self._read[sample].append((self._between(messages, response.tokens[-1]), observation))
         return [self._turn(sample)]
 
     def whole(self) -> Group | None:
         """The group, once no sample has a turn under way."""
-        if self.waits_for:
+        if self._waits_for:
             return None
         samples = [
             conversation([Exchange(tokens, text, one) for (tokens, text), one in zip(read, said, strict=True)])

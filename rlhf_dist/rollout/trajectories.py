@@ -86,7 +86,7 @@ def conversation(exchanges: Sequence[Exchange]) -> Trajectory:
     )
 
 
-def head_of(group: Group, worker: str) -> GroupHead:
+def head_of(group: Group) -> GroupHead:
     """The small part of a group."""
     versions = np.concatenate([sample.versions[sample.loss_mask] for sample in group.trajectories])
     return GroupHead(
@@ -99,5 +99,4 @@ def head_of(group: Group, worker: str) -> GroupHead:
         newest_version=int(versions.max()),
         first_version=min(int(sample.versions[sample.loss_mask][0]) for sample in group.trajectories),
         mean_version=float(versions.mean()),
-        worker=worker,
     )

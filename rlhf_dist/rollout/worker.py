@@ -106,8 +106,6 @@ class RolloutWorker:
         self._out: list[WorkerEvent] = []
         self._changed = threading.Condition()
         self._steps = 0
-        self._samples = 0
-        """Under way, as the pump last counted."""
         self._failure: BaseException | None = None
 
     def post(self, number: int, verb: Verb) -> None:
@@ -140,7 +138,7 @@ class RolloutWorker:
             if self._failure is not None:
                 raise self._failure
             found, self._out = self._out, []
-            return [*found, Beat(self.name, self._steps, self._samples)]
+            return [*found, Beat(self.name, self._steps)]
 
     def ready(self) -> str:
         """Answers once the engine is up: the caller's sign that it can be used."""
@@ -229,12 +227,11 @@ class RolloutWorker:
         done = group.whole()
         if done is None or self._open.pop(done.request.key, None) is None:
             return []
-        return [Answered(done.request.key, head_of(done, self.name), self._keep(done))]
+        return [Answered(done.request.key, head_of(done), self._keep(done))]
 
     def _tell(self, events: Sequence[WorkerEvent], steps: int = 0) -> None:
         with self._changed:
             self._out += events
             self._steps += steps
-            self._samples = sum(group.waits_for for group in self._open.values())
             if events:
                 self._changed.notify_all()

@@ -28,7 +28,7 @@ from rlhf_dist.rollout import worker as rollout_worker
 from rlhf_dist.rollout.trajectories import Response, Turn
 from rlhf_dist.rollout.worker import RolloutWorker, Verb
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import Answered, Group, Handle, Message, Prompt, Receipt, ReferenceHead, Scores
+from rlhf_dist.types import Answered, Beat, Group, Handle, Message, Prompt, Receipt, ReferenceHead, Scores
 from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement
 
@@ -273,9 +273,21 @@ def fleet(workers: dict[str, Any], ears: Ears, sync_timeout_s: float = 30.0) -> 
     return RolloutFleet(workers, ears.inbox, timeout_s=30.0, sync_timeout_s=sync_timeout_s)
 
 
+def makers(heard: Iterable[Event]) -> list[tuple[str, str]]:
+    """(key, worker) of each answer: what is heard of a worker at once ends with its beat."""
+    found, keys = list[tuple[str, str]](), list[str]()
+    for event in heard:
+        if isinstance(event, Answered):
+            keys.append(event.key)
+        elif isinstance(event, Beat):
+            found, keys = [*found, *((key, event.worker) for key in keys)], []
+    return found
+
+
 def serve(rollouts: RolloutFleet, ears: Ears) -> set[str]:
     """Ask all who serve for a group; those who gave one."""
     names, before = rollouts.serving(), len(ears.of(Answered))
     for name in names:
         rollouts.submit(name, REQUESTS[:1])
-    return {event.head.worker for event in ears.hear(Answered, before + len(names))[before:]}
+    ears.hear(Answered, before + len(names))
+    return {worker for _, worker in makers(ears.heard)[before:]}

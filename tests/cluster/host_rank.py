@@ -71,7 +71,7 @@ def experiences(step: int) -> tuple[list[Experience], list[Group], list[np.ndarr
         reference = chance.normal(-4.5, 0.3, size=total).astype(np.float32)
         scores = Scores(chance.normal(size=2).astype(np.float32), {}, np.ones(2), np.zeros(2, np.uint64))
         compared = ReferenceHead(np.zeros(2, np.float32), np.zeros(2, np.float32))
-        found.append(Experience(body.prompt, head_of(body, "w"), scores, body.request.key, compared))
+        found.append(Experience(body.prompt, head_of(body), scores, body.request.key, compared))
         made.append(body)
         references.append(reference)
     return found, made, references

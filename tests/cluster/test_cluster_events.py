@@ -13,7 +13,7 @@ import cluster_stand_ins
 import numpy as np
 import pytest
 import ray
-from cluster_stand_ins import REQUESTS, Ears, fleet, start, start_collator, tell
+from cluster_stand_ins import REQUESTS, Ears, fleet, makers, start, start_collator, tell
 
 from rlhf_dist.cluster import groups, rollout_fleet
 from rlhf_dist.cluster.groups import CollatorProcess, ReferenceFleet, ScoringFleet, silence
@@ -133,7 +133,7 @@ def test_a_dead_workers_groups_begin_again_and_its_finished_ones_are_trained_on(
     run = line({"rollout worker 0": doomed, "rollout worker 1": other}, workers["one"], collator, 6)
     run.shell.published(0)
     run.until_kept(5)
-    made = {event.key: event.head.worker for event in run.heard if isinstance(event, Answered)}
+    made = dict(makers(run.heard))
     assert sorted(made) == [f"train/0/{i}/0" for i in (0, 1, 3, 4, 5)]
     assert sum(worker == "doomed" for worker in made.values()) == 2
     ray.kill(doomed)

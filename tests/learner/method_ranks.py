@@ -52,7 +52,7 @@ def cut(
     greedy = GREEDY[step] if learning.algorithm.greedy_baseline else (0.0,) * len(made)
     scored = [Scores(s, {}, np.zeros(len(s)), np.zeros(len(s))) for s in scores]
     experiences = [
-        Experience(r.prompt, head_of(r, "w"), s, Handle(i), None, baseline)
+        Experience(r.prompt, head_of(r), s, Handle(i), None, baseline)
         for i, (r, s, baseline) in enumerate(zip(made, scored, greedy, strict=True))
     ]
     batch = collate(experiences)

@@ -81,7 +81,7 @@ def batch_of(made: list[Group]) -> tuple[Batch, Credit]:
     none = np.zeros(3)
     batch = collate(
         [
-            Experience(r.prompt, head_of(r, "w"), Scores(s, {}, none, none), r.request.key, None)
+            Experience(r.prompt, head_of(r), Scores(s, {}, none, none), r.request.key, None)
             for r, s in zip(made, scores, strict=True)
         ]
     )

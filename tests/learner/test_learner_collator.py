@@ -43,7 +43,9 @@ def test_what_nobody_needs_is_gone_and_a_late_reference_does_not_bring_it_back()
     found = collator()
     found.forget(["a", "unknown"])
     found.keep_reference("a", np.zeros(3, np.float32))
-    assert len(found) == 1 and found.texts(["b"]) == [("last",)]
+    with pytest.raises(KeyError):
+        found.texts(["a"])
+    assert found.texts(["b"]) == [("last",)]
     found.keep("a", GROUP)
     with pytest.raises(RunError, match="of a were lost"):
         found.batches([shard([(0, 0)])], ["a"], compared=True)

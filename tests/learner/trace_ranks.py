@@ -191,7 +191,7 @@ def experiences(step: int, bodies: Bodies) -> list[Experience]:
         made.append(
             Experience(
                 prompt,
-                head_of(body, "w"),
+                head_of(body),
                 Scores(np.array(scores, np.float32), {}, none, none),
                 body.request.key,
                 ReferenceHead(kl, none),

@@ -118,9 +118,9 @@ class Rig:
         found = self.take()[0]
         return None if found is None else [uid for uid, _ in found.attempts]
 
-    def answer(self, key: str, version: int = 0, lengths: Sequence[int] = (3, 4), worker: str = "a") -> list[Command]:
-        """A worker has sampled it, all with one version."""
-        return self.hear(Answered(key, head_of(key, lengths, version, worker), Handle(key)))
+    def answer(self, key: str, version: int = 0, lengths: Sequence[int] = (3, 4)) -> list[Command]:
+        """Its worker has sampled it, all with one version."""
+        return self.hear(Answered(key, head_of(key, lengths, version), Handle(key)))
 
     def finish(self, key: str, scores: Sequence[float] = (0.0, 1.0), version: int = 0) -> list[Command]:
         """It is sampled, kept and scored."""
@@ -135,10 +135,10 @@ class Rig:
         return self.hear(Published(version))
 
 
-def head_of(key: str, lengths: Sequence[int], version: int, worker: str = "a") -> GroupHead:
+def head_of(key: str, lengths: Sequence[int], version: int) -> GroupHead:
     sampled = np.array(lengths)
     reasons = ("stop",) * len(lengths)
-    return GroupHead(key, sampled + 2, sampled, sampled, reasons, version, version, version, float(version), worker)
+    return GroupHead(key, sampled + 2, sampled, sampled, reasons, version, version, version, float(version))
 
 
 def scores_of(total: Sequence[float]) -> Scores:

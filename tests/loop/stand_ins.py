@@ -64,7 +64,7 @@ def prompts(count: int) -> list[Prompt]:
 def head_of(uid: str, prompt: int, lengths: Sequence[int], reasons: tuple[str, ...], version: int) -> GroupHead:
     """`prompt`: tokens of the prompt."""
     sampled = np.array(lengths)
-    return GroupHead(uid, sampled + prompt, sampled, sampled, reasons, version, version, version, version, WORKER)
+    return GroupHead(uid, sampled + prompt, sampled, sampled, reasons, version, version, version, version)
 
 
 def experience(

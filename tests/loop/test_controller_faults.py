@@ -81,7 +81,7 @@ def test_lost_requests_come_before_those_that_wait_in_the_order_of_issue() -> No
     rig = Rig(rules_with(groups_per_step=4), workers="ab", capacity=2)
     assert given(rig.first) == [("a", "train/0/0/0"), ("b", "train/0/1/0")]
     assert given(rig.hear(Lost("a", "gone"))) == []
-    assert given(rig.answer("train/0/1/0", worker="b")) == [("b", "train/0/0/1")]
+    assert given(rig.answer("train/0/1/0")) == [("b", "train/0/0/1")]
 
 
 def test_a_worker_is_lost_once() -> None:

@@ -116,7 +116,7 @@ def test_a_lost_worker_is_known_no_more() -> None:
     assert sent(found) == [("b", ["0"])]
     found.done("rollout", "a", "train/0/0", 1.0)
     found.cancelled("a", "train/0/0")
-    found.beat(Beat("a", 3, 1), 1.0)
+    found.beat(Beat("a", 3), 1.0)
 
 
 def test_the_server_with_least_to_do_is_asked() -> None:
@@ -195,9 +195,9 @@ def test_a_beat_is_a_sign_only_where_the_engine_has_made_steps() -> None:
     found = members("a")
     found.wait((request("0"),))
     found.dispatch(0.0)
-    found.beat(Beat("a", 1, 1), 8.0)
+    found.beat(Beat("a", 1), 8.0)
     assert found.silent(17.0) == []
-    found.beat(Beat("a", 1, 1), 17.0)
+    found.beat(Beat("a", 1), 17.0)
     assert found.silent(19.0) == [TimedOut("rollout", "a", 10.0)]
 
 
@@ -208,6 +208,6 @@ def test_steps_that_a_worker_has_not_told_of_yet_are_not_held_against_it() -> No
     found.dispatch(0.0)
     for now in range(1, 600):
         if now % 60 == 0:
-            found.beat(Beat("a", now, 1), now)
+            found.beat(Beat("a", now), now)
         assert found.silent(now) == []
     assert found.silent(540.0 + 71.0) == [TimedOut("rollout", "a", 10.0)], "and one that stops is found"

@@ -168,7 +168,6 @@ class Processes:
             newest_version=spans[-1][1],
             first_version=spans[0][1],
             mean_version=total / (self.now - since),
-            worker=worker.name,
         )
 
     def cancel(self, worker: str, keys: Sequence[str]) -> None:
@@ -181,7 +180,7 @@ class Processes:
             worker.beats = False
             return
         worker.steps += 1
-        self.tell(worker.name, Beat(worker.name, worker.steps, len(worker.has)))
+        self.tell(worker.name, Beat(worker.name, worker.steps))
         self.after(BEAT_S, self._beat, worker, background=True)
 
     # Servers and collator.

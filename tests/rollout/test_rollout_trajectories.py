@@ -29,10 +29,10 @@ def test_an_empty_special_text_is_kept_and_a_missing_one_is_not() -> None:
 
 
 def test_a_head_counts_what_was_sampled_and_looks_at_no_other_versions() -> None:
-    head = head_of(group_of([1, 2], [5, 6, 7], [1, 2], version=4), "w")
+    head = head_of(group_of([1, 2], [5, 6, 7], [1, 2], version=4))
     assert (head.tokens.tolist(), head.lengths.tolist()) == ([3, 4], [1, 2])
-    assert (head.oldest_version, head.newest_version, head.worker) == (4, 4, "w")
-    head = head_of(two_turns(version=9), "w")
+    assert (head.oldest_version, head.newest_version) == (4, 4)
+    head = head_of(two_turns(version=9))
     assert (head.tokens.tolist(), head.lengths.tolist(), head.oldest_version) == ([7], [3], 9)
 
 
