@@ -11,7 +11,7 @@ from rlhf_dist.config.algorithm_checks import algorithm_problems, name_problems
 from rlhf_dist.config.keys import Command as Command, Problems, key_problems, range_problems, told
 from rlhf_dist.config.paths import path_problems
 from rlhf_dist.config.preference_checks import preference_problems
-from rlhf_dist.config.schema import Config
+from rlhf_dist.config.schema import Config, DataConfig
 from rlhf_dist.config.scoring_checks import scoring_problems
 from rlhf_dist.config.stop_checks import stop_problems
 from rlhf_dist.errors import ConfigError
@@ -80,8 +80,10 @@ def problems(config: Config, command: Command) -> list[str]:
     if command == "train":
         rules += [algorithm_problems(config)]
     if command in ("train", "eval"):
-        rules += [stop_problems(config.rollout.stop), _rewards(config), scoring_problems(config, command)]
-    return [*found, *chain(*rules, preference_problems(config, command))]
+        rules += [stop_problems(config.rollout.stop), _rewards(config), scoring_problems(config)]
+    if command == "reward":
+        rules += [preference_problems(config)]
+    return [*found, *chain(*rules)]
 
 
 def _name(config: Config) -> Iterator[str]:
@@ -146,12 +148,8 @@ def _rewards(config: Config) -> Iterator[str]:
             yield f"{key}: the name {name!r} must consist of letters, digits, '_' and '-'; it names a metric"
         if (TAKEN_NAMES.fullmatch(name) or name == f"pass_at_{config.eval.samples}") and name != config.scoring.gold:
             yield f"{key}: the name {name!r} is that of another metric, reward/{name} or eval/{name}; give another"
-        yield from range_problems(spec, f"{key}.")
-        if spec.kind in ("exact", "number") and config.data.source != "task" and not config.data.answer_key:
-            yield (
-                f"{key}.kind is {spec.kind}, which compares with the answer, but data.answer_key is empty; name its "
-                "column"
-            )
+        if spec.kind in ("exact", "number"):
+            yield from _answers(config.data, f"{key}.kind is {spec.kind}, which compares with the answer, but")
     best = sum(max(spec.weight, 0.0) for spec in rewards.values())
     # The other kinds give 0 or 1.
     open_ended = any(spec.kind in ("function", "model", "http", "gold") for spec in rewards.values())
@@ -165,6 +163,13 @@ def _rewards(config: Config) -> Iterator[str]:
             "the weight of every reward under scoring.rewards is 0; at least one must differ from 0, or there is "
             "nothing to learn"
         )
+
+
+def _answers(data: DataConfig, sentence: str) -> Iterator[str]:
+    if data.source == "task" and data.task.name == "describe":
+        yield f"{sentence} data.task.name describe has none; use gold, model, http, regex or function"
+    if data.source != "task" and not data.answer_key:
+        yield f"{sentence} data.answer_key is empty; name its column"
 
 
 def _divisors(number: int) -> str:

@@ -9,9 +9,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from rlhf_dist.config.addresses import address_problem
 from rlhf_dist.config.admission import target_lag
 from rlhf_dist.config.keys import Given, Rule, plain
-from rlhf_dist.config.methods import METHODS
+from rlhf_dist.config.methods import METHODS, Method
 from rlhf_dist.config.paths import is_missing
 from rlhf_dist.config.patterns import pattern_problem
 
@@ -22,7 +23,7 @@ WITH_BETTER = (*WITH_MARGIN, "ranking")
 """Forms of preference data in which one response is better than another."""
 
 
-def one_of(*values: str) -> Test:
+def one_of(*values: object) -> Test:
     return lambda value: value in values
 
 
@@ -81,12 +82,21 @@ def of_kind(*kinds: str) -> Rule:
     return where("kind", one_of(*kinds), f"set kind to {' or '.join(kinds)}, or take it out")
 
 
+def with_row(test: Callable[[Method], object]) -> Test:
+    """For `algo.name`: a method whose row is right. A name that is no method's is told of by itself."""
+    return lambda name: name not in METHODS or test(METHODS[name])
+
+
+def of_methods(test: Callable[[Method], object], why: str = "") -> Rule:
+    """An effect only with methods whose row is right."""
+    have = ", ".join(name for name, row in METHODS.items() if test(row))
+    return where("algo.name", with_row(test), f"take it out, or choose {have}", why)
+
+
 def of_method(config: Any, key: Given) -> str:
     """For a key of `algo` that some methods have: their rows name it."""
     name = key.name.removeprefix("algo.")
-    have = [method for method, row in METHODS.items() if name in row.keys]
-    way = f"take it out, or choose {', '.join(have)}"
-    return where("algo.name", lambda method: method in have or method not in METHODS, way)(config, key)
+    return of_methods(lambda row: name in row.keys)(config, key)
 
 
 def needed_path(section: str) -> Rule:
@@ -120,13 +130,33 @@ def a_function(spec: Any, key: Given) -> str:
     return "" if right else f"{key.name} is {key.shown}; kind function needs the form package.module:function"
 
 
+def an_address(spec: Any, key: Given) -> str:
+    """Of a reward server."""
+    wrong = address_problem(key.value, bool(spec.token_env)) if spec.kind == "http" else ""
+    return f"{key.name} {wrong}" if wrong else ""
+
+
+def a_variable(spec: Any, key: Given) -> str:
+    """An environment variable that is set."""
+    if spec.kind != "http" or not key.value:
+        return ""
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", key.value):  # not shown: it may be the token itself
+        return (
+            f"{key.name} must be the name of an environment variable in capitals, as in REWARD_TOKEN; the token itself "
+            "never stands in a config"
+        )
+    if not os.environ.get(key.value):
+        return f"{key.name} is {key.value}, a variable that is not set or empty; put the server's token into it"
+    return ""
+
+
 NEEDS_PATTERN = needed("kind regex needs one, as in pattern: '<answer>.*</answer>'", lambda spec: spec.kind == "regex")
 NEEDS_MODEL = needed(
     "kind model needs a reward model's directory, hub name or run directory", lambda spec: spec.kind == "model"
 )
-RETRIES = says(
-    lambda spec, key: spec.kind == "http" and not 0 <= key.value <= 20,
-    "{key.name} is {key.value}; it must be between 0 and 20",
+A_REWARD_MODEL = says(
+    lambda spec, key: spec.kind == "model" and key.value == "tiny",
+    "{key.name} is {key.shown}, a language model; train a reward model with `rlhf-dist reward` and name its run",
 )
 TINY_FITS = at_most("model.tiny.max_positions", lambda c: c.model.path == "tiny")
 PTX_FITS = at_most("model.tiny.max_positions", lambda c: c.model.path == "tiny" and c.ptx.coef)
@@ -139,19 +169,10 @@ WITH_REFERENCE = only(
     lambda c: c.algo.kl.coef != 0 or c.algo.kl.measure,
     " but no reference is run: algo.kl.coef is 0; set that above 0, or algo.kl.measure to true",
 )
-WITH_CRITIC = where(
-    "algo.name",
-    lambda name: name not in METHODS or METHODS[name].baseline == "critic",
-    f"take it out, or choose {', '.join(name for name, row in METHODS.items() if row.baseline == 'critic')}",
-    ", which has no critic",
-)
-WITH_RATIO = only(
-    lambda c: c.algo.name not in METHODS or METHODS[c.algo.name].ratio,
-    " and has no effect with algo.name {c.algo.name}, whose loss has no ratio; take it out, or choose "
-    + ", ".join(name for name, row in METHODS.items() if row.ratio),
-)
+WITH_CRITIC = of_methods(lambda row: row.baseline == "critic", ", which has no critic")
+WITH_RATIO = of_methods(lambda row: row.ratio, ", whose loss has no ratio")
 RATIO_OF_METHOD = only(
-    lambda c: c.algo.name not in METHODS or c.algo.ratio_to in METHODS[c.algo.name].ratio,
+    lambda c: with_row(lambda row: c.algo.ratio_to in row.ratio)(c.algo.name),
     " with algo.name {c.algo.name}, whose ratio is always to the proximal logprobs: algo.correction is its weight for "
     "the sampler's; take it out, or choose ppo",
 )
@@ -161,7 +182,7 @@ COUNTED_ONCE = only(
     "count twice; set algo.ratio_to to proximal, or algo.correction.level to off",
 )
 SHAPED_GREEDY = only(
-    lambda c: c.algo.name not in METHODS or METHODS[c.algo.name].baseline != "greedy",
+    lambda c: with_row(lambda row: row.baseline != "greedy")(c.algo.name),
     " with algo.name {c.algo.name}, whose greedy responses are not shaped: the two would not compare; take it out",
 )
 SEVERAL_UPDATES = only(
@@ -180,10 +201,7 @@ FROZEN_POLICY = only(
     " with critic.start shared; the policy's trunk cannot be frozen while its value head learns: set it to 0, or "
     "critic.start to policy",
 )
-GPUS = only(
-    lambda c: c.cluster.device != "cpu" or c.rollout.tensor_parallel < 1,
-    " with cluster.device cpu; it counts GPUs, on a CPU it must be 1",
-)
+GPUS = only(lambda c: c.cluster.device != "cpu", " with cluster.device cpu; it counts GPUs, on a CPU it must be 1")
 BUILT_IN = where("data.source", one_of("task"), "set it to 0")
 WITH_WRONG_ANSWERS = where("data.task.name", but("describe"), "set it to 0", ", which knows no wrong answer")
 PTX_WEIGHT = where("ptx.coef", bool, "take it out, or give ptx.coef a weight")
@@ -206,15 +224,8 @@ BETTER_RESPONSE = only(
     " and has no effect with preferences.form {c.preferences.form}, in which no response is the better one; "
     "set it to 0",
 )
-# A limit that is out of its range is told of that alone.
-SCORES_HAVE_A_LIMIT = only(
-    lambda spec: spec.kind != "model" or not spec.timeout_s > 0,
-    " and has no effect with kind model; take it out; scoring.timeout_s is its limit",
-)
-CAN_TAKE_LONG = only(
-    lambda spec: spec.kind in ("number", "regex", "function", "http") or not spec.timeout_s > 0,
-    " and has no effect with kind {c.kind}; take it out; it cannot take long",
-)
+SCORES_HAVE_A_LIMIT = where("kind", but("model"), "take it out; scoring.timeout_s is its limit")
+CAN_TAKE_LONG = where("kind", one_of("number", "regex", "function", "http"), "take it out; it cannot take long")
 TURNS_NEED_CHAT = says(
     lambda c, key: c.data.source == "task" and key.value == "guess" and not c.data.chat,
     "{key.name} is {key.value} with data.chat false; its second turn needs a chat template: set data.chat to true",
@@ -226,10 +237,11 @@ RUNS_AT_A_PUSH = where(
     "set that above 0, or rollout.kv_after_push to recompute",
     ", where no response is being sampled when new weights arrive",
 )
-OVERSAMPLED = says(
-    lambda c, key: key.changed and c.loop.max_policy_lag,
-    "{key.name} is {key.value:g} and has no effect with loop.max_policy_lag {c.loop.max_policy_lag}, where slow groups "
-    "are not waited for; set one of them to its default",
+OVERSAMPLED = where(
+    "loop.max_policy_lag",
+    one_of(0),
+    "set one of them to its default",
+    ", where slow groups are not waited for",
 )
 
 

@@ -96,15 +96,24 @@ def given(part: Any, prefix: str = "", command: str = "") -> Iterator[Given]:
 def range_problems(part: Any, prefix: str = "") -> Iterator[str]:
     """A sentence for each number that is out of its range."""
     for one in given(part, prefix):
-        if one.right and not (math.isfinite(one.value) and one.right.test(one.value)):
+        if one.right and not in_range(one):
             finite = "" if math.isfinite(one.value) or one.right.right.startswith(ANY.right) else f"{ANY.right}, "
             yield f"{one.name} is {one.value}; it must be {finite}{one.right.right}"
 
 
 def key_problems(part: Any, prefix: str = "", command: str = "") -> Iterator[str]:
-    """A sentence for each key that is set where it has no effect, or that its rules object to for another reason."""
+    """A sentence for each key that is set where it has no effect, or that its rules object to for another reason.
+
+    None for a number that is out of its range, which is told of that alone.
+    """
     for one in given(part, prefix, command):
-        yield from [text for text in (rule(part, one) for rule in one.rules) if text][:1]
+        if in_range(one):
+            yield from [text for text in (rule(part, one) for rule in one.rules) if text][:1]
+
+
+def in_range(key: Given) -> bool:
+    """Whether it is in its range, where it has one."""
+    return key.right is None or (math.isfinite(key.value) and key.right.test(key.value))
 
 
 def told(problems: Problems, config: Config) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Rules between the keys of preference data and of the built-in task `describe`."""
+"""Rules between the keys of preference data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from rlhf_dist.config.effects import WITH_MARGIN
-from rlhf_dist.config.keys import Command
 from rlhf_dist.config.schema import Config, PreferencesConfig
 
 FORM_KEYS = {
@@ -21,25 +20,17 @@ FORM_KEYS = {
 """The columns that a form reads."""
 
 
-def preference_problems(config: Config, command: Command) -> Iterator[str]:
-    """A sentence for each problem: key, value, what would be right."""
-    data, source = config.data, config.preferences.source
-    describes = data.source == "task" and data.task.name == "describe"
-    if command == "reward" and source != "task":
+def preference_problems(config: Config) -> Iterator[str]:
+    """For `reward`: a sentence for each problem, with key, value, what would be right."""
+    data = config.data
+    if config.preferences.source != "task":
         yield from _columns(config.preferences)
-    elif command == "reward" and not describes:
+    elif data.source != "task" or data.task.name != "describe":
         found = f"task.name is {data.task.name}" if data.source == "task" else f"source is {data.source}"
         yield (
             f"data.{found}; preferences.source task needs data.source task and data.task.name describe, or set "
             "preferences.source, as in jsonl"
         )
-    if command in ("train", "eval") and describes:
-        for name, spec in config.scoring.rewards.items():
-            if spec.kind in ("exact", "number"):
-                yield (
-                    f"scoring.rewards.{name}.kind is {spec.kind}, which compares with the answer, but data.task.name "
-                    "describe has none; use gold, model, http, regex or function"
-                )
 
 
 def _columns(preferences: PreferencesConfig) -> Iterator[str]:

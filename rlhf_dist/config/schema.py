@@ -162,22 +162,17 @@ class RewardSpec:
     function: str = key("", effects.of_kind("function"), effects.a_function, shown=repr)
     """kind function: `package.module:function`, called with (prompts, responses, answers), lists of strings; returns as
     many numbers."""
-    path: str = key("", effects.of_kind("model"), effects.NEEDS_MODEL, shown=repr)
+    path: str = key("", effects.of_kind("model"), effects.NEEDS_MODEL, effects.A_REWARD_MODEL, shown=repr)
     """kind model: a reward model with one label: a Hugging Face directory or hub name, or a run directory."""
     normalize: bool = key(True, effects.of_kind("model"), shown=repr)
     """kind model: centre and scale by the held-out mean and deviation stored with the model, where there are any."""
-    url: str = key("", effects.of_kind("http"), shown=unseen)
+    url: str = key("", effects.of_kind("http"), effects.an_address, shown=unseen)
     """kind http: address of a reward server (`rlhf-dist serve-reward`), as in http://127.0.0.1:8070/score."""
-    token_env: str = key("", effects.of_kind("http"), shown=unseen)
+    token_env: str = key("", effects.of_kind("http"), effects.a_variable, shown=unseen)
     """kind http: environment variable that holds the server's token; the token itself never stands in a config."""
-    retries: int = key(3, effects.of_kind("http"), effects.RETRIES)
+    retries: int = key(3, Range("between 0 and 20", lambda x: 0 <= x <= 20), effects.of_kind("http"))
     """kind http: further tries after one that failed."""
-    timeout_s: float = key(
-        30.0,
-        LIMIT_S,
-        effects.SCORES_HAVE_A_LIMIT,
-        effects.CAN_TAKE_LONG,
-    )
+    timeout_s: float = key(30.0, LIMIT_S, effects.SCORES_HAVE_A_LIMIT, effects.CAN_TAKE_LONG)
     """kind regex, function, http, and number with math-verify: limit for the responses of one prompt group.
     `scoring.timeout_s` is the limit for all rewards together, kind model included."""
     keep_special_tokens: bool = key(False, effects.of_kind("exact", "number", "regex", "function", "http"), shown=repr)

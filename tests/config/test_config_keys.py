@@ -59,6 +59,7 @@ def test_a_number_out_of_its_range_is_told(inner: Inner, found: str) -> None:
             ["inner.size is 5 and has no effect with inner.mode off, which has no size; take it out"],
         ),
         (Whole(inner=Inner("on", size=5)), []),
+        (Whole(inner=Inner(size=0)), []),  # out of its range, which is told of that alone
         (Whole(inner=Inner("on", least=5)), ["inner.least is 5; it must be at most inner.size, 4"]),
         (Whole(inner=Inner("on", secret=True)), ["inner.secret is true with on"]),
         (Whole(inner=Inner("on", size=3, secret=True)), ["inner.secret is true with on"]),

@@ -10,8 +10,8 @@ import pytest
 
 from rlhf_dist.config.checks import Command, problems
 from rlhf_dist.config.load import load
-from rlhf_dist.config.preference_checks import FORM_KEYS, preference_problems
-from rlhf_dist.config.schema import Config, PreferencesConfig
+from rlhf_dist.config.preference_checks import FORM_KEYS
+from rlhf_dist.config.schema import PreferencesConfig
 
 DESCRIBE = ("data.task.name=describe", "scoring.rewards.exact.kind=gold")
 FILE = ("preferences.source=jsonl", "preferences.path=FILE")
@@ -31,11 +31,6 @@ def found(tmp_path: Path):
         return problems(load(tmp_path / "config.yaml", words), command)
 
     return find
-
-
-def test_the_defaults_pass_where_no_preferences_are_read() -> None:
-    for command in ("train", "sft", "eval"):
-        assert list(preference_problems(Config(), command)) == []
 
 
 def test_every_form_has_its_keys() -> None:

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+from rlhf_dist.config import checks
 from rlhf_dist.config.schema import Config, DataConfig, RewardSpec, ScoringConfig, TaskConfig
-from rlhf_dist.config.scoring_checks import is_loopback, scoring_problems
+from rlhf_dist.config.scoring_checks import scoring_problems
 
 URL = "http://127.0.0.1:8070/score"
 DESCRIBE = DataConfig(task=TaskConfig(name="describe"))
@@ -22,7 +23,7 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def problems(data: DataConfig = DESCRIBE, gold: str = "", **spec: object) -> list[str]:
     rewards = {"mine": RewardSpec(**spec)}  # pyright: ignore[reportArgumentType]
-    return list(scoring_problems(Config(data=data, scoring=ScoringConfig(rewards=rewards, gold=gold)), "train"))
+    return list(scoring_problems(Config(data=data, scoring=ScoringConfig(rewards=rewards, gold=gold))))
 
 
 @pytest.mark.parametrize(
@@ -100,24 +101,6 @@ def test_a_token_in_the_config_is_refused_and_not_shown(secret: str) -> None:
 
 
 def test_commands_that_do_not_score_do_not_mind() -> None:
-    config = Config(scoring=ScoringConfig(rewards={"mine": RewardSpec(kind="model")}))
-    assert [list(scoring_problems(config, command)) for command in ("sft", "reward")] == [[], []]
-    assert len(list(scoring_problems(config, "eval"))) == 1
-
-
-@pytest.mark.parametrize(
-    ("host", "local"),
-    [
-        ("localhost", True),
-        ("127.0.0.1", True),
-        ("127.9.9.9", True),
-        ("::1", True),
-        ("0.0.0.0", False),
-        ("::", False),
-        ("10.0.0.1", False),
-        ("example.org", False),
-        ("", False),
-    ],
-)
-def test_loopback(host: str, local: bool) -> None:
-    assert is_loopback(host) is local
+    config = Config(data=DESCRIBE, scoring=ScoringConfig(rewards={"mine": RewardSpec(kind="model")}))
+    assert checks.problems(config, "sft") == checks.problems(config, "reward") == []
+    assert len(checks.problems(config, "eval")) == 1

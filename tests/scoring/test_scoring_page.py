@@ -18,7 +18,7 @@ def test_the_configs(tmp_path: Path) -> None:
     for text, kinds in ((mixed, ["model", "http", "regex", "gold"]), (served, ["model"])):
         (tmp_path / "page.yaml").write_text(text)
         config = load(tmp_path / "page.yaml")
-        assert list(scoring_problems(config, "train")) == []
+        assert list(scoring_problems(config)) == []
         assert [spec.kind for spec in config.scoring.rewards.values()] == kinds
 
 
