@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +22,17 @@ from cluster_stand_ins import REQUESTS, Ears, fleet, makers, start, start_collat
 from rlhf_dist.cluster import groups, rollout_fleet
 from rlhf_dist.cluster.groups import CollatorProcess, ReferenceFleet, ScoringFleet, silence
 from rlhf_dist.cluster.inbox import Inbox
+from rlhf_dist.cluster.processes import ProcessName, process_id
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import AlgoConfig, Config, LoopConfig
 from rlhf_dist.errors import ActorTimeout
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import rules_of
-from rlhf_dist.loop.events import Compared, Event, Kept, Scored, Tell, Undone
+from rlhf_dist.loop.events import Compared, Event, Kept, Lost, Scored, Tell, Undone
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.shell import Actors, Shell
-from rlhf_dist.types import Answered, Message, Prompt
+from rlhf_dist.types import Answered, Group, Handle, Message, Prompt
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -173,6 +178,84 @@ def test_tokens_that_died_with_their_worker_end_nothing(workers: dict[str, Any],
     heard = ears.of(*done, Undone)
     answered = [event.kind if isinstance(event, Undone) else done[type(event)] for event in heard]
     assert sorted(answered) == ["collator", "reference", "scoring"], heard
+
+
+@contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """Processes that do nothing meanwhile."""
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def until_lost(body: Handle[Group]) -> None:
+    """Wait until nobody on the node has the tokens any more."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            ray.get(body.place, timeout=60)
+        except ray.exceptions.OwnerDiedError:
+            return
+        time.sleep(0.02)
+    raise AssertionError("Ray still has what a dead process put into it")
+
+
+@pytest.mark.parametrize("last", [Undone, Lost])
+def test_a_group_whose_tokens_are_certainly_lost_begins_again(
+    workers: dict[str, Any], tmp_path: Path, last: type[Event]
+) -> None:
+    """Collator and server are asked for tokens whose owner is dead. `last`: which of the two is heard of last."""
+    collator, server, doomed = start_collator(tmp_path), start("server"), start("doomed", 30_000)
+    signs = {"collator": collator.ready.remote(), "server": server.leave_signs.remote(tmp_path / "server.log")}
+    gather(signs, "start", 120)
+    pids = [process_id(ProcessName.of(name, str(tmp_path / f"{name}.log"))) for name in signs]
+    run = line({"rollout worker 0": doomed, "rollout worker 1": workers["one"]}, server, collator, 2)
+    later: list[Event] = []
+
+    def hear(events: Sequence[Event]) -> None:
+        """The loss of the worker waits until both have said that they could not get at its tokens."""
+        found = list(events)
+        if last is Lost:
+            later.extend(event for event in found if isinstance(event, Lost))
+            found = [event for event in found if not isinstance(event, Lost)]
+        run.heard.extend(found)
+        run.shell.hear(found)
+        if later and len(undone(run)) == 2:
+            run.heard.extend(later)
+            run.shell.hear(later)
+            later.clear()
+
+    run.inbox.listen(hear)
+    with stopped(*filter(None, pids)):
+        run.shell.published(0)
+        while len(answers := [event for event in run.heard if isinstance(event, Answered)]) < 2:
+            run.inbox.pump()
+        (lost,) = [event for event in answers if event.key == "train/0/0/0"]
+        ray.kill(doomed)
+        until_lost(lost.body)
+        while not any(isinstance(event, Lost) for event in (*run.heard, *later)):
+            run.inbox.pump()
+    taken = run.shell.next_step()
+    assert sorted(undone(run)) == ["collator", "scoring"]
+    assert [type(event) for event in run.heard if isinstance(event, Undone | Lost)][-1] is last
+    assert (taken.attempts, taken.late) == ((("0/0", 1), ("0/1", 0)), 2 if last is Undone else 0)
+    (message,) = run.told
+    assert message.endswith("; 1 requests of rollout worker 0 begin again with other workers")
+    keys = [experience.key for experience in taken.experiences]
+    assert keys == ["train/0/0/1", "train/0/1/0"]
+    (batch,) = run.bodies.batches([shard(2)], keys, False)
+    assert len(gather({"batch": batch.place}, "fetch", 60)["batch"].starts) == 3
+    assert run.shell.open_groups() == {}
+    run.shell.forget(keys)
+
+
+def undone(run: Line) -> list[str]:
+    """Who could not get at tokens."""
+    return [event.kind for event in run.heard if isinstance(event, Undone)]
 
 
 @pytest.mark.parametrize(

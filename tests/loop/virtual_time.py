@@ -39,7 +39,7 @@ from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.requests import make_requests
 
 TICK_S = 20.0
-LIMITS_S: dict[MemberKind, float] = {"rollout": 45.0, "scoring": 90.0, "reference": 90.0, "collator": 90.0}
+LIMITS_S: dict[MemberKind, float] = {"rollout": 70.0, "scoring": 90.0, "reference": 90.0, "collator": 90.0}
 """More than a message takes, and the longest work of a server with it; less than the longest group."""
 END_S = 100_000.0
 """No run takes that long."""
