@@ -22,13 +22,13 @@ def starting() -> Iterator[None]:
     Ray prints what its processes report in colour, over whatever is there, long texts of advice for its developers.
     What matters of it is in the messages of `cluster/waits.py`.
     """
-    # None of the three names is part of Ray's API, which has no switch for what they do.
-    from ray._private import ray_constants, services, worker
+    # None of these names is part of Ray's API, which has no switch for what they do.
+    from ray._private import parameter, ray_constants, services, worker
 
     # Ray's handler in C++ would print its stack at a SIGTERM that comes before ours are back. Workers keep theirs.
     if hasattr(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"):
         ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
-    with signals.kept(), apart(services):
+    with signals.kept(), apart(services), without_idle_processes(services, parameter):
         yield
     if hasattr(worker, "print_to_stdstream"):
         worker.print_to_stdstream = lambda *_, **__: None
@@ -47,6 +47,22 @@ def apart(services: Any) -> Iterator[None]:
         yield
     finally:
         services.ConsolePopen = start
+
+
+@contextmanager
+def without_idle_processes(services: Any, parameter: Any) -> Iterator[None]:
+    """A local Ray that starts in the block leaves out three processes that no run uses; each takes seconds to load.
+
+    The dashboard, which without its pages only counts usage, and for which Ray's start waits; the autoscaler; and what
+    reads the workers' logs for the driver, which does not show them.
+    """
+    dashboard, parameters = services.start_api_server, parameter.RayParams
+    services.start_api_server = lambda *_, **__: ("", None)  # as where it did not start, which Ray goes on without
+    parameter.RayParams = partial(parameters, no_monitor=True, include_log_monitor=False)
+    try:
+        yield
+    finally:
+        services.start_api_server, parameter.RayParams = dashboard, parameters
 
 
 def shut_down() -> None:

@@ -14,6 +14,7 @@ import cluster_stand_ins
 import pytest
 import ray
 from cluster_stand_ins import ANNOUNCEMENT, PROMPTS, REQUESTS, Ears, fleet, group, makers, serve, start, tell
+from conftest import family
 
 from rlhf_dist.cluster import actors, processes
 from rlhf_dist.cluster.groups import ScoringFleet
@@ -59,6 +60,13 @@ def test_a_signal_to_the_process_group_does_not_reach_ray(local_ray: None) -> No
     found = processes.ray_children()
     assert len(found) == 2, "gcs_server and raylet"
     assert all(os.getpgid(pid) != os.getpgid(0) for pid in found)
+
+
+def test_ray_starts_nothing_that_no_run_uses(local_ray: None) -> None:
+    started = [word for process in family(os.getpid()) for word in process.cmdline()]
+    assert any(word.endswith("/raylet") for word in started)
+    unused = ("dashboard/dashboard.py", "_private/monitor.py", "log_monitor.py")
+    assert [word for word in started if word.endswith(unused)] == []
 
 
 def test_one_that_dies_is_named_with_its_log(local_ray: None) -> None:
