@@ -132,6 +132,7 @@ def test_every_key_of_its_config_is_one() -> None:
 
 @pytest.mark.engines
 def test_a_tiny_run_of_the_whole(tmp_path: Path) -> None:
+    """Plain text is learnt first, by a model whose tokenizer has no start token."""
     data = hh_file(tmp_path / "hh.jsonl.gz", 40, bad=(3,))
     out, picture, folder = tmp_path / "hh.json", tmp_path / "hh.png", tmp_path / "work"
     command = [sys.executable, "-m", "rlhf_dist", "bench", "hh_reward", "--data", str(data), "--train", "30"]

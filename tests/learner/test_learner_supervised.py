@@ -1,15 +1,13 @@
-"""Supervised training: what of a batch is learnt, checkpoint files that fail, and plain text for real."""
+"""Supervised training: what of a batch is learnt, and checkpoint files that fail."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import Workplace, make_workplace
 
 from rlhf_dist.config.schema import SftConfig
 from rlhf_dist.data.rows import Demonstration
@@ -99,26 +97,6 @@ def test_an_optimizer_that_cannot_be_read_is_a_data_error(engine: ModelEngine, t
         DataError, match=r"optimizer-1\.safetensors: cannot be read: .*; resume from another checkpoint"
     ):
         engine.restore(tmp_path)
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.engines
-def test_plain_text_is_learnt_for_real(tmp_path: Path) -> None:
-    """Ray and DeepSpeed, three steps, with a tokenizer that has no start token."""
-    place: Workplace = make_workplace(tmp_path)
-    texts = ["abcabcabcabc", "bcabcabc", "cabcab"] * 6
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"response": text}) + "\n" for text in texts))
-    words = ["data.source=jsonl", "data.path=text.jsonl", "sft.objective=text", "sft.steps=3", "sft.log_every=1"]
-    words += ["sft.batch_size=6", "sft.eval_every=3", "eval.prompts=6", "learner.ranks=1", "learner.zero_stage=0"]
-    done = place.run("sft", "name=text", "data.shuffle=false", "sft.optimizer.warmup_steps=0", *words)
-    assert done.code == 0, done.stderr
-    found = [json.loads(line) for line in (place.output / "text" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in found] == [0, 1, 2, 3]
-    # A text of L letters has L targets: all but its first letter, and the end token. An epoch is 12 demonstrations.
-    lengths = [line["data/tokens"] for line in found[1:3]]
-    assert sum(lengths) == sum(len(text) for text in texts[:12])
-    assert found[3]["sft/held_out_loss"] < found[0]["sft/held_out_loss"] - 0.3
-    assert (place.output / "text" / "checkpoints" / "step-3" / "state.json").exists()
 
 
 def test_rows_come_in_the_files_own_order_without_shuffle(tiny_model: Path) -> None:
