@@ -1,16 +1,15 @@
 """The synchronous loop is exact: what a run comes to depends neither on an interruption nor on who samples.
 
-Four real runs of one config: undisturbed with one rollout worker; killed in the middle of a step and resumed, with two;
-one of three workers killed while it samples; and the last step again from a checkpoint. Their weights and metrics are
-equal bit for bit. The sizes are those of `configs/reverse.yaml`, the prompts are long and share a system turn, and the
-cache of keys and values is so small that vLLM preempts requests.
+Two real runs of one config. One is undisturbed and has one rollout worker. The other has three, is killed in the middle
+of its last step and resumed from its first checkpoint; then one of its workers is killed while it samples, and two are
+left. Their weights and metrics are equal bit for bit. The sizes are those of `configs/reverse.yaml`, the prompts are
+long and share a system turn, and the cache of keys and values is so small that vLLM preempts requests.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -27,8 +26,8 @@ from conftest import ROOT, Finished, Workplace, end, family, wait_until
 from rlhf_dist.models.checkpoints import checkpoint_steps
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
-STEPS, PROMPTS, CUT = 3, 4, 2
-"""Steps of each run, groups of each step, and the step in the middle of which something is killed."""
+STEPS, PROMPTS, KEPT = 3, 4, 1
+"""Steps of each run, groups of each step, and the step of the checkpoint that the killed run is resumed from."""
 GONE_LIMIT_S = 30.0
 TIMES = ("time/", "goodput/", "rollout/group_s")
 
@@ -83,11 +82,11 @@ class Runs:
 
     folder: Path
     in_flight: int
-    """Groups that were under way when the driver of a run was killed."""
+    """Groups that were under way when the driver was killed."""
     left_behind: list[str]
-    """Names of that driver's processes that were there long after it."""
+    """Names of the driver's processes that were there long after it."""
     last: Finished
-    """The end of the run whose worker was killed."""
+    """The end of the resumed run, whose worker was killed."""
 
     def path(self, name: str) -> Path:
         return self.folder / "runs" / name
@@ -119,14 +118,14 @@ def states(run: Path) -> list[tuple[str, int]]:
 
 
 def in_the_middle(run: Path) -> bool:
-    """Whether the step CUT is sampling: of its groups one is done, and others are not."""
-    found = [state for state, version in states(run) if version == CUT - 1]
+    """Whether the last step is sampling: of its groups one is done, and others are not."""
+    found = [state for state, version in states(run) if version == STEPS - 1]
     return "issued" in found and len(set(found)) > 1
 
 
 def begun(run: Path) -> bool:
-    """Whether the groups of the step CUT have just been handed out."""
-    return [state for state, version in states(run) if version == CUT - 1] == ["issued"] * PROMPTS
+    """Whether the groups of the step after the kept one have just been handed out."""
+    return [state for state, version in states(run) if version == KEPT] == ["issued"] * PROMPTS
 
 
 def wait_for_end(members: list[psutil.Process]) -> list[str]:
@@ -152,14 +151,11 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def kill_worker(run: Path, name: str) -> None:
-    os.kill(json.loads((run / "logs" / f"{name}.pid").read_text())["pid"], signal.SIGKILL)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("exact")
-    alone, two, three = (place_in(folder / name) for name in ("alone", "two", "three"))
+    alone, three = (place_in(folder / name) for name in ("alone", "three"))
+    run, words, how = folder / "runs" / "killed", ["name=killed", "rollout.workers=3"], {"program": ["three_cpus.py"]}
     with ExitStack() as stack:
 
         def start(place: Workplace, *words: str, **how: Any) -> subprocess.Popen[str]:
@@ -168,37 +164,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             return process
 
         # Two at a time: they start faster side by side.
-        whole, killed = start(alone, "name=whole"), start(two, "name=killed", "rollout.workers=2")
-        wait_until(lambda: in_the_middle(folder / "runs" / "killed"), killed)
+        whole, killed = start(alone, "name=whole"), start(three, *words, **how)
+        wait_until(lambda: in_the_middle(run), killed)
         members = family(killed.pid)
-        assert sum(member.name().startswith("ray::RolloutHost") for member in members) == 2
+        assert sum(member.name().startswith("ray::RolloutHost") for member in members) == 3
         killed.kill()
         killed.wait(30)
         left_behind = wait_for_end(members)
-        in_flight = sum(state in ("issued", "finished", "scored") for state, _ in states(folder / "runs" / "killed"))
-        assert newest(folder / "runs" / "killed") == CUT - 1
-        bereft = start(three, "name=bereft", "rollout.workers=3", program=["three_cpus.py"])
-        ended(alone, whole)
-        shutil.copytree(folder / "runs" / "whole", folder / "runs" / "again")
-        again = start(alone, "name=again", "--resume-from", f"step-{STEPS - 1}")
-        wait_until(lambda: begun(folder / "runs" / "bereft"), bereft)
+        in_flight = sum(state in ("issued", "finished", "scored") for state, _ in states(run))
+        assert checkpoint_steps(run / "checkpoints") == [KEPT, STEPS - 1]
+        resumed = start(three, *words, "--resume-from", f"step-{KEPT}", **how)
+        wait_until(lambda: begun(run), resumed)
         time.sleep(0.2)  # of the second or more that it takes to sample them
-        kill_worker(folder / "runs" / "bereft", "rollout-worker-0")
-        ended(alone, again)
-        resumed = start(two, "name=killed", "rollout.workers=2", "--resume")
-        last = three.finish(bereft)
-        ended(two, resumed)
+        os.kill(json.loads((run / "logs" / "rollout-worker-0.pid").read_text())["pid"], signal.SIGKILL)
+        last = three.finish(resumed)
+        undisturbed = alone.finish(whole)
+        assert undisturbed.code == 0, undisturbed.stderr
     return Runs(folder, in_flight, left_behind, last)
-
-
-def ended(place: Workplace, process: subprocess.Popen[str]) -> None:
-    """Wait for a run that is to end well."""
-    found = place.finish(process)
-    assert found.code == 0, found.stderr
-
-
-def newest(run: Path) -> int:
-    return max(checkpoint_steps(run / "checkpoints"))
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -207,7 +189,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if not name.startswith(TIMES)} for line in found]
 
 
-def files(run: Path, step: int) -> dict[str, bytes]:
+def files(run: Path, step: int | str) -> dict[str, bytes]:
     """The tensors of a checkpoint: weights and the optimizer's state."""
     folder = run / "checkpoints" / f"step-{step}"
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
@@ -218,14 +200,14 @@ def test_the_runs_are_the_kind_that_is_hard(runs: Runs) -> None:
     for line in metrics(runs.path("whole"))[1:]:
         assert line["reward/std"] > 0 and line["learner/grad_norm"] > 0 and line["sync/changed_share"] > 0
         assert line["learner/tokens"] / (PROMPTS * 8) > 300
-    for name, worker in (("whole", 0), ("killed", 0), ("killed", 1)):
+    for name, worker in (("whole", 0), ("killed", 1), ("killed", 2)):
         assert "vLLM preempted" in (runs.path(name) / "logs" / f"rollout-worker-{worker}.log").read_text(), name
 
 
-@pytest.mark.parametrize("name", ["killed", "again", "bereft"])
-def test_metrics_and_weights_are_equal_bit_for_bit(runs: Runs, name: str) -> None:
-    """After an interruption in the middle of a step, after a checkpoint; with one worker, with two, with three."""
-    whole, other = runs.path("whole"), runs.path(name)
+def test_metrics_and_weights_are_equal_bit_for_bit(runs: Runs) -> None:
+    """The first step with three workers, the second with three and then two, the last with two."""
+    assert runs.last.code == 0, runs.last.stderr
+    whole, other = runs.path("whole"), runs.path("killed")
     expected = metrics(whole)
     assert [line["step"] for line in expected] == list(range(STEPS + 1))
     assert metrics(other) == expected
@@ -234,24 +216,29 @@ def test_metrics_and_weights_are_equal_bit_for_bit(runs: Runs, name: str) -> Non
     assert files(whole, 1) != files(whole, STEPS)
 
 
+def test_what_was_set_aside_is_equal_too(runs: Runs) -> None:
+    """The step after the kept checkpoint was made twice: with three workers, and with one that died."""
+    assert files(runs.path("killed"), f"{KEPT + 1}.set-aside") == files(runs.path("whole"), KEPT + 1)
+
+
 def test_a_killed_driver_leaves_no_process(runs: Runs) -> None:
     assert runs.left_behind == []
 
 
-def test_a_resume_begins_the_groups_again_that_were_under_way(runs: Runs) -> None:
+def test_a_resume_begins_the_groups_again_that_came_after_its_checkpoint(runs: Runs) -> None:
+    """Those of a whole step, and those that were under way."""
     assert runs.in_flight > 0
     events = [json.loads(line) for line in (runs.path("killed") / "events.jsonl").read_text().splitlines()]
     (facts,) = [event["facts"] for event in events if event["kind"] == "resume"]
-    assert (facts["step"], facts["prompts_reissued"]) == (CUT - 1, runs.in_flight)
+    assert (facts["step"], facts["prompts_reissued"]) == (KEPT, PROMPTS + runs.in_flight)
 
 
 def test_what_a_killed_worker_had_begins_again_elsewhere(runs: Runs) -> None:
-    assert runs.last.code == 0, runs.last.stderr
-    events = [json.loads(line) for line in (runs.path("bereft") / "events.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (runs.path("killed") / "events.jsonl").read_text().splitlines()]
     (warning,) = [event["message"] for event in events if event["kind"] == "warning"]
     assert warning.startswith("rollout worker 0 ") and "begin again with other workers" in warning
-    ledger = json.loads((runs.path("bereft") / "summary.json").read_text())["ledger"]
-    lost = sum(state == "dropped" for state, _ in states(runs.path("bereft")))
+    ledger = json.loads((runs.path("killed") / "summary.json").read_text())["ledger"]
+    lost = sum(state == "dropped" for state, _ in states(runs.path("killed")))
     total = STEPS * PROMPTS
     assert lost > 0
     assert ledger.startswith(
