@@ -12,27 +12,41 @@ if [[ ${1:-} == --quick ]]; then
 fi
 launch/setup.sh --dev
 failed=()
-check() { # NAME COMMAND...
-  local name=$1 start=$SECONDS
+check() { # NAME COMMAND... ; the exit code is the command's
+  local name=$1 start=$SECONDS code=0
   shift
   printf '== %s\n' "$name"
-  if "$@"; then
-    printf '== %s passed in %s s\n' "$name" "$((SECONDS - start))"
+  "$@" || code=$?
+  if ((code)); then
+    printf '== %s FAILED (exit code %s) in %s s\n' "$name" "$code" "$((SECONDS - start))"
   else
-    printf '== %s FAILED (exit code %s) in %s s\n' "$name" "$?" "$((SECONDS - start))"
-    failed+=("$name")
+    printf '== %s passed in %s s\n' "$name" "$((SECONDS - start))"
   fi
+  return "$code"
 }
-check 'ruff check' .venv/bin/ruff check .
-check 'ruff format' .venv/bin/ruff format --check .
-check pyright .venv/bin/pyright
-# Tests without engines use one core each and run side by side; an engine uses all cores.
+check 'ruff check' .venv/bin/ruff check . || failed+=('ruff check')
+check 'ruff format' .venv/bin/ruff format --check . || failed+=('ruff format')
+
+# pyright uses one core, and not all of the time: it runs beside the first tests, and is shown after them.
+types=$(mktemp)
+check pyright .venv/bin/pyright >"$types" 2>&1 &
+pyright=$!
+trap 'kill "$pyright" 2>/dev/null || true; rm -f "$types"' EXIT
 if (($#)); then
   $quick && set -- -m 'not engines' "$@"
-  check pytest .venv/bin/python -m pytest "$@"
+  check pytest .venv/bin/python -m pytest "$@" || failed+=(pytest)
 else
-  check 'pytest without engines' .venv/bin/python -m pytest -n auto --maxprocesses 4 -m 'not engines'
-  $quick || check 'pytest with engines' .venv/bin/python -m pytest -m engines
+  name='pytest without engines'
+  check "$name" .venv/bin/python -m pytest -n auto --maxprocesses 4 -m 'not engines' || failed+=("$name")
+fi
+wait "$pyright" || failed+=(pyright)
+cat "$types"
+
+if ((! $#)) && ! $quick; then
+  # What starts engines waits for half of the time, mostly for processes that start: two run side by side. Tests that
+  # share an engine or a run stay together (tests/conftest.py), in the order in which they are collected.
+  name='pytest with engines'
+  check "$name" .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m engines || failed+=("$name")
 fi
 
 if ((${#failed[@]})); then

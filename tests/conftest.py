@@ -24,6 +24,8 @@ COMMAND_LIMIT_S = 400.0
 
 STARTS_ENGINES = {"shared_run", "local_ray", "judged"}
 """Fixtures that start Ray, vLLM or DeepSpeed."""
+SHARED = ("shared_run", "local_ray", "engine")
+"""Those that tests of several files share."""
 
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("WANDB_API_KEY", None)
@@ -191,15 +193,22 @@ def make_workplace(folder: Path) -> Workplace:
     return Workplace(folder)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts real engines by the fixtures that start them; other tests carry the mark themselves.
 
-    The tests of this process's Ray session come last and together, so that it is there for no other test.
+    The tests of this process's Ray session come last and together, so that it is there for no other test. Where two
+    processes of pytest-xdist run the tests with engines, those of one file stay in one of them, and so do those of all
+    files that ask for the same of `SHARED`: nothing is started twice.
     """
     items.sort(key=lambda item: uses(item, "local_ray"))
     for item in items:
         if any(uses(item, fixture) for fixture in STARTS_ENGINES):
             item.add_marker("engines")
+    started = [item for item in items if item.get_closest_marker("engines")]
+    groups = {item.path: fixture for item in started for fixture in SHARED if uses(item, fixture)}
+    for item in started:
+        item.add_marker(pytest.mark.xdist_group(groups.get(item.path, item.path.stem)))
 
 
 def uses(item: pytest.Item, fixture: str) -> bool:

@@ -165,7 +165,7 @@ def test_the_engine_samples_and_the_scorer_scores(tmp_path: Path) -> None:
         output=str(tmp_path),
         model=ModelConfig(path=str(make_tiny(sizes, tmp_path))),
         data=DataConfig(task=TaskConfig(name="describe")),
-        rollout=RolloutConfig(max_prompt_tokens=48, max_response_tokens=8, kv_cache_gib=0.1, max_concurrent=8),
+        rollout=RolloutConfig(cpus=1, max_prompt_tokens=48, max_response_tokens=8, kv_cache_gib=0.1, max_concurrent=8),
         scoring=ScoringConfig(rewards=rewards, gold="truth"),
         cluster=ClusterConfig(device="cpu"),
     )

@@ -200,7 +200,7 @@ def test_a_tiny_run_of_the_whole(tmp_path: Path) -> None:
     """With PPO: everything that GRPO's has, and three models more."""
     out = tmp_path / "step.json"
     command = [sys.executable, "-m", "rlhf_dist", "bench", "step", "--algo", "ppo"]
-    command += ["--steps", "2", "--warmup", "1", "--runs", "2"]
+    command += ["--steps", "2", "--warmup", "1", "--runs", "2", "rollout.cpus=1", "learner.cpus=1"]
     result = subprocess.run(
         [*command, "--out", str(out), *TINY_WORDS], capture_output=True, text=True, timeout=280, cwd=ROOT, check=False
     )

@@ -30,7 +30,7 @@ model: {tiny: {hidden_size: 64, intermediate_size: 128, layers: 2, heads: 2, kv_
 data: {task: {name: reverse, min_length: 2, max_length: 3, train_size: 200}}
 rollout: {max_prompt_tokens: 40, max_response_tokens: 8}
 sft: {steps: 3, batch_size: 8, max_tokens: 64, eval_every: 0, optimizer: {lr: 3e-3, warmup_steps: 1}}
-learner: {micro_batch_tokens: 200}
+learner: {cpus: 1, micro_batch_tokens: 200}
 eval: {prompts: 8}
 cluster: {address: local, device: cpu, start_timeout_s: 90}
 telemetry: {wandb: "off"}

@@ -15,21 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 60
-BASIC_TOOLS = (
-    "bash",
-    "env",
-    "dirname",
-    "cat",
-    "sha256sum",
-    "cut",
-    "uname",
-    "flock",
-    "sed",
-    "basename",
-    "grep",
-    "awk",
-    "rm",
-)
+BASIC_TOOLS = "bash env dirname cat sha256sum cut uname flock sed basename grep awk rm"
 # Stands for python3.11 and for .venv/bin/python: makes the environment, and writes down what pip is asked.
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
@@ -166,7 +152,7 @@ def test_setup_leaves_a_foreign_environment_alone(repository: Path) -> None:
 def test_setup_without_python(repository: Path) -> None:
     tools = repository / "tools"
     tools.mkdir()
-    for name in BASIC_TOOLS:
+    for name in BASIC_TOOLS.split():
         (tools / name).symlink_to(shutil.which(name) or pytest.fail(f"{name} is not here"))
     result = call(repository, "launch/setup.sh", "cpu", PATH=str(tools))
     assert result.returncode == 2
@@ -208,6 +194,9 @@ def test_setup_refuses_an_unknown_argument(repository: Path) -> None:
     result = call(repository, "launch/setup.sh", "tpu")
     assert result.returncode == 2
     assert "'tpu'" in result.stderr
+
+
+TWO_AT_A_TIME = "-n 2 --dist loadgroup --no-loadscope-reorder"
 
 
 def make_ready(repository: Path) -> None:
@@ -264,16 +253,37 @@ def test_test_runs_every_check_and_fails_if_one_does(repository: Path, broken: s
     assert re.findall(r"^== (.*?) (?:passed|FAILED)", result.stdout, re.MULTILINE) == [
         "ruff check",
         "ruff format",
-        "pyright",
         "pytest without engines",
+        "pyright",
         "pytest with engines",
+    ]
+
+
+def test_pyright_runs_beside_the_tests_and_is_shown_after_them(repository: Path) -> None:
+    make_ready(repository)
+    stand_in(repository / ".venv" / "bin" / "ruff", "#!/bin/sh\n")
+    waits = "for _ in $(seq 200); do [ -e tests_run ] && echo 3 errors && exit 1; sleep 0.1; done\necho nobody ran\n"
+    stand_in(repository / ".venv" / "bin" / "pyright", f"#!/bin/sh\n{waits}")
+    python = FAKE_PYTHON.replace("case", '[[ "$*" == *pytest* ]] && touch tests_run && echo 7 passed\ncase', 1)
+    stand_in(repository / ".venv" / "bin" / "python", python)
+    result = call(repository, "launch/test.sh", "--quick")
+    assert result.returncode == 1
+    shown = result.stdout[result.stdout.index("== pytest") :]
+    assert re.sub(r"\d+ s", "N s", shown).splitlines() == [
+        "== pytest without engines",
+        "7 passed",
+        "== pytest without engines passed in N s",
+        "== pyright",
+        "3 errors",
+        "== pyright FAILED (exit code 1) in N s",
+        "test: FAILED: pyright (N s in all)",
     ]
 
 
 @pytest.mark.parametrize(
     ("words", "calls"),
     [
-        ([], ["-n auto --maxprocesses 4 -m not engines", "-m engines"]),
+        ([], ["-n auto --maxprocesses 4 -m not engines", f"{TWO_AT_A_TIME} -m engines"]),
         (["--quick"], ["-n auto --maxprocesses 4 -m not engines"]),
         (["tests/algo"], ["tests/algo"]),
         (["--quick", "tests/algo"], ["-m not engines tests/algo"]),

@@ -33,8 +33,8 @@ output: runs
 data: {{source: task, task: {{name: reverse, min_length: 3, max_length: 3}}}}
 model: {{tiny: {{hidden_size: 64, intermediate_size: 128, layers: 2, heads: 2, kv_heads: 2}}}}
 scoring: {{rewards: {{e: {{kind: function, function: "rewards:share_of_e"}}}}}}
-rollout: {{max_prompt_tokens: 48, max_response_tokens: 8, kv_cache_gib: 0.1}}
-learner: {{optimizer: {{lr: 3e-3, warmup_steps: 1}}}}
+rollout: {{cpus: 1, max_prompt_tokens: 48, max_response_tokens: 8, kv_cache_gib: 0.1}}
+learner: {{cpus: 1, optimizer: {{lr: 3e-3, warmup_steps: 1}}}}
 loop: {{steps: {STEPS}, checkpoint_every: 0}}
 eval: {{prompts: 4, every: 0, samples: 1}}
 telemetry: {{wandb: "off", progress: plain}}
