@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forks import ForkServer
 from hypothesis import settings
 
 from rlhf_dist.cluster import session
@@ -24,7 +25,7 @@ COMMAND_LIMIT_S = 400.0
 
 STARTS_ENGINES = {"shared_run", "local_ray", "judged"}
 """Fixtures that start Ray, vLLM or DeepSpeed."""
-SHARED = ("shared_run", "local_ray", "engine")
+SHARED = ("shared_run", "local_ray", "engine", "forks")
 """Those that tests of several files share."""
 
 os.environ.pop("RAY_ADDRESS", None)
@@ -228,6 +229,14 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray session in this process, one for all tests that want one."""
     with session.ray_session(ClusterConfig(address="local"), tmp_path_factory.mktemp("ray"), print):
         yield
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[ForkServer]:
+    """What runs the scripts of learner ranks."""
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import ForkServer
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(400)]
 KINDS = ("turns", "shared", "beside")
-LIMIT_S = 300.0
 
 
 @pytest.fixture(scope="module")
-def results(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, forks: ForkServer) -> dict[str, Any]:
     """Kind -> what `host_rank.py` found; `folder` is where it wrote."""
     folder = tmp_path_factory.mktemp("hosts")
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{Path(__file__).parents[1]}"}
-    script = str(Path(__file__).with_name("host_rank.py"))
-    processes = {}
     for kind in KINDS:
-        own = folder / kind
-        own.mkdir()
-        words = [sys.executable, script, str(tiny_model), str(own), kind]
-        processes[kind] = subprocess.Popen(words, env=environment, stderr=open(own / "stderr", "w"))  # noqa: SIM115
-    try:
-        for kind, process in processes.items():
-            code = process.wait(LIMIT_S)
-            texts = [
-                path.read_text()[-2000:] for path in (folder / kind).glob("*") if path.name in ("stderr", "host.log")
-            ]
-            assert code == 0, "\n".join([kind, *texts])
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.wait(30)
+        (folder / kind).mkdir()
+    forks.run(Path(__file__).with_name("host_rank.py"), folder, {k: (tiny_model, folder / k, k) for k in KINDS})
     return {kind: torch.load(folder / kind / f"{kind}.pt") for kind in KINDS} | {"folder": folder}
 
 

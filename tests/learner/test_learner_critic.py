@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import ForkServer
 from rank_processes import distance, run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -43,9 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> dict[tuple[int, int], dict[str, Any]]:
+def results(folder: Path, forks: ForkServer) -> dict[tuple[int, int], dict[str, Any]]:
     """(world size, rank) -> what `critic_ranks.py` found; one process alone and two together, side by side."""
-    return run_ranks("critic_ranks.py", folder, folder)
+    return run_ranks(forks, "critic_ranks.py", folder, folder)
 
 
 @pytest.mark.parametrize("step", ["one", "two"])

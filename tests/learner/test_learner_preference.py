@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import ForkServer
 from preference_ranks import COMPARISONS, QUESTION, RATINGS, comparison
 from rank_processes import distance, run_ranks
 from transformers import AutoModelForSequenceClassification
@@ -44,10 +45,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> dict[tuple[int, int], dict[Any, Any]]:
+def results(folder: Path, forks: ForkServer) -> dict[tuple[int, int], dict[Any, Any]]:
     """(world size, rank) -> what `preference_ranks.py` found; one process alone and two together, side by side."""
     model = make_tiny(MODEL, folder)
-    return run_ranks("preference_ranks.py", folder, model, folder)
+    return run_ranks(forks, "preference_ranks.py", folder, model, folder)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import ForkServer
 from plain_methods import METHODS, OPTIMIZER, Seen
 from rank_processes import distance, run_ranks
 from ranks import LAG, rollouts
@@ -28,11 +29,11 @@ MODEL = TinyConfig(hidden_size=192, intermediate_size=640, layers=2, heads=2, kv
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict[Any, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer) -> dict[tuple[int, int], dict[Any, Any]]:
     """(world size, rank) -> what `ranks.py` found; one process alone and two together, side by side."""
     folder = tmp_path_factory.mktemp("ranks")
     model = make_tiny(MODEL, folder)
-    return run_ranks("ranks.py", folder, model, folder)
+    return run_ranks(forks, "ranks.py", folder, model, folder)
 
 
 @pytest.mark.parametrize("step", ["one", "two", "three"])

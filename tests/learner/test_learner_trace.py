@@ -20,6 +20,7 @@ import json
 from typing import Any
 
 import pytest
+from forks import ForkServer
 from rank_processes import run_ranks
 from trace_ranks import METHODS, METRICS, RECORDED, TRACE, make_models
 
@@ -31,11 +32,11 @@ LEAST = 1e-6
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], dict[str, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer) -> dict[tuple[int, int], dict[str, Any]]:
     """(world size, rank) -> what `trace_ranks.py` found."""
     folder = tmp_path_factory.mktemp("trace")
     make_models(folder)
-    return run_ranks("trace_ranks.py", folder, folder)
+    return run_ranks(forks, "trace_ranks.py", folder, folder)
 
 
 @pytest.mark.parametrize("key", RANKS, ids=str)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from forks import ForkServer
 from rank_processes import run_ranks
 from safetensors.torch import save_file
 from sample_groups import group_of
@@ -372,7 +373,9 @@ def record() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_models(folder)
-        alone = run_ranks("trace_ranks.py", folder, folder)[1, 0]
+        forks = ForkServer()
+        alone = run_ranks(forks, "trace_ranks.py", folder, folder)[1, 0]
+        forks.close()
     kept = {name: {part: found[part] for part in RECORDED} for name, found in alone.items()}
     TRACE.write_text(json.dumps(rounded(kept), indent=1) + "\n")
 
