@@ -214,6 +214,9 @@ def test_metrics_and_weights_are_equal_bit_for_bit(runs: Runs) -> None:
     for step in range(1, STEPS + 1):
         assert files(other, step) == files(whole, step), step
     assert files(whole, 1) != files(whole, STEPS)
+    ends = [json.loads((run / "summary.json").read_text()) for run in (whole, other)]
+    assert ends[0]["before"] == ends[1]["before"], "the table at the end compares with the very start"
+    assert ends[0]["after"] == ends[1]["after"]
 
 
 def test_what_was_set_aside_is_equal_too(runs: Runs) -> None:

@@ -1,6 +1,6 @@
 """Methods that learn on real Ray, vLLM and DeepSpeed: GSPO, and that of the guide in docs/algorithms.md.
 
-Another, NLPO, samples and learns under one mask, which is where it was after a resume.
+Another, NLPO, samples and learns under one mask, which is where it was after a run that failed and was resumed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ PAGE = ROOT / "docs" / "algorithms.md"
 LIMIT_S = 280.0
 STEPS = 14
 REWARD = """
+import os
+
+HERE = os.path.dirname(__file__)
+
 def share_of_e(prompts, responses, answers):
+    if os.path.exists(f"{HERE}/gone") and os.path.exists(f"{HERE}/runs/run/checkpoints/step-1"):
+        raise ConnectionError("the judge is gone")
     return [response.count("e") / max(1, len(response)) for response in responses]
 """
 CONFIG = f"""
@@ -42,12 +48,12 @@ telemetry: {{wandb: "off", progress: plain}}
 CALL = [sys.executable, "-m", "rlhf_dist", "train", "run.yaml"]
 
 
-def run(folder: Path, *words: str) -> list[dict[str, float]]:
-    """What a run in `folder` has logged of its steps, by the package that lies there if one does."""
+def call(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A run in `folder`, by the package that lies there if one does."""
     (folder / "rewards.py").write_text(REWARD)
     (folder / "run.yaml").write_text(CONFIG)
     package = folder if (folder / "rlhf_dist").exists() else ROOT
-    done = subprocess.run(
+    return subprocess.run(
         [*CALL, "name=run", *words],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(package)},
@@ -56,6 +62,11 @@ def run(folder: Path, *words: str) -> list[dict[str, float]]:
         timeout=LIMIT_S,
         check=False,
     )
+
+
+def run(folder: Path, *words: str) -> list[dict[str, float]]:
+    """What a run that ended well has logged of its steps."""
+    done = call(folder, *words)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = [json.loads(line) for line in (folder / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "reward/mean" in line]
@@ -98,9 +109,12 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_nlpo_samples_and_learns_under_one_mask_and_goes_on_with_it(tmp_path: Path) -> None:
     every = ["loop.checkpoint_every=1", "loop.keep_checkpoints=9", "loop.prompts_per_step=16"]
-    mask = ["algo.name=nlpo", "algo.group_size=1", "algo.mask_top_p=0.5", "algo.mask_every=3", *every]
-    run(tmp_path, *mask, "loop.steps=1")
-    steps = run(tmp_path, *mask, "loop.steps=4", "--resume")
+    mask = ["algo.name=nlpo", "algo.group_size=1", "algo.mask_top_p=0.5", "algo.mask_every=3", "loop.steps=4", *every]
+    (tmp_path / "gone").touch()
+    failed = call(tmp_path, *mask)
+    assert failed.returncode == 1 and "ConnectionError: the judge is gone" in failed.stderr.splitlines()[-1]
+    (tmp_path / "gone").unlink()
+    steps = run(tmp_path, *mask, "--resume")
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     folders = {n: tmp_path / "runs" / "run" / "checkpoints" / f"step-{n}" for n in (1, 2, 3, 4)}
     masks, policies = ({n: weights(f / part) for n, f in folders.items()} for part in ("mask", "hf"))

@@ -1,4 +1,4 @@
-"""A copy of the shared run goes on: until a reward hangs, and from there to its end."""
+"""A copy of the shared run goes on until a reward hangs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,8 @@ class History:
 
     path: Path
     hung: Finished
-    hung_at: int
-    """Step of the newest checkpoint when the hanging reward had ended the run."""
-    last: Finished
     end: int
-    """The last step asked for."""
+    """Step of the newest checkpoint when the hanging reward had ended the run."""
 
 
 def newest(path: Path) -> int:
@@ -44,9 +41,7 @@ def history(shared_run: SharedRun) -> History:
     path = place.output / "again"
     shutil.copytree(shared_run.path, path)
     words = ["train", "--resume", "name=again", f"model.path={place.output / 'sft'}", "loop.checkpoint_every=1"]
-    words += ["eval.every=0", "cluster.start_timeout_s=200"]
-
-    process = place.start(*words, "loop.steps=1000")
+    process = place.start(*words, "loop.steps=1000", "eval.every=0", "cluster.start_timeout_s=200")
     try:
         wait_until(lambda: newest(path) > FIRST, process)
         (place.folder / "hang").touch()
@@ -54,11 +49,7 @@ def history(shared_run: SharedRun) -> History:
     finally:
         end(process)
         (place.folder / "hang").unlink(missing_ok=True)
-    hung_at = newest(path)
-
-    last = place.run(*words, f"loop.steps={hung_at + 2}")
-    assert last.code == 0, last.stderr
-    return History(path, hung, hung_at, last, hung_at + 2)
+    return History(path, hung, newest(path))
 
 
 def steps(path: Path) -> list[dict[str, Any]]:
@@ -76,7 +67,7 @@ def test_a_reward_that_hangs_ends_the_run_with_one_message(history: History) -> 
     message = history.hung.stderr.splitlines()[-1]
     assert message.startswith("rlhf-dist: the reward letters (run_rewards:letters) did not return within 5 s")
     assert "Traceback" not in history.hung.stderr + history.hung.stdout
-    assert history.hung_at > FIRST, "and what was saved is kept"
+    assert history.end > FIRST, "and what was saved is kept"
 
 
 def test_steps_go_on_by_number_and_none_is_told_twice(history: History) -> None:
@@ -86,8 +77,6 @@ def test_steps_go_on_by_number_and_none_is_told_twice(history: History) -> None:
 def test_what_was_done_before_stays_as_it_was(history: History, shared_run: SharedRun) -> None:
     assert steps(history.path)[:FIRST] == steps(shared_run.path)
     assert uses(history.path)[: FIRST * PROMPTS] == uses(shared_run.path)
-    before = [json.loads((path / "summary.json").read_text())["before"] for path in (history.path, shared_run.path)]
-    assert before[0] == before[1], "the table at the end compares with the very start"
 
 
 def test_no_prompt_is_skipped_or_used_twice(history: History) -> None:
@@ -99,13 +88,6 @@ def test_no_prompt_is_skipped_or_used_twice(history: History) -> None:
     for step in range(1, history.end + 1):
         expected = {prompt.uid for prompt in stream.take(PROMPTS)}
         assert {uid for uid, used_at in found if used_at == step} == expected, step
-
-
-def test_the_proof_holds_at_the_end(history: History) -> None:
-    total = history.end * PROMPTS
-    sentence = f"{total} groups issued: {total} consumed, 0 dropped, 0 in flight, 0 lost, 0 used twice; "
-    assert sentence in history.last.stdout
-    assert json.loads((history.path / "summary.json").read_text())["ledger"].startswith(sentence)
 
 
 def test_resumed_steps_are_on_policy_and_agree(history: History) -> None:
@@ -121,9 +103,6 @@ def test_the_last_checkpoint_is_the_last_step(history: History) -> None:
     assert not list((history.path / "checkpoints").glob(".*unfinished"))
 
 
-def test_events_tell_of_both_resumes(history: History) -> None:
+def test_the_resume_is_told(history: History) -> None:
     events = [json.loads(line) for line in (history.path / "events.jsonl").read_text().splitlines()]
-    assert [event["facts"]["step"] for event in events if event["kind"] == "resume"] == [
-        FIRST,
-        history.hung_at,
-    ]
+    assert [event["facts"]["step"] for event in events if event["kind"] == "resume"] == [FIRST]
