@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -38,6 +39,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 session.prepare(ClusterConfig(address="local"))
+gc.disable()  # until all tests are imported: what they import makes hundreds of thousands of objects that stay
 # Speed is never asserted: hypothesis would by itself fail an example that took long on a busy machine.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
@@ -210,6 +212,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     groups = {item.path: fixture for item in started for fixture in SHARED if uses(item, fixture)}
     for item in started:
         item.add_marker(pytest.mark.xdist_group(groups.get(item.path, item.path.stem)))
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.freeze()
 
 
 def uses(item: pytest.Item, fixture: str) -> bool:

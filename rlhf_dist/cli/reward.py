@@ -19,9 +19,11 @@ def run(argv: Sequence[str]) -> int:
     if args.dry_run:
         return arguments.print_dry_run(config, "reward")
     from rlhf_dist.cluster import session
+    from rlhf_dist.cluster.importing import importing
 
     session.prepare(config.cluster)
-    from rlhf_dist.cluster.reward_build import reward
+    with importing():
+        from rlhf_dist.cluster.reward_build import reward
 
     reward(config, resume=arguments.resumes(args), resume_from=args.resume_from)
     return 0

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlhf_dist.cluster.importing import importing
 from rlhf_dist.cluster.processes import ProcessName, end_now, lost_ray, process_id
 from rlhf_dist.cluster.spec import ActorSpec, enter, environment
 from rlhf_dist.config.schema import Config, RewardSpec
@@ -27,6 +28,7 @@ SERVER_THREADS = 64
 """Groups that one scoring or reference server takes at a time."""
 
 
+@importing()
 def make_rollout_worker(spec: ActorSpec) -> Any:
     """Engine and worker, inside the actor's process."""
     from rlhf_dist.algo.recipes import ALGORITHMS
@@ -140,6 +142,7 @@ def set_threads(spec: ActorSpec) -> None:
     torch.set_num_threads(spec.threads)
 
 
+@importing()
 def make_reward_model(spec: ActorSpec, name: str, reward: RewardSpec) -> Any:
     """A reward of kind model, inside the actor's process."""
     from rlhf_dist.scoring.reward_model import RewardModel
@@ -163,6 +166,7 @@ def model_setting(config: Config, policy: str, device: str) -> Any:
     )
 
 
+@importing()
 def make_reference(spec: ActorSpec) -> Any:
     """The reference model behind its batcher, inside the actor's process."""
     from rlhf_dist.scoring.reference import ReferenceModel, ReferenceServer

@@ -10,9 +10,10 @@ import ray
 
 from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
 from rlhf_dist.algo.recipes import ALGORITHMS
+from rlhf_dist.cluster.importing import importing
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.config.schema import AlgoConfig, OptimizerConfig
-from rlhf_dist.learner.critic_files import CRITIC_FOLDER
+from rlhf_dist.learner.checkpoint_files import CRITIC_FOLDER
 
 LOOPBACK = "127.0.0.1"
 
@@ -38,6 +39,7 @@ class LearnerHost:
             probe.bind((LOOPBACK, 0))
             return LOOPBACK, probe.getsockname()[1]
 
+    @importing()
     def join(self, address: str, port: int, resume: str | None) -> str:
         """Meet the other ranks, load the model, restore the optimizer of the checkpoint folder `resume`."""
         from rlhf_dist.learner.deepspeed_engine import init_process_group

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rlhf_dist.cluster import learner_hosts as hosts
 from rlhf_dist.cluster.address import joins_cluster
+from rlhf_dist.cluster.importing import importing
 from rlhf_dist.cluster.placement import Command, local_machine, place
 from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.sources import check_critic, check_reference, check_run_models, preflight_rewards
@@ -16,6 +17,7 @@ from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.shared_memory import require_room
 
 
+@importing()
 def check_before_start(config: Config, command: Command, resume: bool = False) -> list[str]:
     """Everything that can be known to be wrong before a process is started or a file written; returns what to warn of.
 

@@ -17,7 +17,7 @@ from rlhf_dist.data.judgement_rows import Comparison
 from rlhf_dist.data.judgements import Judgements, held_out_judgements, judgements
 from rlhf_dist.data.records import LISTED, together
 from rlhf_dist.data.token_checks import told_apart
-from rlhf_dist.learner.model_engine import checkpoint_files
+from rlhf_dist.learner.checkpoint_files import checkpoint_files
 from rlhf_dist.loop.reward_report import (
     ACCURACY_HIGH,
     ACCURACY_LOW,

@@ -11,8 +11,7 @@ from rlhf_dist.cluster import actors, learner_hosts as hosts
 from rlhf_dist.cluster.placement import Command, local_machine
 from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.errors import ModelError
-from rlhf_dist.learner.critic_files import CRITIC_FOLDER
-from rlhf_dist.learner.mask_policy import MASK_FOLDER
+from rlhf_dist.learner.checkpoint_files import CRITIC_FOLDER, MASK_FOLDER
 from rlhf_dist.scoring.reference_files import REFERENCE_FOLDER
 
 

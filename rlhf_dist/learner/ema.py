@@ -8,11 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlhf_dist.learner.checkpoint_files import EMA_FOLDER
 from rlhf_dist.models.hf import Companions, load_model, save_hf
-
-FOLDER = "hf_ema"
-EMA_FILES = [f"{FOLDER}/config.json"]
-"""The files, by relative path, that tell that the average is in a checkpoint; from the policy's first step on."""
 
 
 class Ema:
@@ -37,10 +34,10 @@ class Ema:
     def save(self, companions: Companions, folder: Path) -> None:
         """A Hugging Face directory `folder/hf_ema`; rank 0 only. Raises `DiskError`."""
         if self._rank == 0 and self._average:
-            save_hf(iter(self._average.items()), companions, folder / FOLDER)
+            save_hf(iter(self._average.items()), companions, folder / EMA_FOLDER)
 
     def restore(self, folder: Path) -> None:
         """What `save` wrote, if anything; it may have been switched on since."""
-        if self._rank == 0 and (folder / FOLDER).is_dir():
-            model = load_model(folder / FOLDER, "float32", "eager")
+        if self._rank == 0 and (folder / EMA_FOLDER).is_dir():
+            model = load_model(folder / EMA_FOLDER, "float32", "eager")
             self._average = {name: parameter.detach() for name, parameter in model.named_parameters()}

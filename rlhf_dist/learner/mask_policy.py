@@ -10,15 +10,11 @@ from torch import Tensor
 from rlhf_dist.algo.action_mask import ActionMask
 from rlhf_dist.algo.algorithm import LaggingMask
 from rlhf_dist.config.schema import ModelConfig
+from rlhf_dist.learner.checkpoint_files import MASK_FOLDER
 from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.hf import Companions, copy_weights, load_model, own_memory, save_hf
 from rlhf_dist.models.packed_policy import PackedPolicy
-
-MASK_FOLDER = "mask"
-"""In a checkpoint, where the mask policy is."""
-MASK_FILES = [f"{MASK_FOLDER}/config.json"]
-"""The files, by relative path, that tell that it is there."""
 
 
 class MaskPolicy:

@@ -15,6 +15,7 @@ from rlhf_dist.algo.logprobs import Entropy, chunk_count
 from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.errors import ConfigError, RlhfError
 from rlhf_dist.learner.agreement import Held, require_agreement
+from rlhf_dist.learner.checkpoint_files import optimizer_file
 from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine
 from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.micro_batch_rows import Packed
@@ -28,16 +29,6 @@ from rlhf_dist.weights.shared_memory import WeightWriter
 
 PREFIX = "model."
 """PackedModel holds the Hugging Face model under this name; published names are Hugging Face's own."""
-
-
-def checkpoint_files(ranks: int) -> list[str]:
-    """What `save` on all ranks leaves in a checkpoint's folder, by relative path; the files that tell it is whole."""
-    return ["hf/config.json", *(optimizer_file(rank) for rank in range(ranks))]
-
-
-def optimizer_file(rank: int) -> str:
-    """Name of a rank's optimizer state."""
-    return f"optimizer-{rank}.safetensors"
 
 
 class Engine:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_dist.learner.critic_files import HEAD_FILE
+from rlhf_dist.learner.checkpoint_files import HEAD_FILE
 from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.model_engine import PREFIX, ModelEngine
 from rlhf_dist.models.actor_critic import PackedActorCritic

@@ -11,10 +11,7 @@ from rlhf_dist.algo.algorithm import Algorithm
 from rlhf_dist.config.reward_words import solved_by
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream
-from rlhf_dist.learner.critic_files import critic_files
-from rlhf_dist.learner.ema import EMA_FILES
-from rlhf_dist.learner.mask_policy import MASK_FILES
-from rlhf_dist.learner.model_engine import checkpoint_files
+from rlhf_dist.learner.checkpoint_files import EMA_FILES, MASK_FILES, checkpoint_files, critic_files
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import Rules, rules_of, sampling_of
 from rlhf_dist.loop.evaluation import Evaluation, evaluate

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rlhf_dist.config.schema import SftConfig
-from rlhf_dist.learner.model_engine import checkpoint_files
+from rlhf_dist.learner.checkpoint_files import checkpoint_files
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.trainer import Trainer, TrainerState

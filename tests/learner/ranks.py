@@ -31,10 +31,11 @@ from rlhf_dist.config.schema import (
     OptimizerConfig,
 )
 from rlhf_dist.errors import DataError, RunError
+from rlhf_dist.learner.checkpoint_files import MASK_FOLDER, optimizer_file
 from rlhf_dist.learner.deepspeed_engine import init_process_group
-from rlhf_dist.learner.mask_policy import MASK_FOLDER, MaskPolicy
+from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.micro_batch_rows import pack_rows
-from rlhf_dist.learner.model_engine import ModelEngine, optimizer_file
+from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.policy_learner import PolicyLearner
 from rlhf_dist.learner.rank_batch import rank_batch
 from rlhf_dist.learner.shard import Shard

@@ -11,8 +11,7 @@ from typing import Any, get_args
 import numpy as np
 
 from rlhf_dist.errors import ActorTimeout
-from rlhf_dist.learner.critic_files import critic_files
-from rlhf_dist.learner.model_engine import checkpoint_files
+from rlhf_dist.learner.checkpoint_files import checkpoint_files, critic_files
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums
 from rlhf_dist.loop.events import Compared, Event, Kept, MemberKind, Scored

@@ -15,7 +15,7 @@ from stand_ins import Quiet, lines, write_checkpoint
 from rlhf_dist.algo.preference import wilson_interval
 from rlhf_dist.config.schema import RewardConfig, TelemetryConfig
 from rlhf_dist.errors import DataError, DiskError, RunError
-from rlhf_dist.learner.model_engine import checkpoint_files
+from rlhf_dist.learner.checkpoint_files import checkpoint_files
 from rlhf_dist.learner.preference_learner import HeldOutScores
 from rlhf_dist.loop import trainer as trainer_loop
 from rlhf_dist.loop.reward_report import calibration_bins, correlation, draw, held_out_results, predictions, scale_of

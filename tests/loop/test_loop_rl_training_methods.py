@@ -14,7 +14,7 @@ from test_loop_rl_training import CONFIG, PROMPTS, STEPS, close, wired
 from rlhf_dist.config.schema import AlgoConfig, Config
 from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import RunError
-from rlhf_dist.learner.mask_policy import MASK_FILES
+from rlhf_dist.learner.checkpoint_files import MASK_FILES
 from rlhf_dist.loop.rl_training import train
 from rlhf_dist.types import Request, Scores
 

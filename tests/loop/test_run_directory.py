@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_dist.errors import ConfigError, DataError, DiskError, ResourceError
-from rlhf_dist.learner.model_engine import checkpoint_files
+from rlhf_dist.learner.checkpoint_files import checkpoint_files
 from rlhf_dist.loop import run_directory
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
 from rlhf_dist.loop.saved_config import config_changes
