@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -26,6 +27,8 @@ COMMAND_LIMIT_S = 400.0
 
 STARTS_ENGINES = {"shared_run", "local_ray", "judged"}
 """Fixtures that start Ray, vLLM or DeepSpeed."""
+STARTER = re.compile(r"mark\.engines|cluster_stand_ins|\b(shared_run|local_ray|judged): ")
+"""What the text of each file has whose tests start them."""
 SHARED = ("shared_run", "local_ray", "engine", "forks")
 """Those that tests of several files share."""
 
@@ -196,6 +199,13 @@ def make_workplace(folder: Path) -> Workplace:
     return Workplace(folder)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m engines` only those files are read: to import the others takes longer than many a test."""
+    if config.getoption("markexpr") == "engines" and collection_path.match("test_*.py"):
+        return not STARTER.search(collection_path.read_text()) or None
+    return None
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts real engines by the fixtures that start them; other tests carry the mark themselves.
@@ -209,6 +219,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if any(uses(item, fixture) for fixture in STARTS_ENGINES):
             item.add_marker("engines")
     started = [item for item in items if item.get_closest_marker("engines")]
+    unseen = [str(path) for path in {item.path for item in started} if not STARTER.search(path.read_text())]
+    assert not unseen, f"start engines, and `-m engines` would not find them (STARTER in {__file__}): {unseen}"
     groups = {item.path: fixture for item in started for fixture in SHARED if uses(item, fixture)}
     for item in started:
         item.add_marker(pytest.mark.xdist_group(groups.get(item.path, item.path.stem)))
