@@ -46,7 +46,7 @@ if ((! $#)) && ! $quick; then
   # What starts engines waits for half of the time, mostly for processes that start: two run side by side. Tests that
   # share an engine or a run stay together (tests/conftest.py), in the order in which they are collected.
   name='pytest with engines'
-  check "$name" .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m engines || failed+=("$name")
+  check "$name" .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m engines || failed+=("$name")
 fi
 
 if ((${#failed[@]})); then

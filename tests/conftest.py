@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -27,10 +29,15 @@ COMMAND_LIMIT_S = 400.0
 
 STARTS_ENGINES = {"shared_run", "local_ray", "judged"}
 """Fixtures that start Ray, vLLM or DeepSpeed."""
-STARTER = re.compile(r"mark\.engines|cluster_stand_ins|\b(shared_run|local_ray|judged): ")
-"""What the text of each file has whose tests start them."""
-SHARED = ("shared_run", "local_ray", "engine", "forks")
-"""Those that tests of several files share."""
+SHARED = {
+    "shared_run": r"\bshared_run: ",
+    "local_ray": r"\blocal_ray: |cluster_stand_ins",
+    "engine": r"\breal_engine\b",
+    "forks": r"\bforks: ",
+}
+"""What several files share that is expensive to start -> what the text of those files has."""
+STARTER = re.compile("|".join([r"mark\.engines", r"\bjudged: ", *SHARED.values()]))
+"""What the text of each file has whose tests start engines."""
 
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("WANDB_API_KEY", None)
@@ -206,24 +213,37 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts real engines by the fixtures that start them; other tests carry the mark themselves.
 
-    The tests of this process's Ray session come last and together, so that it is there for no other test. Where two
-    processes of pytest-xdist run the tests with engines, those of one file stay in one of them, and so do those of all
-    files that ask for the same of `SHARED`: nothing is started twice.
+    The tests of this process's Ray session come last and together, so that it is there for no other test.
     """
     items.sort(key=lambda item: uses(item, "local_ray"))
     for item in items:
         if any(uses(item, fixture) for fixture in STARTS_ENGINES):
             item.add_marker("engines")
-    started = [item for item in items if item.get_closest_marker("engines")]
-    unseen = [str(path) for path in {item.path for item in started} if not STARTER.search(path.read_text())]
+    paths = {item.path for item in items if item.get_closest_marker("engines")}
+    unseen = [str(path) for path in paths if not STARTER.search(path.read_text())]
     assert not unseen, f"start engines, and `-m engines` would not find them (STARTER in {__file__}): {unseen}"
-    groups = {item.path: fixture for item in started for fixture in SHARED if uses(item, fixture)}
-    for item in started:
-        item.add_marker(pytest.mark.xdist_group(groups.get(item.path, item.path.stem)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile` the tests of all files that share something expensive stay in one process."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(self.config.rootpath / super()._split_scope(nodeid))
+
+    return Together(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+@cache
+def group_of(file: Path) -> str:
+    """The file, or what it shares with others."""
+    text = file.read_text()
+    return next((name for name, mark in SHARED.items() if re.search(mark, text)), str(file))
 
 
 def pytest_collection_finish() -> None:

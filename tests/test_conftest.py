@@ -7,61 +7,80 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import pytest_collection_modifyitems, pytest_ignore_collect
+from conftest import group_of, pytest_collection_modifyitems, pytest_ignore_collect, pytest_xdist_make_scheduler
+
+TEXTS = {
+    "fleets": "def test_one(workers: dict, local_ray: None) -> None",
+    "inbox": "from cluster_stand_ins import workers",
+    "submit": "def test_job(cluster: Cluster, shared_run: SharedRun) -> None",
+    "resume": "def history(shared_run: SharedRun) -> History",
+    "methods": "pytestmark = pytest.mark.engines",
+    "light": "What engines do.",
+}
 
 
 class Item:
-    """What the order and the groups of tests are made from."""
+    """What the order and the marks of tests are made from."""
 
     def __init__(self, file: str, *fixtures: str, engines: bool = False) -> None:
         self.path = Path(file)
         self.fixturenames = fixtures
-        self.marks: dict[str, tuple[Any, ...]] = {"engines": ()} if engines else {}
+        self.marks = {"engines"} if engines else set()
 
-    def add_marker(self, marker: Any) -> None:
-        found = getattr(pytest.mark, marker) if isinstance(marker, str) else marker
-        self.marks[found.name] = found.args
+    def add_marker(self, marker: str) -> None:
+        self.marks.add(marker)
 
-    def get_closest_marker(self, name: str) -> Any:
+    def get_closest_marker(self, name: str) -> str | None:
         return name if name in self.marks else None
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The current directory, with files whose text tells that they start engines, and one that tells nothing."""
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with files of tests."""
     monkeypatch.chdir(tmp_path)
-    for name in ("fleets", "submit", "resume", "ranks", "engine", "weights"):
-        Path(f"test_{name}.py").write_text("pytestmark = pytest.mark.engines")
-    Path("test_light.py").write_text("engines")
+    for name, text in TEXTS.items():
+        Path(f"test_{name}.py").write_text(text)
+    return tmp_path
 
 
-def test_tests_that_share_an_engine_a_session_or_a_run_stay_together(here: None) -> None:
+def test_this_processs_ray_comes_last(here: Path) -> None:
     light, actors = Item("test_fleets.py"), Item("test_fleets.py", "workers", "local_ray")
-    reads, beside = Item("test_submit.py", "cluster", "shared_run", engines=True), Item("test_submit.py", engines=True)
-    resumed, alone = Item("test_resume.py", "history", "shared_run"), Item("test_ranks.py", "results", engines=True)
-    sampled = [Item(file, "worker", "engine", engines=True) for file in ("test_engine.py", "test_weights.py")]
-    items: list[Any] = [light, actors, reads, beside, resumed, alone, *sampled]
+    reads, alone = Item("test_submit.py", "shared_run"), Item("test_methods.py", engines=True)
+    items: list[Any] = [light, actors, reads, alone]
     pytest_collection_modifyitems(items)
-    assert items == [light, reads, beside, resumed, alone, *sampled, actors], "this process's Ray comes last"
-    assert "engines" not in light.marks and "xdist_group" not in light.marks
-    groups = {id(item): item.marks["xdist_group"][0] for item in items if "engines" in item.marks}
-    assert groups[id(reads)] == groups[id(beside)] == groups[id(resumed)], "one file, and one run"
-    assert groups[id(sampled[0])] == groups[id(sampled[1])]
-    assert len({groups[id(item)] for item in (reads, alone, sampled[0], actors)}) == 4
+    assert items == [light, reads, alone, actors]
+    assert [item for item in items if "engines" in item.marks] == [reads, alone, actors]
 
 
-def test_files_without_engines_are_not_read_where_only_engines_are_asked_for(here: None) -> None:
+def test_files_that_share_a_session_or_a_run_stay_together(here: Path) -> None:
+    groups = {name: group_of(here / f"test_{name}.py") for name in TEXTS}
+    assert groups["fleets"] == groups["inbox"] and groups["submit"] == groups["resume"]
+    assert len(set(groups.values())) == len(TEXTS) - 2
+
+
+def test_the_processes_share_the_groups(here: Path) -> None:
+    def scheduler(how: str) -> Any:
+        options = {"dist": how, "tx": ["2*popen"]}
+        config: Any = SimpleNamespace(getoption=options.get, getvalue=options.get, rootpath=here)
+        return pytest_xdist_make_scheduler(config, None)
+
+    split = scheduler("loadfile")._split_scope
+    assert split("test_submit.py::test_job") == split("test_resume.py::test_end[1]") != split("test_inbox.py::test_x")
+    assert scheduler("load") is None
+
+
+def test_files_without_engines_are_not_read_where_only_engines_are_asked_for(here: Path) -> None:
     def ignored(name: str, marks: str) -> bool | None:
         config: Any = SimpleNamespace(getoption={"markexpr": marks}.__getitem__)
         return pytest_ignore_collect(Path(name), config)
 
     assert ignored("test_light.py", "engines") is True
     # Whether others are read is for others to say.
-    assert ignored("test_ranks.py", "engines") is ignored("conftest.py", "engines") is None
+    assert ignored("test_methods.py", "engines") is ignored("conftest.py", "engines") is None
     assert ignored("test_light.py", "not engines") is ignored("test_light.py", "") is None
 
 
-def test_a_file_that_would_not_be_found_is_named(here: None) -> None:
+def test_a_file_that_would_not_be_found_is_named(here: Path) -> None:
     hidden: Any = Item("test_light.py", "shared_run")
     with pytest.raises(AssertionError, match=r"would not find them .*: \['test_light\.py'\]"):
         pytest_collection_modifyitems([hidden])

@@ -196,7 +196,7 @@ def test_setup_refuses_an_unknown_argument(repository: Path) -> None:
     assert "'tpu'" in result.stderr
 
 
-TWO_AT_A_TIME = "-n 2 --dist loadgroup --no-loadscope-reorder"
+TWO_AT_A_TIME = "-n 2 --dist loadfile --no-loadscope-reorder"
 
 
 def make_ready(repository: Path) -> None:
