@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlhf_dist.learner.ema import FOLDER, Ema
+from rlhf_dist.learner.checkpoint_files import EMA_FOLDER
+from rlhf_dist.learner.ema import Ema
 from rlhf_dist.models.hf import load_model, read_companions
 
 
@@ -19,7 +20,7 @@ def weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def saved(folder: Path) -> dict[str, Tensor]:
-    return dict(weights(AutoModelForCausalLM.from_pretrained(folder / FOLDER)))
+    return dict(weights(AutoModelForCausalLM.from_pretrained(folder / EMA_FOLDER)))
 
 
 def fill(model: torch.nn.Module, value: float) -> None:
@@ -64,7 +65,7 @@ def test_one_that_was_switched_on_after_the_checkpoint_begins_there(tiny_model: 
     model, ema = load_model(tiny_model, "float32", "segmented"), Ema(0.9, 0)
     ema.restore(tmp_path)
     ema.save(read_companions(tiny_model), tmp_path)
-    assert not (tmp_path / FOLDER).exists(), "nothing is known yet"
+    assert not (tmp_path / EMA_FOLDER).exists(), "nothing is known yet"
     fill(model, 3.0)
     ema.update(weights(model))
     ema.save(read_companions(tiny_model), tmp_path)
@@ -94,5 +95,5 @@ def test_a_half_precision_model_has_a_float32_average(tiny_model: Path, tmp_path
         fill(model, value)
         ema.update(weights(model))
     ema.save(read_companions(tiny_model), tmp_path)
-    found = dict(load_model(tmp_path / FOLDER, "float32", "eager").named_parameters())
+    found = dict(load_model(tmp_path / EMA_FOLDER, "float32", "eager").named_parameters())
     assert all((tensor - 1.001).abs().max() < 1e-6 for tensor in found.values())
