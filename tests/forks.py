@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-LIMIT_S = 300.0
+LIMIT_S = 500.0
 
 
 class ForkServer:
