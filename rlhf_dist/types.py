@@ -20,6 +20,8 @@ PROMPT_ROLE, POLICY_ROLE = "prompt", "assistant"
 """Roles of segments: everything before the first response as one, and what the policy sampled."""
 NO_VERSION = -1
 """Version of a token that no weights of the run sampled."""
+UNFINISHED = "unfinished"
+"""Finish reason of a sample that another rollout worker is to go on with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,10 @@ class Request:
     seeds: tuple[int, ...]
     """n; of each sample, from the run's seed, the uid and the sample's number. The attempt has no part in it, so that a
     group that was lost and is sampled again is the same group. Greedy samples do not use theirs."""
+    part: int = 0
+    """How often a worker has handed this attempt over to another."""
+    begun: Handle[Group] | None = None
+    """The samples as the last of them left them; those that are `UNFINISHED` go on from there. None in part 0."""
 
     @property
     def uid(self) -> str:
@@ -92,7 +98,7 @@ class Request:
     @property
     def key(self) -> str:
         """Names the request among all that are ever made in a run, but for those of different evaluations."""
-        return f"{self.purpose}/{self.uid}/{self.attempt}"
+        return f"{self.purpose}/{self.uid}/{self.attempt}" + (f"+{self.part}" if self.part else "")
 
     @property
     def n(self) -> int:
@@ -131,7 +137,8 @@ class Trajectory:
     segments: tuple[Segment, ...]
     """At least two: the prompt and a response. The last is a response."""
     finish_reason: str
-    """Of the last response: `stop` (ended by itself) or `length` (truncated at max_tokens)."""
+    """Of the last response: `stop` (ended by itself) or `length` (truncated at max_tokens). `UNFINISHED` on its way
+    from one worker to another alone; then the last response may have no tokens."""
     texts: tuple[str, ...]
     """Of each segment after the first: decoded, special tokens left out."""
     special_texts: tuple[str, ...] = ()
@@ -217,6 +224,24 @@ class Unanswered:
 
     key: str
     drop: DroppedPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """A rollout worker hands a request over: it has stopped to sample it, and another one is to go on."""
+
+    key: str
+    lengths: np.ndarray
+    """int64 [n]; tokens sampled so far."""
+    body: Handle[Group]
+    """The samples as they are; see `Request.begun`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartialLost:
+    """A rollout worker cannot go on with a request: what was sampled of it is lost with the worker that had it."""
+
+    key: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlhf_dist.cluster.importing import importing
 from rlhf_dist.cluster.processes import ProcessName, end_now, lost_ray, process_id
 from rlhf_dist.cluster.spec import ActorSpec, enter, environment
+from rlhf_dist.cluster.waits import fetched
 from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.scoring.reference_files import REFERENCE_FOLDER
 from rlhf_dist.types import Group, Handle, Scores
@@ -22,6 +23,8 @@ from rlhf_dist.weights.shared_memory import SHARED_MEMORY, sweep
 CLOSE_LIMIT_S = 10.0
 STOP_LIMIT_S = 0.5
 """The same when the command was stopped: who waits at the keyboard waits for nobody that is busy."""
+PARTIAL_LIMIT_S = 10.0
+"""For a rollout worker to get what another has handed over; then it is begun again."""
 WORKER_THREADS = 4
 """Of a rollout worker: who asks for events, who loads weights, who brings messages, and one to spare."""
 SERVER_THREADS = 64
@@ -57,6 +60,7 @@ def make_rollout_worker(spec: ActorSpec) -> Any:
         chat=config.data.chat,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         keep=lambda group: Handle(ray.put(group)),
+        get=lambda handle: fetched(handle.place, PARTIAL_LIMIT_S),
         observe=TASKS[config.data.task.name].observe if config.data.source == "task" else nothing_more,
     )
 

@@ -14,7 +14,7 @@ from rlhf_dist.cluster.processes import look
 from rlhf_dist.cluster.waits import fetch, limit_text
 from rlhf_dist.errors import ActorLost, EngineBroken, RayLost, RlhfError, RunError, WeightSyncError
 from rlhf_dist.loop.events import Event, Lost
-from rlhf_dist.rollout.worker import BEAT_S, Cancel, Submit, Verb
+from rlhf_dist.rollout.worker import BEAT_S, Cancel, HandOver, Submit, Verb
 from rlhf_dist.telemetry.timeline import Patience
 from rlhf_dist.types import Request
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
@@ -85,6 +85,10 @@ class RolloutFleet:
     def cancel(self, worker: str, keys: Sequence[str]) -> None:
         """See `loop.ports.Rollouts`."""
         self._post(worker, Cancel(tuple(keys)))
+
+    def hand_over(self, worker: str, keys: Sequence[str]) -> None:
+        """See `loop.ports.Rollouts`."""
+        self._post(worker, HandOver(tuple(keys)))
 
     def serving(self) -> tuple[str, ...]:
         """See `loop.ports.Rollouts`; with those whose receipt for the published version came late."""

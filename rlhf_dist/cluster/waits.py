@@ -5,6 +5,7 @@ A time in which this process itself was stopped (Ctrl-Z, a suspended laptop) doe
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -90,6 +91,14 @@ def fetch(call: Any, name: str, what: str, timeout_s: float) -> Any:
         require_ray()
         kind = AnswerLost if isinstance(error, ray.exceptions.ObjectLostError) else ActorLost
         raise kind(f"the answer of {name} to '{what}' is lost: {type(error).__name__}: {error}") from None
+
+
+def fetched(place: Any, limit_s: float) -> Any | None:
+    """A copy of what another process has put into the object store; None where that is lost, or does not come."""
+    try:
+        return copy.deepcopy(ray.get(place, timeout=limit_s))
+    except ray.exceptions.RayError:
+        return None
 
 
 def cause_of(error: RunError, pending: Mapping[Any, str], what: str) -> RunError:

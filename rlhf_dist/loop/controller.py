@@ -59,6 +59,7 @@ from rlhf_dist.loop.events import (
     TimedOut,
     Undone,
 )
+from rlhf_dist.loop.hand_over import go_on, hand_overs
 from rlhf_dist.loop.left_out import dropped as without_rewards, refuse_if_hopeless, with_finite_rewards
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.open_groups import OpenRequest
@@ -74,7 +75,7 @@ from rlhf_dist.loop.reasons import (
     refuse_whole_epoch,
 )
 from rlhf_dist.loop.requests import greedy, make_request
-from rlhf_dist.types import Answered, Beat, DroppedPrompt, Experience, NonFinite, Unanswered
+from rlhf_dist.types import Answered, Beat, DroppedPrompt, Experience, NonFinite, Partial, PartialLost, Unanswered
 
 
 class Controller:
@@ -116,13 +117,15 @@ class Controller:
         commands: list[Command] = []
         match event:
             case Tick():
-                return self._members.silent(now) + self._unexplained(now)
+                late = self._members.silent(now) + self._unexplained(now)
+                return late + hand_overs(self._rules, self._open.values(), self._members)
             case Beat():
                 self._members.beat(event, now)
             case Published():
                 self._version, self._in_step = event.version, 0
             case Serving():
                 self._members.serve(event.workers)
+                commands = hand_overs(self._rules, self._open.values(), self._members)
             case Lost():
                 commands = self._lost(event, now)
             case Asked():
@@ -224,6 +227,10 @@ class Controller:
             self.late += 1
             return []
         match event:
+            case Partial():
+                return self._handed_over(one, event)
+            case PartialLost():
+                return self._begin_again([one])
             case Undone():
                 if one.worker not in self._members.workers:
                     return self._begin_again([one])
@@ -241,6 +248,13 @@ class Controller:
                 one.reference = event.reference.head
                 commands = [KeepReference(event.key, event.reference.logprobs)]
         return commands + self._settle(one, now)
+
+    def _handed_over(self, one: OpenRequest, event: Partial) -> list[Command]:
+        """Another worker goes on, under another key: what the one before still says of this one changes nothing."""
+        told = go_on(one, event)
+        self._open[one.request.key] = self._open.pop(event.key)
+        self._members.wait((one,), first=True)
+        return [told]
 
     def _answered(self, one: OpenRequest, event: Answered, now: float) -> list[Command]:
         one.head = event.head

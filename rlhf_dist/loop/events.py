@@ -21,6 +21,8 @@ from rlhf_dist.types import (
     Group,
     Handle,
     NonFinite,
+    Partial,
+    PartialLost,
     Referenced,
     Request,
     Scores,
@@ -103,7 +105,7 @@ class Tick:
     """Time has passed: who has been silent for too long?"""
 
 
-About = Answered | Unanswered | Kept | Scored | Compared | Undone
+About = Answered | Unanswered | Partial | PartialLost | Kept | Scored | Compared | Undone
 """Events about one request; `key` is its."""
 Event = About | Beat | Published | Serving | Lost | Asked | Tick
 
@@ -119,6 +121,14 @@ class Submit:
 @dataclass(frozen=True, slots=True)
 class Cancel:
     """End these requests at a rollout worker; nothing more is wanted of them."""
+
+    worker: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """Let a rollout worker stop these requests, and say what there is of them: others are to go on."""
 
     worker: str
     keys: tuple[str, ...]
@@ -184,7 +194,7 @@ class Book:
 class Tell:
     """A line in the run's event log; a warning is shown to people, too."""
 
-    kind: Literal["dropped", "warning"]
+    kind: Literal["dropped", "handed_over", "warning"]
     message: str
     uid: str = ""
 
@@ -198,7 +208,7 @@ class TimedOut:
     limit_s: float
 
 
-Command = Submit | Cancel | Keep | KeepReference | Forget | Score | Compare | Book | Tell | TimedOut
+Command = Submit | Cancel | HandOver | Keep | KeepReference | Forget | Score | Compare | Book | Tell | TimedOut
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,16 @@ class Members:
         """Rollout workers that are not lost."""
         return [one.name for one in self._of_kind["rollout"]]
 
+    @property
+    def serving(self) -> list[str]:
+        """Those of them that may be given more."""
+        return [one.name for one in self._serving]
+
+    @property
+    def idle(self) -> bool:
+        """Whether one of these has nothing to do, and nothing waits."""
+        return not self._backlog and any(not one.work for one in self._serving)
+
     def wait(self, requests: tuple[OpenRequest, ...], first: bool = False) -> None:
         """Into the backlog, to go to one worker together; `first`: before all others."""
         (self._backlog.appendleft if first else self._backlog.append)(requests)

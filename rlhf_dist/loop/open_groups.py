@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from rlhf_dist.loop.events import About, Compared, Kept, Scored, Undone
-from rlhf_dist.types import Answered, Experience, GroupHead, ReferenceHead, Request, Scores, Unanswered
+from rlhf_dist.types import (
+    Answered,
+    Experience,
+    GroupHead,
+    Partial,
+    PartialLost,
+    ReferenceHead,
+    Request,
+    Scores,
+    Unanswered,
+)
 
 
 @dataclass(slots=True)
@@ -23,6 +33,8 @@ class OpenRequest:
     """Of a greedy baseline: the group that is compared with it. Of such a group: its baseline, while that is open."""
     worker: str = ""
     """Who samples it; empty in the backlog."""
+    leaves: bool = False
+    """That worker was asked to hand it over."""
     head: GroupHead | None = None
     kept: bool = False
     """The collator owns the group."""
@@ -61,7 +73,7 @@ class OpenRequest:
     def knows(self, event: About) -> bool:
         """Whether the event says what an earlier one has said."""
         match event:
-            case Answered() | Unanswered():
+            case Answered() | Unanswered() | Partial() | PartialLost():
                 return self.head is not None
             case Kept():
                 return self.kept
@@ -74,5 +86,6 @@ class OpenRequest:
 
     def begin_again(self, attempt: int) -> None:
         """The next attempt: with the same seeds, so that the same samples come of it."""
-        self.request = replace(self.request, attempt=attempt)
-        self.worker, self.head, self.kept, self.scores, self.reference = "", None, False, None, None
+        self.request = replace(self.request, attempt=attempt, part=0, begun=None)
+        self.worker, self.leaves = "", False
+        self.head, self.kept, self.scores, self.reference = None, False, None, None

@@ -48,6 +48,10 @@ class Rollouts(Protocol):
         """Let a worker end these."""
         ...
 
+    def hand_over(self, worker: str, keys: Sequence[str]) -> None:
+        """Have a worker stop these. `Partial` comes of each, unless its answer is on its way."""
+        ...
+
     def serving(self) -> tuple[str, ...]:
         """The workers that proved the published version."""
         ...

@@ -19,6 +19,7 @@ from rlhf_dist.loop.events import (
     Compare,
     Event,
     Forget,
+    HandOver,
     Keep,
     KeepReference,
     MemberKind,
@@ -154,6 +155,8 @@ class Shell:
                 actors.rollouts.submit(command.worker, command.requests)
             case Cancel():
                 actors.rollouts.cancel(command.worker, command.keys)
+            case HandOver():
+                actors.rollouts.hand_over(command.worker, command.keys)
             case KeepReference():
                 actors.bodies.keep_reference(command.key, command.logprobs)
             case Forget():

@@ -21,6 +21,8 @@ class Turn:
     sampling: Sampling
     seed: int
     """Of this response alone; greedy ones do not use it."""
+    begun: Response | None = None
+    """`UNFINISHED`: its beginning, from another engine. The response goes on from there, and has it in itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Response:
     key: str
     """The turn's."""
     tokens: Sequence[int]
-    """At least one; the token that ended it included."""
+    """At least one, the token that ended it included; none or more where it is `UNFINISHED`."""
     logprobs: np.ndarray
     """float32 [tokens]."""
     versions: np.ndarray
@@ -84,6 +86,27 @@ def conversation(exchanges: Sequence[Exchange]) -> Trajectory:
         texts=tuple(texts[1:]),
         special_texts=() if responses[0].special_text is None else tuple(special[1:]),
     )
+
+
+def exchanges_of(sample: Trajectory) -> list[Exchange]:
+    """The way back from `conversation`. Of responses before the last it is not known how they ended."""
+    found: list[Exchange] = []
+    starts = [segment.start for segment in sample.segments]
+    ends = [*starts[2::2], len(sample.tokens)]
+    for turn, end in enumerate(ends):
+        read, said = starts[2 * turn : 2 * turn + 2]
+        response = Response(
+            key="",
+            tokens=sample.tokens[said:end].tolist(),
+            logprobs=sample.logprobs[said:end],
+            versions=sample.versions[said:end],
+            cache_versions=sample.cache_versions[said:end],
+            finish_reason=sample.finish_reason if turn == len(ends) - 1 else "",
+            text=sample.texts[2 * turn],
+            special_text=sample.special_texts[2 * turn] if sample.special_texts else None,
+        )
+        found.append(Exchange(sample.tokens[read:said].tolist(), sample.texts[2 * turn - 1] if turn else "", response))
+    return found
 
 
 def head_of(group: Group) -> GroupHead:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from rlhf_dist.models.text_format import text_format
 from rlhf_dist.rollout.masked_sampling import MaskReader, MaskStart, Reading
 from rlhf_dist.rollout.trajectories import Response, Turn
 from rlhf_dist.rollout.weight_receiver import RECEIVER, EngineWeights
-from rlhf_dist.types import Receipt, Sampling
+from rlhf_dist.types import UNFINISHED, Receipt, Sampling
 from rlhf_dist.weights.receipts import Announcement
 
+HALF_CHARACTER = "\ufffd"
+"""What a tokenizer makes of tokens that end in the middle of a character."""
 MASKED = "masked"
 """In a request's extra arguments: its tokens are drawn under the mask."""
 
@@ -136,11 +139,18 @@ class VllmEngine:
         if ended:
             self._engine.abort_request(ended)
 
+    def interrupt(self, keys: Sequence[str]) -> list[Response]:
+        """See `worker.Engine`. vLLM's own abort tells nothing of what was sampled."""
+        from vllm.v1.engine import FinishReason
+
+        outputs = [self._state(key).make_request_output([], None, FinishReason.ABORT, None) for key in keys]
+        if outputs:
+            self._engine.abort_request(list(keys))
+        return [replace(self._response(output), finish_reason=UNFINISHED) for output in outputs]
+
     def sampled(self, key: str) -> int:
-        """Tokens so far of a response that is under way."""
-        processor: Any = self._engine.output_processor
-        (request,) = processor.external_req_ids[key]
-        return processor.request_states[request].detokenizer.num_output_tokens()
+        """Tokens so far of a response that is under way; what it begins with does not count."""
+        return self._state(key).detokenizer.num_output_tokens()
 
     def prepare_weights(self, announcement: Announcement) -> None:
         """See `worker.Engine`. With `recompute` nothing is prepared: computing keys and values again takes longer
@@ -152,13 +162,25 @@ class VllmEngine:
         """Load a published version into every process of the engine, and say what it holds."""
         return self._weights.load(announcement)
 
+    def _state(self, key: str) -> Any:
+        """vLLM's own of a response that is under way."""
+        processor: Any = self._engine.output_processor
+        (request,) = processor.external_req_ids[key]
+        return processor.request_states[request]
+
     def _begin(self, turn: Turn) -> None:
-        params = sampling_params(turn.sampling, turn.seed, self._stops)
-        prompt: Any = {"prompt_token_ids": list(turn.context)}
+        begun = turn.begun.tokens if turn.begun is not None else ()
+        sampling = replace(turn.sampling, max_tokens=turn.sampling.max_tokens - len(begun))
+        prompt: Any = {"prompt_token_ids": [*turn.context, *begun]}
         if self._salt:
             prompt["cache_salt"] = self._salt
-        self._engine.add_request(turn.key, prompt, params)
+        self._engine.add_request(turn.key, prompt, sampling_params(sampling, turn.seed, self._stops))
         self._turns[turn.key] = turn
+        if begun and sampling.stop:
+            # vLLM looks for stop texts in what it samples itself, and one may have begun before.
+            before = max(map(len, sampling.stop)) - 1
+            text = text_of(self.tokenizer, begun, special=False).rstrip(HALF_CHARACTER)
+            self._state(turn.key).detokenizer.output_text = text[-before:] if before else ""
 
     def _renew_caches(self, version: int) -> str:
         """See `EngineWeights`."""
@@ -192,20 +214,30 @@ class VllmEngine:
         return ""
 
     def _response(self, output: Any) -> Response:
+        """With what it begins with; it is under way no more."""
         turn, (sample,) = self._turns.pop(output.request_id), output.outputs
         versions = np.full(len(sample.token_ids), self._weights.version, dtype=np.int32)
         for span in sample.weight_versions or ():
             versions[span.start : span.end] = int(span.version)
         # What is kept was made when the first token was sampled, or later; else all was made again at the last push.
-        oldest = versions if self.kv_after_push == "recompute" else np.full_like(versions, versions[0])
+        oldest = versions.copy()
+        if self.kv_after_push == "keep":
+            oldest[:] = versions[:1]
+        logprobs, begun = sampled_logprobs(sample), turn.begun
+        if begun is not None:
+            sample = replace(sample, token_ids=[*begun.tokens, *sample.token_ids])
+            logprobs = np.concatenate([begun.logprobs, logprobs])
+            versions = np.concatenate([begun.versions, versions])
+            oldest = np.concatenate([begun.cache_versions, oldest])
+        known = begun is None and turn.sampling.stop  # vLLM has made the text
         return Response(
             key=turn.key,
             tokens=sample.token_ids,
-            logprobs=sampled_logprobs(sample),
+            logprobs=logprobs,
             versions=versions,
             cache_versions=oldest,
             finish_reason=str(sample.finish_reason),
-            text=sample.text if turn.sampling.stop else decoded(self.tokenizer, sample, special=False),
+            text=sample.text if known else decoded(self.tokenizer, sample, special=False),
             special_text=decoded(self.tokenizer, sample, special=True) if self._special_texts else None,
         )
 
@@ -213,13 +245,17 @@ class VllmEngine:
 def decoded(tokenizer: Any, sample: Any, special: bool) -> str:
     """The text of one of vLLM's samples without the token or the stop text that ended it.
 
-    `special`: with the special tokens inside. A token without text, as a model with more rows than its tokenizer has
-    tokens can sample, is left out.
+    `special`: with the special tokens inside.
     """
-    size, ids = len(tokenizer), sample.token_ids[:-1] if ended_by_token(sample) else sample.token_ids
-    text = tokenizer.decode([token for token in ids if token < size], skip_special_tokens=not special)
-    stop = sample.stop_reason
+    ids = sample.token_ids[:-1] if ended_by_token(sample) else sample.token_ids
+    text, stop = text_of(tokenizer, ids, special), sample.stop_reason
     return text[: text.rindex(stop)] if isinstance(stop, str) and stop in text else text
+
+
+def text_of(tokenizer: Any, ids: Sequence[int], special: bool) -> str:
+    """A token without text, as a model with more rows than its tokenizer has tokens can sample, is left out."""
+    size = len(tokenizer)
+    return tokenizer.decode([token for token in ids if token < size], skip_special_tokens=not special)
 
 
 def ended_by_token(sample: Any) -> bool:

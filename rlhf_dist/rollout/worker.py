@@ -14,13 +14,26 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
+import numpy as np
+
 from rlhf_dist.data.render import between, render
 from rlhf_dist.rollout.conversation import Observe, OpenGroup, nothing_more, request_of
 from rlhf_dist.rollout.trajectories import Response, Turn, head_of
-from rlhf_dist.types import Answered, Beat, DroppedPrompt, Group, Handle, Receipt, Request, Unanswered
+from rlhf_dist.types import (
+    Answered,
+    Beat,
+    DroppedPrompt,
+    Group,
+    Handle,
+    Partial,
+    PartialLost,
+    Receipt,
+    Request,
+    Unanswered,
+)
 from rlhf_dist.weights.receipts import Announcement
 
-WorkerEvent = Answered | Unanswered | Beat
+WorkerEvent = Answered | Unanswered | Partial | PartialLost | Beat
 BEAT_S = 1.0
 """The longest that `events` waits before it tells of steps alone."""
 
@@ -40,6 +53,13 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class HandOver:
+    """End these requests; of each, what is there of it is told by a `Partial`, unless its answer is on its way."""
+
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """Load a version into the engine; what came of it goes into `done`."""
 
@@ -47,7 +67,7 @@ class Load:
     done: Future[Receipt] = field(default_factory=Future)
 
 
-Verb = Submit | Cancel
+Verb = Submit | Cancel | HandOver
 """What a worker is asked for by message. Ray keeps no order between calls that run side by side, so each has a number,
 and the pump does them in the order of their numbers."""
 
@@ -67,6 +87,10 @@ class Engine(Protocol):
 
     def abort(self, keys: Iterable[str]) -> None:
         """End responses that are under way; nothing is heard of them any more."""
+        ...
+
+    def interrupt(self, keys: Sequence[str]) -> list[Response]:
+        """End responses that are under way, and say what there is of each, `UNFINISHED`."""
         ...
 
     def prepare_weights(self, announcement: Announcement) -> None:
@@ -89,18 +113,25 @@ class RolloutWorker:
         chat: bool,
         max_prompt_tokens: int,
         keep: Callable[[Group], Handle[Group]] = Handle,
+        get: Callable[[Handle[Group]], Group | None] = lambda handle: handle.place,
         observe: Observe = nothing_more,
     ) -> None:
-        """`keep` puts a finished group where others find it by the handle. `observe`: what is said to a response."""
+        """`keep` puts a group where others find it by the handle, and `get` finds it, if it is not lost.
+
+        `observe`: what is said to a response.
+        """
         self.name = name
         self._engine = engine
         self._chat = chat
         self._max_prompt_tokens = max_prompt_tokens
         self._keep = keep
+        self._get = get
         self._observe = observe
         self._inbox: SimpleQueue[Load | None] = SimpleQueue()
         self._posted: dict[int, Verb] = {}
         """Messages by number, until those before them have come."""
+        self._begun: dict[str, Group | None] = {}
+        """Request key -> where it is to go on from, of messages that have come; None where that is lost."""
         self._next_number = 0
         self._open: dict[str, OpenGroup] = {}
         self._out: list[WorkerEvent] = []
@@ -109,9 +140,15 @@ class RolloutWorker:
         self._failure: BaseException | None = None
 
     def post(self, number: int, verb: Verb) -> None:
-        """Ask for something, and do not wait for it. `number`: 0 for the first, then one more each time."""
+        """Ask for something, and do not wait for it. `number`: 0 for the first, then one more each time.
+
+        What another worker handed over is fetched here, so that the pump goes on meanwhile.
+        """
+        requests = verb.requests if isinstance(verb, Submit) else ()
+        begun = {request.key: self._get(request.begun) for request in requests if request.begun is not None}
         with self._changed:
             self._posted[number] = verb
+            self._begun |= begun
         self._inbox.put(None)
 
     def load_weights(self, announcement: Announcement) -> Receipt:
@@ -191,14 +228,26 @@ class RolloutWorker:
                     group = self._open.pop(key, None)
                     if group is not None:
                         self._engine.abort(group.under_way)
+            case HandOver():
+                self._tell([self._handed_over(self._open.pop(key)) for key in verb.keys if key in self._open])
+
+    def _handed_over(self, group: OpenGroup) -> Partial:
+        found = group.partial(self._engine.interrupt(group.under_way))
+        lengths = np.array([sample.length for sample in found.trajectories])
+        return Partial(group.request.key, lengths, self._keep(found))
 
     def _submit(self, request: Request) -> None:
-        """Begin to sample a request. One that is too long, or has no tokens, is told of as unanswered."""
+        """Begin to sample a request, or go on. One that is too long, or has no tokens, is told of as unanswered."""
+        with self._changed:
+            begun = self._begun.pop(request.key, None)
+        if begun is None and request.begun is not None:
+            self._tell([PartialLost(request.key)])
+            return
         tokens = render(self._engine.tokenizer, request.prompt.messages, self._chat)
         if not tokens:
             self._refuse(request, "prompt_empty", "the tokenizer knows none of its characters")
             return
-        group = OpenGroup(request, tokens, self._observe, partial(between, self._engine.tokenizer))
+        group = OpenGroup(request, tokens, self._observe, partial(between, self._engine.tokenizer), begun)
         self._open[request.key] = group
         self._go_on(group, group.first())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from rlhf_dist.cluster.collator_host import CollatorHost
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet
 from rlhf_dist.cluster.spec import ActorSpec, enter
-from rlhf_dist.cluster.waits import gather
+from rlhf_dist.cluster.waits import fetched, gather
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import DataError, EngineBroken, WeightSyncError
 from rlhf_dist.loop.events import Event
@@ -28,7 +28,18 @@ from rlhf_dist.rollout import worker as rollout_worker
 from rlhf_dist.rollout.trajectories import Response, Turn
 from rlhf_dist.rollout.worker import RolloutWorker, Verb
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import Answered, Beat, Group, Handle, Message, Prompt, Receipt, ReferenceHead, Scores
+from rlhf_dist.types import (
+    UNFINISHED,
+    Answered,
+    Beat,
+    Group,
+    Handle,
+    Message,
+    Prompt,
+    Receipt,
+    ReferenceHead,
+    Scores,
+)
 from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement
 
@@ -48,7 +59,7 @@ def group(prompt: Prompt, texts: tuple[str, ...] = ("a", "bc")) -> Group:
 
 
 class LightEngine:
-    """Ends every response in one step, but for those of a prompt that it was told to hold: `holds 0/2`."""
+    """Ends every response in one step, but for those of a prompt that it was told to hold: `holds 0/2 torn`."""
 
     tokenizer = None
 
@@ -56,6 +67,7 @@ class LightEngine:
         self._stand = stand
         self._tokens = tokens
         self._under_way: list[Turn] = []
+        self._version = 3
 
     def submit(self, turn: Turn) -> None:
         self._under_way.append(turn)
@@ -71,17 +83,30 @@ class LightEngine:
         gone = set(keys)
         self._under_way = [turn for turn in self._under_way if turn.key not in gone]
 
+    def interrupt(self, keys: Sequence[str]) -> list[Response]:
+        """Each is half done."""
+        found = {turn.key: self._response(turn, self._tokens // 2, UNFINISHED) for turn in self._under_way}
+        self.abort(keys)
+        return [found[key] for key in keys]
+
     def prepare_weights(self, announcement: Announcement) -> None:
         pass
 
     def load_weights(self, announcement: Announcement) -> Receipt:
-        return self._stand.receipt(announcement)
+        found = self._stand.receipt(announcement)
+        self._version = announcement.version
+        return found
 
-    def _response(self, turn: Turn) -> Response:
-        tokens, n = np.arange(self._tokens) + turn.seed % 1000, self._tokens
-        versions = np.full(n, 3, np.int32)
+    def _response(self, turn: Turn, count: int = -1, reason: str = "stop") -> Response:
+        """The first tokens of a response, `count` or all; those that it begins with are not sampled again."""
+        begun, n = turn.begun, self._tokens if count < 0 else count
+        tokens = [*begun.tokens] if begun is not None else []
+        versions = [*begun.versions] if begun is not None else []
+        first = tokens[0] if tokens else turn.seed % 1000
+        new = list(range(first + len(tokens), first + n))
+        of_token = np.array([*versions, *[self._version] * len(new)], np.int32)
         text = "ab"[turn.seed % 2]
-        return Response(turn.key, tokens.tolist(), np.zeros(n, np.float32), versions, versions, "stop", text)
+        return Response(turn.key, [*tokens, *new], np.zeros(n, np.float32), of_token, of_token, reason, text)
 
 
 class Stand:
@@ -99,7 +124,12 @@ class Stand:
         """Be a rollout worker that nobody has asked for anything."""
         engine = LightEngine(self, self._tokens)
         self._worker = RolloutWorker(
-            self._name, engine, chat=False, max_prompt_tokens=LONG - 1, keep=lambda group: Handle(ray.put(group))
+            self._name,
+            engine,
+            chat=False,
+            max_prompt_tokens=LONG - 1,
+            keep=lambda group: Handle(ray.put(group)),
+            get=lambda handle: fetched(handle.place, 10.0),
         )
         threading.Thread(target=self._worker.run, daemon=True).start()
 
@@ -142,7 +172,7 @@ class Stand:
 
     def receipt(self, announcement: Announcement) -> Receipt:
         self.work()
-        if self._mode == "torn":
+        if "torn" in self._mode.split():
             raise WeightSyncError("version 3: bucket 0 arrived torn; nothing was loaded")
         if self._mode == "broken":
             raise EngineBroken("the load of version 3 failed (OSError: gone)")

@@ -6,126 +6,32 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cluster_line
 import cluster_stand_ins
 import numpy as np
 import pytest
 import ray
+from cluster_line import Line, line, shard, until_lost
 from cluster_stand_ins import REQUESTS, Ears, fleet, makers, start, start_collator, tell
 
 from rlhf_dist.cluster import groups, rollout_fleet
-from rlhf_dist.cluster.groups import CollatorProcess, ReferenceFleet, ScoringFleet, silence
-from rlhf_dist.cluster.inbox import Inbox
+from rlhf_dist.cluster.groups import CollatorProcess, ReferenceFleet, ScoringFleet
 from rlhf_dist.cluster.processes import ProcessName, process_id
 from rlhf_dist.cluster.waits import gather
-from rlhf_dist.config.schema import AlgoConfig, Config, LoopConfig
 from rlhf_dist.errors import ActorTimeout
-from rlhf_dist.learner.shard import Shard
-from rlhf_dist.loop.controller import Controller
-from rlhf_dist.loop.controller_rules import rules_of
-from rlhf_dist.loop.events import Compared, Event, Kept, Lost, Scored, Tell, Undone
-from rlhf_dist.loop.members import Members
-from rlhf_dist.loop.shell import Actors, Shell
-from rlhf_dist.types import Answered, Group, Handle, Message, Prompt
+from rlhf_dist.loop.events import Compared, Event, Kept, Lost, Scored, Undone
+from rlhf_dist.types import Answered
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import controller as bench
 
-workers = cluster_stand_ins.workers
-
-
-class Endless:
-    """Prompts, one after another."""
-
-    def __init__(self) -> None:
-        self.given = 0
-
-    def __len__(self) -> int:
-        return 100
-
-    def take(self, n: int) -> list[tuple[Prompt, int]]:
-        first, self.given = self.given, self.given + n
-        text = "How many legs have three spiders and a dog?"
-        return [(Prompt(f"0/{i}", (Message("user", text),), "28", "test"), 0) for i in range(first, self.given)]
-
-
-@dataclass
-class Line:
-    """A run's actor side, and what was heard and told in it."""
-
-    shell: Shell
-    bodies: CollatorProcess
-    heard: list[Event]
-    told: list[str]
-    inbox: Inbox
-
-    def until_kept(self, count: int) -> None:
-        while sum(isinstance(event, Kept) for event in self.heard) < count:
-            self.inbox.pump()
-
-
-def line(workers: dict[str, Any], server: Any, collator: Any, count: int, size: int = 2, limit_s: float = 60.0) -> Line:
-    """Steps of `count` groups of `size`."""
-    config = Config(loop=LoopConfig(prompts_per_step=count, steps=1), algo=AlgoConfig(group_size=size))
-    inbox, told, heard = Inbox(), list[str](), list[Event]()
-    bodies = CollatorProcess("collator", collator, inbox, timeout_s=60)
-    rollouts = rollout_fleet.RolloutFleet(workers, inbox, timeout_s=limit_s, sync_timeout_s=60)
-    members = Members(
-        workers,
-        ["scoring server 0"],
-        [],
-        capacity=1000,
-        limits_s={"rollout": limit_s, "scoring": limit_s, "reference": limit_s, "collator": limit_s},
-        beat_s=rollout_fleet.beat_s(len(workers)),
-    )
-    scoring = ScoringFleet({"scoring server 0": server}, inbox, timeout_s=60)
-    controller = Controller(rules_of(config, compares=False, masked=False), Endless(), members)
-
-    def note(found: Tell) -> None:
-        told.append(found.message)
-
-    shell = Shell(controller, Actors(rollouts, scoring, None, bodies, inbox, silence), tell=note)
-
-    def hear(events: Sequence[Event]) -> None:
-        heard.extend(events)
-        shell.hear(events)
-
-    inbox.listen(hear)
-    return Line(shell, bodies, heard, told, inbox)
-
-
-@pytest.fixture(scope="module")
-def collator(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    found = start_collator(tmp_path_factory.mktemp("collator"))
-    gather({"collator": found.ready.remote()}, "start", 120)
-    yield found
-
-
-def shard(count: int) -> Shard:
-    """The first sample of each group, for one rank."""
-    zero, rows = np.zeros(count, np.float32), np.arange(count)
-    return Shard(
-        groups=rows,
-        samples=rows * 0,
-        advantages=zero,
-        scores=zero,
-        weights=zero.astype(np.float64),
-        updates=((rows,),),
-        epochs=1,
-        first_update=0,
-        learning_rates=(0.1,),
-        critic_rates=(0.1,),
-        temperature=1.0,
-        version=0,
-        kl_coef=0.0,
-    )
+workers, collator = cluster_stand_ins.workers, cluster_line.collator
 
 
 @pytest.mark.parametrize("tokens", [3, 30_000])
@@ -190,18 +96,6 @@ def stopped(*pids: int) -> Iterator[None]:
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
-
-
-def until_lost(body: Handle[Group]) -> None:
-    """Wait until nobody on the node has the tokens any more."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        try:
-            ray.get(body.place, timeout=60)
-        except ray.exceptions.OwnerDiedError:
-            return
-        time.sleep(0.02)
-    raise AssertionError("Ray still has what a dead process put into it")
 
 
 @pytest.mark.parametrize("last", [Undone, Lost])

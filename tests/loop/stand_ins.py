@@ -162,6 +162,8 @@ class FakeRollouts:
 
     def cancel(self, worker: str, keys: Sequence[str]) -> None: ...
 
+    def hand_over(self, worker: str, keys: Sequence[str]) -> None: ...
+
     def serving(self) -> tuple[str, ...]:
         return (WORKER,)
 

@@ -6,12 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from virtual_plan import MISSING
 from virtual_shell import shell_run
 
 from rlhf_dist.errors import ActorTimeout
 
 
-@pytest.mark.parametrize("first", range(0, 50, 10))
+@pytest.mark.parametrize("first", [*range(0, 50, 10), *range(MISSING, MISSING + 20, 10)])
 def test_every_rule_holds_and_the_ledger_closes(first: int, tmp_path: Path) -> None:
     for seed in range(first, first + 10):
         folder = tmp_path / str(seed)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from virtual_plan import GREEDY, Plan, Truth, Truths
+from virtual_records import Attempt, Broken, Entry, Line, Purpose
 
 from rlhf_dist.loop import reasons
 from rlhf_dist.loop.events import (
@@ -21,6 +22,7 @@ from rlhf_dist.loop.events import (
     Compared,
     Event,
     Forget,
+    HandOver,
     Keep,
     KeepReference,
     Kept,
@@ -34,41 +36,17 @@ from rlhf_dist.loop.events import (
     TimedOut,
     Undone,
 )
-from rlhf_dist.types import Answered, Beat, GroupHead, Request, Unanswered
-
-Attempt = tuple[str, int]
-Purpose = tuple[str, str]
-"""(purpose, uid) of a request, whatever its attempt."""
-
-
-class Broken(AssertionError):
-    """A rule does not hold."""
-
-
-@dataclass(slots=True)
-class Entry:
-    """A request that a worker was given, until nothing more is wanted of it."""
-
-    request: Request
-    worker: str
-    head: GroupHead | None = None
-    kept: bool = False
-    scored: bool = False
-    compared: bool = False
-    ready: bool = False
-    """It was whole before."""
-    undone: bool = False
-    """A server could not get at it."""
-
-
-@dataclass(slots=True)
-class Line:
-    """An attempt in the ledger."""
-
-    state: str
-    reason: str = ""
-    tokens: int = 0
-    trained: int = 0
+from rlhf_dist.types import (
+    Answered,
+    Beat,
+    Group,
+    GroupHead,
+    Handle,
+    Partial,
+    PartialLost,
+    Request,
+    Unanswered,
+)
 
 
 @dataclass(slots=True)
@@ -96,8 +74,16 @@ class Account:
     """What a resume has to issue first."""
     in_step: tuple[Attempt, ...] = ()
     taken: int = 0
-    waiting: dict[Purpose, None] = field(default_factory=dict)
-    """Requests that no worker has."""
+    waiting: dict[Purpose, Handle[Group] | None] = field(default_factory=dict)
+    """Requests that no worker has, with what there is of them."""
+    moved: dict[str, int] = field(default_factory=dict)
+    """uid -> how often its group or its greedy response was handed over."""
+    left: set[str] = field(default_factory=set)
+    """Keys of what was handed over."""
+    missed: int = 0
+    """Requests that were handed over, and lost on their way."""
+    twice: int = 0
+    """Events about what had been handed over."""
     entries: dict[str, Entry] = field(default_factory=dict)
     keys: set[str] = field(default_factory=set)
     """All that were ever given to a worker."""
@@ -140,11 +126,14 @@ class Account:
         entry = self.entries.get(event.key)
         if entry is None or self._known(event, entry):
             self.late += 1
+            self.twice += event.key in self.left
             return {}
         match event:
             case Undone():
                 entry.undone = True
                 self._give_up(event.key, entry)
+            case Partial() | PartialLost():
+                self._leave(event, entry)
             case Kept():
                 entry.kept = True
             case Scored():
@@ -159,7 +148,7 @@ class Account:
     def _known(self, event: About, entry: Entry) -> bool:
         """Whether an earlier event said the same, or nothing more is waited for."""
         match event:
-            case Answered() | Unanswered():
+            case Answered() | Unanswered() | Partial() | PartialLost():
                 return entry.head is not None
             case Kept():
                 return entry.kept
@@ -184,6 +173,21 @@ class Account:
             self.sampled += int(event.head.lengths.sum())
         return {"Keep": 1, "Score": 1} | ({"Compare": 1} if self._compares(entry.request) else {})
 
+    def _leave(self, event: Partial | PartialLost, entry: Entry) -> None:
+        """Its worker does not have it any more, or could not begin."""
+        uid, purpose = entry.request.uid, entry.request.purpose
+        del self.entries[event.key], self.load[entry.worker][event.key]
+        if isinstance(event, PartialLost):
+            self.missed += 1
+            if purpose != "train":  # of groups the ledger tells
+                self.waiting[purpose, uid] = None
+            return
+        if not entry.asked:
+            raise Broken(f"nobody asked for it: {event}")
+        self.waiting[purpose, uid] = event.body
+        self.moved[uid] = self.moved.get(uid, 0) + 1
+        self.left.add(event.key)
+
     def _give_up(self, key: str, entry: Entry) -> None:
         """Its worker is lost, and so is what nobody else can get at."""
         if entry.worker in self.lost and (entry.undone or not entry.kept):
@@ -201,6 +205,8 @@ class Account:
                     self._submit(command)
                 case Cancel() | Forget():
                     self._close(command)
+                case HandOver():
+                    self._ask_for(command)
                 case Keep() | KeepReference() | Score() | Compare():
                     name = type(command).__name__
                     if not wanted.pop(name, 0):
@@ -277,7 +283,7 @@ class Account:
             case reasons.SLOWEST:
                 fair = rules.extra_groups > 0
             case reasons.WORKER_LOST:
-                fair = bool(faults.deaths or faults.wedges)
+                fair = bool(faults.deaths or faults.wedges or faults.farewells)
             case _:
                 fair = reason == reasons.END_OF_RUN and self.taken == rules.steps * rules.groups_per_step
         if not fair:
@@ -302,7 +308,8 @@ class Account:
                 raise Broken(f"{request.key} is a key that was used before")
             if request.purpose == "train" and self.groups[request.uid][1] != request.attempt:
                 raise Broken(f"{request.key} is not the last attempt")
-            del self.waiting[purpose]
+            if request.begun is not self.waiting.pop(purpose):
+                raise Broken(f"{request.key} begins with {request.begun}")
             self.keys.add(request.key)
             self.entries[request.key] = Entry(request, worker)
             if request.uid != together:  # a group and its greedy response are one unit
@@ -325,6 +332,28 @@ class Account:
             if entry is not None and entry.request.purpose == "baseline" and entry.scored and entry.head is not None:
                 score = float(self.truths.of("baseline", entry.request.uid, 1).total[0])
                 self.baselines[entry.request.uid] = score, entry.head
+
+    def _ask_for(self, command: HandOver) -> None:
+        worker = command.worker
+        if self.plan.rules.max_lag == 0 or worker in self.lost:
+            raise Broken(f"not to be asked: {command}")
+        for key in command.keys:
+            entry = self.entries.get(key)
+            if entry is None or entry.worker != worker or entry.asked or not entry.may_leave:
+                raise Broken(f"{entry} has it: {command}")
+            entry.asked = True
+        fair = worker not in self.serving or (self._idle() and not self.waiting and self._groups_of(worker) > 0)
+        if not fair:
+            raise Broken(f"{worker} serves, and is to hand over {command.keys}")
+
+    def _idle(self) -> bool:
+        """Whether a worker that serves has nothing to do."""
+        return any(not self.load.get(one) for one in self.serving if one not in self.lost)
+
+    def _groups_of(self, worker: str) -> int:
+        """Groups that it goes on with."""
+        found = (one for one in self.entries.values() if one.worker == worker and one.may_leave and not one.asked)
+        return len({one.request.uid for one in found})
 
     def _compares(self, request: Request) -> bool:
         return self.plan.rules.compares and request.purpose in ("train", "eval") and request.sampling != GREEDY

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from virtual_account import Account, Attempt, Broken, Entry, Line, Purpose
+from virtual_account import Account
 from virtual_plan import EPOCH, Stream
+from virtual_records import Attempt, Broken, Entry, Line, Purpose
 
 from rlhf_dist.loop.controller import Controller
-from rlhf_dist.loop.events import Answer, Asked, Command, Event, Submit, Taken
+from rlhf_dist.loop.events import Answer, Asked, Command, Event, Serving, Submit, Taken, Tick
 from rlhf_dist.loop.members import Members
 from rlhf_dist.types import Experience, Request
 
@@ -25,6 +26,8 @@ class Checks(Account):
         if wanted:
             raise Broken(f"{event} came, and these were not asked for: {', '.join(wanted)}")
         self._placed(commands)
+        if isinstance(event, Serving | Tick) and self.plan.rules.max_lag:
+            self._spread(idle=isinstance(event, Tick))
         self._settled(getattr(event, "key", ""))
 
     def take(self, taken: Taken | None, commands: Sequence[Command]) -> None:
@@ -113,8 +116,8 @@ class Checks(Account):
         self.version, self.taken, self.again = step, step * self.plan.rules.groups_per_step, list(again)
         self.groups, self.issued, self.in_step, self.serving, self.late = {}, 0, (), (), 0
         self.base = 0
-        self.waiting, self.entries, self.load, self.baselines, self.asked = {}, {}, {}, {}, {}
-        for one in (self.keys, self.held, self.lost, self.silent, self.owed):
+        self.waiting, self.entries, self.load, self.baselines, self.asked, self.moved = {}, {}, {}, {}, {}, {}
+        for one in (self.keys, self.held, self.lost, self.silent, self.owed, self.left):
             one.clear()
 
     def end(self) -> None:
@@ -162,6 +165,18 @@ class Checks(Account):
         if entry is not None and self._whole(entry):
             self._check_whole(entry)
 
+    def _spread(self, idle: bool) -> None:
+        """Nothing stays with workers that do not serve; `idle`: nor with one while another has nothing to do."""
+        able = [one for one in self.serving if one not in self.lost]
+        leaving = [key for key, entry in self.entries.items() if entry.may_leave and entry.asked]
+        for key, entry in self.entries.items():
+            stays = entry.may_leave and not entry.asked and entry.worker not in (*self.lost, *able)
+            if stays and able:
+                raise Broken(f"{key} stays with {entry.worker}, which does not serve")
+        most = max(map(self._groups_of, able), default=0)
+        if idle and self._idle() and most > 1 and not (self.waiting or leaving):
+            raise Broken(f"a worker has nothing to do, and another has {most} groups")
+
     def _check_whole(self, entry: Entry) -> None:
         """All is known of a request, so something must have come of it."""
         request = entry.request
@@ -197,7 +212,8 @@ class Checks(Account):
             score, head = self.baselines[uid]
             if experience.baseline != score:
                 raise Broken(f"{uid} is compared with {experience.baseline}, not {score}")
-            apart = head.first_version != experience.head.first_version and not self.plan.harmed
+            settled = not self.plan.harmed and uid not in self.moved
+            apart = settled and head.first_version != experience.head.first_version
             if apart:
                 raise Broken(f"{uid} and its greedy response began under different weights")
 
@@ -205,7 +221,7 @@ class Checks(Account):
         """A greedy response is sampled where its group is."""
         submits = [command for command in commands if isinstance(command, Submit)]
         for submit, request in [(one, request) for one in submits for request in one.requests]:
-            if request.purpose != "baseline":
+            if request.purpose != "baseline" or request.uid in self.moved:
                 continue
             group = self.entries.get(f"train/{request.uid}/{self.groups[request.uid][1]}")
             there = "nobody" if group is None else group.worker

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from virtual_plan import Plan
 from virtual_processes import Processes, Worker
 
@@ -63,6 +65,13 @@ class Fleet(Processes):
             worker.dead = True
             worker.has.clear()
             self.tell(f"fleet {worker.name}", Lost(worker.name, f"{worker.name} is gone"), self.random.random() * 5.0)
+
+    def hand_over(self, worker: str, keys: Sequence[str]) -> None:
+        """See `Processes`; it may be the last that is heard of the worker."""
+        super().hand_over(worker, keys)
+        share, at = self.plan.faults.farewells, self.workers[worker]
+        if share and at is not self.immune and self.random.random() < share:
+            self.after(self.random.random(), self.die, at)
 
     def plan_faults(self) -> None:
         """Draw when workers die and fall silent."""

@@ -14,6 +14,8 @@ from rlhf_dist.types import Message, NonFinite, Prompt, Sampling, Scores
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=64, stop=())
 GREEDY = greedy(SAMPLING)
+MISSING = 10_000
+"""The first seed of runs in which workers miss many pushes."""
 EPOCH = 1_000
 """Prompts in one epoch: far more than a run needs, so that no run ends for want of hope."""
 
@@ -36,6 +38,8 @@ class Faults:
     """Of loads that fail at first."""
     lies: float = 0.0
     """Of loads that are proved, while the worker goes on with the version before for a time."""
+    farewells: float = 0.0
+    """Of hand-overs after which the worker dies."""
     from_makers: bool = False
     """Servers read tokens from the worker that made them, and cannot once it is dead, whatever the collator has."""
     refused: float = 0.0
@@ -71,7 +75,7 @@ class Plan:
     def harmed(self) -> bool:
         """Whether a group can come late: a worker dies, falls silent, or keeps old weights."""
         faults = self.faults
-        return bool(faults.deaths or faults.wedges or faults.failed_loads or faults.lies)
+        return bool(faults.deaths or faults.wedges or faults.failed_loads or faults.lies or faults.farewells)
 
     @property
     def requests_of_one(self) -> int:
@@ -81,7 +85,9 @@ class Plan:
 
 
 def plan_of(seed: int) -> Plan:
-    """The run with this seed."""
+    """The run with this seed; from `MISSING` on one with a policy lag, in which workers miss many pushes."""
+    if seed >= MISSING:
+        return missing(plan_of(seed - MISSING))
     random = Random(seed)
     rules, faults = draw_rules(random), draw_faults(random)
     return Plan(
@@ -96,6 +102,22 @@ def plan_of(seed: int) -> Plan:
         evaluate_every=0 if faults.lies else random.choice((0, 0, 1, 2)),
         held_out=random.randint(1, 3),
         held_out_samples=random.randint(0, 2),
+    )
+
+
+def missing(plan: Plan) -> Plan:
+    """The run as it would be if many pushes failed."""
+    random, rules = Random(plan.seed), plan.rules
+    if rules.max_lag == 0:
+        rules = replace(rules, max_lag=1, target_lag=1, window=1, extra_groups=0)
+    farewells = random.choice((0.0, 0.0, 0.5))
+    return replace(
+        plan,
+        seed=plan.seed + MISSING,
+        rules=rules,
+        faults=replace(plan.faults, failed_loads=random.choice((0.2, 0.6)), farewells=farewells),
+        workers=tuple(f"worker {n}" for n in range(random.randint(2, 6))),
+        train_s=random.choice((1.0, 10.0)),
     )
 
 

@@ -18,6 +18,8 @@ from rlhf_dist.types import (
     DroppedPrompt,
     GroupHead,
     Handle,
+    Partial,
+    PartialLost,
     Referenced,
     ReferenceHead,
     Request,
@@ -29,6 +31,28 @@ LONGEST_S = 100.0
 """Of sampling a group."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What there is of a request."""
+
+    maker: Worker
+    seconds: float
+    """That it took; `of` are all."""
+    of: float
+    spans: tuple[tuple[float, int], ...]
+    """(seconds, version)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A request that is sampled."""
+
+    request: Request
+    since: float
+    before: Sampled
+    """Its beginning."""
+
+
 @dataclass(slots=True)
 class Worker:
     """A rollout worker."""
@@ -36,7 +60,7 @@ class Worker:
     name: str
     loads: list[tuple[float, int]] = field(default_factory=list)
     """(when, version), oldest first."""
-    has: dict[str, Request] = field(default_factory=dict)
+    has: dict[str, Work] = field(default_factory=dict)
     steps: int = 0
     beats: bool = False
     """A beat is due."""
@@ -123,16 +147,29 @@ class Processes:
         if worker.dead:
             return
         for request in requests:
-            truth = self.truths.of(request.purpose, request.uid, request.n)
-            worker.has[request.key] = request
-            if truth.refused:
-                self._refuse(worker, request)
-            else:
-                seconds = min(self.random.paretovariate(1.2) * 3.0, LONGEST_S)
-                self.after(seconds, self._sampled, worker, request, self.now)
+            self._begin(worker, request)
         if not worker.beats:
             worker.beats = True
             self.after(BEAT_S, self._beat, worker, background=True)
+
+    def _begin(self, worker: Worker, request: Request) -> None:
+        truth = self.truths.of(request.purpose, request.uid, request.n)
+        begun: Sampled | None = request.begun.place if request.begun is not None else None
+        if begun is None:
+            begun = Sampled(worker, 0.0, min(self.random.paretovariate(1.2) * 3.0, LONGEST_S), ())
+        work = worker.has[request.key] = Work(request, self.now, begun)
+        if truth.refused:
+            self._refuse(worker, request)
+        elif begun.maker.dead:
+            self._miss(worker, request)
+        else:
+            self.after(begun.of - begun.seconds, self._sampled, worker, work)
+
+    def _miss(self, worker: Worker, request: Request) -> None:
+        """What there was of it is gone."""
+        if not worker.silent:
+            del worker.has[request.key]
+            self.tell(worker.name, PartialLost(request.key))
 
     def _refuse(self, worker: Worker, request: Request) -> None:
         if not worker.silent:
@@ -140,23 +177,29 @@ class Processes:
             drop = DroppedPrompt(request.uid, "refused", "it is too long")
             self.tell(worker.name, Unanswered(request.key, drop))
 
-    def _sampled(self, worker: Worker, request: Request, since: float) -> None:
+    def _sampled(self, worker: Worker, work: Work) -> None:
         if worker.dead or worker.silent:
             return
-        late = self.plan.faults.late
+        late, request = self.plan.faults.late, work.request
         if worker.has.pop(request.key, None) is None and not (late and self.random.random() < late):
             return
         self._makers[request.key] = worker
-        head = self._head(worker, request, since)
+        head = self._head(worker, work)
         self.tell(worker.name, Answered(request.key, head, Handle(request.key)))
 
-    def _head(self, worker: Worker, request: Request, since: float) -> GroupHead:
+    def _done(self, worker: Worker, work: Work) -> Sampled:
         """Versions are those that the worker had loaded while it sampled, each for a part of the tokens."""
-        spans = [(max(when, since), version) for when, version in worker.loads]
-        first = max(i for i, (when, _) in enumerate(worker.loads) if when <= since)
+        spans = [(max(when, work.since), version) for when, version in worker.loads]
+        first = max(i for i, (when, _) in enumerate(worker.loads) if when <= work.since)
         spans = spans[first:]
         ends = [when for when, _ in spans[1:]] + [self.now]
-        total = sum((end - when) * version for (when, version), end in zip(spans, ends, strict=True))
+        new = tuple((end - when, version) for (when, version), end in zip(spans, ends, strict=True))
+        before = work.before
+        return Sampled(worker, before.seconds + self.now - work.since, before.of, (*before.spans, *new))
+
+    def _head(self, worker: Worker, work: Work) -> GroupHead:
+        request, spans = work.request, self._done(worker, work).spans
+        versions = [version for _, version in spans]
         lengths = np.array(self.truths.of(request.purpose, request.uid, request.n).lengths)
         return GroupHead(
             uid=request.uid,
@@ -164,16 +207,28 @@ class Processes:
             lengths=lengths,
             longest=lengths,
             finish_reasons=("stop",) * request.n,
-            oldest_version=spans[0][1],
-            newest_version=spans[-1][1],
-            first_version=spans[0][1],
-            mean_version=total / (self.now - since),
+            oldest_version=min(versions),
+            newest_version=max(versions),
+            first_version=versions[0],
+            mean_version=sum(seconds * version for seconds, version in spans) / sum(seconds for seconds, _ in spans),
         )
 
     def cancel(self, worker: str, keys: Sequence[str]) -> None:
         """A worker ends these."""
         for key in keys:
             self.workers[worker].has.pop(key, None)
+
+    def hand_over(self, worker: str, keys: Sequence[str]) -> None:
+        """A worker stops these, and says what there is of them."""
+        at = self.workers[worker]
+        for key in keys:
+            work = at.has.get(key)
+            if work is None or at.dead or at.silent:
+                continue
+            del at.has[key]
+            done, request = self._done(at, work), work.request
+            lengths = np.array(self.truths.of(request.purpose, request.uid, request.n).lengths)
+            self.tell(worker, Partial(key, (lengths * min(done.seconds / done.of, 1.0)).astype(int), Handle(done)))
 
     def _beat(self, worker: Worker) -> None:
         if worker.dead or worker.silent or not worker.has:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from virtual_account import Broken, Line
 from virtual_checks import Checks, Watched
 from virtual_fleet import Fleet
 from virtual_plan import GREEDY, SAMPLING, Plan, Stream, plan_of, prompt_of
+from virtual_records import Broken, Line
 from virtual_time import END_S, members_of
 
 from rlhf_dist.errors import ActorTimeout

@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Sequence
 
-from virtual_account import Attempt, Broken, Line
 from virtual_checks import Checks, Watched
 from virtual_fleet import Fleet
 from virtual_plan import GREEDY, SAMPLING, Plan, Stream, plan_of, prompt_of
 from virtual_processes import BEAT_S
+from virtual_records import Attempt, Broken, Line
 
 from rlhf_dist.loop.events import (
     Asked,
@@ -23,6 +23,7 @@ from rlhf_dist.loop.events import (
     Compare,
     Event,
     Forget,
+    HandOver,
     Keep,
     KeepReference,
     Lost,
@@ -217,6 +218,8 @@ class World(Fleet):
                     self.post(command.worker, self.sample, command.worker, command.requests)
                 case Cancel():
                     self.post(command.worker, self.cancel, command.worker, command.keys)
+                case HandOver():
+                    self.post(command.worker, self.hand_over, command.worker, command.keys)
                 case Keep():
                     self.post("collator", self.keep, command.key)
                 case KeepReference():

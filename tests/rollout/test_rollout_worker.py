@@ -5,84 +5,29 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from pumping import answered, groups_of, pumped
-from sample_groups import SAMPLING, request_of
+from sample_groups import SAMPLING
 from small_tokenizers import small_tokenizer
+from stand_in_engine import Engine, asked, submit, talking, uids
 
 from rlhf_dist.config.schema import RolloutConfig
 from rlhf_dist.data.render import render
 from rlhf_dist.errors import EngineBroken
 from rlhf_dist.models.hf import load_tokenizer
-from rlhf_dist.rollout.trajectories import Response, Turn
 from rlhf_dist.rollout.vllm_engine import VllmEngine, decoded, sampling_params
-from rlhf_dist.rollout.worker import Cancel, RolloutWorker, Submit
-from rlhf_dist.types import Beat, Message, Prompt, Receipt, Request, Unanswered
+from rlhf_dist.rollout.worker import Cancel, RolloutWorker
+from rlhf_dist.types import Beat, Message, Receipt, Unanswered
 from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement
 
-
-class Engine:
-    """Answers each turn with its seed and the version as its only tokens: two a step, the newest first."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.turns: list[Turn] = []
-        self.under_way: list[Turn] = []
-        self.version = 0
-        self.fails: Exception | None = None
-        self.prepared: list[int] = []
-
-    def submit(self, turn: Turn) -> None:
-        assert turn.context, "an engine refuses a prompt without tokens"
-        assert turn.key not in {other.key for other in self.under_way}
-        self.turns.append(turn)
-        self.under_way.append(turn)
-
-    def step(self) -> list[Response]:
-        if self.fails is not None:
-            raise self.fails
-        ended, self.under_way = self.under_way[:-3:-1], self.under_way[:-2]
-        zero, version = np.zeros(1, np.float32), np.full(1, self.version, np.int32)
-        return [Response(turn.key, [turn.seed], zero, version, version, "stop", "a") for turn in ended]
-
-    def abort(self, keys: Iterable[str]) -> None:
-        gone = set(keys)
-        assert gone <= {turn.key for turn in self.turns}, "asked for at some time"
-        self.under_way = [turn for turn in self.under_way if turn.key not in gone]
-
-    def prepare_weights(self, announcement: Announcement) -> None:
-        self.prepared.append(announcement.version)
-
-    def load_weights(self, announcement: Announcement) -> Receipt:
-        if self.fails is not None:
-            raise self.fails
-        self.version = announcement.version
-        return Receipt("w", announcement.version, announcement.hashes, {"a": 4})
-
-
 ANNOUNCEMENT = Announcement(7, "unused", 0, make_plan([("a", (4,), "float32")], 8), ("hash",))
 LIMIT_S = 30.0
-
-
-def asked(*texts: str, n: int = 1) -> list[Request]:
-    prompts = [Prompt(f"0/{i}", (Message("user", text),), "", "test") for i, text in enumerate(texts)]
-    return [request_of(prompt, n) for prompt in prompts]
-
-
-def submit(*requests: Request) -> Submit:
-    return Submit(tuple(requests))
-
-
-def uids(events: Iterable[Any]) -> list[str]:
-    return [event.head.uid for event in answered(events)]
 
 
 @pytest.fixture
@@ -303,13 +248,6 @@ def test_on_a_cpu_no_prefill_is_cut_and_no_sequence_split(
         VllmEngine(tiny_model, RolloutConfig(), dtype="float32", device=device, threads=1, name="w", chat=True)
     assert started_with["enable_chunked_prefill"] is cut
     assert os.environ.get("VLLM_CPU_ATTN_SPLIT_KV") == split
-
-
-def talking(engine: Engine, limit: int) -> RolloutWorker:
-    """Every first response is answered by one more turn, through the tiny model's own template."""
-    return RolloutWorker(
-        "w", engine, chat=True, max_prompt_tokens=limit, observe=lambda _, said: "no" if len(said) == 1 else None
-    )
 
 
 def test_a_second_turn_goes_on_from_the_tokens_that_were_sampled(engine: Engine) -> None:

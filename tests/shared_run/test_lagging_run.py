@@ -54,7 +54,8 @@ def test_tokens_of_the_learners_own_weights_agree_and_older_ones_are_told_apart(
     """
     fresh = [line["rollout/logprob_diff_max"] for line in lagging.steps if "rollout/logprob_diff_max" in line]
     stale = [line["rollout/logprob_diff/lag_1"] for line in lagging.steps if "rollout/logprob_diff/lag_1" in line]
-    assert fresh and all(0 < value <= 1e-4 for value in fresh), fresh
+    # A step may have so few such tokens, where the learner was slow, that they agree to the last bit.
+    assert all(value <= 1e-4 for value in fresh) and max(fresh) > 0, fresh
     assert stale and max(stale) > 1e-3, stale
 
 

@@ -1,0 +1,94 @@
+"""A rollout worker over a stand-in engine: requests that it hands over, and those that it goes on with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pumping import answered, groups_of, pumped
+from stand_in_engine import Engine, asked, submit, talking, uids
+
+from rlhf_dist.models.hf import load_tokenizer
+from rlhf_dist.rollout.worker import HandOver, RolloutWorker
+from rlhf_dist.types import Handle, Partial, PartialLost, Request
+
+
+@pytest.fixture
+def engine(tiny_model: Path) -> Engine:
+    return Engine(load_tokenizer(tiny_model))
+
+
+@pytest.fixture
+def worker(engine: Engine) -> RolloutWorker:
+    return RolloutWorker("w", engine, chat=False, max_prompt_tokens=4)
+
+
+def handed_over(worker: RolloutWorker, *requests: Request) -> list[Partial]:
+    """After one step of these; the last message."""
+    worker.post(0, submit(*requests))
+    worker.turn()
+    worker.post(1, HandOver(tuple(request.key for request in requests)))
+    worker.turn()
+    return [event for event in worker.events(0) if isinstance(event, Partial)]
+
+
+def test_what_is_handed_over_ends_and_goes_on_elsewhere_with_all_that_was_sampled(
+    worker: RolloutWorker, engine: Engine
+) -> None:
+    """Two of its four samples are whole by then, and are not sampled again."""
+    (request,) = asked("abc", n=4)
+    (event,) = handed_over(worker, request)
+    assert (event.key, event.lengths.tolist()) == (request.key, [1, 1, 1, 1])
+    assert engine.under_way == [] and not worker._open
+    other = Engine(engine.tokenizer)
+    other.version = 5
+    second = RolloutWorker("v", other, chat=False, max_prompt_tokens=4)
+    found = pumped(second, submit(replace(request, part=1, begun=event.body)))
+    (answer,), (group,) = answered(found), groups_of(found)
+    assert answer.key == f"{request.key}+1"
+    assert answer.head.lengths.tolist() == [2, 2, 1, 1]
+    made = [sample.tokens[sample.loss_mask].tolist() for sample in group.trajectories]
+    assert [tokens[0] for tokens in made] == [0, 1, 2, 3], "what was sampled stays: sample i has the seed i here"
+    assert [sample.versions[sample.loss_mask].tolist() for sample in group.trajectories] == [[0, 5], [0, 5], [0], [0]]
+    assert (answer.head.oldest_version, answer.head.newest_version, answer.head.mean_version) == (0, 5, 10 / 6)
+    assert sorted(turn.key for turn in other.turns) == [f"{request.key}+1/0/0", f"{request.key}+1/1/0"]
+    assert group.request.begun is None, "whoever has the group does not keep what it came from"
+
+
+def test_what_is_answered_or_unknown_is_not_handed_over(worker: RolloutWorker) -> None:
+    first, second = asked("abc", "b", n=2)
+    worker.post(0, submit(first))
+    worker.turn()
+    worker.post(1, HandOver((first.key, second.key)))
+    worker.turn()
+    found = worker.events(0)
+    assert uids(found) == ["0/0"] and not [event for event in found if isinstance(event, Partial)]
+
+
+def test_what_was_sampled_is_fetched_before_the_pump_has_to_do_with_it(engine: Engine) -> None:
+    """And one that cannot be fetched is told of; others of its message are sampled."""
+    fetched: list[str] = []
+
+    def get(handle: Handle[Any]) -> None:
+        fetched.append(handle.place)
+
+    worker = RolloutWorker("w", engine, chat=False, max_prompt_tokens=4, get=get)
+    first, second = asked("abc", "b")
+    worker.post(0, submit(replace(first, part=1, begun=Handle("gone")), second))
+    assert fetched == ["gone"]
+    found = pumped(worker)
+    assert [event for event in found if isinstance(event, PartialLost)] == [PartialLost(f"{first.key}+1")]
+    assert uids(found) == ["0/1"] and worker._begun == {}
+
+
+def test_a_conversation_is_handed_over_in_its_second_turn(engine: Engine) -> None:
+    (request,) = asked("abc")
+    (event,) = handed_over(talking(engine, 64), request)
+    assert event.lengths.tolist() == [2]
+    other = Engine(engine.tokenizer)
+    (group,) = groups_of(pumped(talking(other, 64), submit(replace(request, part=1, begun=event.body))))
+    (turn,), (sample,) = other.turns, group.trajectories
+    assert list(turn.context) == list(engine.turns[-1].context) and turn.begun is not None
+    assert sample.texts == ("a", "no", "a") and sample.length == 3 and len(sample.segments) == 4
