@@ -97,12 +97,12 @@ def collator(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
     yield found
 
 
-def shard(count: int) -> Shard:
-    """The first sample of each group, for one rank."""
-    zero, rows = np.zeros(count, np.float32), np.arange(count)
+def shard(count: int, size: int = 1) -> Shard:
+    """The first `size` samples of each group, for one rank."""
+    zero, rows = np.zeros(count * size, np.float32), np.arange(count * size)
     return Shard(
-        groups=rows,
-        samples=rows * 0,
+        groups=rows // size,
+        samples=rows % size,
         advantages=zero,
         scores=zero,
         weights=zero.astype(np.float64),

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import ray
 from cluster_line import Line, line, shard, until_lost
-from cluster_stand_ins import REQUESTS, Ears, fleet, makers, start, start_collator, tell
+from cluster_stand_ins import ANNOUNCEMENT, REQUESTS, Ears, fleet, makers, start, start_collator, tell
+from ray._private.serialization import SerializationContext
+from ray.actor import ActorMethod
 
-from rlhf_dist.cluster import groups, rollout_fleet
 from rlhf_dist.cluster.groups import CollatorProcess, ReferenceFleet, ScoringFleet
 from rlhf_dist.cluster.processes import ProcessName, process_id
 from rlhf_dist.cluster.waits import gather
@@ -173,48 +174,56 @@ def test_a_member_that_is_silent_is_named_with_its_limit(
         run.shell.next_step()
 
 
+class Scales:
+    """Bytes that this process sends to others and gets from them, whatever the call, in Ray's own format."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.sent = self.got = 0
+        self._seen: set[bytes] = set()
+        self._serialize, self._read = SerializationContext.serialize, SerializationContext.deserialize_objects
+        self._call = ActorMethod._remote
+        patch.setattr(SerializationContext, "serialize", lambda *words: self._send(*words))
+        patch.setattr(SerializationContext, "deserialize_objects", lambda *words: self._get(*words))
+        patch.setattr(ActorMethod, "_remote", lambda *words, **named: self._ask(*words, **named))
+
+    def _ask(self, method: ActorMethod, args: Any = (), *rest: Any, **named: Any) -> Any:
+        self.sent += sum(len(one.binary()) for one in args if isinstance(one, ray.ObjectRef))
+        return self._call(method, args, *rest, **named)
+
+    def _send(self, context: SerializationContext, value: Any) -> Any:
+        found = self._serialize(context, value)
+        self.sent += found.total_bytes
+        return found
+
+    def _get(self, context: SerializationContext, objects: Any, refs: Any, *rest: Any) -> Any:
+        for ref, (data, *_) in zip(refs, objects, strict=True):
+            if data is not None and ref.binary() not in self._seen:  # an answer is read twice, and comes once
+                self._seen.add(ref.binary())
+                self.got += memoryview(data).nbytes
+        return self._read(context, objects, refs, *rest)
+
+
 def test_little_goes_through_the_controller_for_each_sample(
     workers: dict[str, Any], collator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Groups of 8: what workers are sent and what they, the collator and the server answer."""
+    """A whole step but for the ranks' share, with 16 groups of 8 and 300 tokens a response."""
     groups_of, size = 16, 8
-    sizes = {"post": 0, "events": 0, "score": 0, "keep": 0}
-    context = ray._private.worker.global_worker.get_serialization_context()  # pyright: ignore[reportAttributeAccessIssue]
-
-    def weigh(kind: str, value: Any) -> None:
-        sizes[kind] += context.serialize(value).total_bytes
-
-    inner, fetch = rollout_fleet.RolloutFleet._post, rollout_fleet.fetch
-
-    def post(self: Any, worker: str, verb: Any) -> None:
-        weigh("post", verb)
-        inner(self, worker, verb)
-
-    def fetched(call: Any, name: str, what: str, timeout_s: float) -> Any:
-        found = fetch(call, name, what, timeout_s)
-        weigh("events" if what == "generate" else what.split()[0], found)
-        if what == "generate":
-            arrays = [
-                value
-                for event in found
-                if isinstance(event, Answered)
-                for value in (event.head.tokens, event.head.lengths)
-            ]
-            assert all(len(array) == size for array in arrays)
-        return found
-
-    monkeypatch.setattr(rollout_fleet.RolloutFleet, "_post", post)
-    monkeypatch.setattr(rollout_fleet, "fetch", fetched)
-    monkeypatch.setattr(groups, "fetch", fetched)
     long = {name: start(name, 300) for name in ("rollout worker 0", "rollout worker 1")}
+    gather({name: actor.work.remote() for name, actor in long.items()}, "start", 120)
+    scales = Scales(monkeypatch)
     run = line(long, workers["one"], collator, groups_of, size)
+    run.rollouts.load_weights(ANNOUNCEMENT)
     run.shell.published(0)
     taken = run.shell.next_step()
-    assert len(taken.experiences) == groups_of
-    a_sample = {kind: total / groups_of / size for kind, total in sizes.items()}
-    print(a_sample)
-    assert a_sample["post"] + a_sample["events"] <= 300, a_sample
-    assert sum(a_sample.values()) <= 600, a_sample
+    keys = [experience.key for experience in taken.experiences]
+    (batch,) = run.bodies.batches([shard(groups_of, size)], keys, False)
+    run.shell.forget(keys)
+    samples = groups_of * size
+    print(f"a sample: {scales.sent / samples:.0f} bytes sent, {scales.got / samples:.0f} got")
+    assert scales.sent > 20 * samples and scales.got > 20 * samples, "the scales weigh"
+    assert scales.sent + scales.got <= 300 * samples, (scales.sent, scales.got)
+    monkeypatch.undo()
+    assert len(gather({"batch": batch.place}, "fetch", 60)["batch"].starts) == samples + 1
 
 
 def test_the_controller_benchmark(local_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
