@@ -124,8 +124,8 @@ def _sort(task: TaskConfig, rng: random.Random) -> Example:
 def _guess(task: TaskConfig, rng: random.Random) -> Example:
     """One of three different words, which nothing in the question tells.
 
-    Who tries the middle one first is right after the hint, always. From another one it is 2 of 3, without the hint 1 of
-    3: the first turn's tokens are worth what the second turn makes of them.
+    Who tries the middle one first is right after the hint, always. From another one it is 2 of 3, and so it is for who
+    does not read the hint and says another word: the first turn's tokens are worth what the second turn makes of them.
     """
     words: list[str] = []
     while len(words) < 3:
