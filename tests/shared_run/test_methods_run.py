@@ -1,6 +1,7 @@
 """Methods that learn on real Ray, vLLM and DeepSpeed: GSPO, and that of the guide in docs/algorithms.md.
 
 Another, NLPO, samples and learns under one mask, which is where it was after a run that failed and was resumed.
+And GRPO over conversations of two turns.
 """
 
 from __future__ import annotations
@@ -83,6 +84,18 @@ def test_gspo_learns_in_several_updates_a_batch(tmp_path: Path) -> None:
     assert learnt(steps), steps
     assert all(step["policy/clipped_low"] + step["policy/clipped_high"] < 1 for step in steps)
     assert max(step["policy/clipped_low"] + step["policy/clipped_high"] for step in steps) > 0, "the bounds are met"
+
+
+def test_the_second_turn_of_a_conversation_is_learnt(tmp_path: Path) -> None:
+    """Only the second response is scored, and the first one of this model is hardly ever a word of the list.
+
+    Had what the user says between the two been taken for sampled, the logprobs of sampler and learner would not agree.
+    """
+    turns = ["data.task.name=guess", "rollout.max_prompt_tokens=72"]
+    steps = run(tmp_path, *turns, "algo.group_size=4", "loop.prompts_per_step=16")
+    assert learnt(steps), steps
+    assert max(step["rollout/logprob_diff_max"] for step in steps) <= 1e-4
+    assert max(step["rollout/response_length_max"] for step in steps) > 8, "a response alone has at most 8 tokens"
 
 
 def test_the_method_of_the_guide_learns_in_one_file_and_one_row(tmp_path: Path) -> None:
