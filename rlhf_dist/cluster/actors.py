@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ CLOSE_LIMIT_S = 10.0
 STOP_LIMIT_S = 0.5
 """The same when the command was stopped: who waits at the keyboard waits for nobody that is busy."""
 PARTIAL_LIMIT_S = 10.0
-"""For a rollout worker to get what another has handed over; then it is begun again."""
+"""For a rollout worker to get all that a message says others have handed over; what is missing is begun again."""
 WORKER_THREADS = 4
 """Of a rollout worker: who asks for events, who loads weights, who brings messages, and one to spare."""
 SERVER_THREADS = 64
@@ -60,9 +61,24 @@ def make_rollout_worker(spec: ActorSpec) -> Any:
         chat=config.data.chat,
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         keep=lambda group: Handle(ray.put(group)),
-        get=lambda handle: fetched(handle.place, PARTIAL_LIMIT_S),
+        get=lambda handles: fetched([handle.place for handle in handles], PARTIAL_LIMIT_S),
         observe=TASKS[config.data.task.name].observe if config.data.source == "task" else nothing_more,
     )
+
+
+def pump(spec: ActorSpec, made: Future[Any]) -> None:
+    """Body of the thread that makes an engine, and pumps it.
+
+    OpenMP keeps the helpers of every thread that has computed with some, and lets none spin once there are more
+    threads than CPUs. An engine that was made in another thread than the pump's decoded a third slower.
+    """
+    try:
+        worker = make_rollout_worker(spec)
+    except BaseException as error:  # whatever it is, who starts the process has to hear of it
+        made.set_exception(error)
+        return
+    made.set_result(worker)
+    worker.run()
 
 
 class RolloutHost:
@@ -70,8 +86,9 @@ class RolloutHost:
 
     def __init__(self, spec: ActorSpec) -> None:
         enter(spec)
-        self._worker = make_rollout_worker(spec)
-        threading.Thread(target=self._worker.run, daemon=True, name="pump").start()
+        made: Future[Any] = Future()
+        threading.Thread(target=pump, args=(spec, made), daemon=True, name="pump").start()
+        self._worker = made.result()  # who starts the process has the limit
 
     @ray.method(num_returns=0)
     def post(self, number: int, verb: Any) -> None:

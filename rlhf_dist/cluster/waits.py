@@ -6,7 +6,7 @@ A time in which this process itself was stopped (Ctrl-Z, a suspended laptop) doe
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ from rlhf_dist.telemetry.timeline import Patience
 
 BLAME_LIMIT_S = 3.0
 """How long a failure waits for a death that may be its cause."""
+COPY_LIMIT_S = 1.0
+"""To read an object that is already on this node."""
 
 
 class Wait(Protocol):
@@ -93,10 +95,15 @@ def fetch(call: Any, name: str, what: str, timeout_s: float) -> Any:
         raise kind(f"the answer of {name} to '{what}' is lost: {type(error).__name__}: {error}") from None
 
 
-def fetched(place: Any, limit_s: float) -> Any | None:
-    """A copy of what another process has put into the object store; None where that is lost, or does not come."""
+def fetched(places: Sequence[Any], limit_s: float) -> list[Any | None]:
+    """Copies of what others have put into the object store; None for what is lost, or has not come in `limit_s`."""
+    come = set(ray.wait(list(places), num_returns=len(places), timeout=limit_s)[0])
+    return [_copy(place) if place in come else None for place in places]
+
+
+def _copy(place: Any) -> Any | None:
     try:
-        return copy.deepcopy(ray.get(place, timeout=limit_s))
+        return copy.deepcopy(ray.get(place, timeout=COPY_LIMIT_S))
     except ray.exceptions.RayError:
         return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -156,7 +157,9 @@ class VllmEngine:
         """See `worker.Engine`. With `recompute` nothing is prepared: computing keys and values again takes longer
         than a load, and spare weights take as much memory as the weights."""
         if self._can_exchange and self.kv_after_push == "keep":
-            self._weights.prepare(announcement)
+            # In a thread that ends: OpenMP would keep helpers for one that stays, and let the engine's spin no more.
+            with ThreadPoolExecutor(1, "prepare") as once:
+                once.submit(self._weights.prepare, announcement).result()
 
     def load_weights(self, announcement: Announcement) -> Receipt:
         """Load a published version into every process of the engine, and say what it holds."""

@@ -113,10 +113,10 @@ class RolloutWorker:
         chat: bool,
         max_prompt_tokens: int,
         keep: Callable[[Group], Handle[Group]] = Handle,
-        get: Callable[[Handle[Group]], Group | None] = lambda handle: handle.place,
+        get: Callable[[Sequence[Handle[Group]]], list[Group | None]] = lambda handles: [h.place for h in handles],
         observe: Observe = nothing_more,
     ) -> None:
-        """`keep` puts a group where others find it by the handle, and `get` finds it, if it is not lost.
+        """`keep` puts a group where others find it by the handle; `get` finds those that are not lost, within a limit.
 
         `observe`: what is said to a response.
         """
@@ -145,10 +145,11 @@ class RolloutWorker:
         What another worker handed over is fetched here, so that the pump goes on meanwhile.
         """
         requests = verb.requests if isinstance(verb, Submit) else ()
-        begun = {request.key: self._get(request.begun) for request in requests if request.begun is not None}
+        begun = {request.key: request.begun for request in requests if request.begun is not None}
+        found = self._get(list(begun.values())) if begun else []
         with self._changed:
             self._posted[number] = verb
-            self._begun |= begun
+            self._begun |= dict(zip(begun, found, strict=True))
         self._inbox.put(None)
 
     def load_weights(self, announcement: Announcement) -> Receipt:

@@ -129,7 +129,7 @@ class Stand:
             chat=False,
             max_prompt_tokens=LONG - 1,
             keep=lambda group: Handle(ray.put(group)),
-            get=lambda handle: fetched(handle.place, 10.0),
+            get=lambda handles: fetched([handle.place for handle in handles], 10.0),
         )
         threading.Thread(target=self._worker.run, daemon=True).start()
 

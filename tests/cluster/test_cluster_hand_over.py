@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import ray
 from cluster_line import line, shard, until_lost
 from cluster_stand_ins import ANNOUNCEMENT, REQUESTS, Ears, fleet, makers, start, tell
 
-from rlhf_dist.cluster.waits import gather
+from rlhf_dist.cluster.waits import fetched, gather
 from rlhf_dist.types import Answered, Partial, PartialLost
 
 workers, collator = cluster_stand_ins.workers, cluster_line.collator
@@ -53,6 +54,16 @@ def test_groups_of_a_worker_that_missed_a_push_go_on_with_another_and_are_traine
     assert sampled == list(range(sampled[0], sampled[0] + tokens)), "none is sampled again, and none is left out"
     assert row.cache_versions.tolist() == [0] * half + [1] * half
     run.shell.forget([found.key])
+
+
+@pytest.mark.usefixtures("workers")
+def test_what_others_have_handed_over_is_fetched_within_one_limit() -> None:
+    """Four that do not come take 2 s, not 2 s each; and one is there."""
+    silent = start("silent")
+    late = [silent.events.remote(60.0) for _ in range(4)]
+    begun = time.monotonic()
+    assert fetched([*late, ray.put("there")], 2.0) == [None] * 4 + ["there"]
+    assert time.monotonic() - begun < 6.0
 
 
 @pytest.mark.parametrize(("tokens", "lost"), [(4, False), (60_000, False), (60_000, True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,18 +69,21 @@ def test_what_is_answered_or_unknown_is_not_handed_over(worker: RolloutWorker) -
 
 
 def test_what_was_sampled_is_fetched_before_the_pump_has_to_do_with_it(engine: Engine) -> None:
-    """And one that cannot be fetched is told of; others of its message are sampled."""
-    fetched: list[str] = []
+    """In one call, which has one limit. Those that cannot be fetched are told of; others of the message are sampled."""
+    fetched: list[list[str]] = []
 
-    def get(handle: Handle[Any]) -> None:
-        fetched.append(handle.place)
+    def get(handles: Sequence[Handle[Any]]) -> list[None]:
+        fetched.append([handle.place for handle in handles])
+        return [None] * len(handles)
 
     worker = RolloutWorker("w", engine, chat=False, max_prompt_tokens=4, get=get)
-    first, second = asked("abc", "b")
-    worker.post(0, submit(replace(first, part=1, begun=Handle("gone")), second))
-    assert fetched == ["gone"]
+    first, second, third = asked("abc", "b", "ab")
+    gone, late = (replace(r, part=1, begun=Handle(place)) for r, place in ((first, "gone"), (third, "late")))
+    worker.post(0, submit(gone, second, late))
+    assert fetched == [["gone", "late"]]
     found = pumped(worker)
-    assert [event for event in found if isinstance(event, PartialLost)] == [PartialLost(f"{first.key}+1")]
+    lost = [event for event in found if isinstance(event, PartialLost)]
+    assert lost == [PartialLost(f"{first.key}+1"), PartialLost(f"{third.key}+1")]
     assert uids(found) == ["0/1"] and worker._begun == {}
 
 
