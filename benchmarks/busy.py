@@ -26,6 +26,7 @@ TARGET_RATIO = 2.0
 SETTINGS: Mapping[str, Mapping[str, str]] = {
     "OpenMP's own": {},
     "spin 10000": {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"},
+    "spin 2000": {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"},
     "spin 1000": {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
 }

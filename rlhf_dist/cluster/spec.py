@@ -60,6 +60,6 @@ def environment(spec: ActorSpec) -> dict[str, str]:
     if spec.device == "cpu":
         # Threads that wait for each other spin for microseconds, then sleep. Sleeping at once makes decoding slower;
         # spinning for longer takes the core from the thread that is waited for, where others use the cores too.
-        variables["GOMP_SPINCOUNT"] = "3000"
+        variables["GOMP_SPINCOUNT"] = "2000"
         variables["KMP_BLOCKTIME"] = "1"
     return variables
