@@ -8,7 +8,6 @@ step ends when its groups are taken. The driver's CPU time is that of all of its
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
@@ -203,8 +202,7 @@ def summary(runs: Sequence[Run], sizes: Mapping[str, Sequence[int]], samples: in
     for workers in dict.fromkeys(run.workers for run in runs):
         same = [run for run in runs if run.workers == workers]
         middle = sorted(same, key=lambda run: run.cpu_us)[len(same) // 2]
-        calls = statistics.median(run.cpu_us / run.bare_us for run in same)
-        lines.append(asdict(middle) | {"calls": calls, "spread_us": [run.cpu_us for run in same]})
+        lines.append(asdict(middle) | {"calls": middle.cpu_us / middle.bare_us, "spread_us": [r.cpu_us for r in same]})
     growth = lines[-1]["calls"] / lines[0]["calls"]
     messages = {kind: {"sample": sum(found) / samples, "largest": max(found)} for kind, found in sizes.items()}
     total = sum(kind["sample"] for kind in messages.values())

@@ -15,8 +15,8 @@ from rlhf_dist.errors import InputError
 
 
 def test_figures_by_hand() -> None:
-    """The middle of three runs counts; 100 samples were sent 1,000 bytes and answered 20,000."""
-    runs = [bench.Run(1, 400.0, 100.0, 900.0), bench.Run(256, 660.0, 110.0, 990.0)]
+    """The middle of three runs counts, with its own bare call; 100 samples were sent 1,000 bytes, answered 20,000."""
+    runs = [bench.Run(1, 400.0, 40.0, 900.0), bench.Run(256, 660.0, 110.0, 990.0)]
     runs += [bench.Run(1, 500.0, 100.0, 900.0), bench.Run(256, 500.0, 100.0, 990.0)]
     runs += [bench.Run(1, 900.0, 150.0, 900.0), bench.Run(256, 560.0, 100.0, 990.0)]
     found = bench.summary(runs, {"post": [400, 600], "events": [20_000]}, samples=100)

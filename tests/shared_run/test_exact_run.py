@@ -118,9 +118,10 @@ def states(run: Path) -> list[tuple[str, int]]:
 
 
 def in_the_middle(run: Path) -> bool:
-    """Whether the last step is sampling: of its groups one is done, and others are not."""
+    """Whether the last step is sampling: of its groups one is done, and others are not; its checkpoint is written."""
     found = [state for state, version in states(run) if version == STEPS - 1]
-    return "issued" in found and len(set(found)) > 1
+    written = (run / "checkpoints" / f"step-{STEPS - 1}").exists()
+    return written and "issued" in found and len(set(found)) > 1
 
 
 def begun(run: Path) -> bool:
