@@ -155,8 +155,7 @@ def describe(placement: Placement, config: Config, command: Command) -> list[str
             f"learner: {who}, each {_share(p.learner_threads, p.learner_gpus, p.learner_num_cpus, p.learner_num_gpus)}"
         )
     if p.rollout_workers and p.learner_ranks:
-        turns = "take turns on the same devices" if config.cluster.colocate else "have devices of their own"
-        lines.append(f"rollout and learner {turns}; scoring takes no CPU in Ray's books")
+        lines.append(f"rollout and learner {_halves(config)}; scoring takes no CPU in Ray's books")
     if p.rollout_workers:
         servers = _count(config.scoring.replicas, "scoring server")
         if config.reference.replicas and command == "train":
@@ -169,6 +168,15 @@ def describe(placement: Placement, config: Config, command: Command) -> list[str
     if command != "eval":
         lines.append(f"run directory: {config.output}/{config.name}")
     return lines
+
+
+def _halves(config: Config) -> str:
+    """Where and when the two work."""
+    lag, own = config.loop.max_policy_lag, "have devices of their own"
+    if lag == 0:
+        return "take turns on the same devices" if config.cluster.colocate else f"{own}, and take turns"
+    ago = _count(lag, "version")
+    return f"{'share the devices' if config.cluster.colocate else own}, and work at once, on tokens at most {ago} old"
 
 
 def _train_lines(config: Config) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from rlhf_dist.errors import RunError
 from rlhf_dist.learner.rank_batch import RankBatch, rank_batch
 from rlhf_dist.learner.shard import Shard
-from rlhf_dist.types import Group
+from rlhf_dist.types import Group, Trajectory
 
 
 class Collator:
@@ -35,8 +35,8 @@ class Collator:
             self._references.pop(key, None)
 
     def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
-        """The last responses of each group."""
-        return [tuple(sample.texts[-1] for sample in self._groups[key].trajectories) for key in keys]
+        """Each group's samples, to be read by people."""
+        return [tuple(readable(sample) for sample in self._groups[key].trajectories) for key in keys]
 
     def batches(self, shards: Sequence[Shard], keys: Sequence[str], compared: bool) -> list[RankBatch]:
         """One for each rank, of a step that is made of these groups; `compared`: with the reference's logprobs.
@@ -49,3 +49,12 @@ class Collator:
             raise RunError(f"the reference's logprobs of {', '.join(lost)} were lost with the server that made them")
         references = [self._references[key] for key in keys] if compared else []
         return [rank_batch(shard, groups, references) for shard in shards]
+
+
+def readable(sample: Trajectory) -> str:
+    """The response; of a conversation all that was said after the prompt, a line each, with whose words they are."""
+    if len(sample.texts) == 1:
+        return sample.texts[0]
+    return "\n".join(
+        f"[{segment.role}] {text}" for segment, text in zip(sample.segments[1:], sample.texts, strict=True)
+    )

@@ -97,7 +97,7 @@ class Bodies(Protocol):
         ...
 
     def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
-        """The last responses of each group, to be shown."""
+        """Each group's samples, to be read by people: the response, or all turns of a conversation."""
         ...
 
     def batches(self, shards: Sequence[Shard], keys: Sequence[str], compared: bool) -> Sequence[Handle[RankBatch]]:

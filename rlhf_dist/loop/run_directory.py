@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.errors import ConfigError, DataError, DiskError, ResourceError
-from rlhf_dist.loop.run_lock import LOCK_FILE, refuse_links, require_place, take_lock
+from rlhf_dist.loop.run_lock import LOCK_FILE, looked_at, refuse_links, require_place, take_lock
 from rlhf_dist.loop.saved_config import require_same_config
 from rlhf_dist.models.checkpoints import (
     CHECKPOINT_PREFIX,
@@ -211,6 +211,9 @@ def _make(path: Path, config_text: str) -> RunDirectory:
         if not path.exists():
             raise ConfigError(f"output: {path.parent} is a file, not a directory; give another output=") from None
         if not never_began(path):
+            if (path / LOCK_FILE).is_file():
+                with looked_at(path):  # one that is under way cannot be continued
+                    pass
             raise ConfigError(f"{path}: this run exists; continue it with --resume, or give another name=") from None
         refuse_links(path)
         return _fill(path, config_text)

@@ -111,7 +111,7 @@ class Shell:
         self._actors.bodies.forget(keys)
 
     def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
-        """The last responses of each group."""
+        """See `Bodies.texts`."""
         return self._actors.bodies.texts(keys) if keys else []
 
     def finish(self) -> None:

@@ -225,6 +225,21 @@ def test_describe_does_the_arithmetic() -> None:
     assert "runs/run" in text
 
 
+@pytest.mark.parametrize(
+    ("colocate", "lag", "said"),
+    [
+        (True, 0, "rollout and learner take turns on the same devices;"),
+        (False, 0, "rollout and learner have devices of their own, and take turns;"),
+        (True, 3, "rollout and learner share the devices, and work at once, on tokens at most 3 versions old;"),
+        (False, 1, "rollout and learner have devices of their own, and work at once, on tokens at most 1 version old;"),
+    ],
+)
+def test_describe_says_whether_the_halves_work_at_once(colocate: bool, lag: int, said: str) -> None:
+    wanted = config(colocate=colocate)
+    wanted = dataclasses.replace(wanted, loop=dataclasses.replace(wanted.loop, max_policy_lag=lag))
+    assert said in "\n".join(lines(wanted, Machine(2, 0), "train"))
+
+
 def test_describe_leaves_out_what_the_command_has_not() -> None:
     sft = "\n".join(describe(place(config(), Machine(2, 0), "sft"), Config(), "sft"))
     evaluation = "\n".join(describe(place(config(), Machine(2, 0), "eval"), Config(), "eval"))

@@ -26,8 +26,11 @@ def test_each_rank_gets_its_rows_of_the_groups_in_their_order() -> None:
     assert [len(batch.reference) for batch in found] == [0, 0]
 
 
-def test_the_last_response_of_each_sample_is_shown() -> None:
-    assert collator().texts(["b", "a"]) == [("last",), ("five", "six")]
+CONVERSATION_TEXT = "[assistant] first\n[user] what it read\n[assistant] last"
+
+
+def test_responses_and_whole_conversations_are_shown() -> None:
+    assert collator().texts(["b", "a"]) == [(CONVERSATION_TEXT,), ("five", "six")]
 
 
 def test_reference_logprobs_that_never_came_are_told_of() -> None:
@@ -45,7 +48,7 @@ def test_what_nobody_needs_is_gone_and_a_late_reference_does_not_bring_it_back()
     found.keep_reference("a", np.zeros(3, np.float32))
     with pytest.raises(KeyError):
         found.texts(["a"])
-    assert found.texts(["b"]) == [("last",)]
+    assert found.texts(["b"]) == [(CONVERSATION_TEXT,)]
     found.keep("a", GROUP)
     with pytest.raises(RunError, match="of a were lost"):
         found.batches([shard([(0, 0)])], ["a"], compared=True)

@@ -55,6 +55,15 @@ def test_an_existing_run_is_refused_with_both_ways_out(tmp_path: Path) -> None:
         make(tmp_path)
 
 
+def test_a_run_that_is_under_way_is_not_said_to_be_continued(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.metrics.write_text('{"step": 0}\n')
+    with pytest.raises(
+        ConfigError, match=rf"runs/my/run: process {os.getpid()} is using this run; wait for it, or give"
+    ):
+        make(tmp_path)
+
+
 def test_a_directory_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "runs" / "my" / "run").mkdir(parents=True)
     with pytest.raises(ConfigError, match="this run exists"):
