@@ -6,19 +6,27 @@ import argparse
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 from _canonical import require_overrides
 from step import HERE, at_least
 
 from rlhf_dist.cli.arguments import Parser
+from rlhf_dist.errors import ConfigError
 
 
 def canonical_arguments(
-    argv: Sequence[str], name: str, description: str, numbers: Mapping[str, tuple[int, int, str]], flag: str = ""
+    argv: Sequence[str],
+    name: str,
+    description: str,
+    numbers: Mapping[str, tuple[int, int, str]],
+    flag: str = "",
+    own: Mapping[str, str] = MappingProxyType({}),
 ) -> argparse.Namespace:
     """`rlhf-dist bench NAME [--OPTION N] ... [--out FILE] [key=value ...]`. Raises `InputError`.
 
     `numbers`: option -> (lowest, by default, what it is). `flag`: one that is set or not, as `option: what it is`.
+    `own`: key that the benchmark sets itself -> what is to be done instead.
     """
     option, _, what = flag.partition(": ")
     shown = [f"[--{option}]"] if flag else []
@@ -38,4 +46,8 @@ def canonical_arguments(
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"{name}-{stamp}.json", help="JSON to write")
     args = parser.parse_intermixed_args(list(argv))
     require_overrides(args.words)
+    for word in args.words:
+        key = word.split("=", 1)[0]
+        if key in own:
+            raise ConfigError(f"{word}: this benchmark sets {key} itself; {own[key]}")
     return args

@@ -63,6 +63,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             "warmup": (0, 2, "steps before them that do not count"),
             "runs": (1, 2, "rounds of all runs"),
         },
+        own={
+            "loop.max_policy_lag": "use --lag",
+            "algo.ratio_to": "it is behaviour at once",
+            "cluster.colocate": "each half has its own cores where it is measured",
+        },
     )
 
 

@@ -78,6 +78,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             "warmup": (0, 2, "steps before them that do not count"),
             "runs": (1, 1, "rounds of all"),
         },
+        own={"model.dtype": "it measures both types", "learner.zero_stage": "it follows from the type"},
     )
 
 

@@ -84,6 +84,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             "steps": (1, 4, "steps shown"),
             "warmup": (1, 2, "steps before them"),
         },
+        own={
+            "loop.max_policy_lag": "use --lag",
+            "algo.ratio_to": "it is behaviour at once",
+            "cluster.colocate": "each half has its own cores where it is measured",
+        },
     )
 
 

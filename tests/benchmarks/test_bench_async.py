@@ -43,7 +43,14 @@ def test_a_run_counts_by_all_its_time_and_a_side_by_its_median_run() -> None:
     assert side["runs"] == [5.5, 10.0, 30.0] and side["tokens_per_s"] == 10.0
 
 
-@pytest.mark.parametrize(("words", "match"), [(["--lag", "0"], "1 or more"), (["grpo.yaml"], "not of the form")])
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--lag", "0"], "1 or more"),
+        (["grpo.yaml"], "not of the form"),
+        (["loop.max_policy_lag=2"], "sets loop.max_policy_lag itself; use --lag"),
+    ],
+)
 def test_wrong_words_are_refused(words: list[str], match: str) -> None:
     with pytest.raises(InputError, match=match):
         bench.parse(words)

@@ -32,7 +32,14 @@ def test_figures_by_hand() -> None:
     assert "ours 1.70 (at least 1.8 asked), the limit's own 2.00" in bench.table(found)
 
 
-@pytest.mark.parametrize(("words", "match"), [(["--runs", "0"], "1 or more"), (["grpo.yaml"], "not of the form")])
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--runs", "0"], "1 or more"),
+        (["grpo.yaml"], "not of the form"),
+        (["model.dtype=float32"], "sets model.dtype itself; it measures both"),
+    ],
+)
 def test_wrong_words_are_refused(words: list[str], match: str) -> None:
     with pytest.raises(InputError, match=match):
         bench.parse(words)

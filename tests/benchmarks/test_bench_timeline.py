@@ -29,7 +29,14 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     assert (tmp_path / "found.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize(("words", "match"), [(["--lag", "0"], "1 or more"), (["grpo.yaml"], "not of the form")])
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--lag", "0"], "1 or more"),
+        (["grpo.yaml"], "not of the form"),
+        (["algo.ratio_to=proximal"], "sets algo.ratio_to itself; it is behaviour"),
+    ],
+)
 def test_wrong_words_are_refused(words: list[str], match: str) -> None:
     with pytest.raises(InputError, match=match):
         bench.parse(words)
