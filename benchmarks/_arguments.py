@@ -14,6 +14,15 @@ from step import HERE, at_least
 from rlhf_dist.cli.arguments import Parser
 from rlhf_dist.errors import ConfigError
 
+BOTH_HALVES = MappingProxyType(
+    {
+        "loop.max_policy_lag": "use --lag",
+        "algo.ratio_to": "take it out; the run at once has behaviour",
+        "cluster.colocate": "take it out; each half has its own cores in both runs",
+    }
+)
+"""What benchmarks set that run both halves at once and in turn -> what is to be done instead."""
+
 
 def canonical_arguments(
     argv: Sequence[str],
@@ -49,5 +58,5 @@ def canonical_arguments(
     for word in args.words:
         key = word.split("=", 1)[0]
         if key in own:
-            raise ConfigError(f"{word}: this benchmark sets {key} itself; {own[key]}")
+            raise ConfigError(f"{word}: the benchmark sets {key} itself; {own[key]}")
     return args

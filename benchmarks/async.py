@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from _arguments import canonical_arguments
+from _arguments import BOTH_HALVES, canonical_arguments
 from _canonical import canonical_config, write_config
 from step import HERE, Step, machine_facts, run_ours, run_process, save, work_folder
 
@@ -63,11 +63,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             "warmup": (0, 2, "steps before them that do not count"),
             "runs": (1, 2, "rounds of all runs"),
         },
-        own={
-            "loop.max_policy_lag": "use --lag",
-            "algo.ratio_to": "it is behaviour at once",
-            "cluster.colocate": "each half has its own cores where it is measured",
-        },
+        own=BOTH_HALVES,
     )
 
 

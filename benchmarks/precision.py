@@ -78,7 +78,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             "warmup": (0, 2, "steps before them that do not count"),
             "runs": (1, 1, "rounds of all"),
         },
-        own={"model.dtype": "it measures both types", "learner.zero_stage": "it follows from the type"},
+        own={
+            "model.dtype": "take it out; both types are measured",
+            "learner.zero_stage": "take it out; the type decides",
+        },
     )
 
 

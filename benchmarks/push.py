@@ -55,7 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             "requests": (1, 64, "under way at each push"),
             "pushes": (1, 10, "measured with each setting"),
         },
-        own={"rollout.kv_after_push": "it measures both settings"},
+        own={"rollout.kv_after_push": "take it out; both settings are measured"},
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _arguments import canonical_arguments
+from _arguments import BOTH_HALVES, canonical_arguments
 from _canonical import canonical_config, write_config
 from _processes import processes, started
 from step import HERE, machine_facts, run_process, save, work_folder
@@ -84,11 +84,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             "steps": (1, 4, "steps shown"),
             "warmup": (1, 2, "steps before them"),
         },
-        own={
-            "loop.max_policy_lag": "use --lag",
-            "algo.ratio_to": "it is behaviour at once",
-            "cluster.colocate": "each half has its own cores where it is measured",
-        },
+        own=BOTH_HALVES,
     )
 
 

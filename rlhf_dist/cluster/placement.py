@@ -215,7 +215,7 @@ def _reward_lines(config: Config) -> list[str]:
 def _share(threads: int, gpus: int, num_cpus: float, num_gpus: float) -> str:
     devices = _count(threads, "CPU thread") + (f" and {_count(gpus, 'GPU')}" if gpus else "")
     booked = f"{num_cpus:g} CPU" + (f", {num_gpus:g} GPU" if gpus else "")
-    why = "they take turns, so each books half in Ray" if num_cpus < threads else "Ray"
+    why = "shared, so each books half in Ray" if num_cpus < threads else "Ray"
     return f"{devices} ({why}: {booked})"
 
 

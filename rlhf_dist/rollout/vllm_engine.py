@@ -158,6 +158,7 @@ class VllmEngine:
         than a load, and spare weights take as much memory as the weights."""
         if self._can_exchange and self.kv_after_push == "keep":
             # In a thread that ends: OpenMP would keep helpers for one that stays, and let the engine's spin no more.
+            # Like a plain call: whoever asked for the load has the limit.
             with ThreadPoolExecutor(1, "prepare") as once:
                 once.submit(self._weights.prepare, announcement).result()
 

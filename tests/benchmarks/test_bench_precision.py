@@ -37,7 +37,7 @@ def test_figures_by_hand() -> None:
     [
         (["--runs", "0"], "1 or more"),
         (["grpo.yaml"], "not of the form"),
-        (["model.dtype=float32"], "sets model.dtype itself; it measures both"),
+        (["model.dtype=float32"], "sets model.dtype itself; take it out; both types"),
     ],
 )
 def test_wrong_words_are_refused(words: list[str], match: str) -> None:

@@ -59,5 +59,5 @@ def test_wrong_words_are_refused() -> None:
         bench.parse(["--requests", "0"])
     with pytest.raises(InputError, match="not of the form"):
         bench.parse(["grpo.yaml"])
-    with pytest.raises(InputError, match=r"rollout\.kv_after_push=keep: .* itself; it measures both settings"):
+    with pytest.raises(InputError, match=r"rollout\.kv_after_push=keep: .* itself; take it out"):
         bench.parse(["rollout.kv_after_push=keep"])

@@ -34,7 +34,7 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     [
         (["--lag", "0"], "1 or more"),
         (["grpo.yaml"], "not of the form"),
-        (["algo.ratio_to=proximal"], "sets algo.ratio_to itself; it is behaviour"),
+        (["algo.ratio_to=proximal"], "sets algo.ratio_to itself; take it out"),
     ],
 )
 def test_wrong_words_are_refused(words: list[str], match: str) -> None:

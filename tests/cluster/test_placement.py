@@ -221,7 +221,7 @@ def test_describe_does_the_arithmetic() -> None:
     text = "\n".join(describe(place(config(), Machine(2, 0), "train"), Config(), "train"))
     assert "16 prompts x 8 samples = 128 responses" in text
     assert "100 steps, 12,800 responses, 100 optimizer steps" in text
-    assert "rollout: 1 worker, each 2 CPU threads (they take turns, so each books half in Ray: 1 CPU)" in text
+    assert "rollout: 1 worker, each 2 CPU threads (shared, so each books half in Ray: 1 CPU)" in text
     assert "runs/run" in text
 
 
@@ -261,7 +261,7 @@ def test_describe_tells_of_the_critics_ranks_the_servers_and_the_passes() -> Non
         algo=dataclasses.replace(wanted.algo, kl=dataclasses.replace(wanted.algo.kl, coef=0.05)),
     )
     text = "\n".join(lines(wanted, Machine(4, 0), "train"))
-    assert "learner: 4 ranks, ZeRO-0 (2 of them the critic's own), each 1 CPU thread (they take" in text
+    assert "learner: 4 ranks, ZeRO-0 (2 of them the critic's own), each 1 CPU thread (shared, so" in text
     assert "scoring: 2 scoring servers and 1 reference server, each 2 CPU threads" in text
     assert "2 optimizer steps of 64 responses each, 4 passes" in text
     assert "100 steps, 12,800 responses, 800 optimizer steps" in text
