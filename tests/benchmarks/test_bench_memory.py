@@ -33,9 +33,11 @@ def test_figures_by_hand() -> None:
 def test_a_run_is_found_by_its_environment() -> None:
     """This process holds memory; one that waits with the mark is found, and nothing else."""
     mark = "of-this-test"
-    words = [sys.executable, "-c", "input()"]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, env=os.environ | {MARK: mark}) as child:
+    words = [sys.executable, "-c", "print(flush=True); input()"]
+    environment, pipe = os.environ | {MARK: mark}, subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, env=environment) as child:
         try:
+            assert child.stdout and child.stdout.readline()  # Python has started, so it holds memory.
             assert [int(folder.name) for folder, _ in processes(f"{MARK}={mark}")] == [child.pid]
             assert bench.held(f"{MARK}={mark}")["Ray itself"] > 1.0
         finally:

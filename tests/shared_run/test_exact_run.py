@@ -46,9 +46,15 @@ telemetry: {{wandb: "off", samples_every: 0}}
 """
 SYSTEM = "you are a careful assistant and answer with one short word. " * 6
 REWARDS = """
+import time
+from pathlib import Path
+
 def vowels(prompts, responses, answers):
+    while Path(__file__).with_name("hold").exists():
+        time.sleep(0.02)
     return [sum(response.count(letter) for letter in "aeiou") / 10 for response in responses]
 """
+"""The reward gives no score while there is a file `hold` beside it: a run does not get past the groups it has then."""
 PLUGIN = """
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -117,11 +123,14 @@ def states(run: Path) -> list[tuple[str, int]]:
         return []  # It is not there yet.
 
 
+def of_step(run: Path, step: int) -> set[str]:
+    """States of the groups of the step after `step`."""
+    return {state for state, version in states(run) if version == step}
+
+
 def in_the_middle(run: Path) -> bool:
-    """Whether the last step is sampling: of its groups one is done, and others are not; its checkpoint is written."""
-    found = [state for state, version in states(run) if version == STEPS - 1]
-    written = (run / "checkpoints" / f"step-{STEPS - 1}").exists()
-    return written and "issued" in found and len(set(found)) > 1
+    """Whether the last step has a group that is sampled and has no score, and the step before it is kept."""
+    return (run / "checkpoints" / f"step-{STEPS - 1}").exists() and "finished" in of_step(run, STEPS - 1)
 
 
 def begun(run: Path) -> bool:
@@ -166,12 +175,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
         # Two at a time: they start faster side by side.
         whole, killed = start(alone, "name=whole"), start(three, *words, **how)
+        wait_until(lambda: "issued" in of_step(run, STEPS - 1), killed)
+        hold = three.folder / "hold"
+        hold.touch()
         wait_until(lambda: in_the_middle(run), killed)
         members = family(killed.pid)
         assert sum(member.name().startswith("ray::RolloutHost") for member in members) == 3
         killed.kill()
         killed.wait(30)
         left_behind = wait_for_end(members)
+        hold.unlink()
         in_flight = sum(state in ("issued", "finished", "scored") for state, _ in states(run))
         assert checkpoint_steps(run / "checkpoints") == [KEPT, STEPS - 1]
         resumed = start(three, *words, "--resume-from", f"step-{KEPT}", **how)
