@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,6 +40,7 @@ STUDIES: Mapping[str, Mapping[str, Sequence[str]]] = {
 """Study -> variant -> what it sets."""
 ACCURACY = "eval/greedy_accuracy"
 REWARD = "reward/mean"
+ELAPSED = "time/elapsed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,11 @@ class Curve:
     accuracy: list[float]
     """Held-out greedy accuracy there."""
     seconds: list[float]
-    """Training time until there, without evaluations, checkpoints and the start."""
+    """`time/elapsed` there: since the first step began, with the evaluations before."""
     reward: list[float]
     """Sampled mean reward of every training step."""
     tokens_per_s: float
-    """Response tokens over training time, whole run."""
+    """Response tokens over `time/elapsed`, whole run."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -120,10 +120,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def curve(variant: str, seed: int, metrics: Path) -> Curve:
     """What a finished run's metrics say."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    trained = {row["step"]: row for row in rows if "time/step" in row}
+    trained = {row["step"]: row for row in rows if ELAPSED in row}
     evaluated = {row["step"]: row[ACCURACY] for row in rows if ACCURACY in row}
     steps = sorted(evaluated)
-    seconds = [math.fsum(row["time/step"] for step, row in trained.items() if step <= until) for until in steps]
+    seconds = [trained[step][ELAPSED] if step in trained else 0.0 for step in steps]
     tokens = sum(row["rollout/response_tokens"] for row in trained.values())
     return Curve(
         variant=variant,
@@ -132,7 +132,7 @@ def curve(variant: str, seed: int, metrics: Path) -> Curve:
         accuracy=[evaluated[step] for step in steps],
         seconds=seconds,
         reward=[trained[step][REWARD] for step in sorted(trained)],
-        tokens_per_s=tokens / sum(row["time/step"] for row in trained.values()),
+        tokens_per_s=tokens / trained[max(trained)][ELAPSED],
     )
 
 
@@ -159,7 +159,7 @@ def summary(curves: Sequence[Curve], study: str) -> dict[str, Any]:
 
 def table(result: Mapping[str, Any]) -> str:
     """What the command prints."""
-    heads = ("greedy accuracy", "sampled reward", "training s", "response tok/s")
+    heads = ("greedy accuracy", "sampled reward", "seconds", "response tok/s")
     lines = ["at the end".ljust(12) + "".join(head.rjust(18) for head in heads)]
     for variant, found in result["variants"].items():
         cells = (
@@ -189,7 +189,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
             over_steps.plot(run.steps, run.accuracy, color=f"C{number}", label=label, linewidth=1.2)
             over_time.plot(run.seconds, run.accuracy, color=f"C{number}", linewidth=1.2)
     over_steps.set_xlabel("training step")
-    over_time.set_xlabel("seconds of training")
+    over_time.set_xlabel("seconds since the first step began")
     over_steps.set_ylabel("held-out greedy accuracy")
     over_steps.legend(frameon=False)
     for axes in (over_steps, over_time):

@@ -107,7 +107,7 @@ def train(run: Run, state: State | None) -> Outcome:
     if step < loop.steps:
         run.progress.stage(f"taking step {step + 1}")
         run.telemetry.event("training_started", f"step {step + 1} begins", step=step + 1)
-    watch = Stopwatch()
+    watch = Stopwatch(before=0.0 if state is None else state.elapsed)
     shell.published(step)
     while step < loop.steps:
         step += 1
@@ -127,11 +127,20 @@ def train(run: Run, state: State | None) -> Outcome:
             shell.finish()
         if due(loop.checkpoint_every, step, loop.steps):
             cursor, shaper, signs = dict(run.stream.cursor()), run.shaper.state(), run.watch.state()
-            totals = run.ledger.totals(step)
-            checkpoint(
-                run,
-                State(step, loop.steps, cursor, before, results, answers, shaper, signs, totals, shell.open_groups()),
+            state = State(
+                step,
+                loop.steps,
+                cursor,
+                before,
+                results,
+                answers,
+                shaper,
+                signs,
+                run.ledger.totals(step),
+                shell.open_groups(),
+                watch.elapsed,
             )
+            checkpoint(run, state)
         watch.lap()  # Evaluation and checkpoints are not part of a step's time.
     return Outcome(before, results, answers)
 
@@ -159,6 +168,7 @@ def take_step(
     metrics = dict(report.metrics) | watch_metrics(experiences, run.config.scoring.gold)
     metrics |= {f"data/dropped_{reason}": float(count) for reason, count in taken.dropped.items()}
     metrics |= counted(taken.non_finite, run.config.scoring.non_finite) | watch.lap()
+    metrics[names.ELAPSED] = watch.elapsed
     metrics["sync/changed_share"] = push.changed_share
     metrics["rollout/group_s"], metrics["goodput/late_events"] = taken.seconds, float(taken.late)
     metrics[names.TOKENS_PER_S] = metrics["rollout/response_tokens"] / metrics[names.STEP_TIME]

@@ -38,6 +38,8 @@ class State:
     """As the ledger stood; None in a checkpoint of format 1."""
     open: dict[str, int] = field(default_factory=dict)
     """uid -> attempt of the groups that were under way or waited to be trained on, oldest first."""
+    elapsed: float = 0.0
+    """Seconds since the first step began; a time in which the run stood still is not in it."""
 
 
 def read_state(folder: Path) -> State:

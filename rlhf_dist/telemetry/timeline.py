@@ -22,9 +22,11 @@ class Stopwatch:
     one inside another would count its seconds twice, so nesting is a mistake (assert).
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, *, before: float = 0.0) -> None:
+        """`before`: seconds that `elapsed` has at the start, of a run that goes on."""
         self._clock = clock
         self._started = clock()
+        self._first = self._started - before
         self._seconds: dict[str, float] = {}
         self._open: str | None = None
 
@@ -39,6 +41,11 @@ class Stopwatch:
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - begun
             self._open = None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the first step began, with everything between steps."""
+        return self._clock() - self._first
 
     def lap(self) -> dict[str, float]:
         """End the step and begin the next.

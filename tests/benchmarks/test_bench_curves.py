@@ -18,12 +18,13 @@ from rlhf_dist.errors import InputError
 
 
 def test_a_run_is_read(tmp_path: Path) -> None:
-    """Two steps of 2 and 3 s with 10 and 20 tokens; evaluations at 0 and 2."""
+    """Two steps, done after 2 and 5 s, with 10 and 20 tokens; evaluations at 0 and 2."""
     rows = [
         {"step": 0, "eval/greedy_accuracy": 0.25},
-        {"step": 1, "time/step": 2.0, "rollout/response_tokens": 10, "reward/mean": 0.5},
-        {"step": 2, "time/step": 3.0, "rollout/response_tokens": 20, "reward/mean": 0.75, "eval/greedy_accuracy": 0.5},
+        {"step": 1, "time/elapsed": 2.0, "rollout/response_tokens": 10, "reward/mean": 0.5},
+        {"step": 2, "time/elapsed": 5.0, "rollout/response_tokens": 20, "reward/mean": 0.75},
     ]
+    rows[2] |= {"eval/greedy_accuracy": 0.5}
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     found = bench.curve("in turn", 0, path)

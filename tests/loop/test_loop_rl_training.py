@@ -110,8 +110,8 @@ def test_a_checkpoints_state_is_enough_to_go_on(tmp_path: Path) -> None:
     folder = run.directory.latest_checkpoint()
     assert folder is not None
     written = json.loads((folder / "state.json").read_text())
-    state_keys = {"step", "steps", "cursor", "before", "results", "answers", "shaper", "watch", "ledger", "open"}
-    assert written.keys() == state_keys | {"format", "files", "hash"}
+    kept = {"cursor", "before", "results", "answers", "shaper", "watch", "ledger", "open"}
+    assert written.keys() == kept | {"step", "steps", "elapsed", "format", "files", "hash"}
     state = read_state(folder)
     assert (state.step, state.steps, state.cursor["position"]) == (STEPS, STEPS, ALL)
     assert state.results["eval/greedy_accuracy"] == 1.0 and state.before.keys() == state.results.keys()
@@ -166,10 +166,12 @@ def test_a_resume_from_a_checkpoint_goes_on_after_it(tmp_path: Path) -> None:
     close(run)
     folder = run.directory.latest_checkpoint()
     assert folder is not None and folder.name == "step-2"
-    again = wired(tmp_path, again=True)
-    outcome = train(again, read_state(folder))
+    again, state = wired(tmp_path, again=True), read_state(folder)
+    assert 0 < state.elapsed < 100
+    outcome = train(again, replace(state, elapsed=100.0))
     proof = again.ledger.proof()
     close(again)
+    assert [line["time/elapsed"] > 100 for line in lines(again.directory.metrics)[1:]] == [False, False, True, True]
     assert proof.holds and (proof.consumed, proof.in_flight) == (ALL, 0)
     assert [line["step"] for line in lines(again.directory.metrics)] == [0, 1, 2, 3, 4]
     assert outcome.before["eval/greedy_accuracy"] == 1.0

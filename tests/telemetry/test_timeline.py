@@ -36,6 +36,18 @@ def test_phases_and_goodput_of_a_step() -> None:
     )
 
 
+def test_elapsed_time_goes_on_over_steps_and_what_is_between_them() -> None:
+    clock = Clock()
+    watch = Stopwatch(clock, before=100.0)
+    with watch.phase("train"):
+        clock.now += 2.0
+    watch.lap()
+    clock.now += 5.0
+    watch.lap()
+    clock.now += 1.0
+    assert watch.elapsed == 108.0
+
+
 def test_a_phase_that_raises_is_counted_and_nesting_is_refused() -> None:
     clock = Clock()
     watch = Stopwatch(clock)
