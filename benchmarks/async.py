@@ -34,10 +34,11 @@ def main(argv: Sequence[str]) -> int:
     }
     found: dict[str, list[list[Step]]] = {name: [] for name in sides}
     with work_folder() as folder:
+        count = args.warmup + args.steps + args.lag
+        configs = {name: canonical_config(folder, "grpo", [*args.words, *sides[name]], count) for name in sides}
         for number in range(args.runs):
-            for name, words in sides.items():
+            for name, config in configs.items():
                 print(f"round {number + 1} of {args.runs}: {name}", file=sys.stderr, flush=True)
-                config = canonical_config(folder, "grpo", [*args.words, *words], args.warmup + args.steps + args.lag)
                 path = write_config(config, folder)
                 if not (folder / "model").exists():
                     run_process([sys.executable, str(HERE / "_canonical.py"), str(path)], folder / "models.log", {})

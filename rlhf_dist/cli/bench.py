@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -19,8 +20,8 @@ def run(argv: Sequence[str]) -> int:
     """Run one benchmark with the words after its name; returns its exit code."""
     folder = Path(rlhf_dist.__file__).parents[1] / "benchmarks"
     if argv and argv[0] in ("-h", "--help"):
-        print(USAGE)
-        print(f"\nThere is {', '.join(_names(folder))}." if folder.is_dir() else f"\nThere is no folder {folder}.")
+        print(USAGE, end="\n\n")
+        print("\n".join(_told(folder, name) for name in _names(folder)) or f"There is no benchmark in {folder}.")
         return 0
     return run_in(folder, argv)
 
@@ -45,6 +46,12 @@ def run_in(folder: Path, argv: Sequence[str]) -> int:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return int(module.main(list(argv[1:])) or 0)
+
+
+def _told(folder: Path, name: str) -> str:
+    """A benchmark with what its file says of it in the first line: "`rlhf-dist bench NAME`: what it measures."."""
+    first, *_ = (ast.get_docstring(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))) or "").splitlines()
+    return f"  {name:<18}{first.partition(': ')[2].rstrip('.')}"
 
 
 def _names(folder: Path) -> list[str]:

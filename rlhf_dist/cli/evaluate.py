@@ -16,10 +16,9 @@ def run(argv: Sequence[str]) -> int:
     if args.dry_run:
         return arguments.print_dry_run(config, "eval")
     from rlhf_dist.cluster import session
-    from rlhf_dist.cluster.importing import importing
 
     session.prepare(config.cluster)
-    with importing():
+    with arguments.loading():
         from rlhf_dist.cluster import build
 
     build.evaluate(config)

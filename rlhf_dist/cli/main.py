@@ -14,13 +14,23 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 from rlhf_dist import __version__
 from rlhf_dist.cluster import signals
 from rlhf_dist.cluster.processes import lost_ray
-from rlhf_dist.errors import ActorLost, ActorTimeout, DiskError, InputError, RayLost, RlhfError, WeightSyncError
+from rlhf_dist.errors import (
+    SIGNALLED,
+    ActorLost,
+    ActorTimeout,
+    DiskError,
+    InputError,
+    RayLost,
+    RlhfError,
+    WeightSyncError,
+)
 from rlhf_dist.telemetry.streams import print_any_text
 
 COMMANDS = {
@@ -36,8 +46,6 @@ COMMANDS = {
 """Command -> its module in this folder, and what it does."""
 FAULTS = (ActorLost, ActorTimeout, DiskError, RayLost, WeightSyncError)
 """What may not come again, so that the same command goes on; other errors name their own way out."""
-SIGNALLED = 128
-"""Exit codes above it are those of a command that a signal ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,7 +135,10 @@ def _help() -> str:
 
 def _how_to_go_on(words: Sequence[str]) -> str:
     if words and words[0] in ("train", "sft", "reward"):
-        again = shlex.join(["rlhf-dist", *without_resume(words), "--resume"])
+        plain = without_resume(words)
+        if not _may_have_begun(plain[1:]):
+            return f"; nothing of the run was written yet: start it again with `{shlex.join(['rlhf-dist', *plain])}`"
+        again = shlex.join(["rlhf-dist", *plain, "--resume"])
         return f"; go on from the newest checkpoint, or from the beginning if there is none yet, with `{again}`"
     if words[:1] == ["pipeline"]:
         again = shlex.join(["rlhf-dist", *words])
@@ -136,6 +147,17 @@ def _how_to_go_on(words: Sequence[str]) -> str:
             f"checkpoint, if there is one yet, with `{again}`"
         )
     return ""
+
+
+def _may_have_begun(words: Sequence[str]) -> bool:
+    """Whether the run directory of the config in `words` (file, overrides) is there, or the config cannot be read."""
+    from rlhf_dist.config.load import load
+
+    try:
+        config = load(Path(words[0]), words[1:])
+    except (InputError, IndexError):
+        return True
+    return (Path(config.output) / config.name).is_dir()
 
 
 def without_resume(words: Sequence[str]) -> list[str]:

@@ -44,10 +44,9 @@ def run(argv: Sequence[str]) -> int:
         return dry_run(stages)
     print(f"checking what the {len(stages)} stages of {args.words[0]} start from", flush=True)
     from rlhf_dist.cluster import session
-    from rlhf_dist.cluster.importing import importing
 
     session.prepare(stages[0].config.cluster)
-    with importing():
+    with arguments.loading():
         from rlhf_dist.cluster.stage_runs import pipeline
 
     pipeline(stages)

@@ -19,10 +19,9 @@ def run(argv: Sequence[str]) -> int:
     if args.dry_run:
         return arguments.print_dry_run(config, "train")
     from rlhf_dist.cluster import session
-    from rlhf_dist.cluster.importing import importing
 
     session.prepare(config.cluster)
-    with importing():
+    with arguments.loading():
         from rlhf_dist.cluster import build
 
     build.train(config, resume=arguments.resumes(args), resume_from=args.resume_from)

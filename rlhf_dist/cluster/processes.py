@@ -144,7 +144,7 @@ def look(name: str) -> Sight:
     if known is None or known.state in ENDED:
         return Sight("has ended")
     if known.state in STOPPED:
-        return Sight(f"is stopped (state {known.state}; `kill -CONT {pid}` lets it go on)")
+        return Sight(f"is stopped (state {known.state}): something outside the run stopped it")
     if known.state == "D":
         return Sight("is blocked in the kernel (state D), most likely by a disk")
     return _from_stacks(_stacks(pid, name.log))

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from rlhf_dist.cluster.placement import Command
+from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ConfigError, DataError
 from rlhf_dist.loop.resume_point import resume_point
 from rlhf_dist.loop.run_directory import require_run
 from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.loop.run_lock import looked_at, require_place
-from rlhf_dist.loop.saved_config import CHANGEABLE
+from rlhf_dist.loop.saved_config import CHANGEABLE, require_same_config
 from rlhf_dist.models.checkpoints import checkpoint_steps, read_sealed
 
 SUMMARY_STEP = "step"
@@ -75,7 +76,7 @@ def nothing_left(config: Config, key: str, target: int, start: Start[S]) -> bool
     """Whether the run ended at step `target`, the value of the config key `key`; prints so. Writes nothing.
 
     A run that has its last checkpoint and was cut before its summary is not at its end. Raises ConfigError when the run
-    is beyond `target`.
+    is beyond `target`, or when a key has changed that a resume cannot change.
     """
     run, folder = Path(config.output) / config.name, start.folder
     if folder is None or start.state is None:
@@ -88,6 +89,7 @@ def nothing_left(config: Config, key: str, target: int, start: Start[S]) -> bool
         )
     if step < target or summary_step(run) != step:
         return False
+    require_same_config(run / "config.yaml", to_yaml(config))
     # Where the length shapes what was learnt (the learning rate's course), only another run can be longer.
     onward = f"raise {key} to go on" if key in CHANGEABLE else f"go on in a new run with name=... model.path={run}"
     print(f"{config.name} is already at step {step} of {target}; {onward}")

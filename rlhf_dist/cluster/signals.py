@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from rlhf_dist.errors import SIGNALLED
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_S = 1.0
 """A signal so soon after the first is the same one: it went to the process and to its group."""
@@ -31,7 +33,7 @@ class Ending:
         """End at once. Files of a run are whole at any moment, and Ray's processes end with this one."""
         if time.monotonic() - self.since > SAME_S:
             os.write(2, b"rlhf-dist: a second signal: ended at once, without closing what was open\n")
-            os._exit(128 + number)
+            os._exit(SIGNALLED + number)
 
 
 def _begin_to_end(number: int, _: FrameType | None) -> None:
@@ -85,7 +87,7 @@ def how_stopped() -> tuple[str, int]:
     """(message, exit code) of a command that a signal ends."""
     number = received()
     by = "from the keyboard" if number == signal.SIGINT else f"by {signal.Signals(number).name}"
-    return f"stopped {by}", 128 + number
+    return f"stopped {by}", SIGNALLED + number
 
 
 @contextmanager

@@ -338,4 +338,6 @@ def checkpoint(run: Run, state: State) -> None:
     if run.actors.reference is not None:
         needed += reference_files(run.config.reference, run.config.model.dtype, state.step)
     final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints, asdict(state), needed)
-    run.telemetry.event("checkpoint", f"wrote {final}", step=state.step)
+    told = f"wrote {final}"
+    run.telemetry.event("checkpoint", told, step=state.step)
+    run.progress.note(told)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.errors import DataError, DiskError, InputError
+from rlhf_dist.errors import SIGNALLED, DataError, DiskError, InputError
 from rlhf_dist.loop.run_directory import RunDirectory, write_json
 from rlhf_dist.models.checkpoints import checkpoint_steps
 from rlhf_dist.models.guarded_files import read_json
@@ -52,12 +53,14 @@ def end_recorded(
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             outcome, (message, code) = STOPPED, stop()
+            by = signal.Signals(code - SIGNALLED).name
         else:
             outcome, message, code = FAILED, str(error), 2 if isinstance(error, InputError) else 1
+            by = type(error).__name__
         end = {
             "command": command,
             OUTCOME: outcome,
-            "error": type(error).__name__,
+            "error": by,
             "message": message,
             "exit_code": code,
             REACHED_STEP: _reached(run, telemetry),

@@ -101,7 +101,8 @@ class Trainer:
         """Write a checkpoint; the one before stays until this one is whole."""
         folder = self.directory.begin_checkpoint(state.step).absolute()
         self.save(folder, state)
-        self.directory.commit_checkpoint(state.step, 1, asdict(state), self.needed)
+        final = self.directory.commit_checkpoint(state.step, 1, asdict(state), self.needed)
+        self.progress.note(f"wrote {final}")
 
 
 def read_state(folder: Path) -> TrainerState:

@@ -12,6 +12,7 @@ exchanges the two.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -209,6 +210,8 @@ class WeightReceiver:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+        # It warns of layers without weights of their own at every load. What lacks weights is in `unfilled`.
+        logging.getLogger(initialize_layerwise_reload.__module__).setLevel(logging.ERROR)
         lease: Lease | None = self._weight_lease
         model: Any = self.model_runner.model
         assert lease is not None, "hash_weights comes first"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pytest
 
 import rlhf_dist.cluster
 from rlhf_dist import __version__
-from rlhf_dist.cli import bench
+from rlhf_dist.cli import arguments, bench
 from rlhf_dist.cli.arguments import PAGES
 from rlhf_dist.cli.main import COMMANDS, main
 from rlhf_dist.config.load import from_yaml
@@ -24,6 +25,7 @@ ONWARD = (
     "; go on from the newest checkpoint, or from the beginning if there is none yet, with "
     "`rlhf-dist train small.yaml --resume`"
 )
+ANEW = "; nothing of the run was written yet: start it again with `rlhf-dist train small.yaml`"
 
 
 def cli(*words: str) -> subprocess.CompletedProcess[str]:
@@ -46,6 +48,13 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text("loop: {steps: 3}\n", encoding="utf-8")
     return "small.yaml"
+
+
+@pytest.fixture
+def begun(config: str, tmp_path: Path) -> str:
+    """The config, of a run whose directory is there."""
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    return config
 
 
 def test_help_lists_the_commands() -> None:
@@ -173,7 +182,7 @@ def test_each_command_calls_its_own_function(config: str, monkeypatch: pytest.Mo
     ],
 )
 def test_errors_of_a_run(
-    config: str,
+    begun: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     error: Exception,
@@ -184,8 +193,19 @@ def test_errors_of_a_run(
         raise error
 
     install(monkeypatch, train=train)
-    assert main(["train", config]) == code
+    assert main(["train", begun]) == code
     assert capsys.readouterr().err == message
+
+
+def test_a_run_that_has_no_directory_yet_is_not_resumed(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(config: Config, resume: bool, resume_from: int | None) -> None:
+        raise DiskError("there is no room")
+
+    install(monkeypatch, train=train)
+    assert main(["train", config]) == 1
+    assert capsys.readouterr().err == f"rlhf-dist: there is no room{ANEW}\n"
 
 
 def test_unexpected_errors_keep_their_traceback(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,20 +217,32 @@ def test_unexpected_errors_keep_their_traceback(config: str, monkeypatch: pytest
         main(["train", config])
 
 
+def test_loading_that_takes_long_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with arguments.loading():
+        pass
+    monkeypatch.setattr(arguments, "SILENT_S", 0.01)
+    said, deadline = "", time.monotonic() + 30
+    with arguments.loading():
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.01)
+            said += capsys.readouterr().err
+    assert said == "loading torch, Ray and other libraries ...\n", "and nothing of a load that was quick"
+
+
 def test_keyboard_interrupt_says_how_to_go_on(
-    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    begun: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def train(config: Config, resume: bool, resume_from: int | None) -> None:
         raise KeyboardInterrupt
 
     install(monkeypatch, train=train)
-    assert main(["train", config, "seed=4"]) == 130
+    assert main(["train", begun, "seed=4"]) == 130
     said = capsys.readouterr().err
     assert "`rlhf-dist train small.yaml seed=4 --resume`" in said
     assert "from the newest checkpoint, or from the beginning if there is none yet" in said
     assert "saved" not in said, "nothing may have been"
     for again in (["--resume"], ["--resume-from", "step-2"], ["--resume-from=step-2", "--resume"]):
-        assert main(["train", *again, config, "seed=4"]) == 130
+        assert main(["train", *again, begun, "seed=4"]) == 130
         assert "`rlhf-dist train small.yaml seed=4 --resume`" in capsys.readouterr().err, "not back to step 2 again"
 
 
@@ -230,10 +262,14 @@ def test_bench_runs_the_named_file_with_the_rest(tmp_path: Path, monkeypatch: py
     assert bench.run_in(tmp_path, ["probe", "--out", "x", "a=1"]) == 7
 
 
-def test_bench_says_what_there_is(tmp_path: Path) -> None:
+def test_bench_says_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "step.py").touch()
     (tmp_path / "_shared.py").touch()
     with pytest.raises(InputError, match=r"there is no benchmark `stp` in .*; there is step$"):
         bench.run_in(tmp_path, ["stp"])
+    assert bench.run(["--help"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "  step              one synchronous step of `rlhf-dist train` beside the limit of vLLM and PyTorch" in said
+    assert all(len(line) > 40 for line in said if line.startswith("  ")), "each has a sentence"
     with pytest.raises(InputError, match="there is no folder"):
         bench.run_in(tmp_path / "none", ["step"])

@@ -117,6 +117,15 @@ def test_a_run_at_its_end_says_so_and_writes_nothing(
 
 
 @COMMANDS
+def test_a_changed_key_is_not_passed_over_at_the_end(config: Config, command: str, key: str) -> None:
+    path = at_step_3(config, command, {"command": command, "step": 3})
+    before = contents(path)
+    with pytest.raises(ConfigError, match=r"config\.yaml: a resume cannot change seed from 0 to 7\."):
+        RUNS[command](replace(config, seed=7), resume=True)
+    assert contents(path) == before
+
+
+@COMMANDS
 def test_a_run_cut_before_its_summary_or_with_an_older_one_goes_on(
     config: Config, capsys: pytest.CaptureFixture[str], command: str, key: str
 ) -> None:

@@ -169,7 +169,8 @@ def test_each_scoring_of_the_held_out_judgements_has_its_own_line(tmp_path: Path
     last = told.index("scoring the held-out judgements ...", 3)
     assert told[last + 1].startswith("  scoring the held-out judgements: ")
     assert told[last + 2] == "step 3/3  loss 1.0000  held-out accuracy 0.500"
-    assert [line for line in told if line.startswith("step ")] == told[last + 2 :]
+    assert [line for line in told if line.startswith("step ")] == told[last + 2 : -1]
+    assert told[-1].startswith("wrote ") and told[-1].endswith("/step-3")
 
 
 def test_slow_steps_are_shown_between_the_logged_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

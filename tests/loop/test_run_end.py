@@ -30,16 +30,16 @@ def stop() -> tuple[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("error", "outcome", "message", "code"),
+    ("error", "name", "outcome", "message", "code"),
     [
-        (RunError("learner rank 1 died"), "failed", "learner rank 1 died", 1),
-        (ConfigError("seed: 1.5 is not whole"), "failed", "seed: 1.5 is not whole", 2),
-        (ZeroDivisionError("division by zero"), "failed", "division by zero", 1),
-        (KeyboardInterrupt(), "stopped", "stopped by SIGTERM", 143),
+        (RunError("learner rank 1 died"), "RunError", "failed", "learner rank 1 died", 1),
+        (ConfigError("seed: 1.5 is not whole"), "ConfigError", "failed", "seed: 1.5 is not whole", 2),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError", "failed", "division by zero", 1),
+        (KeyboardInterrupt(), "SIGTERM", "stopped", "stopped by SIGTERM", 143),
     ],
 )
 def test_how_it_ended_is_in_the_events_and_the_summary(
-    run: RunDirectory, error: BaseException, outcome: str, message: str, code: int
+    run: RunDirectory, error: BaseException, name: str, outcome: str, message: str, code: int
 ) -> None:
     telemetry = telemetry_of(run)
     with pytest.raises(type(error)), end_recorded(run, telemetry, "train", stop):
@@ -47,7 +47,7 @@ def test_how_it_ended_is_in_the_events_and_the_summary(
         raise error
     event = json.loads(run.events.read_text().splitlines()[-1])
     assert (event["kind"], event["message"]) == (outcome, message)
-    expected = {"command": "train", "error": type(error).__name__, "exit_code": code, "reached_step": 7}
+    expected = {"command": "train", "error": name, "exit_code": code, "reached_step": 7}
     assert expected.items() <= event["facts"].items()
     summary = json.loads(run.summary.read_text())
     assert (expected | {"outcome": outcome, "message": message}).items() <= summary.items()

@@ -172,7 +172,8 @@ def test_every_actor_has_its_log(shared_run: SharedRun) -> None:
         "scoring-server-0",
     ]
     assert sorted(logs) == [f"{name}.{kind}" for name in expected for kind in ("log", "pid")]
-    assert "vLLM" in (shared_run.path / "logs" / "rollout-worker-1.log").read_text()
+    rollout = (shared_run.path / "logs" / "rollout-worker-1.log").read_text()
+    assert "vLLM" in rollout and "Failed to load weights" not in rollout
 
 
 def test_events_tell_of_checkpoints_and_of_no_warning(shared_run: SharedRun) -> None:
