@@ -100,10 +100,10 @@ def train(work: Work) -> None:
     """Each model's passes over the rows that `generate` sampled; writes seconds and tokens of each step."""
     import torch
 
-    from rlhf_dist.models.attention import register_segmented
+    from rlhf_dist.models.attention import register_attention
 
     torch.set_num_threads(work.train_threads)
-    register_segmented()
+    register_attention()
     policy, policy_optimizer = trained(work, causal(work))
     others = Others(work) if work.reward else None
     timings = []

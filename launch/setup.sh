@@ -55,7 +55,12 @@ check_machine() { # KIND PYTHON
   say "disk: about $need GiB needed, $free GiB free"
   command -v cc >/dev/null || command -v gcc >/dev/null ||
     say "note: no C compiler here. Not needed to install; compiled decoding (rollout.enforce_eager=false) and GPU kernels need one (apt install g++)."
-  [[ $kind == cpu ]] || note_driver
+  if [[ $kind != cpu ]]; then
+    # Triton compiles its launchers against Python's header when the first kernel runs; vLLM needs them on any GPU.
+    "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
+      fail 2 "Python.h of $python is missing; GPU kernels are compiled against it (Debian, Ubuntu: apt install $name-dev)."
+    note_driver
+  fi
 }
 
 note_driver() {

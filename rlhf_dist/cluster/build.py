@@ -198,6 +198,9 @@ def start_fleets(
     config = with_sources(config, source, folder, learns=placement.learner_ranks > 0)
     group = stack.enter_context(reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s))
     workers = start_workers(config, placement, source, logs, folder, group)
+    if placement.device == "cuda":
+        # vLLM sizes its cache by how the free memory of the whole GPU changes while it starts.
+        gather(are_ready(workers), "start", config.cluster.start_timeout_s, START_KEY)
     scorers = start_servers(
         config, placement, source, logs, group, actors.ScoringHost, "scoring server", config.scoring.replicas
     )
@@ -207,14 +210,26 @@ def start_fleets(
             config, placement, source, logs, group, actors.ReferenceHost, "reference server", config.reference.replicas
         )
     collator = start_servers(config, placement, source, logs, group, CollatorHost, COLLATOR, 1, threads=1)
-    inbox = Inbox()
     ranks = start_ranks(config, placement, source, logs, group, hosts.PolicyHost, stack)
     critics = start_ranks(config, placement, source, logs, group, hosts.CriticHost, stack, critic=True)
-    ready = {name: one.ready.remote() for name, one in (workers | scorers | references | collator).items()}
+    ready = are_ready(workers | scorers | references | collator)
     join_ranks(config, ranks, folder)
     join_ranks(config, critics, folder)
     gather(ready, "start", config.cluster.start_timeout_s, START_KEY)
-    limit, (collating,) = config.scoring.timeout_s, collator.items()
+    return parts_of(config, workers, scorers, references, collator, ranks, critics)
+
+
+def parts_of(
+    config: Config,
+    workers: dict[str, Any],
+    scorers: dict[str, Any],
+    references: dict[str, Any],
+    collator: dict[str, Any],
+    ranks: dict[str, Any],
+    critics: dict[str, Any],
+) -> Parts:
+    """The processes, which are ready, behind the ports of the loop. All hand their events to one inbox."""
+    inbox, limit, (collating,) = Inbox(), config.scoring.timeout_s, collator.items()
     rollouts = RolloutFleet(
         workers,
         inbox,
@@ -249,6 +264,11 @@ def start_fleets(
         ),
         learner=learner_side(config, ranks, critics, inbox),
     )
+
+
+def are_ready(members: dict[str, Any]) -> dict[str, Any]:
+    """Name -> what comes when the process is ready to work."""
+    return {name: one.ready.remote() for name, one in members.items()}
 
 
 def start_workers(

@@ -27,10 +27,10 @@ TAKEN_NAMES = re.compile(
 
 PROBLEMS: dict[tuple[Command, ...], Problems] = {
     ("train", "sft", "reward", "eval"): {
-        "model.attention is flash_attention_2, which needs a GPU; with cluster.device cpu it must be segmented or "
-        "auto": lambda c: c.model.attention == "flash_attention_2" and c.cluster.device == "cpu",
-        "model.attention is flash_attention_2, which computes in bfloat16; set model.dtype to bfloat16": lambda c: (
-            c.model.attention == "flash_attention_2" and c.model.dtype == "float32"
+        "model.attention is varlen, which needs a GPU; with cluster.device cpu it must be segmented or "
+        "auto": lambda c: c.model.attention == "varlen" and c.cluster.device == "cpu",
+        "model.attention is varlen, which computes in bfloat16; set model.dtype to bfloat16": lambda c: (
+            c.model.attention == "varlen" and c.model.dtype == "float32"
         ),
     },
     ("train", "sft", "reward"): {

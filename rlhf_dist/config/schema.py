@@ -63,8 +63,9 @@ class ModelConfig:
     """`tiny`, a Hugging Face directory or hub name, or a run directory (its newest checkpoint)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights on both sides; bfloat16 needs learner.zero_stage 1 or more and keeps float32 masters."""
-    attention: Literal["auto", "segmented", "flash_attention_2"] = "auto"
-    """auto: flash_attention_2 on a GPU that has it, else segmented (PyTorch's own attention, sequence by sequence)."""
+    attention: Literal["auto", "segmented", "varlen"] = "auto"
+    """Both are PyTorch's own. segmented: sequence by sequence. varlen: flash attention over all of them, on a GPU in
+    bfloat16. auto: varlen where it can run."""
     gradient_checkpointing: bool = False
     """Compute layers again in the backward pass: less memory, more time."""
     tiny: TinyConfig = field(default_factory=TinyConfig)

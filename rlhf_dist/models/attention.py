@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
-import importlib.util
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from rlhf_dist.errors import ModelError
 
 SEGMENTED = "segmented"
-FLASH = "flash_attention_2"
+VARLEN = "varlen"
 
 
 def choose_attention(attention: str, device: str, dtype: str = "bfloat16") -> str:
-    """The attention to load a model with: `segmented` or `flash_attention_2`.
+    """The attention to load a model with: `segmented` or `varlen`.
 
-    `attention` is `model.attention`, `device` is `cpu` or `cuda`, `dtype` is `model.dtype`. `auto` takes
-    flash_attention_2 where it can run (a GPU, the flash_attn package, bfloat16), else segmented.
+    `attention` is `model.attention`, `device` is `cpu`, `cuda` or `cuda:N`, `dtype` is `model.dtype`. `auto` takes
+    varlen where it can run (a GPU, bfloat16), else segmented.
 
-    Raises ModelError when flash_attention_2 is asked for where it cannot run.
+    Raises ModelError when varlen is asked for where it cannot run.
     """
-    obstacle = _flash_obstacle(device, dtype)
+    obstacle = _varlen_obstacle(device, dtype)
     if attention == "auto":
-        return SEGMENTED if obstacle else FLASH
-    if attention == FLASH and obstacle:
-        raise ModelError(f"model.attention = {FLASH}: {obstacle}; set model.attention=segmented or auto")
+        return SEGMENTED if obstacle else VARLEN
+    if attention == VARLEN and obstacle:
+        raise ModelError(f"model.attention = {VARLEN}: {obstacle}; set model.attention=segmented or auto")
     return attention
 
 
-def _flash_obstacle(device: str, dtype: str) -> str:
-    if device != "cuda":
+def _varlen_obstacle(device: str, dtype: str) -> str:
+    if torch.device(device).type != "cuda":
         return f"it needs a GPU, and the device is {device}"
     if dtype == "float32":
         return "it does not compute in float32 (model.dtype)"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash_attn is not installed"
     return ""
 
 
-def register_segmented() -> None:
-    """Make `segmented` known to transformers. No mask function goes with it, so that no [T, T] mask is ever built."""
+def register_attention() -> None:
+    """Make both known to transformers. No mask function goes with them, so that no [T, T] mask is ever built."""
     AttentionInterface.register(SEGMENTED, segmented)
+    AttentionInterface.register(VARLEN, varlen)
 
 
 def segmented(
@@ -74,13 +73,60 @@ def segmented(
     scores, sinks, position biases, a key-value cache.
     """
     lengths = _lengths(query.shape[2], cu_seq_lens_q, position_ids)
-    _refuse_unsupported(query, key, attention_mask, sliding_window, max(lengths), extras)
+    if sliding_window is not None and sliding_window < max(lengths):
+        raise ModelError(
+            f"model.attention = {SEGMENTED} does not support a sliding window of {sliding_window} tokens, shorter than "
+            f"a sequence of {max(lengths)}; set model.attention={VARLEN} on a GPU, or use another model"
+        )
+    _refuse_unsupported(SEGMENTED, query, key, attention_mask, extras)
     grouped = query.shape[1] != key.shape[1]
     pieces = [
         scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped).transpose(1, 2)
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(pieces, dim=1), None
+
+
+def varlen(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    position_ids: torch.Tensor | None = None,
+    **extras: Any,
+) -> tuple[torch.Tensor, None]:
+    """The same as `segmented` for all segments in one call of PyTorch's flash attention kernel, on a GPU.
+
+    max_length_q: the longest segment, where the caller knows it; no value is read back from the GPU then. A sliding
+    window of W tokens is one that sees its own and W - 1 before it.
+    """
+    _refuse_unsupported(VARLEN, query, key, attention_mask, extras)
+    if cu_seq_lens_q is None or max_length_q is None:
+        lengths = _lengths(query.shape[2], cu_seq_lens_q, position_ids)
+        cu_seq_lens_q = torch.tensor([0, *accumulate(lengths)], device=query.device)
+        max_length_q = max(lengths)
+    boundaries = cu_seq_lens_q.int()
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        boundaries,
+        boundaries,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, torch.Tensor)
+    return out[None], None
 
 
 def _lengths(tokens: int, cu_seq_lens: torch.Tensor | None, position_ids: torch.Tensor | None) -> list[int]:
@@ -96,26 +142,18 @@ def _lengths(tokens: int, cu_seq_lens: torch.Tensor | None, position_ids: torch.
 
 
 def _refuse_unsupported(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    sliding_window: int | None,
-    longest: int,
-    extras: dict[str, Any],
+    attention: str, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None, extras: dict[str, Any]
 ) -> None:
     problem = ""
-    if sliding_window is not None and sliding_window < longest:
-        problem = f"a sliding window of {sliding_window} tokens, shorter than a sequence of {longest}"
     for name in ("softcap", "s_aux", "position_bias"):
         if extras.get(name) is not None:
             problem = f"the attention feature {name}"
     if problem:
         raise ModelError(
-            f"model.attention = {SEGMENTED} does not support {problem}; set model.attention={FLASH} "
-            "on a GPU, or use another model"
+            f"model.attention = {attention} does not support {problem}; use another model, such as Qwen or Llama"
         )
     if key.shape[2] != query.shape[2] or attention_mask is not None or extras.get("is_causal") is False:
         raise ModelError(
-            f"attention {SEGMENTED} takes whole causal sequences only: no key-value cache, no mask. "
+            f"attention {attention} takes whole causal sequences only: no key-value cache, no mask. "
             "Load the model with attention sdpa to generate with it"
         )

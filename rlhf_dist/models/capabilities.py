@@ -70,11 +70,11 @@ def check_layers(path: str | Path, config: Any, tokens: int, keys: str, attentio
         raise ModelError(
             f"{path}: its attention has a sliding window of {window} tokens, and {keys} is {tokens}; attention "
             f"{SEGMENTED} cannot do that. Lower {keys} to at most {window}, or set "
-            "model.attention=flash_attention_2 on a GPU"
+            "model.attention=varlen on a GPU"
         )
 
 
-def check_attention(path: str | Path, shell: PreTrainedModel, attention: str) -> None:
+def check_attention(path: str | Path, shell: PreTrainedModel) -> None:
     """Refuse a kind whose attention cannot be replaced by one for packed rows. Raises ModelError.
 
     `shell`: the model without memory.
@@ -87,7 +87,7 @@ def check_attention(path: str | Path, shell: PreTrainedModel, attention: str) ->
             "do; use a model with rotary or learned positions, such as Qwen, Llama or Mistral"
         )
     takes_ours = hasattr(sys.modules[type(shell).__module__], "ALL_ATTENTION_FUNCTIONS") or kind == FALCON
-    if attention == SEGMENTED and not takes_ours:
+    if not takes_ours:
         raise ModelError(
             f"{path} ({kind}): transformers computes its attention, or what it has instead, in the model's own code, "
             "which does not take packed rows; use another model, such as Qwen, Llama or Mistral"

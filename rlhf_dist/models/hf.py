@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 from rlhf_dist.config.paths import expanded
 from rlhf_dist.config.schema import ModelConfig
 from rlhf_dist.errors import ModelError
-from rlhf_dist.models.attention import register_segmented
+from rlhf_dist.models.attention import register_attention
 from rlhf_dist.models.directory import atomic_directory
 from rlhf_dist.models.falcon import FALCON, teach_falcon
 from rlhf_dist.models.fit import quiet, refuse_unknown
@@ -99,7 +99,7 @@ def load_weights(
 
     Safetensors only, no code from the model's repository. Raises ModelError when it cannot be loaded.
     """
-    register_segmented()
+    register_attention()
     if config.model_type == FALCON:
         teach_falcon()
     if Path(path).is_dir():

@@ -54,7 +54,7 @@ def inspect_causal(
     if Path(path).is_dir():
         check_small_files(Path(path))
         check_fit(Path(path), config, AutoModelForCausalLM)
-    check_attention(path, empty_model(path, config, AutoModelForCausalLM), attention)
+    check_attention(path, empty_model(path, config, AutoModelForCausalLM))
     check_positions(path, config, max_tokens, keys)
     check_layers(path, config, max_tokens, keys, attention)
     return config

@@ -94,7 +94,7 @@ def inspect_scalar(path: str | Path, max_tokens: int, keys: str = ROLLOUT_TOKENS
         check_fit(
             Path(path), config, AutoModelForSequenceClassification if _is_classifier(config) else AutoModelForCausalLM
         )
-    check_attention(path, shell, attention)
+    check_attention(path, shell)
     check_positions(path, config, max_tokens, keys)
     check_layers(path, config, max_tokens, keys, attention)
     read_scale(path)

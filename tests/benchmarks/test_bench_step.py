@@ -122,9 +122,9 @@ def test_the_limit_has_the_gradient_of_every_row_alone(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rlhf_dist.models.attention import SEGMENTED, register_segmented
+    from rlhf_dist.models.attention import SEGMENTED, register_attention
 
-    register_segmented()
+    register_attention()
     _canonical.write_model(TINY, tmp_path)
     packed = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=SEGMENTED)
     alone = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
@@ -146,9 +146,9 @@ def test_the_limit_reads_scores_and_learns_values_of_every_row_alone(tmp_path: P
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from rlhf_dist.models.attention import register_segmented
+    from rlhf_dist.models.attention import register_attention
 
-    register_segmented()
+    register_attention()
     config = _canonical.canonical_config(tmp_path, "ppo", TINY_WORDS, steps=1)
     _canonical.write_models(config)
     work = replace(a_work(), model=config.model.path, reward=str(_canonical.reward_folder(tmp_path)))

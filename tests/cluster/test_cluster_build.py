@@ -6,19 +6,20 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
 from rlhf_dist.cluster import build, learner_hosts
-from rlhf_dist.cluster.placement import Machine
+from rlhf_dist.cluster.placement import Machine, place
 from rlhf_dist.cluster.sources import require_rows, with_sources
-from rlhf_dist.cluster.spec import enter
+from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.config.schema import AlgoConfig, Config, KLConfig, RolloutConfig, TelemetryConfig, TinyConfig
 from rlhf_dist.errors import ModelError, RunError
 from rlhf_dist.loop.rl_training import Outcome, Run
@@ -78,6 +79,37 @@ def test_a_run_whose_ledger_does_not_add_up_fails(
         with pytest.raises(RunError, match=rf"ledger\.sqlite: 1 groups issued: .* 1 {leaves}.*does not add up"):
             build.train(config, resume=False)
     assert (tmp_path / "run" / "summary.json").exists(), "what the run found is kept"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_on_gpus_nothing_starts_beside_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str) -> None:
+    """What starts after it changes the free memory by which the engine sizes its cache."""
+    calls: list[str] = []
+
+    def start(host: type, specs: Sequence[ActorSpec], *_: Any, **__: Any) -> dict[str, Any]:
+        calls.append(host.__name__)
+        return {spec.name: SimpleNamespace(ready=SimpleNamespace(remote=int)) for spec in specs}
+
+    def gather(calls_by_name: dict[str, Any], *_: Any) -> None:
+        calls.append(" ".join(calls_by_name))
+        if len(calls_by_name) > 2:
+            raise RunError("all are ready")
+
+    monkeypatch.setattr(build, "with_sources", lambda config, *_, **__: config)
+    monkeypatch.setattr(build, "reserve", lambda *_: nullcontext())
+    monkeypatch.setattr(build, "join_ranks", lambda *_: None)
+    monkeypatch.setattr(build, "gather", gather)
+    monkeypatch.setattr(build, "close_ranks", lambda *_: None)
+    for name in ("start_all", "start_servers"):
+        monkeypatch.setattr(build.actors, name, start)
+    config = Config(rollout=RolloutConfig(workers=2), algo=replace(LEASHED, name="grpo"))
+    config = replace(config, cluster=replace(config.cluster, device=device))
+    placement = place(config, Machine(cpus=8, gpus=4 if device == "cuda" else 0), "train")
+    with ExitStack() as stack, pytest.raises(RunError, match="all are ready"):
+        build.start_fleets(config, placement, "policy", tmp_path, None, stack)
+    first = ["RolloutHost"] + (["rollout worker 0 rollout worker 1"] if device == "cuda" else [])
+    assert calls[: len(first) + 1] == [*first, "ScoringHost"]
+    assert calls[-1].startswith("rollout worker 0 rollout worker 1 scoring server 0")
 
 
 def sources(

@@ -175,6 +175,14 @@ def test_setup_without_venv_module(repository: Path) -> None:
     assert "apt install python3.11-venv" in result.stderr
 
 
+def test_setup_for_gpus_without_pythons_header(repository: Path) -> None:
+    text = FAKE_PYTHON.replace("case", 'if [[ "$*" == *Python.h* ]]; then exit 1; fi\ncase', 1)
+    stand_in(repository / "fake" / "python3.11", text)
+    result = call(repository, "launch/setup.sh", "gpu")
+    assert result.returncode == 2
+    assert "apt install python3.11-dev" in result.stderr
+
+
 def test_setup_with_too_little_disk(repository: Path) -> None:
     stand_in(repository / "fake" / "df", "#!/bin/sh\necho header\necho /dev/x 9 9 3145728 1% /\n")
     result = call(repository, "launch/setup.sh", "cpu")

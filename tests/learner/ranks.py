@@ -109,11 +109,13 @@ def budget(world: int) -> int:
 class Trainer:
     """A learner with its batches."""
 
-    def __init__(self, model: Path, learner: LearnerConfig, dtype: str, world: int) -> None:
+    def __init__(
+        self, model: Path, learner: LearnerConfig, dtype: str, world: int, checkpointing: bool = False
+    ) -> None:
         self.config, self.world = learner, world
         self.engine = ModelEngine(
             model,
-            ModelConfig(dtype=dtype),
+            ModelConfig(dtype=dtype, gradient_checkpointing=checkpointing),
             learner,
             OPTIMIZER,
             device="cpu",
@@ -258,6 +260,14 @@ def plain_masked(model: Path) -> dict[str, Any]:
     return found
 
 
+def run_checkpointed(stage: int, world: int, model: Path) -> dict[str, torch.Tensor]:
+    """The weights after a step with gradient checkpointing."""
+    learner = replace(LEARNER, zero_stage=stage, ranks=world, micro_batch_tokens=budget(world))
+    trainer = Trainer(model, learner, "float32", world, checkpointing=True)
+    trainer.step(1)
+    return trainer.weights()
+
+
 def run_bfloat16(stage: int, world: int, model: Path, folder: Path) -> dict[str, Any]:
     """Two steps in bf16, and what they left, restored: as it is, and with a weight that rounds to another one."""
     learner = replace(LEARNER, zero_stage=stage, ranks=world, micro_batch_tokens=budget(world))
@@ -364,6 +374,7 @@ def main() -> None:
         found["masked"] = plain_masked(model)
     else:
         found["methods"] = {stage: run_methods(model, stage) for stage in (2, 3)}
+        found["checkpointed"] = {stage: run_checkpointed(stage, world, model) for stage in (2, 3)}
         found["stale"] = {stage: run_stale(stage, world, model) for stage in (2, 3)}
         found["masked"] = {stage: run_masked(stage, world, model, folder) for stage in (2, 3)}
         found["bfloat16"] = {}

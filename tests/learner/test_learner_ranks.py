@@ -162,6 +162,14 @@ def test_the_sentinel_tells_stale_tokens_from_wrong_ones(results: dict, stage: i
     assert [name for name in stale if "logprob_diff" in name] == ["rollout/logprob_diff/lag_1"]
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradient_checkpointing_changes_nothing(results: dict, stage: int) -> None:
+    plain = results[1, 0]["plain"]
+    for rank in range(2):
+        found = results[2, rank]
+        assert distance(found["checkpointed"][stage], plain["one"], found[stage]["start"]) <= 1e-6
+
+
 def test_zero_3_really_holds_parts(results: dict) -> None:
     assert [results[2, 0][stage]["partitioned"] > 0 for stage in STAGES] == [False, False, False, True]
 

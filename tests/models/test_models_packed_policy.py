@@ -19,7 +19,8 @@ from transformers import (
 
 from rlhf_dist.config.schema import TinyConfig
 from rlhf_dist.errors import ModelError
-from rlhf_dist.models.attention import choose_attention, register_segmented, segmented
+from rlhf_dist.models import attention
+from rlhf_dist.models.attention import choose_attention, register_attention, segmented, varlen
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.packed_policy import PackedPolicy, check_head
 from rlhf_dist.models.tiny import make_tiny
@@ -122,7 +123,7 @@ def test_check_head_passes_plain_models(small: Path) -> None:
 
 
 def test_scaled_logits_are_reproduced_and_a_scale_that_is_not_known_is_refused() -> None:
-    register_segmented()
+    register_attention()
     torch.manual_seed(0)
     model = CohereForCausalLM._from_config(CohereConfig(**SIZES, logit_scale=0.1), attn_implementation="segmented")
     policy = PackedPolicy(model)
@@ -133,7 +134,7 @@ def test_scaled_logits_are_reproduced_and_a_scale_that_is_not_known_is_refused()
 
 
 def test_capped_logits_are_reproduced_and_capped_attention_refused() -> None:
-    register_segmented()
+    register_attention()
     torch.manual_seed(0)
     shape = {**SIZES, "head_dim": 32, "layer_types": ["full_attention"] * 2, "final_logit_softcapping": 0.2}
     model = Gemma2ForCausalLM._from_config(
@@ -150,7 +151,7 @@ def test_capped_logits_are_reproduced_and_capped_attention_refused() -> None:
 
 
 def test_a_sliding_window_shorter_than_a_sequence_is_refused() -> None:
-    register_segmented()
+    register_attention()
     config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=16, max_window_layers=0)
     policy = PackedPolicy(Qwen2ForCausalLM._from_config(config, attn_implementation="segmented"))
     boundaries = torch.tensor([0, 16, 20], dtype=torch.int32)
@@ -169,7 +170,7 @@ def test_segmented_refuses_a_cache_and_a_mask() -> None:
 
 
 def test_dropout_is_off_even_in_training() -> None:
-    register_segmented()
+    register_attention()
     config = Qwen2Config(**SIZES, attention_dropout=0.5)
     policy = PackedPolicy(Qwen2ForCausalLM._from_config(config, attn_implementation="segmented")).train()
     tokens, boundaries = torch.arange(9), torch.tensor([0, 9], dtype=torch.int32)
@@ -178,7 +179,7 @@ def test_dropout_is_off_even_in_training() -> None:
 
 
 def test_dropout_that_a_model_keeps_as_a_plain_number_is_off_too() -> None:
-    register_segmented()
+    register_attention()
     torch.manual_seed(0)
     config = OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=64, dropout=0.5, layerdrop=0.5)
     policy = PackedPolicy(OPTForCausalLM._from_config(config, attn_implementation="segmented"))
@@ -186,15 +187,80 @@ def test_dropout_that_a_model_keeps_as_a_plain_number_is_off_too() -> None:
     assert torch.equal(policy.hidden(tokens, boundaries), policy.hidden(tokens, boundaries))
 
 
-def test_choose_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+def by_hand(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    same: torch.Tensor,
+    longest: int,
+    longest_key: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What PyTorch's documentation says of `varlen_attn`, whose kernel runs on a GPU only."""
+    assert same is boundaries and boundaries.dtype == torch.int32 and longest == longest_key
+    assert longest == int(boundaries.diff().max()) and window_size[1] == 0
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    pieces = []
+    for q, k, v in zip(*(x.split(boundaries.diff().tolist()) for x in (query, key, value)), strict=True):
+        k, v = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        back = torch.arange(len(q))[:, None] - torch.arange(len(q))
+        seen = (back >= 0) & ((back <= window_size[0]) | (window_size[0] == -1))
+        pieces.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v))
+    return torch.cat(pieces)
+
+
+def test_varlen_gives_its_kernel_what_segmented_computes(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the lengths given, with positions alone, and with neither, as one sequence."""
+    monkeypatch.setattr(attention, "varlen_attn", by_hand)
+    plain = PackedPolicy(load_model(small, "float32", "segmented"))
+    policy = PackedPolicy(load_model(small, "float32", "varlen"))
+    tokens, boundaries, _, _ = packed_row()
+    torch.testing.assert_close(policy.hidden(tokens, boundaries), plain.hidden(tokens, boundaries))
+    check_head(policy)
+    query, key, value = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    for where in ({}, {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]])}):
+        found, _ = varlen(torch.nn.Identity(), query, key, value, None, scaling=0.3, **where)
+        expected, _ = segmented(torch.nn.Identity(), query, key, value, None, scaling=0.3, **where)
+        torch.testing.assert_close(found, expected)
+
+
+def test_varlen_has_the_window_of_the_models_own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "varlen_attn", by_hand)
+    register_attention()
+    torch.manual_seed(0)
+    config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    own = Qwen2ForCausalLM._from_config(config, attn_implementation="eager").eval()
+    policy = PackedPolicy(Qwen2ForCausalLM._from_config(config, attn_implementation="varlen"))
+    policy.model.load_state_dict(own.state_dict())
+    tokens, boundaries, _, _ = packed_row()
+    tokens = tokens % 64
+    with torch.no_grad():
+        found = policy.hidden(tokens, boundaries).split(LENGTHS)
+        alone = [own.base_model(input_ids=row[None]).last_hidden_state[0] for row in tokens.split(LENGTHS)]
+    for one, other in zip(found, alone, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_pytorch_takes_the_call_of_varlen() -> None:
+    """Shapes and arguments alone: tensors without memory."""
+    query, key = (torch.empty(1, heads, 9, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
+    boundaries = torch.empty(3, dtype=torch.int32, device="meta")
+    found, _ = varlen(torch.nn.Identity(), query, key, key, None, cu_seq_lens_q=boundaries, max_length_q=5, scaling=0.1)
+    assert found.shape == (1, 9, 4, 64) and found.dtype == torch.bfloat16
+
+
+def test_choose_attention() -> None:
     assert choose_attention("auto", "cpu") == "segmented"
-    assert choose_attention("auto", "cuda") == "segmented"
-    with pytest.raises(ModelError, match=r"model\.attention = flash_attention_2.*flash_attn is not installed"):
-        choose_attention("flash_attention_2", "cuda")
-    with pytest.raises(ModelError, match="the device is cpu"):
-        choose_attention("flash_attention_2", "cpu")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert choose_attention("auto", "cuda") == "flash_attention_2"
-    assert choose_attention("auto", "cuda", "float32") == "segmented"
-    assert choose_attention("segmented", "cuda") == "segmented"
+    with pytest.raises(ModelError, match=r"model\.attention = varlen: it needs a GPU, and the device is cpu; set"):
+        choose_attention("varlen", "cpu")
+    with pytest.raises(ModelError, match="does not compute in float32"):
+        choose_attention("varlen", "cuda:1", "float32")
+    for device in ("cuda", "cuda:3"):
+        assert choose_attention("auto", device) == choose_attention("varlen", device) == "varlen"
+        assert choose_attention("auto", device, "float32") == "segmented"
+        assert choose_attention("segmented", device) == "segmented"

@@ -25,7 +25,7 @@ from transformers import (
 
 from rlhf_dist.config.schema import TinyConfig
 from rlhf_dist.errors import ModelError
-from rlhf_dist.models.attention import register_segmented
+from rlhf_dist.models.attention import register_attention
 from rlhf_dist.models.hf import load_model, load_tokenizer
 from rlhf_dist.models.scalar import (
     NO_SCALE,
@@ -228,7 +228,7 @@ def test_check_scalar_passes_bfloat16(small: Path) -> None:
 
 
 def test_check_scalar_refuses_a_head_that_does_more(small: Path, tmp_path: Path) -> None:
-    register_segmented()
+    register_attention()
     scalar = PackedScalar(load_scalar(write(PUBLIC["qwen2"](), tmp_path / "m", small), "float32", "segmented"))
     model: Any = scalar.model
     forward = model.forward
