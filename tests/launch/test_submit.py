@@ -130,7 +130,7 @@ def test_a_config_runs_as_a_job_on_a_cluster(cluster: Cluster, shared_run: Share
         "cluster.device=cpu",
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "succeeded" in result.stdout
+    assert "succeeded" in result.stderr
     assert "4 groups issued: 4 consumed" in result.stdout, "the job's output is followed"
     summary = json.loads((output / "job" / "summary.json").read_text())
     assert summary["command"] == "train"
@@ -143,7 +143,38 @@ def test_a_wrong_token_is_refused_in_one_sentence(cluster: Cluster) -> None:
     assert "refuses the token" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_job_with_bad_input_fails_with_the_message(cluster: Cluster, tmp_path: Path) -> None:
-    result = submit(cluster, str(ROOT / "configs" / "local.yaml"), "loop.stepz=1", f"output={tmp_path}")
-    assert result.returncode == 1
-    assert "loop.stepz" in result.stdout + result.stderr and "loop.steps" in result.stdout + result.stderr
+SMALL = """
+output: {output}
+name: small
+model: {{tiny: {{hidden_size: 64, intermediate_size: 64, layers: 1, heads: 2, kv_heads: 1}}}}
+sft: {{steps: 2, batch_size: 4}}
+telemetry: {{wandb: "off"}}
+cluster: {{device: cpu}}
+"""
+
+
+def test_another_command_is_sent_from_a_folder_of_the_users_own(cluster: Cluster, tmp_path: Path) -> None:
+    """With the code of the package, which does not lie there."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "small.yaml").write_text(SMALL.format(output=tmp_path / "shared"))
+    result = subprocess.run(
+        [sys.executable, "-m", "rlhf_dist", "submit", "sft", "small.yaml"],
+        cwd=folder,
+        env=cluster.environment | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=JOB_LIMIT_S,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "held out" in result.stdout and "run directory:" in result.stdout
+    assert (tmp_path / "shared" / "small" / "checkpoints" / "step-2" / "hf" / "model.safetensors").is_file()
+
+
+def test_bad_input_that_only_the_cluster_sees_ends_as_it_does_here(cluster: Cluster, tmp_path: Path) -> None:
+    words = ["data.source=jsonl", "data.path=/no/such.jsonl", f"output={tmp_path}"]
+    result = submit(cluster, str(ROOT / "configs" / "reverse.yaml"), *words)
+    assert result.returncode == 2
+    assert "data.path is '/no/such.jsonl', which does not exist" in result.stdout
