@@ -236,12 +236,14 @@ def start_all(
     }
 
 
-def start_servers(host: type, specs: Sequence[ActorSpec], group: Any, threads: int = SERVER_THREADS) -> dict[str, Any]:
-    """Scoring or reference servers, or a collator, by name, on the node of the others.
+def start_servers(
+    host: type, specs: Sequence[ActorSpec], group: Any, threads: int = SERVER_THREADS, bundle: int = 0, *args: Any
+) -> dict[str, Any]:
+    """Scoring or reference servers, a collator or a weight relay, by name, on the node of place `bundle`.
 
-    They take no CPU and no GPU in Ray's books, since they work while others wait; on a GPU machine they see all GPUs
-    and take the one that `ActorSpec.device` names. Each takes many groups at a time, so that those that wait can be put
-    together; `threads`: so many.
+    `args`: what the host takes besides its spec. They take no CPU and no GPU in Ray's books, since they work while
+    others wait; on a GPU machine they see all GPUs and take the one that `ActorSpec.device` names. Each takes many
+    groups at a time, so that those that wait can be put together; `threads`: so many.
     """
     return {
         ProcessName.of(spec.name, spec.log): ray.remote(host)
@@ -250,9 +252,9 @@ def start_servers(host: type, specs: Sequence[ActorSpec], group: Any, threads: i
             max_restarts=0,
             max_concurrency=threads,
             runtime_env={"env_vars": environment(spec)},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
         )
-        .remote(spec)
+        .remote(spec, *args)
         for spec in specs
     }
 

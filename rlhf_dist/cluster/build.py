@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,30 @@ from rlhf_dist.cluster.groups import (
     silence,
 )
 from rlhf_dist.cluster.inbox import Inbox
+from rlhf_dist.cluster.node_facts import check_nodes
+from rlhf_dist.cluster.nodes import place_in
 from rlhf_dist.cluster.open_run import finish, opened
-from rlhf_dist.cluster.placement import Placement, bundles, first_learner_bundle, place
+from rlhf_dist.cluster.placement import Placement, bundles
 from rlhf_dist.cluster.preflight import check_before_start, require_shared_memory
-from rlhf_dist.cluster.processes import log_name
+from rlhf_dist.cluster.relay_hosts import Relays
 from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet, beat_s
 from rlhf_dist.cluster.session import ray_session, reserve
 from rlhf_dist.cluster.sources import (
-    mask_source,
     model_source,
     reward_model_doubts,
     with_sources,
 )
-from rlhf_dist.cluster.spec import ActorSpec
+from rlhf_dist.cluster.starts import (
+    COLLATOR,
+    START_KEY,
+    are_ready,
+    join_ranks,
+    start_ranks,
+    start_relays,
+    start_servers,
+    start_workers,
+)
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.reward_words import reward_lines, solved_by
 from rlhf_dist.config.schema import Config
@@ -51,9 +60,6 @@ from rlhf_dist.loop.evaluation import evaluate as run_evaluation
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.resume_point import ledger_gone
-from rlhf_dist.loop.run_directory import (
-    step_of,
-)
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.shell import Actors, Shell
 from rlhf_dist.loop.train_state import put_back, read_state
@@ -62,9 +68,6 @@ from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.telemetry.display import Progress, make_progress, spoken
 from rlhf_dist.types import Prompt
 from rlhf_dist.weights.sync import WeightSync
-
-START_KEY = "cluster.start_timeout_s"
-COLLATOR = "collator"
 
 
 def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
@@ -90,8 +93,8 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
         if resume:
             require_shared_memory(source, config)
         progress.stage("starting Ray")
-        with ray_session(config.cluster, run.logs / "ray", progress.note) as machine, ExitStack() as stack:
-            placement = place(config, machine, "train")
+        with ray_session(config.cluster, run.logs / "ray", progress.note) as nodes, ExitStack() as stack:
+            placement = place_in(config, nodes, "train")
             workers = f"{placement.rollout_workers} vLLM worker(s)"
             progress.stage(f"starting {workers} and {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
             parts = start_fleets(config, placement, source, run.logs, folder, stack)
@@ -137,8 +140,8 @@ def evaluate(config: Config) -> None:
         for doubt in (*warnings, *reward_model_doubts(config, begins=False)):
             progress.warn(doubt)
         progress.stage(f"starting Ray and vLLM (logs in {logs})")
-        with ray_session(config.cluster, logs / "ray", progress.note) as machine, ExitStack() as stack:
-            placement = place(config, machine, "eval")
+        with ray_session(config.cluster, logs / "ray", progress.note) as nodes, ExitStack() as stack:
+            placement = place_in(config, nodes, "eval")
             parts = start_fleets(config, placement, source, logs, None, stack)
             progress.stage(f"evaluating {len(prompts)} prompts")
             rules = rules_of(config, parts.actors.reference is not None, masked=False)
@@ -197,6 +200,7 @@ def start_fleets(
     """Start all actors side by side and wait until each is ready; `folder`: the checkpoint resumed from."""
     config = with_sources(config, source, folder, learns=placement.learner_ranks > 0)
     group = stack.enter_context(reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s))
+    check_nodes(placement.nodes, source, logs, config.cluster.start_timeout_s, START_KEY)
     workers = start_workers(config, placement, source, logs, folder, group)
     if placement.device == "cuda":
         # vLLM sizes its cache by how the free memory of the whole GPU changes while it starts.
@@ -210,13 +214,14 @@ def start_fleets(
             config, placement, source, logs, group, actors.ReferenceHost, "reference server", config.reference.replicas
         )
     collator = start_servers(config, placement, source, logs, group, CollatorHost, COLLATOR, 1, threads=1)
+    relays = start_relays(config, placement, source, logs, group, workers, stack)
     ranks = start_ranks(config, placement, source, logs, group, hosts.PolicyHost, stack)
     critics = start_ranks(config, placement, source, logs, group, hosts.CriticHost, stack, critic=True)
-    ready = are_ready(workers | scorers | references | collator)
-    join_ranks(config, ranks, folder)
-    join_ranks(config, critics, folder)
+    ready = are_ready(workers | scorers | references | collator | relays.all())
+    join_ranks(config, ranks, folder, placement.spread_of_ranks())
+    join_ranks(config, critics, folder, placement.spread_of_ranks(critic=True))
     gather(ready, "start", config.cluster.start_timeout_s, START_KEY)
-    return parts_of(config, workers, scorers, references, collator, ranks, critics)
+    return parts_of(config, workers, scorers, references, collator, ranks, critics, relays)
 
 
 def parts_of(
@@ -227,6 +232,7 @@ def parts_of(
     collator: dict[str, Any],
     ranks: dict[str, Any],
     critics: dict[str, Any],
+    relays: Relays,
 ) -> Parts:
     """The processes, which are ready, behind the ports of the loop. All hand their events to one inbox."""
     inbox, limit, (collating,) = Inbox(), config.scoring.timeout_s, collator.items()
@@ -236,6 +242,7 @@ def parts_of(
         timeout_s=config.rollout.timeout_s,
         sync_timeout_s=config.weights.timeout_s,
         give_up_after=config.weights.give_up_after,
+        relays=relays,
     )
     moves = config.reference.update_every > 0
     return Parts(
@@ -266,26 +273,6 @@ def parts_of(
     )
 
 
-def are_ready(members: dict[str, Any]) -> dict[str, Any]:
-    """Name -> what comes when the process is ready to work."""
-    return {name: one.ready.remote() for name, one in members.items()}
-
-
-def start_workers(
-    config: Config, placement: Placement, source: str, logs: Path, folder: Path | None, group: Any
-) -> dict[str, Any]:
-    """Start the rollout workers."""
-    specs = [
-        spec(config, f"rollout worker {i}", source, placement.device, placement.rollout_threads, logs, i)
-        for i in range(placement.rollout_workers)
-    ]
-    if placement.learner_ranks and hosts.algorithm(config.algo).mask is not None:
-        version = step_of(folder) if folder else 0
-        specs = [replace(made, mask=mask_source(source, folder), mask_version=version) for made in specs]
-    cpus, gpus = placement.rollout_num_cpus, placement.rollout_num_gpus
-    return actors.start_all(actors.RolloutHost, specs, group, 0, cpus, gpus, threads=actors.WORKER_THREADS)
-
-
 def learner_side(config: Config, ranks: dict[str, Any], critics: dict[str, Any], inbox: Inbox) -> LearnerSide:
     """The groups of policy and critic; while their answers are waited for, events are handed over."""
     limit, recipe, critic = config.learner.timeout_s, hosts.algorithm(config.algo), None
@@ -294,85 +281,3 @@ def learner_side(config: Config, ranks: dict[str, Any], critics: dict[str, Any],
         kind = CriticGroup if own else PolicyCreditGroup
         critic = kind(critics or ranks, timeout_s=limit, waits=inbox.wait, in_turn=not critics)
     return LearnerSide(PolicyGroup(ranks, timeout_s=limit, waits=inbox.wait), critic)
-
-
-def start_servers(
-    config: Config,
-    placement: Placement,
-    source: str,
-    logs: Path,
-    group: Any,
-    host: type,
-    name: str,
-    count: int,
-    threads: int = actors.SERVER_THREADS,
-) -> dict[str, Any]:
-    """Start scoring or reference servers, or the collator; on a GPU machine they are dealt out over its GPUs."""
-    gpus = max(1, placement.rollout_workers * placement.rollout_gpus)
-    specs = []
-    for i in range(count):
-        device = f"cuda:{i % gpus}" if placement.device == "cuda" else "cpu"
-        specs.append(
-            spec(
-                config, name if name == COLLATOR else f"{name} {i}", source, device, placement.scoring_threads, logs, i
-            )
-        )
-    return actors.start_servers(host, specs, group, threads)
-
-
-def start_ranks(
-    config: Config,
-    placement: Placement,
-    source: str,
-    logs: Path,
-    group: Any,
-    host: type,
-    stack: ExitStack,
-    critic: bool = False,
-) -> dict[str, Any]:
-    """Start the learner's ranks; they have not met yet. On leaving `stack` they remove what lies outside them.
-
-    `critic`: those of a critic that works beside the policy, if there is one.
-    """
-    count = placement.critic_ranks if critic else placement.learner_ranks - placement.critic_ranks
-    name = "critic" if critic else "learner"
-    specs = [
-        spec(config, f"{name} rank {i}", source, placement.device, placement.learner_threads, logs, i)
-        for i in range(count)
-    ]
-    first = first_learner_bundle(placement, config.cluster.colocate)
-    first += placement.learner_ranks - placement.critic_ranks if critic else 0
-    ranks = actors.start_all(host, specs, group, first, placement.learner_num_cpus, placement.learner_num_gpus)
-    stack.push(lambda kind, *_: close_ranks(ranks, kind))
-    return ranks
-
-
-def close_ranks(ranks: dict[str, Any], failure: type[BaseException] | None) -> None:
-    """Let the ranks remove what lies outside them; after `failure`, where there is one."""
-    stopped = failure is not None and not issubclass(failure, Exception)
-    actors.close_all(ranks, actors.STOP_LIMIT_S if stopped else actors.CLOSE_LIMIT_S)
-
-
-def join_ranks(config: Config, ranks: dict[str, Any], folder: Path | None) -> None:
-    """Let the ranks meet and load; restores the optimizer of the checkpoint `folder`."""
-    if not ranks:
-        return
-    limit = config.cluster.start_timeout_s
-    first = next(iter(ranks))
-    address, port = gather({first: ranks[first].address.remote()}, "give its address", limit, START_KEY)[first]
-    resume = str(folder.absolute()) if folder else None
-    gather({name: rank.join.remote(address, port, resume) for name, rank in ranks.items()}, "join", limit, START_KEY)
-
-
-def spec(config: Config, name: str, source: str, device: str, threads: int, logs: Path, rank: int) -> ActorSpec:
-    """What one actor is made from."""
-    return ActorSpec(
-        name=name,
-        config=config,
-        source=source,
-        device=device,
-        threads=threads,
-        log=str((logs / log_name(name)).absolute()),
-        rank=rank,
-        search_path=os.getcwd(),
-    )

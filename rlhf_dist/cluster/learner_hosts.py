@@ -16,6 +16,7 @@ from rlhf_dist.config.schema import AlgoConfig, OptimizerConfig
 from rlhf_dist.learner.checkpoint_files import CRITIC_FOLDER
 
 LOOPBACK = "127.0.0.1"
+"""As in `deepspeed_engine`, whose import takes seconds."""
 
 
 def algorithm(config: AlgoConfig) -> Algorithm:
@@ -33,11 +34,12 @@ class LearnerHost:
         self._learner: Any = None
         self._folder: Path | None = None
 
-    def address(self) -> tuple[str, int]:
-        """Where the ranks meet: on loopback, since they are all on one node; and a free port."""
+    def address(self, nodes: int) -> tuple[str, int]:
+        """Where the ranks meet, and a free port: on loopback, unless they are on several nodes."""
+        host = LOOPBACK if nodes == 1 else ray.util.get_node_ip_address()
         with socket.socket() as probe:
-            probe.bind((LOOPBACK, 0))
-            return LOOPBACK, probe.getsockname()[1]
+            probe.bind((host, 0))
+            return host, probe.getsockname()[1]
 
     @importing()
     def join(self, address: str, port: int, resume: str | None) -> str:
@@ -50,6 +52,7 @@ class LearnerHost:
             config.learner.ranks,
             address,
             port,
+            own_address=LOOPBACK if address == LOOPBACK else ray.util.get_node_ip_address(),
             device=spec.device,
             threads=spec.threads,
             timeout_s=max(config.learner.timeout_s, config.cluster.start_timeout_s),

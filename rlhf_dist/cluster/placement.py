@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -20,14 +21,18 @@ from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ResourceError
 
 Command = Literal["train", "sft", "reward", "eval"]
+NODE, PIN = "node:", 0.001
+"""Ray's name of the resource that each node has 1 of, with its address; and how much of it a place takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What there is to share out: one machine, or the sum over a cluster."""
+    """What there is to share out: one machine, or a node of a cluster."""
 
     cpus: int
     gpus: int
+    address: str = ""
+    """The node's, as Ray knows it; empty where there is one node only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,27 @@ class Placement:
     """Ray's `num_cpus` of one rank."""
     learner_num_gpus: float
     """Ray's `num_gpus` of one rank."""
+    nodes: tuple[str, ...] = ()
+    """Address of the node of each place in `bundles`; empty where all are on one node."""
+
+    @property
+    def learner_node(self) -> str:
+        """Address of the node of learner rank 0; empty where all is on one node."""
+        return self.nodes[self.rollout_workers] if self.nodes and self.learner_ranks else ""
+
+    def spread_of_ranks(self, critic: bool = False) -> int:
+        """On how many nodes the policy's ranks are, or those of a critic that has its own."""
+        ranks = self.nodes[self.rollout_workers :]
+        policy = len(ranks) - self.critic_ranks
+        return max(1, len(set(ranks[policy:] if critic else ranks[:policy])))
+
+    def gpus_of_servers(self) -> int:
+        """Over how many GPUs scoring and reference servers are dealt out: those of the run on the learner's node."""
+        if not self.learner_node:
+            return self.rollout_workers * self.rollout_gpus
+        workers, ranks = self.nodes[: self.rollout_workers], self.nodes[self.rollout_workers :]
+        home = self.learner_node
+        return workers.count(home) * self.rollout_gpus + ranks.count(home) * self.learner_gpus
 
 
 def local_machine() -> Machine:
@@ -125,6 +151,8 @@ def bundles(placement: Placement, colocate: bool) -> list[dict[str, float]]:
     p = placement
     workers = [{"CPU": p.rollout_num_cpus, "GPU": p.rollout_num_gpus}] * p.rollout_workers
     ranks = [{"CPU": p.learner_num_cpus, "GPU": p.learner_num_gpus}] * p.learner_ranks
+    if p.nodes:
+        return [own | {NODE + node: PIN} for own, node in zip(workers + ranks, p.nodes, strict=True)]
     if not colocate:
         return workers + ranks
     nobody = {"CPU": 0.0, "GPU": 0.0}
@@ -144,12 +172,12 @@ def describe(placement: Placement, config: Config, command: Command) -> list[str
     p = placement
     lines = [f"device: {p.device}"]
     if p.rollout_workers:
-        who = _count(p.rollout_workers, "worker")
+        who = count_of(p.rollout_workers, "worker")
         lines.append(
             f"rollout: {who}, each {_share(p.rollout_threads, p.rollout_gpus, p.rollout_num_cpus, p.rollout_num_gpus)}"
         )
     if p.learner_ranks:
-        who = f"{_count(p.learner_ranks, 'rank')}, ZeRO-{config.learner.zero_stage}"
+        who = f"{count_of(p.learner_ranks, 'rank')}, ZeRO-{config.learner.zero_stage}"
         who += f" ({p.critic_ranks} of them the critic's own)" if p.critic_ranks else ""
         lines.append(
             f"learner: {who}, each {_share(p.learner_threads, p.learner_gpus, p.learner_num_cpus, p.learner_num_gpus)}"
@@ -157,10 +185,16 @@ def describe(placement: Placement, config: Config, command: Command) -> list[str
     if p.rollout_workers and p.learner_ranks:
         lines.append(f"rollout and learner {_halves(config)}; scoring takes no CPU in Ray's books")
     if p.rollout_workers:
-        servers = _count(config.scoring.replicas, "scoring server")
+        servers = count_of(config.scoring.replicas, "scoring server")
         if config.reference.replicas and command == "train":
-            servers += f" and {_count(config.reference.replicas, 'reference server')}"
-        lines.append(f"scoring: {servers}, each {_count(p.scoring_threads, 'CPU thread')}")
+            servers += f" and {count_of(config.reference.replicas, 'reference server')}"
+        lines.append(f"scoring: {servers}, each {count_of(p.scoring_threads, 'CPU thread')}")
+    if p.nodes:
+        homes = Counter(p.nodes[: p.rollout_workers])
+        of_ranks = Counter(p.nodes[p.rollout_workers :])
+        sides = (("rollout workers", homes), ("learner ranks", of_ranks))
+        spread = [f"{who} {', '.join(f'{n} on {node}' for node, n in side.items())}" for who, side in sides if side]
+        lines.append(f"nodes: {'; '.join(spread)}")
     lines += {"train": _train_lines, "sft": _sft_lines, "reward": _reward_lines, "eval": lambda _: []}[command](config)
     if p.rollout_workers:
         samples = f" and {config.eval.samples} samples" if config.eval.samples else ""
@@ -175,7 +209,7 @@ def _halves(config: Config) -> str:
     lag, own = config.loop.max_policy_lag, "have devices of their own"
     if lag == 0:
         return "take turns on the same devices" if config.cluster.colocate else f"{own}, and take turns"
-    ago = _count(lag, "version")
+    ago = count_of(lag, "version")
     return f"{'share the devices' if config.cluster.colocate else own}, and work at once, on tokens at most {ago} old"
 
 
@@ -187,9 +221,9 @@ def _train_lines(config: Config) -> list[str]:
     return [
         f"step: {loop.prompts_per_step} prompts x {config.algo.group_size} samples = {rows} responses, at most "
         f"{tokens:,} "
-        f"response tokens, {_count(updates, 'optimizer step')} of {rows // updates} responses each{passes}",
-        f"run: {_count(loop.steps, 'step')}, {loop.steps * rows:,} responses, "
-        f"{_count(loop.steps * updates * config.learner.epochs, 'optimizer step')}",
+        f"response tokens, {count_of(updates, 'optimizer step')} of {rows // updates} responses each{passes}",
+        f"run: {count_of(loop.steps, 'step')}, {loop.steps * rows:,} responses, "
+        f"{count_of(loop.steps * updates * config.learner.epochs, 'optimizer step')}",
         f"micro-batches: at most {config.learner.micro_batch_tokens} tokens each",
     ]
 
@@ -198,7 +232,7 @@ def _sft_lines(config: Config) -> list[str]:
     sft = config.sft
     return [
         f"step: {sft.batch_size} sequences of at most {sft.max_tokens} tokens",
-        f"run: {_count(sft.steps, 'optimizer step')}, {sft.steps * sft.batch_size:,} sequences",
+        f"run: {count_of(sft.steps, 'optimizer step')}, {sft.steps * sft.batch_size:,} sequences",
         f"micro-batches: at most {config.learner.micro_batch_tokens} tokens each",
     ]
 
@@ -207,19 +241,20 @@ def _reward_lines(config: Config) -> list[str]:
     reward = config.reward
     return [
         f"step: {reward.batch_size} judgements of at most {config.preferences.max_tokens} tokens a response",
-        f"run: at most {_count(reward.steps, 'optimizer step')}, {reward.steps * reward.batch_size:,} judgements",
+        f"run: at most {count_of(reward.steps, 'optimizer step')}, {reward.steps * reward.batch_size:,} judgements",
         f"micro-batches: at most {config.learner.micro_batch_tokens} tokens each",
     ]
 
 
 def _share(threads: int, gpus: int, num_cpus: float, num_gpus: float) -> str:
-    devices = _count(threads, "CPU thread") + (f" and {_count(gpus, 'GPU')}" if gpus else "")
+    devices = count_of(threads, "CPU thread") + (f" and {count_of(gpus, 'GPU')}" if gpus else "")
     booked = f"{num_cpus:g} CPU" + (f", {num_gpus:g} GPU" if gpus else "")
     why = "shared, so each books half in Ray" if num_cpus < threads else "Ray"
     return f"{devices} ({why}: {booked})"
 
 
-def _count(number: int, noun: str) -> str:
+def count_of(number: int, noun: str) -> str:
+    """`1 CPU`, `2 CPUs`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
@@ -258,7 +293,7 @@ def _check_gpus(machine: Machine, workers: int, parallel: int, ranks: int, share
             parts.append(f"learner.ranks {ranks}")
         way_out = "" if shared or not (workers and ranks) else ", or let them take turns with cluster.colocate=true"
         raise ResourceError(
-            f"{' and '.join(parts)} need {_count(needed, 'GPU')}, but there {_are(machine.gpus, 'GPU')}; lower "
+            f"{' and '.join(parts)} need {count_of(needed, 'GPU')}, but there {_are(machine.gpus, 'GPU')}; lower "
             f"them{way_out}"
         )
 
@@ -276,7 +311,7 @@ def _threads(config: Config, machine: Machine, workers: int, ranks: int, shared:
     if needed > machine.cpus:
         raise ResourceError(
             f"rollout.workers {workers} x {_each(rollout)} + learner.ranks {ranks} x {_each(learner)} = "
-            f"{_count(needed, 'CPU')}, "
+            f"{count_of(needed, 'CPU')}, "
             f"but there {_are(machine.cpus, 'CPU')}; lower rollout.workers, rollout.cpus, learner.ranks or "
             "learner.cpus, or let "
             "them take turns with cluster.colocate=true"
@@ -296,7 +331,7 @@ def _side_threads(count_key: str, count: int, cpus_key: str, cpus: int, machine:
     needed = count * max(cpus, 1)
     if needed > machine.cpus:
         raise ResourceError(
-            f"{count_key} {count} x {_each(cpus)} = {_count(needed, 'CPU')}, but there {_are(machine.cpus, 'CPU')}; "
+            f"{count_key} {count} x {_each(cpus)} = {count_of(needed, 'CPU')}, but there {_are(machine.cpus, 'CPU')}; "
             f"lower {count_key}" + (f" or {cpus_key}" if cpus else "")
         )
     return cpus or machine.cpus // count
@@ -307,7 +342,7 @@ def _each(cpus: int) -> str:
 
 
 def _are(number: int, noun: str) -> str:
-    return f"{'is' if number == 1 else 'are'} {_count(number, noun)}" if number else f"is no {noun}"
+    return f"{'is' if number == 1 else 'are'} {count_of(number, noun)}" if number else f"is no {noun}"
 
 
 def _local_gpus() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import ray
 
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.processes import look
+from rlhf_dist.cluster.relay_hosts import ONE_NODE, Relays
 from rlhf_dist.cluster.waits import fetch, limit_text
 from rlhf_dist.errors import ActorLost, EngineBroken, RayLost, RlhfError, RunError, WeightSyncError
 from rlhf_dist.loop.events import Event, Lost
@@ -66,6 +67,7 @@ class RolloutFleet:
         timeout_s: float,
         sync_timeout_s: float,
         give_up_after: int = 3,
+        relays: Relays = ONE_NODE,
     ) -> None:
         self._standings = {name: Standing(worker) for name, worker in workers.items()}
         # Until the first push they serve what they loaded themselves, which is all that `eval` asks of them.
@@ -75,6 +77,9 @@ class RolloutFleet:
         self._sync_timeout_s = sync_timeout_s
         self._give_up_after = give_up_after
         self._inbox = inbox
+        self._relays = relays
+        self._fetches: dict[str, Any] = {}
+        """Relay -> its last call."""
         for name in self._standings:
             self._ask_for_events(name)
 
@@ -131,7 +136,7 @@ class RolloutFleet:
         late = {
             name: standing
             for name, standing in self._standings.items()
-            if standing.call is not None and not _is_done(standing.call)
+            if standing.call is not None and not _is_done(standing.call) and name not in self._relays.of_worker
         }
         if len({standing.offset for standing in late.values()}) < BUFFERS:
             return []
@@ -153,10 +158,12 @@ class RolloutFleet:
             if standing.call is not None:
                 problems += self._look_back(name, standing, announcement.version)
         self._serving, self._announced = [], announcement
-        for standing in self._standings.values():
-            if standing.call is None:
-                standing.call = standing.worker.load_weights.remote(announcement)
-                standing.version, standing.offset = announcement.version, announcement.offset
+        busy = [relay for relay, call in self._fetches.items() if not _is_done(call)]
+        self._fetches |= self._relays.send(announcement, busy)
+        for name, standing in self._standings.items():
+            if name not in self._relays.of_worker:
+                self._ask_to_load(standing, announcement)
+        problems += self._load_elsewhere(announcement.version, busy)
         asked = [standing for standing in self._standings.values() if standing.version == announcement.version]
         awaited = [standing.call for standing in asked if not standing.silent] or [standing.call for standing in asked]
         if awaited:
@@ -166,6 +173,36 @@ class RolloutFleet:
                 problems += self._read_receipt(name, standing, announcement)
         if not self._serving:
             raise WeightSyncError("; ".join([*problems, "no rollout worker holds the published weights"]))
+        return problems
+
+    def _ask_to_load(self, standing: Standing, announcement: Announcement) -> None:
+        if standing.call is None:
+            standing.call = standing.worker.load_weights.remote(announcement)
+            standing.version, standing.offset = announcement.version, announcement.offset
+
+    def _load_elsewhere(self, version: int, busy: Collection[str]) -> list[str]:
+        """Let the workers of other nodes load once their node has the bytes; without them they miss the push.
+
+        `busy`: relays that still copy an earlier version, and are not waited for.
+        """
+        problems: list[str] = []
+        awaited = [call for relay, call in self._fetches.items() if relay not in busy]
+        if awaited:
+            self._inbox.wait(awaited, Patience(self._sync_timeout_s), count=len(awaited))
+        for relay, call in self._fetches.items():
+            workers = {name: self._standings[name] for name in self._relays.workers(relay) if name in self._standings}
+            try:
+                if relay in busy or not _is_done(call):
+                    raise WeightSyncError(self._silence(relay, "did not copy it in time"))
+                found: Announcement = fetch(call, relay, "fetch", self._sync_timeout_s)
+            except RayLost:
+                raise
+            except RlhfError as error:
+                for name, standing in workers.items():
+                    problems += self._missed(name, standing, version, f"{name} did not get version {version}: {error}")
+                continue
+            for standing in workers.values():
+                self._ask_to_load(standing, found)
         return problems
 
     def _take_back(self) -> None:

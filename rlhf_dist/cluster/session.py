@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_dist.cluster import local_ray, signals
 from rlhf_dist.cluster.address import check_cluster, joins_cluster
 from rlhf_dist.cluster.compile_cache import VARIABLE, compile_cache
-from rlhf_dist.cluster.placement import Machine, local_machine
+from rlhf_dist.cluster.placement import NODE, Machine, local_machine
 from rlhf_dist.cluster.private_folder import SESSION, TEMPORARY, private_folder, temporary_parent
 from rlhf_dist.cluster.processes import lost_ray
 from rlhf_dist.config.schema import ClusterConfig
@@ -57,15 +57,26 @@ def prepare(config: ClusterConfig) -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-def largest_node(nodes: Sequence[Mapping[str, float]]) -> Machine:
-    """The node to plan for: all actors of a run share one, and the cluster's sum is of no use to them."""
-    best = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)))
-    return Machine(int(best.get("CPU", 0)), int(best.get("GPU", 0)))
+def nodes_of_cluster(nodes: Sequence[Mapping[str, Any]], own: str) -> tuple[Machine, ...]:
+    """The living nodes that Ray lists, the command's own first; `own`: its address."""
+    living = [node for node in nodes if node["Alive"]]
+    found = [
+        Machine(int(has.get("CPU", 0)), int(has.get("GPU", 0)), node["NodeManagerAddress"])
+        for node, has in ((node, node["Resources"]) for node in living)
+    ]
+    return tuple(sorted(found, key=lambda node: node.address != own))
+
+
+def cluster_nodes() -> tuple[Machine, ...]:
+    """Of the Ray cluster that was joined."""
+    import ray
+
+    return nodes_of_cluster(ray.nodes(), ray.util.get_node_ip_address())
 
 
 @contextmanager
-def ray_session(config: ClusterConfig, logs: Path, tell: Callable[[str], None]) -> Iterator[Machine]:
-    """Ray, up for the time of the block; yields the machine to plan for: this one, or the cluster's largest node.
+def ray_session(config: ClusterConfig, logs: Path, tell: Callable[[str], None]) -> Iterator[tuple[Machine, ...]]:
+    """Ray, up for the time of the block; yields what to plan for: this machine, or the nodes of the cluster.
 
     A local one listens on loopback only, and keeps its files in a folder that only this user can enter and that is
     removed with it; when the block fails, the logs of Ray's own processes are copied to `logs`. `tell` gets a line for
@@ -77,13 +88,13 @@ def ray_session(config: ClusterConfig, logs: Path, tell: Callable[[str], None]) 
     import ray
 
     if ray.is_initialized():
-        yield largest_node([node["Resources"] for node in ray.nodes() if node["Alive"]]) if join else machine
+        yield cluster_nodes() if join else (machine,)
         return
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if join:
         try:
             start_ray(settings | {"address": "auto"})
-            yield largest_node([node["Resources"] for node in ray.nodes() if node["Alive"]])
+            yield cluster_nodes()
         finally:
             local_ray.shut_down()
         return
@@ -102,7 +113,7 @@ def ray_session(config: ClusterConfig, logs: Path, tell: Callable[[str], None]) 
         try:
             with temporary_files_in(folder / TEMPORARY):
                 start_ray(settings | {"_temp_dir": str(folder / SESSION)})
-            yield machine
+            yield (machine,)
         except KeyboardInterrupt:
             if signals.has_come():
                 local_ray.end_at_once(folder)  # Somebody waits at the keyboard.
@@ -162,23 +173,26 @@ def copy_end(source: Path, target: Path) -> None:
 
 @contextmanager
 def reserve(bundles: Sequence[Mapping[str, float]], timeout_s: float) -> Iterator[Any]:
-    """A placement group that holds every actor on one node, as the shared-memory transport needs it.
+    """A placement group: all on one node, or each place on the node that it names.
 
     With the block its actors end, so that another run in the same session finds room.
 
-    Raises `ResourceError` when no node has the room within `timeout_s`.
+    Raises `ResourceError` when there is no room within `timeout_s`.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
     from rlhf_dist.cluster.waits import wait
 
-    group = placement_group([{k: v for k, v in bundle.items() if v} for bundle in bundles], strategy="STRICT_PACK")
+    pinned = any(name.startswith(NODE) for bundle in bundles for name in bundle)
+    wanted = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
+    group = placement_group(wanted, strategy="PACK" if pinned else "STRICT_PACK")
     try:
         if not wait([group.ready()], Patience(timeout_s)):
             cpus = sum(bundle["CPU"] for bundle in bundles)
             gpus = sum(bundle["GPU"] for bundle in bundles)
+            who = "its nodes have not" if pinned else "no node of the cluster has"
             raise ResourceError(
-                f"no node of the cluster has {cpus:g} CPUs and {gpus:g} GPUs free within {timeout_s:g} s "
+                f"{who} {cpus:g} CPUs and {gpus:g} GPUs free within {timeout_s:g} s "
                 "(cluster.start_timeout_s); free some, or lower rollout.workers, learner.ranks or their cpus"
             )
         yield group

@@ -14,12 +14,17 @@ from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from rlhf_dist.config.schema import OptimizerConfig
 from rlhf_dist.errors import ConfigError, RunError
+
+LOOPBACK = "127.0.0.1"
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""Where gloo and nccl read the network interface to use."""
 
 
 class DeepSpeedEngine:
@@ -211,9 +216,21 @@ def require_finite(norm: float) -> None:
 
 
 def init_process_group(
-    rank: int, world_size: int, address: str, port: int, *, device: str, threads: int, timeout_s: float
+    rank: int,
+    world_size: int,
+    address: str,
+    port: int,
+    *,
+    device: str,
+    threads: int,
+    timeout_s: float,
+    own_address: str = LOOPBACK,
 ) -> None:
-    """Join the ranks: gloo on a CPU, nccl on a GPU. Waits at most `timeout_s` for the others, in every collective."""
+    """Join the ranks: gloo on a CPU, nccl on a GPU. Waits at most `timeout_s` for the others, in every collective.
+
+    `own_address`: of this rank's node, on which it listens for the others. Both libraries are told its interface, since
+    gloo would take the host's outside one; between nodes what the environment says comes first.
+    """
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -221,11 +238,11 @@ def init_process_group(
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
     )
+    if interface := interface_of(own_address):
+        for name in INTERFACES:
+            os.environ[name] = interface if own_address == LOOPBACK else os.environ.get(name, interface)
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        if address == "127.0.0.1":
-            # gloo would listen on the host's outside address otherwise.
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         torch.set_num_threads(threads)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
@@ -236,6 +253,12 @@ def init_process_group(
     store = meeting_point(rank, world_size, address, port, limit)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=limit, verbose=False)
+
+
+def interface_of(address: str) -> str:
+    """The network interface that has the address, such as `lo` or `eth0`; empty where none has it."""
+    found = psutil.net_if_addrs().items()
+    return next((name for name, own in found if any(one.address == address for one in own)), "")
 
 
 def meeting_point(rank: int, world_size: int, address: str, port: int, limit: timedelta) -> TCPStore:

@@ -14,8 +14,8 @@ import os
 import secrets
 import struct
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from errno import EACCES, EAGAIN
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -89,14 +89,20 @@ class WeightWriter:
         The version before stays as it is, unless a reader holds the other buffer. Raises `WeightSyncError` when readers
         hold both.
         """
-        index = self._lock_free_buffer()
-        offset = index * self._stride
-        try:
+        with self._free_buffer() as offset:
             hashes = self._fill(offset, parameters)
-        finally:
-            lock(self._file, fcntl.F_UNLCK, offset, self._stride)
-        self._newest = index
         return Announcement(version, str(self.path), offset, self.plan, hashes)
+
+    def copy(self, version: int, receive: Callable[[memoryview], None]) -> Announcement:
+        """As `write`, of bytes: `receive` fills each bucket in turn, which is hashed while it is in the cache."""
+        hashes: list[str] = []
+        with self._free_buffer() as offset, memoryview(self._map) as whole:
+            for bucket in self.plan.buckets:
+                start = offset + bucket.offset
+                with whole[start : start + bucket.nbytes] as part:
+                    receive(part)
+                    hashes.append(bucket_hash(part))
+        return Announcement(version, str(self.path), offset, self.plan, tuple(hashes))
 
     def _fill(self, offset: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> tuple[str, ...]:
         given = iter(parameters)
@@ -105,6 +111,17 @@ class WeightWriter:
             assert name == slot.name, f"{name} came where {slot.name} was planned"
             slot_view(self._map, slot, offset).copy_(tensor)
         return bucket_hashes(self._map, offset, self.plan)
+
+    @contextmanager
+    def _free_buffer(self) -> Iterator[int]:
+        """Where a buffer begins that is locked for the time of the block, and the newest when that ended well."""
+        index = self._lock_free_buffer()
+        offset = index * self._stride
+        try:
+            yield offset
+        finally:
+            lock(self._file, fcntl.F_UNLCK, offset, self._stride)
+        self._newest = index
 
     def _lock_free_buffer(self) -> int:
         """A buffer that no reader holds, the older one first."""
@@ -141,6 +158,19 @@ class WeightReader:
 
         Raises `WeightSyncError` when they are not the announced ones any more, or the file is gone.
         """
+        lease = self.hold(announcement)
+        lease.hashes = bucket_hashes(lease.memory, announcement.offset, announcement.plan)
+        for index, (sent, received) in enumerate(zip(announcement.hashes, lease.hashes, strict=True)):
+            if sent != received:
+                lease.close()
+                raise WeightSyncError(
+                    f"version {announcement.version}: bucket {index} arrived as {received}, was announced as {sent}; "
+                    "nothing was loaded"
+                )
+        return lease
+
+    def hold(self, announcement: Announcement) -> Lease:
+        """The lock alone, for a reader that hands the bytes on to one that hashes them. Raises as `take`."""
         version = f"version {announcement.version}"
         try:
             file, memory = self._open(announcement.path)
@@ -149,13 +179,6 @@ class WeightReader:
         lease = Lease(announcement, file, memory)
         if not lock(file, fcntl.F_RDLCK, announcement.offset, lease.nbytes):
             raise WeightSyncError(f"{version}: a later version is being written in its place; nothing was loaded")
-        lease.hashes = bucket_hashes(memory, announcement.offset, announcement.plan)
-        for index, (sent, received) in enumerate(zip(announcement.hashes, lease.hashes, strict=True)):
-            if sent != received:
-                lease.close()
-                raise WeightSyncError(
-                    f"{version}: bucket {index} arrived as {received}, was announced as {sent}; nothing was loaded"
-                )
         return lease
 
     def _open(self, path: str) -> tuple[IO[bytes], mmap.mmap]:
@@ -168,25 +191,25 @@ class WeightReader:
 
 
 class Lease:
-    """A version that was hashed, and that the writer leaves as it is until `close`."""
+    """A version that the writer leaves as it is until `close`."""
 
     def __init__(self, announcement: Announcement, file: IO[bytes], memory: mmap.mmap) -> None:
         self.announcement = announcement
         self.nbytes = max(announcement.plan.nbytes, 1)
         self.hashes: tuple[str, ...] = ()
-        """Of each bucket, as received."""
-        self._file = file
-        self._memory = memory
+        """Of each bucket, as received; empty where it was not hashed."""
+        self.file = file
+        self.memory = memory
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The parameters, as views that are not to be used after `close`."""
         offset = self.announcement.offset
-        return [(slot.name, slot_view(self._memory, slot, offset)) for slot in self.announcement.plan.slots]
+        return [(slot.name, slot_view(self.memory, slot, offset)) for slot in self.announcement.plan.slots]
 
     def close(self) -> None:
         """Let the writer use the buffer again. May be called twice."""
-        if not self._file.closed:
-            lock(self._file, fcntl.F_UNLCK, self.announcement.offset, self.nbytes)
+        if not self.file.closed:
+            lock(self.file, fcntl.F_UNLCK, self.announcement.offset, self.nbytes)
 
 
 def map_file(path: Path) -> mmap.mmap:

@@ -110,13 +110,14 @@ class LightEngine:
 
 
 class Stand:
-    """Stands in for a worker, a server and a learner rank; does as it was last told."""
+    """Stands in for a worker, a server, a weight relay and a learner rank; does as it was last told."""
 
     def __init__(self, name: str, tokens: int) -> None:
         """`tokens`: of each response."""
         self._name = name
         self._mode = "right"
         self._tokens = tokens
+        self._path = ""
         rollout_worker.render = lambda tokenizer, messages, chat: [1] * len(messages[0].content)
         self.anew()
 
@@ -170,8 +171,19 @@ class Stand:
             raise IndexError("list index out of range")
         return self._name
 
+    def offer(self, announcement: Announcement) -> tuple[str, int]:
+        return self._name, 1
+
+    def fetch(self, announcement: Announcement, address: tuple[str, int]) -> Announcement:
+        self.work()
+        return replace(announcement, path=f"of {self._name}, from {address[0]}")
+
+    def loaded_from(self) -> str:
+        return self._path
+
     def receipt(self, announcement: Announcement) -> Receipt:
         self.work()
+        self._path = announcement.path
         if "torn" in self._mode.split():
             raise WeightSyncError("version 3: bucket 0 arrived torn; nothing was loaded")
         if self._mode == "broken":

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import ray
 
-from rlhf_dist.cluster import build, learner_hosts
+from rlhf_dist.cluster import build, learner_hosts, starts
 from rlhf_dist.cluster.placement import Machine, place
 from rlhf_dist.cluster.sources import require_rows, with_sources
 from rlhf_dist.cluster.spec import ActorSpec, enter
@@ -36,15 +36,16 @@ def test_a_users_folder_hides_no_library(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = list(sys.path)
     monkeypatch.chdir(tmp_path)
-    enter(build.spec(Config(), "scoring worker", "", "cpu", 1, tmp_path / "logs", 0))
+    enter(starts.spec(Config(), "scoring worker", "", "cpu", 1, tmp_path / "logs", 0))
     assert sys.path == [*before, str(tmp_path)]
 
 
-def test_ranks_meet_on_loopback_in_a_large_cluster_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * 3)
-    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "0.0.0.0")
-    host, port = learner_hosts.LearnerHost.address(object.__new__(learner_hosts.LearnerHost))
-    assert host == "127.0.0.1" and 0 < port < 2**16
+def test_ranks_meet_on_loopback_unless_they_are_on_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.2")
+    rank = object.__new__(learner_hosts.LearnerHost)
+    for nodes, expected in ((1, "127.0.0.1"), (2, "127.0.0.2")):
+        host, port = learner_hosts.LearnerHost.address(rank, nodes)
+        assert host == expected and 0 < port < 2**16
 
 
 @pytest.mark.parametrize("leaves", ["in flight", "used twice", "nothing"])
@@ -52,8 +53,8 @@ def test_a_run_whose_ledger_does_not_add_up_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, leaves: str
 ) -> None:
     @contextmanager
-    def session(*_: Any) -> Iterator[Machine]:
-        yield Machine(2, 0)
+    def session(*_: Any) -> Iterator[tuple[Machine, ...]]:
+        yield (Machine(2, 0),)
 
     def trained(run: Run, state: Any) -> Outcome:
         run.telemetry.log(0, {"eval/greedy_accuracy": 0.0})
@@ -99,9 +100,9 @@ def test_on_gpus_nothing_starts_beside_an_engine(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(build, "reserve", lambda *_: nullcontext())
     monkeypatch.setattr(build, "join_ranks", lambda *_: None)
     monkeypatch.setattr(build, "gather", gather)
-    monkeypatch.setattr(build, "close_ranks", lambda *_: None)
+    monkeypatch.setattr(starts, "close_ranks", lambda *_: None)
     for name in ("start_all", "start_servers"):
-        monkeypatch.setattr(build.actors, name, start)
+        monkeypatch.setattr(starts.actors, name, start)
     config = Config(rollout=RolloutConfig(workers=2), algo=replace(LEASHED, name="grpo"))
     config = replace(config, cluster=replace(config.cluster, device=device))
     placement = place(config, Machine(cpus=8, gpus=4 if device == "cuda" else 0), "train")

@@ -54,9 +54,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """A small one; whatever starts Ray raises `StartedError`."""
 
     @contextmanager
-    def session(*_: Any) -> Iterator[Machine]:
+    def session(*_: Any) -> Iterator[tuple[Machine, ...]]:
         raise StartedError
-        yield Machine(2, 0)
+        yield (Machine(2, 0),)
 
     for module in (build, trainer_ranks):
         monkeypatch.setattr(module, "ray_session", session)
@@ -231,8 +231,8 @@ def test_the_logs_of_an_evaluation_go_unless_it_fails(
     fails: bool,
 ) -> None:
     @contextmanager
-    def session(*_: Any) -> Iterator[Machine]:
-        yield Machine(2, 0)
+    def session(*_: Any) -> Iterator[tuple[Machine, ...]]:
+        yield (Machine(2, 0),)
 
     def start(config: Config, placement: Any, source: str, logs: Path, *_: Any) -> build.Parts:
         (logs / "rollout-worker-0.log").write_text("started")

@@ -115,9 +115,9 @@ class StandIn:
         run.close()
 
     @contextmanager
-    def session(self, *_: Any) -> Iterator[Machine]:
+    def session(self, *_: Any) -> Iterator[tuple[Machine, ...]]:
         self.sessions += 1
-        yield Machine(2, 0)
+        yield (Machine(2, 0),)
 
 
 @pytest.fixture

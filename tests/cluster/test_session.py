@@ -17,37 +17,32 @@ import ray
 from rlhf_dist.cluster import session
 from rlhf_dist.cluster.placement import Machine
 from rlhf_dist.cluster.processes import ENDED, stat
-from rlhf_dist.cluster.session import largest_node, ray_session
+from rlhf_dist.cluster.session import nodes_of_cluster, ray_session
 from rlhf_dist.config.schema import ClusterConfig
 from rlhf_dist.errors import RunError
 
 
 @pytest.mark.parametrize(
-    ("nodes", "machine"),
-    [
-        ([{"CPU": 4.0}], Machine(4, 0)),
-        ([{"CPU": 4.0}, {"CPU": 16.0}, {"CPU": 8.0}], Machine(16, 0)),
-        ([{"CPU": 64.0}, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 16.0, "GPU": 2.0}], Machine(16, 2)),
-        ([{"memory": 1.0}], Machine(0, 0)),
-    ],
+    ("resources", "machine"),
+    [({"CPU": 4.0}, Machine(4, 0, "a")), ({"CPU": 8.0, "GPU": 2.0}, Machine(8, 2, "a")), ({}, Machine(0, 0, "a"))],
 )
-def test_the_largest_node_is_the_one_with_the_most_gpus_then_cpus(
-    nodes: list[dict[str, float]], machine: Machine
-) -> None:
-    assert largest_node(nodes) == machine
+def test_a_node_has_what_ray_says(resources: dict[str, float], machine: Machine) -> None:
+    assert nodes_of_cluster([{"Alive": True, "Resources": resources, "NodeManagerAddress": "a"}], "a") == (machine,)
 
 
-def test_a_joined_cluster_is_planned_for_by_its_largest_living_node(
+def test_a_joined_cluster_is_planned_for_by_its_living_nodes_the_commands_own_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    nodes = [(True, 8.0), (True, 12.0), (False, 96.0)]
+    nodes = [(True, 12.0, "10.0.0.1"), (True, 8.0, "10.0.0.2"), (False, 96.0, "10.0.0.3")]
     seen: dict[str, Any] = {}
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setattr(ray, "init", lambda **settings: seen.update(settings))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": alive, "Resources": {"CPU": cpus}} for alive, cpus in nodes])
-    with ray_session(ClusterConfig(address="auto"), tmp_path / "logs", pytest.fail) as machine:
-        assert machine == Machine(12, 0)
+    listed = [{"Alive": alive, "Resources": {"CPU": cpus}, "NodeManagerAddress": at} for alive, cpus, at in nodes]
+    monkeypatch.setattr(ray, "nodes", lambda: listed)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.2")
+    with ray_session(ClusterConfig(address="auto"), tmp_path / "logs", pytest.fail) as found:
+        assert found == (Machine(8, 0, "10.0.0.2"), Machine(12, 0, "10.0.0.1"))
     assert seen["address"] == "auto" and "_temp_dir" not in seen, "a cluster has its own folder"
 
 

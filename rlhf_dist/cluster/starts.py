@@ -1,0 +1,158 @@
+"""The processes of a run: how each kind starts, on which place of the reservation, and how the ranks meet."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.cluster import actors, learner_hosts as hosts
+from rlhf_dist.cluster.placement import Placement, first_learner_bundle
+from rlhf_dist.cluster.processes import log_name
+from rlhf_dist.cluster.relay_hosts import OFFER, ONE_NODE, FetchHost, OfferHost, Relays, new_secret
+from rlhf_dist.cluster.sources import mask_source
+from rlhf_dist.cluster.spec import ActorSpec
+from rlhf_dist.cluster.waits import gather
+from rlhf_dist.config.schema import Config
+from rlhf_dist.loop.run_directory import step_of
+
+START_KEY = "cluster.start_timeout_s"
+COLLATOR = "collator"
+
+
+def start_workers(
+    config: Config, placement: Placement, source: str, logs: Path, folder: Path | None, group: Any
+) -> dict[str, Any]:
+    """Start the rollout workers."""
+    specs = [
+        spec(config, f"rollout worker {i}", source, placement.device, placement.rollout_threads, logs, i)
+        for i in range(placement.rollout_workers)
+    ]
+    if placement.learner_ranks and hosts.algorithm(config.algo).mask is not None:
+        version = step_of(folder) if folder else 0
+        specs = [replace(made, mask=mask_source(source, folder), mask_version=version) for made in specs]
+    cpus, gpus = placement.rollout_num_cpus, placement.rollout_num_gpus
+    return actors.start_all(actors.RolloutHost, specs, group, 0, cpus, gpus, threads=actors.WORKER_THREADS)
+
+
+def start_servers(
+    config: Config,
+    placement: Placement,
+    source: str,
+    logs: Path,
+    group: Any,
+    host: type,
+    name: str,
+    count: int,
+    threads: int = actors.SERVER_THREADS,
+) -> dict[str, Any]:
+    """Start scoring or reference servers, or the collator; on a GPU machine they are dealt out over its GPUs."""
+    gpus = max(1, placement.gpus_of_servers())
+    specs = []
+    for i in range(count):
+        device = f"cuda:{i % gpus}" if placement.device == "cuda" else "cpu"
+        specs.append(
+            spec(
+                config, name if name == COLLATOR else f"{name} {i}", source, device, placement.scoring_threads, logs, i
+            )
+        )
+    # Where the learner is, whose weights a reference that moves reads from shared memory.
+    place = first_learner_bundle(placement, config.cluster.colocate) if placement.learner_node else 0
+    return actors.start_servers(host, specs, group, threads, place)
+
+
+def start_relays(
+    config: Config,
+    placement: Placement,
+    source: str,
+    logs: Path,
+    group: Any,
+    workers: dict[str, Any],
+    stack: ExitStack,
+) -> Relays:
+    """Start what brings weights to the nodes without a learner rank. On leaving `stack` they remove their files."""
+    home = placement.learner_node
+    places = {node: i for i, node in enumerate(placement.nodes[: placement.rollout_workers]) if node != home}
+    if not home or not places:
+        return ONE_NODE
+    secret, first = new_secret(), first_learner_bundle(placement, config.cluster.colocate)
+
+    def start(host: type, name: str, place: int) -> tuple[str, Any]:
+        made = spec(config, name, source, "cpu", 1, logs, place)
+        ((name, actor),) = actors.start_servers(host, [made], group, 1, place, secret).items()
+        return name, actor
+
+    _, offer = start(OfferHost, OFFER, first)
+    fetches = {node: start(FetchHost, f"weight relay {node}", place) for node, place in places.items()}
+    found = Relays(
+        offer,
+        dict(fetches.values()),
+        {name: fetches[node][0] for name, node in zip(workers, placement.nodes, strict=False) if node != home},
+    )
+    stack.push(lambda kind, *_: close_ranks(dict(found.fetch), kind))
+    return found
+
+
+def start_ranks(
+    config: Config,
+    placement: Placement,
+    source: str,
+    logs: Path,
+    group: Any,
+    host: type,
+    stack: ExitStack,
+    critic: bool = False,
+) -> dict[str, Any]:
+    """Start the learner's ranks; they have not met yet. On leaving `stack` they remove what lies outside them.
+
+    `critic`: those of a critic that works beside the policy, if there is one.
+    """
+    count = placement.critic_ranks if critic else placement.learner_ranks - placement.critic_ranks
+    name = "critic" if critic else "learner"
+    specs = [
+        spec(config, f"{name} rank {i}", source, placement.device, placement.learner_threads, logs, i)
+        for i in range(count)
+    ]
+    first = first_learner_bundle(placement, config.cluster.colocate)
+    first += placement.learner_ranks - placement.critic_ranks if critic else 0
+    ranks = actors.start_all(host, specs, group, first, placement.learner_num_cpus, placement.learner_num_gpus)
+    stack.push(lambda kind, *_: close_ranks(ranks, kind))
+    return ranks
+
+
+def join_ranks(config: Config, ranks: dict[str, Any], folder: Path | None, nodes: int) -> None:
+    """Let the ranks, which are on so many nodes, meet and load; restores the optimizer of the checkpoint `folder`."""
+    if not ranks:
+        return
+    limit = config.cluster.start_timeout_s
+    first = next(iter(ranks))
+    address, port = gather({first: ranks[first].address.remote(nodes)}, "give its address", limit, START_KEY)[first]
+    resume = str(folder.absolute()) if folder else None
+    gather({name: rank.join.remote(address, port, resume) for name, rank in ranks.items()}, "join", limit, START_KEY)
+
+
+def close_ranks(ranks: dict[str, Any], failure: type[BaseException] | None) -> None:
+    """Let the ranks remove what lies outside them; after `failure`, where there is one."""
+    stopped = failure is not None and not issubclass(failure, Exception)
+    actors.close_all(ranks, actors.STOP_LIMIT_S if stopped else actors.CLOSE_LIMIT_S)
+
+
+def are_ready(members: dict[str, Any]) -> dict[str, Any]:
+    """Name -> what comes when the process is ready to work."""
+    return {name: one.ready.remote() for name, one in members.items()}
+
+
+def spec(config: Config, name: str, source: str, device: str, threads: int, logs: Path, rank: int) -> ActorSpec:
+    """What one actor is made from."""
+    return ActorSpec(
+        name=name,
+        config=config,
+        source=source,
+        device=device,
+        threads=threads,
+        log=str((logs / log_name(name)).absolute()),
+        rank=rank,
+        search_path=os.getcwd(),
+    )

@@ -1,0 +1,170 @@
+"""Weights from node to node, over a plain socket, into the shared memory of the node that asks for them.
+
+The relay of the learner's node offers a published version; those of other nodes copy it into a file of their own, from
+which their node's rollout workers load as on the learner's node. Ray's object store would take three times as long.
+Who connects has to prove that it knows the run's secret, which itself is not sent; what arrives is compared with the
+learner's hashes. The bytes are not encrypted.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import replace
+
+from rlhf_dist.errors import WeightSyncError
+from rlhf_dist.weights.receipts import Announcement
+from rlhf_dist.weights.shared_memory import WeightReader, WeightWriter
+
+NONCE_BYTES = 32
+DIGEST = "sha256"
+REQUEST = struct.Struct("!q")
+"""The version that is asked for."""
+YES = b"\0"
+REFUSALS = {b"\1": "it rejects the secret of this run", b"\2": "it offers another version by now"}
+WRONG_SECRET, OTHER_VERSION = REFUSALS
+GREETING_S = 10.0
+"""For who connects to prove itself, and to say what it wants."""
+Address = tuple[str, int]
+
+
+class Offer:
+    """The sending end: listens at `address` and hands out the version that was offered last."""
+
+    def __init__(self, host: str, secret: bytes, *, timeout_s: float) -> None:
+        """`host`: address of this node to listen at. `timeout_s`: for who receives to take more. Raises OSError."""
+        self._secret = secret
+        self._timeout_s = timeout_s
+        self._offered: Announcement | None = None
+        self._listening = socket.create_server((host, 0))
+        self.address: Address = self._listening.getsockname()[:2]
+        threading.Thread(target=self._serve, daemon=True, name="weights").start()
+
+    def offer(self, announcement: Announcement) -> None:
+        """Hand out this version from now on."""
+        self._offered = announcement
+
+    def close(self) -> None:
+        """Listen no more. May be called twice."""
+        with suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._listening.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(target=self._answer, args=(connection,), daemon=True, name="weights").start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):  # the other end says what it missed
+            connection.settimeout(GREETING_S)
+            nonce = secrets.token_bytes(NONCE_BYTES)
+            connection.sendall(nonce)
+            expected = prove(self._secret, nonce)
+            proof, (version,) = read(connection, len(expected)), REQUEST.unpack(read(connection, REQUEST.size))
+            if not hmac.compare_digest(proof, expected):
+                connection.sendall(WRONG_SECRET)
+                return
+            offered = self._offered
+            if offered is None or offered.version != version:
+                connection.sendall(OTHER_VERSION)
+                return
+            with suppress(WeightSyncError):
+                # Each its own: a lock belongs to the opening of the file.
+                lease = WeightReader().hold(offered)
+                with lease.file, closing(lease):
+                    connection.sendall(YES)
+                    connection.settimeout(self._timeout_s)
+                    connection.sendfile(lease.file, offered.offset, offered.plan.nbytes)
+
+
+class Fetch:
+    """The receiving end of one node: keeps what it copied in shared memory, in two buffers, like the learner."""
+
+    def __init__(self, secret: bytes, *, timeout_s: float) -> None:
+        self._secret = secret
+        self._timeout_s = timeout_s
+        self._writer: WeightWriter | None = None
+        self._held: Announcement | None = None
+
+    def fetch(self, announcement: Announcement, address: Address) -> Announcement:
+        """Copy the announced version from the learner's node; returns where it lies on this one.
+
+        Bytes that are here already get the new number. Raises `WeightSyncError`, or `DiskError` for a node whose shared
+        memory is too small.
+        """
+        held = self._held
+        if held is not None and held.same_weights(announcement):
+            self._held = replace(held, version=announcement.version)
+            return self._held
+        if self._writer is None or self._writer.plan != announcement.plan:
+            self.close()
+            self._writer = WeightWriter(announcement.plan)
+        version, (host, port) = f"version {announcement.version}", address
+        try:
+            with socket.create_connection(address, GREETING_S) as connection:
+                self._ask(connection, announcement)
+                found = self._writer.copy(announcement.version, receiver(connection, self._timeout_s))
+        except OSError as error:
+            raise WeightSyncError(f"{version} did not come from the learner's node ({host}:{port}): {error}") from None
+        for index, (sent, received) in enumerate(zip(announcement.hashes, found.hashes, strict=True)):
+            if sent != received:
+                raise WeightSyncError(f"{version}: bucket {index} arrived as {received}, was announced as {sent}")
+        self._held = found
+        return found
+
+    def _ask(self, connection: socket.socket, announcement: Announcement) -> None:
+        connection.settimeout(GREETING_S)
+        connection.sendall(prove(self._secret, read(connection, NONCE_BYTES)) + REQUEST.pack(announcement.version))
+        answer = read(connection, len(YES))
+        if answer != YES:
+            raise ConnectionError(REFUSALS.get(answer, "it answers in another way than this version does"))
+
+    def close(self) -> None:
+        """Remove the node's file. May be called twice."""
+        if self._writer is not None:
+            self._writer.close()
+        self._writer, self._held = None, None
+
+
+def prove(secret: bytes, nonce: bytes) -> bytes:
+    """What only somebody who knows the secret can answer to the nonce."""
+    return hmac.digest(secret, nonce, DIGEST)
+
+
+def read(connection: socket.socket, nbytes: int) -> bytes:
+    """So many bytes. Raises ConnectionError where the other end closes before."""
+    found = bytearray(nbytes)
+    with memoryview(found) as view:
+        fill(connection, view)
+    return bytes(found)
+
+
+def fill(connection: socket.socket, view: memoryview) -> None:
+    """Receive until the view is full. Raises ConnectionError where the other end closes before."""
+    have = 0
+    while have < len(view):
+        got = connection.recv_into(view[have:])
+        if not got:
+            raise ConnectionError("it closed the connection")
+        have += got
+
+
+def receiver(connection: socket.socket, timeout_s: float) -> Callable[[memoryview], None]:
+    """Fills one view after another; all of them have `timeout_s`. Raises OSError."""
+    end = time.monotonic() + timeout_s
+
+    def receive(view: memoryview) -> None:
+        connection.settimeout(max(0.001, end - time.monotonic()))
+        fill(connection, view)
+
+    return receive

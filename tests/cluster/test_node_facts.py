@@ -1,0 +1,60 @@
+"""What is said of a node that is not like the others: by hand, and through a real Ray of one node."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+
+from rlhf_dist.cluster import node_facts
+from rlhf_dist.cluster.node_facts import NodeFacts, check_nodes, difference, facts
+from rlhf_dist.errors import ResourceError
+
+HERE = NodeFacts({"Python": "3.11.7", "ray": "2.60.0"}, "code", True, "")
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        (HERE, ""),
+        (
+            replace(HERE, versions={"Python": "3.11.7", "ray": "2.59.0"}),
+            "ray is 2.59.0 there and 2.60.0 here: install the same",
+        ),
+        (replace(HERE, versions={"Python": "3.11.7"}), "ray is none there and 2.60.0 here: install the same"),
+        (replace(HERE, code="other"), "the code of rlhf_dist is another one there: install the same"),
+        (
+            replace(HERE, has_model=False, no_logs="Permission denied"),
+            "/m is not there: put the model on a disk that the nodes share, or give its hub name; "
+            "/logs cannot be made there (Permission denied): give an output= that each node can write to",
+        ),
+    ],
+)
+def test_a_node_that_differs_is_told_with_the_way_out(there: NodeFacts, said: str) -> None:
+    assert difference(HERE, there, "/m", "/logs") == said
+
+
+def test_facts_of_this_machine(tmp_path: Path) -> None:
+    found = facts("Qwen/Qwen2.5-0.5B", str(tmp_path / "a" / "logs"))
+    assert found.has_model and found.no_logs == "" and (tmp_path / "a" / "logs").is_dir()
+    assert found.versions["ray"] == ray.__version__ and len(found.code) == 32
+    (tmp_path / "file").touch()
+    found = facts(str(tmp_path / "none"), str(tmp_path / "file" / "logs"))
+    assert not found.has_model and found.no_logs == "Not a directory"
+
+
+@pytest.mark.engines
+@pytest.mark.timeout(300)
+def test_each_node_is_asked_once(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (node,) = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+    check_nodes((), "/none", tmp_path, 60, "key")
+    check_nodes((node, node), str(tmp_path), tmp_path / "logs", 60, "key")
+    with pytest.raises(ResourceError) as caught:
+        check_nodes((node, node), "/none", tmp_path / "logs", 60, "key")
+    assert str(caught.value).startswith(f"node {node}: /none is not there") and str(caught.value).count("node ") == 1
+    # Only here, so that the node's code is another one.
+    monkeypatch.setattr(node_facts, "PACKAGE", tmp_path)
+    with pytest.raises(ResourceError, match="the code of rlhf_dist is another one there"):
+        check_nodes((node,), str(tmp_path), tmp_path / "logs", 60, "key")

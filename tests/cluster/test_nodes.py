@@ -1,0 +1,172 @@
+"""Placement over the nodes of a cluster: pure arithmetic, and what is said where they are too few."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+
+from rlhf_dist.cluster.nodes import place_in
+from rlhf_dist.cluster.placement import NODE, Command, Machine, bundles, describe, place
+from rlhf_dist.config.schema import Config
+from rlhf_dist.errors import ResourceError
+
+
+def config(
+    workers: int = 1, ranks: int = 1, rollout: int = 0, learner: int = 0, parallel: int = 1, **cluster: Any
+) -> Config:
+    base = Config()
+    return dataclasses.replace(
+        base,
+        rollout=dataclasses.replace(base.rollout, workers=workers, cpus=rollout, tensor_parallel=parallel),
+        learner=dataclasses.replace(base.learner, ranks=ranks, cpus=learner),
+        cluster=dataclasses.replace(base.cluster, **({"colocate": False} | cluster)),
+    )
+
+
+def nodes(*sizes: tuple[int, int]) -> list[Machine]:
+    return [Machine(cpus, gpus, f"10.0.0.{i}") for i, (cpus, gpus) in enumerate(sizes, 1)]
+
+
+def test_what_fits_on_one_node_is_on_one() -> None:
+    """The largest; Ray's reservation keeps it together."""
+    wanted = config(workers=2, ranks=1)
+    assert place_in(wanted, nodes((4, 0), (8, 0)), "train") == place(wanted, Machine(8, 0), "train")
+    both = config(workers=8, ranks=8, colocate=True)
+    assert place_in(both, nodes((4, 0), (8, 0)), "train") == place(both, Machine(8, 0), "train")
+
+
+def test_rollout_workers_go_where_there_is_room_and_the_learner_stays_with_the_command() -> None:
+    wanted = config(workers=3, ranks=2, rollout=2, learner=2)
+    found = place_in(wanted, nodes((6, 0), (2, 0), (3, 0)), "train")
+    assert found.nodes == ("10.0.0.3", "10.0.0.1", "10.0.0.2", "10.0.0.1", "10.0.0.1")
+    assert (found.learner_node, found.rollout_threads, found.learner_threads) == ("10.0.0.1", 2, 2)
+    assert bundles(found, colocate=False)[0] == {"CPU": 2.0, "GPU": 0.0, "node:10.0.0.3": 0.001}
+    told = describe(found, wanted, "train")
+    assert "nodes: rollout workers 1 on 10.0.0.3, 1 on 10.0.0.1, 1 on 10.0.0.2; learner ranks 2 on 10.0.0.1" in told
+    assert found.spread_of_ranks() == 1
+
+
+def test_threads_without_a_number_share_what_their_node_has() -> None:
+    """Four workers, none of which fits beside the two ranks of two threads: two on each of the others."""
+    found = place_in(config(workers=4, ranks=2, learner=2), nodes((4, 0), (6, 0), (7, 0)), "train")
+    assert Counter(found.nodes) == {"10.0.0.1": 2, "10.0.0.2": 2, "10.0.0.3": 2}
+    assert (found.rollout_threads, found.learner_threads) == (3, 2)
+    found = place_in(config(workers=2, ranks=1, rollout=4), nodes((4, 0), (4, 0), (4, 0)), "train")
+    assert found.nodes == ("10.0.0.2", "10.0.0.3", "10.0.0.1") and found.learner_threads == 4
+    found = place_in(config(workers=3, ranks=1), nodes((2, 0), (2, 0)), "train")
+    assert (found.rollout_threads, found.learner_threads) == (1, 1)
+
+
+def test_ranks_that_no_node_holds_are_on_as_few_as_possible() -> None:
+    """The command's own first, although it is the smallest; then the largest."""
+    found = place_in(config(workers=1, ranks=5, rollout=1, learner=1), nodes((2, 0), (2, 0), (3, 0)), "train")
+    assert found.nodes == ("10.0.0.2", "10.0.0.1", "10.0.0.1", "10.0.0.3", "10.0.0.3", "10.0.0.3")
+    assert (found.learner_node, found.spread_of_ranks()) == ("10.0.0.1", 2)
+    assert place_in(config(ranks=4, learner=1), nodes((3, 0), (3, 0)), "sft").spread_of_ranks() == 2
+
+
+def test_the_ranks_of_a_critic_are_counted_for_themselves() -> None:
+    wanted = config(workers=1, ranks=2, rollout=1, learner=1)
+    critic = dataclasses.replace(wanted.critic, side_by_side=True)
+    wanted = dataclasses.replace(wanted, algo=dataclasses.replace(wanted.algo, name="ppo"), critic=critic)
+    found = place_in(wanted, nodes((3, 0), (3, 0)), "train")
+    assert found.nodes == ("10.0.0.2", *["10.0.0.1"] * 3, "10.0.0.2")
+    assert (found.spread_of_ranks(), found.spread_of_ranks(critic=True)) == (1, 2)
+
+
+def test_a_worker_that_spans_gpus_has_all_of_them_on_one_node() -> None:
+    wanted = config(workers=3, ranks=4, parallel=2)
+    found = place_in(wanted, nodes((16, 4), (16, 3), (16, 4)), "train")
+    assert Counter(found.nodes[:3]) == {"10.0.0.2": 1, "10.0.0.3": 2} and found.learner_node == "10.0.0.1"
+    assert found.rollout_num_gpus == 2.0 and found.learner_num_gpus == 1.0
+    assert found.gpus_of_servers() == 4, "those of the ranks"
+    assert place(wanted, Machine(16, 10), "train").gpus_of_servers() == 6
+
+
+def test_an_evaluation_needs_no_learner() -> None:
+    found = place_in(config(workers=3, rollout=2), nodes((2, 0), (2, 0), (2, 0)), "eval")
+    assert found.nodes == ("10.0.0.1", "10.0.0.2", "10.0.0.3") and found.learner_node == ""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sizes", "command", "parts"),
+    [
+        (
+            config(workers=1, ranks=3, learner=3),
+            ((5, 0), (5, 0)),
+            "train",
+            [
+                "learner.ranks 3 x 3 CPUs do not fit: 2 of them have a node, and 10.0.0.1 has 2 of 5 CPUs left",
+                "lower learner.ranks or learner.cpus",
+            ],
+        ),
+        (
+            config(workers=2, ranks=2, rollout=3, learner=3),
+            ((7, 0), (5, 0)),
+            "train",
+            ["rollout.workers 2 x 3 CPUs do not fit beside the learner: 1 of them", "10.0.0.1 has 1 of 7 CPUs left"],
+        ),
+        (
+            config(workers=3, ranks=1, parallel=2),
+            ((8, 2), (8, 5)),
+            "train",
+            [
+                "rollout.workers 3 x 1 CPU and 2 GPUs do not fit beside the learner: 2 of them have a node, and ",
+                "10.0.0.1 has 7 of 8 CPUs and 1 of 2 GPUs left, 10.0.0.2 has 6 of 8 CPUs and 1 of 5 GPUs left",
+                "lower rollout.workers",
+            ],
+        ),
+        (config(workers=9, rollout=1, learner=1), ((4, 0), (4, 0)), "train", ["10 CPUs", "there are 8 CPUs"]),
+        (
+            config(workers=3, rollout=2, colocate=True),
+            ((4, 0), (4, 0)),
+            "train",
+            ["there are 4 CPUs", "The cluster has 2 nodes; several nodes are used with cluster.colocate=false only"],
+        ),
+        (config(ranks=9, learner=1), ((4, 0), (4, 0)), "sft", ["learner.ranks 9", "there are 8 CPUs"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_node(
+    wanted: Config, sizes: tuple[tuple[int, int], ...], command: Command, parts: list[str]
+) -> None:
+    with pytest.raises(ResourceError) as caught:
+        place_in(wanted, nodes(*sizes), command)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+SIZE = st.tuples(st.integers(1, 9), st.integers(0, 4))
+
+
+@given(
+    sizes=st.lists(SIZE, min_size=1, max_size=4),
+    workers=st.integers(1, 5),
+    ranks=st.integers(1, 4),
+    rollout=st.integers(0, 3),
+    learner=st.integers(0, 3),
+    parallel=st.integers(1, 2),
+    device=st.sampled_from(["cpu", "auto"]),
+)
+def test_no_node_is_overbooked(
+    sizes: list[tuple[int, int]], workers: int, ranks: int, rollout: int, learner: int, parallel: int, device: str
+) -> None:
+    wanted = config(workers, ranks, rollout, learner, parallel, device=device)
+    there = nodes(*sizes)
+    try:
+        found = place_in(wanted, there, "train")
+    except ResourceError:
+        return
+    booked = bundles(found, colocate=False)
+    assert (len(booked), found.rollout_threads >= 1, found.learner_threads >= 1) == (workers + ranks, True, True)
+    if not found.nodes:
+        assert any(sum(b["CPU"] for b in booked) <= n.cpus and sum(b["GPU"] for b in booked) <= n.gpus for n in there)
+        return
+    assert all(bundle[NODE + at] > 0 for bundle, at in zip(booked, found.nodes, strict=True))
+    for node in there:
+        own = [bundle for bundle, at in zip(booked, found.nodes, strict=True) if at == node.address]
+        assert sum(bundle["CPU"] for bundle in own) <= node.cpus
+        assert sum(bundle["GPU"] for bundle in own) <= node.gpus

@@ -1,0 +1,117 @@
+"""A push to workers of two nodes, one of which has a relay: light actors in a real Ray, and the hosts themselves."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cluster_stand_ins
+import pytest
+import ray
+from cluster_stand_ins import ANNOUNCEMENT, Ears, remote, serve, start, tell
+
+from rlhf_dist.cluster.relay_hosts import FetchHost, OfferHost, Relays
+from rlhf_dist.cluster.rollout_fleet import RolloutFleet
+from rlhf_dist.cluster.spec import ActorSpec
+from rlhf_dist.cluster.waits import gather
+from rlhf_dist.config.schema import Config
+from rlhf_dist.loop.events import Lost
+from rlhf_dist.weights.buckets import make_plan
+from rlhf_dist.weights.receipts import Announcement
+from rlhf_dist.weights.shared_memory import WeightReader, WeightWriter
+
+workers = cluster_stand_ins.workers
+RELAY = "weight relay B"
+
+
+@pytest.fixture(scope="module")
+def relay(local_ray: None) -> Any:
+    return start("relay")
+
+
+def fleet(workers: dict[str, Any], relay: Any, ears: Ears, limit_s: float = 30.0) -> RolloutFleet:
+    """`one` is on the learner's node, `two` on the relay's."""
+    tell(relay, "right")
+    relays = Relays(relay, {RELAY: relay}, {"two": RELAY})
+    return RolloutFleet(workers, ears.inbox, timeout_s=30.0, sync_timeout_s=limit_s, relays=relays)
+
+
+def version(number: int) -> Announcement:
+    return replace(ANNOUNCEMENT, version=number, hashes=(f"hash {number}",))
+
+
+def test_each_worker_loads_from_its_own_node(workers: dict[str, Any], relay: Any) -> None:
+    rollouts = fleet(workers, relay, ears := Ears())
+    assert rollouts.load_weights(version(4)) == []
+    assert serve(rollouts, ears) == {"one", "two"}
+    paths = gather({name: worker.loaded_from.remote() for name, worker in workers.items()}, "tell", 30)
+    assert paths == {"one": "unused", "two": "of relay, from relay"}
+
+
+def test_a_node_that_does_not_get_the_weights_misses_the_push_and_no_more(workers: dict[str, Any], relay: Any) -> None:
+    rollouts = fleet(workers, relay, ears := Ears())
+    tell(relay, "refuses")
+    assert rollouts.load_weights(version(4)) == [
+        "two did not get version 4: data.jsonl:3: not JSON; it serves no tokens until a push succeeds"
+    ]
+    assert serve(rollouts, ears) == {"one"}
+    tell(relay, "right")
+    assert rollouts.load_weights(version(5)) == []
+    assert serve(rollouts, ears) == {"one", "two"}
+
+
+def test_a_relay_that_is_still_at_an_earlier_version_is_neither_asked_nor_waited_for(
+    workers: dict[str, Any], relay: Any
+) -> None:
+    rollouts = fleet(workers, relay, ears := Ears(), limit_s=0.7)
+    tell(relay, "sleeps")
+    (problem,) = rollouts.load_weights(version(4))
+    assert problem.startswith("two did not get version 4: weight relay B did not copy it in time")
+    begun = time.monotonic()
+    (problem,) = rollouts.load_weights(version(5))
+    assert problem.startswith("two did not get version 5") and time.monotonic() - begun < 0.6
+    assert serve(rollouts, ears) == {"one"}
+    tell(relay, "right")
+    time.sleep(1.0)
+    assert rollouts.load_weights(version(6)) == []
+    assert serve(rollouts, ears) == {"one", "two"}
+
+
+def test_workers_whose_relay_died_are_given_up_after_three_pushes(local_ray: None) -> None:
+    doomed, pair = start("relay"), {"one": start("one"), "two": start("two")}
+    rollouts = fleet(pair, doomed, ears := Ears())
+    tell(doomed, "dies")
+    for number in (4, 5):
+        (problem,) = rollouts.load_weights(version(number))
+        assert f"two did not get version {number}: {RELAY} died during 'fetch'" in problem
+    (problem,) = rollouts.load_weights(version(6))
+    assert "it missed 3 pushes in a row; it is given up, 1 rollout worker is left" in problem
+    assert [event.worker for event in ears.hear(Lost, 1)] == ["two"]
+    assert serve(rollouts, ears) == {"one"}
+
+
+def test_the_hosts_bring_a_version_from_file_to_file(local_ray: None, tmp_path: Path) -> None:
+    """On one node here: two files in the same shared memory."""
+    import torch
+
+    specs = [ActorSpec(name, Config(), "", "cpu", 1, str(tmp_path / f"{name}.log"), 0, "") for name in ("a", "b")]
+    offer, fetch = (
+        remote(host).remote(spec, b"secret") for host, spec in zip((OfferHost, FetchHost), specs, strict=True)
+    )
+    writer = WeightWriter(make_plan([("w", (1000,), "float32")], 1024))
+    published = writer.write(7, [("w", torch.arange(1000.0))])
+    calls = Relays(offer, {"b": fetch}, {"two": "b"}).send(published, busy=())
+    found: Announcement = gather(calls, "fetch", 60)["b"]
+    assert (found.version, found.hashes) == (7, published.hashes) and found.path != published.path
+    lease = WeightReader().take(found)
+    assert torch.equal(lease.tensors()[0][1], torch.arange(1000.0))
+    lease.close()
+    assert Relays(offer, {"b": fetch}, {}).send(published, busy=("b",)) == {}
+    assert Path(found.path).exists()
+    gather({"b": fetch.close.remote()}, "close", 30)
+    assert not Path(found.path).exists()
+    writer.close()
+    for actor in (offer, fetch):
+        ray.kill(actor)

@@ -1,0 +1,212 @@
+"""A run on three Ray nodes with networks, shared memory and output folders of their own: `launch/netns_cluster.sh`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SharedRun
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT, BIN = ROOT / "launch" / "netns_cluster.sh", Path(sys.executable).parent
+LIMIT_S = 300.0
+LOCAL_ONLY = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_ADDRESS", "RAY_AUTH_TOKEN")
+"""Settings of the other tests' own local Ray, which a cluster's node does not have."""
+CONFIG = """
+include: [{base}]
+output: {output}
+model: {{path: "{model}"}}
+data: {{task: {{max_length: 3}}}}
+algo: {{group_size: 4}}
+rollout: {{cpus: 1, max_prompt_tokens: 40, max_response_tokens: 8, kv_cache_gib: 0.05}}
+learner: {{cpus: 1, optimizer: {{warmup_steps: 0, schedule: constant}}}}
+scoring: {{rewards: {{vowels: {{kind: function, function: "net_rewards:vowels"}}}}}}
+loop: {{steps: 3, prompts_per_step: 4, checkpoint_every: 3}}
+eval: {{prompts: 4, samples: 0}}
+telemetry: {{wandb: "off", samples_every: 0}}
+cluster: {{device: cpu, colocate: false}}
+"""
+REWARDS = """
+def vowels(prompts, responses, answers):
+    return [sum(response.count(letter) for letter in "aeiou") / 10 for response in responses]
+"""
+THREE_CPUS = """
+from rlhf_dist.cluster import placement
+
+placement.local_machine = lambda: placement.Machine(cpus=3, gpus=0)
+from rlhf_dist.__main__ import run
+
+raise SystemExit(run())
+"""
+
+
+def why_not() -> str:
+    """What the machine lacks for network namespaces; empty: nothing."""
+    if os.geteuid() != 0:
+        return "root is required, to make network namespaces"
+    missing = [tool for tool in ("ip", "unshare", "nsenter") if shutil.which(tool) is None]
+    if missing:
+        return f"the command {missing[0]} is missing"
+    name = f"rlhf-probe-{os.getpid()}"
+    for words in (
+        ["netns", "add", name],
+        ["link", "add", "eth9", "netns", name, "type", "veth", "peer", "name", "eth8"],
+    ):
+        made = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+        if made.returncode:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+            return f"`ip {' '.join(words[:2])}` does not work here: {made.stderr.strip()}"
+    subprocess.run(["ip", "netns", "del", name], check=False)
+    return ""
+
+
+WHY_NOT = why_not()
+needs_namespaces = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+
+
+WORKERS = ["rollout.workers=2"]
+"""Two nodes with a rollout worker each and one with the learner."""
+RANKS = ["learner.ranks=2", "learner.zero_stage=2", "rollout.workers=1"]
+"""Two nodes with a rank each and one with a rollout worker."""
+TOO_MANY = ["learner.cpus=2", "rollout.workers=1"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """Commands on the first of three nodes, and what they left."""
+
+    text: dict[str, str]
+    """Name -> exit code, then all that the command printed."""
+    runs: Path
+    """A copy of the first node's own folder of runs."""
+    shared: Path
+    """The folder of runs that all nodes share."""
+    left: str
+    """The machine's network namespaces afterwards."""
+
+
+@pytest.fixture(scope="module")
+def done(shared_run: SharedRun, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """Three commands on one cluster, of one CPU a node."""
+    folder = tmp_path_factory.mktemp("three")
+    own, shared, kept = (folder / name for name in ("own", "shared", "kept"))
+    for each in (own, shared):
+        each.mkdir()
+    config = written(shared_run, folder, own)
+    commands = {
+        "workers": [*WORKERS, "name=three"],
+        "ranks": [*RANKS, "name=ranks", f"output={shared}"],
+        "too many": [*TOO_MANY, f"output={shared}"],
+    }
+    lines = [
+        f"{{ {BIN}/rlhf-dist train {config} {' '.join(words)} && echo 0 || echo $?; }} >'{folder}/{name}' 2>&1"
+        for name, words in commands.items()
+    ]
+    script = folder / "commands.sh"
+    script.write_text("\n".join([f"cd {folder}", *lines, f"cp -r {own} {kept}", ""]))
+    environment = {name: value for name, value in os.environ.items() if name not in LOCAL_ONLY}
+    ended = subprocess.run(
+        [str(SCRIPT), "--nodes", "3", "--cpus", "1", "--own", str(own), "bash", str(script)],
+        env=environment | {"RAY": str(BIN / "ray"), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
+    assert list(own.iterdir()) == [], "each node has its own"
+    left = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+    return Done({name: (folder / name).read_text() for name in commands}, kept, shared, left)
+
+
+def written(shared_run: SharedRun, folder: Path, output: Path) -> Path:
+    """The config's file."""
+    path, base = folder / "run.yaml", ROOT / "configs" / "reverse.yaml"
+    (folder / "net_rewards.py").write_text(REWARDS)
+    path.write_text(CONFIG.format(base=base, output=output, model=shared_run.workplace.output / "sft"))
+    return path
+
+
+def on_one_node(shared_run: SharedRun, folder: Path, words: list[str]) -> list[dict[str, Any]]:
+    """The metrics of the same run on a machine that says that it has three CPUs."""
+    config = written(shared_run, folder, folder / "runs")
+    (folder / "three_cpus.py").write_text(THREE_CPUS)
+    one = subprocess.run(
+        [sys.executable, "three_cpus.py", "train", str(config), *words, "name=one", "cluster.address=local"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert one.returncode == 0, one.stderr[-3000:]
+    return metrics(folder / "runs" / "one")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Of every step, without times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    times = ("time/", "goodput/", "rollout/group_s")
+    return [{name: value for name, value in line.items() if not name.startswith(times)} for line in lines]
+
+
+def logs(run: Path) -> set[str]:
+    return {path.stem for path in (run / "logs").glob("*.log")}
+
+
+@needs_namespaces
+def test_weights_and_tokens_cross_the_network(shared_run: SharedRun, done: Done, tmp_path: Path) -> None:
+    """Rollout workers on nodes without the learner's shared memory and disk sample what they do on its node."""
+    assert done.text["workers"].endswith("\n0\n"), done.text["workers"][-3000:]
+    expected = on_one_node(shared_run, tmp_path, WORKERS)
+    assert [line["step"] for line in expected] == [0, 1, 2, 3]
+    assert all(line["sync/changed_share"] > 0 for line in expected[1:])
+    assert metrics(done.runs / "three") == expected
+    found = logs(done.runs / "three")
+    assert {"learner-rank-0", "collator", "scoring-server-0", "weight-relay-of-the-learner"} <= found
+    assert not any(name.startswith("rollout-worker") for name in found), "theirs are on the other nodes"
+
+
+@needs_namespaces
+def test_ranks_meet_over_the_network(shared_run: SharedRun, done: Done, tmp_path: Path) -> None:
+    assert done.text["ranks"].endswith("\n0\n"), done.text["ranks"][-3000:]
+    assert metrics(done.shared / "ranks") == on_one_node(shared_run, tmp_path, RANKS)
+    assert {"learner-rank-0", "learner-rank-1", "rollout-worker-0"} <= logs(done.shared / "ranks")
+
+
+@needs_namespaces
+def test_what_three_nodes_do_not_hold_is_refused_by_node(done: Done) -> None:
+    *_, message, code = done.text["too many"].splitlines()
+    assert code == "2", done.text["too many"]
+    assert "learner.ranks 1 x 2 CPUs do not fit: 0 of them have a node, and " in message
+    assert message.count("1 of 1 CPU left") == 3
+
+
+@needs_namespaces
+def test_nothing_is_left_of_the_nodes(done: Done) -> None:
+    assert "rlhf-" not in done.left
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "0", "true"], "--nodes is '0'"),
+        (["--cpus", "x", "true"], "--cpus is 'x'"),
+        (["--own", "/nowhere", "true"], "--own is '/nowhere', which is not a directory"),
+        (["--node", "3", "true"], "'--node' is no option"),
+        ([], "name a command"),
+    ],
+)
+def test_wrong_words_are_refused(words: list[str], message: str) -> None:
+    done = subprocess.run([str(SCRIPT), *words], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2 and message in done.stderr

@@ -1,0 +1,144 @@
+"""Weights over a real socket: all that arrives is what was announced, and nobody without the secret gets any."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rlhf_dist.errors import WeightSyncError
+from rlhf_dist.weights.buckets import make_plan
+from rlhf_dist.weights.receipts import Announcement
+from rlhf_dist.weights.relay import NONCE_BYTES, YES, Fetch, Offer
+from rlhf_dist.weights.shared_memory import WeightReader, WeightWriter
+
+HERE, SECRET = "127.0.0.1", b"of this test"
+SHAPES = [("first", (300, 70), "float32"), ("empty", (0,), "float32"), ("second", (5, 3), "bfloat16")]
+PLAN = make_plan(SHAPES, 2**16)
+
+
+class Learner:
+    """The node that publishes."""
+
+    def __init__(self) -> None:
+        self.writer = WeightWriter(PLAN)
+        self.offer = Offer(HERE, SECRET, timeout_s=20.0)
+
+    def publish(self, version: int) -> Announcement:
+        """Random weights, offered."""
+        chance = torch.Generator().manual_seed(version)
+        tensors = [(name, torch.rand(shape, generator=chance).to(getattr(torch, kind))) for name, shape, kind in SHAPES]
+        announcement = self.writer.write(version, tensors)
+        self.offer.offer(announcement)
+        return announcement
+
+    def close(self) -> None:
+        self.offer.close()
+        self.writer.close()
+
+
+@pytest.fixture
+def learner() -> Iterator[Learner]:
+    made = Learner()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def node() -> Iterator[Fetch]:
+    made = Fetch(SECRET, timeout_s=5.0)
+    yield made
+    made.close()
+
+
+def weights(announcement: Announcement) -> list[tuple[str, torch.Tensor]]:
+    """What rollout workers would load."""
+    lease = WeightReader().take(announcement)
+    found = [(name, tensor.clone()) for name, tensor in lease.tensors()]
+    lease.close()
+    return found
+
+
+def same(one: Announcement, other: Announcement) -> bool:
+    pairs = zip(weights(one), weights(other), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def test_every_version_lies_in_the_nodes_own_memory(learner: Learner, node: Fetch) -> None:
+    assert len(PLAN.buckets) > 1
+    for version in (1, 2, 3):
+        published = learner.publish(version)
+        found = node.fetch(published, learner.offer.address)
+        assert (found.version, found.hashes) == (version, published.hashes)
+        assert found.path != published.path and same(found, published)
+
+
+def test_weights_that_did_not_move_are_not_sent_again(learner: Learner, node: Fetch) -> None:
+    published = learner.publish(1)
+    first = node.fetch(published, learner.offer.address)
+    learner.offer.close()
+    assert node.fetch(replace(published, version=2), learner.offer.address) == replace(first, version=2)
+    with pytest.raises(WeightSyncError, match="version 3 did not come from the learner's node"):
+        node.fetch(learner.publish(3), learner.offer.address)
+
+
+def test_nodes_are_served_side_by_side(learner: Learner) -> None:
+    published, nodes = learner.publish(1), [Fetch(SECRET, timeout_s=5.0) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda node: node.fetch(published, learner.offer.address), nodes))
+    assert len({one.path for one in found}) == 4 and all(same(one, published) for one in found)
+    for each in nodes:
+        each.close()
+
+
+def test_who_does_not_know_the_secret_gets_nothing(learner: Learner) -> None:
+    stranger = Fetch(b"another", timeout_s=5.0)
+    with pytest.raises(WeightSyncError, match=r"127\.0\.0\.1:\d+\): it rejects the secret"):
+        stranger.fetch(learner.publish(1), learner.offer.address)
+    stranger.close()
+
+
+def test_a_version_that_is_not_offered_any_more_is_told(learner: Learner, node: Fetch) -> None:
+    old = learner.publish(1)
+    learner.publish(2)
+    with pytest.raises(WeightSyncError, match=r"version 1 did not come .* it offers another version by now"):
+        node.fetch(old, learner.offer.address)
+
+
+def test_a_bucket_that_arrives_changed_is_refused_and_the_version_before_stays(learner: Learner, node: Fetch) -> None:
+    before = node.fetch(learner.publish(1), learner.offer.address)
+    kept = weights(before)
+    published = learner.publish(2)
+    learner.writer._map[published.offset + PLAN.buckets[1].offset] ^= 1
+    with pytest.raises(WeightSyncError, match=r"version 2: bucket 1 arrived as .*, was announced as"):
+        node.fetch(published, learner.offer.address)
+    assert all(torch.equal(x, y) for (_, x), (_, y) in zip(weights(before), kept, strict=True))
+    assert same(node.fetch(learner.publish(3), learner.offer.address), learner.publish(3))
+
+
+@pytest.mark.parametrize("sent", [0, 5000])
+def test_a_node_that_stops_in_the_middle_is_waited_for_within_the_limit(learner: Learner, sent: int) -> None:
+    published, done = learner.publish(1), threading.Event()
+    with socket.create_server((HERE, 0)) as listening:
+
+        def stalls() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.sendall(bytes(NONCE_BYTES))
+                connection.recv(1000)
+                connection.sendall(YES + bytes(sent))
+                done.wait(20)
+
+        thread = threading.Thread(target=stalls)
+        thread.start()
+        node = Fetch(SECRET, timeout_s=0.3)
+        with pytest.raises(WeightSyncError, match=r"version 1 did not come .* timed out"):
+            node.fetch(published, listening.getsockname())
+        done.set()
+        thread.join(20)
+        node.close()
