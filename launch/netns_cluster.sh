@@ -4,6 +4,7 @@
 # Each node has its own network namespace (an address, a bridge between them) and its own mount namespace, with its own
 # /dev/shm. So whatever gets from one node to another has crossed a network.
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "$0")/.."
 
 USAGE="usage: launch/netns_cluster.sh [--nodes N] [--cpus N] [--own DIR] COMMAND ...
@@ -41,7 +42,7 @@ done
 for tool in ip unshare nsenter; do
   command -v "$tool" >/dev/null || fail 2 "the command $tool is missing (Debian, Ubuntu: apt install iproute2 util-linux)"
 done
-RAY=${RAY:-.venv/bin/ray}
+RAY=${RAY:-$PWD/.venv/bin/ray}
 [[ -z $own || -d $own ]] || fail 2 "--own is '$own', which is not a directory"
 [[ -x $RAY ]] || fail 2 "there is no $RAY: run launch/setup.sh first"
 PYTHON=$(dirname "$RAY")/python
@@ -61,7 +62,7 @@ end() {
   for ((i = 1; i <= nodes; i++)); do
     ip netns pids "$(space "$i")" 2>/dev/null | xargs -r kill 2>/dev/null
   done
-  for ((i = 0; i < 50; i++)); do
+  for ((i = 0; i < 15; i++)); do # some of Ray's processes stay for longer, and there is nothing for them to save
     [[ -n $(for ((j = 1; j <= nodes; j++)); do ip netns pids "$(space "$j")" 2>/dev/null; done) ]] || break
     sleep 0.2
   done
@@ -101,10 +102,12 @@ start_node() { # NODE WORDS...
     "$RAY" start --block --node-ip-address="$NET.$node" --num-cpus="$cpus" --num-gpus=0 --disable-usage-stats \
     --object-store-memory=200000000 "$@" >"$logs/node-$node.log" 2>&1 &
   pids+=($!)
+  disown # else bash reports its end
 }
 
-on_head() { # COMMAND...
-  nsenter --target "${pids[0]}" --net --mount "$@"
+on_head() { # COMMAND... ; in the folder of the caller, as the first node sees it
+  # shellcheck disable=SC2016 # for the inner shell
+  nsenter --target "${pids[0]}" --net --mount bash -c 'cd "$1" && shift && exec "$@"' on_head "$caller" "$@"
 }
 
 start_node 1 --head --port=6379 --include-dashboard=false --temp-dir="$temp"
@@ -135,6 +138,8 @@ if ! on_head "$PYTHON" -c "$COUNT" "$nodes" "$LIMIT_S" "$RAY_ADDRESS" >"$logs/st
   tail -n 5 "$logs"/*.log >&2
   fail 1 "the $nodes nodes did not find each other in $LIMIT_S s; the ends of their logs are above"
 fi
+# In the background, so that a signal is handled at once; the command is in the namespace, and ends with it.
+on_head "$@" <&0 &
 code=0
-on_head "$@" || code=$?
+wait $! || code=$?
 exit "$code"
