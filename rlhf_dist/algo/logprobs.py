@@ -148,7 +148,7 @@ def chunked_logprobs(
         entropy: see `token_logprobs`.
         mask: of the same N positions; what it leaves out cannot be drawn. None: everything can.
         least_chunks: cut into so many at least, empty ones too. Under ZeRO-3 a call of the head gathers its weights
-            from all ranks, so all have to call it equally often: give them all the `chunk_count` of the longest batch.
+            from all ranks, so all have to call it equally often: give them all the largest of their `chunk_count`.
 
     Returns:
         (logprobs [N] with gradient to the hidden states and the head, entropy [N] or None), nats.

@@ -16,11 +16,11 @@ HELP = f"""{USAGE}
 Runs COMMAND ({", ".join(COMMANDS)}) as a job on a Ray cluster, follows its output
 and ends with its exit code. RAY_ADDRESS names the cluster's dashboard
 (default http://127.0.0.1:8265). The folder that this is called in and the code
-of this package are sent along, without runs, .git and .venv.
+of this package are sent along, without .git, .venv, runs, .env and the like.
 
 The token comes from RAY_AUTH_TOKEN, from the file RAY_AUTH_TOKEN_PATH or from
-~/.ray/auth_token. Secrets such as WANDB_API_KEY are never sent: set them where
-the cluster's nodes start Ray. The nodes need an environment with the libraries
+~/.ray/auth_token. Environment variables such as WANDB_API_KEY are not sent: set
+them where the cluster's nodes start Ray. The nodes need an environment with the libraries
 of rlhf-dist in PATH, and output= has to be on a disk that they share.
 
 Ctrl-C asks whether to stop the job, or only to stop following it."""
@@ -34,13 +34,13 @@ def run(argv: Sequence[str]) -> int:
     words = checked(argv)
     from rlhf_dist.cluster import jobs
 
-    address = jobs.dashboard()
+    cluster = jobs.dashboard()
     with arguments.loading():
-        client = jobs.connect(address)
+        client = jobs.connect(cluster)
     job = jobs.send(client, words)
-    print(f"submitted {job} to {address}", file=sys.stderr, flush=True)
+    print(f"submitted {job} to {cluster.address}", file=sys.stderr, flush=True)
     try:
-        code = jobs.follow(client, job, lambda text: print(text, end="", flush=True))
+        code = jobs.follow(cluster, client, job, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         if asks_to_stop(job):
             jobs.stop(client, job)
@@ -58,9 +58,18 @@ def checked(argv: Sequence[str]) -> list[str]:
     config = Path(path)
     if not config.is_file():
         raise InputError(f"{path}: there is no such config; {USAGE}")
+    if Path.cwd() == Path.home():
+        raise InputError(
+            f"{Path.cwd()} is your home, and the folder that submit is called in is sent: call it in another"
+        )
     if not config.resolve().is_relative_to(Path.cwd()):
         raise InputError(f"{path}: lies outside {Path.cwd()}, which is the folder that is sent; call submit elsewhere")
     overrides = [word for word in rest if not word.startswith("--") and "=" in word]
+    place = config.resolve().relative_to(Path.cwd())
+    from rlhf_dist.cluster.jobs import EXCLUDED
+
+    if excluded := next((name for name in EXCLUDED if place.is_relative_to(name)), None):
+        raise InputError(f"{path}: lies in {excluded}, which is not sent; put the config elsewhere")
     output = require_known_keys(command, config, overrides)
     if not Path(output).is_absolute():
         print(
@@ -68,7 +77,7 @@ def checked(argv: Sequence[str]) -> list[str]:
             "later. Give output= a path that the nodes share to keep it",
             file=sys.stderr,
         )
-    return [command, str(config.resolve().relative_to(Path.cwd())), *rest]
+    return [command, str(place), *rest]
 
 
 def require_known_keys(command: str, config: Path, overrides: Sequence[str]) -> str:

@@ -200,7 +200,14 @@ def start_fleets(
     """Start all actors side by side and wait until each is ready; `folder`: the checkpoint resumed from."""
     config = with_sources(config, source, folder, learns=placement.learner_ranks > 0)
     group = stack.enter_context(reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s))
-    check_nodes(placement.nodes, source, logs, config.cluster.start_timeout_s, START_KEY)
+    check_nodes(
+        placement.nodes,
+        placement.nodes[placement.rollout_workers :],
+        source,
+        logs,
+        config.cluster.start_timeout_s,
+        START_KEY,
+    )
     workers = start_workers(config, placement, source, logs, folder, group)
     if placement.device == "cuda":
         # vLLM sizes its cache by how the free memory of the whole GPU changes while it starts.

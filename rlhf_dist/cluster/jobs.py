@@ -11,7 +11,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +25,33 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PACKAGE = Path(__file__).resolve().parents[1]
-EXCLUDED = (".git", ".venv", "runs", "wandb", ".cache", "benchmarks/results", "__pycache__")
-"""Of the folder: what is not sent."""
+EXCLUDED = (
+    *(".git", ".venv", "runs", "wandb", ".cache", "benchmarks/results", "__pycache__"),
+    *(".env", ".netrc", ".ssh", ".ray", ".aws", ".huggingface"),
+)
+"""Of the folder: what is not sent, because it is large or because it may be secret."""
 ANSWER_LIMIT_S = 10.0
 """For the dashboard's first answer."""
-POLL_S = 1.0
+POLL_S = 2.0
+LOG_LIMIT_S = 10.0
+"""For the rest of the log of a job that has ended."""
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 SILENT_LIMIT_S = 300.0
 """How long the dashboard may be away while a job runs."""
 
 
-def dashboard() -> str:
-    """The address of the cluster's dashboard, where it answers and accepts the token. Raises `ResourceError`."""
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """One that takes jobs."""
+
+    address: str
+    """Of its dashboard."""
+    headers: Mapping[str, str]
+    """With the token, if there is one."""
+
+
+def dashboard() -> Cluster:
+    """The cluster at RAY_ADDRESS, whose dashboard answers and accepts the token. Raises `ResourceError`."""
     address = os.environ.get("RAY_ADDRESS", DEFAULT_ADDRESS).rstrip("/")
     if not address.startswith(("http://", "https://")):
         raise ResourceError(f"RAY_ADDRESS={address} is not a dashboard's address; it looks like http://HOST:8265")
@@ -51,7 +68,7 @@ def dashboard() -> str:
         raise ResourceError(f"the cluster at {address} refuses the token (HTTP {answer.status_code})")
     if answer.status_code != 200:
         raise ResourceError(f"{address} answers HTTP {answer.status_code}; is it the dashboard of a Ray cluster?")
-    return address
+    return Cluster(address, headers)
 
 
 def _token() -> str:
@@ -73,22 +90,22 @@ def _token() -> str:
     return token
 
 
-def connect(address: str) -> JobSubmissionClient:
-    """A client of the dashboard, which has answered. Raises `RunError`."""
+def connect(cluster: Cluster) -> JobSubmissionClient:
+    """A client of its dashboard. Raises `RunError`."""
     from ray.job_submission import JobSubmissionClient
 
     os.environ.pop("RAY_ADDRESS", None)  # It would come before the argument.
     try:
-        return JobSubmissionClient(address)
+        return JobSubmissionClient(cluster.address)
     except Exception as error:  # Ray's have no common type
-        raise RunError(f"{address}: {' '.join(str(error).split())}") from None
+        raise RunError(f"{cluster.address}: {' '.join(str(error).split())}") from None
 
 
 def send(client: JobSubmissionClient, words: Sequence[str]) -> str:
     """Send `rlhf-dist WORDS` as a job; returns its name. Secrets of the environment stay here. Raises `RunError`."""
     folder = Path.cwd()
     environment: dict[str, Any] = {"working_dir": str(folder), "excludes": list(EXCLUDED)}
-    if not PACKAGE.is_relative_to(folder):
+    if PACKAGE.parent != folder:
         environment["py_modules"] = [str(PACKAGE)]
     try:
         return client.submit_job(entrypoint=f"python -m rlhf_dist {shlex.join(words)}", runtime_env=environment)
@@ -96,46 +113,43 @@ def send(client: JobSubmissionClient, words: Sequence[str]) -> str:
         raise RunError(f"the cluster did not take the job: {' '.join(str(error).split())}") from None
 
 
-def follow(client: JobSubmissionClient, job: str, write: Callable[[str], object]) -> int:
-    """Give the job's output to `write` until it ends; returns its exit code. Raises `RunError`."""
-    try:
-        asyncio.run(_tail(client, job, write))
-    except KeyboardInterrupt:
-        raise
-    except Exception as error:  # of the network, of Ray, of the web socket
-        print(f"the log of {job} is not followed any more: {error}", file=sys.stderr)
-    return wait(client, job)
+def follow(cluster: Cluster, client: JobSubmissionClient, job: str, write: Callable[[str], object]) -> int:
+    """Give the job's output to `write` until it ends; returns its exit code, 1 where it left none.
+
+    Raises `RunError` when the dashboard is away for too long.
+    """
+    return asyncio.run(_follow(cluster, client, job, write))
+
+
+async def _follow(cluster: Cluster, client: JobSubmissionClient, job: str, write: Callable[[str], object]) -> int:
+    """The log comes over a web socket, which may stay open to a head that is gone: so the job is asked for too."""
+    tail, heard, told = asyncio.create_task(_tail(client, job, write)), time.monotonic(), False
+    async with httpx.AsyncClient(headers=cluster.headers, timeout=ANSWER_LIMIT_S) as web:
+        while True:
+            try:
+                found = (await web.get(f"{cluster.address}/api/jobs/{job}")).raise_for_status().json()
+            except (httpx.HTTPError, ValueError) as error:
+                if time.monotonic() - heard > SILENT_LIMIT_S:
+                    tail.cancel()
+                    raise RunError(
+                        f"the dashboard has not answered for {SILENT_LIMIT_S:g} s ({error}); the job may go on: "
+                        f"ask again with `ray job status {job}`"
+                    ) from None
+            else:
+                heard = time.monotonic()
+                if found["status"] in ENDED:
+                    await asyncio.wait({tail}, timeout=LOG_LIMIT_S)
+                    tail.cancel()
+                    return 0 if found["status"] == "SUCCEEDED" else found.get("driver_exit_code") or 1
+            if tail.done() and not told and tail.exception():
+                told = True
+                print(f"the log of {job} is not followed any more: {tail.exception()}", file=sys.stderr)
+            await asyncio.sleep(POLL_S)
 
 
 async def _tail(client: JobSubmissionClient, job: str, write: Callable[[str], object]) -> None:
     async for text in client.tail_job_logs(job):
         write(text)
-
-
-def wait(client: JobSubmissionClient, job: str) -> int:
-    """The exit code of a job, once it has ended. Raises `RunError` when the dashboard is away for too long."""
-    heard = time.monotonic()
-    while True:
-        try:
-            found = client.get_job_info(job)
-        except Exception as error:
-            if time.monotonic() - heard > SILENT_LIMIT_S:
-                raise RunError(
-                    f"the dashboard has not answered for {SILENT_LIMIT_S:g} s ({error}); ask again later with "
-                    f"`ray job status {job}`"
-                ) from None
-        else:
-            heard = time.monotonic()
-            if found.status.is_terminal():
-                return _code(found)
-        time.sleep(POLL_S)
-
-
-def _code(found: Any) -> int:
-    """Of a job that ended; 1 where its process left none."""
-    if found.status == "SUCCEEDED":
-        return 0
-    return found.driver_exit_code or 1
 
 
 def stop(client: JobSubmissionClient, job: str) -> None:

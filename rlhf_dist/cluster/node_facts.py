@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,10 +31,16 @@ class NodeFacts:
     """Whether the model's directory is there; also true of a hub name."""
     no_logs: str
     """Why the folder of logs cannot be made; empty where it can."""
+    shares: bool
+    """Whether the command's own folder of logs is seen."""
 
 
-def facts(source: str, logs: str) -> NodeFacts:
-    """Of the node that this runs on. `source`: the model's directory or hub name; `logs`: made if it is not there."""
+def facts(source: str, logs: str, mark: str) -> NodeFacts:
+    """Of the node that this runs on.
+
+    `source`: the model's directory or hub name; `logs`: made if it is not there; `mark`: a file that the command has
+    put into it.
+    """
     versions = {"Python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -49,11 +56,15 @@ def facts(source: str, logs: str) -> NodeFacts:
         Path(logs).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         no_logs = error.strerror or str(error)
-    return NodeFacts(versions, code.hexdigest(), not Path(source).is_absolute() or Path(source).is_dir(), no_logs)
+    has_model = not Path(source).is_absolute() or Path(source).is_dir()
+    return NodeFacts(versions, code.hexdigest(), has_model, no_logs, (Path(logs) / mark).exists())
 
 
-def difference(here: NodeFacts, there: NodeFacts, source: str, logs: str) -> str:
-    """What keeps a node from working with this one, with the way out; empty: nothing."""
+def difference(here: NodeFacts, there: NodeFacts, source: str, logs: str, writes: bool) -> str:
+    """What keeps a node from working with this one, with the way out; empty: nothing.
+
+    `writes`: it has a rank of the learner, which writes checkpoints.
+    """
     found = []
     names = sorted(here.versions.keys() | there.versions.keys())
     for name in names:
@@ -66,30 +77,46 @@ def difference(here: NodeFacts, there: NodeFacts, source: str, logs: str) -> str
         found.append(f"{source} is not there: put the model on a disk that the nodes share, or give its hub name")
     if there.no_logs:
         found.append(f"{logs} cannot be made there ({there.no_logs}): give an output= that each node can write to")
+    elif writes and not there.shares:
+        found.append(
+            f"a rank of the learner is there, whose checkpoints would not be found, because {logs} is another folder "
+            "there: give an output= on a disk that the nodes share"
+        )
     return "; ".join(found)
 
 
-def check_nodes(nodes: tuple[str, ...], source: str, logs: Path, timeout_s: float, key: str) -> None:
-    """Compare all `nodes` with this one; nothing for a run on one node. Raises `ResourceError` by node."""
+def check_nodes(
+    nodes: Sequence[str], of_ranks: Sequence[str], source: str, logs: Path, timeout_s: float, key: str
+) -> None:
+    """Compare all `nodes` with this one; nothing for a run on one node. Raises `ResourceError` by node.
+
+    `of_ranks`: those of the learner's ranks.
+    """
     if not nodes:
         return
     import ray
 
     from rlhf_dist.cluster.waits import gather
 
-    place = str(logs.absolute())
+    place, mark = str(logs.absolute()), f".{secrets.token_hex(8)}.here"
     ask: Any = ray.remote(facts)
-    calls = {
-        f"node {node}": ask.options(num_cpus=0, max_retries=0, resources={NODE + node: PIN}).remote(source, place)
-        for node in dict.fromkeys(nodes)
-    }
-    here, problems = facts(source, place), []
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / mark).touch()
     try:
+        calls = {
+            f"node {node}": ask.options(num_cpus=0, max_retries=0, resources={NODE + node: PIN}).remote(
+                source, place, mark
+            )
+            for node in dict.fromkeys(nodes)
+        }
+        here, problems = facts(source, place, mark), []
         found = gather(calls, "say what it has", timeout_s, key)
     except RunError as error:
         raise ResourceError(f"a node cannot take part: {str(error).splitlines()[0]}") from None
-    for name, there in found.items():
-        if problem := difference(here, there, source, place):
-            problems.append(f"{name}: {problem}")
+    finally:
+        (logs / mark).unlink(missing_ok=True)
+    for node, there in zip(dict.fromkeys(nodes), found.values(), strict=True):
+        if problem := difference(here, there, source, place, node in of_ranks):
+            problems.append(f"node {node}: {problem}")
     if problems:
         raise ResourceError("\n".join(problems))

@@ -17,15 +17,19 @@ from rlhf_dist.errors import ResourceError
 
 def place_in(config: Config, nodes: Sequence[Machine], command: Command) -> Placement:
     """Share out the nodes, the command's own first. Raises `ResourceError`, by node, where they are too few."""
-    largest = max(nodes, key=lambda node: (node.gpus, node.cpus))
-    try:
-        return place(config, largest, command)
-    except ResourceError as error:
-        if len(nodes) == 1:
-            raise
-        if command == "train" and config.cluster.colocate:
-            more = "several nodes are used with cluster.colocate=false only"
-            raise ResourceError(f"{error}. The cluster has {len(nodes)} nodes; {more}") from None
+    on_cpus = config.cluster.device == "cpu"
+    largest_first = sorted(nodes, key=lambda node: (0 if on_cpus else node.gpus, node.cpus), reverse=True)
+    refusals: list[ResourceError] = []
+    for node in largest_first:
+        try:
+            return place(config, node, command)
+        except ResourceError as error:
+            refusals.append(error)
+    if len(nodes) == 1:
+        raise refusals[0]
+    if command == "train" and config.cluster.colocate:
+        more = "several nodes are used with cluster.colocate=false only"
+        raise ResourceError(f"{refusals[0]}. The cluster has {len(nodes)} nodes; {more}")
     return _spread(config, nodes, command)
 
 

@@ -79,11 +79,11 @@ class Placement:
         return max(1, len(set(ranks[policy:] if critic else ranks[:policy])))
 
     def gpus_of_servers(self) -> int:
-        """Over how many GPUs scoring and reference servers are dealt out: those of the run on the learner's node."""
-        if not self.learner_node:
+        """Over how many GPUs scoring and reference servers are dealt out: those that the run has on their node."""
+        if not self.nodes:
             return self.rollout_workers * self.rollout_gpus
         workers, ranks = self.nodes[: self.rollout_workers], self.nodes[self.rollout_workers :]
-        home = self.learner_node
+        home = self.learner_node or self.nodes[0]
         return workers.count(home) * self.rollout_gpus + ranks.count(home) * self.learner_gpus
 
 

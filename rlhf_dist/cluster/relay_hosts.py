@@ -1,4 +1,4 @@
-"""The processes that bring published weights to nodes without a learner rank, and the fleet's view of them."""
+"""The processes that bring published weights to other nodes than learner rank 0's, and the fleet's view of them."""
 
 from __future__ import annotations
 
@@ -72,14 +72,11 @@ class Relays:
     of_worker: Mapping[str, str]
     """Rollout worker -> the name of its node's relay."""
 
-    def send(self, announcement: Announcement, busy: Collection[str]) -> dict[str, Any]:
-        """Let the nodes copy the version, but for those whose relay is `busy` with an earlier one.
+    def send(self, announcement: Announcement, address: Address, busy: Collection[str]) -> dict[str, Any]:
+        """Let the nodes copy the version that is offered there, but for those whose relay is still `busy` with another.
 
         Returns name of the relay -> the call, which gives the node's announcement.
         """
-        if self.offer is None:
-            return {}
-        address = self.offer.offer.remote(announcement)
         free = {name: relay for name, relay in self.fetch.items() if name not in busy}
         return {name: relay.fetch.remote(announcement, address) for name, relay in free.items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,8 +11,8 @@ import ray
 
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.processes import look
-from rlhf_dist.cluster.relay_hosts import ONE_NODE, Relays
-from rlhf_dist.cluster.waits import fetch, limit_text
+from rlhf_dist.cluster.relay_hosts import OFFER, ONE_NODE, Relays
+from rlhf_dist.cluster.waits import fetch, gather, limit_text
 from rlhf_dist.errors import ActorLost, EngineBroken, RayLost, RlhfError, RunError, WeightSyncError
 from rlhf_dist.loop.events import Event, Lost
 from rlhf_dist.rollout.worker import BEAT_S, Cancel, HandOver, Submit, Verb
@@ -22,6 +22,7 @@ from rlhf_dist.weights.receipts import Announcement, receipt_problem
 from rlhf_dist.weights.shared_memory import BUFFERS
 
 SYNC_KEY = "weights.timeout_s"
+STILL_EARLIER = "its relay is still copying an earlier one"
 BEATS = 32
 """Of all workers together, at most in `BEAT_S`."""
 
@@ -136,8 +137,16 @@ class RolloutFleet:
         late = {
             name: standing
             for name, standing in self._standings.items()
-            if standing.call is not None and not _is_done(standing.call) and name not in self._relays.of_worker
+            if standing.call is not None and not _is_done(standing.call)
         }
+        problems: list[str] = []
+        for relay in ("", *self._relays.fetch):  # each node has buffers of its own
+            there = {name: late[name] for name in late if self._relays.of_worker.get(name, "") == relay}
+            problems += self._free_a_buffer(there)
+        return problems
+
+    def _free_a_buffer(self, late: Mapping[str, Standing]) -> list[str]:
+        """The same for the late workers of one node."""
         if len({standing.offset for standing in late.values()}) < BUFFERS:
             return []
         newest = max(late.values(), key=lambda standing: standing.version)
@@ -158,16 +167,15 @@ class RolloutFleet:
             if standing.call is not None:
                 problems += self._look_back(name, standing, announcement.version)
         self._serving, self._announced = [], announcement
-        busy = [relay for relay, call in self._fetches.items() if not _is_done(call)]
-        self._fetches |= self._relays.send(announcement, busy)
+        patience = Patience(self._sync_timeout_s)
         for name, standing in self._standings.items():
             if name not in self._relays.of_worker:
                 self._ask_to_load(standing, announcement)
-        problems += self._load_elsewhere(announcement.version, busy)
+        problems += self._load_elsewhere(announcement, patience)
         asked = [standing for standing in self._standings.values() if standing.version == announcement.version]
         awaited = [standing.call for standing in asked if not standing.silent] or [standing.call for standing in asked]
         if awaited:
-            self._inbox.wait(awaited, Patience(self._sync_timeout_s), count=len(awaited))
+            self._inbox.wait(awaited, patience, count=len(awaited))
         for name, standing in list(self._standings.items()):
             if standing.version == announcement.version:
                 problems += self._read_receipt(name, standing, announcement)
@@ -180,29 +188,52 @@ class RolloutFleet:
             standing.call = standing.worker.load_weights.remote(announcement)
             standing.version, standing.offset = announcement.version, announcement.offset
 
-    def _load_elsewhere(self, version: int, busy: Collection[str]) -> list[str]:
-        """Let the workers of other nodes load once their node has the bytes; without them they miss the push.
+    def _load_elsewhere(self, announcement: Announcement, patience: Patience) -> list[str]:
+        """Let the workers of other nodes load as soon as their node has the bytes; without them they miss the push.
 
-        `busy`: relays that still copy an earlier version, and are not waited for.
+        A relay that still copies an earlier version is neither asked nor waited for.
         """
+        if self._relays.offer is None:
+            return []
+        busy = [relay for relay, call in self._fetches.items() if not _is_done(call)]
+        problems = [why for relay in busy for why in self._without_weights(relay, announcement, STILL_EARLIER)]
+        offer = {OFFER: self._relays.offer.offer.remote(announcement)}
+        try:
+            address = gather(offer, "offer", max(patience.left, 1.0), SYNC_KEY, self._inbox.wait)[OFFER]
+        except RayLost:
+            raise
+        except RlhfError as error:
+            free = [relay for relay in self._relays.fetch if relay not in busy]
+            return problems + [why for relay in free for why in self._without_weights(relay, announcement, str(error))]
+        sent = self._relays.send(announcement, address, busy)
+        self._fetches |= sent
+        relays = {call: relay for relay, call in sent.items()}
+        while relays and (done := self._inbox.wait(list(relays), patience)):
+            for call in done:
+                problems += self._load_from(relays.pop(call), call, announcement)
+        late = {relay: self._silence(relay, "did not copy it in time") for relay in relays.values()}
+        return problems + [why for name, how in late.items() for why in self._without_weights(name, announcement, how)]
+
+    def _load_from(self, relay: str, call: Any, announcement: Announcement) -> list[str]:
+        """The node has the bytes, or could not get them."""
+        try:
+            found: Announcement = fetch(call, relay, "fetch", self._sync_timeout_s)
+        except RayLost:
+            raise
+        except RlhfError as error:
+            return self._without_weights(relay, announcement, str(error))
+        for name in self._relays.workers(relay):
+            if name in self._standings:
+                self._ask_to_load(self._standings[name], found)
+        return []
+
+    def _without_weights(self, relay: str, announcement: Announcement, why: str) -> list[str]:
+        """The workers of a node that did not get the version."""
         problems: list[str] = []
-        awaited = [call for relay, call in self._fetches.items() if relay not in busy]
-        if awaited:
-            self._inbox.wait(awaited, Patience(self._sync_timeout_s), count=len(awaited))
-        for relay, call in self._fetches.items():
-            workers = {name: self._standings[name] for name in self._relays.workers(relay) if name in self._standings}
-            try:
-                if relay in busy or not _is_done(call):
-                    raise WeightSyncError(self._silence(relay, "did not copy it in time"))
-                found: Announcement = fetch(call, relay, "fetch", self._sync_timeout_s)
-            except RayLost:
-                raise
-            except RlhfError as error:
-                for name, standing in workers.items():
-                    problems += self._missed(name, standing, version, f"{name} did not get version {version}: {error}")
-                continue
-            for standing in workers.values():
-                self._ask_to_load(standing, found)
+        for name in self._relays.workers(relay):
+            if (standing := self._standings.get(name)) is not None:
+                text = f"{name} did not get version {announcement.version}: {why}"
+                problems += self._missed(name, standing, announcement.version, text)
         return problems
 
     def _take_back(self) -> None:

@@ -72,7 +72,7 @@ def start_relays(
     workers: dict[str, Any],
     stack: ExitStack,
 ) -> Relays:
-    """Start what brings weights to the nodes without a learner rank. On leaving `stack` they remove their files."""
+    """Start what brings weights to other nodes than learner rank 0's. On leaving `stack` they remove their files."""
     home = placement.learner_node
     places = {node: i for i, node in enumerate(placement.nodes[: placement.rollout_workers]) if node != home}
     if not home or not places:
@@ -81,7 +81,8 @@ def start_relays(
 
     def start(host: type, name: str, place: int) -> tuple[str, Any]:
         made = spec(config, name, source, "cpu", 1, logs, place)
-        ((name, actor),) = actors.start_servers(host, [made], group, 1, place, secret).items()
+        # Two calls at a time: `close` does not wait for a copy that goes on.
+        ((name, actor),) = actors.start_servers(host, [made], group, 2, place, secret).items()
         return name, actor
 
     _, offer = start(OfferHost, OFFER, first)

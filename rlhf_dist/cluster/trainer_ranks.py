@@ -63,7 +63,14 @@ def started(
         group = stack.enter_context(
             reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s)
         )
-        check_nodes(placement.nodes, source, logs, config.cluster.start_timeout_s, START_KEY)
+        check_nodes(
+            placement.nodes,
+            placement.nodes[placement.rollout_workers :],
+            source,
+            logs,
+            config.cluster.start_timeout_s,
+            START_KEY,
+        )
         ranks = start_ranks(config, placement, source, logs, group, host, stack)
         join_ranks(config, ranks, folder, placement.spread_of_ranks())
         yield ranks

@@ -65,13 +65,17 @@ class DeepSpeedEngine:
         """The module's forward, with ZeRO's hooks."""
         return self._engine(*args)
 
-    def least_calls(self, most: int) -> int:
-        """How often to call a module in one pass at least, where no pass of any rank needs it more than `most` times.
+    def equally_often(self, count: int, usual: int) -> int:
+        """How often to call a module that this rank needs `count` times in one pass.
 
-        Under ZeRO 3 each call gathers the module's weights from all ranks, so all have to make as many. And DeepSpeed
-        fetches weights ahead only while each pass calls the same modules as the one before.
+        Under ZeRO 3 each call gathers the module's weights from all ranks, so all make as many: as the rank that needs
+        most, and `usual` at least, since DeepSpeed fetches weights ahead only while each pass is like the one before.
         """
-        return most if self.zero_stage == 3 and self.world_size > 1 else 1
+        if self.zero_stage < 3 or self.world_size == 1:
+            return count
+        most = torch.tensor(max(count, usual), device=self.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return int(most)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch; `last` tells that the optimizer step follows."""

@@ -149,7 +149,7 @@ class ModelEngine(Engine):
         self._moved = True
         """Since the last publication; the same on every rank."""
         super().__init__(policy, source, model, learner, optimizer, device)
-        self._least_chunks = self._deepspeed.least_calls(chunk_count(learner.micro_batch_tokens, self._chunk))
+        self._usual_chunks = chunk_count(learner.micro_batch_tokens, self._chunk)
 
     def logprobs(self, packed: Packed, temperature: float, masked: bool = True) -> Tensor:
         """Of the tokens with a loss, float32 [N], row after row.
@@ -172,7 +172,7 @@ class ModelEngine(Engine):
             self._chunk,
             entropy,
             self._mask.mask(packed) if self._mask is not None and masked else None,
-            self._least_chunks,
+            self._deepspeed.equally_often(chunk_count(len(packed.predict), self._chunk), self._usual_chunks),
         )
 
     def _whole(self, optimizer: dict[str, Tensor]) -> dict[str, str]:

@@ -100,7 +100,7 @@ class ScalarEngineWithLM(ScalarEngine):
         """`source` is a causal LM, or `hf/` of a checkpoint that this engine saved."""
         self._chunk = learner.logprob_chunk_tokens
         super().__init__(source, model, learner, optimizer, device=device, normalized=normalized)
-        self._least_chunks = self._deepspeed.least_calls(chunk_count(learner.micro_batch_tokens, self._chunk))
+        self._usual_chunks = chunk_count(learner.micro_batch_tokens, self._chunk)
 
     def scores_and_logprobs(self, packed: Packed, learnt: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """(scores float32 [S] as `scores`, logprobs float32 [N] of tokens with a loss in rows that are learnt)."""
@@ -113,7 +113,7 @@ class ScalarEngineWithLM(ScalarEngine):
             predict,
             packed.targets[mask],
             self._chunk,
-            self._least_chunks,
+            self._deepspeed.equally_often(chunk_count(len(predict), self._chunk), self._usual_chunks),
         )
         return self._normalized(raw), logprobs
 

@@ -31,6 +31,8 @@ REFUSALS = {b"\1": "it rejects the secret of this run", b"\2": "it offers anothe
 WRONG_SECRET, OTHER_VERSION = REFUSALS
 GREETING_S = 10.0
 """For who connects to prove itself, and to say what it wants."""
+CONNECTIONS = 256
+"""That are answered at once; more are closed, so that whoever knows no secret cannot use up what a process may have."""
 Address = tuple[str, int]
 
 
@@ -42,6 +44,8 @@ class Offer:
         self._secret = secret
         self._timeout_s = timeout_s
         self._offered: Announcement | None = None
+        self._closed = threading.Event()
+        self._room = threading.BoundedSemaphore(CONNECTIONS)
         self._listening = socket.create_server((host, 0))
         self.address: Address = self._listening.getsockname()[:2]
         threading.Thread(target=self._serve, daemon=True, name="weights").start()
@@ -52,39 +56,53 @@ class Offer:
 
     def close(self) -> None:
         """Listen no more. May be called twice."""
+        self._closed.set()
         with suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._listening.close()
 
     def _serve(self) -> None:
-        while True:
+        while not self._closed.is_set():
             try:
                 connection, _ = self._listening.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(target=self._answer, args=(connection,), daemon=True, name="weights").start()
+            except OSError:  # closed, or out of descriptors for a while
+                self._closed.wait(0.1)
+                continue
+            if self._room.acquire(blocking=False):
+                threading.Thread(target=self._answer, args=(connection,), daemon=True, name="weights").start()
+            else:
+                connection.close()
 
     def _answer(self, connection: socket.socket) -> None:
-        with connection, suppress(OSError):  # the other end says what it missed
-            connection.settimeout(GREETING_S)
-            nonce = secrets.token_bytes(NONCE_BYTES)
-            connection.sendall(nonce)
-            expected = prove(self._secret, nonce)
-            proof, (version,) = read(connection, len(expected)), REQUEST.unpack(read(connection, REQUEST.size))
-            if not hmac.compare_digest(proof, expected):
-                connection.sendall(WRONG_SECRET)
-                return
-            offered = self._offered
-            if offered is None or offered.version != version:
-                connection.sendall(OTHER_VERSION)
-                return
-            with suppress(WeightSyncError):
-                # Each its own: a lock belongs to the opening of the file.
-                lease = WeightReader().hold(offered)
-                with lease.file, closing(lease):
-                    connection.sendall(YES)
-                    connection.settimeout(self._timeout_s)
-                    connection.sendfile(lease.file, offered.offset, offered.plan.nbytes)
+        try:
+            with connection, suppress(OSError):  # the other end says what it missed
+                self._greet(connection)
+        finally:
+            self._room.release()
+
+    def _greet(self, connection: socket.socket) -> None:
+        """Hear who it is and what it wants, and give it. Raises OSError."""
+        connection.settimeout(GREETING_S)
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        connection.sendall(nonce)
+        expected, receive = prove(self._secret, nonce), receiver(connection, GREETING_S)
+        asked = bytearray(len(expected) + REQUEST.size)
+        with memoryview(asked) as view:
+            receive(view)
+        proof, (version,) = bytes(asked[: len(expected)]), REQUEST.unpack(asked[len(expected) :])
+        if not hmac.compare_digest(proof, expected):
+            connection.sendall(WRONG_SECRET)
+            return
+        offered = self._offered
+        if offered is None or offered.version != version:
+            connection.sendall(OTHER_VERSION)
+            return
+        with suppress(WeightSyncError):
+            lease = WeightReader().hold(offered)  # Each its own: a lock belongs to the opening of the file.
+            with lease.file, closing(lease):
+                connection.sendall(YES)
+                connection.settimeout(self._timeout_s)
+                connection.sendfile(lease.file, offered.offset, offered.plan.nbytes)
 
 
 class Fetch:

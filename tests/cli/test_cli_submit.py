@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -20,11 +22,22 @@ TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ADDRESS
 
 
 class Dashboard(BaseHTTPRequestHandler):
-    """Answers as a Ray dashboard whose token is `right`."""
+    """Answers as a Ray dashboard whose token is `right`. A job runs; the dashboard is away once; the job has ended."""
+
+    end: ClassVar[dict[str, Any]] = {}
+    asked = 0
 
     def do_GET(self) -> None:
-        self.send_response(200 if self.headers.get("Authorization") == "Bearer right" else 403)
+        code, answer = 200, b"{}"
+        if self.headers.get("Authorization") != "Bearer right":
+            code = 403
+        elif self.path == "/api/jobs/job-1":
+            Dashboard.asked += 1
+            code = 503 if self.asked == 2 else 200
+            answer = json.dumps(self.end if self.asked > 2 else {"status": "RUNNING"}).encode()
+        self.send_response(code)
         self.end_headers()
+        self.wfile.write(answer)
 
     def log_message(self, format: str, *args: object) -> None:
         """Keep the test's output clean."""
@@ -32,6 +45,7 @@ class Dashboard(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def dashboard() -> Iterator[str]:
+    Dashboard.end, Dashboard.asked = {"status": "SUCCEEDED", "driver_exit_code": 0}, 0
     server = HTTPServer(("127.0.0.1", 0), Dashboard)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -55,40 +69,25 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Client:
-    """A cluster's: takes a job, gives its log and its end."""
+    """Ray's: takes a job and gives its log."""
 
-    def __init__(self, code: int | None = 0, log: tuple[str, ...] = ("one\n", "two\n"), breaks: bool = False) -> None:
+    def __init__(self, breaks: bool = False) -> None:
         self.taken: dict[str, Any] = {}
         self.stopped: list[str] = []
-        self._code, self._log, self._breaks = code, log, breaks
-        self._asked = 0
+        self._breaks = breaks
 
     def submit_job(self, **words: Any) -> str:
         self.taken = words
         return "job-1"
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
-        for text in self._log:
+        for text in ("one\n", "two\n"):
             yield text
         if self._breaks:
             raise RuntimeError("the socket closed")
 
-    def get_job_info(self, job: str) -> Any:
-        """Still running at first, and the dashboard is away once."""
-        self._asked += 1
-        if self._asked == 2:
-            raise ConnectionError("away")
-        ended = self._asked > 2
-        status = ("SUCCEEDED" if self._code == 0 else "FAILED") if ended else "RUNNING"
-        return SimpleNamespace(status=Status(status), driver_exit_code=self._code)
-
     def stop_job(self, job: str) -> None:
         self.stopped.append(job)
-
-
-class Status(str):
-    def is_terminal(self) -> bool:
-        return self != "RUNNING"
 
 
 @pytest.mark.parametrize(
@@ -136,26 +135,33 @@ def test_a_cluster_that_does_not_take_jobs_is_told(
 
 def sent(project: Path, dashboard: str, monkeypatch: pytest.MonkeyPatch, client: Client, *words: str) -> int:
     """The exit code of `submit`."""
-    (project / ".ray").mkdir(exist_ok=True)
-    (project / ".ray" / "auth_token").write_text("right\n")
-    monkeypatch.setenv("HOME", str(project))
+    token = Path.home() / ".ray" / "auth_token"
+    token.parent.mkdir(parents=True)
+    token.write_text("right\n")
     monkeypatch.setenv("RAY_ADDRESS", dashboard)
     monkeypatch.setenv("WANDB_API_KEY", "also-secret")
-    monkeypatch.setattr(jobs, "connect", lambda address: client)
+    monkeypatch.setattr(jobs, "connect", lambda cluster: client)
     monkeypatch.setattr(jobs, "POLL_S", 0.0)
     return main(["submit", *words])
 
 
-@pytest.mark.parametrize(("code", "expected"), [(0, 0), (2, 2), (None, 1)])
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        ({"status": "SUCCEEDED", "driver_exit_code": 0}, 0),
+        ({"status": "FAILED", "driver_exit_code": 2}, 2),
+        ({"status": "STOPPED", "driver_exit_code": None}, 1),
+    ],
+)
 def test_the_jobs_output_and_end_are_passed_on(
     project: Path,
     dashboard: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    code: int | None,
+    end: dict[str, Any],
     expected: int,
 ) -> None:
-    client = Client(code)
+    Dashboard.end, client = end, Client()
     words = ["train", str(project / "run.yaml"), "name=a b", "output=/shared", "--resume"]
     assert sent(project, dashboard, monkeypatch, client, *words) == expected
     said = capsys.readouterr()
@@ -184,15 +190,30 @@ def test_a_log_that_breaks_off_is_told_and_the_job_is_waited_for(
     assert "the log of job-1 is not followed any more: the socket closed" in said and "job-1 succeeded" in said
 
 
-def test_a_dashboard_that_stays_away_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(job: str) -> Any:
-        raise ConnectionError("refused")
+def test_a_head_that_is_gone_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its web socket stays open, and says nothing."""
+
+    async def silent(job: str) -> AsyncIterator[str]:
+        await asyncio.sleep(60)
+        yield ""
 
     monkeypatch.setattr(jobs, "POLL_S", 0.01)
     monkeypatch.setattr(jobs, "SILENT_LIMIT_S", 0.05)
-    client: Any = SimpleNamespace(get_job_info=away)
-    with pytest.raises(RunError, match=r"has not answered for 0\.05 s \(refused\); .*`ray job status job-1`"):
-        jobs.wait(client, "job-1")
+    client: Any = SimpleNamespace(tail_job_logs=silent)
+    with pytest.raises(RunError, match=r"has not answered for 0\.05 s .*`ray job status job-1`"):
+        jobs.follow(jobs.Cluster("http://127.0.0.1:1", {}), client, "job-1", print)
+
+
+def test_folders_that_are_not_sent_and_the_home_are_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "runs").mkdir()
+    (project / "run.yaml").rename(project / "runs" / "run.yaml")
+    assert main(["submit", "train", "runs/run.yaml"]) == 2
+    assert "runs/run.yaml: lies in runs, which is not sent" in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(project))
+    assert main(["submit", "train", "runs/run.yaml"]) == 2
+    assert "is your home" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("answer", "stopped"), [("y", ["job-1"]), ("n", []), (None, [])])

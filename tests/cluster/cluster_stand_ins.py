@@ -172,6 +172,7 @@ class Stand:
         return self._name
 
     def offer(self, announcement: Announcement) -> tuple[str, int]:
+        self.work()
         return self._name, 1
 
     def fetch(self, announcement: Announcement, address: tuple[str, int]) -> Announcement:

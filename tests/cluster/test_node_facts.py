@@ -12,7 +12,7 @@ from rlhf_dist.cluster import node_facts
 from rlhf_dist.cluster.node_facts import NodeFacts, check_nodes, difference, facts
 from rlhf_dist.errors import ResourceError
 
-HERE = NodeFacts({"Python": "3.11.7", "ray": "2.60.0"}, "code", True, "")
+HERE = NodeFacts({"Python": "3.11.7", "ray": "2.60.0"}, "code", True, "", True)
 
 
 @pytest.mark.parametrize(
@@ -33,15 +33,24 @@ HERE = NodeFacts({"Python": "3.11.7", "ray": "2.60.0"}, "code", True, "")
     ],
 )
 def test_a_node_that_differs_is_told_with_the_way_out(there: NodeFacts, said: str) -> None:
-    assert difference(HERE, there, "/m", "/logs") == said
+    assert difference(HERE, there, "/m", "/logs", writes=False) == said
+    assert said in difference(HERE, there, "/m", "/logs", writes=True)
+
+
+def test_a_node_that_writes_checkpoints_has_to_share_the_folder() -> None:
+    apart = replace(HERE, shares=False)
+    assert difference(HERE, apart, "/m", "/logs", writes=False) == ""
+    assert "/logs is another folder there: give an output= on a disk" in difference(
+        HERE, apart, "/m", "/logs", writes=True
+    )
 
 
 def test_facts_of_this_machine(tmp_path: Path) -> None:
-    found = facts("Qwen/Qwen2.5-0.5B", str(tmp_path / "a" / "logs"))
-    assert found.has_model and found.no_logs == "" and (tmp_path / "a" / "logs").is_dir()
+    found = facts("Qwen/Qwen2.5-0.5B", str(tmp_path / "a" / "logs"), "mark")
+    assert found.has_model and found.no_logs == "" and not found.shares and (tmp_path / "a" / "logs").is_dir()
     assert found.versions["ray"] == ray.__version__ and len(found.code) == 32
     (tmp_path / "file").touch()
-    found = facts(str(tmp_path / "none"), str(tmp_path / "file" / "logs"))
+    found = facts(str(tmp_path / "none"), str(tmp_path / "file" / "logs"), "mark")
     assert not found.has_model and found.no_logs == "Not a directory"
 
 
@@ -49,12 +58,13 @@ def test_facts_of_this_machine(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_each_node_is_asked_once(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (node,) = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
-    check_nodes((), "/none", tmp_path, 60, "key")
-    check_nodes((node, node), str(tmp_path), tmp_path / "logs", 60, "key")
+    check_nodes((), (), "/none", tmp_path, 60, "key")
+    check_nodes((node, node), (node,), str(tmp_path), tmp_path / "logs", 60, "key")
     with pytest.raises(ResourceError) as caught:
-        check_nodes((node, node), "/none", tmp_path / "logs", 60, "key")
+        check_nodes((node, node), (), "/none", tmp_path / "logs", 60, "key")
     assert str(caught.value).startswith(f"node {node}: /none is not there") and str(caught.value).count("node ") == 1
+    assert list((tmp_path / "logs").iterdir()) == []
     # Only here, so that the node's code is another one.
     monkeypatch.setattr(node_facts, "PACKAGE", tmp_path)
     with pytest.raises(ResourceError, match="the code of rlhf_dist is another one there"):
-        check_nodes((node,), str(tmp_path), tmp_path / "logs", 60, "key")
+        check_nodes((node,), (), str(tmp_path), tmp_path / "logs", 60, "key")

@@ -35,6 +35,7 @@ def test_what_fits_on_one_node_is_on_one() -> None:
     """The largest; Ray's reservation keeps it together."""
     wanted = config(workers=2, ranks=1)
     assert place_in(wanted, nodes((4, 0), (8, 0)), "train") == place(wanted, Machine(8, 0), "train")
+    assert place_in(config(workers=6, ranks=6, device="cpu"), nodes((64, 0), (8, 4)), "train").nodes == ()
     both = config(workers=8, ranks=8, colocate=True)
     assert place_in(both, nodes((4, 0), (8, 0)), "train") == place(both, Machine(8, 0), "train")
 
@@ -90,6 +91,8 @@ def test_a_worker_that_spans_gpus_has_all_of_them_on_one_node() -> None:
 def test_an_evaluation_needs_no_learner() -> None:
     found = place_in(config(workers=3, rollout=2), nodes((2, 0), (2, 0), (2, 0)), "eval")
     assert found.nodes == ("10.0.0.1", "10.0.0.2", "10.0.0.3") and found.learner_node == ""
+    found = place_in(config(workers=4), nodes((8, 2), (8, 2)), "eval")
+    assert found.gpus_of_servers() == 2, "of the first node, where the servers are"
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,14 @@ def plain_masked(model: Path) -> dict[str, Any]:
     return found
 
 
+def run_tight(stage: int, world: int, model: Path) -> dict[str, torch.Tensor]:
+    """The weights after a step with a budget that most rows are longer than, and chunks shorter than it."""
+    learner = replace(LEARNER, zero_stage=stage, ranks=world, micro_batch_tokens=16, logprob_chunk_tokens=CHUNK_TOKENS)
+    trainer = Trainer(model, learner, "float32", world)
+    trainer.step(1)
+    return trainer.weights()
+
+
 def run_checkpointed(stage: int, world: int, model: Path) -> dict[str, torch.Tensor]:
     """The weights after a step with gradient checkpointing."""
     learner = replace(LEARNER, zero_stage=stage, ranks=world, micro_batch_tokens=budget(world))
@@ -374,6 +382,7 @@ def main() -> None:
         found["masked"] = plain_masked(model)
     else:
         found["methods"] = {stage: run_methods(model, stage) for stage in (2, 3)}
+        found["tight"] = run_tight(3, world, model)
         found["checkpointed"] = {stage: run_checkpointed(stage, world, model) for stage in (2, 3)}
         found["stale"] = {stage: run_stale(stage, world, model) for stage in (2, 3)}
         found["masked"] = {stage: run_masked(stage, world, model, folder) for stage in (2, 3)}

@@ -162,6 +162,13 @@ def test_the_sentinel_tells_stale_tokens_from_wrong_ones(results: dict, stage: i
     assert [name for name in stale if "logprob_diff" in name] == ["rollout/logprob_diff/lag_1"]
 
 
+def test_rows_longer_than_the_budget_are_learnt_under_zero_3(results: dict) -> None:
+    """They take more calls of the head than other ranks' micro-batches, and each call gathers its weights from all."""
+    plain = results[1, 0]["plain"]
+    for rank in range(2):
+        assert distance(results[2, rank]["tight"], plain["one"], results[2, rank][3]["start"]) <= 1e-6
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_gradient_checkpointing_changes_nothing(results: dict, stage: int) -> None:
     plain = results[1, 0]["plain"]
