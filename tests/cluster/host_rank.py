@@ -88,7 +88,7 @@ class Hosts:
         for host in hosts:
             if torch.distributed.is_initialized():  # This process stands for several; it has met itself already.
                 deepspeed_engine.init_process_group = lambda *_, **__: None
-            host.join(*host.address(), None if folder is None else str(folder))
+            host.join(*host.address(1), None if folder is None else str(folder))
         self.policy: Any = hosts[0]
         self.critic: Any = hosts[-1]
 
