@@ -27,9 +27,11 @@ nodes=3 cpus=1 own=
 while (($#)); do
   case $1 in
   -h | --help) echo "$USAGE" && exit 0 ;;
-  --nodes) nodes=${2:-} && shift 2 ;;
-  --cpus) cpus=${2:-} && shift 2 ;;
-  --own) own=${2:-} && shift 2 ;;
+  --nodes | --cpus | --own)
+    (($# > 1)) || fail 2 "$1 needs a value; $USAGE"
+    printf -v "${1#--}" %s "$2"
+    shift 2
+    ;;
   --) shift && break ;;
   -*) fail 2 "'$1' is no option; $USAGE" ;;
   *) break ;;
@@ -43,6 +45,7 @@ for tool in ip unshare nsenter; do
   command -v "$tool" >/dev/null || fail 2 "the command $tool is missing (Debian, Ubuntu: apt install iproute2 util-linux)"
 done
 RAY=${RAY:-$PWD/.venv/bin/ray}
+[[ -z $own || $own == /* ]] || own=$caller/$own
 [[ -z $own || -d $own ]] || fail 2 "--own is '$own', which is not a directory"
 [[ -x $RAY ]] || fail 2 "there is no $RAY: run launch/setup.sh first"
 PYTHON=$(dirname "$RAY")/python
@@ -122,13 +125,13 @@ while True:
     try:
         ray.init(address=sys.argv[3], logging_level="ERROR")
         break
-    except Exception:
+    except Exception as error:
         if time.monotonic() > end:
-            sys.exit(1)
+            sys.exit(f"the first node takes nobody: {error}")
         time.sleep(0.5)
-while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]):
+while (alive := sum(node["Alive"] for node in ray.nodes())) < int(sys.argv[1]):
     if time.monotonic() > end:
-        sys.exit(1)
+        sys.exit(f"{alive} nodes are there")
     time.sleep(0.2)'
 for ((i = 0; i < LIMIT_S * 5; i++)); do
   on_head test -e "$temp/session_latest" 2>/dev/null && break

@@ -40,7 +40,7 @@ COMMANDS = {
     "pipeline": ("pipeline", "the whole of RLHF: stages in order, each skipped, resumed or run as it needs"),
     "eval": ("evaluate", "greedy accuracy and pass@k of a model on held-out prompts"),
     "serve-reward": ("serve_reward", "serve the config's rewards over HTTP"),
-    "submit": ("submit", "run one of these as a job on a Ray cluster"),
+    "submit": ("submit", "run train, sft, reward, pipeline or eval as a job on a Ray cluster"),
     "plan": ("plan", "show who would get which CPUs and GPUs, and the arithmetic of the batches"),
     "bench": ("bench", "run one of the benchmarks of a checkout"),
 }

@@ -20,8 +20,8 @@ of this package are sent along, without .git, .venv, runs, .env and the like.
 
 The token comes from RAY_AUTH_TOKEN, from the file RAY_AUTH_TOKEN_PATH or from
 ~/.ray/auth_token. Environment variables such as WANDB_API_KEY are not sent: set
-them where the cluster's nodes start Ray. The nodes need an environment with the libraries
-of rlhf-dist in PATH, and output= has to be on a disk that they share.
+them where the cluster's nodes start Ray. The nodes need an environment with the
+libraries of rlhf-dist in PATH, and output= has to be on a disk that they share.
 
 Ctrl-C asks whether to stop the job, or only to stop following it."""
 

@@ -24,15 +24,14 @@ from rlhf_dist.cluster.groups import (
     silence,
 )
 from rlhf_dist.cluster.inbox import Inbox
-from rlhf_dist.cluster.node_facts import check_nodes
 from rlhf_dist.cluster.nodes import place_in
 from rlhf_dist.cluster.open_run import finish, opened
-from rlhf_dist.cluster.placement import Placement, bundles
+from rlhf_dist.cluster.placement import Placement
 from rlhf_dist.cluster.preflight import check_before_start, require_shared_memory
 from rlhf_dist.cluster.relay_hosts import Relays
 from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet, beat_s
-from rlhf_dist.cluster.session import ray_session, reserve
+from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import (
     model_source,
     reward_model_doubts,
@@ -43,6 +42,7 @@ from rlhf_dist.cluster.starts import (
     START_KEY,
     are_ready,
     join_ranks,
+    reserved,
     start_ranks,
     start_relays,
     start_servers,
@@ -199,15 +199,7 @@ def start_fleets(
 ) -> Parts:
     """Start all actors side by side and wait until each is ready; `folder`: the checkpoint resumed from."""
     config = with_sources(config, source, folder, learns=placement.learner_ranks > 0)
-    group = stack.enter_context(reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s))
-    check_nodes(
-        placement.nodes,
-        placement.nodes[placement.rollout_workers :],
-        source,
-        logs,
-        config.cluster.start_timeout_s,
-        START_KEY,
-    )
+    group = reserved(config, placement, source, logs, stack)
     workers = start_workers(config, placement, source, logs, folder, group)
     if placement.device == "cuda":
         # vLLM sizes its cache by how the free memory of the whole GPU changes while it starts.

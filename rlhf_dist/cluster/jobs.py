@@ -10,11 +10,14 @@ import asyncio
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
@@ -22,6 +25,8 @@ from rlhf_dist.errors import ResourceError, RunError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
+
+T = TypeVar("T")
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -32,6 +37,10 @@ EXCLUDED = (
 """Of the folder: what is not sent, because it is large or because it may be secret."""
 ANSWER_LIMIT_S = 10.0
 """For the dashboard's first answer."""
+ASK_LIMIT_S = 60.0
+"""For an answer of Ray's client."""
+SEND_LIMIT_S = 600.0
+"""For a job, whose folder is packed and sent."""
 POLL_S = 2.0
 LOG_LIMIT_S = 10.0
 """For the rest of the log of a job that has ended."""
@@ -95,10 +104,7 @@ def connect(cluster: Cluster) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
     os.environ.pop("RAY_ADDRESS", None)  # It would come before the argument.
-    try:
-        return JobSubmissionClient(cluster.address)
-    except Exception as error:  # Ray's have no common type
-        raise RunError(f"{cluster.address}: {' '.join(str(error).split())}") from None
+    return _within(ASK_LIMIT_S, lambda: JobSubmissionClient(cluster.address), f"{cluster.address} takes no jobs")
 
 
 def send(client: JobSubmissionClient, words: Sequence[str]) -> str:
@@ -107,10 +113,9 @@ def send(client: JobSubmissionClient, words: Sequence[str]) -> str:
     environment: dict[str, Any] = {"working_dir": str(folder), "excludes": list(EXCLUDED)}
     if PACKAGE.parent != folder:
         environment["py_modules"] = [str(PACKAGE)]
-    try:
-        return client.submit_job(entrypoint=f"python -m rlhf_dist {shlex.join(words)}", runtime_env=environment)
-    except Exception as error:
-        raise RunError(f"the cluster did not take the job: {' '.join(str(error).split())}") from None
+    entrypoint = f"python -m rlhf_dist {shlex.join(words)}"
+    call = partial(client.submit_job, entrypoint=entrypoint, runtime_env=environment)
+    return _within(SEND_LIMIT_S, call, "the cluster did not take the job")
 
 
 def follow(cluster: Cluster, client: JobSubmissionClient, job: str, write: Callable[[str], object]) -> int:
@@ -154,7 +159,23 @@ async def _tail(client: JobSubmissionClient, job: str, write: Callable[[str], ob
 
 def stop(client: JobSubmissionClient, job: str) -> None:
     """Ask the cluster to end the job. Raises `RunError`."""
+    _within(ASK_LIMIT_S, partial(client.stop_job, job), f"{job} was not stopped (try `ray job stop {job}`)")
+
+
+def _within(limit_s: float, call: Callable[[], T], failed: str) -> T:
+    """What a call of Ray's client gives, which itself has no limit. Raises `RunError`; its text begins with `failed`."""
+    found: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(call())
+        except Exception as error:  # Ray's have no common type
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="job").start()
     try:
-        client.stop_job(job)
+        return found.result(limit_s)
+    except TimeoutError:
+        raise RunError(f"{failed}: no answer in {limit_s:g} s") from None
     except Exception as error:
-        raise RunError(f"{job} could not be stopped: {' '.join(str(error).split())}; `ray job stop {job}`") from None
+        raise RunError(f"{failed}: {' '.join(str(error).split())}") from None

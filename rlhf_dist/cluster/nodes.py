@@ -17,8 +17,10 @@ from rlhf_dist.errors import ResourceError
 
 def place_in(config: Config, nodes: Sequence[Machine], command: Command) -> Placement:
     """Share out the nodes, the command's own first. Raises `ResourceError`, by node, where they are too few."""
-    on_cpus = config.cluster.device == "cpu"
-    largest_first = sorted(nodes, key=lambda node: (0 if on_cpus else node.gpus, node.cpus), reverse=True)
+    on_cpus = config.cluster.device == "cpu" or not any(node.gpus for node in nodes)
+    # Where there are GPUs, a node without any would run on its CPUs what did not fit on the GPUs of another.
+    able = [node for node in nodes if on_cpus or node.gpus]
+    largest_first = sorted(able, key=lambda node: (0 if on_cpus else node.gpus, node.cpus), reverse=True)
     refusals: list[ResourceError] = []
     for node in largest_first:
         try:

@@ -12,7 +12,7 @@ import ray
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.processes import look
 from rlhf_dist.cluster.relay_hosts import OFFER, ONE_NODE, Relays
-from rlhf_dist.cluster.waits import fetch, gather, limit_text
+from rlhf_dist.cluster.waits import fetch, limit_text
 from rlhf_dist.errors import ActorLost, EngineBroken, RayLost, RlhfError, RunError, WeightSyncError
 from rlhf_dist.loop.events import Event, Lost
 from rlhf_dist.rollout.worker import BEAT_S, Cancel, HandOver, Submit, Verb
@@ -197,9 +197,11 @@ class RolloutFleet:
             return []
         busy = [relay for relay, call in self._fetches.items() if not _is_done(call)]
         problems = [why for relay in busy for why in self._without_weights(relay, announcement, STILL_EARLIER)]
-        offer = {OFFER: self._relays.offer.offer.remote(announcement)}
+        offer = self._relays.offer.offer.remote(announcement)
         try:
-            address = gather(offer, "offer", max(patience.left, 1.0), SYNC_KEY, self._inbox.wait)[OFFER]
+            if not self._inbox.wait([offer], patience):
+                raise WeightSyncError(self._silence(OFFER, "did not offer it in time"))
+            address = fetch(offer, OFFER, "offer", self._sync_timeout_s)
         except RayLost:
             raise
         except RlhfError as error:

@@ -190,7 +190,7 @@ def reserve(bundles: Sequence[Mapping[str, float]], timeout_s: float) -> Iterato
         if not wait([group.ready()], Patience(timeout_s)):
             cpus = sum(bundle["CPU"] for bundle in bundles)
             gpus = sum(bundle["GPU"] for bundle in bundles)
-            who = "its nodes have not" if pinned else "no node of the cluster has"
+            who = "the nodes of the plan do not have" if pinned else "no node of the cluster has"
             raise ResourceError(
                 f"{who} {cpus:g} CPUs and {gpus:g} GPUs free within {timeout_s:g} s "
                 "(cluster.start_timeout_s); free some, or lower rollout.workers, learner.ranks or their cpus"

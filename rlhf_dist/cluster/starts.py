@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.cluster import actors, learner_hosts as hosts
-from rlhf_dist.cluster.placement import Placement, first_learner_bundle
+from rlhf_dist.cluster.node_facts import check_nodes
+from rlhf_dist.cluster.placement import Placement, bundles, first_learner_bundle
 from rlhf_dist.cluster.processes import log_name
 from rlhf_dist.cluster.relay_hosts import OFFER, ONE_NODE, FetchHost, OfferHost, Relays, new_secret
+from rlhf_dist.cluster.session import reserve
 from rlhf_dist.cluster.sources import mask_source
 from rlhf_dist.cluster.spec import ActorSpec
 from rlhf_dist.cluster.waits import gather
@@ -20,6 +22,15 @@ from rlhf_dist.loop.run_directory import step_of
 
 START_KEY = "cluster.start_timeout_s"
 COLLATOR = "collator"
+
+
+def reserved(config: Config, placement: Placement, source: str, logs: Path, stack: ExitStack) -> Any:
+    """The places of the plan, until `stack` is left; several nodes are alike. Raises `ResourceError`."""
+    limit = config.cluster.start_timeout_s
+    group = stack.enter_context(reserve(bundles(placement, config.cluster.colocate), limit))
+    of_ranks = placement.nodes[placement.rollout_workers :]
+    check_nodes(placement.nodes, of_ranks, source, logs, limit, START_KEY)
+    return group
 
 
 def start_workers(

@@ -9,12 +9,10 @@ from typing import Any, Literal
 
 from rlhf_dist.cluster.groups import LearnerGroup
 from rlhf_dist.cluster.learner_hosts import LearnerHost
-from rlhf_dist.cluster.node_facts import check_nodes
 from rlhf_dist.cluster.nodes import place_in
-from rlhf_dist.cluster.placement import bundles
-from rlhf_dist.cluster.session import ray_session, reserve
+from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import model_source
-from rlhf_dist.cluster.starts import START_KEY, join_ranks, start_ranks
+from rlhf_dist.cluster.starts import join_ranks, reserved, start_ranks
 from rlhf_dist.config.schema import Config
 from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.metrics import MetricSums
@@ -60,17 +58,7 @@ def started(
     with ray_session(config.cluster, logs / "ray", progress.note) as nodes, ExitStack() as stack:
         placement = place_in(config, nodes, command)
         progress.stage(f"starting {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
-        group = stack.enter_context(
-            reserve(bundles(placement, config.cluster.colocate), config.cluster.start_timeout_s)
-        )
-        check_nodes(
-            placement.nodes,
-            placement.nodes[placement.rollout_workers :],
-            source,
-            logs,
-            config.cluster.start_timeout_s,
-            START_KEY,
-        )
+        group = reserved(config, placement, source, logs, stack)
         ranks = start_ranks(config, placement, source, logs, group, host, stack)
         join_ranks(config, ranks, folder, placement.spread_of_ranks())
         yield ranks

@@ -14,7 +14,6 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
 
@@ -85,11 +84,8 @@ class Offer:
         connection.settimeout(GREETING_S)
         nonce = secrets.token_bytes(NONCE_BYTES)
         connection.sendall(nonce)
-        expected, receive = prove(self._secret, nonce), receiver(connection, GREETING_S)
-        asked = bytearray(len(expected) + REQUEST.size)
-        with memoryview(asked) as view:
-            receive(view)
-        proof, (version,) = bytes(asked[: len(expected)]), REQUEST.unpack(asked[len(expected) :])
+        expected, end = prove(self._secret, nonce), time.monotonic() + GREETING_S
+        proof, (version,) = read(connection, len(expected), end), REQUEST.unpack(read(connection, REQUEST.size, end))
         if not hmac.compare_digest(proof, expected):
             connection.sendall(WRONG_SECRET)
             return
@@ -131,7 +127,8 @@ class Fetch:
         try:
             with socket.create_connection(address, GREETING_S) as connection:
                 self._ask(connection, announcement)
-                found = self._writer.copy(announcement.version, receiver(connection, self._timeout_s))
+                end = time.monotonic() + self._timeout_s
+                found = self._writer.copy(announcement.version, lambda part: fill(connection, part, end))
         except OSError as error:
             raise WeightSyncError(f"{version} did not come from the learner's node ({host}:{port}): {error}") from None
         for index, (sent, received) in enumerate(zip(announcement.hashes, found.hashes, strict=True)):
@@ -141,9 +138,10 @@ class Fetch:
         return found
 
     def _ask(self, connection: socket.socket, announcement: Announcement) -> None:
-        connection.settimeout(GREETING_S)
-        connection.sendall(prove(self._secret, read(connection, NONCE_BYTES)) + REQUEST.pack(announcement.version))
-        answer = read(connection, len(YES))
+        end = time.monotonic() + GREETING_S
+        proof = prove(self._secret, read(connection, NONCE_BYTES, end))
+        connection.sendall(proof + REQUEST.pack(announcement.version))
+        answer = read(connection, len(YES), end)
         if answer != YES:
             raise ConnectionError(REFUSALS.get(answer, "it answers in another way than this version does"))
 
@@ -159,30 +157,23 @@ def prove(secret: bytes, nonce: bytes) -> bytes:
     return hmac.digest(secret, nonce, DIGEST)
 
 
-def read(connection: socket.socket, nbytes: int) -> bytes:
-    """So many bytes. Raises ConnectionError where the other end closes before."""
+def read(connection: socket.socket, nbytes: int, end: float) -> bytes:
+    """So many bytes, until `end` on the monotonic clock. Raises OSError."""
     found = bytearray(nbytes)
     with memoryview(found) as view:
-        fill(connection, view)
+        fill(connection, view, end)
     return bytes(found)
 
 
-def fill(connection: socket.socket, view: memoryview) -> None:
-    """Receive until the view is full. Raises ConnectionError where the other end closes before."""
+def fill(connection: socket.socket, view: memoryview, end: float) -> None:
+    """Receive until the view is full, at most until `end` on the monotonic clock. Raises OSError."""
     have = 0
     while have < len(view):
+        left = end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        connection.settimeout(left)
         got = connection.recv_into(view[have:])
         if not got:
             raise ConnectionError("it closed the connection")
         have += got
-
-
-def receiver(connection: socket.socket, timeout_s: float) -> Callable[[memoryview], None]:
-    """Fills one view after another; all of them have `timeout_s`. Raises OSError."""
-    end = time.monotonic() + timeout_s
-
-    def receive(view: memoryview) -> None:
-        connection.settimeout(max(0.001, end - time.monotonic()))
-        fill(connection, view)
-
-    return receive

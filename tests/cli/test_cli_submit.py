@@ -204,6 +204,18 @@ def test_a_head_that_is_gone_is_not_waited_for_without_end(monkeypatch: pytest.M
         jobs.follow(jobs.Cluster("http://127.0.0.1:1", {}), client, "job-1", print)
 
 
+def test_rays_client_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(jobs, "ASK_LIMIT_S", 0.05)
+    client: Any = SimpleNamespace(stop_job=lambda job: over.wait(30))
+    with pytest.raises(RunError, match=r"^job-1 was not stopped \(try `ray job stop job-1`\): no answer in 0\.05 s$"):
+        jobs.stop(client, "job-1")
+    over.set()
+    client = SimpleNamespace(submit_job=lambda **_: 1 / 0)
+    with pytest.raises(RunError, match="the cluster did not take the job: division by zero"):
+        jobs.send(client, ["train", "run.yaml"])
+
+
 def test_folders_that_are_not_sent_and_the_home_are_refused(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,7 +97,7 @@ def test_on_gpus_nothing_starts_beside_an_engine(monkeypatch: pytest.MonkeyPatch
             raise RunError("all are ready")
 
     monkeypatch.setattr(build, "with_sources", lambda config, *_, **__: config)
-    monkeypatch.setattr(build, "reserve", lambda *_: nullcontext())
+    monkeypatch.setattr(starts, "reserve", lambda *_: nullcontext())
     monkeypatch.setattr(build, "join_ranks", lambda *_: None)
     monkeypatch.setattr(build, "gather", gather)
     monkeypatch.setattr(starts, "close_ranks", lambda *_: None)

@@ -88,6 +88,14 @@ def test_a_worker_that_spans_gpus_has_all_of_them_on_one_node() -> None:
     assert place(wanted, Machine(16, 10), "train").gpus_of_servers() == 6
 
 
+def test_what_does_not_fit_on_gpus_does_not_run_on_cpus_instead() -> None:
+    there = nodes((64, 0), (8, 2), (8, 2))
+    found = place_in(config(workers=2, ranks=2), there, "train")
+    assert (found.device, found.learner_node) == ("cuda", "10.0.0.2")
+    with pytest.raises(ResourceError, match="need 5 GPUs"):
+        place_in(config(workers=3, ranks=2), there, "train")
+
+
 def test_an_evaluation_needs_no_learner() -> None:
     found = place_in(config(workers=3, rollout=2), nodes((2, 0), (2, 0), (2, 0)), "eval")
     assert found.nodes == ("10.0.0.1", "10.0.0.2", "10.0.0.3") and found.learner_node == ""

@@ -202,6 +202,7 @@ def test_nothing_is_left_of_the_nodes(done: Done) -> None:
     [
         (["--nodes", "0", "true"], "--nodes is '0'"),
         (["--cpus", "x", "true"], "--cpus is 'x'"),
+        (["--nodes"], "--nodes needs a value"),
         (["--own", "/nowhere", "true"], "--own is '/nowhere', which is not a directory"),
         (["--node", "3", "true"], "'--node' is no option"),
         ([], "name a command"),

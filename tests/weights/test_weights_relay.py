@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from rlhf_dist.errors import WeightSyncError
 from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement
-from rlhf_dist.weights.relay import NONCE_BYTES, YES, Fetch, Offer
+from rlhf_dist.weights.relay import NONCE_BYTES, YES, Fetch, Offer, read
 from rlhf_dist.weights.shared_memory import WeightReader, WeightWriter
 
 HERE, SECRET = "127.0.0.1", b"of this test"
@@ -119,6 +120,26 @@ def test_a_bucket_that_arrives_changed_is_refused_and_the_version_before_stays(l
         node.fetch(published, learner.offer.address)
     assert all(torch.equal(x, y) for (_, x), (_, y) in zip(weights(before), kept, strict=True))
     assert same(node.fetch(learner.publish(3), learner.offer.address), learner.publish(3))
+
+
+def test_who_sends_a_byte_now_and_then_is_not_waited_for_beyond_the_limit() -> None:
+    here, there = socket.socketpair()
+    over = threading.Event()
+
+    def trickles() -> None:
+        while not over.wait(0.02):
+            there.send(b"x")
+
+    thread = threading.Thread(target=trickles)
+    thread.start()
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError, match="timed out"):
+        read(here, 10_000, begun + 0.2)
+    assert time.monotonic() - begun < 5
+    over.set()
+    thread.join(20)
+    here.close()
+    there.close()
 
 
 @pytest.mark.parametrize("sent", [0, 5000])
