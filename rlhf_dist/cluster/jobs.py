@@ -163,7 +163,7 @@ def stop(client: JobSubmissionClient, job: str) -> None:
 
 
 def _within(limit_s: float, call: Callable[[], T], failed: str) -> T:
-    """What a call of Ray's client gives, which itself has no limit. Raises `RunError`; its text begins with `failed`."""
+    """What a call of Ray's client gives, which itself has no limit. Raises `RunError` that begins with `failed`."""
     found: Future[T] = Future()
 
     def run() -> None:
