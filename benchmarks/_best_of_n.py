@@ -140,10 +140,10 @@ def sample(work: Work) -> list[dict[str, list[float]]]:
     Returns for each prompt its samples' total reward (`proxy`) and gold reward. Raises RunError for a dropped prompt.
     """
     from rlhf_dist.cluster import actors
-    from rlhf_dist.cluster.placement import local_machine, place
     from rlhf_dist.data.stream import held_out
     from rlhf_dist.loop.controller_rules import rules_of
     from rlhf_dist.loop.requests import make_requests
+    from rlhf_dist.planning.placement import local_machine, place
     from rlhf_dist.rollout.vllm_engine import VllmEngine
     from rlhf_dist.rollout.worker import RolloutWorker, Submit
     from rlhf_dist.scoring.reward_model import RewardModel

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from _canonical import CHARACTERS, PROMPT_CHARACTERS, TOKENS
 
-from rlhf_dist.cluster.placement import local_machine, place
 from rlhf_dist.config.load import from_yaml
 from rlhf_dist.learner.micro_batch_rows import pack_rows, response_row
 from rlhf_dist.loop.controller_rules import sampling_of
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.packed_policy import PackedPolicy
+from rlhf_dist.planning.placement import local_machine, place
 from rlhf_dist.rollout.trajectories import Response, Turn
 from rlhf_dist.rollout.vllm_engine import VllmEngine
 from rlhf_dist.types import Sampling

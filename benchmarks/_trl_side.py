@@ -30,8 +30,8 @@ def main(argv: list[str]) -> None:
     import_utils.is_vllm_available = lambda *_, **__: False
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    from rlhf_dist.cluster.placement import local_machine, place
     from rlhf_dist.config.load import from_yaml
+    from rlhf_dist.planning.placement import local_machine, place
 
     config = from_yaml(Path(argv[0]).read_text(encoding="utf-8"))
     torch.set_num_threads(place(config, local_machine(), "train").learner_threads)

@@ -33,12 +33,12 @@ from _hh import (
 from step import HERE, OPENMP, at_least, machine_facts, run_process, save, work_folder
 
 from rlhf_dist.cli.arguments import Parser
-from rlhf_dist.cluster.placement import local_machine
 from rlhf_dist.config.checks import check
 from rlhf_dist.config.load import load, to_yaml
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.files import read_rows
 from rlhf_dist.errors import ConfigError, InputError
+from rlhf_dist.planning.placement import local_machine
 
 TRAIN = 1800
 """Pairs at the beginning of the file that may be learnt from; the others are the test."""

@@ -22,11 +22,11 @@ from _best_of_n import BestOfN, ToyRow, Work, best_of_n, toy, write_work
 from step import HERE, OPENMP, at_least, machine_facts, run_process, save, work_folder
 
 from rlhf_dist.cli.arguments import Parser
-from rlhf_dist.cluster.placement import local_machine
 from rlhf_dist.config.load import from_yaml, to_yaml
 from rlhf_dist.config.schema import Config, ModelConfig
 from rlhf_dist.errors import ConfigError, DataError, DiskError
 from rlhf_dist.models.checkpoints import latest_checkpoint
+from rlhf_dist.planning.placement import local_machine
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.report import read_metrics
 

@@ -19,7 +19,7 @@ from _arguments import canonical_arguments
 from _canonical import canonical_config, write_config
 from step import HERE, OPENMP, machine_facts, run_process, save, work_folder
 
-from rlhf_dist.cluster.placement import local_machine, place
+from rlhf_dist.planning.placement import local_machine, place
 
 MODES = ("keep", "recompute")
 COLUMNS = ("publish_s", "slowed_s", "slowest_s", "pause_s", "resume_s", "step_s")

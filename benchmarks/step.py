@@ -37,11 +37,11 @@ from _canonical import (
 from _limit import Work, write_work
 
 from rlhf_dist.cli.arguments import Parser
-from rlhf_dist.cluster.placement import local_machine, place
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import ConfigError, RunError
 from rlhf_dist.loop.requests import sample_seed
+from rlhf_dist.planning.placement import local_machine, place
 
 HERE = Path(__file__).resolve().parent
 PHASES = {

@@ -21,7 +21,7 @@ FLOORS = (
     {"telemetry"},
     {"algo"},
     {"models", "weights"},
-    {"data"},
+    {"data", "planning"},
     {"rollout", "scoring", "learner"},
     {"loop"},
     {"cluster"},
@@ -35,13 +35,13 @@ ONLY_IN = {
     "vllm": lambda path: path.removeprefix("rollout/") in ("vllm_engine.py", "weight_receiver.py", "spare_model.py"),
     "deepspeed": lambda path: path == "learner/deepspeed_engine.py",
     "ray": lambda path: path.startswith("cluster/"),
-    "torch": lambda path: room(path) not in {"types", "errors", "config", "telemetry", "cli"},
+    "torch": lambda path: room(path) not in {*WITHOUT_TORCH, "cli"},
 }
 """Library -> which files may import it."""
 
 IMPORTERS = ("importlib.import_module", "import_module", "__import__")
 
-WITHOUT_TORCH = ("types", "errors", "config", "telemetry")
+WITHOUT_TORCH = ("types", "errors", "config", "telemetry", "planning")
 
 
 def room(path: str) -> str:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 from rlhf_dist.errors import InputError
 
 if TYPE_CHECKING:
-    from rlhf_dist.cluster.placement import Machine
     from rlhf_dist.config.schema import Config
+    from rlhf_dist.planning.placement import Machine
 
 Command = Literal["train", "sft", "reward", "eval"]
 
@@ -136,7 +136,7 @@ def load_checked(words: Sequence[str], name: str, command: Command) -> Config:
 
 def plan_lines(config: Config, machine: Machine, command: Command) -> list[str]:
     """The plan of `command` on `machine`, for a reader. Raises `ResourceError` where it does not fit."""
-    from rlhf_dist.cluster.placement import describe, place
+    from rlhf_dist.planning.placement import describe, place
 
     machine_line = f"machine: {machine.cpus} CPUs, {machine.gpus} GPUs"
     return [machine_line, *describe(place(config, machine, command), config, command)]
@@ -144,9 +144,9 @@ def plan_lines(config: Config, machine: Machine, command: Command) -> list[str]:
 
 def print_dry_run(config: Config, command: Command) -> int:
     """Print the resolved config as YAML and the plan on this machine as comments below it; returns the exit code."""
-    from rlhf_dist.cluster.placement import local_machine
     from rlhf_dist.config.load import to_yaml
     from rlhf_dist.config.reward_words import reward_lines
+    from rlhf_dist.planning.placement import local_machine
 
     lines = plan_lines(config, local_machine(), command)
     lines += reward_lines(config) if command in ("train", "eval") else []

@@ -55,9 +55,9 @@ def run(argv: Sequence[str]) -> int:
 
 def dry_run(stages: Sequence[Stage]) -> int:
     """Print what would be done with each stage. Raises `ResourceError` where one does not fit on this machine."""
-    from rlhf_dist.cluster.placement import local_machine
     from rlhf_dist.config.pipeline_checks import named
     from rlhf_dist.config.reward_words import reward_lines
+    from rlhf_dist.planning.placement import local_machine
 
     machine = local_machine()
     for stage in stages:

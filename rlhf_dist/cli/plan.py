@@ -21,7 +21,7 @@ def run(argv: Sequence[str]) -> int:
     )
     args = arguments.parse(parser, argv)
     config = arguments.load_checked(args.words, "plan", "train")
-    from rlhf_dist.cluster.placement import Machine, local_machine
+    from rlhf_dist.planning.placement import Machine, local_machine
 
     here = local_machine()
     machine = Machine(here.cpus if args.cpus is None else args.cpus, here.gpus if args.gpus is None else args.gpus)

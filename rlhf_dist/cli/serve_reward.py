@@ -67,8 +67,8 @@ def _serve(config: Config, bound: socket.socket, token: str, ready: Callable[[st
 
 def _models(config: Config) -> tuple[CheckModel, MakeModel]:
     """How to look at and to load reward models; here and not above, since this is what takes seconds to import."""
-    from rlhf_dist.cluster.placement import local_machine
     from rlhf_dist.models.run_model import check_run_model
+    from rlhf_dist.planning.placement import local_machine
     from rlhf_dist.scoring.reward_model import ModelSetting, RewardModel, reward_source
 
     setting = ModelSetting(

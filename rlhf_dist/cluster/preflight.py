@@ -7,12 +7,12 @@ from pathlib import Path
 from rlhf_dist.cluster import learner_hosts as hosts
 from rlhf_dist.cluster.address import joins_cluster
 from rlhf_dist.cluster.importing import importing
-from rlhf_dist.cluster.placement import Command, local_machine, place
 from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.sources import check_critic, check_reference, check_run_models, preflight_rewards
 from rlhf_dist.config.schema import Config
 from rlhf_dist.loop.run_lock import require_place
 from rlhf_dist.models.weight_files import read_headers
+from rlhf_dist.planning.placement import Command, local_machine, place
 from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.shared_memory import require_room
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from rlhf_dist.cluster.placement import Command
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ConfigError, DataError
@@ -17,6 +16,7 @@ from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.loop.run_lock import looked_at, require_place
 from rlhf_dist.loop.saved_config import CHANGEABLE, require_same_config
 from rlhf_dist.models.checkpoints import checkpoint_steps, read_sealed
+from rlhf_dist.planning.placement import Command
 
 SUMMARY_STEP = "step"
 """In `summary.json`: the step that the run ended at; null where its ledger did not add up."""

@@ -7,7 +7,6 @@ from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
 
-from rlhf_dist.cluster.placement import Command
 from rlhf_dist.cluster.sources import model_path
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.demonstrations import (
@@ -30,6 +29,7 @@ from rlhf_dist.data.text_checks import (
 )
 from rlhf_dist.data.token_checks import placed_texts, require_tokens
 from rlhf_dist.errors import DataError
+from rlhf_dist.planning.placement import Command
 
 if TYPE_CHECKING:
     from rlhf_dist.scoring.verifier import AnswerReader

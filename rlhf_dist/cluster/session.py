@@ -14,11 +14,11 @@ from typing import Any
 from rlhf_dist.cluster import local_ray, signals
 from rlhf_dist.cluster.address import check_cluster, joins_cluster
 from rlhf_dist.cluster.compile_cache import VARIABLE, compile_cache
-from rlhf_dist.cluster.placement import NODE, Machine, local_machine
 from rlhf_dist.cluster.private_folder import SESSION, TEMPORARY, private_folder, temporary_parent
 from rlhf_dist.cluster.processes import lost_ray
 from rlhf_dist.config.schema import ClusterConfig
 from rlhf_dist.errors import ResourceError, RunError
+from rlhf_dist.planning.placement import NODE, Machine, local_machine
 from rlhf_dist.telemetry.timeline import Patience
 
 LOOPBACK = "127.0.0.1"

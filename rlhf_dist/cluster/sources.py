@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_dist.cluster import actors, learner_hosts as hosts
-from rlhf_dist.cluster.placement import Command, local_machine
 from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.errors import ModelError
 from rlhf_dist.learner.checkpoint_files import CRITIC_FOLDER, MASK_FOLDER
+from rlhf_dist.planning.placement import Command, local_machine
 from rlhf_dist.scoring.reference_files import REFERENCE_FOLDER
 
 

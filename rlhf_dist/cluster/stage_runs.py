@@ -13,7 +13,6 @@ from typing import Any
 
 from rlhf_dist.cluster import build
 from rlhf_dist.cluster.address import joins_cluster
-from rlhf_dist.cluster.placement import local_machine, place
 from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import check_run_models, longest, model_path, model_source, preflight_rewards
@@ -27,6 +26,7 @@ from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.loop.run_lock import require_place, take_lock
 from rlhf_dist.loop.state import fits
 from rlhf_dist.models.guarded_files import read_json
+from rlhf_dist.planning.placement import local_machine, place
 from rlhf_dist.telemetry.comparison import StageResult, as_json, as_text, compare_stages, show
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from rlhf_dist.cluster import actors, learner_hosts as hosts
 from rlhf_dist.cluster.node_facts import check_nodes
-from rlhf_dist.cluster.placement import Placement, bundles, first_learner_bundle
 from rlhf_dist.cluster.processes import log_name
 from rlhf_dist.cluster.relay_hosts import OFFER, ONE_NODE, FetchHost, OfferHost, Relays, new_secret
 from rlhf_dist.cluster.session import reserve
@@ -19,6 +18,7 @@ from rlhf_dist.cluster.spec import ActorSpec
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import Config
 from rlhf_dist.loop.run_directory import step_of
+from rlhf_dist.planning.placement import Placement, bundles, first_learner_bundle
 
 START_KEY = "cluster.start_timeout_s"
 COLLATOR = "collator"

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from rlhf_dist.cluster.groups import LearnerGroup
 from rlhf_dist.cluster.learner_hosts import LearnerHost
-from rlhf_dist.cluster.nodes import place_in
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import model_source
 from rlhf_dist.cluster.starts import join_ranks, reserved, start_ranks
 from rlhf_dist.config.schema import Config
+from rlhf_dist.planning.nodes import place_in
 from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.metrics import MetricSums
 

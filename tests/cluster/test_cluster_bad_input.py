@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from rlhf_dist.cli.main import main
-from rlhf_dist.cluster.placement import local_machine
 from rlhf_dist.config.schema import TinyConfig
 from rlhf_dist.models.tiny import make_tiny
+from rlhf_dist.planning.placement import local_machine
 
 pytestmark = pytest.mark.timeout(900)
 

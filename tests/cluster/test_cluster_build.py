@@ -17,12 +17,12 @@ import pytest
 import ray
 
 from rlhf_dist.cluster import build, learner_hosts, starts
-from rlhf_dist.cluster.placement import Machine, place
 from rlhf_dist.cluster.sources import require_rows, with_sources
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.config.schema import AlgoConfig, Config, KLConfig, RolloutConfig, TelemetryConfig, TinyConfig
 from rlhf_dist.errors import ModelError, RunError
 from rlhf_dist.loop.rl_training import Outcome, Run
+from rlhf_dist.planning.placement import Machine, place
 
 LEASHED = AlgoConfig(name="ppo", kl=KLConfig(coef=0.1))
 """Has a critic and a reference."""

@@ -15,7 +15,6 @@ import pytest
 from ledgers import LedgerByUid
 
 from rlhf_dist.cluster import build, trainer_ranks
-from rlhf_dist.cluster.placement import Machine
 from rlhf_dist.cluster.resume import Start, find_start, nothing_left
 from rlhf_dist.cluster.supervised_build import sft
 from rlhf_dist.config.load import to_yaml
@@ -39,6 +38,7 @@ from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.run_directory import open_run_directory
 from rlhf_dist.loop.train_state import read_state
 from rlhf_dist.models.tiny import make_tiny
+from rlhf_dist.planning.placement import Machine
 
 TINY = TinyConfig(hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1, max_positions=64)
 RUNS = {"sft": sft, "train": build.train}

@@ -11,12 +11,12 @@ import ray
 from conftest import Workplace, make_workplace
 
 from rlhf_dist.cli.main import main
-from rlhf_dist.cluster.placement import Command
 from rlhf_dist.cluster.reward_build import dropped_text, load_judgements
 from rlhf_dist.cluster.row_checks import read_data
 from rlhf_dist.config.load import load
 from rlhf_dist.errors import DataError
 from rlhf_dist.models.tokenizer import character_tokenizer
+from rlhf_dist.planning.placement import Command
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -14,13 +14,13 @@ import ray
 
 from rlhf_dist.cli import pipeline as command
 from rlhf_dist.cluster import stage_runs as running
-from rlhf_dist.cluster.placement import Machine
 from rlhf_dist.config.load import from_yaml, to_yaml
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ConfigError, DataError, InputError, ModelError, ResourceError, RunError
 from rlhf_dist.loop import stages as on_disk
 from rlhf_dist.loop.pipeline_files import content
 from rlhf_dist.loop.run_directory import open_run_directory, write_json
+from rlhf_dist.planning.placement import Machine
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -13,12 +13,12 @@ from conftest import Workplace, make_workplace
 
 from rlhf_dist.cli.main import main
 from rlhf_dist.cluster import build, preflight, trainer_ranks
-from rlhf_dist.cluster.placement import Command
 from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.sources import model_source
 from rlhf_dist.cluster.supervised_build import sft
 from rlhf_dist.config.load import load
 from rlhf_dist.errors import DataError, ModelError
+from rlhf_dist.planning.placement import Command
 
 RAISES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
 

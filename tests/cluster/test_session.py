@@ -15,11 +15,11 @@ import pytest
 import ray
 
 from rlhf_dist.cluster import session
-from rlhf_dist.cluster.placement import Machine
 from rlhf_dist.cluster.processes import ENDED, stat
 from rlhf_dist.cluster.session import nodes_of_cluster, ray_session
 from rlhf_dist.config.schema import ClusterConfig
 from rlhf_dist.errors import RunError
+from rlhf_dist.planning.placement import Machine
 
 
 @pytest.mark.parametrize(

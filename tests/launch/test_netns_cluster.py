@@ -39,7 +39,7 @@ def vowels(prompts, responses, answers):
     return [sum(response.count(letter) for letter in "aeiou") / 10 for response in responses]
 """
 THREE_CPUS = """
-from rlhf_dist.cluster import placement
+from rlhf_dist.planning import placement
 
 placement.local_machine = lambda: placement.Machine(cpus=3, gpus=0)
 from rlhf_dist.__main__ import run

@@ -72,7 +72,7 @@ def register():
 """A plugin of vLLM, installed in a folder of runs: it writes what the scheduler preempts into the worker's log."""
 
 THREE_CPUS = """
-from rlhf_dist.cluster import placement
+from rlhf_dist.planning import placement
 
 placement.local_machine = lambda: placement.Machine(cpus=3, gpus=0)
 from rlhf_dist.__main__ import run

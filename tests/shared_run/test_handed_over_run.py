@@ -38,7 +38,7 @@ def register():
 """A plugin of vLLM: decoding takes so long that groups are under way at every push, and one push is refused."""
 
 THREE_CPUS = """
-from rlhf_dist.cluster import placement
+from rlhf_dist.planning import placement
 
 placement.local_machine = lambda: placement.Machine(cpus=3, gpus=0)
 from rlhf_dist.__main__ import run

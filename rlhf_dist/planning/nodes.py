@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rlhf_dist.cluster.placement import Command, Machine, Placement, count_of, place
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ResourceError
+from rlhf_dist.planning.placement import Command, Machine, Placement, count_of, place
 
 
 def place_in(config: Config, nodes: Sequence[Machine], command: Command) -> Placement:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from rlhf_dist.cluster import placement
-from rlhf_dist.cluster.placement import (
+from rlhf_dist.config.schema import ClusterConfig, Config, LearnerConfig, RolloutConfig
+from rlhf_dist.errors import ResourceError
+from rlhf_dist.planning import placement
+from rlhf_dist.planning.placement import (
     Command,
     Machine,
     bundles,
@@ -21,8 +23,6 @@ from rlhf_dist.cluster.placement import (
     local_machine,
     place,
 )
-from rlhf_dist.config.schema import ClusterConfig, Config, LearnerConfig, RolloutConfig
-from rlhf_dist.errors import ResourceError
 
 
 def config(

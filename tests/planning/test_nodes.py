@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from rlhf_dist.cluster.nodes import place_in
-from rlhf_dist.cluster.placement import NODE, Command, Machine, bundles, describe, place
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ResourceError
+from rlhf_dist.planning.nodes import place_in
+from rlhf_dist.planning.placement import NODE, Command, Machine, bundles, describe, place
 
 
 def config(
