@@ -23,6 +23,8 @@ from rlhf_dist.config.schema import OptimizerConfig
 from rlhf_dist.errors import ConfigError, RunError
 
 LOOPBACK = "127.0.0.1"
+REDUCE_BUCKET = 500_000_000
+"""Elements; DeepSpeed's own default."""
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Where gloo and nccl read the network interface to use."""
 
@@ -53,7 +55,9 @@ class DeepSpeedEngine:
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=self._base_optimizer,  # pyright: ignore[reportArgumentType]
-            config=engine_config(zero_stage, dtype, optimizer.max_grad_norm),
+            config=engine_config(
+                zero_stage, dtype, optimizer.max_grad_norm, sum(parameter.numel() for parameter in module.parameters())
+            ),
         )
         self._engine: Any = engine
         self.world_size = torch.distributed.get_world_size()
@@ -194,13 +198,21 @@ class DeepSpeedEngine:
         return [p for group in self._base_optimizer.param_groups for p in group["params"]]
 
 
-def engine_config(zero_stage: int, dtype: str, max_grad_norm: float) -> dict[str, Any]:
-    """DeepSpeed's own config. Batch sizes are formal: micro-batches are ragged and their boundary is set by hand."""
+def engine_config(zero_stage: int, dtype: str, max_grad_norm: float, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's own config. Batch sizes are formal: micro-batches are ragged and their boundary is set by hand.
+
+    `parameters`: elements of the whole model; the buffer for gradients on their way is no larger.
+    """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "steps_per_print": 10**9,
-        "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": False,
+            # DeepSpeed makes this buffer of 5e8 elements for every model: 1 GB, or 2 in float32.
+            "reduce_bucket_size": min(REDUCE_BUCKET, parameters),
+        },
         "zero_allow_untested_optimizer": True,
         # torch's AdamW on the CPU: DeepSpeed's own would be compiled at start.
         "zero_force_ds_cpu_optimizer": False,
