@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -265,9 +265,12 @@ def wandb_reads_its_settings_anew() -> None:
 
 @pytest.fixture(scope="session")
 def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A Ray session in this process, one for all tests that want one."""
-    with session.ray_session(ClusterConfig(address="local"), tmp_path_factory.mktemp("ray"), print):
-        yield
+    """A Ray session in this process, one for all tests that want one. Its books say four GPUs, which are not there."""
+    machine = replace(session.local_machine(), gpus=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "local_machine", lambda: machine)
+        with session.ray_session(ClusterConfig(address="local"), tmp_path_factory.mktemp("ray"), print):
+            yield
 
 
 @pytest.fixture(scope="session")

@@ -136,7 +136,8 @@ def load_checked(words: Sequence[str], name: str, command: Command) -> Config:
 
 def plan_lines(config: Config, machine: Machine, command: Command) -> list[str]:
     """The plan of `command` on `machine`, for a reader. Raises `ResourceError` where it does not fit."""
-    from rlhf_dist.planning.placement import describe, place
+    from rlhf_dist.planning.placement import place
+    from rlhf_dist.planning.plan_lines import describe
 
     machine_line = f"machine: {machine.cpus} CPUs, {machine.gpus} GPUs"
     return [machine_line, *describe(place(config, machine, command), config, command)]

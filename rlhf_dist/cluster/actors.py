@@ -17,6 +17,7 @@ from rlhf_dist.cluster.processes import ProcessName, end_now, lost_ray, process_
 from rlhf_dist.cluster.spec import ActorSpec, enter, environment
 from rlhf_dist.cluster.waits import fetched
 from rlhf_dist.config.schema import Config, RewardSpec
+from rlhf_dist.planning.placement import needs_reference
 from rlhf_dist.scoring.reference_files import REFERENCE_FOLDER
 from rlhf_dist.types import Group, Handle, Scores
 from rlhf_dist.weights.shared_memory import SHARED_MEMORY, sweep
@@ -151,11 +152,6 @@ class ScoringHost(ReferenceHost):
         return self._scorer.score(group)
 
 
-def needs_reference(config: Config) -> bool:
-    """Whether a run has a reference model."""
-    return config.algo.kl.coef > 0 or config.algo.kl.measure
-
-
 def set_threads(spec: ActorSpec) -> None:
     """torch's own share of the CPUs. Called where a model is held: rewards without one need no torch."""
     import torch
@@ -237,25 +233,32 @@ def start_all(
 
 
 def start_servers(
-    host: type, specs: Sequence[ActorSpec], group: Any, threads: int = SERVER_THREADS, bundle: int = 0, *args: Any
+    host: type,
+    specs: Sequence[ActorSpec],
+    group: Any,
+    threads: int,
+    places: Sequence[int],
+    *args: Any,
+    num_gpus: float = 0.0,
 ) -> dict[str, Any]:
-    """Scoring or reference servers, a collator or a weight relay, by name, on the node of place `bundle`.
+    """Scoring or reference servers, a collator or a weight relay, by name, each in its place of the placement group.
 
-    `args`: what the host takes besides its spec. They take no CPU and no GPU in Ray's books, since they work while
-    others wait; on a GPU machine they see all GPUs and take the one that `ActorSpec.device` names. Each takes many
-    groups at a time, so that those that wait can be put together; `threads`: so many.
+    `args`: what the host takes besides its spec. They take no CPU in Ray's books, since they work while others wait;
+    those whose device is a GPU book `num_gpus` of one. Each takes many groups at a time, so that those that wait can
+    be put together; `threads`: so many.
     """
     return {
         ProcessName.of(spec.name, spec.log): ray.remote(host)
         .options(
             num_cpus=0,
+            num_gpus=0 if spec.device == "cpu" else num_gpus,
             max_restarts=0,
             max_concurrency=threads,
             runtime_env={"env_vars": environment(spec)},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place),
         )
         .remote(spec, *args)
-        for spec in specs
+        for spec, place in zip(specs, places, strict=True)
     }
 
 

@@ -63,7 +63,7 @@ from rlhf_dist.loop.shell import Actors, Shell
 from rlhf_dist.loop.train_state import put_back, read_state
 from rlhf_dist.loop.watch import CollapseWatch
 from rlhf_dist.planning.nodes import place_in
-from rlhf_dist.planning.placement import Placement
+from rlhf_dist.planning.placement import Placement, needs_reference
 from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.telemetry.display import Progress, make_progress, spoken
 from rlhf_dist.types import Prompt
@@ -204,14 +204,12 @@ def start_fleets(
     if placement.device == "cuda":
         # vLLM sizes its cache by how the free memory of the whole GPU changes while it starts.
         gather(are_ready(workers), "start", config.cluster.start_timeout_s, START_KEY)
-    scorers = start_servers(
-        config, placement, source, logs, group, actors.ScoringHost, "scoring server", config.scoring.replicas
-    )
-    references = scorers if actors.needs_reference(config) else {}
-    if config.reference.replicas and references:
-        references = start_servers(
-            config, placement, source, logs, group, actors.ReferenceHost, "reference server", config.reference.replicas
-        )
+    count, booked = config.scoring.replicas, placement.scoring_places
+    scorers = start_servers(config, placement, source, logs, group, actors.ScoringHost, "scoring server", count, booked)
+    references = scorers if needs_reference(config) else {}
+    if (count := config.reference.replicas) and references:
+        host, booked = actors.ReferenceHost, placement.reference_places
+        references = start_servers(config, placement, source, logs, group, host, "reference server", count, booked)
     collator = start_servers(config, placement, source, logs, group, CollatorHost, COLLATOR, 1, threads=1)
     relays = start_relays(config, placement, source, logs, group, workers, stack)
     ranks = start_ranks(config, placement, source, logs, group, hosts.PolicyHost, stack)

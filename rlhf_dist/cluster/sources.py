@@ -11,7 +11,7 @@ from rlhf_dist.cluster import actors, learner_hosts as hosts
 from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.errors import ModelError
 from rlhf_dist.learner.checkpoint_files import CRITIC_FOLDER, MASK_FOLDER
-from rlhf_dist.planning.placement import Command, local_machine
+from rlhf_dist.planning.placement import Command, local_machine, needs_reference
 from rlhf_dist.scoring.reference_files import REFERENCE_FOLDER
 
 
@@ -106,7 +106,7 @@ def check_run_models(config: Config, command: Command, skip: Container[str] = ()
     if command in ("train", "eval"):
         models = {name: spec.path for name, spec in config.scoring.rewards.items() if spec.kind == "model"}
         paths |= {f"scoring.rewards.{name}.path": path for name, path in models.items()}
-        paths |= {"reference.path": config.reference.path} if actors.needs_reference(config) else {}
+        paths |= {"reference.path": config.reference.path} if needs_reference(config) else {}
     if command == "train" and hosts.algorithm(config.algo).needs_critic:
         paths |= {"critic.start": config.critic.start}
     seen: set[str] = set()
@@ -128,7 +128,7 @@ def with_sources(config: Config, source: str, folder: Path | None, learns: bool)
             critic = str((folder / CRITIC_FOLDER / "hf").absolute())
         else:
             critic = source if critic == "policy" else model_path(config, critic, "critic.start")
-    if actors.needs_reference(config):
+    if needs_reference(config):
         moved = None if folder is None else folder / REFERENCE_FOLDER
         if moved is not None and moved.is_dir():
             reference = str(moved.absolute())
@@ -179,7 +179,7 @@ def check_critic(config: Config) -> None:
 
 def check_reference(config: Config) -> None:
     """Refuse a reference that cannot be used, or that cannot read the policy's tokens. Raises `ModelError`."""
-    if not actors.needs_reference(config) or not config.reference.path:
+    if not needs_reference(config) or not config.reference.path:
         return
     from rlhf_dist.models.inspect import inspect_causal
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from rlhf_dist.cluster.spec import ActorSpec
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import Config
 from rlhf_dist.loop.run_directory import step_of
-from rlhf_dist.planning.placement import Placement, bundles, first_learner_bundle
+from rlhf_dist.planning.placement import Placement, bundles
 
 START_KEY = "cluster.start_timeout_s"
 COLLATOR = "collator"
@@ -27,9 +28,9 @@ COLLATOR = "collator"
 def reserved(config: Config, placement: Placement, source: str, logs: Path, stack: ExitStack) -> Any:
     """The places of the plan, until `stack` is left; several nodes are alike. Raises `ResourceError`."""
     limit = config.cluster.start_timeout_s
-    group = stack.enter_context(reserve(bundles(placement, config.cluster.colocate), limit))
-    of_ranks = placement.nodes[placement.rollout_workers :]
-    check_nodes(placement.nodes, of_ranks, source, logs, limit, START_KEY)
+    group = stack.enter_context(reserve(bundles(placement), limit))
+    nodes = (*placement.worker_nodes, *placement.rank_nodes, *placement.server_nodes)
+    check_nodes(nodes, placement.rank_nodes, source, logs, limit, START_KEY)
     return group
 
 
@@ -57,21 +58,15 @@ def start_servers(
     host: type,
     name: str,
     count: int,
+    booked: Sequence[int] = (),
     threads: int = actors.SERVER_THREADS,
 ) -> dict[str, Any]:
-    """Start scoring or reference servers, or the collator; on a GPU machine they are dealt out over its GPUs."""
-    gpus = max(1, placement.gpus_of_servers())
-    specs = []
-    for i in range(count):
-        device = f"cuda:{i % gpus}" if placement.device == "cuda" else "cpu"
-        specs.append(
-            spec(
-                config, name if name == COLLATOR else f"{name} {i}", source, device, placement.scoring_threads, logs, i
-            )
-        )
-    # Where the learner is, whose weights a reference that moves reads from shared memory.
-    place = first_learner_bundle(placement, config.cluster.colocate) if placement.learner_node else 0
-    return actors.start_servers(host, specs, group, threads, place)
+    """Start scoring or reference servers, or the collator, in the places that are `booked`, or where the learner is."""
+    names = [name if name == COLLATOR else f"{name} {i}" for i in range(count)]
+    device = placement.device if booked else "cpu"
+    specs = [spec(config, called, source, device, placement.scoring_threads, logs, i) for i, called in enumerate(names)]
+    places = booked or [placement.home] * count
+    return actors.start_servers(host, specs, group, threads, places, num_gpus=placement.server_num_gpus)
 
 
 def start_relays(
@@ -85,23 +80,23 @@ def start_relays(
 ) -> Relays:
     """Start what brings weights to other nodes than learner rank 0's. On leaving `stack` they remove their files."""
     home = placement.learner_node
-    places = {node: i for i, node in enumerate(placement.nodes[: placement.rollout_workers]) if node != home}
+    places = {node: i for i, node in enumerate(placement.worker_nodes) if node != home}
     if not home or not places:
         return ONE_NODE
-    secret, first = new_secret(), first_learner_bundle(placement, config.cluster.colocate)
+    secret = new_secret()
 
     def start(host: type, name: str, place: int) -> tuple[str, Any]:
         made = spec(config, name, source, "cpu", 1, logs, place)
         # Two calls at a time: `close` does not wait for a copy that goes on.
-        ((name, actor),) = actors.start_servers(host, [made], group, 2, place, secret).items()
+        ((name, actor),) = actors.start_servers(host, [made], group, 2, [place], secret).items()
         return name, actor
 
-    _, offer = start(OfferHost, OFFER, first)
+    _, offer = start(OfferHost, OFFER, placement.first_rank)
     fetches = {node: start(FetchHost, f"weight relay {node}", place) for node, place in places.items()}
     found = Relays(
         offer,
         dict(fetches.values()),
-        {name: fetches[node][0] for name, node in zip(workers, placement.nodes, strict=False) if node != home},
+        {name: fetches[node][0] for name, node in zip(workers, placement.worker_nodes, strict=True) if node != home},
     )
     stack.push(lambda kind, *_: close_ranks(dict(found.fetch), kind))
     return found
@@ -127,7 +122,7 @@ def start_ranks(
         spec(config, f"{name} rank {i}", source, placement.device, placement.learner_threads, logs, i)
         for i in range(count)
     ]
-    first = first_learner_bundle(placement, config.cluster.colocate)
+    first = placement.first_rank
     first += placement.learner_ranks - placement.critic_ranks if critic else 0
     ranks = actors.start_all(host, specs, group, first, placement.learner_num_cpus, placement.learner_num_gpus)
     stack.push(lambda kind, *_: close_ranks(ranks, kind))

@@ -270,6 +270,9 @@ class ClusterConfig:
     """auto: cuda when there is a GPU."""
     colocate: bool = True
     """Rollout workers and learner ranks take turns on the same CPUs or GPUs; false: each has its own."""
+    server_gpu_share: float = key(0.1, SHARE_ABOVE_0, effects.GPU_SHARE)
+    """Share of a GPU, and of its memory, that each scoring or reference server with a model books, beside a rollout
+    worker (or a learner rank, where workers span GPUs); 1: a GPU of its own."""
     start_timeout_s: float = key(300.0, LIMIT_S)
     """Limit for a cluster to answer, and for engines to be ready."""
 

@@ -1,8 +1,8 @@
 """Who gets which node of a cluster: pure arithmetic over `placement.py`, which shares out one node.
 
-Everything goes to one node where it fits there: nothing has to cross the network then. Else, with `cluster.colocate`
-false, the learner's ranks are on as few nodes as possible, the command's own first, and each rollout worker goes to the
-node that has the most left.
+Everything goes to one node where it fits there: nothing has to cross the network then. Else the learner's ranks are on
+as few nodes as possible, the command's own first. Each rollout worker goes to the node that has the most left, or with
+`cluster.colocate` shares the place of a rank.
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ResourceError
-from rlhf_dist.planning.placement import Command, Machine, Placement, count_of, place
+from rlhf_dist.planning.placement import (
+    Command,
+    Machine,
+    Placement,
+    count_of,
+    place,
+    servers_with_models,
+    share_out,
+    with_servers,
+)
 
 
 def place_in(config: Config, nodes: Sequence[Machine], command: Command) -> Placement:
@@ -29,10 +38,9 @@ def place_in(config: Config, nodes: Sequence[Machine], command: Command) -> Plac
             refusals.append(error)
     if len(nodes) == 1:
         raise refusals[0]
-    if command == "train" and config.cluster.colocate:
-        more = "several nodes are used with cluster.colocate=false only"
-        raise ResourceError(f"{refusals[0]}. The cluster has {len(nodes)} nodes; {more}")
-    return _spread(config, nodes, command)
+    whole = Machine(sum(node.cpus for node in able), sum(node.gpus for node in able))
+    sketch = share_out(config, whole, command)  # refuses what not even all of them together have
+    return with_servers((_pairs if sketch.paired else _spread)(config, able, command, sketch), config, command)
 
 
 @dataclass(slots=True)
@@ -51,10 +59,34 @@ class Left:
         return True
 
 
-def _spread(config: Config, nodes: Sequence[Machine], command: Command) -> Placement:
+def _pairs(config: Config, nodes: Sequence[Machine], command: Command, sketch: Placement) -> Placement:
+    """Workers and ranks that take turns: place i has worker i and rank i, as far as there are so many."""
+    places, gpus = max(sketch.rollout_workers, sketch.learner_ranks), sketch.learner_gpus
+    cpus = max(config.rollout.cpus, config.learner.cpus, 1)
+    left = [Left(node, node.cpus, node.gpus) for node in nodes]
+    homes = _homes_of_ranks(left, places, cpus, gpus)
+    if len(homes) < places:
+        key = "rollout.workers" if sketch.rollout_workers > sketch.learner_ranks else "learner.ranks"
+        more = " of workers and ranks that take turns (cluster.colocate)"
+        raise ResourceError(f"{_each(key, places, cpus, gpus)}{more} do not fit: {_rest(homes, left)}; lower {key}")
+    of_servers = _homes_of_servers(config, left, homes[0], command, sketch)
+    equal = min(one.node.cpus // sum(one is other for other in homes) for one in homes)
+    rollout, learner = config.rollout.cpus or equal, config.learner.cpus or equal
+    return replace(
+        sketch,
+        rollout_threads=rollout,
+        rollout_num_cpus=rollout / 2,
+        learner_threads=learner,
+        learner_num_cpus=learner / 2,
+        scoring_threads=max(1, min(rollout, homes[0].node.cpus // 2)),
+        worker_nodes=tuple(one.node.address for one in homes[: sketch.rollout_workers]),
+        rank_nodes=tuple(one.node.address for one in homes[: sketch.learner_ranks]),
+        server_nodes=of_servers,
+    )
+
+
+def _spread(config: Config, nodes: Sequence[Machine], command: Command, sketch: Placement) -> Placement:
     """Actors without a number of CPUs of their own count with one, and share what their node has left."""
-    whole = Machine(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
-    sketch = place(config, whole, command)  # refuses what not even all of them together have
     ranks, rank_cpus, worker_cpus = sketch.learner_ranks, max(config.learner.cpus, 1), max(config.rollout.cpus, 1)
     left = [Left(node, node.cpus, node.gpus) for node in nodes]
     of_ranks = _homes_of_ranks(left, ranks, rank_cpus, sketch.learner_gpus)
@@ -69,6 +101,7 @@ def _spread(config: Config, nodes: Sequence[Machine], command: Command) -> Place
             beside = " beside the learner" if ranks else ""
             raise ResourceError(f"{needs} do not fit{beside}: {_rest(homes, left)}; lower rollout.workers")
         homes.append(best)
+    of_servers = _homes_of_servers(config, left, (of_ranks or homes)[0], command, sketch)
     rollout_threads, learner_threads = _threads(config, left, of_ranks, homes)
     first = (of_ranks or homes)[0].node
     return replace(
@@ -78,8 +111,30 @@ def _spread(config: Config, nodes: Sequence[Machine], command: Command) -> Place
         learner_threads=learner_threads,
         learner_num_cpus=float(learner_threads),
         scoring_threads=max(1, min(rollout_threads or learner_threads, first.cpus // 2)),
-        nodes=tuple(one.node.address for one in (*homes, *of_ranks)),
+        worker_nodes=tuple(one.node.address for one in homes),
+        rank_nodes=tuple(one.node.address for one in of_ranks),
+        server_nodes=of_servers,
     )
+
+
+def _homes_of_servers(
+    config: Config, left: Sequence[Left], home: Left, command: Command, sketch: Placement
+) -> tuple[str, ...]:
+    """Of servers with a GPU of their own: the learner's node, or another where that is full and no reference moves."""
+    if sketch.device == "cpu" or config.cluster.server_gpu_share < 1:
+        return ()
+    homes: list[Left] = []
+    count = sum(servers_with_models(config, command))
+    for _ in range(count):
+        best = home if home.gpus or config.reference.update_every else max(left, key=lambda one: one.gpus)
+        if not best.take(1, 0, 1):
+            raise ResourceError(
+                f"{count_of(count, 'server')} with a model x 1 GPU (cluster.server_gpu_share) do not fit"
+                f"{' on the node of the learner, whose weights they take' if best is home else ''}: "
+                f"{_rest(homes, left)}; lower cluster.server_gpu_share, scoring.replicas or reference.replicas"
+            )
+        homes.append(best)
+    return tuple(one.node.address for one in homes)
 
 
 def _homes_of_ranks(left: Sequence[Left], ranks: int, cpus: int, gpus: int) -> list[Left]:

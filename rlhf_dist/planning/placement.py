@@ -10,9 +10,7 @@ import math
 import os
 import shutil
 import subprocess
-from collections import Counter
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -64,27 +62,45 @@ class Placement:
     """Ray's `num_cpus` of one rank."""
     learner_num_gpus: float
     """Ray's `num_gpus` of one rank."""
-    nodes: tuple[str, ...] = ()
-    """Address of the node of each place in `bundles`; empty where all are on one node."""
+    scoring_places: tuple[int, ...] = ()
+    """On a GPU: the place in `bundles` of each scoring server, where they hold a model."""
+    reference_places: tuple[int, ...] = ()
+    """The same of each reference server."""
+    server_num_gpus: float = 0.0
+    """Share of a GPU that each of those books in Ray, and of its memory."""
+    worker_nodes: tuple[str, ...] = ()
+    """Address of the node of each rollout worker; empty where all is on one node."""
+    rank_nodes: tuple[str, ...] = ()
+    """The same of each learner rank."""
+    server_nodes: tuple[str, ...] = ()
+    """The same of each server that has a GPU of its own."""
+    paired: bool = False
+    """Whether rollout worker i and learner rank i share a place."""
+
+    @property
+    def servers(self) -> tuple[int, ...]:
+        """Places of all servers that hold a model on a GPU."""
+        return self.scoring_places + self.reference_places
 
     @property
     def learner_node(self) -> str:
         """Address of the node of learner rank 0; empty where all is on one node."""
-        return self.nodes[self.rollout_workers] if self.nodes and self.learner_ranks else ""
+        return self.rank_nodes[0] if self.rank_nodes else ""
+
+    @property
+    def first_rank(self) -> int:
+        """Place of learner rank 0 in `bundles`; rollout worker i is always at place i, and rank i follows rank 0."""
+        return 0 if self.paired else self.rollout_workers
+
+    @property
+    def home(self) -> int:
+        """A place of the node of learner rank 0, or of the first worker where there is no learner."""
+        return self.first_rank if self.learner_ranks else 0
 
     def spread_of_ranks(self, critic: bool = False) -> int:
         """On how many nodes the policy's ranks are, or those of a critic that has its own."""
-        ranks = self.nodes[self.rollout_workers :]
-        policy = len(ranks) - self.critic_ranks
-        return max(1, len(set(ranks[policy:] if critic else ranks[:policy])))
-
-    def gpus_of_servers(self) -> int:
-        """Over how many GPUs scoring and reference servers are dealt out: those that the run has on their node."""
-        if not self.nodes:
-            return self.rollout_workers * self.rollout_gpus
-        workers, ranks = self.nodes[: self.rollout_workers], self.nodes[self.rollout_workers :]
-        home = self.learner_node or self.nodes[0]
-        return workers.count(home) * self.rollout_gpus + ranks.count(home) * self.learner_gpus
+        policy = len(self.rank_nodes) - self.critic_ranks
+        return max(1, len(set(self.rank_nodes[policy:] if critic else self.rank_nodes[:policy])))
 
 
 def local_machine() -> Machine:
@@ -112,8 +128,28 @@ def cpu_quota(path: Path) -> int | None:
     return None if quota == "max" else max(1, math.ceil(int(quota) / int(period)))
 
 
+def needs_reference(config: Config) -> bool:
+    """Whether a run has a reference model."""
+    return config.algo.kl.coef > 0 or config.algo.kl.measure
+
+
+def servers_with_models(config: Config, command: Command) -> tuple[int, int]:
+    """(scoring servers, reference servers) that hold a model."""
+    if command not in ("train", "eval"):
+        return 0, 0
+    reference = needs_reference(config)
+    apart = config.reference.replicas if reference else 0
+    judges = any(reward.kind == "model" for reward in config.scoring.rewards.values())
+    return config.scoring.replicas if judges or (reference and not apart) else 0, apart
+
+
 def place(config: Config, machine: Machine, command: Command) -> Placement:
     """Share `machine` out. Raises `ResourceError` where it has too few for the config, or cannot share them."""
+    return with_servers(share_out(config, machine, command), config, command)
+
+
+def share_out(config: Config, machine: Machine, command: Command) -> Placement:
+    """`place` without the servers' shares of GPUs."""
     device = _device(config, machine)
     workers = 0 if command in ("sft", "reward") else config.rollout.workers
     critics = config.learner.ranks if command == "train" and critic_apart(config) else 0
@@ -123,7 +159,7 @@ def place(config: Config, machine: Machine, command: Command) -> Placement:
     if device == "cuda":
         rollout_gpus, learner_gpus = config.rollout.tensor_parallel if workers else 0, 1 if ranks else 0
         _check_turns(config.loop.max_policy_lag, shared)
-        _check_gpus(machine, workers, rollout_gpus, ranks, shared)
+        _check_gpus(config, machine, workers, rollout_gpus, ranks, shared, command)
     rollout_threads, learner_threads = _threads(config, machine, workers, ranks, shared)
     share = 0.5 if shared else 1.0
     return Placement(
@@ -140,117 +176,88 @@ def place(config: Config, machine: Machine, command: Command) -> Placement:
         rollout_num_gpus=rollout_gpus * share,
         learner_num_cpus=learner_threads * share,
         learner_num_gpus=learner_gpus * share,
+        paired=shared,
     )
 
 
-def bundles(placement: Placement, colocate: bool) -> list[dict[str, float]]:
+def with_servers(placement: Placement, config: Config, command: Command) -> Placement:
+    """Book a share of a GPU for each server that holds a model. Raises `ResourceError` where memory is promised twice.
+
+    Beside a rollout worker that has one GPU, else beside a rank, on the node of the learner where its weights move
+    the reference; with a share of 1 on a GPU of its own, a place behind all others.
+    """
+    (scorers, references), share = servers_with_models(config, command), config.cluster.server_gpu_share
+    count = scorers + references
+    if placement.device == "cpu" or not count:
+        return placement
+    places = placement.rollout_workers + placement.learner_ranks
+    places = max(placement.rollout_workers, placement.learner_ranks) if placement.paired else places
+    if share == 1:
+        own = tuple(range(places, places + count))
+        return replace(placement, scoring_places=own[:scorers], reference_places=own[scorers:], server_num_gpus=1.0)
+    hosts = _hosts_of_servers(placement, config.reference.update_every > 0)
+    beside = math.ceil(count / len(hosts))
+    left = 1 - beside * share
+    on_workers = hosts[0] < placement.rollout_workers
+    asked = config.rollout.gpu_memory_utilization if on_workers else 0.0
+    if asked + beside * share > 1 + 1e-9 or left <= 0:
+        raise ResourceError(
+            f"{count_of(beside, 'server')} with a model, each with cluster.server_gpu_share {share:g} of a GPU, beside "
+            + (f"rollout.gpu_memory_utilization {asked:g}" if on_workers else "a learner rank")
+            + f" come to {asked + beside * share:g} GPUs; lower one of them"
+            + (", scoring.replicas or reference.replicas" if beside > 1 else "")
+            + ", or set cluster.server_gpu_share to 1, which gives each a GPU of its own"
+        )
+    rollout = placement.rollout_num_gpus * (left if on_workers else 1)
+    learner = placement.learner_num_gpus * (left if placement.paired or not on_workers else 1)
+    on = tuple(hosts[i % len(hosts)] for i in range(count))
+    return replace(
+        placement,
+        scoring_places=on[:scorers],
+        reference_places=on[scorers:],
+        server_num_gpus=share,
+        rollout_num_gpus=rollout,
+        learner_num_gpus=learner,
+    )
+
+
+def _hosts_of_servers(placement: Placement, at_home: bool) -> list[int]:
+    """Places in `bundles` whose GPU a server can share; a worker over several GPUs has to have them whole."""
+    home = placement.learner_node
+    workers = [
+        i
+        for i in range(placement.rollout_workers if placement.rollout_gpus == 1 else 0)
+        if not at_home or not home or placement.worker_nodes[i] == home
+    ]
+    ranks = [
+        placement.first_rank + i for i in range(placement.learner_ranks) if not home or placement.rank_nodes[i] == home
+    ]
+    return workers or ranks or list(range(placement.rollout_workers))
+
+
+def bundles(placement: Placement) -> list[dict[str, float]]:
     """What Ray is to reserve, one entry a place: a rollout worker and a learner rank together when they take turns.
 
-    Together on one whole GPU: Ray would be free to put two ranks on the halves of one GPU, which nccl refuses.
+    Whole GPUs, of which servers take their part: Ray would be free to put two ranks on the halves of one GPU, which
+    nccl refuses.
     """
     p = placement
-    workers = [{"CPU": p.rollout_num_cpus, "GPU": p.rollout_num_gpus}] * p.rollout_workers
-    ranks = [{"CPU": p.learner_num_cpus, "GPU": p.learner_num_gpus}] * p.learner_ranks
-    if p.nodes:
-        return [own | {NODE + node: PIN} for own, node in zip(workers + ranks, p.nodes, strict=True)]
-    if not colocate:
-        return workers + ranks
-    nobody = {"CPU": 0.0, "GPU": 0.0}
-    return [
-        {"CPU": worker["CPU"] + rank["CPU"], "GPU": float(math.ceil(worker["GPU"] + rank["GPU"]))}
-        for worker, rank in zip_longest(workers, ranks, fillvalue=nobody)
-    ]
-
-
-def first_learner_bundle(placement: Placement, colocate: bool) -> int:
-    """Place of learner rank 0 in `bundles`; rollout worker i is always at place i, and rank i follows rank 0 by i."""
-    return 0 if colocate else placement.rollout_workers
-
-
-def describe(placement: Placement, config: Config, command: Command) -> list[str]:
-    """Lines for a reader: who gets what, and the arithmetic of the batches."""
-    p = placement
-    lines = [f"device: {p.device}"]
-    if p.rollout_workers:
-        who = count_of(p.rollout_workers, "worker")
-        lines.append(
-            f"rollout: {who}, each {_share(p.rollout_threads, p.rollout_gpus, p.rollout_num_cpus, p.rollout_num_gpus)}"
-        )
-    if p.learner_ranks:
-        who = f"{count_of(p.learner_ranks, 'rank')}, ZeRO-{config.learner.zero_stage}"
-        who += f" ({p.critic_ranks} of them the critic's own)" if p.critic_ranks else ""
-        lines.append(
-            f"learner: {who}, each {_share(p.learner_threads, p.learner_gpus, p.learner_num_cpus, p.learner_num_gpus)}"
-        )
-    if p.rollout_workers and p.learner_ranks:
-        lines.append(f"rollout and learner {_halves(config)}; scoring takes no CPU in Ray's books")
-    if p.rollout_workers:
-        servers = count_of(config.scoring.replicas, "scoring server")
-        if config.reference.replicas and command == "train":
-            servers += f" and {count_of(config.reference.replicas, 'reference server')}"
-        lines.append(f"scoring: {servers}, each {count_of(p.scoring_threads, 'CPU thread')}")
-    if p.nodes:
-        homes = Counter(p.nodes[: p.rollout_workers])
-        of_ranks = Counter(p.nodes[p.rollout_workers :])
-        sides = (("rollout workers", homes), ("learner ranks", of_ranks))
-        spread = [f"{who} {', '.join(f'{n} on {node}' for node, n in side.items())}" for who, side in sides if side]
-        lines.append(f"nodes: {'; '.join(spread)}")
-    lines += {"train": _train_lines, "sft": _sft_lines, "reward": _reward_lines, "eval": lambda _: []}[command](config)
-    if p.rollout_workers:
-        samples = f" and {config.eval.samples} samples" if config.eval.samples else ""
-        lines.append(f"evaluation: {config.eval.prompts} held-out prompts, each with 1 greedy response{samples}")
-    if command != "eval":
-        lines.append(f"run directory: {config.output}/{config.name}")
-    return lines
-
-
-def _halves(config: Config) -> str:
-    """Where and when the two work."""
-    lag, own = config.loop.max_policy_lag, "have devices of their own"
-    if lag == 0:
-        return "take turns on the same devices" if config.cluster.colocate else f"{own}, and take turns"
-    ago = count_of(lag, "version")
-    return f"{'share the devices' if config.cluster.colocate else own}, and work at once, on tokens at most {ago} old"
-
-
-def _train_lines(config: Config) -> list[str]:
-    loop, updates = config.loop, config.learner.updates_per_batch
-    passes = f", {config.learner.epochs} passes" if config.learner.epochs > 1 else ""
-    rows = loop.prompts_per_step * config.algo.group_size
-    tokens = rows * config.rollout.max_response_tokens
-    return [
-        f"step: {loop.prompts_per_step} prompts x {config.algo.group_size} samples = {rows} responses, at most "
-        f"{tokens:,} "
-        f"response tokens, {count_of(updates, 'optimizer step')} of {rows // updates} responses each{passes}",
-        f"run: {count_of(loop.steps, 'step')}, {loop.steps * rows:,} responses, "
-        f"{count_of(loop.steps * updates * config.learner.epochs, 'optimizer step')}",
-        f"micro-batches: at most {config.learner.micro_batch_tokens} tokens each",
-    ]
-
-
-def _sft_lines(config: Config) -> list[str]:
-    sft = config.sft
-    return [
-        f"step: {sft.batch_size} sequences of at most {sft.max_tokens} tokens",
-        f"run: {count_of(sft.steps, 'optimizer step')}, {sft.steps * sft.batch_size:,} sequences",
-        f"micro-batches: at most {config.learner.micro_batch_tokens} tokens each",
-    ]
-
-
-def _reward_lines(config: Config) -> list[str]:
-    reward = config.reward
-    return [
-        f"step: {reward.batch_size} judgements of at most {config.preferences.max_tokens} tokens a response",
-        f"run: at most {count_of(reward.steps, 'optimizer step')}, {reward.steps * reward.batch_size:,} judgements",
-        f"micro-batches: at most {config.learner.micro_batch_tokens} tokens each",
-    ]
-
-
-def _share(threads: int, gpus: int, num_cpus: float, num_gpus: float) -> str:
-    devices = count_of(threads, "CPU thread") + (f" and {count_of(gpus, 'GPU')}" if gpus else "")
-    booked = f"{num_cpus:g} CPU" + (f", {num_gpus:g} GPU" if gpus else "")
-    why = "shared, so each books half in Ray" if num_cpus < threads else "Ray"
-    return f"{devices} ({why}: {booked})"
+    worker = {"CPU": p.rollout_num_cpus, "GPU": float(p.rollout_gpus)}
+    rank = {"CPU": p.learner_num_cpus, "GPU": float(p.learner_gpus)}
+    nodes = [*p.worker_nodes, *p.rank_nodes]
+    found = [worker] * p.rollout_workers + [rank] * p.learner_ranks
+    if p.paired:
+        count = max(p.rollout_workers, p.learner_ranks)
+        cpus = [
+            p.rollout_num_cpus * (i < p.rollout_workers) + p.learner_num_cpus * (i < p.learner_ranks)
+            for i in range(count)
+        ]
+        found = [{"CPU": own, "GPU": float(p.learner_gpus)} for own in cpus]
+        nodes = [*(p.worker_nodes if p.rollout_workers >= p.learner_ranks else p.rank_nodes)]
+    own = [{"CPU": 0.0, "GPU": 1.0} for place in p.servers if place >= len(found)]
+    if not nodes:
+        return found + own
+    return [one | {NODE + node: PIN} for one, node in zip(found + own, [*nodes, *p.server_nodes], strict=True)]
 
 
 def count_of(number: int, noun: str) -> str:
@@ -275,22 +282,22 @@ def _check_turns(lag: int, shared: bool) -> None:
         )
 
 
-def _check_gpus(machine: Machine, workers: int, parallel: int, ranks: int, shared: bool) -> None:
+def _check_gpus(
+    config: Config, machine: Machine, workers: int, parallel: int, ranks: int, shared: bool, command: Command
+) -> None:
     if shared and parallel > 1:
         # Ray gives fractions of one GPU only: half of each of two GPUs cannot be asked for.
         raise ResourceError(
             f"rollout.tensor_parallel is {parallel} with cluster.colocate true; a worker that spans GPUs needs "
-            "them for "
-            "itself: set cluster.colocate to false, or rollout.tensor_parallel to 1"
+            "them for itself: set cluster.colocate to false, or rollout.tensor_parallel to 1"
         )
     rollout, learner = workers * parallel, ranks
-    needed = max(rollout, learner) if shared else rollout + learner
+    servers = sum(servers_with_models(config, command)) if config.cluster.server_gpu_share == 1 else 0
+    needed = (max(rollout, learner) if shared else rollout + learner) + servers
     if needed > machine.gpus:
-        parts = []
-        if workers:
-            parts.append(f"rollout.workers {workers} x rollout.tensor_parallel {parallel} = {rollout}")
-        if ranks:
-            parts.append(f"learner.ranks {ranks}")
+        parts = [f"rollout.workers {workers} x rollout.tensor_parallel {parallel} = {rollout}"] if workers else []
+        parts += [f"learner.ranks {ranks}"] if ranks else []
+        parts += [f"{count_of(servers, 'server')} with a model (cluster.server_gpu_share 1)"] if servers else []
         way_out = "" if shared or not (workers and ranks) else ", or let them take turns with cluster.colocate=true"
         raise ResourceError(
             f"{' and '.join(parts)} need {count_of(needed, 'GPU')}, but there {_are(machine.gpus, 'GPU')}; lower "

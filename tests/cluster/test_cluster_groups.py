@@ -263,7 +263,7 @@ def scoring(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     log = str(folder / "logs" / "scoring.log")
     specs = [ActorSpec(f"scoring server {i}", config, "", "cpu", 1, log, i, str(folder)) for i in range(2)]
     with reserve([{"CPU": 0.1, "GPU": 0.0}], 60.0) as group:
-        servers = actors.start_servers(actors.ScoringHost, specs, group)
+        servers = actors.start_servers(actors.ScoringHost, specs, group, actors.SERVER_THREADS, [0] * len(specs))
         gather({name: server.ready.remote() for name, server in servers.items()}, "start", 120)
         yield servers, folder / "mode"
 

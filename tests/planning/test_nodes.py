@@ -12,7 +12,8 @@ from hypothesis import given, strategies as st
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ResourceError
 from rlhf_dist.planning.nodes import place_in
-from rlhf_dist.planning.placement import NODE, Command, Machine, bundles, describe, place
+from rlhf_dist.planning.placement import NODE, Command, Machine, Placement, bundles, place
+from rlhf_dist.planning.plan_lines import describe
 
 
 def config(
@@ -27,6 +28,21 @@ def config(
     )
 
 
+def with_models(wanted: Config, share: float = 1.0, moves: int = 0) -> Config:
+    """With a reference, which a scoring server holds."""
+    kl = dataclasses.replace(wanted.algo.kl, coef=0.05)
+    return dataclasses.replace(
+        wanted,
+        algo=dataclasses.replace(wanted.algo, kl=kl),
+        reference=dataclasses.replace(wanted.reference, update_every=moves),
+        cluster=dataclasses.replace(wanted.cluster, server_gpu_share=share),
+    )
+
+
+def homes(placement: Placement) -> tuple[str, ...]:
+    return placement.worker_nodes + placement.rank_nodes
+
+
 def nodes(*sizes: tuple[int, int]) -> list[Machine]:
     return [Machine(cpus, gpus, f"10.0.0.{i}") for i, (cpus, gpus) in enumerate(sizes, 1)]
 
@@ -35,7 +51,7 @@ def test_what_fits_on_one_node_is_on_one() -> None:
     """The largest; Ray's reservation keeps it together."""
     wanted = config(workers=2, ranks=1)
     assert place_in(wanted, nodes((4, 0), (8, 0)), "train") == place(wanted, Machine(8, 0), "train")
-    assert place_in(config(workers=6, ranks=6, device="cpu"), nodes((64, 0), (8, 4)), "train").nodes == ()
+    assert place_in(config(workers=6, ranks=6, device="cpu"), nodes((64, 0), (8, 4)), "train").rank_nodes == ()
     both = config(workers=8, ranks=8, colocate=True)
     assert place_in(both, nodes((4, 0), (8, 0)), "train") == place(both, Machine(8, 0), "train")
 
@@ -43,9 +59,9 @@ def test_what_fits_on_one_node_is_on_one() -> None:
 def test_rollout_workers_go_where_there_is_room_and_the_learner_stays_with_the_command() -> None:
     wanted = config(workers=3, ranks=2, rollout=2, learner=2)
     found = place_in(wanted, nodes((6, 0), (2, 0), (3, 0)), "train")
-    assert found.nodes == ("10.0.0.3", "10.0.0.1", "10.0.0.2", "10.0.0.1", "10.0.0.1")
+    assert homes(found) == ("10.0.0.3", "10.0.0.1", "10.0.0.2", "10.0.0.1", "10.0.0.1")
     assert (found.learner_node, found.rollout_threads, found.learner_threads) == ("10.0.0.1", 2, 2)
-    assert bundles(found, colocate=False)[0] == {"CPU": 2.0, "GPU": 0.0, "node:10.0.0.3": 0.001}
+    assert bundles(found)[0] == {"CPU": 2.0, "GPU": 0.0, "node:10.0.0.3": 0.001}
     told = describe(found, wanted, "train")
     assert "nodes: rollout workers 1 on 10.0.0.3, 1 on 10.0.0.1, 1 on 10.0.0.2; learner ranks 2 on 10.0.0.1" in told
     assert found.spread_of_ranks() == 1
@@ -54,10 +70,10 @@ def test_rollout_workers_go_where_there_is_room_and_the_learner_stays_with_the_c
 def test_threads_without_a_number_share_what_their_node_has() -> None:
     """Four workers, none of which fits beside the two ranks of two threads: two on each of the others."""
     found = place_in(config(workers=4, ranks=2, learner=2), nodes((4, 0), (6, 0), (7, 0)), "train")
-    assert Counter(found.nodes) == {"10.0.0.1": 2, "10.0.0.2": 2, "10.0.0.3": 2}
+    assert Counter(homes(found)) == {"10.0.0.1": 2, "10.0.0.2": 2, "10.0.0.3": 2}
     assert (found.rollout_threads, found.learner_threads) == (3, 2)
     found = place_in(config(workers=2, ranks=1, rollout=4), nodes((4, 0), (4, 0), (4, 0)), "train")
-    assert found.nodes == ("10.0.0.2", "10.0.0.3", "10.0.0.1") and found.learner_threads == 4
+    assert homes(found) == ("10.0.0.2", "10.0.0.3", "10.0.0.1") and found.learner_threads == 4
     found = place_in(config(workers=3, ranks=1), nodes((2, 0), (2, 0)), "train")
     assert (found.rollout_threads, found.learner_threads) == (1, 1)
 
@@ -65,7 +81,7 @@ def test_threads_without_a_number_share_what_their_node_has() -> None:
 def test_ranks_that_no_node_holds_are_on_as_few_as_possible() -> None:
     """The command's own first, although it is the smallest; then the largest."""
     found = place_in(config(workers=1, ranks=5, rollout=1, learner=1), nodes((2, 0), (2, 0), (3, 0)), "train")
-    assert found.nodes == ("10.0.0.2", "10.0.0.1", "10.0.0.1", "10.0.0.3", "10.0.0.3", "10.0.0.3")
+    assert homes(found) == ("10.0.0.2", "10.0.0.1", "10.0.0.1", "10.0.0.3", "10.0.0.3", "10.0.0.3")
     assert (found.learner_node, found.spread_of_ranks()) == ("10.0.0.1", 2)
     assert place_in(config(ranks=4, learner=1), nodes((3, 0), (3, 0)), "sft").spread_of_ranks() == 2
 
@@ -75,17 +91,15 @@ def test_the_ranks_of_a_critic_are_counted_for_themselves() -> None:
     critic = dataclasses.replace(wanted.critic, side_by_side=True)
     wanted = dataclasses.replace(wanted, algo=dataclasses.replace(wanted.algo, name="ppo"), critic=critic)
     found = place_in(wanted, nodes((3, 0), (3, 0)), "train")
-    assert found.nodes == ("10.0.0.2", *["10.0.0.1"] * 3, "10.0.0.2")
+    assert homes(found) == ("10.0.0.2", *["10.0.0.1"] * 3, "10.0.0.2")
     assert (found.spread_of_ranks(), found.spread_of_ranks(critic=True)) == (1, 2)
 
 
 def test_a_worker_that_spans_gpus_has_all_of_them_on_one_node() -> None:
     wanted = config(workers=3, ranks=4, parallel=2)
     found = place_in(wanted, nodes((16, 4), (16, 3), (16, 4)), "train")
-    assert Counter(found.nodes[:3]) == {"10.0.0.2": 1, "10.0.0.3": 2} and found.learner_node == "10.0.0.1"
+    assert Counter(homes(found)[:3]) == {"10.0.0.2": 1, "10.0.0.3": 2} and found.learner_node == "10.0.0.1"
     assert found.rollout_num_gpus == 2.0 and found.learner_num_gpus == 1.0
-    assert found.gpus_of_servers() == 4, "those of the ranks"
-    assert place(wanted, Machine(16, 10), "train").gpus_of_servers() == 6
 
 
 def test_what_does_not_fit_on_gpus_does_not_run_on_cpus_instead() -> None:
@@ -98,9 +112,32 @@ def test_what_does_not_fit_on_gpus_does_not_run_on_cpus_instead() -> None:
 
 def test_an_evaluation_needs_no_learner() -> None:
     found = place_in(config(workers=3, rollout=2), nodes((2, 0), (2, 0), (2, 0)), "eval")
-    assert found.nodes == ("10.0.0.1", "10.0.0.2", "10.0.0.3") and found.learner_node == ""
-    found = place_in(config(workers=4), nodes((8, 2), (8, 2)), "eval")
-    assert found.gpus_of_servers() == 2, "of the first node, where the servers are"
+    assert homes(found) == ("10.0.0.1", "10.0.0.2", "10.0.0.3") and found.learner_node == ""
+
+
+def test_workers_and_ranks_that_take_turns_share_places_on_every_node() -> None:
+    found = place_in(config(workers=4, ranks=4, colocate=True), nodes((8, 2), (8, 2)), "train")
+    assert homes(found) == ("10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2") * 2
+    assert (found.rollout_threads, found.learner_threads, found.learner_num_gpus) == (4, 4, 0.5)
+    assert bundles(found) == [
+        {"CPU": 4.0, "GPU": 1.0, NODE + at: 0.001} for at in ("10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2")
+    ]
+    assert (found.first_rank, found.home, found.spread_of_ranks()) == (0, 0, 2)
+    more = place_in(config(workers=1, ranks=3, rollout=2, learner=2, colocate=True), nodes((4, 0), (4, 0)), "train")
+    assert more.rank_nodes == ("10.0.0.1", "10.0.0.1", "10.0.0.2") and more.worker_nodes == ("10.0.0.1",)
+    assert (more.rollout_threads, more.learner_threads) == (2, 2)
+
+
+def test_servers_are_where_the_weights_are_that_move_them() -> None:
+    """The worker is on the other node; with a reference that moves the servers share the ranks' GPUs."""
+    wanted, there = config(workers=2, ranks=2), nodes((8, 2), (8, 2))
+    still = place_in(with_models(wanted, share=0.1), there, "train")
+    assert (still.worker_nodes, still.scoring_places) == (("10.0.0.2",) * 2, (0,))
+    moving = place_in(with_models(wanted, share=0.1, moves=5), there, "train")
+    assert moving.scoring_places == (2,) and moving.learner_num_gpus == pytest.approx(0.9)
+    own = place_in(with_models(config(workers=1, ranks=2)), there, "train")
+    assert (own.scoring_places, own.server_nodes) == ((3,), ("10.0.0.2",))
+    assert bundles(own)[3] == {"CPU": 0.0, "GPU": 1.0, NODE + "10.0.0.2": 0.001}
 
 
 @pytest.mark.parametrize(
@@ -133,10 +170,19 @@ def test_an_evaluation_needs_no_learner() -> None:
         ),
         (config(workers=9, rollout=1, learner=1), ((4, 0), (4, 0)), "train", ["10 CPUs", "there are 8 CPUs"]),
         (
-            config(workers=3, rollout=2, colocate=True),
-            ((4, 0), (4, 0)),
+            config(workers=3, ranks=1, rollout=2, colocate=True),
+            ((3, 0), (3, 0)),
             "train",
-            ["there are 4 CPUs", "The cluster has 2 nodes; several nodes are used with cluster.colocate=false only"],
+            [
+                "rollout.workers 3 x 2 CPUs of workers and ranks that take turns (cluster.colocate) do not fit: 2 of",
+                "10.0.0.1 has 1 of 3 CPUs left",
+            ],
+        ),
+        (
+            with_models(config(workers=1, ranks=2), moves=1),
+            ((8, 2), (8, 2)),
+            "train",
+            ["1 server with a model x 1 GPU", "on the node of the learner, whose weights they take: 0 of them"],
         ),
         (config(ranks=9, learner=1), ((4, 0), (4, 0)), "sft", ["learner.ranks 9", "there are 8 CPUs"]),
     ],
@@ -161,23 +207,39 @@ SIZE = st.tuples(st.integers(1, 9), st.integers(0, 4))
     learner=st.integers(0, 3),
     parallel=st.integers(1, 2),
     device=st.sampled_from(["cpu", "auto"]),
+    colocate=st.booleans(),
+    share=st.sampled_from([0.1, 1.0]),
 )
 def test_no_node_is_overbooked(
-    sizes: list[tuple[int, int]], workers: int, ranks: int, rollout: int, learner: int, parallel: int, device: str
+    sizes: list[tuple[int, int]],
+    workers: int,
+    ranks: int,
+    rollout: int,
+    learner: int,
+    parallel: int,
+    device: str,
+    colocate: bool,
+    share: float,
 ) -> None:
-    wanted = config(workers, ranks, rollout, learner, parallel, device=device)
+    wanted = with_models(config(workers, ranks, rollout, learner, parallel, device=device, colocate=colocate), share)
     there = nodes(*sizes)
     try:
         found = place_in(wanted, there, "train")
     except ResourceError:
         return
-    booked = bundles(found, colocate=False)
-    assert (len(booked), found.rollout_threads >= 1, found.learner_threads >= 1) == (workers + ranks, True, True)
-    if not found.nodes:
+    booked = bundles(found)
+    places = max(workers, ranks) if colocate else workers + ranks
+    assert len(booked) == places + (found.device == "cuda" and share == 1)
+    assert found.rollout_threads >= 1 and found.learner_threads >= 1
+    assert all(place < len(booked) for place in found.servers)
+    if not homes(found):
         assert any(sum(b["CPU"] for b in booked) <= n.cpus and sum(b["GPU"] for b in booked) <= n.gpus for n in there)
         return
-    assert all(bundle[NODE + at] > 0 for bundle, at in zip(booked, found.nodes, strict=True))
     for node in there:
-        own = [bundle for bundle, at in zip(booked, found.nodes, strict=True) if at == node.address]
+        own = [bundle for bundle in booked if NODE + node.address in bundle]
         assert sum(bundle["CPU"] for bundle in own) <= node.cpus
         assert sum(bundle["GPU"] for bundle in own) <= node.gpus
+    for at in range(len(booked)):
+        taken = found.rollout_num_gpus * (at < workers)
+        taken += found.learner_num_gpus * (0 <= at - found.first_rank < ranks)
+        assert taken + found.server_num_gpus * found.servers.count(at) <= booked[at]["GPU"] + 1e-9

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from rlhf_dist.config.schema import ClusterConfig, Config, LearnerConfig, RolloutConfig
+from rlhf_dist.config.schema import ClusterConfig, Config, LearnerConfig, RewardSpec, RolloutConfig
 from rlhf_dist.errors import ResourceError
 from rlhf_dist.planning import placement
 from rlhf_dist.planning.placement import (
@@ -18,11 +18,10 @@ from rlhf_dist.planning.placement import (
     Machine,
     bundles,
     cpu_quota,
-    describe,
-    first_learner_bundle,
     local_machine,
     place,
 )
+from rlhf_dist.planning.plan_lines import describe
 
 
 def config(
@@ -94,7 +93,7 @@ def test_sft_places_only_the_learner_and_eval_only_the_rollout() -> None:
 def test_a_reward_model_is_trained_where_nothing_is_sampled() -> None:
     p = place(config(workers=2, ranks=3), Machine(cpus=6, gpus=0), "reward")
     assert (p.rollout_workers, p.rollout_threads, p.learner_ranks, p.learner_threads, p.critic_ranks) == (0, 0, 3, 2, 0)
-    assert bundles(p, colocate=True) == [{"CPU": 2.0, "GPU": 0.0}] * 3
+    assert bundles(p) == [{"CPU": 2.0, "GPU": 0.0}] * 3
     gpu = place(config(workers=2, ranks=2), Machine(cpus=6, gpus=2), "reward")
     assert (gpu.learner_gpus, gpu.learner_num_gpus, gpu.rollout_gpus) == (1, 1.0, 0)
 
@@ -105,7 +104,7 @@ def test_a_critic_beside_the_policy_has_as_many_ranks_of_its_own() -> None:
     p = place(wanted, Machine(cpus=8, gpus=0), "train")
     assert (p.learner_ranks, p.critic_ranks, p.learner_threads, p.learner_num_cpus) == (4, 2, 2, 1.0)
     assert (p.rollout_threads, p.rollout_num_cpus) == (8, 4.0)
-    assert bundles(p, colocate=True) == [{"CPU": 5.0, "GPU": 0.0}, *[{"CPU": 1.0, "GPU": 0.0}] * 3]
+    assert bundles(p) == [{"CPU": 5.0, "GPU": 0.0}, *[{"CPU": 1.0, "GPU": 0.0}] * 3]
     for command in ("sft", "reward"):
         assert place(wanted, Machine(8, 0), command).learner_ranks == 2, "which have no critic"
 
@@ -120,10 +119,10 @@ def test_a_critic_that_takes_turns_or_shares_the_trunk_needs_no_ranks() -> None:
 def test_a_critic_beside_the_policy_has_gpus_of_its_own() -> None:
     p = place(side_by_side(config(workers=4, ranks=2)), Machine(cpus=16, gpus=4), "train")
     assert (p.learner_ranks, p.critic_ranks, p.learner_gpus, p.learner_num_gpus) == (4, 2, 1, 0.5)
-    assert bundles(p, colocate=True) == [{"CPU": 4.0, "GPU": 1.0}] * 4
+    assert bundles(p) == [{"CPU": 4.0, "GPU": 1.0}] * 4
     apart = place(side_by_side(config(workers=2, ranks=1, colocate=False)), Machine(cpus=16, gpus=4), "train")
-    assert [bundle["GPU"] for bundle in bundles(apart, colocate=False)] == [1.0] * 4
-    assert first_learner_bundle(apart, colocate=False) == 2
+    assert [bundle["GPU"] for bundle in bundles(apart)] == [1.0] * 4
+    assert apart.first_rank == 2
 
 
 def test_gpus_are_halved_in_rays_books_when_colocated() -> None:
@@ -212,9 +211,9 @@ def test_ray_can_always_book_what_was_placed(
     assert (p.learner_threads >= 1) == (p.learner_ranks > 0)
     assert p.critic_ranks == (ranks if beside and command == "train" else 0)
     assert p.learner_ranks == (0 if command == "eval" else ranks + p.critic_ranks)
-    booked = bundles(p, colocate)
+    booked = bundles(p)
     assert sum(bundle["CPU"] for bundle in booked) <= cpus and sum(bundle["GPU"] for bundle in booked) <= gpus
-    assert first_learner_bundle(p, colocate) + p.learner_ranks <= len(booked)
+    assert p.first_rank + p.learner_ranks <= len(booked)
 
 
 def test_describe_does_the_arithmetic() -> None:
@@ -308,8 +307,8 @@ def test_colocated_actors_share_a_place_and_a_whole_gpu() -> None:
         rollout=RolloutConfig(workers=2), learner=LearnerConfig(ranks=2), cluster=ClusterConfig(device="cuda")
     )
     placement = place(config, Machine(cpus=8, gpus=2), "train")
-    assert bundles(placement, colocate=True) == [{"CPU": 4.0, "GPU": 1.0}] * 2
-    assert first_learner_bundle(placement, colocate=True) == 0
+    assert bundles(placement) == [{"CPU": 4.0, "GPU": 1.0}] * 2
+    assert placement.first_rank == 0
 
 
 def test_a_place_is_reserved_for_each_actor_that_has_its_own() -> None:
@@ -319,5 +318,66 @@ def test_a_place_is_reserved_for_each_actor_that_has_its_own() -> None:
         cluster=ClusterConfig(device="cpu", colocate=False),
     )
     placement = place(config, Machine(cpus=8, gpus=0), "train")
-    assert bundles(placement, colocate=False) == [{"CPU": 1.0, "GPU": 0.0}] * 3 + [{"CPU": 2.0, "GPU": 0.0}]
-    assert first_learner_bundle(placement, colocate=False) == 3
+    assert bundles(placement) == [{"CPU": 1.0, "GPU": 0.0}] * 3 + [{"CPU": 2.0, "GPU": 0.0}]
+    assert placement.first_rank == 3
+
+
+def judged(wanted: Config, scorers: int = 1, references: int = 0, share: float = 0.1, moves: int = 0) -> Config:
+    """With a reward model and a reference."""
+    return dataclasses.replace(
+        wanted,
+        scoring=dataclasses.replace(
+            wanted.scoring, replicas=scorers, rewards={"judge": RewardSpec(kind="model", path="judge")}
+        ),
+        algo=dataclasses.replace(wanted.algo, kl=dataclasses.replace(wanted.algo.kl, coef=0.05)),
+        reference=dataclasses.replace(wanted.reference, replicas=references, update_every=moves),
+        cluster=dataclasses.replace(wanted.cluster, server_gpu_share=share),
+    )
+
+
+def test_servers_with_a_model_book_a_share_of_a_rollout_workers_gpu() -> None:
+    """Three servers over two workers: one GPU has two of them, and no worker books more than what that leaves."""
+    wanted = judged(config(workers=2, ranks=2, colocate=False), scorers=2, references=1, share=0.05)
+    p = place(wanted, Machine(16, 4), "train")
+    assert (p.scoring_places, p.reference_places, p.server_num_gpus) == ((0, 1), (0,), 0.05)
+    assert (p.rollout_num_gpus, p.learner_num_gpus) == (pytest.approx(0.9), 1.0)
+    assert bundles(p)[0]["GPU"] == 1.0, "worker and servers share one whole GPU"
+    assert "GPUs of scoring: 3 servers with a model, each 0.05 of a rollout worker's GPU and of its memory" in lines(
+        wanted, Machine(16, 4), "train"
+    )
+    shared = place(judged(config(workers=2, ranks=2)), Machine(16, 2), "train")
+    assert (shared.rollout_num_gpus, shared.learner_num_gpus) == (pytest.approx(0.45), pytest.approx(0.45))
+    without = place(config(workers=2, ranks=2), Machine(16, 2), "train")
+    assert (without.servers, without.rollout_num_gpus) == ((), 0.5), "the task's own reward needs no GPU"
+    assert place(wanted, Machine(16, 0), "train").servers == (), "nor does a CPU have shares"
+
+
+def test_servers_beside_workers_that_span_gpus_are_with_the_ranks() -> None:
+    p = place(judged(config(workers=1, ranks=2, parallel=2, colocate=False)), Machine(16, 4), "train")
+    assert (p.scoring_places, p.rollout_num_gpus, p.learner_num_gpus) == ((1,), 2.0, pytest.approx(0.9))
+
+
+def test_a_server_can_have_a_gpu_of_its_own() -> None:
+    wanted = judged(config(workers=1, ranks=1, colocate=False), references=1, share=1.0)
+    p = place(wanted, Machine(16, 4), "train")
+    assert (p.scoring_places, p.reference_places, p.rollout_num_gpus) == ((2,), (3,), 1.0)
+    assert [bundle["GPU"] for bundle in bundles(p)] == [1.0] * 4
+    with pytest.raises(ResourceError, match=r"2 servers with a model \(cluster.server_gpu_share 1\) need 4 GPUs"):
+        place(wanted, Machine(16, 3), "train")
+
+
+@pytest.mark.parametrize(
+    ("scorers", "share", "utilization", "said"),
+    [
+        (1, 0.2, 0.85, "1 server with a model, each with cluster.server_gpu_share 0.2 of a GPU, beside rollout.gpu_m"),
+        (3, 0.1, 0.8, "come to 1.1 GPUs; lower one of them, scoring.replicas or reference.replicas, or set cluster.s"),
+    ],
+)
+def test_memory_that_is_promised_twice_is_refused(scorers: int, share: float, utilization: float, said: str) -> None:
+    wanted = judged(config(colocate=False), scorers=scorers, share=share)
+    wanted = dataclasses.replace(
+        wanted, rollout=dataclasses.replace(wanted.rollout, gpu_memory_utilization=utilization)
+    )
+    with pytest.raises(ResourceError) as caught:
+        place(wanted, Machine(16, 2), "train")
+    assert said in str(caught.value)
