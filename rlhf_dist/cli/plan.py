@@ -4,28 +4,69 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rlhf_dist.cli import arguments
+from rlhf_dist.errors import InputError, ModelError, ResourceError
+
+if TYPE_CHECKING:
+    from rlhf_dist.config.schema import Config
+    from rlhf_dist.planning.hardware import Cluster
+    from rlhf_dist.planning.placement import Machine
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print the placement and the batch arithmetic of `train` on this machine, or on one of the given size."""
+    """Print placement, batches, memory and forecast of `train` on this machine, or on a cluster of the given size."""
     parser = arguments.config_parser(
-        "plan", "Who would get which CPUs and GPUs in `train`, and the arithmetic of the batches."
+        "plan",
+        "Who would get which CPUs and GPUs in `train`, what each device would hold, and how long a step would take.",
     )
+    parser.add_argument("--cluster", help="nodes x GPUs of each x kind, as in 4x8xH100-80G; or nodes x CPUs x CPU")
+    parser.add_argument("--cpus", type=_count, help="CPUs of one machine to plan for; default: this machine's")
+    parser.add_argument("--gpus", type=_count, help="GPUs of one machine to plan for; default: this machine's")
     parser.add_argument(
-        "--cpus", type=_count, help="CPUs of the machine or cluster to plan for; default: this machine's"
-    )
-    parser.add_argument(
-        "--gpus", type=_count, help="GPUs of the machine or cluster to plan for; default: this machine's"
+        "--response-tokens", type=_count, default=0, help="mean response assumed by the forecast; default: the longest"
     )
     args = arguments.parse(parser, argv)
+    if args.cluster and (args.cpus is not None or args.gpus is not None):
+        raise InputError("--cluster says what each node has; take --cpus and --gpus out")
     config = arguments.load_checked(args.words, "plan", "train")
-    from rlhf_dist.planning.placement import Machine, local_machine
+    from rlhf_dist.planning.hardware import parse_cluster
+    from rlhf_dist.planning.placement import Machine, count_of, local_machine
 
+    if args.cluster:
+        cluster = parse_cluster(args.cluster)
+        each = cluster.nodes[0]
+        size = f"{each.gpus} {cluster.kind} and {each.cpus} CPUs" if each.gpus else f"{each.cpus} CPUs"
+        heading = f"cluster: {count_of(len(cluster.nodes), 'node')}, each with {size}"
+        return _print_plan(config, heading, cluster.nodes, cluster, args.response_tokens)
     here = local_machine()
     machine = Machine(here.cpus if args.cpus is None else args.cpus, here.gpus if args.gpus is None else args.gpus)
-    print("\n".join(arguments.plan_lines(config, machine, "train")))
+    heading = f"machine: {machine.cpus} CPUs, {machine.gpus} GPUs"
+    return _print_plan(config, heading, (machine,), None, args.response_tokens)
+
+
+def _print_plan(config: Config, heading: str, nodes: Sequence[Machine], cluster: Cluster | None, response: int) -> int:
+    """All lines; the exit code. Raises `ResourceError` where something does not fit, after the lines."""
+    from rlhf_dist.planning import budget_lines
+    from rlhf_dist.planning.nodes import place_in
+    from rlhf_dist.planning.plan_lines import describe
+    from rlhf_dist.planning.shape import shape_of
+
+    placement = place_in(config, nodes, "train")
+    print("\n".join([heading, *describe(placement, config, "train")]))
+    try:
+        shape = shape_of(config.model)
+    except ModelError as error:
+        print(f"memory and forecast: {error}")
+        return 0
+    found = budget_lines.planned_devices(config, placement, shape, cluster)
+    lines = [budget_lines.model_line(config, shape), *budget_lines.memory_lines(config, placement, shape, found)]
+    if cluster is not None and placement.device == "cuda":
+        lines += budget_lines.gpu_forecast(config, placement, shape, cluster, found, response)
+    print("\n".join(lines))
+    if problem := budget_lines.too_large(config, found):
+        raise ResourceError(problem)
     return 0
 
 

@@ -29,6 +29,7 @@ from rlhf_dist.cluster.preflight import check_before_start, require_shared_memor
 from rlhf_dist.cluster.relay_hosts import Relays
 from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet, beat_s
+from rlhf_dist.cluster.run_forecast import basis, compared
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import (
     model_source,
@@ -55,9 +56,10 @@ from rlhf_dist.loop import rl_training as training
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import rules_of
 from rlhf_dist.loop.evaluation import evaluate as run_evaluation
-from rlhf_dist.loop.ledger import Ledger
+from rlhf_dist.loop.ledger import Ledger, LedgerProof
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.resume_point import ledger_gone
+from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.shell import Actors, Shell
 from rlhf_dist.loop.train_state import put_back, read_state
@@ -95,6 +97,7 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
         progress.stage("starting Ray")
         with ray_session(config.cluster, run.logs / "ray", progress.note) as nodes, ExitStack() as stack:
             placement = place_in(config, nodes, "train")
+            plan = basis(config, placement, source)
             workers = f"{placement.rollout_workers} vLLM worker(s)"
             progress.stage(f"starting {workers} and {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
             parts = start_fleets(config, placement, source, run.logs, folder, stack)
@@ -119,14 +122,29 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
             )
             outcome = training.train(wired, start.state)
             proof = ledger.proof()
-        gone = ledger_gone(run)
-        sound = proof.holds and not proof.in_flight and not gone
-        step = config.loop.steps if sound else None
-        summary = {"command": "train", SUMMARY_STEP: step, **asdict(outcome), "ledger": proof.text()}
-        finish(run, progress, outcome.before, outcome.after, summary, time.monotonic() - started, [proof.text()])
-        if not sound:
-            why = gone or f"{run.ledger}: {proof.text()}"
-            raise RunError(f"{why}. The run ended, but its ledger does not add up")
+        beside = compared(config, placement, plan, run.metrics) if plan else ("", {})
+        end_train(config, run, progress, outcome, proof, beside, time.monotonic() - started)
+
+
+def end_train(
+    config: Config,
+    run: RunDirectory,
+    progress: Progress,
+    outcome: training.Outcome,
+    proof: LedgerProof,
+    beside: tuple[str, dict[str, Any]],
+    seconds: float,
+) -> None:
+    """Table, curves and summary; `beside`: the run's forecast. Raises `RunError` where the ledger does not add up."""
+    gone, (line, planned) = ledger_gone(run), beside
+    sound = proof.holds and not proof.in_flight and not gone
+    step = config.loop.steps if sound else None
+    summary = {"command": "train", SUMMARY_STEP: step, **asdict(outcome), "ledger": proof.text(), "forecast": planned}
+    lines = [proof.text(), *([line] if line else [])]
+    finish(run, progress, outcome.before, outcome.after, summary, seconds, lines)
+    if not sound:
+        why = gone or f"{run.ledger}: {proof.text()}"
+        raise RunError(f"{why}. The run ended, but its ledger does not add up")
 
 
 def evaluate(config: Config) -> None:

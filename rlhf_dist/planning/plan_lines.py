@@ -7,6 +7,9 @@ from collections import Counter
 from rlhf_dist.config.schema import Config
 from rlhf_dist.planning.placement import Command, Placement, count_of
 
+MANY_NODES = 8
+"""More are counted, not named."""
+
 
 def describe(placement: Placement, config: Config, command: Command) -> list[str]:
     """Lines for a reader: who gets what, and the arithmetic of the batches."""
@@ -34,8 +37,7 @@ def describe(placement: Placement, config: Config, command: Command) -> list[str
         lines.append(f"GPUs of scoring: {count_of(len(p.servers), 'server')} with a model, each {_booked(p)}")
     if p.worker_nodes or p.rank_nodes:
         sides = (("rollout workers", Counter(p.worker_nodes)), ("learner ranks", Counter(p.rank_nodes)))
-        spread = [f"{who} {', '.join(f'{n} on {node}' for node, n in side.items())}" for who, side in sides if side]
-        lines.append(f"nodes: {'; '.join(spread)}")
+        lines.append(f"nodes: {'; '.join(f'{who} {_spread(side)}' for who, side in sides if side)}")
     lines += {"train": _train_lines, "sft": _sft_lines, "reward": _reward_lines, "eval": lambda _: []}[command](config)
     if p.rollout_workers:
         samples = f" and {config.eval.samples} samples" if config.eval.samples else ""
@@ -43,6 +45,13 @@ def describe(placement: Placement, config: Config, command: Command) -> list[str
     if command != "eval":
         lines.append(f"run directory: {config.output}/{config.name}")
     return lines
+
+
+def _spread(side: Counter[str]) -> str:
+    """`3 on 10.0.0.1, 2 on 10.0.0.4`; of many nodes how many have as many."""
+    if len(side) <= MANY_NODES:
+        return ", ".join(f"{count} on {node}" for node, count in side.items())
+    return ", ".join(f"{count} on each of {nodes} nodes" for count, nodes in Counter(side.values()).items())
 
 
 def _booked(placement: Placement) -> str:

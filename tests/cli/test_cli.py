@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -115,6 +116,8 @@ def test_help_imports_nothing_heavy() -> None:
             ["rollout.workers 9", "there are 4 CPUs"],
         ),
         (["plan", "configs/local.yaml", "--cpus", "many"], ["'many'"]),
+        (["plan", "configs/reverse.yaml", "--cluster", "4x8xH1"], ["--cluster 4x8xH1: H1 is not known", "H100-80G"]),
+        (["plan", "configs/reverse.yaml", "--cluster", "2xL4-24G", "--gpus", "2"], ["take --cpus and --gpus out"]),
         (["bench"], ["bench needs the name"]),
         (["bench", "no-such"], ["no benchmark `no-such`"]),
     ],
@@ -141,6 +144,26 @@ def test_plan_for_another_machine() -> None:
     result = cli("plan", "configs/reverse.yaml", "--cpus", "32", "--gpus", "4", "learner.ranks=4")
     assert result.returncode == 0, result.stderr
     assert "machine: 32 CPUs, 4 GPUs\ndevice: cuda\n" in result.stdout
+
+
+def test_plan_of_a_cluster_tells_memory_and_time() -> None:
+    words = ["configs/reverse.yaml", "model.path=meta-llama/Llama-3.1-70B", "model.dtype=bfloat16"]
+    words += ["rollout.workers=64", "rollout.tensor_parallel=4", "learner.ranks=256", "learner.zero_stage=3"]
+    words += ["model.gradient_checkpointing=true"]
+    result = cli("plan", *words, "cluster.colocate=false", "--cluster", "64x8xH100-80G")
+    assert result.returncode == 0, result.stderr
+    assert "cluster: 64 nodes, each with 8 H100-80G and 64 CPUs" in result.stdout
+    assert "nodes: rollout workers 2 on each of 32 nodes; learner ranks 8 on each of 32 nodes" in result.stdout
+    assert re.search(r"memory of each learner rank's GPU \(256\): [\d.]+ of 80 GB: weights 0\.551, ", result.stdout)
+    assert "forecast of the phases, in turn: generate " in result.stdout
+
+
+def test_plan_of_gpus_that_are_too_small_says_what_would_help() -> None:
+    words = ["configs/reverse.yaml", "model.path=Qwen/Qwen2.5-7B", "cluster.colocate=false", "learner.zero_stage=1"]
+    result = cli("plan", *words, "--cluster", "2xL4-24G")
+    assert result.returncode == 2
+    assert "a learner rank needs " in result.stderr and "set model.gradient_checkpointing to true" in result.stderr
+    assert "memory of each learner rank's GPU (1): " in result.stdout, "the plan is shown all the same"
 
 
 def test_options_and_overrides_in_any_order(config: str, monkeypatch: pytest.MonkeyPatch) -> None:

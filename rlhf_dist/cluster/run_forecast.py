@@ -1,0 +1,96 @@
+"""At the end of a run: what the plan's arithmetic gives for the lengths that were measured, beside the time it took."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.config.schema import Config
+from rlhf_dist.errors import DataError, ModelError
+from rlhf_dist.planning.device_memory import engine_memory
+from rlhf_dist.planning.forecast import Lengths, Rates, forecast, gpu_rates
+from rlhf_dist.planning.hardware import KINDS, kind_of
+from rlhf_dist.planning.placement import Placement
+from rlhf_dist.planning.shape import ModelShape, shape_of
+from rlhf_dist.telemetry import names
+from rlhf_dist.telemetry.report import Series, read_metrics
+
+SETTLING = 0.2
+"""Share of the steps that is left out at the start."""
+PHASES = {"generate": ("time/generate",), "train": ("time/train", "time/value"), "push": ("time/sync",)}
+"""Phase of the forecast -> the metrics that measure it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What a forecast of this run rests on; found before it starts, while the machine is quiet."""
+
+    shape: ModelShape
+    rates: Rates
+    device: str
+    """What the rates are of, in words."""
+
+
+def basis(config: Config, placement: Placement, source: str) -> Basis | None:
+    """None where the model's sizes or the GPU's are not known."""
+    try:
+        shape = shape_of(replace(config.model, path=source))
+    except ModelError:
+        return None
+    if placement.device == "cpu":
+        from rlhf_dist.cluster.device_rates import cpu_rates
+
+        threads = placement.learner_threads
+        rates = cpu_rates(shape.hidden, shape.intermediate, config.model.dtype, threads)
+        return Basis(shape, rates, f"{threads} CPU threads, measured")
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    kind = kind_of(properties.name, properties.total_memory)
+    if kind is None:
+        return None
+    rates = gpu_rates(KINDS[kind], config.model.dtype, config.rollout.enforce_eager)
+    return Basis(shape, rates, f"the data sheet of {kind}")
+
+
+def compared(config: Config, placement: Placement, found: Basis, metrics: Path) -> tuple[str, dict[str, Any]]:
+    """A line, and the same for `summary.json`; an empty line where no step was measured."""
+    try:
+        series = read_metrics(metrics)
+    except DataError:
+        return "", {}
+    measured = settled(series)
+    if names.STEP_TIME not in measured or names.RESPONSE_LENGTH not in measured:
+        return "", {}
+    capacity = KINDS[found.device.rsplit(" ", 1)[-1]].memory if placement.device == "cuda" else 0
+    cache = engine_memory(config, placement, found.shape, capacity).cache_tokens
+    planned = forecast(config, placement, found.shape, found.rates, lengths(config, measured), cache)
+    both = {"step": (planned.step, measured[names.STEP_TIME])}
+    for phase, forecasted in (("generate", planned.generate), ("train", planned.train), ("push", planned.sync)):
+        both[phase] = (forecasted, sum(measured.get(name, 0.0) for name in PHASES[phase]))
+    parts = [f"{phase} {ours:.3g} ({took:.3g})" for phase, (ours, took) in both.items()]
+    line = f"forecast, and (measured), s: {', '.join(parts)}; for the lengths of this run, from {found.device}"
+    return line, {
+        phase: {"forecast": round(ours, 4), "measured": round(took, 4)} for phase, (ours, took) in both.items()
+    }
+
+
+def settled(series: Series) -> dict[str, float]:
+    """Metric -> its median over the steps, without the first ones."""
+    return {
+        name: statistics.median(values[int(len(values) * SETTLING) :]) for name, (_, values) in series.items() if values
+    }
+
+
+def lengths(config: Config, measured: Mapping[str, float]) -> Lengths:
+    """Those of the run."""
+    response = measured[names.RESPONSE_LENGTH]
+    responses = config.loop.prompts_per_step * config.algo.group_size
+    prompt = max(1.0, measured.get("learner/tokens", 0.0) / responses - response)
+    longest, trained = measured.get("rollout/response_length_max", response), measured.get("learner/trained_share", 1.0)
+    return Lengths(prompt, response, longest, trained)

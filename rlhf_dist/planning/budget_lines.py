@@ -1,0 +1,114 @@
+"""Memory and forecast in words, and what to change where memory does not suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlhf_dist.config.schema import Config
+from rlhf_dist.planning.device_memory import Device, devices, shared_memory
+from rlhf_dist.planning.forecast import Forecast, Lengths, assumed_lengths, balanced, forecast, gpu_rates
+from rlhf_dist.planning.hardware import KINDS, Cluster
+from rlhf_dist.planning.placement import Placement, count_of
+from rlhf_dist.planning.shape import ModelShape
+
+GB = 1e9
+WORTH_SAYING = 0.95
+"""A split of the GPUs that takes less than this share of the planned step's time is named."""
+
+
+def model_line(config: Config, shape: ModelShape) -> str:
+    """Which model is planned for."""
+    return (
+        f"model: {config.model.path}, {shape.parameters / 1e6:,.0f} million parameters, {shape.layers} layers, "
+        f"{config.model.dtype}"
+    )
+
+
+def memory_lines(config: Config, placement: Placement, shape: ModelShape, found: Sequence[Device]) -> list[str]:
+    """A line for each kind of device, and one for the nodes' shared memory."""
+    lines = []
+    for device in found:
+        of = f" of {device.capacity / GB:.0f}" if device.capacity else ""
+        parts = ", ".join(f"{name} {size / GB:.3g}" for name, size in device.parts.items() if size)
+        gpu = "'s GPU" if placement.device == "cuda" else ""
+        lines.append(f"memory of each {device.name}{gpu} ({device.count}): {device.total / GB:.3g}{of} GB: {parts}")
+        if device.cache_tokens:
+            longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+            lines.append(
+                f"key-value cache: {device.cache_tokens:,} tokens an engine, "
+                f"{device.cache_tokens // longest:,} sequences of {longest:,} tokens"
+            )
+    if placement.learner_ranks and placement.rollout_workers:
+        room = shared_memory(config, shape) / GB
+        lines.append(f"/dev/shm: {room:.3g} GB on each node with rollout workers, for two copies of the weights")
+    return lines
+
+
+def too_large(config: Config, found: Sequence[Device]) -> str:
+    """What does not fit and which keys would help; empty where all fits."""
+    problems = []
+    for device in found:
+        no_cache = device.capacity and device.parts.get("key-value cache", 1) == 0
+        if device.fits and not no_cache:
+            continue
+        need = f"a {device.name} needs {device.total / GB:.3g} GB of {device.capacity / GB:.0f}"
+        what = f"{need}, and has no room for a key-value cache" if no_cache else need
+        problems.append(f"{what}: {_way_out(config, device)}")
+    return "; ".join(problems)
+
+
+def forecast_lines(planned: Forecast, lengths: Lengths, basis: str) -> list[str]:
+    """What a step takes, phase by phase, and which side waits."""
+    turns = "at once" if planned.at_once else "in turn"
+    return [
+        f"forecast ({basis}): {planned.step:.3g} s a step, {planned.tokens / planned.step:,.0f} response tokens a "
+        f"second, for prompts of {lengths.prompt:.0f} and responses of {lengths.response:.0f} tokens",
+        f"forecast of the phases, {turns}: generate {planned.generate:.3g} s, train {planned.train:.3g} s, push "
+        f"{planned.sync:.3g} s; the longest is {planned.bottleneck}",
+        f"forecast of waiting: rollout workers {planned.rollout_idle:.0%} of the time, learner "
+        f"{planned.learner_idle:.0%}; oldest tokens {count_of(planned.lag, 'version')} behind",
+    ]
+
+
+def gpu_forecast(
+    config: Config, placement: Placement, shape: ModelShape, cluster: Cluster, found: Sequence[Device], response: int
+) -> list[str]:
+    """The forecast on a cluster of known GPUs, and the split of them that makes a step shortest. `response`: 0: all."""
+    assert cluster.gpu is not None
+    rates = gpu_rates(cluster.gpu, config.model.dtype, config.rollout.enforce_eager)
+    lengths, cache = assumed_lengths(config, response), max((device.cache_tokens for device in found), default=0)
+    planned = forecast(config, placement, shape, rates, lengths, cache)
+    lines = forecast_lines(planned, lengths, f"from the data sheet of {cluster.kind}, not measured")
+    if placement.paired:
+        return lines
+    workers, ranks, step = balanced(config, placement, shape, rates, lengths, cache)
+    better = step < WORTH_SAYING * planned.step
+    of = f"rollout.workers={workers} learner.ranks={ranks}"
+    lines.append(
+        f"split of these GPUs: {f'{of} would take {step:.3g} s a step' if better else 'as balanced as it gets'}"
+    )
+    return lines
+
+
+def capacity_of(cluster: Cluster | None) -> int:
+    """Bytes of one GPU; 0 where it is not known."""
+    return 0 if cluster is None or cluster.gpu is None else KINDS[cluster.kind].memory
+
+
+def planned_devices(config: Config, placement: Placement, shape: ModelShape, cluster: Cluster | None) -> list[Device]:
+    """See `devices`."""
+    return devices(config, placement, shape, capacity_of(cluster))
+
+
+def _way_out(config: Config, device: Device) -> str:
+    """Keys that would make it fit, those that cost least first."""
+    ways, learns = [], "rank" in device.name
+    if learns and not config.model.gradient_checkpointing:
+        ways.append("set model.gradient_checkpointing to true")
+    if learns and config.learner.zero_stage < 3 and config.learner.ranks > 1:
+        ways.append("learner.zero_stage to 3")
+    if learns:
+        ways.append(f"lower learner.micro_batch_tokens ({config.learner.micro_batch_tokens}), raise learner.ranks")
+    if "worker" in device.name:
+        ways.append("lower rollout.gpu_memory_utilization" if learns else "raise rollout.tensor_parallel")
+    return ", ".join(ways) or "use GPUs with more memory"

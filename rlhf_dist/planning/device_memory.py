@@ -1,0 +1,153 @@
+"""What each kind of device of a placement holds, beside what it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from rlhf_dist.config.methods import METHODS
+from rlhf_dist.config.schema import Config
+from rlhf_dist.planning.memory import BYTES, CUDA_CONTEXT, Memory, learner_memory, logits
+from rlhf_dist.planning.placement import Placement, critic_apart, needs_reference
+from rlhf_dist.planning.shape import ModelShape
+
+GIB = 2**30
+SHARED_BUFFERS = 2
+"""Copies of the weights in the shared memory of each node with rollout workers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One kind of device: all of it hold the same."""
+
+    name: str
+    count: int
+    parts: Mapping[str, int]
+    """What it holds at the peak -> bytes."""
+    capacity: int
+    """Bytes; 0: not known."""
+    cache_tokens: int = 0
+    """Tokens that the key-value cache of one engine has room for."""
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is within the capacity, as far as that is known."""
+        return not self.capacity or self.total <= self.capacity
+
+
+def devices(config: Config, placement: Placement, shape: ModelShape, capacity: int) -> list[Device]:
+    """The devices of a training run. `capacity`: bytes of one GPU, 0 where it is not known, and on a CPU."""
+    p, found = placement, []
+    engine = engine_memory(config, placement, shape, capacity)
+    if p.rollout_workers and p.paired:
+        ranks = rank_memory(config, placement, shape)
+        both = {f"rollout: {name}": size for name, size in engine.parts.items()} | _named("learner", ranks.parts)
+        both |= server_memory(config, placement, shape, 0)
+        return [replace(engine, name="pair of rollout worker and learner rank", parts=both)]
+    if p.rollout_workers:
+        servers = server_memory(config, placement, shape, 0)
+        found.append(replace(engine, parts={**engine.parts, **servers}))
+    if p.learner_ranks:
+        servers = server_memory(config, placement, shape, p.first_rank)
+        count = p.learner_ranks - p.critic_ranks
+        parts = {**rank_memory(config, placement, shape).parts, **servers}
+        found.append(Device("learner rank", count, parts, capacity))
+        if p.critic_ranks:
+            found.append(Device("critic rank", p.critic_ranks, critic_memory(config, placement, shape).parts, capacity))
+    if p.server_num_gpus == 1:
+        own = server_memory(config, placement, shape, p.servers[0])
+        found.append(Device("server", len(p.servers), own, capacity))
+    return found
+
+
+def engine_memory(config: Config, placement: Placement, shape: ModelShape, capacity: int) -> Device:
+    """One GPU of a vLLM engine, or one engine on a CPU: weights, work space, and a cache of what is left."""
+    rollout, width = config.rollout, BYTES[config.model.dtype]
+    parallel = max(1, rollout.tensor_parallel)
+    weights = width * shape.parameters // parallel
+    a_token = max(1, width * shape.kv_elements // min(parallel, shape.kv_heads))
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    # vLLM runs one pass of its longest batch before it sizes the cache.
+    passing = width * max(8192, longest) * (4 * shape.hidden + 2 * shape.intermediate) // parallel
+    work = passing + 4 * min(rollout.max_concurrent, 1024) * shape.vocabulary
+    if placement.device == "cpu":
+        cache = int(rollout.kv_cache_gib * GIB)
+    else:
+        cache = int(rollout.gpu_memory_utilization * capacity) - weights - work - CUDA_CONTEXT if capacity else 0
+    parts = {"weights": weights, "key-value cache": max(cache, 0), "work": work}
+    if placement.device == "cuda":
+        parts["CUDA context"] = CUDA_CONTEXT
+    tokens = max(cache, 0) // a_token
+    return Device("rollout worker", placement.rollout_workers * parallel, parts, capacity, tokens)
+
+
+def rank_memory(config: Config, placement: Placement, shape: ModelShape) -> Memory:
+    """A learner rank, with the critic's part where it takes turns on the same ranks."""
+    ranks = placement.learner_ranks - placement.critic_ranks
+    found = _trained(config, placement, shape, ranks)
+    parts = dict(found.parts)
+    if METHODS[config.algo.name].baseline == "critic" and config.critic.start != "shared" and not critic_apart(config):
+        # In turn: the critic's weights and optimizer stay, its activations come when the policy's have gone.
+        own = _trained(config, placement, _without_head(shape), ranks).parts
+        parts["critic"] = sum(size for name, size in own.items() if name not in ("activations", "logits"))
+    if config.learner.ema_decay:
+        parts["moving average"] = 4 * shape.parameters
+    if placement.device == "cuda":
+        parts["CUDA context"] = CUDA_CONTEXT
+    return Memory(parts)
+
+
+def critic_memory(config: Config, placement: Placement, shape: ModelShape) -> Memory:
+    """A rank of a critic that has its own."""
+    parts = dict(_trained(config, placement, _without_head(shape), placement.critic_ranks).parts)
+    parts["logits"] = 0
+    if placement.device == "cuda":
+        parts["CUDA context"] = CUDA_CONTEXT
+    return Memory(parts)
+
+
+def server_memory(config: Config, placement: Placement, shape: ModelShape, place: int) -> dict[str, int]:
+    """Models of the scoring and reference servers in this place of the placement; one a reward of kind model.
+
+    A reward model is taken to be of the policy's size. On a CPU every server is a process beside the others.
+    """
+    p, width = placement, BYTES[config.model.dtype]
+    weights, chunk = width * shape.parameters, config.learner.logprob_chunk_tokens
+    judge = weights + width * config.scoring.batch_tokens * (4 * shape.hidden + 2 * shape.intermediate)
+    reference = judge + logits(shape, config.model.dtype, chunk)
+    held = judge * sum(reward.kind == "model" for reward in config.scoring.rewards.values())
+    if needs_reference(config) and not p.reference_places:
+        held += reference
+    found: dict[str, int] = {}
+    if scorers := p.scoring_places.count(place):
+        found["scoring servers"] = scorers * held + CUDA_CONTEXT * scorers
+    if references := p.reference_places.count(place):
+        found["reference servers"] = references * (reference + CUDA_CONTEXT)
+    return found
+
+
+def shared_memory(config: Config, shape: ModelShape) -> int:
+    """Bytes of `/dev/shm` on each node with rollout workers, by which weights are pushed."""
+    return SHARED_BUFFERS * BYTES[config.model.dtype] * shape.parameters
+
+
+def _trained(config: Config, placement: Placement, shape: ModelShape, ranks: int) -> Memory:
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    model = config.model
+    return learner_memory(
+        shape, config.learner, model.dtype, ranks, model.gradient_checkpointing, placement.device, longest
+    )
+
+
+def _without_head(shape: ModelShape) -> ModelShape:
+    """Of a critic: one number in place of an output head; the input embedding stays."""
+    return replace(shape, parameters=shape.products + shape.hidden)
+
+
+def _named(who: str, parts: Mapping[str, int]) -> dict[str, int]:
+    return {f"{who}: {name}": size for name, size in parts.items()}

@@ -1,0 +1,86 @@
+"""Kinds of GPU, and what `--cluster 4x8xH100-80G` means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from rlhf_dist.errors import InputError
+from rlhf_dist.planning.placement import Machine
+
+CPUS_A_GPU = 8
+"""Assumed of a node with GPUs."""
+CPU = "CPU"
+CLUSTER = re.compile(r"(?:(\d{1,5})x)?(\d{1,5})x([A-Za-z0-9-]+)")
+GB, TERA = 10**9, 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A GPU, as its maker's data sheet describes it."""
+
+    memory: int
+    """Bytes."""
+    bfloat16: float
+    """Multiply-adds of dense matrices, counted as two operations, a second."""
+    float32: float
+    """The same in float32, without TF32."""
+    bandwidth: float
+    """Of its memory, bytes a second."""
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "B200-180G": Kind(180 * GB, 2250 * TERA, 75 * TERA, 7.7 * TERA),
+        "H200-141G": Kind(141 * GB, 989 * TERA, 67 * TERA, 4.8 * TERA),
+        "H100-80G": Kind(80 * GB, 989 * TERA, 67 * TERA, 3.35 * TERA),
+        "A100-80G": Kind(80 * GB, 312 * TERA, 19.5 * TERA, 2.04 * TERA),
+        "A100-40G": Kind(40 * GB, 312 * TERA, 19.5 * TERA, 1.56 * TERA),
+        "L40S-48G": Kind(48 * GB, 362 * TERA, 91.6 * TERA, 0.86 * TERA),
+        "A10G-24G": Kind(24 * GB, 70 * TERA, 31.2 * TERA, 0.6 * TERA),
+        "L4-24G": Kind(24 * GB, 121 * TERA, 30.3 * TERA, 0.3 * TERA),
+        "RTX4090-24G": Kind(24 * GB, 165 * TERA, 82.6 * TERA, 1.01 * TERA),
+    }
+)
+
+
+def kind_of(name: str, memory: int) -> str | None:
+    """The kind whose name a driver gives as `NVIDIA H100 80GB HBM3`, of about as much memory; None: not known."""
+    plain = name.upper().replace(" ", "")
+    named = [kind for kind in KINDS if kind.split("-")[0] in plain]
+    close = [kind for kind in named if abs(KINDS[kind].memory - memory) < 0.15 * memory]
+    return max(close, key=len, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What to plan for."""
+
+    nodes: tuple[Machine, ...]
+    kind: str
+    """A key of `KINDS`, or `CPU`."""
+
+    @property
+    def gpu(self) -> Kind | None:
+        """None for a cluster of CPUs."""
+        return KINDS.get(self.kind)
+
+
+def parse_cluster(text: str) -> Cluster:
+    """`4x8xH100-80G`: nodes, GPUs of each, their kind; `8xH100-80G`: one node; `3x16xCPU`: CPUs of each.
+
+    Raises `InputError`.
+    """
+    kinds = {name.lower(): name for name in (*KINDS, CPU)}
+    found = CLUSTER.fullmatch(text)
+    if found is None:
+        raise InputError(f"--cluster {text}: write NODESxGPUSxKIND, as in 4x8xH100-80G, or NODESxCPUSxCPU")
+    nodes, each, kind = int(found[1] or 1), int(found[2]), kinds.get(found[3].lower())
+    if kind is None:
+        raise InputError(f"--cluster {text}: {found[3]} is not known; there is {', '.join(kinds.values())}")
+    if not nodes or not each:
+        raise InputError(f"--cluster {text}: has nothing to run on; give 1 node or more, and 1 {kind} or more in each")
+    cpus, gpus = (each, 0) if kind == CPU else (each * CPUS_A_GPU, each)
+    return Cluster(tuple(Machine(cpus, gpus, f"node {i}") for i in range(nodes)), kind)

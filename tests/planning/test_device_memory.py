@@ -1,0 +1,82 @@
+"""The devices of a placement: what is counted on which, and what is said of one that is too small."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from rlhf_dist.config.schema import Config, RewardSpec
+from rlhf_dist.planning.budget_lines import too_large
+from rlhf_dist.planning.device_memory import Device, devices, shared_memory
+from rlhf_dist.planning.hardware import parse_cluster
+from rlhf_dist.planning.memory import CUDA_CONTEXT, learner_memory
+from rlhf_dist.planning.nodes import place_in
+from rlhf_dist.planning.shape import KNOWN
+
+SHAPE = KNOWN["Qwen/Qwen2.5-7B"]
+GB = 10**9
+
+
+def config(colocate: bool = False, utilization: float = 0.85, algo: str = "grpo", **changes: Any) -> Config:
+    base = Config()
+    return replace(
+        base,
+        model=replace(base.model, path="Qwen/Qwen2.5-7B", dtype="bfloat16", gradient_checkpointing=True),
+        rollout=replace(base.rollout, workers=4, gpu_memory_utilization=utilization),
+        learner=replace(base.learner, ranks=4, zero_stage=3, micro_batch_tokens=8192),
+        algo=replace(base.algo, name=algo),
+        cluster=replace(base.cluster, colocate=colocate),
+        **changes,
+    )
+
+
+def found(wanted: Config, cluster: str = "8xH100-80G") -> list[Device]:
+    there = parse_cluster(cluster)
+    capacity = there.gpu.memory if there.gpu else 0
+    return devices(wanted, place_in(wanted, there.nodes, "train"), SHAPE, capacity)
+
+
+def test_sides_of_their_own() -> None:
+    worker, rank = found(config())
+    assert (worker.name, worker.count, rank.name, rank.count) == ("rollout worker", 4, "learner rank", 4)
+    assert worker.total == 0.85 * 80 * GB, "vLLM takes what it is given"
+    assert worker.parts["weights"] == 2 * SHAPE.parameters
+    # 28 layers, 4 heads of 128 for keys and as many for values, 2 bytes.
+    assert worker.cache_tokens == worker.parts["key-value cache"] // (28 * 2 * 4 * 128 * 2)
+    own = learner_memory(SHAPE, config().learner, "bfloat16", 4, True, "cuda", 384)
+    assert rank.total == own.total + CUDA_CONTEXT and rank.fits
+    assert shared_memory(config(), SHAPE) == 2 * 2 * SHAPE.parameters
+
+
+def test_sides_that_take_turns_share_one_device() -> None:
+    (both,) = found(config(colocate=True, utilization=0.4))
+    worker, rank = found(config(utilization=0.4))
+    assert both.total == worker.total + rank.total and both.count == 4
+    assert both.fits and not found(config(colocate=True))[0].fits, "0.85 of the memory, and a learner"
+
+
+def test_servers_and_critics_are_counted_where_they_are() -> None:
+    judged = replace(Config().scoring, rewards={"judge": RewardSpec(kind="model", path="judge")})
+    worker, rank = found(config(scoring=judged, utilization=0.7))
+    assert worker.parts["scoring servers"] > 2 * SHAPE.parameters and "scoring servers" not in rank.parts
+    kl = replace(config(algo="ppo").algo, kl=replace(Config().algo.kl, coef=0.05))
+    ppo = config(algo="ppo", utilization=0.7, reference=replace(Config().reference, replicas=1))
+    worker, rank = found(replace(ppo, algo=kl))
+    assert "reference servers" in worker.parts and rank.parts["critic"] > 10 * GB
+    own = replace(ppo, algo=kl, cluster=replace(ppo.cluster, server_gpu_share=1.0))
+    assert [(one.name, one.count) for one in found(own, "9xH100-80G")][2] == ("server", 1)
+    apart = replace(ppo, critic=replace(ppo.critic, side_by_side=True))
+    names = [(one.name, one.count) for one in found(apart, "12xH100-80G")]
+    assert names == [("rollout worker", 4), ("learner rank", 4), ("critic rank", 4)]
+
+
+def test_what_does_not_fit_is_said_with_the_keys_that_help() -> None:
+    plain = replace(config(), model=replace(config().model, gradient_checkpointing=False))
+    plain = replace(plain, learner=replace(plain.learner, zero_stage=1))
+    said = too_large(plain, found(plain))
+    assert said.startswith("a learner rank needs ") and " GB of 80: set model.gradient_checkpointing to true" in said
+    assert "learner.zero_stage to 3" in said and "lower learner.micro_batch_tokens (8192)" in said
+    assert too_large(config(), found(config())) == ""
+    small = too_large(config(utilization=0.7), found(config(utilization=0.7), "8xL4-24G"))
+    assert "has no room for a key-value cache: raise rollout.tensor_parallel" in small
+    assert "lower rollout.gpu_memory_utilization" in too_large(config(True), found(config(True)))

@@ -1,0 +1,110 @@
+"""The forecast: worked by hand with rates that make each part visible, and how it moves with the config."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rlhf_dist.config.schema import Config
+from rlhf_dist.planning.forecast import Forecast, Lengths, Rates, assumed_lengths, balanced, forecast, gpu_rates
+from rlhf_dist.planning.hardware import KINDS
+from rlhf_dist.planning.placement import Machine, Placement, place
+from rlhf_dist.planning.shape import gated
+
+SHAPE = gated(2, 8, 16, 2, 1, 100, tied=True)
+NEVER = 1e30
+IDLE = Rates(products=NEVER, bandwidth=NEVER, call_s=0, decode_s=0, sequence_s=0, write=NEVER, load=NEVER)
+LENGTHS = Lengths(prompt=10, response=20, longest=50)
+
+
+def config(workers: int = 2, ranks: int = 2, lag: int = 0, **algo: Any) -> Config:
+    """16 prompts x 8 responses a step."""
+    base = Config()
+    return replace(
+        base,
+        rollout=replace(base.rollout, workers=workers, cpus=1),
+        learner=replace(base.learner, ranks=ranks, cpus=1, micro_batch_tokens=1000),
+        algo=replace(base.algo, **algo),
+        loop=replace(base.loop, max_policy_lag=lag),
+        cluster=replace(base.cluster, colocate=False, device="cpu"),
+    )
+
+
+def placed(wanted: Config) -> Placement:
+    return place(wanted, Machine(64, 0), "train")
+
+
+def of(wanted: Config, cache_tokens: int = 0, **rates: float) -> Forecast:
+    return forecast(wanted, placed(wanted), SHAPE, replace(IDLE, **rates), LENGTHS, cache_tokens)
+
+
+def test_decoding_goes_on_for_as_long_as_the_longest_response() -> None:
+    """64 responses an engine, all at once: 50 steps; with room for 8 of them it takes 64 x 20 / 8 steps."""
+    assert of(config(), decode_s=0.1).generate == pytest.approx(50 * 0.1)
+    assert of(config(), sequence_s=0.001).generate == pytest.approx(64 * 20 * 0.001)
+    assert of(config(), cache_tokens=8 * 30, decode_s=0.1).generate == pytest.approx(160 * 0.1)
+    few = config()
+    few = replace(few, rollout=replace(few.rollout, max_concurrent=4))
+    assert of(few, decode_s=0.1).generate == pytest.approx(320 * 0.1)
+    # Two layers, each step.
+    assert of(config(), call_s=0.01).generate == pytest.approx(50 * 2 * 0.01)
+
+
+def test_products_are_two_operations_a_weight_forward_and_six_both_ways() -> None:
+    """Of 1,600 operations a second; a rank has 64 responses of 30 tokens."""
+    found = of(config(), products=1600.0)
+    attention = 2 * 2 * 4 * 30
+    assert found.train == pytest.approx(64 * 30 * 6 * (SHAPE.parameters + attention) / 1600)
+    prompts, tokens = 64 / 8 * 10, 64 * 20
+    assert found.generate == pytest.approx((prompts + tokens) * 2 * SHAPE.parameters / 1600)
+    half = forecast(config(), placed(config()), SHAPE, replace(IDLE, products=1600.0), replace(LENGTHS, trained=0.5), 0)
+    assert half.train == pytest.approx(found.train / 2), "responses without a gradient are left out"
+    several = replace(config(), learner=replace(config().learner, updates_per_batch=2, epochs=3))
+    more = of(several, products=1600.0)
+    assert more.train == pytest.approx(found.train * (3 + 1 / 3)), "three passes, and the old logprobs"
+
+
+def test_a_critic_in_turn_adds_its_time_and_beside_only_what_it_takes_longer() -> None:
+    grpo, ppo = of(config(), products=1e3), of(config(name="ppo"), products=1e3)
+    assert ppo.train == pytest.approx(grpo.train * (1 + 4 / 3))
+    beside = replace(config(name="ppo"), critic=replace(Config().critic, side_by_side=True))
+    assert of(beside, products=1e3).train == pytest.approx(grpo.train * 4 / 3)
+
+
+def test_in_turn_a_step_is_the_sum_and_at_once_the_longer_side() -> None:
+    size = 4 * SHAPE.parameters
+    rates = {"decode_s": 0.1, "write": size / 1.0, "load": size / 2.0}
+    in_turn, at_once = of(config(), **rates), of(config(lag=3), **rates)
+    assert in_turn.sync == pytest.approx(3.0) and in_turn.step == pytest.approx(8.0)
+    assert (in_turn.lag, in_turn.bottleneck) == (0, "generate")
+    assert (in_turn.rollout_idle, in_turn.learner_idle) == (pytest.approx(3 / 8), pytest.approx(5 / 8))
+    assert at_once.step == pytest.approx(5.0) and at_once.rollout_idle == pytest.approx(0) and at_once.lag == 1
+    assert of(config(lag=3), load=size / 2.0).lag == 3, "rollout workers that wait have run ahead"
+
+
+def test_the_best_split_gives_the_slower_side_more() -> None:
+    """Sampling by 8 engines takes 50 steps however few they are; learning falls with each rank."""
+    wanted = config(workers=6, ranks=2)
+    rates = replace(IDLE, decode_s=1e-4, products=1e4)
+    workers, ranks, step = balanced(wanted, placed(wanted), SHAPE, rates, LENGTHS, 0)
+    assert workers + ranks == 8 and ranks > 2
+    assert step < forecast(wanted, placed(wanted), SHAPE, rates, LENGTHS, 0).step
+    others = [
+        forecast(one, placed(one), SHAPE, rates, LENGTHS, 0).step
+        for one in (config(workers=8 - ranks, ranks=ranks) for ranks in range(1, 8))
+    ]
+    assert step == pytest.approx(min(others))
+
+
+def test_a_gpu_is_faster_in_bfloat16_and_an_eager_engine_slower() -> None:
+    h100 = KINDS["H100-80G"]
+    assert gpu_rates(h100, "bfloat16", False).products > 10 * gpu_rates(h100, "float32", False).products
+    assert gpu_rates(h100, "bfloat16", True).decode_s > gpu_rates(h100, "bfloat16", False).decode_s
+
+
+def test_lengths_are_assumed_to_be_the_longest_without_a_word() -> None:
+    assert assumed_lengths(config()) == Lengths(128, 128, 128)
+    assert assumed_lengths(config(), 40) == Lengths(128, 40, 128)
+    assert assumed_lengths(config(), 4000) == Lengths(128, 128, 128)
