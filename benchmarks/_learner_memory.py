@@ -1,5 +1,7 @@
 """Tensor bytes of one learner rank, measured: `python _learner_memory.py WORK.json RANK` writes them beside the work.
 
+`python _learner_memory.py make SHAPE.json FOLDER` makes the model, with random weights.
+
 What is held between two steps is counted over the storages of all live tensors. The peak is PyTorch's own count of what
 a step allocates on top, kernels included.
 """
@@ -15,11 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.micro_batch_rows import pack
 from rlhf_dist.learner.model_engine import ModelEngine
+from rlhf_dist.models.tokenizer import character_tokenizer
+from rlhf_dist.planning.shape import ModelShape
 
 WARM_UP = 2
 """Steps before it is measured: Adam's moments come with the first."""
@@ -39,12 +44,13 @@ class Work:
     sequence_tokens: int
     chunk_tokens: int
     port: int
-    publishes: bool
-    """Whether the weights are published, to shared memory, before it is measured."""
 
 
 def main(argv: list[str]) -> None:
-    """The work's file, and this rank's number."""
+    """The work's file, and this rank's number; or what to make."""
+    if argv[0] == "make":
+        make(ModelShape(**json.loads(Path(argv[1]).read_text(encoding="utf-8"))), Path(argv[2]))
+        return
     path, rank = Path(argv[0]), int(argv[1])
     work = Work(**json.loads(path.read_text(encoding="utf-8")))
     init_process_group(rank, work.ranks, "127.0.0.1", work.port, device="cpu", threads=1, timeout_s=120.0)
@@ -59,8 +65,6 @@ def main(argv: list[str]) -> None:
     engine = ModelEngine(Path(work.model), model, learner, optimizer, device="cpu", bucket_mib=64)
     for _ in range(WARM_UP):
         step(engine, work)
-    if work.publishes:
-        engine.publish(1)
     gc.collect()
     held = held_bytes()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -68,6 +72,22 @@ def main(argv: list[str]) -> None:
     found = {"held": held, "peak": held + most_allocated(profile)}
     Path(f"{path}.{rank}").write_text(json.dumps(found), encoding="utf-8")
     engine.close()
+
+
+def make(shape: ModelShape, folder: Path) -> None:
+    """A Qwen2-shaped model with a tied head, beside the tiny model's tokenizer."""
+    config = Qwen2Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
 
 
 def step(engine: ModelEngine, work: Work) -> None:

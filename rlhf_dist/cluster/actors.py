@@ -54,6 +54,7 @@ def make_rollout_worker(spec: ActorSpec) -> Any:
         name=spec.name,
         chat=config.data.chat,
         special_texts=any(reward.keep_special_tokens for reward in config.scoring.rewards.values()),
+        sleeps=config.cluster.colocate,
         mask=None if lag is None else MaskStart(Path(spec.mask), spec.mask_version, lag),
     )
     return RolloutWorker(
@@ -103,6 +104,10 @@ class RolloutHost:
     def load_weights(self, announcement: Any) -> Any:
         """See `RolloutWorker.load_weights`."""
         return self._worker.load_weights(announcement)
+
+    def sleep(self, number: int) -> None:
+        """See `RolloutWorker.sleep`."""
+        self._worker.sleep(number)
 
     def ready(self) -> str:
         """Answers once the engine is up."""

@@ -236,7 +236,8 @@ def start_fleets(
     join_ranks(config, ranks, folder, placement.spread_of_ranks())
     join_ranks(config, critics, folder, placement.spread_of_ranks(critic=True))
     gather(ready, "start", config.cluster.start_timeout_s, START_KEY)
-    return parts_of(config, workers, scorers, references, collator, ranks, critics, relays)
+    shares_gpu = placement.paired and placement.device == "cuda"
+    return parts_of(config, workers, scorers, references, collator, ranks, critics, relays, shares_gpu)
 
 
 def parts_of(
@@ -248,6 +249,7 @@ def parts_of(
     ranks: dict[str, Any],
     critics: dict[str, Any],
     relays: Relays,
+    shares_gpu: bool,
 ) -> Parts:
     """The processes, which are ready, behind the ports of the loop. All hand their events to one inbox."""
     inbox, limit, (collating,) = Inbox(), config.scoring.timeout_s, collator.items()
@@ -258,6 +260,7 @@ def parts_of(
         sync_timeout_s=config.weights.timeout_s,
         give_up_after=config.weights.give_up_after,
         relays=relays,
+        shares_gpu=shares_gpu,
     )
     moves = config.reference.update_every > 0
     return Parts(

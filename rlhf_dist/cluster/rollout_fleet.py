@@ -69,7 +69,10 @@ class RolloutFleet:
         sync_timeout_s: float,
         give_up_after: int = 3,
         relays: Relays = ONE_NODE,
+        shares_gpu: bool = False,
     ) -> None:
+        """`shares_gpu`: whether workers and learner ranks take turns on the same GPUs."""
+        self._shares_gpu = shares_gpu
         self._standings = {name: Standing(worker) for name, worker in workers.items()}
         # Until the first push they serve what they loaded themselves, which is all that `eval` asks of them.
         self._serving = list(workers)
@@ -95,6 +98,22 @@ class RolloutFleet:
     def hand_over(self, worker: str, keys: Sequence[str]) -> None:
         """See `loop.ports.Rollouts`."""
         self._post(worker, HandOver(tuple(keys)))
+
+    def sleep(self) -> None:
+        """See `loop.ports.Rollouts`. Does nothing where workers have devices of their own, or share a CPU's memory."""
+        if not self._shares_gpu:
+            return
+        calls = {name: one.worker.sleep.remote(one.posted) for name, one in self._standings.items()}
+        for standing in self._standings.values():
+            standing.posted += 1
+        self._inbox.wait(list(calls.values()), Patience(self._sync_timeout_s), count=len(calls))
+        for name, call in calls.items():
+            if name not in self._standings:
+                continue  # It died meanwhile, which the controller has heard of.
+            if not _is_done(call):
+                limit = limit_text(self._sync_timeout_s, SYNC_KEY)
+                raise RunError(self._silence(name, f"did not free its GPU's memory for the learner in {limit}"))
+            fetch(call, name, "sleep", self._sync_timeout_s)
 
     def serving(self) -> tuple[str, ...]:
         """See `loop.ports.Rollouts`; with those whose receipt for the published version came late."""

@@ -52,6 +52,13 @@ class Rollouts(Protocol):
         """Have a worker stop these. `Partial` comes of each, unless its answer is on its way."""
         ...
 
+    def sleep(self) -> None:
+        """Before the learner works on devices that it shares with the workers: let them give its memory back.
+
+        Nothing is under way. Returns once all have. Raises `RunError` naming a worker that did not in time.
+        """
+        ...
+
     def serving(self) -> tuple[str, ...]:
         """The workers that proved the published version."""
         ...

@@ -153,6 +153,8 @@ def take_step(
         taken = shell.next_step()
     warn_of_non_finite(run, f"step {step}", taken.non_finite)
     experiences = taken.experiences
+    with watch.phase("sync"):
+        run.actors.rollouts.sleep()
     report, push = train_step(
         experiences,
         policy=run.policy,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.schema import Config
-from rlhf_dist.planning.memory import BYTES, CUDA_CONTEXT, Memory, learner_memory, logits
+from rlhf_dist.planning.memory import BYTES, CUDA_CONTEXT, Memory, held_by_rank, learner_memory, logits
 from rlhf_dist.planning.placement import Placement, critic_apart, needs_reference
 from rlhf_dist.planning.shape import ModelShape
 
@@ -45,9 +45,7 @@ def devices(config: Config, placement: Placement, shape: ModelShape, capacity: i
     p, found = placement, []
     engine = engine_memory(config, placement, shape, capacity)
     if p.rollout_workers and p.paired:
-        ranks = rank_memory(config, placement, shape)
-        both = {f"rollout: {name}": size for name, size in engine.parts.items()} | _named("learner", ranks.parts)
-        both |= server_memory(config, placement, shape, 0)
+        both = {**_taking_turns(config, placement, shape, engine), **server_memory(config, placement, shape, 0)}
         return [replace(engine, name="pair of rollout worker and learner rank", parts=both)]
     if p.rollout_workers:
         servers = server_memory(config, placement, shape, 0)
@@ -63,6 +61,23 @@ def devices(config: Config, placement: Placement, shape: ModelShape, capacity: i
         own = server_memory(config, placement, shape, p.servers[0])
         found.append(Device("server", len(p.servers), own, capacity))
     return found
+
+
+def _taking_turns(config: Config, placement: Placement, shape: ModelShape, engine: Device) -> dict[str, int]:
+    """The worse of two moments: the engine samples beside what the rank keeps, or the rank learns beside what it keeps.
+
+    On a GPU an engine that sleeps keeps its CUDA context alone; on a CPU nothing is given back.
+    """
+    rank = dict(rank_memory(config, placement, shape).parts)
+    stays = _named("rollout", engine.parts)
+    if placement.device == "cpu":
+        return stays | _named("learner", rank)
+    ranks = placement.learner_ranks - placement.critic_ranks
+    kept = held_by_rank(shape, config.learner.zero_stage, config.model.dtype, ranks)
+    kept |= {name: rank[name] for name in ("critic", "moving average") if name in rank}
+    sampling = stays | _named("learner", kept | {"CUDA context": CUDA_CONTEXT})
+    learning = _named("learner", rank) | {"rollout: CUDA context": CUDA_CONTEXT}
+    return max(sampling, learning, key=lambda parts: sum(parts.values()))
 
 
 def engine_memory(config: Config, placement: Placement, shape: ModelShape, capacity: int) -> Device:

@@ -27,6 +27,8 @@ from rlhf_dist.weights.receipts import Announcement
 
 HALF_CHARACTER = "\ufffd"
 """What a tokenizer makes of tokens that end in the middle of a character."""
+WEIGHTS, CACHE = SLEEP_TAGS = ("weights", "kv_cache")
+"""vLLM's names for what an engine gives back when it sleeps, in the order in which it takes them again."""
 MASKED = "masked"
 """In a request's extra arguments: its tokens are drawn under the mask."""
 
@@ -52,11 +54,18 @@ def set_environment(config: RolloutConfig, device: str, threads: int, masked: bo
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
-def memory_of(config: RolloutConfig, device: str) -> dict[str, Any]:
+def memory_of(config: RolloutConfig, device: str, sleeps: bool) -> dict[str, Any]:
     """vLLM's settings for the memory that it takes."""
     if device == "cpu":
         return {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
-    return {"gpu_memory_utilization": config.gpu_memory_utilization}
+    return {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": sleeps}
+
+
+def processes_of(config: RolloutConfig) -> dict[str, Any]:
+    """vLLM's settings for the processes that compute."""
+    # Inside a Ray actor vLLM would by itself ask Ray for more GPUs than the actor was given.
+    backend = "mp" if config.tensor_parallel > 1 else "uni"
+    return {"tensor_parallel_size": config.tensor_parallel, "distributed_executor_backend": backend}
 
 
 class VllmEngine:
@@ -74,11 +83,12 @@ class VllmEngine:
         chat: bool,
         special_texts: bool = False,
         mask: MaskStart | None = None,
+        sleeps: bool = False,
     ) -> None:
         """Start the engine: about 12 s on a CPU. `model` is a Hugging Face directory; `mask`: what may be drawn.
 
         `chat` is `data.chat`: then a response ends at the chat template's end of turn, too. `special_texts`: whether
-        responses have a `special_text`.
+        responses have a `special_text`. `sleeps`: whether it shares its GPU with a learner rank.
         """
         set_environment(config, device, threads, masked=mask is not None)
         from vllm import EngineArgs
@@ -90,9 +100,7 @@ class VllmEngine:
                 dtype=dtype,  # pyright: ignore[reportArgumentType]
                 max_model_len=config.max_prompt_tokens + config.max_response_tokens,
                 max_num_seqs=config.max_concurrent,
-                tensor_parallel_size=config.tensor_parallel,
-                # Inside a Ray actor vLLM would by itself ask Ray for more GPUs than the actor was given.
-                distributed_executor_backend="mp" if config.tensor_parallel > 1 else "uni",
+                **processes_of(config),
                 enforce_eager=config.enforce_eager,
                 enable_prefix_caching=True,
                 # On a CPU a request with a seed fails where its prefill is cut: torch's generator there cannot go back.
@@ -106,7 +114,7 @@ class VllmEngine:
                 worker_extension_cls=RECEIVER,
                 trust_remote_code=False,
                 disable_log_stats=True,
-                **memory_of(config, device),
+                **memory_of(config, device, sleeps),
             )
         )
         if mask is not None:
@@ -115,6 +123,7 @@ class VllmEngine:
         self.kv_after_push = config.kv_after_push
         # Compiled steps and those on a GPU hold on to the memory that the weights lie in.
         self._can_exchange = device == "cpu" and config.enforce_eager
+        self._asleep = set[str]()  # what has no memory until it is needed
         self._salt = ""
         """Of new requests: vLLM lets them share cached keys and values with requests of the same salt alone."""
         self._weights = EngineWeights(name, self._engine, self._renew_caches)
@@ -127,6 +136,7 @@ class VllmEngine:
         """See `worker.Engine`. vLLM's own n is not used: it draws all samples from seeds in a row, and keeps their
         responses back until the last has ended."""
         self._weights.require_clean()
+        self._wake(*SLEEP_TAGS)
         self._begin(turn)
 
     def step(self) -> list[Response]:
@@ -153,6 +163,20 @@ class VllmEngine:
         """Tokens so far of a response that is under way; what it begins with does not count."""
         return self._state(key).detokenizer.num_output_tokens()
 
+    def sleep(self) -> None:
+        """See `worker.Engine`. Weights go to the host's memory, cached keys and values are gone. Only a GPU has this;
+        on a CPU vLLM notes that it was asked."""
+        self._weights.require_clean()
+        self._engine.sleep(level=1)
+        self._asleep = set(SLEEP_TAGS)
+
+    def _wake(self, *tags: str) -> None:
+        """Take memory for these again, each once."""
+        for tag in tags:
+            if tag in self._asleep:
+                self._engine.wake_up([tag])
+                self._asleep.discard(tag)
+
     def prepare_weights(self, announcement: Announcement) -> None:
         """See `worker.Engine`. With `recompute` nothing is prepared: computing keys and values again takes longer
         than a load, and spare weights take as much memory as the weights."""
@@ -164,6 +188,7 @@ class VllmEngine:
 
     def load_weights(self, announcement: Announcement) -> Receipt:
         """Load a published version into every process of the engine, and say what it holds."""
+        self._wake(WEIGHTS)  # not the cache yet: the learner may still hold its memory
         return self._weights.load(announcement)
 
     def _state(self, key: str) -> Any:

@@ -12,11 +12,12 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from rlhf_dist.data.render import between, render
+from rlhf_dist.errors import RunError
 from rlhf_dist.rollout.conversation import Observe, OpenGroup, nothing_more, request_of
 from rlhf_dist.rollout.trajectories import Response, Turn, head_of
 from rlhf_dist.types import (
@@ -34,6 +35,7 @@ from rlhf_dist.types import (
 from rlhf_dist.weights.receipts import Announcement
 
 WorkerEvent = Answered | Unanswered | Partial | PartialLost | Beat
+Result = TypeVar("Result")
 BEAT_S = 1.0
 """The longest that `events` waits before it tells of steps alone."""
 
@@ -67,7 +69,14 @@ class Load:
     done: Future[Receipt] = field(default_factory=Future)
 
 
-Verb = Submit | Cancel | HandOver
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Free the device's memory until the next version or request; `done` once it is free."""
+
+    done: Future[None] = field(default_factory=Future)
+
+
+Verb = Submit | Cancel | HandOver | Sleep
 """What a worker is asked for by message. Ray keeps no order between calls that run side by side, so each has a number,
 and the pump does them in the order of their numbers."""
 
@@ -91,6 +100,10 @@ class Engine(Protocol):
 
     def interrupt(self, keys: Sequence[str]) -> list[Response]:
         """End responses that are under way, and say what there is of each, `UNFINISHED`."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the device's memory back; `load_weights` and `submit` take theirs again. Nothing is under way."""
         ...
 
     def prepare_weights(self, announcement: Announcement) -> None:
@@ -161,10 +174,22 @@ class RolloutWorker:
         self._engine.prepare_weights(announcement)
         load = Load(announcement)
         self._inbox.put(load)
-        while not wait([load.done], BEAT_S).done:
+        return self._result_of(load.done)
+
+    def sleep(self, number: int) -> None:
+        """Let the engine give the device's memory back, after the messages before this one.
+
+        Who asks has the limit. Raises what ended the pump, if it ends before.
+        """
+        verb = Sleep()
+        self.post(number, verb)
+        self._result_of(verb.done)
+
+    def _result_of(self, done: Future[Result]) -> Result:
+        while not wait([done], BEAT_S).done:
             if self._failure is not None:
                 raise self._failure
-        return load.done.result(0)
+        return done.result(0)
 
     def events(self, wait_s: float = BEAT_S) -> list[WorkerEvent]:
         """What has happened since the last call; waits for something, for at most `wait_s`. The last one is a `Beat`.
@@ -229,8 +254,18 @@ class RolloutWorker:
                     group = self._open.pop(key, None)
                     if group is not None:
                         self._engine.abort(group.under_way)
+            case Sleep():
+                try:
+                    verb.done.set_result(self._fall_asleep())
+                except Exception as error:
+                    verb.done.set_exception(error)
             case HandOver():
                 self._tell([self._handed_over(self._open.pop(key)) for key in verb.keys if key in self._open])
+
+    def _fall_asleep(self) -> None:
+        if self._open:
+            raise RunError(f"{self.name} was to sleep with {len(self._open)} requests under way")
+        self._engine.sleep()
 
     def _handed_over(self, group: OpenGroup) -> Partial:
         found = group.partial(self._engine.interrupt(group.under_way))

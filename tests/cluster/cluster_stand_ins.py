@@ -92,6 +92,9 @@ class LightEngine:
     def prepare_weights(self, announcement: Announcement) -> None:
         pass
 
+    def sleep(self) -> None:
+        self._stand.work()
+
     def load_weights(self, announcement: Announcement) -> Receipt:
         found = self._stand.receipt(announcement)
         self._version = announcement.version
@@ -142,6 +145,9 @@ class Stand:
 
     def load_weights(self, announcement: Announcement) -> Receipt:
         return self._worker.load_weights(announcement)
+
+    def sleep(self, number: int) -> None:
+        self._worker.sleep(number)
 
     def holds(self, turn: str) -> bool:
         return self._mode.startswith("holds ") and turn.split("/", 1)[1].startswith(f"{self._mode.split()[1]}/")
@@ -312,8 +318,8 @@ class Ears:
         return self.of(kind)
 
 
-def fleet(workers: dict[str, Any], ears: Ears, sync_timeout_s: float = 30.0) -> RolloutFleet:
-    return RolloutFleet(workers, ears.inbox, timeout_s=30.0, sync_timeout_s=sync_timeout_s)
+def fleet(workers: dict[str, Any], ears: Ears, sync_timeout_s: float = 30.0, shares_gpu: bool = False) -> RolloutFleet:
+    return RolloutFleet(workers, ears.inbox, timeout_s=30.0, sync_timeout_s=sync_timeout_s, shares_gpu=shares_gpu)
 
 
 def makers(heard: Iterable[Event]) -> list[tuple[str, str]]:

@@ -149,8 +149,14 @@ class FakeRollouts:
     served: list[str] = field(default_factory=list)
     version: int = -1
     inbox: FakeInbox = field(default_factory=FakeInbox)
+    order: list[str] = field(default_factory=list)
+    """What was asked of it; a learner may have the same list."""
+
+    def sleep(self) -> None:
+        self.order.append("sleep")
 
     def submit(self, worker: str, requests: Sequence[Request]) -> None:
+        self.order.append("submit")
         for request in reversed(requests):
             self.served.append(request.uid)
             if request.uid in self.drops or "*" in self.drops:
@@ -171,6 +177,7 @@ class FakeRollouts:
         return []
 
     def load_weights(self, announcement: Announcement) -> list[str]:
+        self.order.append("load")
         self.version = announcement.version
         return []
 

@@ -160,3 +160,17 @@ def test_a_prompt_without_its_greedy_response_is_dropped_and_made_up_for(tmp_pat
     close(run)
     assert proof.dropped == {"greedy_lost": 2} and proof.holds and proof.consumed == STEPS * PROMPTS
     assert sum("greedy_lost" in event["message"] for event in lines(run.directory.events)) == 2
+
+
+def test_workers_sleep_before_the_learner_works_and_are_asked_for_nothing_until_the_next_push(tmp_path: Path) -> None:
+    """On GPUs that both share, memory has one owner at a time; a critic learns in the same turn."""
+    order = list[str]()
+    rollouts, policy, critic = FakeRollouts(order=order), FakePolicy(order=order), FakeCritic(order=order)
+    config = replace(with_algo(AlgoConfig(name="ppo", group_size=2)), eval=replace(CONFIG.eval, every=0))
+    run = wired(tmp_path, config, rollouts=rollouts, policy=policy, critic=critic)
+    train(run, None)
+    close(run)
+    turn = ["sleep", "estimate", "critic begins", "policy", "critic ends", "publish", "load"]
+    found = [one for one, before in zip(order, ["", *order], strict=False) if (one, before) != ("submit", "submit")]
+    start = found.index("sleep")
+    assert found[start : start + 8] == [*turn, "submit"] and found.count("sleep") == STEPS

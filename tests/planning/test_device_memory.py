@@ -9,7 +9,7 @@ from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.planning.budget_lines import too_large
 from rlhf_dist.planning.device_memory import Device, devices, shared_memory
 from rlhf_dist.planning.hardware import parse_cluster
-from rlhf_dist.planning.memory import CUDA_CONTEXT, learner_memory
+from rlhf_dist.planning.memory import CUDA_CONTEXT, held_by_rank, learner_memory
 from rlhf_dist.planning.nodes import place_in
 from rlhf_dist.planning.shape import KNOWN
 
@@ -49,10 +49,19 @@ def test_sides_of_their_own() -> None:
 
 
 def test_sides_that_take_turns_share_one_device() -> None:
-    (both,) = found(config(colocate=True, utilization=0.4))
-    worker, rank = found(config(utilization=0.4))
-    assert both.total == worker.total + rank.total and both.count == 4
+    """While the engine samples, the rank keeps weights and optimizer; while the rank learns, the engine sleeps."""
+    (both,) = found(config(colocate=True, utilization=0.5))
+    worker, _ = found(config(utilization=0.5))
+    kept = sum(held_by_rank(SHAPE, 3, "bfloat16", 4).values()) + CUDA_CONTEXT
+    assert both.total == worker.total + kept and both.count == 4
+    long = config(colocate=True, utilization=0.3)
+    long = replace(long, learner=replace(long.learner, micro_batch_tokens=65536))
+    (both_long,) = found(long)
+    rank = found(replace(long, cluster=replace(long.cluster, colocate=False)))[1]
+    assert both_long.total == rank.total + CUDA_CONTEXT, "learning is the worse moment"
     assert both.fits and not found(config(colocate=True))[0].fits, "0.85 of the memory, and a learner"
+    (cpu,) = found(config(colocate=True), "16xCPU")
+    assert {"rollout: key-value cache", "learner: activations"} <= set(cpu.parts), "nobody gives anything back"
 
 
 def test_servers_and_critics_are_counted_where_they_are() -> None:

@@ -25,6 +25,7 @@ class Engine:
         self.version = 0
         self.fails: Exception | None = None
         self.prepared: list[int] = []
+        self.sleeps = 0
 
     def submit(self, turn: Turn) -> None:
         assert turn.context, "an engine refuses a prompt without tokens"
@@ -55,6 +56,9 @@ class Engine:
         gone = set(keys)
         assert gone <= {turn.key for turn in self.turns}, "asked for at some time"
         self.under_way = [turn for turn in self.under_way if turn.key not in gone]
+
+    def sleep(self) -> None:
+        self.sleeps += 1
 
     def prepare_weights(self, announcement: Announcement) -> None:
         self.prepared.append(announcement.version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,31 @@ def test_a_push_is_proved_and_changes_the_logprobs(
     found = groups(worker, requests())
     assert largest_difference(learner, found) <= 1e-4
     assert versions(found) == {version}
+
+
+def test_an_engine_that_slept_takes_memory_for_weights_first_and_for_its_cache_when_it_samples(
+    worker: RolloutWorker, engine: VllmEngine, learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU nothing is freed; vLLM's own books of what sleeps are real, and it samples only when all is awake."""
+    vllm: Any = engine._engine
+    executor, wake, woken = vllm.model_executor, vllm.wake_up, list[list[str]]()
+
+    def wake_up(tags: list[str]) -> bool:
+        woken.append(tags)
+        return wake(tags)
+
+    monkeypatch.setattr(vllm, "wake_up", wake_up)
+    engine.sleep()
+    assert executor.sleeping_tags == {"weights", "kv_cache"} and vllm.is_sleeping()
+    learner.move(seed=3)
+    announcement = learner.publish(3)
+    assert receipt_problem(announcement, engine.load_weights(announcement)) is None
+    assert woken == [["weights"]] and executor.sleeping_tags == {"kv_cache"}
+    found = groups(worker, requests())
+    assert woken == [["weights"], ["kv_cache"]] and not vllm.is_sleeping()
+    assert largest_difference(learner, found) <= 1e-4 and versions(found) == {3}
+    groups(worker, requests())
+    assert len(woken) == 2
 
 
 def test_the_mask_stays_behind_the_pushes(worker: RolloutWorker, learner: Learner) -> None:

@@ -18,10 +18,10 @@ from stand_in_engine import Engine, asked, submit, talking, uids
 
 from rlhf_dist.config.schema import RolloutConfig
 from rlhf_dist.data.render import render
-from rlhf_dist.errors import EngineBroken
+from rlhf_dist.errors import EngineBroken, RunError
 from rlhf_dist.models.hf import load_tokenizer
 from rlhf_dist.rollout.vllm_engine import VllmEngine, decoded, sampling_params
-from rlhf_dist.rollout.worker import Cancel, RolloutWorker
+from rlhf_dist.rollout.worker import Cancel, RolloutWorker, Sleep
 from rlhf_dist.types import Beat, Message, Receipt, Unanswered
 from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement
@@ -64,6 +64,30 @@ def test_each_sample_is_a_turn_of_its_own_and_its_group_has_it_in_its_place(
         assert [sample.tokens[-1] for sample in group.trajectories] == [0, 1, 2], "sample i has the seed i here"
     assert [turn.seed for turn in engine.turns] == [0, 1, 2] * 2
     assert {turn.sampling for turn in engine.turns} == {requests[0].sampling}
+
+
+def test_a_worker_sleeps_after_what_was_asked_before(worker: RolloutWorker, engine: Engine) -> None:
+    """Its number is 2: it waits for the message that ends the request, although that comes later."""
+    (request,) = asked("abc")
+    worker.post(0, submit(request))
+    worker.turn()
+    asleep = Sleep()
+    worker.post(2, asleep)
+    worker.turn()
+    assert not asleep.done.done()
+    worker.post(1, Cancel((request.key,)))
+    worker.turn()
+    assert asleep.done.result(0) is None and engine.sleeps == 1
+
+
+def test_a_worker_with_requests_under_way_does_not_sleep(worker: RolloutWorker, engine: Engine) -> None:
+    asleep = Sleep()
+    worker.post(0, submit(*asked("abc", n=3)))
+    worker.post(1, asleep)
+    worker.turn()
+    with pytest.raises(RunError, match="w was to sleep with 1 requests under way"):
+        asleep.done.result(0)
+    assert engine.sleeps == 0
 
 
 def test_what_is_asked_twice_is_kept_apart(worker: RolloutWorker, engine: Engine) -> None:
