@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from rlhf_dist.cluster import learner_hosts as hosts
@@ -10,9 +11,12 @@ from rlhf_dist.cluster.importing import importing
 from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.sources import check_critic, check_reference, check_run_models, preflight_rewards
 from rlhf_dist.config.schema import Config
+from rlhf_dist.errors import ModelError
 from rlhf_dist.loop.run_lock import require_place
 from rlhf_dist.models.weight_files import read_headers
+from rlhf_dist.planning.memory import BYTES
 from rlhf_dist.planning.placement import Command, local_machine, place
+from rlhf_dist.planning.shape import shape_of
 from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.shared_memory import require_room
 
@@ -38,15 +42,17 @@ def check_before_start(config: Config, command: Command, resume: bool = False) -
 
 
 def require_shared_memory(source: str, config: Config) -> None:
-    """Refuse to start where pushes of the weights in the directory `source` would find no room on this machine.
+    """Refuse to start where pushes of the weights of the model `source` would find no room on this machine.
 
     Raises `ResourceError`, or `ModelError` for a file that is damaged.
     """
     if joins_cluster(config.cluster):
         return  # the run may be on another node
-    folder = Path(source)
-    stored = read_headers(folder) if folder.is_dir() else {}
-    dtype = config.model.dtype
+    folder, dtype = Path(source), config.model.dtype
+    if not folder.is_dir():
+        require_room(weight_bytes(source, config))
+        return
+    stored = read_headers(folder)
     require_room(make_plan(((name, tensor.shape, dtype) for name, tensor in stored.items()), bucket_bytes=1).nbytes)
 
 
@@ -56,8 +62,7 @@ def disk_need(source: str, config: Config, command: Command) -> int:
     A critic with its own trunk takes as much again; a moving average is float32; a reference that moves and a mask
     policy are like the model.
     """
-    folder = Path(source)
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    weights = weight_bytes(source, config)
     kept = 1 if command in ("sft", "reward") else config.loop.keep_checkpoints
     width = 1 if config.model.dtype == "float32" else 2
     parts = float(1 + 3 * width)
@@ -67,3 +72,14 @@ def disk_need(source: str, config: Config, command: Command) -> int:
         parts += 1 if config.reference.update_every else 0
         parts += 1 if hosts.algorithm(config.algo).mask is not None else 0
     return int(weights * parts * (kept + 1))
+
+
+def weight_bytes(source: str, config: Config) -> int:
+    """Of the model at `source` in `model.dtype`; of a hub name that is not downloaded yet by its sizes, if known."""
+    folder = Path(source)
+    if folder.is_dir():
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    try:
+        return BYTES[config.model.dtype] * shape_of(replace(config.model, path=source)).parameters
+    except ModelError:
+        return 0
