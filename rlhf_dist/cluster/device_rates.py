@@ -31,6 +31,7 @@ def cpu_rates(hidden: int, intermediate: int, dtype: str, threads: int) -> Rates
         products=2.0 * TOKENS * hidden * intermediate / product_s,
         bandwidth=3 * 4 * ELEMENTS / sum_s,
         call_s=0.5e-3,
+        decode_layer_s=0.15e-3,
         decode_s=2e-3,
         sequence_s=60e-6,
         write=5e9,

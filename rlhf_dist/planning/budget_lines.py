@@ -110,5 +110,7 @@ def _way_out(config: Config, device: Device) -> str:
     if learns:
         ways.append(f"lower learner.micro_batch_tokens ({config.learner.micro_batch_tokens}), raise learner.ranks")
     if "worker" in device.name:
-        ways.append("lower rollout.gpu_memory_utilization" if learns else "raise rollout.tensor_parallel")
+        served = any("server" in part for part in device.parts)
+        ways.append("lower rollout.gpu_memory_utilization" if learns or served else "raise rollout.tensor_parallel")
+        ways += ["set cluster.server_gpu_share to 1, a GPU of their own"] if served else []
     return ", ".join(ways) or "use GPUs with more memory"

@@ -30,7 +30,9 @@ class Rates:
     bandwidth: float
     """Bytes a second that element-wise operations and decoding read and write."""
     call_s: float
-    """What one layer costs in one pass besides, seconds: starting its kernels."""
+    """What one layer costs in one pass of the learner besides, seconds: starting its kernels."""
+    decode_layer_s: float
+    """The same of a decoding step."""
     decode_s: float
     """What one decoding step of an engine costs besides, seconds."""
     sequence_s: float
@@ -97,7 +99,8 @@ def gpu_rates(kind: Kind, dtype: str, eager: bool) -> Rates:
         products=0.5 * (kind.bfloat16 if dtype == "bfloat16" else kind.float32),
         bandwidth=0.6 * kind.bandwidth,
         call_s=200e-6,
-        decode_s=0.02 if eager else 0.004,
+        decode_layer_s=150e-6 if eager else 0.0,  # compiled: the layers are one CUDA graph
+        decode_s=0.004,
         sequence_s=15e-6,
         write=3e9,
         load=2e9,
@@ -174,7 +177,7 @@ def _sampling(
     prompts = own / config.algo.group_size * lengths.prompt * operations / rates.products
     weights = width * shape.products / parallel / rates.bandwidth
     cache = width * shape.kv_elements / parallel * (lengths.prompt + lengths.response / 2) / rates.bandwidth
-    a_step = rates.decode_s + shape.layers * rates.call_s + weights
+    a_step = rates.decode_s + shape.layers * rates.decode_layer_s + weights
     return prompts + steps * a_step + tokens * (operations / rates.products + cache + rates.sequence_s)
 
 

@@ -89,3 +89,12 @@ def test_what_does_not_fit_is_said_with_the_keys_that_help() -> None:
     small = too_large(config(utilization=0.7), found(config(utilization=0.7), "8xL4-24G"))
     assert "has no room for a key-value cache: raise rollout.tensor_parallel" in small
     assert "lower rollout.gpu_memory_utilization" in too_large(config(True), found(config(True)))
+
+
+def test_servers_that_are_too_much_can_have_gpus_of_their_own() -> None:
+    judged = replace(Config().scoring, rewards={"judge": RewardSpec(kind="model", path="judge")})
+    said = too_large(config(scoring=judged), found(config(scoring=judged)))
+    assert (
+        said.startswith("a rollout worker needs ")
+        and "lower rollout.gpu_memory_utilization, set cluster.server" in said
+    )

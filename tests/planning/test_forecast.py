@@ -15,7 +15,9 @@ from rlhf_dist.planning.shape import gated
 
 SHAPE = gated(2, 8, 16, 2, 1, 100, tied=True)
 NEVER = 1e30
-IDLE = Rates(products=NEVER, bandwidth=NEVER, call_s=0, decode_s=0, sequence_s=0, write=NEVER, load=NEVER)
+IDLE = Rates(
+    products=NEVER, bandwidth=NEVER, call_s=0, decode_layer_s=0, decode_s=0, sequence_s=0, write=NEVER, load=NEVER
+)
 LENGTHS = Lengths(prompt=10, response=20, longest=50)
 
 
@@ -49,7 +51,7 @@ def test_decoding_goes_on_for_as_long_as_the_longest_response() -> None:
     few = replace(few, rollout=replace(few.rollout, max_concurrent=4))
     assert of(few, decode_s=0.1).generate == pytest.approx(320 * 0.1)
     # Two layers, each step.
-    assert of(config(), call_s=0.01).generate == pytest.approx(50 * 2 * 0.01)
+    assert of(config(), decode_layer_s=0.01).generate == pytest.approx(50 * 2 * 0.01)
 
 
 def test_products_are_two_operations_a_weight_forward_and_six_both_ways() -> None:
@@ -101,7 +103,7 @@ def test_the_best_split_gives_the_slower_side_more() -> None:
 def test_a_gpu_is_faster_in_bfloat16_and_an_eager_engine_slower() -> None:
     h100 = KINDS["H100-80G"]
     assert gpu_rates(h100, "bfloat16", False).products > 10 * gpu_rates(h100, "float32", False).products
-    assert gpu_rates(h100, "bfloat16", True).decode_s > gpu_rates(h100, "bfloat16", False).decode_s
+    assert gpu_rates(h100, "bfloat16", True).decode_layer_s > gpu_rates(h100, "bfloat16", False).decode_layer_s
 
 
 def test_lengths_are_assumed_to_be_the_longest_without_a_word() -> None:
