@@ -75,14 +75,15 @@ class ModelConfig:
 class TaskConfig:
     """A built-in procedural task: endless, seeded, with checkable answers."""
 
-    name: Literal["arithmetic", "reverse", "sort", "count", "describe", "guess"] = key(
+    name: Literal["arithmetic", "sums", "reverse", "sort", "count", "describe", "guess"] = key(
         "reverse", effects.TURNS_NEED_CHAT
     )
-    """arithmetic: sums and differences; reverse, sort: a word's letters; count: a letter in a word; describe: a few
-    words about a thing, kind or harsh, with human-like comparisons and a gold reward in place of an answer; guess:
-    which of three words is meant, in two turns with a hint between them."""
+    """arithmetic: sums and differences; sums: a sum asked in words, for models that can be asked; reverse, sort: a
+    word's letters; count: a letter in a word; describe: a few words about a thing, kind or harsh, with human-like
+    comparisons and a gold reward in place of an answer; guess: which of three words is meant, in two turns with a hint
+    between them."""
     min_length: int = key(3, COUNT, effects.at_most("data.task.max_length", lambda c: c.data.source == "task"))
-    """Letters in a word (all others), digits of a number (arithmetic) or words of a response (describe)."""
+    """Letters in a word (all others), digits of a number (arithmetic, sums) or words of a response (describe)."""
     max_length: int = key(6, COUNT)
     """The same unit as `min_length`."""
     train_size: int = key(20000, COUNT)

@@ -144,6 +144,12 @@ def _arithmetic(task: TaskConfig, rng: random.Random) -> Example:
     return Example(f"{left}-{right}=", str(left - right), shortcut=str(left))
 
 
+def _sums(task: TaskConfig, rng: random.Random) -> Example:
+    """Asked in words, for models that have learnt to be asked; the shortcut repeats the first number."""
+    left, right = _number(task, rng), _number(task, rng)
+    return Example(f"What is {left} plus {right}?", str(left + right), shortcut=str(left))
+
+
 def _count(task: TaskConfig, rng: random.Random) -> Example:
     """Words of at most three letters of the alphabet, for counts above one; the shortcut is the word's length."""
     letters = rng.sample(string.ascii_lowercase, 3)
@@ -163,6 +169,7 @@ def _number(task: TaskConfig, rng: random.Random) -> int:
 
 TASKS: Mapping[str, Task] = {
     "arithmetic": Task(_arithmetic, ends),
+    "sums": Task(_sums, ends),
     "reverse": Task(_reverse, ends),
     "sort": Task(_sort, ends),
     "count": Task(_count, ends),

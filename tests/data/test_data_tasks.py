@@ -14,7 +14,7 @@ from rlhf_dist.data.tasks import TASKS, example, split_of
 from rlhf_dist.errors import ConfigError
 from rlhf_dist.types import Message, Prompt
 
-NAMES = ("arithmetic", "reverse", "sort", "count")
+NAMES = ("arithmetic", "sums", "reverse", "sort", "count")
 GUESS = TaskConfig(name="guess", min_length=1, max_length=3, train_size=300)
 
 
@@ -23,6 +23,8 @@ def solve(question: str) -> str:
     if match := re.fullmatch(r"(\d+)([+-])(\d+)=", question):
         left, sign, right = match.groups()
         return str(int(left) + int(right) if sign == "+" else int(left) - int(right))
+    if match := re.fullmatch(r"What is (\d+) plus (\d+)\?", question):
+        return str(int(match[1]) + int(match[2]))
     if match := re.fullmatch(r"count ([a-z]) in ([a-z]+):", question):
         return str(len(re.findall(match[1], match[2])))
     kind, word = question.split(": ")
@@ -37,7 +39,7 @@ def test_answers_are_right_and_shortcuts_wrong(name):
             made = example(task, 3, split, index)
             assert made.answer == solve(made.question)
             assert made.shortcut != made.answer
-            assert set(made.question) <= set(string.ascii_lowercase + string.digits + ":+-= ")
+            assert set(made.question) <= set(string.ascii_lowercase + string.digits + ":+-= W?")
             assert len(made.question) < 32
 
 
