@@ -20,6 +20,7 @@ from rlhf_dist.loop.events import (
     Undone,
 )
 from rlhf_dist.loop.open_groups import OpenRequest
+from rlhf_dist.telemetry.goodput import ActorSide
 from rlhf_dist.types import Beat
 
 MemberKey = tuple[MemberKind, str]
@@ -38,8 +39,8 @@ class Member:
     """Sum of the sizes."""
     sign: float = 0.0
     """When it last gave a sign of progress, or got work while it had none."""
-    steps: int = -1
-    """Decoding steps, as it last told."""
+    beat: Beat | None = None
+    """A rollout worker's last."""
 
     def give(self, request_key: str, size: int, now: float) -> None:
         """It has this work, too."""
@@ -108,6 +109,19 @@ class Members:
         """Whether one of these has nothing to do, and nothing waits."""
         return not self._backlog and any(not one.work for one in self._serving)
 
+    @property
+    def beats(self) -> dict[str, Beat]:
+        """The last beat of each rollout worker that has told of any."""
+        return {one.name: one.beat for one in self._of_kind["rollout"] if one.beat is not None}
+
+    @property
+    def side(self) -> ActorSide:
+        """What these processes do now."""
+        workers = self._of_kind["rollout"]
+        busy = sum(1 for one in workers if one.work)
+        servers = (*self._of_kind["scoring"], *self._of_kind["reference"])
+        return ActorSide(busy, len(workers) - busy, any(one.work for one in servers))
+
     def wait(self, requests: tuple[OpenRequest, ...], first: bool = False) -> None:
         """Into the backlog, to go to one worker together; `first`: before all others."""
         (self._backlog.appendleft if first else self._backlog.append)(requests)
@@ -172,8 +186,8 @@ class Members:
     def beat(self, beat: Beat, now: float) -> None:
         """A worker's sign of life; it is one of progress where the engine has made steps."""
         member = self._members.get(("rollout", beat.worker))
-        if member is not None and member.steps != beat.steps:
-            member.steps, member.sign = beat.steps, now
+        if member is not None and (member.beat is None or member.beat.steps != beat.steps):
+            member.beat, member.sign = beat, now
 
     def serve(self, workers: Sequence[str]) -> None:
         """Only these rollout workers may be given work."""

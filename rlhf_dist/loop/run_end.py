@@ -9,11 +9,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.errors import SIGNALLED, DataError, DiskError, InputError
+from rlhf_dist.errors import SIGNALLED, ActorTimeout, DataError, DiskError, InputError
 from rlhf_dist.loop.run_directory import RunDirectory, write_json
 from rlhf_dist.models.checkpoints import checkpoint_steps
 from rlhf_dist.models.guarded_files import read_json
-from rlhf_dist.telemetry.sinks import Telemetry
+from rlhf_dist.telemetry.run_telemetry import Telemetry
 
 OUTCOME = "outcome"
 FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
@@ -69,6 +69,8 @@ def end_recorded(
         # A full disk must not hide what ended the run.
         with suppress(DiskError, OSError, ValueError):
             telemetry.event(outcome, message, **{key: end[key] for key in end if key not in (OUTCOME, "message")})
+            if outcome == FAILED:
+                telemetry.alert("wait" if isinstance(error, ActorTimeout) else "fault", message)
         with suppress(DiskError, OSError):
             write_json(run.summary, _written(run.summary) | end)
         raise

@@ -1,20 +1,27 @@
 """Whether wandb would find a key, and so whether a run is online: as the installed wandb itself looks it up.
 
 Where wandb looks changes with its versions: variables, netrc, settings files, and which server it asks by default. No
-network is used, and the key is not kept.
+network is used for that, and the key is not kept.
 """
 
 from __future__ import annotations
 
 import netrc
 import os
+import socket
+import threading
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from rlhf_dist.config.paths import expanded
 from rlhf_dist.config.schema import TelemetryConfig
 from rlhf_dist.errors import ConfigError
 
 WAY_OUT = "correct it, or set telemetry.wandb=offline"
+
+REACH_LIMIT_S = 5.0
+"""For wandb's server to take a connection."""
 
 
 def wandb_mode(config: TelemetryConfig) -> str:
@@ -59,6 +66,32 @@ def has_wandb_key() -> bool:
             f"WANDB_BASE_URL, or base_url in a settings file of wandb: {reason(error)}; {WAY_OUT}"
         ) from None
     return found is not None
+
+
+def unreachable(limit_s: float = REACH_LIMIT_S) -> str:
+    """Why wandb's server cannot be reached, as the rest of a sentence; empty where it can, or a proxy is in between.
+
+    wandb itself tries for half a minute. Looking a name up has no limit of its own, so it is done in a thread.
+    """
+    from wandb.sdk import wandb_setup
+
+    if getproxies().keys() & {"http", "https", "all"}:
+        return ""
+    parts = urlsplit(wandb_setup.singleton().settings.base_url)
+    host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+    found = [f"{host} did not answer within {limit_s:g} s"]
+
+    def reach() -> None:
+        try:
+            socket.create_connection((host, port), limit_s).close()
+            found.append("")
+        except OSError as error:
+            found.append(f"{host} cannot be reached ({error.strerror or error})")
+
+    thread = threading.Thread(target=reach, name="reach wandb", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return found[-1]
 
 
 def reason(error: Any) -> str:

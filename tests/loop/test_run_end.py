@@ -11,7 +11,8 @@ import pytest
 from rlhf_dist.errors import ConfigError, DiskError, RunError
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory, write_json
 from rlhf_dist.loop.run_end import end_recorded, read_summary
-from rlhf_dist.telemetry.sinks import EventLog, Telemetry
+from rlhf_dist.telemetry.run_telemetry import Telemetry
+from rlhf_dist.telemetry.sinks import EventLog
 
 
 @pytest.fixture

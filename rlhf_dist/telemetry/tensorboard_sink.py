@@ -1,0 +1,110 @@
+"""TensorBoard as a sink: numbers, histograms and samples in event files, by TensorBoard's own writer."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_dist.errors import ConfigError
+from rlhf_dist.telemetry.histograms import Histogram
+from rlhf_dist.telemetry.sinks import NONE, FragileSink, SampleRow
+
+FOLDER = "tensorboard"
+FLUSH_S = 10
+"""Seconds after which what was logged is in the file, at the latest."""
+
+
+def require_tensorboard() -> None:
+    """Raises ConfigError where the package is missing."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "telemetry.tensorboard is true, but the package tensorboard is not installed: "
+            "`pip install tensorboard==2.21.0`, or set it to false"
+        )
+
+
+class TensorBoardSink(FragileSink):
+    """A folder with one file for each start of the run. A thread writes, so that nothing waits for the disk."""
+
+    def __init__(self, folder: Path, on_failure: Callable[[str], None]) -> None:
+        """Raises ConfigError as `require_tensorboard` does."""
+        super().__init__("TensorBoard", on_failure)
+        require_tensorboard()
+        self._writer: Any = None
+        self._first = True
+        self._attempt(lambda: self._open(folder))
+
+    def _open(self, folder: Path) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer = EventFileWriter(str(folder), flush_secs=FLUSH_S)
+
+    def log(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram] = NONE) -> None:
+        def send() -> None:
+            from tensorboard.compat.proto import summary_pb2 as proto
+
+            values = [proto.Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+            values += [proto.Summary.Value(tag=name, histo=_histogram(found)) for name, found in histograms.items()]
+            self._add(step, values)
+
+        self._attempt(send)
+
+    def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
+        """As text, one entry a response."""
+
+        def send() -> None:
+            from tensorboard.compat.proto import summary_pb2 as proto
+            from tensorboard.plugins.text import metadata
+            from tensorboard.util import tensor_util
+
+            texts = [
+                f"reward {row['reward']:.3g}\n\n    {_indented(row['prompt'])}\n\n    {_indented(row['response'])}"
+                for row in rows
+            ]
+            tensor = tensor_util.make_tensor_proto([text.encode("utf-8", "backslashreplace") for text in texts])
+            kind = metadata.create_summary_metadata(display_name="rollouts/samples", description="")
+            self._add(step, [proto.Summary.Value(tag="rollouts/samples", metadata=kind, tensor=tensor)])
+
+        if rows:
+            self._attempt(send)
+
+    def _add(self, step: int, values: list[Any]) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+
+        if (
+            self._first
+        ):  # a resumed run goes back: TensorBoard then hides the steps that earlier files have from here on
+            self._first = False
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
+        summary = summary_pb2.Summary(value=values)
+        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._attempt(self._writer.close)
+        self._works = False
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n    ")
+
+
+def _histogram(found: Histogram) -> Any:
+    """TensorBoard wants moments, too: those of values in the middle of their buckets."""
+    from tensorboard.compat.proto import histogram_pb2
+
+    middles = [(low + high) / 2 for low, high in zip(found.edges, found.edges[1:], strict=False)]
+    weighed = list(zip(middles, found.counts, strict=True))
+    return histogram_pb2.HistogramProto(
+        min=found.edges[0],
+        max=found.edges[-1],
+        num=sum(found.counts),
+        sum=sum(middle * count for middle, count in weighed),
+        sum_squares=sum(middle**2 * count for middle, count in weighed),
+        bucket_limit=found.edges[1:],
+        bucket=found.counts,
+    )

@@ -1,0 +1,74 @@
+"""What devices did: of engines the mean beside the largest and the smallest, and what the members do now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from stand_ins import lines
+from test_loop_rl_training import warnings, whole
+
+from rlhf_dist.loop.devices import EngineLoads
+from rlhf_dist.loop.members import Members
+from rlhf_dist.loop.rl_training import who
+from rlhf_dist.telemetry.goodput import ActorSide
+from rlhf_dist.types import Beat, EngineWork
+
+
+def test_one_sick_engine_shows() -> None:
+    loads = EngineLoads()
+    first = {"a": Beat("a", 10, EngineWork(100, 1.0, 2.0)), "b": Beat("b", 10, EngineWork(100, 1.0, 2.0))}
+    assert loads.metrics(first)["rollout/engine_tokens_per_s_min"] == 100.0
+    second = {"a": Beat("a", 20, EngineWork(300, 2.0, 7.0)), "b": Beat("b", 20, EngineWork(120, 3.0, 3.0))}
+    assert loads.metrics(second) == pytest.approx(
+        {
+            "rollout/engine_tokens_per_s_mean": 105.0,
+            "rollout/engine_tokens_per_s_max": 200.0,
+            "rollout/engine_tokens_per_s_min": 10.0,
+            "rollout/engine_running_mean": 11.0,
+            "rollout/engine_running_max": 20.0,
+            "rollout/engine_running_min": 2.0,
+            "rollout/engine_kv_use_mean": 0.3,
+            "rollout/engine_kv_use_max": 0.5,
+            "rollout/engine_kv_use_min": 0.1,
+        }
+    )
+    third = loads.metrics(second | {"a": Beat("a", 5, EngineWork(50, 1.0, 1.0))})
+    assert third["rollout/engine_tokens_per_s_max"] == 50.0, "another process of the same name counts from 0"
+    assert third["rollout/engine_tokens_per_s_min"] == 0.0, "one that does nothing"
+    assert EngineLoads().metrics({}) == {}
+
+
+def test_what_members_do_now() -> None:
+    members = Members(
+        ["a", "b"],
+        ["s"],
+        ["r"],
+        capacity=8,
+        limits_s={"rollout": 5.0, "scoring": 5.0, "reference": 5.0, "collator": 5.0},
+        beat_s=1.0,
+    )
+    assert members.side == ActorSide(0, 2, False) and members.beats == {}
+    members.beat(Beat("a", 3, EngineWork(7)), 1.0)
+    assert members.beats["a"].work.tokens == 7
+    members._members["rollout", "b"].give("train/0/0", 4, 0.0)
+    members.server("reference", "train/0/1", 0.0)
+    assert members.side == ActorSide(1, 1, True)
+
+
+def test_whom_a_sentence_is_about() -> None:
+    assert who("rollout worker 12 did not load version 3 in 5 s") == "rollout worker 12"
+    assert who("2 requests of rollout worker 1 begin again with other workers") == "rollout worker 1"
+    assert who("nobody") == ""
+
+
+def test_a_run_books_its_time_and_says_what_logging_took(tmp_path: Path) -> None:
+    run = whole(tmp_path)
+    rows = [line for line in lines(run.directory.metrics) if "time/step" in line]
+    assert len(rows) == 4 and warnings(run.directory) == []
+    for row in rows:
+        for side in ("rollout", "learner"):
+            assert sum(value for name, value in row.items() if name.startswith(f"goodput/{side}_")) == pytest.approx(
+                1.0
+            )
+        assert row["time/log"] > 0.0
