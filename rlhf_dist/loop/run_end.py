@@ -66,11 +66,11 @@ def end_recorded(
             REACHED_STEP: _reached(run, telemetry),
             "seconds": round(time.monotonic() - begun, 1),
         }
+        if outcome == FAILED:
+            telemetry.alert("wait" if isinstance(error, ActorTimeout) else "fault", message)
         # A full disk must not hide what ended the run.
         with suppress(DiskError, OSError, ValueError):
             telemetry.event(outcome, message, **{key: end[key] for key in end if key not in (OUTCOME, "message")})
-            if outcome == FAILED:
-                telemetry.alert("wait" if isinstance(error, ActorTimeout) else "fault", message)
         with suppress(DiskError, OSError):
             write_json(run.summary, _written(run.summary) | end)
         raise

@@ -19,7 +19,7 @@ AlertKind = Literal[
     "wait",
     "fault",
 ]
-Level = Literal["WARN", "ERROR"]
+AlertLevel = Literal["WARN", "ERROR"]
 
 TITLES: dict[AlertKind, str] = {
     "kl": "KL explosion",
@@ -55,6 +55,6 @@ class AlertLimit:
         return True
 
 
-def level_of(kind: AlertKind) -> Level:
+def level_of(kind: AlertKind) -> AlertLevel:
     """`ERROR` for what stops processes, `WARN` for signs in the numbers."""
     return "ERROR" if kind in ("push", "wait", "fault") else "WARN"

@@ -68,6 +68,17 @@ def has_wandb_key() -> bool:
     return found is not None
 
 
+def why_offline(config: TelemetryConfig, mode: str) -> str:
+    """Why a run is offline that could be online, as the rest of a sentence; empty where it is as was asked for.
+
+    `mode`: what `wandb_mode` says.
+    """
+    if mode == "online":
+        return unreachable()
+    asked = mode == "off" or config.wandb == "offline" or bool(os.environ.get("WANDB_MODE"))
+    return "" if asked else "there is no wandb key"
+
+
 def unreachable(limit_s: float = REACH_LIMIT_S) -> str:
     """Why wandb's server cannot be reached, as the rest of a sentence; empty where it can, or a proxy is in between.
 

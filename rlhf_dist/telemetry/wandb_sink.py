@@ -14,10 +14,12 @@ from rlhf_dist.telemetry.alerts import TITLES, AlertKind, level_of
 from rlhf_dist.telemetry.code_version import code_version
 from rlhf_dist.telemetry.histograms import Histogram
 from rlhf_dist.telemetry.sinks import NONE, FragileSink, SampleRow, json_safe, one_line
-from rlhf_dist.telemetry.wandb_key import unreachable, wandb_mode
+from rlhf_dist.telemetry.wandb_key import wandb_mode, why_offline
 
 SAMPLES = "rollouts/samples"
 COLUMNS = ("step", "prompt", "response", "reward", "components")
+ALERT_CHARACTERS = 2000
+"""Of an alert's text; a failure's message may end with lines of a log."""
 DATA_DIR = "WANDB_DATA_DIR"
 
 
@@ -55,7 +57,7 @@ class WandbSink(FragileSink):
         self._works = mode != "off"
         if mode == "off":
             return
-        why = unreachable() if mode == "online" else "" if config.wandb == "offline" else "there is no wandb key"
+        why = why_offline(config, mode)
         if "WANDB_DATA_DIR" not in os.environ:  # else tables that are not uploaded yet lie outside the run directory
             os.environ[DATA_DIR] = self._folder = str(run_directory / "wandb")
         for attempt in ["online", "offline"] if mode == "online" and not why else ["offline"]:
@@ -83,7 +85,9 @@ class WandbSink(FragileSink):
         self._attempt(send)
 
     def alert(self, kind: AlertKind, text: str) -> None:
-        self._attempt(lambda: self._run.alert(title=TITLES[kind], text=text, level=level_of(kind), wait_duration=1))
+        """The same title twice in a second is sent once: wandb counts by title."""
+        level, short = level_of(kind), text[:ALERT_CHARACTERS]
+        self._attempt(lambda: self._run.alert(title=TITLES[kind], text=short, level=level, wait_duration=1))
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         """The table `rollouts/samples`, which grows over the run: each call sends the new rows only."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stand_ins import lines
-from test_loop_rl_training import warnings, whole
+from stand_ins import FakeRollouts, lines
+from test_loop_rl_training import close, warnings, whole, wired
 
 from rlhf_dist.loop.devices import EngineLoads
 from rlhf_dist.loop.members import Members
-from rlhf_dist.loop.rl_training import who
+from rlhf_dist.loop.rl_training import train, who
+from rlhf_dist.telemetry.alerts import AlertKind
 from rlhf_dist.telemetry.goodput import ActorSide
+from rlhf_dist.telemetry.run_telemetry import Telemetry
+from rlhf_dist.telemetry.sinks import EventLog, Sink
 from rlhf_dist.types import Beat, EngineWork
+from rlhf_dist.weights.receipts import Announcement
 
 
 def test_one_sick_engine_shows() -> None:
@@ -72,3 +77,28 @@ def test_a_run_books_its_time_and_says_what_logging_took(tmp_path: Path) -> None
                 1.0
             )
         assert row["time/log"] > 0.0
+
+
+class Late(FakeRollouts):
+    """Its worker misses the push of two versions."""
+
+    def load_weights(self, announcement: Announcement) -> list[str]:
+        super().load_weights(announcement)
+        late = announcement.version in (2, 3)
+        return ["rollout worker 0 did not load version 2 in 5 s (weights.timeout_s)"] if late else []
+
+
+def test_a_missed_push_calls_people_once_with_whom_and_the_event_log_has_both(tmp_path: Path) -> None:
+    run = wired(tmp_path, rollouts=Late())
+    called: list[tuple[str, str]] = []
+
+    class Called(Sink):
+        def alert(self, kind: AlertKind, text: str) -> None:
+            called.append((kind, text))
+
+    telemetry = Telemetry([EventLog(run.directory.events), Called()], lambda _: None)
+    train(replace(run, telemetry=telemetry), None)
+    close(run)
+    assert called == [("push", "step 2: rollout worker 0 did not load version 2 in 5 s (weights.timeout_s)")]
+    events = [event for event in lines(run.directory.events) if event["kind"] == "warning"]
+    assert [event["facts"] for event in events] == [{"alert": "push"}] * 2

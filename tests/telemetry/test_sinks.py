@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_dist.config.schema import TelemetryConfig
 from rlhf_dist.errors import DiskError
-from rlhf_dist.telemetry import sinks, wandb_sink
+from rlhf_dist.telemetry import sinks, wandb_key, wandb_sink
 
 ROWS = [
     {"prompt": "abc", "response": "cba", "reward": 1.0, "components": {"exact": 1.0}},
@@ -109,7 +109,7 @@ def test_a_wandb_that_cannot_start_online_goes_offline_then_off(
 
     monkeypatch.setattr(wandb_sink, "_start_wandb", refuse)
     monkeypatch.setenv("WANDB_API_KEY", "not-a-real-key-" + "x" * 40)
-    monkeypatch.setattr(wandb_sink, "unreachable", lambda: "")
+    monkeypatch.setattr(wandb_key, "unreachable", lambda: "")
     warnings: list[str] = []
     sink = wandb_sink.WandbSink(TelemetryConfig(wandb="online"), tmp_path, "x", {}, None, warnings.append, print)
     sink.log(1, {"a": 1.0})

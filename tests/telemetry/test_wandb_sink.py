@@ -15,7 +15,7 @@ from wandb_records import config, history, of_kind, records
 
 import rlhf_dist
 from rlhf_dist.config.schema import Config, RewardSpec, ScoringConfig, TelemetryConfig
-from rlhf_dist.telemetry import wandb_sink
+from rlhf_dist.telemetry import wandb_key, wandb_sink
 from rlhf_dist.telemetry.histograms import histogram
 from rlhf_dist.telemetry.run_telemetry import Telemetry, open_telemetry
 from rlhf_dist.telemetry.wandb_key import unreachable
@@ -101,7 +101,7 @@ def test_a_key_without_a_network_goes_offline_and_says_so_once(tmp_path: Path, m
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
     monkeypatch.setenv("WANDB_API_KEY", "local-" + "0123456789" * 4)
-    monkeypatch.setattr(wandb_sink, "unreachable", lambda: f"127.0.0.1:{port} cannot be reached")
+    monkeypatch.setattr(wandb_key, "unreachable", lambda: f"127.0.0.1:{port} cannot be reached")
     run, notes = tmp_path / "run", list[str]()
     run.mkdir()
     telemetry, _ = opened(run, None, notes)
