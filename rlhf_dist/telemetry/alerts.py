@@ -48,7 +48,8 @@ class AlertLimit:
 
     def lets(self, kind: AlertKind, subject: str) -> bool:
         """Whether it is to be sent now; if so, it counts as sent."""
-        now, cause = self._clock(), (kind, subject)
+        now = self._clock()
+        cause: tuple[AlertKind, str] = (kind, subject)
         if cause in self._sent and now - self._sent[cause] < EVERY_S:
             return False
         self._sent[cause] = now

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 OTHER = "wait_other"
@@ -41,8 +41,8 @@ class Goodput:
         self._clock = clock
         self._looked = clock()
         self._phase = ""
-        self._rollout: Counter[str] = Counter()
-        self._learner: Counter[str] = Counter()
+        self._rollout: dict[str, float] = defaultdict(float)
+        self._learner: dict[str, float] = defaultdict(float)
 
     def phase(self, name: str) -> None:
         """The learner side begins something else; empty: nothing that has a name."""
@@ -86,7 +86,11 @@ def learner(phase: str, side: ActorSide) -> str:
     return "wait_score" if phase and side.scoring else OTHER
 
 
-def shares(prefix: str, booked: Counter[str], causes: Sequence[str]) -> dict[str, float]:
+def shares(prefix: str, booked: Mapping[str, float], causes: Sequence[str]) -> dict[str, float]:
     """Of all that is booked; nothing where that is nothing."""
     total = sum(booked.values())
-    return {prefix + cause: booked[cause] / total for cause in dict.fromkeys((*causes, *booked))} if total > 0 else {}
+    return (
+        {prefix + cause: booked.get(cause, 0.0) / total for cause in dict.fromkeys((*causes, *booked))}
+        if total > 0
+        else {}
+    )

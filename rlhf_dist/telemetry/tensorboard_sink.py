@@ -44,8 +44,7 @@ class TensorBoardSink(FragileSink):
 
     def log(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram] = NONE) -> None:
         def send() -> None:
-            from tensorboard.compat.proto import summary_pb2 as proto
-
+            proto, _, _ = messages()
             values = [proto.Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
             values += [proto.Summary.Value(tag=name, histo=_histogram(found)) for name, found in histograms.items()]
             self._add(step, values)
@@ -56,10 +55,10 @@ class TensorBoardSink(FragileSink):
         """As text, one entry a response."""
 
         def send() -> None:
-            from tensorboard.compat.proto import summary_pb2 as proto
             from tensorboard.plugins.text import metadata
             from tensorboard.util import tensor_util
 
+            proto, _, _ = messages()
             texts = [
                 f"reward {row['reward']:.3g}\n\n    {_indented(row['prompt'])}\n\n    {_indented(row['response'])}"
                 for row in rows
@@ -72,8 +71,7 @@ class TensorBoardSink(FragileSink):
             self._attempt(send)
 
     def _add(self, step: int, values: list[Any]) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-
+        summary_pb2, event_pb2, _ = messages()
         if (
             self._first
         ):  # a resumed run goes back: TensorBoard then hides the steps that earlier files have from here on
@@ -89,14 +87,20 @@ class TensorBoardSink(FragileSink):
         self._works = False
 
 
+def messages() -> tuple[Any, Any, Any]:
+    """TensorBoard's summary_pb2, event_pb2 and histogram_pb2, which say nothing of their types."""
+    from tensorboard.compat.proto import event_pb2, histogram_pb2, summary_pb2
+
+    return summary_pb2, event_pb2, histogram_pb2
+
+
 def _indented(text: str) -> str:
     return text.replace("\n", "\n    ")
 
 
 def _histogram(found: Histogram) -> Any:
     """TensorBoard wants moments, too: those of values in the middle of their buckets."""
-    from tensorboard.compat.proto import histogram_pb2
-
+    _, _, histogram_pb2 = messages()
     middles = [(low + high) / 2 for low, high in zip(found.edges, found.edges[1:], strict=False)]
     weighed = list(zip(middles, found.counts, strict=True))
     return histogram_pb2.HistogramProto(

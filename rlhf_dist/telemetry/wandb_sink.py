@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+import numpy as np
+
 from rlhf_dist.config.schema import TelemetryConfig
 from rlhf_dist.telemetry.alerts import TITLES, AlertKind, level_of
 from rlhf_dist.telemetry.code_version import code_version
@@ -77,7 +79,7 @@ class WandbSink(FragileSink):
             import wandb
 
             drawn = {
-                name: wandb.Histogram(np_histogram=(list(found.counts), list(found.edges)))
+                name: wandb.Histogram(np_histogram=(np.array(found.counts), np.array(found.edges)))
                 for name, found in histograms.items()
             }
             self._run.log({"step": int(step)} | dict(metrics) | drawn)
