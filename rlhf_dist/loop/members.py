@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -85,6 +85,8 @@ class Members:
             (kind, name): Member(kind, name) for kind, names in named.items() for name in names
         }
         self._of_kind = {kind: [one for one in self._members.values() if one.kind == kind] for kind in named}
+        self._busy: Counter[MemberKind] = Counter()
+        """How many of each kind have work."""
         self._serving: list[Member] = []
         """Rollout workers that may be given more: they have proved the published weights."""
         self._capacity = capacity
@@ -117,10 +119,9 @@ class Members:
     @property
     def side(self) -> ActorSide:
         """What these processes do now."""
-        workers = self._of_kind["rollout"]
-        busy = sum(1 for one in workers if one.work)
-        servers = (*self._of_kind["scoring"], *self._of_kind["reference"])
-        return ActorSide(busy, len(workers) - busy, any(one.work for one in servers))
+        busy = self._busy["rollout"]
+        scoring = self._busy["scoring"] + self._busy["reference"] > 0
+        return ActorSide(busy, len(self._of_kind["rollout"]) - busy, scoring)
 
     def wait(self, requests: tuple[OpenRequest, ...], first: bool = False) -> None:
         """Into the backlog, to go to one worker together; `first`: before all others."""
@@ -145,14 +146,14 @@ class Members:
                 break
             for one in self._backlog.popleft():
                 one.worker = worker.name
-                worker.give(one.request.key, one.request.n, now)
+                self._give(worker, one.request.key, one.request.n, now)
                 found.setdefault(worker.name, []).append(one)
         return [Submit(worker, tuple(one.request for one in sent)) for worker, sent in found.items()]
 
     def server(self, kind: MemberKind, request_key: str, now: float) -> str:
         """The server of this kind that has least to do; it now has this request, too."""
         server = min(self._of_kind[kind], key=LOAD)
-        server.give(request_key, 1, now)
+        self._give(server, request_key, 1, now)
         return server.name
 
     def heard(self, event: About, worker: str, now: float) -> None:
@@ -174,14 +175,23 @@ class Members:
         """A member has answered."""
         member = self._members.get((kind, name))
         if member is not None:
-            member.load -= member.work.pop(request_key, 0)
+            self._take(member, request_key)
             member.sign = now
 
     def cancelled(self, worker: str, request_key: str) -> None:
         """A worker is no longer asked for this."""
         member = self._members.get(("rollout", worker))
         if member is not None:
-            member.load -= member.work.pop(request_key, 0)
+            self._take(member, request_key)
+
+    def _give(self, member: Member, request_key: str, size: int, now: float) -> None:
+        self._busy[member.kind] += not member.work
+        member.give(request_key, size, now)
+
+    def _take(self, member: Member, request_key: str) -> None:
+        if request_key in member.work:
+            member.load -= member.work.pop(request_key)
+            self._busy[member.kind] -= not member.work
 
     def beat(self, beat: Beat, now: float) -> None:
         """A worker's sign of life; it is one of progress where the engine has made steps."""
@@ -197,6 +207,7 @@ class Members:
     def lose(self, worker: str) -> bool:
         """A rollout worker is gone; false where that is known."""
         gone = self._members.pop(("rollout", worker), None)
+        self._busy["rollout"] -= gone is not None and bool(gone.work)
         for listed in (self._of_kind["rollout"], self._serving):
             listed[:] = [one for one in listed if one is not gone]
         return gone is not None

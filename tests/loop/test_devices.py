@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stand_ins import FakeRollouts, lines
+from sample_groups import request_of
+from stand_ins import FakeRollouts, lines, prompts
 from test_loop_rl_training import close, warnings, whole, wired
 
 from rlhf_dist.loop.devices import EngineLoads
 from rlhf_dist.loop.members import Members
+from rlhf_dist.loop.open_groups import OpenRequest
 from rlhf_dist.loop.rl_training import train, who
 from rlhf_dist.telemetry.alerts import AlertKind
 from rlhf_dist.telemetry.goodput import ActorSide
@@ -56,9 +58,23 @@ def test_what_members_do_now() -> None:
     assert members.side == ActorSide(0, 2, False) and members.beats == {}
     members.beat(Beat("a", 3, EngineWork(7)), 1.0)
     assert members.beats["a"].work.tokens == 7
-    members._members["rollout", "b"].give("train/0/0", 4, 0.0)
-    members.server("reference", "train/0/1", 0.0)
+    members.serve(["b"])
+    request = request_of(prompts(1)[0], 4)
+    members.wait((OpenRequest(request, 0, 0.0, False),))
+    members.dispatch(0.0)
+    server = members.server("reference", "train/0/1", 0.0)
     assert members.side == ActorSide(1, 1, True)
+    members.done("reference", server, "train/0/1", 1.0)
+    members.done("reference", server, "train/0/1", 1.0)
+    assert members.side == ActorSide(1, 1, False), "an answer that comes twice counts once"
+    members.cancelled("b", request.key)
+    members.cancelled("b", request.key)
+    assert members.side == ActorSide(0, 2, False)
+    members.wait((OpenRequest(request, 1, 2.0, False),))
+    members.dispatch(2.0)
+    members.lose("b")
+    members.lose("b")
+    assert members.side == ActorSide(0, 1, False)
 
 
 def test_whom_a_sentence_is_about() -> None:

@@ -12,6 +12,7 @@ from virtual_records import Attempt, Broken, Entry, Line, Purpose
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.events import Answer, Asked, Command, Event, Serving, Submit, Taken, Tick
 from rlhf_dist.loop.members import Members
+from rlhf_dist.telemetry.goodput import ActorSide
 from rlhf_dist.types import Experience, Request
 
 
@@ -259,6 +260,12 @@ class Watched(Controller):
         self._checks.event(event, commands)
         if self.late != self._checks.late:
             raise Broken(f"{self.late} events came to nothing, and {self._checks.late} had to")
+        side, members = self._members.side, self._members._members.values()
+        busy = [one.kind for one in members if one.work]
+        workers = sum(one.kind == "rollout" for one in members)
+        generating, scoring = busy.count("rollout"), not {"scoring", "reference"}.isdisjoint(busy)
+        if side != ActorSide(generating, workers - generating, scoring):
+            raise Broken(f"the members are {busy}, and what goodput is booked by is {side}")
         return commands
 
     def take(self, now: float) -> tuple[Taken | None, list[Command]]:
