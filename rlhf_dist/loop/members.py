@@ -23,6 +23,7 @@ from rlhf_dist.loop.open_groups import OpenRequest
 from rlhf_dist.telemetry.goodput import ActorSide
 from rlhf_dist.types import Beat
 
+SERVERS: tuple[MemberKind, ...] = ("scoring", "reference")
 MemberKey = tuple[MemberKind, str]
 """Kind and name: a server that gives both scores and logprobs is two members."""
 
@@ -87,6 +88,11 @@ class Members:
         self._of_kind = {kind: [one for one in self._members.values() if one.kind == kind] for kind in named}
         self._busy: Counter[MemberKind] = Counter()
         """How many of each kind have work."""
+        self._kinds: Counter[str] = Counter()
+        """Server -> for how many kinds of work it has any: it may give scores and logprobs."""
+        self._scoring = 0
+        """Servers that have any."""
+        self._servers = len({name for kind, name in self._members if kind in SERVERS})
         self._serving: list[Member] = []
         """Rollout workers that may be given more: they have proved the published weights."""
         self._capacity = capacity
@@ -120,8 +126,7 @@ class Members:
     def side(self) -> ActorSide:
         """What these processes do now."""
         busy = self._busy["rollout"]
-        scoring = self._busy["scoring"] + self._busy["reference"] > 0
-        return ActorSide(busy, len(self._of_kind["rollout"]) - busy, scoring)
+        return ActorSide(busy, len(self._of_kind["rollout"]) - busy, self._scoring, self._servers - self._scoring)
 
     def wait(self, requests: tuple[OpenRequest, ...], first: bool = False) -> None:
         """Into the backlog, to go to one worker together; `first`: before all others."""
@@ -185,13 +190,21 @@ class Members:
             self._take(member, request_key)
 
     def _give(self, member: Member, request_key: str, size: int, now: float) -> None:
-        self._busy[member.kind] += not member.work
+        if not member.work:
+            self._busy[member.kind] += 1
+            if member.kind in SERVERS:
+                self._scoring += not self._kinds[member.name]
+                self._kinds[member.name] += 1
         member.give(request_key, size, now)
 
     def _take(self, member: Member, request_key: str) -> None:
         if request_key in member.work:
             member.load -= member.work.pop(request_key)
-            self._busy[member.kind] -= not member.work
+            if not member.work:
+                self._busy[member.kind] -= 1
+                if member.kind in SERVERS:
+                    self._kinds[member.name] -= 1
+                    self._scoring -= not self._kinds[member.name]
 
     def beat(self, beat: Beat, now: float) -> None:
         """A worker's sign of life; it is one of progress where the engine has made steps."""

@@ -13,6 +13,7 @@ IDLE_WORKER = {"train": "wait_train", "value": "wait_value", "sync": "sync"}
 any other phase it waits for scores, slower workers or something else."""
 ROLLOUT_CAUSES = ("generate", "sync", "wait_train", "wait_slowest", "wait_score", OTHER)
 LEARNER_CAUSES = ("train", "sync", "wait_generate", "wait_score", OTHER)
+SCORING_CAUSES = ("score", "wait_generate", "wait_learner", OTHER)
 """What every step has a share of; `value` and `wait_value` come with a phase of that name."""
 LEARNER = {"train": "train", "value": "value", "sync": "sync"}
 """Phase of the learner side -> what its devices are booked to; in any other they wait."""
@@ -26,12 +27,14 @@ class ActorSide:
     """Rollout workers that have requests."""
     idle: int
     """Those that have none."""
-    scoring: bool
-    """A scoring or reference server has work."""
+    scoring: int
+    """Scoring and reference servers that have work."""
+    waiting: int = 0
+    """Those that have none."""
 
 
 class Goodput:
-    """Books device-seconds of both sides. `look` has to come before every change of a state, or of the phase.
+    """Books device-seconds of all sides. `look` has to come before every change of a state, or of the phase.
 
     What is not told of between two looks counts as it was found at the second: an error of one event.
     """
@@ -43,6 +46,7 @@ class Goodput:
         self._phase = ""
         self._rollout: dict[str, float] = defaultdict(float)
         self._learner: dict[str, float] = defaultdict(float)
+        self._scoring: dict[str, float] = defaultdict(float)
 
     def phase(self, name: str) -> None:
         """The learner side begins something else; empty: nothing that has a name."""
@@ -57,12 +61,16 @@ class Goodput:
         self._rollout["generate"] += seconds * side.generating
         self._rollout[idle_worker(self._phase, side)] += seconds * side.idle
         self._learner[learner(self._phase, side)] += seconds
+        self._scoring["score"] += seconds * side.scoring
+        self._scoring[idle_server(self._phase, side)] += seconds * side.waiting
 
     def lap(self) -> dict[str, float]:
-        """End the step: `goodput/rollout_CAUSE` and `goodput/learner_CAUSE`, shares that sum to 1 on each side."""
+        """End the step: `goodput/SIDE_CAUSE` for `rollout`, `learner` and `scoring`; a side's shares sum to 1."""
         self.look()
         found = shares("goodput/rollout_", self._rollout, ROLLOUT_CAUSES)
         found |= shares("goodput/learner_", self._learner, LEARNER_CAUSES)
+        found |= shares("goodput/scoring_", self._scoring, SCORING_CAUSES)
+        self._scoring.clear()
         self._rollout.clear()
         self._learner.clear()
         return found
@@ -75,6 +83,13 @@ def idle_worker(phase: str, side: ActorSide) -> str:
     if side.generating:
         return "wait_slowest"
     return "wait_score" if side.scoring else OTHER
+
+
+def idle_server(phase: str, side: ActorSide) -> str:
+    """What a scoring or reference server without work waits for."""
+    if side.generating:
+        return "wait_generate"
+    return "wait_learner" if phase in LEARNER else OTHER
 
 
 def learner(phase: str, side: ActorSide) -> str:

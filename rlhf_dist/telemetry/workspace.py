@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_dist.errors import InputError, RunError
 from rlhf_dist.telemetry import names
-from rlhf_dist.telemetry.goodput import LEARNER_CAUSES, ROLLOUT_CAUSES
+from rlhf_dist.telemetry.goodput import LEARNER_CAUSES, ROLLOUT_CAUSES, SCORING_CAUSES
 from rlhf_dist.telemetry.sinks import one_line
 from rlhf_dist.telemetry.wandb_key import has_wandb_key, unreachable
 
@@ -72,6 +72,7 @@ SECTIONS = (
         (
             Plot("Rollout workers", tuple(f"goodput/rollout_{cause}" for cause in ROLLOUT_CAUSES), stacked=True),
             Plot("Learner", tuple(f"goodput/learner_{cause}" for cause in LEARNER_CAUSES), stacked=True),
+            Plot("Scoring servers", tuple(f"goodput/scoring_{cause}" for cause in SCORING_CAUSES), stacked=True),
             Plot("Speed", (names.TOKENS_PER_S,)),
             Plot("Step", (names.STEP_TIME, "time/generate", "time/train", "time/sync")),
         ),

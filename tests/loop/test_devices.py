@@ -11,6 +11,7 @@ from stand_ins import FakeRollouts, lines, prompts
 from test_loop_rl_training import close, warnings, whole, wired
 
 from rlhf_dist.loop.devices import EngineLoads
+from rlhf_dist.loop.events import MemberKind
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.open_groups import OpenRequest
 from rlhf_dist.loop.rl_training import train, who
@@ -55,7 +56,7 @@ def test_what_members_do_now() -> None:
         limits_s={"rollout": 5.0, "scoring": 5.0, "reference": 5.0, "collator": 5.0},
         beat_s=1.0,
     )
-    assert members.side == ActorSide(0, 2, False) and members.beats == {}
+    assert members.side == ActorSide(0, 2, 0, 2) and members.beats == {}
     members.beat(Beat("a", 3, EngineWork(7)), 1.0)
     assert members.beats["a"].work.tokens == 7
     members.serve(["b"])
@@ -63,18 +64,18 @@ def test_what_members_do_now() -> None:
     members.wait((OpenRequest(request, 0, 0.0, False),))
     members.dispatch(0.0)
     server = members.server("reference", "train/0/1", 0.0)
-    assert members.side == ActorSide(1, 1, True)
+    assert members.side == ActorSide(1, 1, 1, 1)
     members.done("reference", server, "train/0/1", 1.0)
     members.done("reference", server, "train/0/1", 1.0)
-    assert members.side == ActorSide(1, 1, False), "an answer that comes twice counts once"
+    assert members.side == ActorSide(1, 1, 0, 2), "an answer that comes twice counts once"
     members.cancelled("b", request.key)
     members.cancelled("b", request.key)
-    assert members.side == ActorSide(0, 2, False)
+    assert members.side == ActorSide(0, 2, 0, 2)
     members.wait((OpenRequest(request, 1, 2.0, False),))
     members.dispatch(2.0)
     members.lose("b")
     members.lose("b")
-    assert members.side == ActorSide(0, 1, False)
+    assert members.side == ActorSide(0, 1, 0, 2)
 
 
 def test_whom_a_sentence_is_about() -> None:
@@ -88,7 +89,7 @@ def test_a_run_books_its_time_and_says_what_logging_took(tmp_path: Path) -> None
     rows = [line for line in lines(run.directory.metrics) if "time/step" in line]
     assert len(rows) == 4 and warnings(run.directory) == []
     for row in rows:
-        for side in ("rollout", "learner"):
+        for side in ("rollout", "learner", "scoring"):
             assert sum(value for name, value in row.items() if name.startswith(f"goodput/{side}_")) == pytest.approx(
                 1.0
             )
@@ -118,3 +119,15 @@ def test_a_missed_push_calls_people_once_with_whom_and_the_event_log_has_both(tm
     assert called == [("push", "step 2: rollout worker 0 did not load version 2 in 5 s (weights.timeout_s)")]
     events = [event for event in lines(run.directory.events) if event["kind"] == "warning"]
     assert [event["facts"] for event in events] == [{"alert": "push"}] * 2
+
+
+def test_a_server_of_scores_and_logprobs_is_one_device() -> None:
+    limits: dict[MemberKind, float] = {"rollout": 5.0, "scoring": 5.0, "reference": 5.0, "collator": 5.0}
+    members = Members(["a"], ["s"], ["s"], capacity=8, limits_s=limits, beat_s=1.0)
+    members.server("scoring", "train/0/0", 0.0)
+    members.server("reference", "train/0/0", 0.0)
+    assert members.side == ActorSide(0, 1, 1, 0)
+    members.done("scoring", "s", "train/0/0", 1.0)
+    assert members.side == ActorSide(0, 1, 1, 0)
+    members.done("reference", "s", "train/0/0", 1.0)
+    assert members.side == ActorSide(0, 1, 0, 1)

@@ -261,10 +261,11 @@ class Watched(Controller):
         if self.late != self._checks.late:
             raise Broken(f"{self.late} events came to nothing, and {self._checks.late} had to")
         side, members = self._members.side, self._members._members.values()
-        busy = [one.kind for one in members if one.work]
-        workers = sum(one.kind == "rollout" for one in members)
-        generating, scoring = busy.count("rollout"), not {"scoring", "reference"}.isdisjoint(busy)
-        if side != ActorSide(generating, workers - generating, scoring):
+        busy = sorted({(one.kind == "rollout", one.name) for one in members if one.work and one.kind != "collator"})
+        known = {(one.kind == "rollout", one.name) for one in members if one.kind != "collator"}
+        workers = [sum(rollout for rollout, _ in found) for found in (busy, known)]
+        servers = [len(busy) - workers[0], len(known) - workers[1]]
+        if side != ActorSide(workers[0], workers[1] - workers[0], servers[0], servers[1] - servers[0]):
             raise Broken(f"the members are {busy}, and what goodput is booked by is {side}")
         return commands
 

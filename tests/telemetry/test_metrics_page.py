@@ -44,7 +44,7 @@ def texts(room: str) -> Iterator[str]:
 def goodput_names() -> set[str]:
     """Of a run with a critic."""
     now = iter(range(100))
-    goodput = Goodput(lambda: ActorSide(1, 1, True), lambda: float(next(now)))
+    goodput = Goodput(lambda: ActorSide(1, 1, 1, 1), lambda: float(next(now)))
     for phase in (*PHASES, ""):
         goodput.phase(phase)
     return set(goodput.lap())
