@@ -20,6 +20,8 @@ from rlhf_dist.errors import ConfigError
 
 WAY_OUT = "correct it, or set telemetry.wandb=offline"
 
+MODES = ("online", "offline", "disabled", "dryrun", "run", "shared")
+"""What wandb takes as WANDB_MODE."""
 REACH_LIMIT_S = 5.0
 """For wandb's server to take a connection."""
 
@@ -27,10 +29,14 @@ REACH_LIMIT_S = 5.0
 def wandb_mode(config: TelemetryConfig) -> str:
     """`online`, `offline` or `off`. auto follows WANDB_MODE where it is set, else asks whether there is a key.
 
-    Raises ConfigError when online is asked for and there is no key.
+    Raises ConfigError when online is asked for and there is no key, or WANDB_MODE is none of wandb's.
     """
+    asked = os.environ.get("WANDB_MODE", "")
+    if not asked:
+        os.environ.pop("WANDB_MODE", None)  # empty is not a mode for wandb, and not the same as unset
+    elif asked not in MODES:
+        raise ConfigError(f"WANDB_MODE is {asked!r}; it must be {', '.join(MODES[:-1])} or {MODES[-1]}, or not set")
     if config.wandb == "auto":
-        asked = os.environ.get("WANDB_MODE", "")
         if asked in ("offline", "disabled", "dryrun"):
             return "off" if asked == "disabled" else "offline"
         return "online" if has_wandb_key() else "offline"

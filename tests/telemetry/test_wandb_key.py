@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,11 @@ def test_why_a_run_is_offline_is_said_where_nobody_asked_for_it(monkeypatch: pyt
     assert why_offline(TelemetryConfig(wandb="offline"), "offline") == why_offline(TelemetryConfig(), "off") == ""
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert why_offline(TelemetryConfig(), "offline") == ""
+
+
+def test_an_empty_mode_is_none_and_a_wrong_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "")
+    assert wandb_mode(TelemetryConfig()) == "offline" and "WANDB_MODE" not in os.environ
+    monkeypatch.setenv("WANDB_MODE", "of")
+    with pytest.raises(ConfigError, match="^WANDB_MODE is 'of'; it must be online, offline, .* or shared, or not set$"):
+        wandb_mode(TelemetryConfig())
