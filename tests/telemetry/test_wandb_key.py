@@ -137,5 +137,5 @@ def test_an_empty_mode_is_none_and_a_wrong_one_is_named(monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_MODE", "")
     assert wandb_mode(TelemetryConfig()) == "offline" and "WANDB_MODE" not in os.environ
     monkeypatch.setenv("WANDB_MODE", "of")
-    with pytest.raises(ConfigError, match=r"^WANDB_MODE is 'of'; it must be online, offline, .* or shared, or not set$"):
+    with pytest.raises(ConfigError, match=r"^WANDB_MODE is 'of'; it must be online, offline, .* or not set$"):
         wandb_mode(TelemetryConfig())
