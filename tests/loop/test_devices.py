@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sample_groups import request_of
 from stand_ins import FakeRollouts, lines, prompts
-from test_loop_rl_training import close, warnings, whole, wired
+from test_loop_rl_training import CONFIG, close, warnings, whole, wired
 
 from rlhf_dist.loop.devices import EngineLoads
 from rlhf_dist.loop.events import MemberKind
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.open_groups import OpenRequest
 from rlhf_dist.loop.rl_training import train, who
+from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.alerts import AlertKind
 from rlhf_dist.telemetry.goodput import ActorSide
+from rlhf_dist.telemetry.histograms import Histogram
 from rlhf_dist.telemetry.run_telemetry import Telemetry
-from rlhf_dist.telemetry.sinks import EventLog, Sink
+from rlhf_dist.telemetry.sinks import NONE, EventLog, Sink
 from rlhf_dist.types import Beat, EngineWork
 from rlhf_dist.weights.receipts import Announcement
 
@@ -108,15 +111,22 @@ class Late(FakeRollouts):
 def test_a_missed_push_calls_people_once_with_whom_and_the_event_log_has_both(tmp_path: Path) -> None:
     run = wired(tmp_path, rollouts=Late())
     called: list[tuple[str, str]] = []
+    drawn: list[dict[str, float]] = []
 
     class Called(Sink):
         def alert(self, kind: AlertKind, text: str) -> None:
             called.append((kind, text))
 
+        def log(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram] = NONE) -> None:
+            drawn.append({name: sum(found.counts) for name, found in histograms.items()})
+
     telemetry = Telemetry([EventLog(run.directory.events), Called()], lambda _: None)
     train(replace(run, telemetry=telemetry), None)
     close(run)
     assert called == [("push", "step 2: rollout worker 0 did not load version 2 in 5 s (weights.timeout_s)")]
+    responses = 3.0 * CONFIG.algo.group_size
+    spread = {names.REWARDS: responses, names.LENGTHS: responses, names.LAGS: 3.0}
+    assert drawn == [{}, *[spread] * 4], "an evaluation before, and four steps of three groups"
     events = [event for event in lines(run.directory.events) if event["kind"] == "warning"]
     assert [event["facts"] for event in events] == [{"alert": "push"}] * 2
 
