@@ -1,8 +1,10 @@
-"""TensorBoard as a sink: numbers, histograms and samples in event files, by TensorBoard's own writer."""
+"""TensorBoard as a sink: numbers, histograms and samples in event files, in TensorBoard's own records."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +15,6 @@ from rlhf_dist.telemetry.histograms import Histogram
 from rlhf_dist.telemetry.sinks import NONE, FragileSink, SampleRow
 
 FOLDER = "tensorboard"
-FLUSH_S = 10
-"""Seconds after which what was logged is in the file, at the latest."""
 
 
 def require_tensorboard() -> None:
@@ -27,7 +27,7 @@ def require_tensorboard() -> None:
 
 
 class TensorBoardSink(FragileSink):
-    """A folder with one file for each start of the run. A thread writes, so that nothing waits for the disk."""
+    """A folder with one file for each start of the run; after each call the record is in the file."""
 
     def __init__(self, folder: Path, on_failure: Callable[[str], None]) -> None:
         """Raises ConfigError as `require_tensorboard` does."""
@@ -38,9 +38,14 @@ class TensorBoardSink(FragileSink):
         self._attempt(lambda: self._open(folder))
 
     def _open(self, folder: Path) -> None:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        # TensorBoard's own writer of events has a thread, whose error would be a traceback over the user's screen.
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._writer = EventFileWriter(str(folder), flush_secs=FLUSH_S)
+        folder.mkdir(parents=True, exist_ok=True)
+        now = time.time()
+        path = folder / f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._writer = RecordWriter(path.open("xb", buffering=0))
+        self._write(wall_time=now, file_version="brain.Event:2")
 
     def log(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram] = NONE) -> None:
         def send() -> None:
@@ -72,14 +77,16 @@ class TensorBoardSink(FragileSink):
 
     def _add(self, step: int, values: list[Any]) -> None:
         summary_pb2, event_pb2, _ = messages()
-        if (
-            self._first
-        ):  # a resumed run goes back: TensorBoard then hides the steps that earlier files have from here on
+        if self._first:
+            # A resumed run goes back: what earlier files have from this step on is hidden then.
             self._first = False
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
-        summary = summary_pb2.Summary(value=values)
-        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+            self._write(wall_time=time.time(), step=step, session_log=start)
+        self._write(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=values))
+
+    def _write(self, **fields: Any) -> None:
+        _, event_pb2, _ = messages()
+        self._writer.write(event_pb2.Event(**fields).SerializeToString())
 
     def close(self) -> None:
         if self._writer is not None:
