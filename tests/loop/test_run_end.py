@@ -51,6 +51,7 @@ def test_how_it_ended_is_in_the_events_and_the_summary(
     assert (event["kind"], event["message"]) == (outcome, message)
     expected = {"command": "train", "error": name, "exit_code": code, "reached_step": 7}
     assert expected.items() <= event["facts"].items()
+    assert event["facts"].get("alert") == ("fault" if outcome == "failed" else None)
     summary = json.loads(run.summary.read_text())
     assert (expected | {"outcome": outcome, "message": message}).items() <= summary.items()
     assert read_summary(run.path) is None, "nobody takes it for a finished run's"
