@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import rlhf_dist
 
+COMMIT = "RLHF_DIST_COMMIT"
+"""Variable with the commit, of a job that was sent without its `.git`."""
 LIMIT_S = 5.0
 """For each question to git."""
 
@@ -18,7 +21,8 @@ def code_version(package: Path = Path(rlhf_dist.__file__).parent) -> dict[str, s
     """
     found = {"version": rlhf_dist.__version__}
     if not (package.parent / ".git").exists():
-        return found
+        sent = os.environ.get(COMMIT, "")
+        return found | ({"commit": sent} if sent else {})
     try:
         commit = _git(package.parent, "rev-parse", "HEAD")
         changed = _git(package.parent, "status", "--porcelain", "--untracked-files=no")
