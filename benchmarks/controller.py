@@ -24,6 +24,7 @@ from rlhf_dist.cluster import session
 from rlhf_dist.config.schema import AlgoConfig, ClusterConfig, Config, LoopConfig
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import rules_of
+from rlhf_dist.loop.devices import Devices
 from rlhf_dist.loop.events import MemberKind
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.members import Members
@@ -172,7 +173,8 @@ def start_shell(names: Sequence[str], hosts: Sequence[Any], ledger: Ledger, step
     limits: dict[MemberKind, float] = dict.fromkeys(get_args(MemberKind), LIMIT_S)
     capacity = GROUPS * SAMPLES * (LAG + 1)
     members = Members(names, servers, [], capacity=capacity, limits_s=limits, beat_s=beat_s(len(names)))
-    return Shell(Controller(rules, Endless(), members), actors, ledger=ledger)
+    controller, look = Controller(rules, Endless(), members), Devices(members).goodput.look
+    return Shell(controller, actors, ledger=ledger, before=look)
 
 
 def take_step(shell: Shell, ledger: Ledger, step: int) -> None:

@@ -1,4 +1,4 @@
-"""The records that cross rooms: Prompt -> Request -> Trajectory (in a Group) -> Experience -> Batch -> StepReport.
+"""The records that cross rooms: Prompt -> Request -> Trajectory (in a Group) -> Experience -> Batch.
 
 Frozen and slotted. Sequences are ragged, so that nothing is padded between processes.
 Arrays are numpy: Ray ships them without a copy on one machine, and the config and the CLI need no torch to import this.
@@ -7,7 +7,7 @@ Arrays are numpy: Ray ships them without a copy on one machine, and the config a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -245,12 +245,29 @@ class PartialLost:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineWork:
+    """What an engine has done since it started."""
+
+    tokens: int = 0
+    """Sampled: one a response and decoding step."""
+    busy_s: float = 0.0
+    """Seconds inside decoding steps, prefills included."""
+    kv_use: float = 0.0
+    """Sum over decoding steps of the share of the cache in use after it."""
+
+    def less(self, other: EngineWork) -> EngineWork:
+        """Without what had been done before."""
+        return EngineWork(self.tokens - other.tokens, self.busy_s - other.busy_s, self.kv_use - other.kv_use)
+
+
+@dataclass(frozen=True, slots=True)
 class Beat:
     """A rollout worker's sign of life."""
 
     worker: str
     steps: int
     """Decoding steps that its engine has done since it started."""
+    work: EngineWork = field(default_factory=EngineWork, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,15 +394,3 @@ class Receipt:
     """Announced parameter -> how many of its elements the engine copied into its own memory."""
     unfilled: tuple[str, ...] = ()
     """Parameters and layers, by the engine's own names, that the engine reports as not loaded or loaded in part."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What one training step did."""
-
-    step: int
-    """Optimizer step of the run, from 1."""
-    version: int
-    """Weight version published after it."""
-    metrics: Mapping[str, float]
-    """Metric name -> value, ready for the sinks."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx
 
 from rlhf_dist.errors import ResourceError, RunError
+from rlhf_dist.telemetry.code_version import COMMIT, code_version
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -113,6 +114,8 @@ def send(client: JobSubmissionClient, words: Sequence[str]) -> str:
     environment: dict[str, Any] = {"working_dir": str(folder), "excludes": list(EXCLUDED)}
     if PACKAGE.parent != folder:
         environment["py_modules"] = [str(PACKAGE)]
+    if commit := code_version().get("commit"):
+        environment["env_vars"] = {COMMIT: commit}  # .git stays here
     entrypoint = f"python -m rlhf_dist {shlex.join(words)}"
     call = partial(client.submit_job, entrypoint=entrypoint, runtime_env=environment)
     return _within(SEND_LIMIT_S, call, "the cluster did not take the job")

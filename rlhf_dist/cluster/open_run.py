@@ -21,14 +21,13 @@ from rlhf_dist.loop.run_end import FINISHED, OUTCOME, end_recorded
 from rlhf_dist.planning.placement import Command
 from rlhf_dist.telemetry.display import Progress, make_progress
 from rlhf_dist.telemetry.report import before_after_text, curves
-from rlhf_dist.telemetry.sinks import Telemetry, open_telemetry
-from rlhf_dist.telemetry.wandb_key import wandb_mode
+from rlhf_dist.telemetry.run_telemetry import Telemetry, open_telemetry, require_sinks
 
 
 @contextmanager
 def opened(config: Config, command: Command, start: Start[Any]) -> Iterator[tuple[RunDirectory, Telemetry, Progress]]:
-    """Run directory, telemetry and progress of a run; model, memory and wandb's key are checked before it is made."""
-    wandb_mode(config.telemetry)
+    """Run directory, telemetry and progress of a run; model, memory and sinks are checked before it is made."""
+    require_sinks(config.telemetry)
     if not start.resume:
         source = model_source(config, None, command)
         require_free_disk(Path(config.output), disk_need(source, config, command))
@@ -45,7 +44,7 @@ def opened(config: Config, command: Command, start: Start[Any]) -> Iterator[tupl
         progress.stage("opening telemetry")
         wandb_id, no_id = run.read_wandb_id()
         telemetry, new_id = open_telemetry(
-            config.telemetry, run.path.absolute(), config.name, asdict(config), wandb_id, progress.warn
+            config.telemetry, run.path.absolute(), config.name, asdict(config), wandb_id, progress.warn, progress.note
         )
         stack.callback(telemetry.close)
         for problem in resume_notes(start, aside, no_id):

@@ -19,7 +19,7 @@ from rlhf_dist.errors import ConfigError
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM 0.32's CPU attention accepts (`CPUAttentionBackend.get_supported_head_sizes`)."""
 TAKEN_NAMES = re.compile(
-    "mean|std|proxy|gold|reward|reward_std|gold_std|kl|shaped_mean|groups_without_signal|distinct_responses|greedy|"
+    "mean|std|distribution|proxy|gold|reward|reward_std|gold_std|kl|shaped_mean|groups_without_signal|distinct_responses|greedy|"
     "response_length|greedy_reward|greedy_accuracy|sampled_accuracy|dropped|running_mean|running_std|score_clipped|"
     "non_finite"
 )

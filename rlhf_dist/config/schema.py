@@ -286,6 +286,10 @@ class TelemetryConfig:
     """Of wandb."""
     entity: str = ""
     """Of wandb; empty: the account's own."""
+    tensorboard: bool = False
+    """Event files for TensorBoard, too, in `tensorboard/` of the run directory."""
+    prometheus_port: int = key(0, Range("between 0 and 65535", lambda x: 0 <= x <= 65535))
+    """Port of this machine (127.0.0.1 only) at which Prometheus can ask for the last step's metrics; 0: none."""
     samples: int = key(8, NOT_NEGATIVE)
     """Rows of the sample table (prompt, response, rewards)."""
     samples_every: int = key(10, NOT_NEGATIVE)

@@ -18,9 +18,10 @@ from rlhf_dist.learner.micro_batch_rows import Packed, on, pack_batch, pack_rows
 from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.ptx import PtxMix
 from rlhf_dist.learner.rank_batch import RankBatch
-from rlhf_dist.learner.token_sums import Estimate, Whitening, token_sums
+from rlhf_dist.learner.token_sums import Estimate, Whitening, ratio_counts, token_sums
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
+from rlhf_dist.telemetry.names import BEHAVIOUR_RATIOS, RATIOS
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,9 @@ class PolicyLearner:
         losses, stats = algorithm.loss(logprobs, old, advantages, packed.offsets)
         found = {f"policy/{name}": values for name, values in stats.items()} | beside_stats
         found["policy/behaviour_kl"] = kl_estimate(sampled, logprobs.detach(), "k3")
-        largest = {"policy/ratio_max": float(stats["ratio"].max())}
+        behaviour = (logprobs.detach() - sampled).exp()
+        ratios = ratio_counts({RATIOS: stats["ratio"], BEHAVIOUR_RATIOS: behaviour})
+        beside_sums = MetricSums.merge([ratios, MetricSums({}, {"policy/ratio_max": float(stats["ratio"].max())})])
         if algorithm.correction is not None:
             weight, stats = algorithm.correction(old, sampled, packed.offsets)
             losses = weight * losses
@@ -123,9 +126,9 @@ class PolicyLearner:
         loss = (losses * packed.spread(batch.weights[chosen])).sum()
         sums = token_sums(found | {"policy/entropy": entropy})
         if not sentinel:
-            return loss, MetricSums.merge([sums, MetricSums({}, largest)])
+            return loss, MetricSums.merge([sums, beside_sums])
         found = compare((logprobs.detach() - sampled).abs(), on(device, batch.version - batch.cache_versions, places))
-        return loss, MetricSums.merge([sums, found, MetricSums({}, largest)])
+        return loss, MetricSums.merge([sums, found, beside_sums])
 
     def _forward(
         self, packed: Packed, temperature: float, places: np.ndarray

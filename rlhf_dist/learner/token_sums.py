@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rlhf_dist.algo.masking import WHITEN_EPS
+from rlhf_dist.telemetry.histograms import RATIO_EDGES
 from rlhf_dist.telemetry.metrics import MetricSums
 
 
@@ -108,3 +110,13 @@ AS_THEY_ARE = Whitening(0.0, 1.0)
 def token_sums(values: dict[str, Tensor]) -> MetricSums:
     """Per-token values [N] -> sum and count of each, so that the mean is right however the batch was cut."""
     return MetricSums({name: (float(x.detach().double().sum()), float(x.numel())) for name, x in values.items()}, {})
+
+
+def ratio_counts(ratios: dict[str, Tensor]) -> MetricSums:
+    """Per-token ratios [N] -> counts between `RATIO_EDGES`; what is not finite is not counted."""
+    counted: dict[str, tuple[float, ...]] = {}
+    for name, ratio in ratios.items():
+        inner = torch.tensor(RATIO_EDGES[1:-1], device=ratio.device, dtype=ratio.dtype)
+        places = torch.bucketize(ratio.detach()[ratio.isfinite()], inner, right=True)
+        counted[name] = tuple(map(float, places.bincount(minlength=len(RATIO_EDGES) - 1).tolist()))
+    return MetricSums(buckets=counted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -20,8 +20,10 @@ from rlhf_dist.loop.events import (
     Undone,
 )
 from rlhf_dist.loop.open_groups import OpenRequest
+from rlhf_dist.telemetry.goodput import ActorSide
 from rlhf_dist.types import Beat
 
+SERVERS: tuple[MemberKind, ...] = ("scoring", "reference")
 MemberKey = tuple[MemberKind, str]
 """Kind and name: a server that gives both scores and logprobs is two members."""
 
@@ -38,8 +40,8 @@ class Member:
     """Sum of the sizes."""
     sign: float = 0.0
     """When it last gave a sign of progress, or got work while it had none."""
-    steps: int = -1
-    """Decoding steps, as it last told."""
+    beat: Beat | None = None
+    """A rollout worker's last."""
 
     def give(self, request_key: str, size: int, now: float) -> None:
         """It has this work, too."""
@@ -84,6 +86,13 @@ class Members:
             (kind, name): Member(kind, name) for kind, names in named.items() for name in names
         }
         self._of_kind = {kind: [one for one in self._members.values() if one.kind == kind] for kind in named}
+        self._busy: Counter[MemberKind] = Counter()
+        """How many of each kind have work."""
+        self._kinds: Counter[str] = Counter()
+        """Server -> for how many kinds of work it has any: it may give scores and logprobs."""
+        self._scoring = 0
+        """Servers that have any."""
+        self._servers = len({name for kind, name in self._members if kind in SERVERS})
         self._serving: list[Member] = []
         """Rollout workers that may be given more: they have proved the published weights."""
         self._capacity = capacity
@@ -108,6 +117,17 @@ class Members:
         """Whether one of these has nothing to do, and nothing waits."""
         return not self._backlog and any(not one.work for one in self._serving)
 
+    @property
+    def beats(self) -> dict[str, Beat]:
+        """The last beat of each rollout worker that has told of any."""
+        return {one.name: one.beat for one in self._of_kind["rollout"] if one.beat is not None}
+
+    @property
+    def side(self) -> ActorSide:
+        """What these processes do now."""
+        busy = self._busy["rollout"]
+        return ActorSide(busy, len(self._of_kind["rollout"]) - busy, self._scoring, self._servers - self._scoring)
+
     def wait(self, requests: tuple[OpenRequest, ...], first: bool = False) -> None:
         """Into the backlog, to go to one worker together; `first`: before all others."""
         (self._backlog.appendleft if first else self._backlog.append)(requests)
@@ -131,14 +151,14 @@ class Members:
                 break
             for one in self._backlog.popleft():
                 one.worker = worker.name
-                worker.give(one.request.key, one.request.n, now)
+                self._give(worker, one.request.key, one.request.n, now)
                 found.setdefault(worker.name, []).append(one)
         return [Submit(worker, tuple(one.request for one in sent)) for worker, sent in found.items()]
 
     def server(self, kind: MemberKind, request_key: str, now: float) -> str:
         """The server of this kind that has least to do; it now has this request, too."""
         server = min(self._of_kind[kind], key=LOAD)
-        server.give(request_key, 1, now)
+        self._give(server, request_key, 1, now)
         return server.name
 
     def heard(self, event: About, worker: str, now: float) -> None:
@@ -160,20 +180,37 @@ class Members:
         """A member has answered."""
         member = self._members.get((kind, name))
         if member is not None:
-            member.load -= member.work.pop(request_key, 0)
+            self._take(member, request_key)
             member.sign = now
 
     def cancelled(self, worker: str, request_key: str) -> None:
         """A worker is no longer asked for this."""
         member = self._members.get(("rollout", worker))
         if member is not None:
-            member.load -= member.work.pop(request_key, 0)
+            self._take(member, request_key)
+
+    def _give(self, member: Member, request_key: str, size: int, now: float) -> None:
+        if not member.work:
+            self._busy[member.kind] += 1
+            if member.kind in SERVERS:
+                self._scoring += not self._kinds[member.name]
+                self._kinds[member.name] += 1
+        member.give(request_key, size, now)
+
+    def _take(self, member: Member, request_key: str) -> None:
+        if request_key in member.work:
+            member.load -= member.work.pop(request_key)
+            if not member.work:
+                self._busy[member.kind] -= 1
+                if member.kind in SERVERS:
+                    self._kinds[member.name] -= 1
+                    self._scoring -= not self._kinds[member.name]
 
     def beat(self, beat: Beat, now: float) -> None:
         """A worker's sign of life; it is one of progress where the engine has made steps."""
         member = self._members.get(("rollout", beat.worker))
-        if member is not None and member.steps != beat.steps:
-            member.steps, member.sign = beat.steps, now
+        if member is not None and (member.beat is None or member.beat.steps != beat.steps):
+            member.beat, member.sign = beat, now
 
     def serve(self, workers: Sequence[str]) -> None:
         """Only these rollout workers may be given work."""
@@ -183,6 +220,7 @@ class Members:
     def lose(self, worker: str) -> bool:
         """A rollout worker is gone; false where that is known."""
         gone = self._members.pop(("rollout", worker), None)
+        self._busy["rollout"] -= gone is not None and bool(gone.work)
         for listed in (self._of_kind["rollout"], self._serving):
             listed[:] = [one for one in listed if one is not gone]
         return gone is not None

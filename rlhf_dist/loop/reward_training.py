@@ -19,7 +19,7 @@ from rlhf_dist.models.scalar import ScoreScale
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.telemetry.sinks import Telemetry
+from rlhf_dist.telemetry.run_telemetry import Telemetry
 
 
 class RewardTrainer(Protocol):

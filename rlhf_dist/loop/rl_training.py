@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.learner.checkpoint_files import EMA_FILES, MASK_FILES, checkpoint_files, critic_files
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import Rules, rules_of, sampling_of
+from rlhf_dist.loop.devices import Devices
 from rlhf_dist.loop.evaluation import Evaluation, evaluate
 from rlhf_dist.loop.events import Tell
 from rlhf_dist.loop.ledger import Ledger
@@ -31,7 +33,8 @@ from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.scoring.reference_files import reference_files
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.display import Progress
-from rlhf_dist.telemetry.sinks import Telemetry
+from rlhf_dist.telemetry.histograms import Histogram
+from rlhf_dist.telemetry.run_telemetry import Telemetry
 from rlhf_dist.telemetry.timeline import Stopwatch
 from rlhf_dist.types import Experience, NonFinite, Prompt, Sampling
 from rlhf_dist.weights.receipts import Announcement
@@ -89,16 +92,10 @@ def train(run: Run, state: State | None) -> Outcome:
     """Train to `loop.steps`; returns the evaluations before and after. `state`: of the checkpoint resumed from."""
     loop = run.config.loop
     step = resume(run, state)
-    shell = start_shell(run, state)
+    devices = Devices(run.members)
+    shell = start_shell(run, state, devices)
     push_first(run, step)
-    if state is None:
-        first = measure(run, shell, step)
-        before = results = first.metrics
-        asked = [prompt.messages[-1].content for prompt in run.held_out[: len(first.answers)]]
-        answers = {"prompts": asked, "before": list(first.answers), "after": list(first.answers)}
-        run.telemetry.log(step, before)
-    else:
-        before, results, answers = state.before, state.results, state.answers
+    before, results, answers = evaluate_first(run, shell) if state is None else known(state)
     if cuts(run.rules.sampling):
         run.telemetry.warn(
             "rollout.top_p or top_k cuts what is sampled from: rollout/logprob_diff_* then compares two distributions, "
@@ -107,21 +104,23 @@ def train(run: Run, state: State | None) -> Outcome:
     if step < loop.steps:
         run.progress.stage(f"taking step {step + 1}")
         run.telemetry.event("training_started", f"step {step + 1} begins", step=step + 1)
-    watch = Stopwatch(before=0.0 if state is None else state.elapsed)
+    watch = Stopwatch(before=0.0 if state is None else state.elapsed, begins=devices.goodput.phase)
     shell.published(step)
+    devices.goodput.lap()  # What came before belongs to no step.
     while step < loop.steps:
         step += 1
-        metrics, push, experiences = take_step(run, shell, step, watch)
+        taken = take_step(run, shell, step, watch)
+        metrics = taken.metrics | devices.lap()
         if not moves_reference(run, step):
             shell.published(step)  # From here on the next groups are issued, beside what follows.
         if due(run.config.eval.every, step, loop.steps):
             found = measure(run, shell, step)
             results, answers = found.metrics, answers | {"after": list(found.answers)}
             metrics |= results
-        tell(run, shell, step, metrics, push.problems, experiences)
-        shell.forget([experience.key for experience in experiences])
+        tell(run, shell, step, taken, metrics)
+        shell.forget([experience.key for experience in taken.experiences])
         if moves_reference(run, step):
-            move_reference(run, push.announcement)  # after the evaluation, whose KL is to the reference as it was
+            move_reference(run, taken.push.announcement)  # after the evaluation, whose KL is to the reference as it was
             shell.published(step)
         if step == loop.steps:
             shell.finish()
@@ -142,13 +141,40 @@ def train(run: Run, state: State | None) -> Outcome:
             )
             checkpoint(run, state)
         watch.lap()  # Evaluation and checkpoints are not part of a step's time.
+        devices.goodput.lap()
     return Outcome(before, results, answers)
 
 
-def take_step(
-    run: Run, shell: Shell, step: int, watch: Stopwatch
-) -> tuple[dict[str, float], PushReport, tuple[Experience, ...]]:
-    """Take a step's groups, train, push; returns the metrics, the push, and what was trained on."""
+Results = tuple[dict[str, float], dict[str, float], dict[str, list[str]]]
+"""The evaluation before the first step, the latest, and answers as in `State`."""
+
+
+def evaluate_first(run: Run, shell: Shell) -> Results:
+    """Evaluate before the first step, and log it."""
+    found = measure(run, shell, 0)
+    asked = [prompt.messages[-1].content for prompt in run.held_out[: len(found.answers)]]
+    run.telemetry.log(0, found.metrics)
+    return found.metrics, found.metrics, {"prompts": asked, "before": [*found.answers], "after": [*found.answers]}
+
+
+def known(state: State) -> Results:
+    """As the checkpoint has them."""
+    return state.before, state.results, state.answers
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What came of a step."""
+
+    metrics: dict[str, float]
+    histograms: Mapping[str, Histogram]
+    push: PushReport
+    experiences: tuple[Experience, ...]
+    """What was trained on."""
+
+
+def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch) -> Step:
+    """Take a step's groups, train, push."""
     with watch.phase("generate"):
         taken = shell.next_step()
     warn_of_non_finite(run, f"step {step}", taken.non_finite)
@@ -174,21 +200,22 @@ def take_step(
     metrics["sync/changed_share"] = push.changed_share
     metrics["rollout/group_s"], metrics["goodput/late_events"] = taken.seconds, float(taken.late)
     metrics[names.TOKENS_PER_S] = metrics["rollout/response_tokens"] / metrics[names.STEP_TIME]
-    return metrics, push, experiences
+    metrics[names.LOG_TIME] = run.telemetry.spent()
+    return Step(metrics, report.histograms, push, experiences)
 
 
-def start_shell(run: Run, state: State | None) -> Shell:
+def start_shell(run: Run, state: State | None, devices: Devices) -> Shell:
     """The controller with its shell; groups that were open in `state` are issued first."""
     prompts = ResumedPrompts(run.stream, {} if state is None else state.open)
     controller = Controller(run.rules, prompts, run.members, 0 if state is None else state.step)
 
     def told(line: Tell) -> None:
         if line.kind == "warning":
-            run.telemetry.warn(line.message)
+            run.telemetry.warn(line.message, "fault", who(line.message))
         else:
             run.telemetry.event(line.kind, line.message, uid=line.uid)
 
-    return Shell(controller, run.actors, ledger=run.ledger, tell=told)
+    return Shell(controller, run.actors, ledger=run.ledger, tell=told, before=devices.goodput.look)
 
 
 class ResumedPrompts:
@@ -262,7 +289,7 @@ def resume(run: Run, state: State | None) -> int:
 def push_first(run: Run, step: int) -> None:
     """Push the starting weights, so that every worker has proved what it holds before the first sample."""
     for problem in run.sync.push(version=step).problems:
-        run.telemetry.warn(problem)
+        run.telemetry.warn(problem, "push", who(problem))
 
 
 def warn_of_non_finite(run: Run, when: str, found: Sequence[NonFinite]) -> None:
@@ -272,33 +299,33 @@ def warn_of_non_finite(run: Run, when: str, found: Sequence[NonFinite]) -> None:
         run.telemetry.warn(f"{when}: {told(found, run.config.scoring.non_finite)}", **facts)
 
 
-def tell(
-    run: Run,
-    shell: Shell,
-    step: int,
-    metrics: dict[str, float],
-    problems: Sequence[str],
-    experiences: Sequence[Experience],
-) -> None:
-    """Log a step; warn of receipts that were wrong and of logprobs that drift apart."""
+def who(sentence: str) -> str:
+    """The process that a sentence names first, as in `rollout worker 0`; empty where it names none."""
+    found = re.search("[a-z]+ [a-z]+ [0-9]+", sentence)
+    return found[0] if found else ""
+
+
+def tell(run: Run, shell: Shell, step: int, taken: Step, metrics: dict[str, float]) -> None:
+    """Log a step with its `metrics`; warn of receipts that were wrong and of logprobs that drift apart."""
     config = run.config
-    for problem in problems:
-        run.telemetry.warn(f"step {step}: {problem}")
+    for problem in taken.push.problems:
+        run.telemetry.warn(f"step {step}: {problem}", "push", who(problem))
     # Absent while a critic warms up. Written so that NaN warns too. A cut distribution is renormalised by the sampler
     # and not by the learner.
     difference = metrics.get(names.LOGPROB_DIFF_MAX, 0.0)
     if not difference <= config.loop.logprob_diff_limit and not cuts(run.rules.sampling):
         run.telemetry.warn(
             f"step {step}: rollout and learner logprobs differ by up to {difference:.2g}, "
-            f"loop.logprob_diff_limit is {config.loop.logprob_diff_limit:g}"
+            f"loop.logprob_diff_limit is {config.loop.logprob_diff_limit:g}",
+            "mismatch",
         )
     for sign in run.watch.step(metrics):
-        run.telemetry.warn(f"step {step}: {sign}")
-    run.telemetry.log(step, metrics)
+        run.telemetry.warn(f"step {step}: {sign.sentence}", sign.kind)
+    run.telemetry.log(step, metrics, taken.histograms)
     run.progress.step(step, config.loop.steps, metrics)
     every = config.telemetry.samples_every
     if every and (step == 1 or step % every == 0):
-        run.telemetry.samples(step, sample_rows(run, shell, experiences))
+        run.telemetry.samples(step, sample_rows(run, shell, taken.experiences))
 
 
 def cuts(sampling: Sampling) -> bool:

@@ -9,11 +9,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.errors import SIGNALLED, DataError, DiskError, InputError
+from rlhf_dist.errors import SIGNALLED, ActorTimeout, DataError, DiskError, InputError
 from rlhf_dist.loop.run_directory import RunDirectory, write_json
 from rlhf_dist.models.checkpoints import checkpoint_steps
 from rlhf_dist.models.guarded_files import read_json
-from rlhf_dist.telemetry.sinks import Telemetry
+from rlhf_dist.telemetry.alerts import AlertKind
+from rlhf_dist.telemetry.run_telemetry import Telemetry
 
 OUTCOME = "outcome"
 FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
@@ -66,9 +67,13 @@ def end_recorded(
             REACHED_STEP: _reached(run, telemetry),
             "seconds": round(time.monotonic() - begun, 1),
         }
+        kind: AlertKind = "wait" if isinstance(error, ActorTimeout) else "fault"
+        if outcome == FAILED:
+            telemetry.alert(kind, message)
         # A full disk must not hide what ended the run.
         with suppress(DiskError, OSError, ValueError):
-            telemetry.event(outcome, message, **{key: end[key] for key in end if key not in (OUTCOME, "message")})
+            facts = {key: end[key] for key in end if key not in (OUTCOME, "message")}
+            telemetry.event(outcome, message, **facts, **({"alert": kind} if outcome == FAILED else {}))
         with suppress(DiskError, OSError):
             write_json(run.summary, _written(run.summary) | end)
         raise

@@ -66,18 +66,24 @@ class Shell:
         *,
         ledger: Ledger | None = None,
         tell: Callable[[Tell], None] = lambda _: None,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
-        """`ledger`: None where nothing is trained. `tell` writes to the event log."""
+        """`ledger`: None where nothing is trained. `tell` writes to the event log.
+
+        `before` is called before anything changes.
+        """
         self._controller = controller
         self._actors = actors
         self._ledger = ledger
         self._tell = tell
+        self._before = before
         self._served: tuple[str, ...] | None = None
         self._ticked = actors.arrivals.now()
         actors.arrivals.listen(self.hear)
 
     def hear(self, events: Sequence[Event]) -> None:
         """Do what follows from the events: what can be done at once (ledger, collator), then the rest in its order."""
+        self._before()
         now = self._actors.arrivals.now()
         self._do(command for event in events for command in self._controller.handle(event, now))
 

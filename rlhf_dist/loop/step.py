@@ -21,9 +21,10 @@ from rlhf_dist.learner.token_sums import AS_THEY_ARE
 from rlhf_dist.loop.ports import NO_ESTIMATES, Batches, Bodies, Critic, Estimates, Policy
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.telemetry import names
+from rlhf_dist.telemetry.histograms import Histogram, histogram
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.timeline import Stopwatch
-from rlhf_dist.types import Batch, Credit, Experience, Sampling, StepReport
+from rlhf_dist.types import Batch, Credit, Experience, Sampling
 from rlhf_dist.weights.sync import PushReport, WeightSync
 
 
@@ -37,6 +38,19 @@ class Learning:
     sampling: Sampling
     steps: int
     """Training steps of the whole run."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one training step did."""
+
+    step: int
+    """Optimizer step of the run, from 1."""
+    version: int
+    """Weight version published after it."""
+    metrics: Mapping[str, float]
+    """Metric name -> value, ready for the sinks."""
+    histograms: Mapping[str, Histogram]
 
 
 def train_step(
@@ -91,7 +105,8 @@ def train_step(
         | reward_metrics(experiences)
         | ({names.KL_COEF: kl_coef} if batch.compared else {})
     )
-    return StepReport(step, push.version, metrics), push
+    spread = stats.histograms() | batch_histograms(batch, experiences, step)
+    return StepReport(step, push.version, metrics, spread), push
 
 
 def collate(experiences: Sequence[Experience]) -> Batch:
@@ -233,6 +248,14 @@ def batch_metrics(batch: Batch, scores: np.ndarray, learning: Learning, step: in
     if learning.algorithm.greedy_baseline:
         found["reward/greedy"] = float(batch.baselines.mean())
     return found
+
+
+def batch_histograms(batch: Batch, experiences: Sequence[Experience], step: int) -> dict[str, Histogram]:
+    """How rewards, lengths and lags of the step are spread."""
+    lags = np.array([step - 1 - experience.head.oldest_version for experience in experiences])
+    found = {names.REWARDS: batch.scores, names.LENGTHS: batch.lengths, names.LAGS: lags}
+    spread = {name: histogram(values) for name, values in found.items()}
+    return {name: one for name, one in spread.items() if one is not None}
 
 
 def credit_metrics(credit: Credit, algorithm: Algorithm) -> dict[str, float]:

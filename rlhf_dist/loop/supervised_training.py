@@ -12,7 +12,7 @@ from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.trainer import Trainer, TrainerState
 from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.telemetry.sinks import Telemetry
+from rlhf_dist.telemetry.run_telemetry import Telemetry
 
 
 class Supervised(Protocol):

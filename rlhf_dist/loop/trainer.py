@@ -14,7 +14,7 @@ from rlhf_dist.loop.state import read_state_of
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.telemetry.sinks import Telemetry
+from rlhf_dist.telemetry.run_telemetry import Telemetry
 from rlhf_dist.telemetry.timeline import Stopwatch
 
 SIGN_S = 8.0

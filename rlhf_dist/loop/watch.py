@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_dist.telemetry import names
+from rlhf_dist.telemetry.alerts import AlertKind
 from rlhf_dist.types import Experience
 
 WINDOW = 10
@@ -43,7 +44,14 @@ NO_SIGNAL = "reward/groups_without_signal"
 RECOVERED = 0.5
 """A sign is over, and may be warned of anew, when it has fallen to this share of what was warned of."""
 
+REWARD_LOST = 0.5
+"""The reward has collapsed when it has lost, against its best window, this share of what it had gained since the start,
+or of the deviation of single responses at the start where that is more; and `NOISE_MARGIN` standard errors."""
+REWARD_STD = "reward/std"
+
 WATCHED = (
+    names.REWARD_MEAN,
+    REWARD_STD,
     names.REWARD_PROXY,
     names.REWARD_GOLD,
     names.KL_REFERENCE,
@@ -116,6 +124,21 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
+class Level:
+    """Mean and noise of one metric over `WINDOW` steps."""
+
+    last: int
+    """Its last step."""
+    mean: float
+    error: float
+    """Standard error of the mean."""
+
+    @staticmethod
+    def of(last: int, values: Sequence[float]) -> Level:
+        return Level(last, float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values)))
+
+
+@dataclass(frozen=True, slots=True)
 class WatchState:
     """What `CollapseWatch.state` holds."""
 
@@ -124,17 +147,26 @@ class WatchState:
     first: dict[str, float]
     best: Window | None
     active: list[str]
+    highest: Level | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sign:
     """One kind of trouble, as it stands."""
 
-    kind: str
+    kind: AlertKind
     strength: float
     """1: what is warned of."""
     sentence: Callable[[], str]
     """Says it with its numbers, and what one could do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A sign that has appeared."""
+
+    kind: AlertKind
+    sentence: str
 
 
 class CollapseWatch:
@@ -147,10 +179,11 @@ class CollapseWatch:
         self._recent: dict[str, list[float]] = {}
         self._first: dict[str, float] = {}
         self._best: Window | None = None
+        self._highest: Level | None = None
         self._active: set[str] = set()
 
-    def step(self, metrics: Mapping[str, float]) -> list[str]:
-        """Take in one step's metrics; returns what is to be warned of, one sentence each."""
+    def step(self, metrics: Mapping[str, float]) -> list[Seen]:
+        """Take in one step's metrics; returns what is to be warned of."""
         self._step += 1
         for name in WATCHED:
             if name in metrics:
@@ -163,7 +196,7 @@ class CollapseWatch:
         for sign in self._signs():
             if sign.kind not in self._active and sign.strength >= 1.0:
                 self._active.add(sign.kind)
-                warnings.append(sign.sentence())
+                warnings.append(Seen(sign.kind, sign.sentence()))
             elif sign.strength < RECOVERED:
                 self._active.discard(sign.kind)
         return warnings
@@ -176,6 +209,7 @@ class CollapseWatch:
             "first": dict(self._first),
             "best": None if self._best is None else asdict(self._best),
             "active": sorted(self._active),
+            "highest": None if self._highest is None else asdict(self._highest),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -185,9 +219,12 @@ class CollapseWatch:
         self._first = dict(state["first"])
         self._best = None if state["best"] is None else Window(**state["best"])
         self._active = set(state["active"])
+        highest = state.get("highest")  # not in checkpoints of earlier versions
+        self._highest = None if highest is None else Level(**highest)
 
     def _signs(self) -> Iterator[Sign]:
         yield from self._overoptimized()
+        yield from self._reward()
         yield from self._kl()
         yield from self._distinct()
         yield from self._perplexity()
@@ -219,6 +256,29 @@ class CollapseWatch:
                 f"the proxy reward rose from {best.proxy:.3g} to {now.proxy:.3g} while the gold reward fell from "
                 f"{best.gold:.3g} to {now.gold:.3g} (means of steps {best.steps} and {now.steps}): the reward is "
                 f"over-optimised; raise algo.kl.coef, or stop at the checkpoint of step {best.last} or the nearest one"
+            ),
+        )
+
+    def _reward(self) -> Iterator[Sign]:
+        """The reward is far below its best window so far."""
+        recent = self._recent.get(names.REWARD_MEAN, ())
+        means, first = self._means(names.REWARD_MEAN), self._first.get(names.REWARD_MEAN)
+        if means is None or first is None:
+            return
+        before = Level.of(self._step - WINDOW, recent[:WINDOW])
+        if self._highest is None or before.mean > self._highest.mean:
+            self._highest = before
+        best, now = self._highest, Level.of(self._step, recent[WINDOW:])
+        fall = best.mean - now.mean
+        lost = max(best.mean - first, self._first.get(REWARD_STD, 0.0)) * REWARD_LOST
+        noise = standard_errors(fall, best.error, now.error) / NOISE_MARGIN
+        yield Sign(
+            "reward",
+            min(noise, fall / lost if lost > 0 else noise),
+            lambda: (
+                f"the reward collapsed: from {best.mean:.3g} (mean of {WINDOW} steps up to step {best.last}) to "
+                f"{now.mean:.3g}, and it began at {first:.3g}; lower learner.optimizer.lr or raise algo.kl.coef, and "
+                f"start again from the checkpoint of step {best.last} or the nearest one before"
             ),
         )
 

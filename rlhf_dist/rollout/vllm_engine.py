@@ -22,6 +22,7 @@ from rlhf_dist.models.text_format import text_format
 from rlhf_dist.rollout.masked_sampling import MaskReader, MaskStart, Reading
 from rlhf_dist.rollout.trajectories import Response, Turn
 from rlhf_dist.rollout.weight_receiver import RECEIVER, EngineWeights
+from rlhf_dist.rollout.worker import Usage
 from rlhf_dist.types import UNFINISHED, Receipt, Sampling
 from rlhf_dist.weights.receipts import Announcement
 
@@ -143,6 +144,12 @@ class VllmEngine:
         """See `worker.Engine`."""
         self._weights.require_clean()
         return [self._response(output) for output in self._engine.step() if output.finished]
+
+    def usage(self) -> Usage:
+        """See `worker.Engine`; from vLLM's scheduler, whose own statistics cost time in every step."""
+        core: Any = self._engine.engine_core
+        scheduler = core.engine_core.scheduler
+        return Usage(len(scheduler.running), scheduler.kv_cache_manager.usage)
 
     def abort(self, keys: Iterable[str]) -> None:
         """See `worker.Engine`."""

@@ -7,12 +7,13 @@ Only the pump touches the engine, but for what can be prepared of a load.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from rlhf_dist.types import (
     Answered,
     Beat,
     DroppedPrompt,
+    EngineWork,
     Group,
     Handle,
     Partial,
@@ -81,6 +83,15 @@ Verb = Submit | Cancel | HandOver | Sleep
 and the pump does them in the order of their numbers."""
 
 
+class Usage(NamedTuple):
+    """Of an engine, at one moment."""
+
+    running: int
+    """Responses that are being decoded; others wait for room."""
+    kv_use: float
+    """Share of the cache of keys and values in use."""
+
+
 class Engine(Protocol):
     """What a worker needs of an inference engine: responses, one by one. It knows of no groups."""
 
@@ -104,6 +115,10 @@ class Engine(Protocol):
 
     def sleep(self) -> None:
         """Give the device's memory back; `load_weights` and `submit` take theirs again. Nothing is under way."""
+        ...
+
+    def usage(self) -> Usage:
+        """What it has under way and in its cache, between two steps."""
         ...
 
     def prepare_weights(self, announcement: Announcement) -> None:
@@ -150,6 +165,7 @@ class RolloutWorker:
         self._out: list[WorkerEvent] = []
         self._changed = threading.Condition()
         self._steps = 0
+        self._work = EngineWork()
         self._failure: BaseException | None = None
 
     def post(self, number: int, verb: Verb) -> None:
@@ -201,7 +217,7 @@ class RolloutWorker:
             if self._failure is not None:
                 raise self._failure
             found, self._out = self._out, []
-            return [*found, Beat(self.name, self._steps)]
+            return [*found, Beat(self.name, self._steps, self._work)]
 
     def ready(self) -> str:
         """Answers once the engine is up: the caller's sign that it can be used."""
@@ -226,9 +242,14 @@ class RolloutWorker:
                 load = self._inbox.get_nowait()
         except Empty:
             pass
-        steps = 1 if self._open else 0
-        responses = self._engine.step() if steps else []
-        self._tell([event for response in responses for event in self._ended(response)], steps)
+        if not self._open:
+            return
+        begun = time.perf_counter()
+        responses = self._engine.step()
+        busy_s, usage, before = time.perf_counter() - begun, self._engine.usage(), self._work
+        tokens = before.tokens + usage.running + len(responses)
+        work = EngineWork(tokens, before.busy_s + busy_s, before.kv_use + usage.kv_use)
+        self._tell([event for response in responses for event in self._ended(response)], work)
 
     def _take(self, load: Load | None) -> None:
         while True:
@@ -314,9 +335,11 @@ class RolloutWorker:
             return []
         return [Answered(done.request.key, head_of(done), self._keep(done))]
 
-    def _tell(self, events: Sequence[WorkerEvent], steps: int = 0) -> None:
+    def _tell(self, events: Sequence[WorkerEvent], stepped: EngineWork | None = None) -> None:
+        """`stepped`: all that the engine has done, after a decoding step."""
         with self._changed:
             self._out += events
-            self._steps += steps
+            if stepped is not None:
+                self._steps, self._work = self._steps + 1, stepped
             if events:
                 self._changed.notify_all()

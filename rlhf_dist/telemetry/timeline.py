@@ -1,4 +1,4 @@
-"""Where the time of a step goes: seconds by phase, goodput (each side's share of the step), and limits of waiting."""
+"""Where the time of a step goes: seconds by phase, and limits of waiting."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ T = TypeVar("T")
 
 SLICE_S = 1.0
 """The longest single wait of a `Patience`."""
-GOODPUT_PHASES = ("generate", "train", "sync")
-"""Phases that every step has, with a goodput share each; `value` has one where there is a critic."""
 
 
 class Stopwatch:
@@ -22,9 +20,19 @@ class Stopwatch:
     one inside another would count its seconds twice, so nesting is a mistake (assert).
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter, *, before: float = 0.0) -> None:
-        """`before`: seconds that `elapsed` has at the start, of a run that goes on."""
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        before: float = 0.0,
+        begins: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`before`: seconds that `elapsed` has at the start, of a run that goes on.
+
+        `begins` is called with the name of each phase as it begins, and with an empty one as it ends.
+        """
         self._clock = clock
+        self._begins = begins
         self._started = clock()
         self._first = self._started - before
         self._seconds: dict[str, float] = {}
@@ -35,12 +43,14 @@ class Stopwatch:
         """Time what happens inside, also when it raises. The same name twice in a step adds up."""
         assert self._open is None, f"phase {name} begun inside phase {self._open}"
         self._open = name
+        self._begins(name)
         begun = self._clock()
         try:
             yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - begun
             self._open = None
+            self._begins("")
 
     @property
     def elapsed(self) -> float:
@@ -48,21 +58,11 @@ class Stopwatch:
         return self._clock() - self._first
 
     def lap(self) -> dict[str, float]:
-        """End the step and begin the next.
-
-        Returns `time/step` and `time/NAME` in seconds, and `goodput/generate|value|train|sync|other`, shares that sum
-        to 1.
-        """
+        """End the step and begin the next; `time/step` and `time/NAME` in seconds."""
         now = self._clock()
         step, seconds = now - self._started, self._seconds
         self._started, self._seconds = now, {}
-        metrics = {"time/step": step} | {f"time/{name}": value for name, value in seconds.items()}
-        if step > 0:
-            phases = (*GOODPUT_PHASES, "value") if "value" in seconds else GOODPUT_PHASES
-            shares = {name: seconds.get(name, 0.0) / step for name in phases}
-            metrics |= {f"goodput/{name}": share for name, share in shares.items()}
-            metrics["goodput/other"] = 1.0 - sum(shares.values())
-        return metrics
+        return {"time/step": step} | {f"time/{name}": value for name, value in seconds.items()}
 
 
 class Patience:

@@ -1,14 +1,18 @@
 """Whether wandb would find a key, and so whether a run is online: as the installed wandb itself looks it up.
 
 Where wandb looks changes with its versions: variables, netrc, settings files, and which server it asks by default. No
-network is used, and the key is not kept.
+network is used for that, and the key is not kept.
 """
 
 from __future__ import annotations
 
 import netrc
 import os
+import socket
+import threading
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from rlhf_dist.config.paths import expanded
 from rlhf_dist.config.schema import TelemetryConfig
@@ -16,14 +20,23 @@ from rlhf_dist.errors import ConfigError
 
 WAY_OUT = "correct it, or set telemetry.wandb=offline"
 
+MODES = ("online", "offline", "disabled", "dryrun", "run", "shared")
+"""What wandb takes as WANDB_MODE."""
+REACH_LIMIT_S = 5.0
+"""For wandb's server to take a connection."""
+
 
 def wandb_mode(config: TelemetryConfig) -> str:
     """`online`, `offline` or `off`. auto follows WANDB_MODE where it is set, else asks whether there is a key.
 
-    Raises ConfigError when online is asked for and there is no key.
+    Raises ConfigError when online is asked for and there is no key, or WANDB_MODE is none of wandb's.
     """
+    asked = os.environ.get("WANDB_MODE", "")
+    if not asked:
+        os.environ.pop("WANDB_MODE", None)  # empty is not a mode for wandb, and not the same as unset
+    elif asked not in MODES:
+        raise ConfigError(f"WANDB_MODE is {asked!r}; it must be {', '.join(MODES[:-1])} or {MODES[-1]}, or not set")
     if config.wandb == "auto":
-        asked = os.environ.get("WANDB_MODE", "")
         if asked in ("offline", "disabled", "dryrun"):
             return "off" if asked == "disabled" else "offline"
         return "online" if has_wandb_key() else "offline"
@@ -59,6 +72,43 @@ def has_wandb_key() -> bool:
             f"WANDB_BASE_URL, or base_url in a settings file of wandb: {reason(error)}; {WAY_OUT}"
         ) from None
     return found is not None
+
+
+def why_offline(config: TelemetryConfig, mode: str) -> str:
+    """Why a run is offline that could be online, as the rest of a sentence; empty where it is as was asked for.
+
+    `mode`: what `wandb_mode` says.
+    """
+    if mode == "online":
+        return unreachable()
+    asked = mode == "off" or config.wandb == "offline" or bool(os.environ.get("WANDB_MODE"))
+    return "" if asked else "there is no wandb key"
+
+
+def unreachable(limit_s: float = REACH_LIMIT_S) -> str:
+    """Why wandb's server cannot be reached, as the rest of a sentence; empty where it can, or a proxy is in between.
+
+    wandb itself tries for half a minute. Looking a name up has no limit of its own, so it is done in a thread.
+    """
+    from wandb.sdk import wandb_setup
+
+    if getproxies().keys() & {"http", "https", "all"}:
+        return ""
+    parts = urlsplit(wandb_setup.singleton().settings.base_url)
+    host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+    found = [f"{host} did not answer within {limit_s:g} s"]
+
+    def reach() -> None:
+        try:
+            socket.create_connection((host, port), limit_s).close()
+            found.append("")
+        except OSError as error:
+            found.append(f"{host} cannot be reached ({error.strerror or error})")
+
+    thread = threading.Thread(target=reach, name="reach wandb", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return found[-1]
 
 
 def reason(error: Any) -> str:

@@ -17,6 +17,7 @@ from rlhf_dist.cli import submit
 from rlhf_dist.cli.main import main
 from rlhf_dist.cluster import jobs
 from rlhf_dist.errors import ResourceError, RunError
+from rlhf_dist.telemetry.code_version import COMMIT, code_version
 
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ADDRESS")
 
@@ -169,6 +170,8 @@ def test_the_jobs_output_and_end_are_passed_on(
     assert client.taken["entrypoint"] == "python -m rlhf_dist train run.yaml 'name=a b' output=/shared --resume"
     environment = client.taken["runtime_env"]
     assert environment["working_dir"] == str(project) and environment["py_modules"] == [str(jobs.PACKAGE)]
+    commit = code_version().get("commit")
+    assert environment.get("env_vars") == ({COMMIT: commit} if commit else None)
     assert ".venv" in environment["excludes"] and "also-secret" not in str(client.taken)
 
 

@@ -89,6 +89,9 @@ class LightEngine:
         self.abort(keys)
         return [found[key] for key in keys]
 
+    def usage(self) -> rollout_worker.Usage:
+        return rollout_worker.Usage(len(self._under_way), 0.0)
+
     def prepare_weights(self, announcement: Announcement) -> None:
         pass
 

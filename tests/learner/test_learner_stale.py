@@ -19,7 +19,9 @@ from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.policy_learner import PolicyLearner, compare
 from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.token_sums import AS_THEY_ARE, Estimate
+from rlhf_dist.telemetry.histograms import RATIO_EDGES
 from rlhf_dist.telemetry.metrics import MetricSums
+from rlhf_dist.telemetry.names import BEHAVIOUR_RATIOS, RATIOS as RATIOS_SEEN
 
 CPU = torch.device("cpu")
 RATIOS = np.array([1.1, 1.5, 0.5, 1.1, 1.5, 0.5])
@@ -117,6 +119,18 @@ def test_a_ratio_to_the_learner_before_the_update_is_1_and_corrects_nothing(name
     engine, metrics = learnt(replace(CLIP, name=name), stale())
     assert engine.gradients == [[-2.0, -2.0, -2.0, 2.0, 2.0, 2.0]]
     assert metrics["policy/ratio"] == metrics["policy/ratio_max"] == 1.0
+
+
+def test_ratios_are_counted_where_the_clip_sees_them_and_against_the_sampler() -> None:
+    """6 tokens, none of their ratios on an edge; to the learner before the update all are 1."""
+    ratios = RATIOS * 1.001
+    engine: Any = NumbersEngine(0.0)
+    found = PolicyLearner(engine, ALGORITHMS["grpo"](CLIP)).update(stale(ratios=ratios), None, AS_THEY_ARE)
+    one = [0.0] * (len(RATIO_EDGES) - 1)
+    one[RATIO_EDGES.index(0.995)] = 6.0
+    expected, _ = np.histogram(ratios, RATIO_EDGES)
+    assert found.buckets[RATIOS_SEEN] == tuple(one)
+    assert found.buckets[BEHAVIOUR_RATIOS] == tuple(expected.tolist()) and sum(expected) == 6
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo", "decoupled_ppo"])

@@ -11,7 +11,8 @@ def warned(shares: list[float], watch: CollapseWatch) -> list[int]:
     """Steps, from 1, with a warning; each has to say what to look at."""
     found = []
     for step, share in enumerate(shares, start=1):
-        for sentence in watch.step({NO_SIGNAL: share}):
+        for seen in watch.step({NO_SIGNAL: share}):
+            sentence = seen.sentence
             assert "rollouts/*.parquet" in sentence and "the start has to succeed sometimes" in sentence
             found.append(step)
     return found

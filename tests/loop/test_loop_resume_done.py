@@ -15,7 +15,7 @@ from rlhf_dist.loop.rl_training import train
 from rlhf_dist.loop.run_directory import open_run_directory
 from rlhf_dist.loop.supervised_training import fine_tune
 from rlhf_dist.loop.train_state import read_state
-from rlhf_dist.telemetry.sinks import open_telemetry
+from rlhf_dist.telemetry.run_telemetry import open_telemetry
 
 
 class Stages(Quiet):

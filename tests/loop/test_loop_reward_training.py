@@ -26,7 +26,7 @@ from rlhf_dist.models.scalar import ScoreScale
 from rlhf_dist.telemetry.display import PlainProgress, Progress
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.report import read_metrics
-from rlhf_dist.telemetry.sinks import open_telemetry
+from rlhf_dist.telemetry.run_telemetry import open_telemetry
 
 CONFIG = RewardConfig(steps=6, log_every=1, eval_every=1, patience=2)
 LOSSES = (0.7, 0.6, 0.5, 0.55, 0.5, 0.4, 0.3)

@@ -39,7 +39,7 @@ from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.train_state import State, read_state
 from rlhf_dist.loop.watch import CollapseWatch
-from rlhf_dist.telemetry.sinks import open_telemetry
+from rlhf_dist.telemetry.run_telemetry import open_telemetry
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.sync import WeightSync
 

@@ -37,6 +37,7 @@ from rlhf_dist.loop.ports import NO_ESTIMATES
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.step import (
     Learning,
+    StepReport,
     assign_credit,
     batch_metrics,
     collate,
@@ -50,7 +51,6 @@ from rlhf_dist.types import (
     Credit,
     Experience,
     Sampling,
-    StepReport,
 )
 from rlhf_dist.weights.sync import WeightSync
 

@@ -14,7 +14,7 @@ from rlhf_dist.loop.supervised_training import fine_tune
 from rlhf_dist.loop.trainer import TrainerState, read_state
 from rlhf_dist.models.checkpoints import read_sealed
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.telemetry.sinks import open_telemetry
+from rlhf_dist.telemetry.run_telemetry import open_telemetry
 
 CONFIG = SftConfig(steps=4, log_every=1, eval_every=2, checkpoint_every=0)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 from stand_ins import head_of
 
-from rlhf_dist.loop.watch import KL_FLOOR, CollapseWatch, correlation, watch_metrics
+from rlhf_dist.loop.watch import KL_FLOOR, REWARD_STD, CollapseWatch, correlation, watch_metrics
 from rlhf_dist.telemetry import names
 from rlhf_dist.types import Experience, Message, Prompt, ReferenceHead, Scores
 
@@ -94,9 +94,9 @@ def warnings(series: Series, group_size: int = 4) -> list[tuple[int, str]]:
     watch = CollapseWatch(group_size)
     count = len(next(iter(series.values())))
     return [
-        (step + 1, sentence)
+        (step + 1, seen.sentence)
         for step in range(count)
-        for sentence in watch.step({name: float(values[step]) for name, values in series.items()})
+        for seen in watch.step({name: float(values[step]) for name, values in series.items()})
     ]
 
 
@@ -109,6 +109,7 @@ def bump(before: float, within: float, start: int, end: int, steps: int) -> np.n
 
 ONSETS = {
     "the reward is over-optimised": {names.REWARD_PROXY: (1.0, 1.5), names.REWARD_GOLD: (1.0, 0.5)},
+    "the reward collapsed": {names.REWARD_MEAN: (1.0, 0.2)},
     "the KL to the reference explodes": {names.KL_REFERENCE: (2.0, 2 * KL_FLOOR)},
     "responses differ from each other": {names.DISTINCT_RESPONSES: (0.9, 0.05)},
     "perplexity under the reference": {names.REFERENCE_PERPLEXITY: (3.0, 7.0)},
@@ -159,6 +160,20 @@ def test_the_best_steps_of_gold_are_named_although_it_falls_slowly() -> None:
     assert 55 <= best <= 75
 
 
+def test_a_reward_that_loses_half_of_its_gain_collapses_and_one_that_sags_does_not() -> None:
+    noise = np.random.default_rng(2).normal(scale=0.02, size=STEPS)
+    rising = np.minimum(0.2 + np.arange(STEPS) / 40, 0.8)
+    spread = {REWARD_STD: np.full(STEPS, 0.4)}
+    for end, count in ((0.3, 1), (0.7, 0)):
+        series = {names.REWARD_MEAN: np.where(np.arange(STEPS) < 40, rising, end) + noise} | spread
+        found = warnings(series)
+        assert len(found) == count, (end, found)
+    noisy = np.random.default_rng(3).normal(scale=0.25, size=(40, 2 * STEPS))
+    assert sum(len(warnings({names.REWARD_MEAN: row, REWARD_STD: np.full(2 * STEPS, 1.0)})) for row in noisy) == 0
+    few = {names.REWARD_MEAN: bump(0.5, 0.4, 30, STEPS, STEPS), REWARD_STD: np.full(STEPS, 0.5)}
+    assert warnings(few) == [], "a tenth is less than half of how much single responses differ"
+
+
 def test_a_kl_that_grows_steadily_or_stays_small_does_not_explode() -> None:
     assert warnings({names.KL_REFERENCE: np.arange(STEPS) * 3.0}) == []
     assert warnings({names.KL_REFERENCE: 0.01 * 1.13 ** np.arange(STEPS)}) == []
@@ -195,7 +210,7 @@ def test_a_watch_goes_on_from_its_state(cut: int, said: str) -> None:
     second.restore(json.loads(json.dumps(first.state())))
     assert second.state() == first.state()
     found += [second.step(row) for row in rows[cut:]]
-    assert [(step + 1, s) for step, sentences in enumerate(found) for s in sentences] == warnings(series)
+    assert [(step + 1, s.sentence) for step, sentences in enumerate(found) for s in sentences] == warnings(series)
 
 
 def test_numbers_that_are_none_are_not_taken_for_trouble() -> None:

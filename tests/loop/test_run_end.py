@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_dist.errors import ConfigError, DiskError, RunError
+from rlhf_dist.errors import ActorTimeout, ConfigError, DiskError, RunError
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory, write_json
 from rlhf_dist.loop.run_end import end_recorded, read_summary
-from rlhf_dist.telemetry.sinks import EventLog, Telemetry
+from rlhf_dist.telemetry.alerts import AlertKind
+from rlhf_dist.telemetry.run_telemetry import Telemetry
+from rlhf_dist.telemetry.sinks import EventLog, Sink
 
 
 @pytest.fixture
@@ -49,9 +51,27 @@ def test_how_it_ended_is_in_the_events_and_the_summary(
     assert (event["kind"], event["message"]) == (outcome, message)
     expected = {"command": "train", "error": name, "exit_code": code, "reached_step": 7}
     assert expected.items() <= event["facts"].items()
+    assert event["facts"].get("alert") == ("fault" if outcome == "failed" else None)
     summary = json.loads(run.summary.read_text())
     assert (expected | {"outcome": outcome, "message": message}).items() <= summary.items()
     assert read_summary(run.path) is None, "nobody takes it for a finished run's"
+
+
+def test_people_are_called_for_a_fault_and_a_wait_and_not_for_a_stop(run: RunDirectory) -> None:
+    for error, kinds in (
+        (ActorTimeout("learner rank 1 did not answer in 5 s (learner.timeout_s)"), ["wait"]),
+        (RunError("learner rank 1 died"), ["fault"]),
+        (KeyboardInterrupt(), []),
+    ):
+        called: list[tuple[str, str]] = []
+
+        class Called(Sink):
+            def alert(self, kind: AlertKind, text: str, found: list[tuple[str, str]] = called) -> None:
+                found.append((kind, text))
+
+        with pytest.raises(type(error)), end_recorded(run, Telemetry([Called()], print), "train", stop):
+            raise error
+        assert called == [(kind, str(error)) for kind in kinds]
 
 
 def test_a_finished_run_keeps_its_own_summary_and_has_no_such_event(run: RunDirectory) -> None:

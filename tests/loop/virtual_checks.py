@@ -12,6 +12,7 @@ from virtual_records import Attempt, Broken, Entry, Line, Purpose
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.events import Answer, Asked, Command, Event, Serving, Submit, Taken, Tick
 from rlhf_dist.loop.members import Members
+from rlhf_dist.telemetry.goodput import ActorSide
 from rlhf_dist.types import Experience, Request
 
 
@@ -259,6 +260,13 @@ class Watched(Controller):
         self._checks.event(event, commands)
         if self.late != self._checks.late:
             raise Broken(f"{self.late} events came to nothing, and {self._checks.late} had to")
+        side, members = self._members.side, self._members._members.values()
+        busy = sorted({(one.kind == "rollout", one.name) for one in members if one.work and one.kind != "collator"})
+        known = {(one.kind == "rollout", one.name) for one in members if one.kind != "collator"}
+        workers = [sum(rollout for rollout, _ in found) for found in (busy, known)]
+        servers = [len(busy) - workers[0], len(known) - workers[1]]
+        if side != ActorSide(workers[0], workers[1] - workers[0], servers[0], servers[1] - servers[0]):
+            raise Broken(f"the members are {busy}, and what goodput is booked by is {side}")
         return commands
 
     def take(self, now: float) -> tuple[Taken | None, list[Command]]:

@@ -10,7 +10,7 @@ from pumping import answered
 from sample_groups import request_of
 
 from rlhf_dist.rollout.trajectories import Response, Turn
-from rlhf_dist.rollout.worker import RolloutWorker, Submit
+from rlhf_dist.rollout.worker import RolloutWorker, Submit, Usage
 from rlhf_dist.types import UNFINISHED, Message, Prompt, Receipt, Request
 from rlhf_dist.weights.receipts import Announcement
 
@@ -59,6 +59,9 @@ class Engine:
 
     def sleep(self) -> None:
         self.sleeps += 1
+
+    def usage(self) -> Usage:
+        return Usage(len(self.under_way), len(self.under_way) / 10)
 
     def prepare_weights(self, announcement: Announcement) -> None:
         self.prepared.append(announcement.version)

@@ -158,6 +158,7 @@ def test_a_beat_tells_of_steps(worker: RolloutWorker) -> None:
     worker.post(1, Cancel(("train/0/0/0",)))
     worker.turn()
     assert worker.events(0) == [Beat("w", 2)], "no step without work"
+    assert last.work.tokens >= 2 and last.work.busy_s > 0.0
 
 
 def test_who_asks_for_events_waits_for_one_and_no_longer_than_he_says(worker: RolloutWorker) -> None:

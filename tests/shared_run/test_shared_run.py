@@ -42,7 +42,7 @@ def test_one_metrics_object_a_step(shared_run: SharedRun) -> None:
         "learner/grad_norm", "learner/lr", "learner/tokens", "learner/trained_share",
         "rollout/response_length", "rollout/logprob_diff_max", "rollout/logprob_diff_mean",
         "rollout/policy_lag_max", "sync/changed_share", "time/step", "time/generate", "time/train",
-        "time/sync", "goodput/generate", "goodput/tokens_per_s",
+        "time/sync", "goodput/rollout_generate", "goodput/tokens_per_s",
     }  # fmt: skip
     for line in found:
         assert names <= line.keys(), names - line.keys()

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_dist.config.schema import TelemetryConfig
 from rlhf_dist.errors import DiskError
-from rlhf_dist.telemetry import sinks
+from rlhf_dist.telemetry import sinks, wandb_key, wandb_sink
 
 ROWS = [
     {"prompt": "abc", "response": "cba", "reward": 1.0, "components": {"exact": 1.0}},
@@ -26,7 +26,7 @@ def read_lines(path: Path) -> list[dict[str, object]]:
 
 def test_imports_need_no_torch_and_no_heavy_library() -> None:
     code = (
-        "import sys; from rlhf_dist.telemetry import display, metrics, report, sinks, timeline\n"
+        "import sys; from rlhf_dist.telemetry import display, metrics, report, run_telemetry, timeline\n"
         "print([m for m in ('torch', 'wandb', 'matplotlib', 'rich', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
@@ -85,36 +85,6 @@ def test_samples_become_parquet_with_every_column(tmp_path: Path) -> None:
     assert table[1]["reward/format"] == 1.0 and table[1]["uid"] == "0/1" and table[1]["step"] == 10
 
 
-def test_a_real_offline_wandb_run_and_its_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC", "WANDB_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    warnings: list[str] = []
-    run = tmp_path / "run"
-    run.mkdir()
-    config = TelemetryConfig()
-    telemetry, wandb_id = sinks.open_telemetry(config, run, "tiny", {"seed": 3}, None, warnings.append)
-    assert wandb_id
-    telemetry.log(1, {"reward/mean": 0.25})
-    telemetry.samples(1, ROWS[:1])
-    telemetry.warn("logprob difference is large", value=0.5)
-    telemetry.close()
-    again, same_id = sinks.open_telemetry(config, run, "tiny", {"seed": 3}, wandb_id, warnings.append)
-    again.log(2, {"reward/mean": 0.5})
-    again.close()
-    again.close()
-    assert same_id == wandb_id
-    assert capfd.readouterr() == ("", ""), "wandb spoke over the user's screen"
-    assert warnings == ["logprob difference is large"]
-    assert len(list((run / "wandb").glob(f"offline-run-*/run-{wandb_id}.wandb"))) >= 1
-    assert list((run / "wandb").glob("offline-run-*/files/media/table/rollouts/samples_*.table.json"))
-    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2]
-    assert [line["kind"] for line in read_lines(run / "events.jsonl")] == ["warning"]
-    assert not list(run.rglob("*.py")), "source code was saved"
-
-
 class BrokenRun:
     def log(self, metrics: object) -> None:
         raise ConnectionError("the service\nis gone")
@@ -122,8 +92,8 @@ class BrokenRun:
 
 def test_a_failing_wandb_is_one_warning_and_never_stops_the_run(tmp_path: Path) -> None:
     warnings: list[str] = []
-    sink = sinks.WandbSink(TelemetryConfig(wandb="off"), tmp_path, "x", {}, None, warnings.append)
-    sink._run = BrokenRun()
+    sink = wandb_sink.WandbSink(TelemetryConfig(wandb="off"), tmp_path, "x", {}, None, warnings.append, print)
+    sink._run, sink._works = BrokenRun(), True
     sink.log(1, {"a": 1.0})
     sink.log(2, {"a": 1.0})
     sink.samples(2, ROWS)
@@ -137,10 +107,11 @@ def test_a_wandb_that_cannot_start_online_goes_offline_then_off(
     def refuse(*arguments: object) -> object:
         raise TimeoutError("no answer")
 
-    monkeypatch.setattr(sinks, "_start_wandb", refuse)
+    monkeypatch.setattr(wandb_sink, "_start_wandb", refuse)
     monkeypatch.setenv("WANDB_API_KEY", "not-a-real-key-" + "x" * 40)
+    monkeypatch.setattr(wandb_key, "unreachable", lambda: "")
     warnings: list[str] = []
-    sink = sinks.WandbSink(TelemetryConfig(wandb="online"), tmp_path, "x", {}, None, warnings.append)
+    sink = wandb_sink.WandbSink(TelemetryConfig(wandb="online"), tmp_path, "x", {}, None, warnings.append, print)
     sink.log(1, {"a": 1.0})
     assert sink.run_id is None
     assert [warning.rsplit("; ", 1)[1] for warning in warnings] == ["going on offline", "going on without it"]

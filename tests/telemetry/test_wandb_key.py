@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from rlhf_dist.config.schema import TelemetryConfig
 from rlhf_dist.errors import ConfigError
-from rlhf_dist.telemetry.wandb_key import has_wandb_key, wandb_mode
+from rlhf_dist.telemetry.wandb_key import has_wandb_key, wandb_mode, why_offline
 
 KEY = "0123456789" * 4
 OWN = "local-" + KEY
@@ -123,3 +124,18 @@ def test_the_mode(monkeypatch: pytest.MonkeyPatch, given: str, variables: dict[s
 def test_online_without_a_key_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"telemetry\.wandb is online, but there is no wandb key"):
         wandb_mode(TelemetryConfig(wandb="online"))
+
+
+def test_why_a_run_is_offline_is_said_where_nobody_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_offline(TelemetryConfig(), "offline") == "there is no wandb key"
+    assert why_offline(TelemetryConfig(wandb="offline"), "offline") == why_offline(TelemetryConfig(), "off") == ""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert why_offline(TelemetryConfig(), "offline") == ""
+
+
+def test_an_empty_mode_is_none_and_a_wrong_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "")
+    assert wandb_mode(TelemetryConfig()) == "offline" and "WANDB_MODE" not in os.environ
+    monkeypatch.setenv("WANDB_MODE", "of")
+    with pytest.raises(ConfigError, match=r"^WANDB_MODE is 'of'; it must be online, offline, .* or not set$"):
+        wandb_mode(TelemetryConfig())

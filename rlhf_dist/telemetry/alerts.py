@@ -1,0 +1,61 @@
+"""What people are called for: kinds of alerts with their titles, and how often one is sent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+AlertKind = Literal[
+    "kl",
+    "reward",
+    "overoptimized",
+    "distinct",
+    "perplexity",
+    "length",
+    "no signal",
+    "mismatch",
+    "push",
+    "wait",
+    "fault",
+]
+AlertLevel = Literal["WARN", "ERROR"]
+
+TITLES: dict[AlertKind, str] = {
+    "kl": "KL explosion",
+    "reward": "Reward collapse",
+    "overoptimized": "Reward over-optimised",
+    "distinct": "Responses all alike",
+    "perplexity": "Text the reference would not write",
+    "length": "Responses cut at the limit",
+    "no signal": "No signal in the rewards",
+    "mismatch": "Rollout and learner logprobs differ",
+    "push": "A worker missed a weight push",
+    "wait": "A wait beyond its limit",
+    "fault": "A fault",
+}
+"""Kind -> title; wandb takes at most 63 characters."""
+EVERY_S = 3600.0
+"""The same cause is not sent again within so many seconds."""
+
+
+class AlertLimit:
+    """Lets an alert through once per cause in `EVERY_S`. A cause is a kind and whom it is about."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._sent: dict[tuple[AlertKind, str], float] = {}
+
+    def lets(self, kind: AlertKind, subject: str) -> bool:
+        """Whether it is to be sent now; if so, it counts as sent."""
+        now = self._clock()
+        cause: tuple[AlertKind, str] = (kind, subject)
+        if cause in self._sent and now - self._sent[cause] < EVERY_S:
+            return False
+        self._sent[cause] = now
+        return True
+
+
+def level_of(kind: AlertKind) -> AlertLevel:
+    """`ERROR` for what stops processes, `WARN` for signs in the numbers."""
+    return "ERROR" if kind in ("push", "wait", "fault") else "WARN"

@@ -1,0 +1,166 @@
+"""Weights & Biases as a sink: metrics and histograms over the optimizer step, a table of samples, alerts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import numpy as np
+
+from rlhf_dist.config.schema import TelemetryConfig
+from rlhf_dist.telemetry.alerts import TITLES, AlertKind, level_of
+from rlhf_dist.telemetry.code_version import code_version
+from rlhf_dist.telemetry.histograms import Histogram
+from rlhf_dist.telemetry.sinks import NONE, FragileSink, SampleRow, json_safe, one_line
+from rlhf_dist.telemetry.wandb_key import wandb_mode, why_offline
+
+SAMPLES = "rollouts/samples"
+COLUMNS = ("step", "prompt", "response", "reward", "components")
+ALERT_CHARACTERS = 2000
+"""Of an alert's text; a failure's message may end with lines of a log."""
+DATA_DIR = "WANDB_DATA_DIR"
+
+
+class WandbSink(FragileSink):
+    """Offline by itself when there is no key or no network.
+
+    It never stops or blocks the run: the first failure is told once and the sink falls silent. The step is an ordinary
+    column named `step`, because wandb drops rows whose own step counter goes backwards, as it does after a resume.
+    """
+
+    START_LIMIT_S = 30.0
+    FINISH_LIMIT_S = 60.0
+
+    def __init__(
+        self,
+        config: TelemetryConfig,
+        run_directory: Path,
+        name: str,
+        config_dict: Mapping[str, Any],
+        resume_id: str | None,
+        on_failure: Callable[[str], None],
+        on_note: Callable[[str], None],
+    ) -> None:
+        """`resume_id`: `run_id` of the run being continued, None for a new one. Files go to `run_directory`/wandb.
+
+        `on_note` hears why the run is offline, `on_failure` what went wrong. Raises ConfigError as `wandb_mode` does.
+        """
+        super().__init__("wandb", on_failure)
+        self.run_id: str | None = resume_id
+        """Keep it, to continue the same wandb run after a resume; None when wandb is off or did not start."""
+        self._run: Any = None
+        self._table: Any = None
+        self._folder = ""
+        mode = wandb_mode(config)
+        self._works = mode != "off"
+        if mode == "off":
+            return
+        why = why_offline(config, mode)
+        if "WANDB_DATA_DIR" not in os.environ:  # else tables that are not uploaded yet lie outside the run directory
+            os.environ[DATA_DIR] = self._folder = str(run_directory / "wandb")
+        for attempt in ["online", "offline"] if mode == "online" and not why else ["offline"]:
+            try:
+                self._run = _start_wandb(config, run_directory, name, config_dict, resume_id, attempt)
+                self.run_id = str(self._run.id)
+                break
+            except Exception as error:
+                self._works = attempt == "online"
+                instead = "going on offline" if attempt == "online" else "going on without it"
+                on_failure(f"wandb did not start {attempt} ({one_line(error)}); {instead}")
+        if self._run is not None and why:
+            on_note(f"wandb is offline, {why}; upload the run later with `wandb sync {Path(self._run.dir).parent}`")
+
+    def log(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram] = NONE) -> None:
+        def send() -> None:
+            import wandb
+
+            drawn = {
+                name: wandb.Histogram(np_histogram=(np.array(found.counts), np.array(found.edges)))
+                for name, found in histograms.items()
+            }
+            self._run.log({"step": int(step)} | dict(metrics) | drawn)
+
+        self._attempt(send)
+
+    def alert(self, kind: AlertKind, text: str) -> None:
+        """The same title twice in a second is sent once: wandb counts by title."""
+        level, short = level_of(kind), text[:ALERT_CHARACTERS]
+        self._attempt(lambda: self._run.alert(title=TITLES[kind], text=short, level=level, wait_duration=1))
+
+    def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
+        """The table `rollouts/samples`, which grows over the run: each call sends the new rows only."""
+
+        def send() -> None:
+            import wandb
+
+            if self._table is None:
+                self._table = wandb.Table(columns=list(COLUMNS), log_mode="INCREMENTAL")
+            for row in rows:
+                components = json.dumps(json_safe({k: float(v) for k, v in row["components"].items()}))
+                self._table.add_data(int(step), row["prompt"], row["response"], float(row["reward"]), components)
+            self._run.log({"step": int(step), SAMPLES: self._table})
+
+        if rows:
+            self._attempt(send)
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._attempt(lambda: self._run.finish())
+        self._run, self._works = None, False
+        if self._folder and os.environ.get(DATA_DIR) == self._folder:
+            del os.environ[DATA_DIR]
+
+
+def without_secrets(value: Any) -> Any:
+    """A config as plain values, in which an address keeps neither user nor query: they may hold a token."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(inner) for inner in value]
+    if isinstance(value, str) and "://" in value:
+        try:
+            parts = urlsplit(value)
+        except ValueError:
+            return "(an address that cannot be read)"
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return value
+
+
+def _start_wandb(
+    config: TelemetryConfig,
+    run_directory: Path,
+    name: str,
+    config_dict: Mapping[str, Any],
+    resume_id: str | None,
+    mode: str,
+) -> Any:
+    # It advertises another product over the user's screen when the process has certain libraries loaded.
+    os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
+    import wandb
+
+    run = wandb.init(
+        project=config.project,
+        entity=config.entity or None,
+        dir=str(run_directory),
+        name=name,
+        config=without_secrets(config_dict) | {"code": code_version()},
+        id=resume_id,
+        resume="allow" if resume_id else None,
+        mode="online" if mode == "online" else "offline",
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            save_code=False,
+            disable_code=True,
+            disable_git=True,  # `code` has the commit of this package; wandb would take that of the current folder
+            init_timeout=WandbSink.START_LIMIT_S,
+            finish_timeout=WandbSink.FINISH_LIMIT_S,
+        ),
+    )
+    run.define_metric("step", hidden=True)
+    run.define_metric("*", step_metric="step")
+    return run
