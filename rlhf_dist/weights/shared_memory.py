@@ -14,14 +14,19 @@ import os
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from errno import EACCES, EAGAIN
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+import numpy as np
+
 from rlhf_dist.errors import DiskError, ResourceError, WeightSyncError
-from rlhf_dist.weights.buckets import Slot, WeightPlan
+from rlhf_dist.weights.buckets import Bucket, Slot, WeightPlan
+from rlhf_dist.weights.changes import WORD_BYTES, Piece, apply
 from rlhf_dist.weights.receipts import Announcement, bucket_hash
 
 if TYPE_CHECKING:  # who only sweeps, or asks for room, does not wait seconds for torch
@@ -70,13 +75,8 @@ class WeightWriter:
         self._stride = math.ceil(max(plan.nbytes, 1) / mmap.PAGESIZE) * mmap.PAGESIZE
         self.path = SHARED_MEMORY / f"{PREFIX}{os.getuid()}-{secrets.token_hex(8)}.weights"
         try:
-            # For this user's eyes only; the lock, which goes with the process, tells `sweep` that the file is in use.
-            self._file = os.fdopen(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600), "r+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Reserve now: writing past the end of a full tmpfs later is a SIGBUS, not an error.
-            os.posix_fallocate(self._file.fileno(), 0, BUFFERS * self._stride)
+            self._file = private_file(self.path, BUFFERS * self._stride)
         except OSError as error:
-            self.path.unlink(missing_ok=True)
             raise DiskError(
                 f"{SHARED_MEMORY}: {size_text(BUFFERS * self._stride)} for two copies of the weights: "
                 f"{error.strerror}; {MAKE_ROOM}"
@@ -103,6 +103,27 @@ class WeightWriter:
                     receive(part)
                     hashes.append(bucket_hash(part))
         return Announcement(version, str(self.path), offset, self.plan, tuple(hashes))
+
+    def change(self, version: int, before: Announcement, pieces: Sequence[Piece]) -> Announcement:
+        """As `write`, of the weights that were written here last, `before`, with the words of `pieces` changed.
+
+        Raises `WeightSyncError` also for pieces that do not fit; what was written last may be lost then.
+        """
+        hashes: list[str] = []
+        whole = np.frombuffer(self._map, np.uint8)
+        with self._free_buffer() as offset:
+            for bucket in self.plan.buckets:
+                start, nbytes = offset + bucket.offset, bucket.nbytes
+                part = whole[start : start + nbytes]
+                if before.offset != offset:
+                    part[:] = whole[before.offset + bucket.offset :][:nbytes]
+                apply(within(pieces, bucket), part.view(np.uint16), bucket.offset // WORD_BYTES)
+                hashes.append(bucket_hash(part.data))
+        return Announcement(version, str(self.path), offset, self.plan, tuple(hashes))
+
+    def tensors(self, announcement: Announcement, bucket: Bucket) -> list[tuple[str, torch.Tensor]]:
+        """What was written of a bucket's parameters, as views."""
+        return [(slot.name, slot_view(self._map, slot, announcement.offset)) for slot in bucket.slots]
 
     def _fill(self, offset: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> tuple[str, ...]:
         given = iter(parameters)
@@ -233,6 +254,30 @@ def bucket_hashes(memory: mmap.mmap, start: int, plan: WeightPlan) -> tuple[str,
     """The hash of each bucket of the buffer that begins at `start`."""
     whole = memoryview(memory)[start : start + plan.nbytes]
     return tuple(bucket_hash(whole[bucket.offset : bucket.offset + bucket.nbytes]) for bucket in plan.buckets)
+
+
+def within(pieces: Sequence[Piece], bucket: Bucket) -> Sequence[Piece]:
+    """Those of the pieces, which are in the order of their starts, that begin in a bucket."""
+    first, end = bucket.offset // WORD_BYTES, (bucket.offset + bucket.nbytes) // WORD_BYTES
+    low, high = (bisect_left(pieces, word, key=attrgetter("start")) for word in (first, end))
+    return pieces[low:high]
+
+
+def private_file(path: Path, nbytes: int) -> IO[bytes]:
+    """A new file of so many bytes for this user's eyes only, whose lock tells `sweep` that it is in use.
+
+    The lock goes with the process. Raises OSError where there is no room; then there is no file.
+    """
+    file = os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600), "r+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Reserve now: writing past the end of a full tmpfs later is a SIGBUS, not an error.
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+    except OSError:
+        path.unlink(missing_ok=True)
+        file.close()
+        raise
+    return file
 
 
 def lock(file: IO[bytes], kind: int, start: int, nbytes: int) -> bool:
