@@ -133,9 +133,13 @@ class ModelEngine(Engine):
         *,
         device: str,
         bucket_mib: int,
+        shared: bool = False,
         mask: MaskPolicy | None = None,
     ) -> None:
-        """Load the Hugging Face directory `source`; the process group is up already. `mask`: what may be drawn."""
+        """Load the Hugging Face directory `source`; the process group is up already.
+
+        `shared`: rollout workers have the same devices. `mask`: what may be drawn.
+        """
         hf_model = load_model(source, model.dtype, choose_attention(model.attention, device, model.dtype))
         check_head(PackedPolicy(hf_model.to(device)))  # pyright: ignore[reportArgumentType]
         self._source = source
@@ -149,7 +153,9 @@ class ModelEngine(Engine):
             if name.startswith(PREFIX)
         ]
         plan = make_plan(shapes, bucket_mib * 2**20)
-        self._publication = Publication(self._deepspeed, self.weights, plan, prefix=PREFIX, changes=learner.delta_push)
+        self._publication = Publication(
+            self._deepspeed, self.weights, plan, prefix=PREFIX, changes=learner.delta_push, shared=shared
+        )
         self._usual_chunks = chunk_count(learner.micro_batch_tokens, self._chunk)
 
     def logprobs(self, packed: Packed, temperature: float, masked: bool = True) -> Tensor:

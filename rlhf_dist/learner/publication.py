@@ -29,13 +29,22 @@ class Publication:
     """Every rank calls each method; rank 0 has the shared memory."""
 
     def __init__(
-        self, deepspeed: DeepSpeedEngine, weights: Weights, plan: WeightPlan, *, prefix: str, changes: bool
+        self,
+        deepspeed: DeepSpeedEngine,
+        weights: Weights,
+        plan: WeightPlan,
+        *,
+        prefix: str,
+        changes: bool,
+        shared: bool,
     ) -> None:
         """`prefix`: what DeepSpeed's names have before the plan's. `changes`: publish by changed words where that is
-        less."""
+        less. `shared`: rollout workers have the same devices."""
         self._deepspeed = deepspeed
         self._weights = weights
         self._plan = plan
+        self._on_gpu = deepspeed.device.type == "cuda"
+        self._frees = shared and self._on_gpu
         self._starts = {prefix + slot.name: slot.offset // WORD_BYTES for slot in plan.slots}
         self._changes = changes
         self._marks: ChangedWords | None = None
@@ -63,6 +72,9 @@ class Publication:
         else:
             self._published = self._change(version, before, pieces)
             self._audit(version)
+        if self._frees:
+            # A rollout worker makes each layer beside the old one, outside of what vLLM has planned.
+            torch.cuda.empty_cache()
         return self._published
 
     def _write(self, version: int) -> Announcement | None:
@@ -72,7 +84,7 @@ class Publication:
                     pass
             return None
         if self._writer is None:
-            self._writer = WeightWriter(self._plan)
+            self._writer = WeightWriter(self._plan, pinned=self._on_gpu)
             self._file = ChangesFile(self._writer.path)
         return self._writer.write(version, self._weights(None))
 

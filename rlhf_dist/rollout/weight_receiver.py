@@ -198,7 +198,7 @@ class WeightReceiver:
     def hash_weights(self, announcement: Announcement) -> Hashed:
         """Hash all buckets of a version and keep it locked; nothing of the model is touched."""
         if self._weight_reader is None:
-            self._weight_reader = WeightReader()
+            self._weight_reader = WeightReader(pinned=self.device.type == "cuda")
         try:
             self._weight_lease = self._weight_reader.take(announcement)
         except WeightSyncError as error:

@@ -57,6 +57,10 @@ def bucket_hash(data: memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+BucketHash = xxhash.xxh3_128
+"""The same of parts that come one after another."""
+
+
 def receipt_problem(announcement: Announcement, receipt: Receipt) -> Problem | None:
     """Compare what arrived and what the engine loaded with what was announced; None where all agree."""
     who = f"{receipt.worker}, version {announcement.version}"

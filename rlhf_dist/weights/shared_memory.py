@@ -27,7 +27,8 @@ import numpy as np
 from rlhf_dist.errors import DiskError, ResourceError, WeightSyncError
 from rlhf_dist.weights.buckets import Bucket, Slot, WeightPlan
 from rlhf_dist.weights.changes import WORD_BYTES, Piece, apply
-from rlhf_dist.weights.receipts import Announcement, bucket_hash
+from rlhf_dist.weights.pinned import PinnedMap
+from rlhf_dist.weights.receipts import Announcement, BucketHash, bucket_hash
 
 if TYPE_CHECKING:  # who only sweeps, or asks for room, does not wait seconds for torch
     import torch
@@ -35,6 +36,8 @@ if TYPE_CHECKING:  # who only sweeps, or asks for room, does not wait seconds fo
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "rlhf_dist-"
 BUFFERS = 2
+PART_BYTES = 2**22
+"""Copied and then hashed at a time: it stays in a core's cache in between."""
 READERS_LIMIT_S = 5.0
 """How long a publication waits for a buffer: those that still read have been given up, and are about to end."""
 MAKE_ROOM = (
@@ -67,8 +70,8 @@ def size_text(nbytes: int, up: bool = True) -> str:
 class WeightWriter:
     """The learner's side; only rank 0 has one."""
 
-    def __init__(self, plan: WeightPlan) -> None:
-        """Reserve both buffers. Raises `DiskError` when shared memory is too small."""
+    def __init__(self, plan: WeightPlan, *, pinned: bool = False) -> None:
+        """Reserve both buffers; `pinned`: for copies from a GPU. Raises `DiskError` when shared memory is too small."""
         sweep(SHARED_MEMORY)
         self.plan = plan
         self._newest = BUFFERS - 1
@@ -82,6 +85,7 @@ class WeightWriter:
                 f"{error.strerror}; {MAKE_ROOM}"
             ) from None
         self._map = map_file(self.path)
+        self._pinned = PinnedMap(self._map) if pinned else None
 
     def write(self, version: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> Announcement:
         """Copy the parameters, in the plan's order, and hash each bucket.
@@ -126,12 +130,21 @@ class WeightWriter:
         return [(slot.name, slot_view(self._map, slot, announcement.offset)) for slot in bucket.slots]
 
     def _fill(self, offset: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> tuple[str, ...]:
-        given = iter(parameters)
-        for slot in self.plan.slots:
-            name, tensor = next(given)
-            assert name == slot.name, f"{name} came where {slot.name} was planned"
-            slot_view(self._map, slot, offset).copy_(tensor)
-        return bucket_hashes(self._map, offset, self.plan)
+        """Each part is hashed while the processor has it in its cache."""
+        hashes: list[str] = []
+        given, whole = iter(parameters), memoryview(self._map)
+        for bucket in self.plan.buckets:
+            running, done = BucketHash(), offset + bucket.offset
+            for slot in bucket.slots:
+                name, tensor = next(given)
+                assert name == slot.name, f"{name} came where {slot.name} was planned"
+                for nbytes in copy_in_parts(slot_view(self._map, slot, offset), tensor):
+                    end = offset + slot.offset + nbytes
+                    running.update(whole[done:end])
+                    done = end
+            running.update(whole[done : offset + bucket.offset + bucket.nbytes])
+            hashes.append(running.hexdigest())
+        return tuple(hashes)
 
     @contextmanager
     def _free_buffer(self) -> Iterator[int]:
@@ -162,6 +175,8 @@ class WeightWriter:
 
     def close(self) -> None:
         """Remove the file; maps that workers hold stay valid until they drop them. May be called twice."""
+        if self._pinned is not None:
+            self._pinned.close()
         self.path.unlink(missing_ok=True)
         self._file.close()
 
@@ -169,7 +184,10 @@ class WeightWriter:
 class WeightReader:
     """A reading process's side: maps the writer's file once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pinned: bool = False) -> None:
+        """`pinned`: for copies to a GPU."""
+        self._pin = pinned
+        self._pinned: PinnedMap | None = None
         self._path = ""
         self._file: IO[bytes] | None = None
         self._map: mmap.mmap | None = None
@@ -207,7 +225,10 @@ class WeightReader:
             memory = map_file(Path(path))
             if self._file is not None:
                 self._file.close()
+            if self._pinned is not None:
+                self._pinned.close()
             self._file, self._map, self._path = open(path, "r+b"), memory, path  # noqa: SIM115
+            self._pinned = PinnedMap(memory) if self._pin else None
         return self._file, self._map
 
 
@@ -248,6 +269,16 @@ def slot_view(memory: mmap.mmap, slot: Slot, start: int) -> torch.Tensor:
         return torch.empty(slot.shape, dtype=dtype)
     flat = torch.frombuffer(memory, dtype=dtype, count=slot.elements, offset=start + slot.offset)
     return flat.view(slot.shape)
+
+
+def copy_in_parts(target: torch.Tensor, source: torch.Tensor) -> Iterator[int]:
+    """Copy a tensor; after each part, how many bytes of the target are there."""
+    to, of = target.view(-1), source.reshape(-1)
+    step = PART_BYTES // to.element_size()
+    for start in range(0, to.numel(), step):
+        end = min(start + step, to.numel())
+        to[start:end].copy_(of[start:end])
+        yield end * to.element_size()
 
 
 def bucket_hashes(memory: mmap.mmap, start: int, plan: WeightPlan) -> tuple[str, ...]:
