@@ -228,3 +228,15 @@ def test_pushes_by_changed_words_are_loaded_as_whole_ones(push: Push, worker: Ro
         assert all(torch.equal(found[name], tensor.detach()) for name, tensor in push.learner.weights())
         assert receipt_problem(before, push.engine.load_weights(before)) is None
         assert agrees(push, worker)
+
+
+def test_embeddings_are_written_where_they_are(push: Push, worker: RolloutWorker) -> None:
+    """They are not made beside themselves, nor packed for products that nobody computes with them."""
+    table = push.model.model.embed_tokens
+    place, packed = table.weight.data_ptr(), table.cpu_linear
+    push.learner.move(seed=400)
+    push.load()
+    assert (table.weight.data_ptr(), table.cpu_linear) == (place, packed)
+    sent = dict(push.learner.weights())["model.embed_tokens.weight"].detach()
+    assert torch.equal(table.weight[: len(sent)], sent)
+    assert agrees(push, worker)
