@@ -128,16 +128,19 @@ def prompt_tokens(prompt: Prompt) -> list[int]:
     return [TOKENS.index(character) for character in prompt.messages[-1].content]
 
 
-def write_models(config: Config) -> None:
-    """The policy, and the reward model where there is one."""
-    write_model(config.model.tiny, Path(config.model.path))
+def write_models(config: Config, entries: int = 0) -> None:
+    """The policy, and the reward model where there is one. `entries`: see `write_model`, of the policy."""
+    write_model(config.model.tiny, Path(config.model.path), entries=entries)
     for spec in config.scoring.rewards.values():
         if spec.kind == "model":
             write_model(config.model.tiny, Path(spec.path), reward=True)
 
 
-def write_model(sizes: TinyConfig, folder: Path, reward: bool = False) -> None:
-    """Random weights from a seed, and the tokenizer; `reward`: one score in place of the language-model head."""
+def write_model(sizes: TinyConfig, folder: Path, reward: bool = False, entries: int = 0) -> None:
+    """Random weights from a seed, and the tokenizer; `reward`: one score in place of the language-model head.
+
+    `entries`: of the vocabulary, where it is larger than the tokenizer's; then input and output share one matrix.
+    """
     import torch
     from transformers import (
         AutoModelForCausalLM,
@@ -155,14 +158,14 @@ def write_model(sizes: TinyConfig, folder: Path, reward: bool = False) -> None:
     )
     assert len(tokenizer) == len(TOKENS)
     shape = Qwen2Config(
-        vocab_size=len(TOKENS),
+        vocab_size=entries or len(TOKENS),
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.intermediate_size,
         num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads,
         num_key_value_heads=sizes.kv_heads,
         max_position_embeddings=sizes.max_positions,
-        tie_word_embeddings=False,
+        tie_word_embeddings=bool(entries),
         eos_token_id=TOKENS.index(END),
         pad_token_id=TOKENS.index(PAD),
         dtype="float32",
@@ -177,4 +180,4 @@ def write_model(sizes: TinyConfig, folder: Path, reward: bool = False) -> None:
 
 if __name__ == "__main__":
     # In a process of its own: the benchmark's stays without torch and its threads.
-    write_models(from_yaml(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    write_models(from_yaml(Path(sys.argv[1]).read_text(encoding="utf-8")), *map(int, sys.argv[2:]))

@@ -90,6 +90,7 @@ class LearnerHost:
             self._optimizer(),
             device=spec.device,
             bucket_mib=config.weights.bucket_mib,
+            shared=config.cluster.colocate,
             mask=self._make_mask(),
         )
 
@@ -164,6 +165,7 @@ class PolicyHost(CriticVerbs, LearnerHost):
             self._optimizer(),
             device=self._spec.device,
             bucket_mib=config.weights.bucket_mib,
+            shared=config.cluster.colocate,
             mask=self._make_mask(),
             resumed=self._folder,
         )

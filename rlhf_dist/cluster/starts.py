@@ -39,7 +39,10 @@ def start_workers(
 ) -> dict[str, Any]:
     """Start the rollout workers."""
     specs = [
-        spec(config, f"rollout worker {i}", source, placement.device, placement.rollout_threads, logs, i)
+        replace(
+            spec(config, f"rollout worker {i}", source, placement.device, placement.rollout_threads, logs, i),
+            large_pages=True,
+        )
         for i in range(placement.rollout_workers)
     ]
     if placement.learner_ranks and hosts.algorithm(config.algo).mask is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
@@ -21,6 +21,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from rlhf_dist.config.schema import OptimizerConfig
 from rlhf_dist.errors import ConfigError, RunError
+from rlhf_dist.learner.changed_words import Part, Run
 
 LOOPBACK = "127.0.0.1"
 REDUCE_BUCKET = 500_000_000
@@ -107,9 +108,12 @@ class DeepSpeedEngine:
         require_finite(float(norm))
         return float(norm)
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole parameters in the module's order; under ZeRO 3 gathered one by one, by every rank, to the end."""
+    def named_weights(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters in the module's order, all or the wanted; under ZeRO 3 gathered one by one, by every rank,
+        to the end."""
         for name, parameter in self._engine.module.named_parameters():
+            if wanted is not None and name not in wanted:
+                continue
             gathered = self._zero.GatheredParameters([parameter]) if self.zero_stage == 3 else nullcontext()
             with gathered:
                 yield name, parameter.detach()
@@ -126,6 +130,38 @@ class DeepSpeedEngine:
         everyone: list[Any] = [mine] * self.world_size
         torch.distributed.all_gather_object(everyone, mine)
         return everyone
+
+    def to_rank_0(self, mine: bytes) -> list[bytes]:
+        """What each rank gives, by rank, on rank 0; nothing on the others. Every rank calls it."""
+        everyone: list[Any] = [b""] * self.world_size if self.rank == 0 else []
+        torch.distributed.gather_object(mine, everyone or None)
+        return everyone
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The one that steps the masters."""
+        return self._base_optimizer
+
+    def parts(self) -> list[Part]:
+        """This rank's words, as they are rounded after a step; of a model in bfloat16."""
+        optimizer, named = self._engine.optimizer, list(self._engine.module.named_parameters())
+        if self.zero_stage == 3:
+            words = list(optimizer.fp16_partitioned_groups_flat)
+            # (name, this rank's words of it, the first of them in the parameter, how many are no filling)
+            own = []
+            for name, parameter in named:
+                held: Tensor = parameter.ds_tensor
+                begin = self.rank * int(held.ds_numel)  # pyright: ignore[reportAttributeAccessIssue]
+                own.append((name, held, begin, min(held.numel(), int(parameter.ds_numel) - begin)))
+        else:
+            stage_1 = hasattr(optimizer, "bf16_partitioned_groups")
+            groups = optimizer.bf16_partitioned_groups if stage_1 else optimizer.parallel_partitioned_bit16_groups
+            words = [group[self.rank] for group in groups]
+            own = [(name, parameter, 0, parameter.numel()) for name, parameter in named]
+        return [
+            Part(master, part, tuple(run for one in own if (run := run_in(part, *one)) is not None))
+            for master, part in zip(self._masters(), words, strict=True)
+        ]
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """This rank's part of the optimizer: float32 weights and Adam's moments, flat, by stable names."""
@@ -196,6 +232,14 @@ class DeepSpeedEngine:
             if hasattr(optimizer, attribute):
                 return list(getattr(optimizer, attribute))
         return [p for group in self._base_optimizer.param_groups for p in group["params"]]
+
+
+def run_in(part: Tensor, name: str, held: Tensor, begin: int, count: int) -> Run | None:
+    """What lies in the memory of `part` of the `count` words of `held`, the first of which is number `begin` of a
+    parameter."""
+    ahead = (held.data_ptr() - part.data_ptr()) // part.element_size()
+    first, end = max(ahead, 0), min(ahead + count, part.numel())
+    return Run(name, begin + first - ahead, first, end - first) if first < end else None
 
 
 def engine_config(zero_stage: int, dtype: str, max_grad_norm: float, parameters: int) -> dict[str, Any]:

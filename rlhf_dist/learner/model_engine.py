@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from rlhf_dist.learner.checkpoint_files import optimizer_file
 from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine
 from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.micro_batch_rows import Packed
+from rlhf_dist.learner.publication import Publication
 from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.hf import load_model, own_memory, read_companions, save_hf
 from rlhf_dist.models.packed_policy import PackedPolicy, check_head
 from rlhf_dist.models.tensors import digest, read_tensors, write_tensors
 from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement
-from rlhf_dist.weights.shared_memory import WeightWriter
 
 PREFIX = "model."
 """PackedModel holds the Hugging Face model under this name; published names are Hugging Face's own."""
@@ -61,9 +60,10 @@ class Engine:
         """Optimizer step; the gradient norm before clipping."""
         return self._deepspeed.step(lr)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole parameters by Hugging Face's names, every rank to the end."""
-        for name, tensor in self._deepspeed.named_weights():
+    def weights(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters by Hugging Face's names, all or the wanted, every rank to the end."""
+        names = None if wanted is None else [PREFIX + name for name in wanted]
+        for name, tensor in self._deepspeed.named_weights(names):
             if name.startswith(PREFIX):
                 yield name.removeprefix(PREFIX), tensor
 
@@ -133,22 +133,29 @@ class ModelEngine(Engine):
         *,
         device: str,
         bucket_mib: int,
+        shared: bool = False,
         mask: MaskPolicy | None = None,
     ) -> None:
-        """Load the Hugging Face directory `source`; the process group is up already. `mask`: what may be drawn."""
+        """Load the Hugging Face directory `source`; the process group is up already.
+
+        `shared`: rollout workers have the same devices. `mask`: what may be drawn.
+        """
         hf_model = load_model(source, model.dtype, choose_attention(model.attention, device, model.dtype))
         check_head(PackedPolicy(hf_model.to(device)))  # pyright: ignore[reportArgumentType]
         self._source = source
         self._mask = mask
         policy = self._packed(hf_model, model.gradient_checkpointing)
         self._chunk = learner.logprob_chunk_tokens
-        self._dtype = model.dtype
-        self._bucket_bytes = bucket_mib * 2**20
-        self._writer: WeightWriter | None = None
-        self._published: Announcement | None = None
-        self._moved = True
-        """Since the last publication; the same on every rank."""
         super().__init__(policy, source, model, learner, optimizer, device)
+        shapes = [
+            (name.removeprefix(PREFIX), shape, model.dtype)
+            for name, shape in self._deepspeed.shapes()
+            if name.startswith(PREFIX)
+        ]
+        plan = make_plan(shapes, bucket_mib * 2**20)
+        self._publication = Publication(
+            self._deepspeed, self.weights, plan, prefix=PREFIX, changes=learner.delta_push, shared=shared
+        )
         self._usual_chunks = chunk_count(learner.micro_batch_tokens, self._chunk)
 
     def logprobs(self, packed: Packed, temperature: float, masked: bool = True) -> Tensor:
@@ -184,7 +191,7 @@ class ModelEngine(Engine):
 
     def step(self, lr: float) -> float:
         """As `Engine.step`; the next publication has new weights."""
-        self._moved = True
+        self._publication.moved = True
         return super().step(lr)
 
     def publish(self, version: int) -> Announcement | None:
@@ -192,27 +199,10 @@ class ModelEngine(Engine):
 
         Without an optimizer step since the last publication, its bytes get the new number.
         """
-        announcement = self._publish(version)
+        announcement = self._publication.publish(version)
         if self._mask is not None:
             self._mask.follow(version, self.weights())
         return announcement
-
-    def _publish(self, version: int) -> Announcement | None:
-        moved, self._moved = self._moved, False
-        if not moved:
-            return None if self._published is None else replace(self._published, version=version)
-        if self.rank > 0:
-            self._join_gathering()
-            return None
-        if self._writer is None:
-            shapes = [
-                (name.removeprefix(PREFIX), shape, self._dtype)
-                for name, shape in self._deepspeed.shapes()
-                if name.startswith(PREFIX)
-            ]
-            self._writer = WeightWriter(make_plan(shapes, self._bucket_bytes))
-        self._published = self._writer.write(version, self.weights())
-        return self._published
 
     def save(self, folder: Path) -> None:
         """Checkpoint into `folder`: `hf/` by rank 0, and each rank's `optimizer-RANK.safetensors`."""
@@ -226,5 +216,4 @@ class ModelEngine(Engine):
 
     def close(self) -> None:
         """Remove the shared-memory file."""
-        if self._writer is not None:
-            self._writer.close()
+        self._publication.close()

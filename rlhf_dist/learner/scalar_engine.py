@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -117,9 +117,9 @@ class ScalarEngineWithLM(ScalarEngine):
         )
         return self._normalized(raw), logprobs
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Those of the scalar model alone."""
-        return (pair for pair in super().weights() if not pair[0].startswith(LM_PREFIX))
+        return (pair for pair in super().weights(wanted) if not pair[0].startswith(LM_PREFIX))
 
     def save(self, folder: Path, scale: ScoreScale | None = None) -> None:
         """See `ScalarEngine.save`; the language-model head beside it."""

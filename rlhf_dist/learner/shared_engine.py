@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,10 @@ class SharedEngine(ModelEngine):
         logprobs, entropy, values = self.with_values(packed, temperature, gradient)
         return logprobs + 0.0 * values, entropy
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """As `Engine.weights`, and nothing is gathered behind the last: a reader that stops there would be alone."""
         count = sum(name.startswith(PREFIX) for name, _ in self._deepspeed.shapes())
-        return islice(super().weights(), count)
+        return islice(super().weights(wanted), count if wanted is None else len(wanted))
 
     def save(self, folder: Path) -> None:
         """As `ModelEngine.save`, with `value_head.safetensors`."""

@@ -197,7 +197,7 @@ def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch) -> Step:
     metrics |= {f"data/dropped_{reason}": float(count) for reason, count in taken.dropped.items()}
     metrics |= counted(taken.non_finite, run.config.scoring.non_finite) | watch.lap()
     metrics[names.ELAPSED] = watch.elapsed
-    metrics["sync/changed_share"] = push.changed_share
+    metrics["sync/changed_share"], metrics["sync/sent_share"] = push.changed_share, push.sent_share
     metrics["rollout/group_s"], metrics["goodput/late_events"] = taken.seconds, float(taken.late)
     metrics[names.TOKENS_PER_S] = metrics["rollout/response_tokens"] / metrics[names.STEP_TIME]
     metrics[names.LOG_TIME] = run.telemetry.spent()

@@ -198,7 +198,7 @@ class WeightReceiver:
     def hash_weights(self, announcement: Announcement) -> Hashed:
         """Hash all buckets of a version and keep it locked; nothing of the model is touched."""
         if self._weight_reader is None:
-            self._weight_reader = WeightReader()
+            self._weight_reader = WeightReader(pinned=self.device.type == "cuda")
         try:
             self._weight_lease = self._weight_reader.take(announcement)
         except WeightSyncError as error:
@@ -222,6 +222,7 @@ class WeightReceiver:
         with set_current_vllm_config(self.vllm_config), ReadTally(tensors) as tally:
             # On a CPU linear layers are packed into another form and the originals freed: they are loaded anew.
             initialize_layerwise_reload(model)
+            keep_embeddings(model)
             reported = model.load_weights(iter(tensors))
             partial = partly_loaded(model)
             finalize_layerwise_reload(model, self.model_config)
@@ -281,6 +282,24 @@ def partly_loaded(model: Any) -> list[str]:
             if info.can_load() and 0 < info.load_numel < (info.load_numel_total or 0):
                 found.append(name)
     return found
+
+
+def keep_embeddings(model: Any) -> None:
+    """Let the embeddings be written where they are, which vLLM would make beside themselves and pack, in vain.
+
+    They are the largest layers, and are looked up in the form that they are sent in. Only where heads are layers of
+    their own: an embedding that is the head has a packed form, too.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
+
+    tables: list[Any] = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    if any(isinstance(module, ParallelLMHead) for module in tables):
+        for module in tables:
+            if not isinstance(module, ParallelLMHead):
+                info = get_layerwise_info(module)
+                _place_kernel_tensors(module, info)
+                info.reset()
 
 
 def repack_tied_heads(model: Any) -> None:

@@ -12,6 +12,17 @@ from rlhf_dist.weights.buckets import WeightPlan
 
 
 @dataclass(frozen=True, slots=True)
+class Changes:
+    """The words that a version changes in the one before it, for nodes that hold that."""
+
+    path: str
+    """A file in the shared memory of the learner's node, see `changes.pack`."""
+    nbytes: int
+    base: tuple[str, ...]
+    """The hashes of the weights that they are changes of."""
+
+
+@dataclass(frozen=True, slots=True)
 class Announcement:
     """A published version, and where its bytes lie."""
 
@@ -23,6 +34,8 @@ class Announcement:
     plan: WeightPlan
     hashes: tuple[str, ...]
     """xxh3-128 of each bucket as the learner wrote it."""
+    changes: Changes | None = None
+    """Where the learner told what changed; the whole is there all the same."""
 
     def same_weights(self, other: Announcement) -> bool:
         """Whether both versions have the same bytes under the same names."""
@@ -42,6 +55,10 @@ class Problem:
 def bucket_hash(data: memoryview) -> str:
     """xxh3-128 in hex: at memory speed, and a torn or stale bucket does not pass by chance."""
     return xxhash.xxh3_128_hexdigest(data)
+
+
+BucketHash = xxhash.xxh3_128
+"""The same of parts that come one after another."""
 
 
 def receipt_problem(announcement: Announcement, receipt: Receipt) -> Problem | None:
@@ -65,6 +82,13 @@ def receipt_problem(announcement: Announcement, receipt: Receipt) -> Problem | N
         text = f"its engine reports {len(receipt.unfilled)} parameters as not loaded whole, first {receipt.unfilled[0]}"
         return Problem(f"{who}: {text}", broken=True)
     return None
+
+
+def sent_share(announcement: Announcement, changed: float) -> float:
+    """Bytes that another node needs, over those of the whole; `changed`: see `changed_share`."""
+    if not changed or announcement.changes is None:
+        return 1.0 if changed else 0.0
+    return announcement.changes.nbytes / max(announcement.plan.nbytes, 1)
 
 
 def changed_share(before: Sequence[str], announcement: Announcement) -> float:

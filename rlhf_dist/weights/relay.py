@@ -3,7 +3,8 @@
 The relay of the learner's node offers a published version; those of other nodes copy it into a file of their own, from
 which their node's rollout workers load as on the learner's node. Ray's object store would take three times as long.
 Who connects has to prove that it knows the run's secret, which itself is not sent; what arrives is compared with the
-learner's hashes. The bytes are not encrypted.
+learner's hashes. The bytes are not encrypted. A node that has the version before needs only the words that changed,
+where the learner told which (`learner.delta_push`).
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from contextlib import closing, suppress
 from dataclasses import replace
 
 from rlhf_dist.errors import WeightSyncError
+from rlhf_dist.weights.changes import unpack
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.shared_memory import WeightReader, WeightWriter
 
 NONCE_BYTES = 32
 DIGEST = "sha256"
-REQUEST = struct.Struct("!q")
-"""The version that is asked for."""
+REQUEST = struct.Struct("!q?")
+"""The version that is asked for; whether what it changes in the one before will do."""
 YES = b"\0"
 REFUSALS = {b"\1": "it rejects the secret of this run", b"\2": "it offers another version by now"}
 WRONG_SECRET, OTHER_VERSION = REFUSALS
@@ -85,13 +87,20 @@ class Offer:
         nonce = secrets.token_bytes(NONCE_BYTES)
         connection.sendall(nonce)
         expected, end = prove(self._secret, nonce), time.monotonic() + GREETING_S
-        proof, (version,) = read(connection, len(expected), end), REQUEST.unpack(read(connection, REQUEST.size, end))
+        proof, asked = read(connection, len(expected), end), REQUEST.unpack(read(connection, REQUEST.size, end))
+        version, changes = asked
         if not hmac.compare_digest(proof, expected):
             connection.sendall(WRONG_SECRET)
             return
         offered = self._offered
-        if offered is None or offered.version != version:
+        if offered is None or offered.version != version or (changes and offered.changes is None):
             connection.sendall(OTHER_VERSION)
+            return
+        if changes and offered.changes is not None:
+            with open(offered.changes.path, "rb") as file:
+                connection.sendall(YES)
+                connection.settimeout(self._timeout_s)
+                connection.sendfile(file, 0, offered.changes.nbytes)
             return
         with suppress(WeightSyncError):
             lease = WeightReader().hold(offered)  # Each its own: a lock belongs to the opening of the file.
@@ -113,34 +122,50 @@ class Fetch:
     def fetch(self, announcement: Announcement, address: Address) -> Announcement:
         """Copy the announced version from the learner's node; returns where it lies on this one.
 
-        Bytes that are here already get the new number. Raises `WeightSyncError`, or `DiskError` for a node whose shared
-        memory is too small.
+        Bytes that are here already get the new number. Where the version before is here, only the words that changed
+        are fetched, if the learner told which. Raises `WeightSyncError`, or `DiskError` for a node whose shared memory
+        is too small; the next version is then fetched whole.
         """
-        held = self._held
+        held, self._held = self._held, None
         if held is not None and held.same_weights(announcement):
             self._held = replace(held, version=announcement.version)
             return self._held
         if self._writer is None or self._writer.plan != announcement.plan:
             self.close()
             self._writer = WeightWriter(announcement.plan)
-        version, (host, port) = f"version {announcement.version}", address
-        try:
-            with socket.create_connection(address, GREETING_S) as connection:
-                self._ask(connection, announcement)
-                end = time.monotonic() + self._timeout_s
-                found = self._writer.copy(announcement.version, lambda part: fill(connection, part, end))
-        except OSError as error:
-            raise WeightSyncError(f"{version} did not come from the learner's node ({host}:{port}): {error}") from None
+        found = self._receive(self._writer, announcement, address, held)
         for index, (sent, received) in enumerate(zip(announcement.hashes, found.hashes, strict=True)):
             if sent != received:
+                version = f"version {announcement.version}"
                 raise WeightSyncError(f"{version}: bucket {index} arrived as {received}, was announced as {sent}")
         self._held = found
         return found
 
-    def _ask(self, connection: socket.socket, announcement: Announcement) -> None:
+    def _receive(
+        self, writer: WeightWriter, announcement: Announcement, address: Address, held: Announcement | None
+    ) -> Announcement:
+        """The bytes into this node's memory, by what changed where `held` is the version before. Raises as `fetch`."""
+        version, (host, port) = announcement.version, address
+        changes = announcement.changes
+        if changes is not None and (held is None or held.plan != announcement.plan or held.hashes != changes.base):
+            changes = None
+        try:
+            with socket.create_connection(address, GREETING_S) as connection:
+                self._ask(connection, version, changes is not None)
+                end = time.monotonic() + self._timeout_s
+                if changes is None or held is None:
+                    return writer.copy(version, lambda part: fill(connection, part, end))
+                packed = read(connection, changes.nbytes, end)
+        except OSError as error:
+            raise WeightSyncError(
+                f"version {version} did not come from the learner's node ({host}:{port}): {error}"
+            ) from None
+        return writer.change(version, held, unpack(packed))
+
+    def _ask(self, connection: socket.socket, version: int, changes: bool) -> None:
         end = time.monotonic() + GREETING_S
         proof = prove(self._secret, read(connection, NONCE_BYTES, end))
-        connection.sendall(proof + REQUEST.pack(announcement.version))
+        connection.sendall(proof + REQUEST.pack(version, changes))
         answer = read(connection, len(YES), end)
         if answer != YES:
             raise ConnectionError(REFUSALS.get(answer, "it answers in another way than this version does"))

@@ -14,15 +14,21 @@ import os
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from errno import EACCES, EAGAIN
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+import numpy as np
+
 from rlhf_dist.errors import DiskError, ResourceError, WeightSyncError
-from rlhf_dist.weights.buckets import Slot, WeightPlan
-from rlhf_dist.weights.receipts import Announcement, bucket_hash
+from rlhf_dist.weights.buckets import Bucket, Slot, WeightPlan
+from rlhf_dist.weights.changes import WORD_BYTES, Piece, apply
+from rlhf_dist.weights.pinned import PinnedMap
+from rlhf_dist.weights.receipts import Announcement, BucketHash, bucket_hash
 
 if TYPE_CHECKING:  # who only sweeps, or asks for room, does not wait seconds for torch
     import torch
@@ -30,6 +36,8 @@ if TYPE_CHECKING:  # who only sweeps, or asks for room, does not wait seconds fo
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "rlhf_dist-"
 BUFFERS = 2
+PART_BYTES = 2**22
+"""Copied and then hashed at a time: it stays in a core's cache in between."""
 READERS_LIMIT_S = 5.0
 """How long a publication waits for a buffer: those that still read have been given up, and are about to end."""
 MAKE_ROOM = (
@@ -62,26 +70,22 @@ def size_text(nbytes: int, up: bool = True) -> str:
 class WeightWriter:
     """The learner's side; only rank 0 has one."""
 
-    def __init__(self, plan: WeightPlan) -> None:
-        """Reserve both buffers. Raises `DiskError` when shared memory is too small."""
+    def __init__(self, plan: WeightPlan, *, pinned: bool = False) -> None:
+        """Reserve both buffers; `pinned`: for copies from a GPU. Raises `DiskError` when shared memory is too small."""
         sweep(SHARED_MEMORY)
         self.plan = plan
         self._newest = BUFFERS - 1
         self._stride = math.ceil(max(plan.nbytes, 1) / mmap.PAGESIZE) * mmap.PAGESIZE
         self.path = SHARED_MEMORY / f"{PREFIX}{os.getuid()}-{secrets.token_hex(8)}.weights"
         try:
-            # For this user's eyes only; the lock, which goes with the process, tells `sweep` that the file is in use.
-            self._file = os.fdopen(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600), "r+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Reserve now: writing past the end of a full tmpfs later is a SIGBUS, not an error.
-            os.posix_fallocate(self._file.fileno(), 0, BUFFERS * self._stride)
+            self._file = private_file(self.path, BUFFERS * self._stride)
         except OSError as error:
-            self.path.unlink(missing_ok=True)
             raise DiskError(
                 f"{SHARED_MEMORY}: {size_text(BUFFERS * self._stride)} for two copies of the weights: "
                 f"{error.strerror}; {MAKE_ROOM}"
             ) from None
         self._map = map_file(self.path)
+        self._pinned = PinnedMap(self._map) if pinned else None
 
     def write(self, version: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> Announcement:
         """Copy the parameters, in the plan's order, and hash each bucket.
@@ -104,13 +108,43 @@ class WeightWriter:
                     hashes.append(bucket_hash(part))
         return Announcement(version, str(self.path), offset, self.plan, tuple(hashes))
 
+    def change(self, version: int, before: Announcement, pieces: Sequence[Piece]) -> Announcement:
+        """As `write`, of the weights that were written here last, `before`, with the words of `pieces` changed.
+
+        Raises `WeightSyncError` also for pieces that do not fit; what was written last may be lost then.
+        """
+        hashes: list[str] = []
+        whole = np.frombuffer(self._map, np.uint8)
+        with self._free_buffer() as offset:
+            for bucket in self.plan.buckets:
+                start, nbytes = offset + bucket.offset, bucket.nbytes
+                part = whole[start : start + nbytes]
+                if before.offset != offset:
+                    part[:] = whole[before.offset + bucket.offset :][:nbytes]
+                apply(within(pieces, bucket), part.view(np.uint16), bucket.offset // WORD_BYTES)
+                hashes.append(bucket_hash(part.data))
+        return Announcement(version, str(self.path), offset, self.plan, tuple(hashes))
+
+    def tensors(self, announcement: Announcement, bucket: Bucket) -> list[tuple[str, torch.Tensor]]:
+        """What was written of a bucket's parameters, as views."""
+        return [(slot.name, slot_view(self._map, slot, announcement.offset)) for slot in bucket.slots]
+
     def _fill(self, offset: int, parameters: Iterable[tuple[str, torch.Tensor]]) -> tuple[str, ...]:
-        given = iter(parameters)
-        for slot in self.plan.slots:
-            name, tensor = next(given)
-            assert name == slot.name, f"{name} came where {slot.name} was planned"
-            slot_view(self._map, slot, offset).copy_(tensor)
-        return bucket_hashes(self._map, offset, self.plan)
+        """Each part is hashed while the processor has it in its cache."""
+        hashes: list[str] = []
+        given, whole = iter(parameters), memoryview(self._map)
+        for bucket in self.plan.buckets:
+            running, done = BucketHash(), offset + bucket.offset
+            for slot in bucket.slots:
+                name, tensor = next(given)
+                assert name == slot.name, f"{name} came where {slot.name} was planned"
+                for nbytes in copy_in_parts(slot_view(self._map, slot, offset), tensor):
+                    end = offset + slot.offset + nbytes
+                    running.update(whole[done:end])
+                    done = end
+            running.update(whole[done : offset + bucket.offset + bucket.nbytes])
+            hashes.append(running.hexdigest())
+        return tuple(hashes)
 
     @contextmanager
     def _free_buffer(self) -> Iterator[int]:
@@ -141,6 +175,8 @@ class WeightWriter:
 
     def close(self) -> None:
         """Remove the file; maps that workers hold stay valid until they drop them. May be called twice."""
+        if self._pinned is not None:
+            self._pinned.close()
         self.path.unlink(missing_ok=True)
         self._file.close()
 
@@ -148,7 +184,10 @@ class WeightWriter:
 class WeightReader:
     """A reading process's side: maps the writer's file once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pinned: bool = False) -> None:
+        """`pinned`: for copies to a GPU."""
+        self._pin = pinned
+        self._pinned: PinnedMap | None = None
         self._path = ""
         self._file: IO[bytes] | None = None
         self._map: mmap.mmap | None = None
@@ -186,7 +225,10 @@ class WeightReader:
             memory = map_file(Path(path))
             if self._file is not None:
                 self._file.close()
+            if self._pinned is not None:
+                self._pinned.close()
             self._file, self._map, self._path = open(path, "r+b"), memory, path  # noqa: SIM115
+            self._pinned = PinnedMap(memory) if self._pin else None
         return self._file, self._map
 
 
@@ -229,10 +271,44 @@ def slot_view(memory: mmap.mmap, slot: Slot, start: int) -> torch.Tensor:
     return flat.view(slot.shape)
 
 
+def copy_in_parts(target: torch.Tensor, source: torch.Tensor) -> Iterator[int]:
+    """Copy a tensor; after each part, how many bytes of the target are there."""
+    to, of = target.view(-1), source.reshape(-1)
+    step = PART_BYTES // to.element_size()
+    for start in range(0, to.numel(), step):
+        end = min(start + step, to.numel())
+        to[start:end].copy_(of[start:end])
+        yield end * to.element_size()
+
+
 def bucket_hashes(memory: mmap.mmap, start: int, plan: WeightPlan) -> tuple[str, ...]:
     """The hash of each bucket of the buffer that begins at `start`."""
     whole = memoryview(memory)[start : start + plan.nbytes]
     return tuple(bucket_hash(whole[bucket.offset : bucket.offset + bucket.nbytes]) for bucket in plan.buckets)
+
+
+def within(pieces: Sequence[Piece], bucket: Bucket) -> Sequence[Piece]:
+    """Those of the pieces, which are in the order of their starts, that begin in a bucket."""
+    first, end = bucket.offset // WORD_BYTES, (bucket.offset + bucket.nbytes) // WORD_BYTES
+    low, high = (bisect_left(pieces, word, key=attrgetter("start")) for word in (first, end))
+    return pieces[low:high]
+
+
+def private_file(path: Path, nbytes: int) -> IO[bytes]:
+    """A new file of so many bytes for this user's eyes only, whose lock tells `sweep` that it is in use.
+
+    The lock goes with the process. Raises OSError where there is no room; then there is no file.
+    """
+    file = os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600), "r+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Reserve now: writing past the end of a full tmpfs later is a SIGBUS, not an error.
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+    except OSError:
+        path.unlink(missing_ok=True)
+        file.close()
+        raise
+    return file
 
 
 def lock(file: IO[bytes], kind: int, start: int, nbytes: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from rlhf_dist.weights.receipts import Announcement, changed_share
+from rlhf_dist.weights.receipts import Announcement, changed_share, sent_share
 
 
 class Publisher(Protocol):
@@ -40,6 +40,8 @@ class PushReport:
     """What was wrong with workers and receipts, one sentence a worker."""
     changed_share: float
     """Share of bytes in buckets that differ from the version before: 1 for the first push, 0 where nothing moved."""
+    sent_share: float
+    """Bytes for a node that has the version before, over those of the whole."""
 
     @property
     def version(self) -> int:
@@ -66,4 +68,4 @@ class WeightSync:
         problems += self._receivers.load_weights(announcement)
         share = changed_share(self._hashes, announcement)
         self._hashes = announcement.hashes
-        return PushReport(announcement, tuple(problems), share)
+        return PushReport(announcement, tuple(problems), share, sent_share(announcement, share))

@@ -76,6 +76,11 @@ WORKERS = ["rollout.workers=2"]
 """Two nodes with a rollout worker each and one with the learner."""
 RANKS = ["learner.ranks=2", "learner.zero_stage=2", "rollout.workers=1"]
 """Two nodes with a rank each and one with a rollout worker."""
+DELTA = [
+    *("learner.ranks=2", "learner.zero_stage=3", "rollout.workers=1", "learner.delta_push=true"),
+    *("model.dtype=bfloat16", "learner.optimizer.lr=1e-6", "loop.logprob_diff_limit=0.5"),
+]
+"""The same, and only words that changed cross the network."""
 TOO_MANY = ["learner.cpus=2", "rollout.workers=1"]
 
 
@@ -104,6 +109,7 @@ def done(shared_run: SharedRun, tmp_path_factory: pytest.TempPathFactory) -> Don
     commands = {
         "workers": [*WORKERS, "name=three"],
         "ranks": [*RANKS, "name=ranks", f"output={shared}"],
+        "delta": [*DELTA, "name=delta", f"output={shared}"],
         "too many": [*TOO_MANY, f"output={shared}"],
     }
     lines = [
@@ -182,6 +188,15 @@ def test_ranks_meet_over_the_network(shared_run: SharedRun, done: Done, tmp_path
     assert done.text["ranks"].endswith("\n0\n"), done.text["ranks"][-3000:]
     assert metrics(done.shared / "ranks") == on_one_node(shared_run, tmp_path, RANKS)
     assert {"learner-rank-0", "learner-rank-1", "rollout-worker-0"} <= logs(done.shared / "ranks")
+
+
+@needs_namespaces
+def test_only_what_changed_crosses_the_network(done: Done) -> None:
+    """Each receipt is over the whole; a worker without the whole would serve nothing, and the run would not end."""
+    assert done.text["delta"].endswith("\n0\n"), done.text["delta"][-3000:]
+    _, *steps = metrics(done.shared / "delta")
+    assert len(steps) == 3 and all(0 < step["sync/sent_share"] < 0.2 < step["sync/changed_share"] for step in steps)
+    assert not any("warning" in line for line in (done.shared / "delta" / "events.jsonl").read_text().splitlines())
 
 
 @needs_namespaces

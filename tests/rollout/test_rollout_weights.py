@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import real_engine
 import torch
@@ -20,6 +21,7 @@ from rlhf_dist.rollout.vllm_engine import VllmEngine
 from rlhf_dist.rollout.worker import RolloutWorker
 from rlhf_dist.types import Receipt
 from rlhf_dist.weights.buckets import make_plan
+from rlhf_dist.weights.changes import WORD_BYTES, encode
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 from rlhf_dist.weights.shared_memory import WeightWriter
 
@@ -208,3 +210,33 @@ def test_weights_that_did_not_move_are_not_read_again_and_tokens_get_the_new_num
     with pytest.raises(WeightSyncError, match="version 61: /dev/shm/not-there cannot be read: No such file"):
         push.engine.load_weights(replace(push.publish(BAD), path="/dev/shm/not-there"))
     push.load()
+
+
+def test_pushes_by_changed_words_are_loaded_as_whole_ones(push: Push, worker: RolloutWorker) -> None:
+    """What lies in shared memory after each is the learner's, bit for bit, and the engine samples with that."""
+    before = push.load()
+    for number in range(5):
+        old = [tensor.detach().clone() for _, tensor in push.learner.weights()]
+        push.learner.move(seed=300 + number)
+        pieces = []
+        for slot, (_, tensor), earlier in zip(push.writer.plan.slots, push.learner.weights(), old, strict=True):
+            words, was = (one.detach().flatten().view(torch.int16).numpy() for one in (tensor, earlier))
+            where = np.flatnonzero(words != was)
+            pieces.append(encode(slot.offset // WORD_BYTES, where, words[where].view(np.uint16)))
+        before = push.writer.change(BAD + number, before, pieces)
+        found = dict(pair for bucket in push.writer.plan.buckets for pair in push.writer.tensors(before, bucket))
+        assert all(torch.equal(found[name], tensor.detach()) for name, tensor in push.learner.weights())
+        assert receipt_problem(before, push.engine.load_weights(before)) is None
+        assert agrees(push, worker)
+
+
+def test_embeddings_are_written_where_they_are(push: Push, worker: RolloutWorker) -> None:
+    """They are not made beside themselves, nor packed for products that nobody computes with them."""
+    table = push.model.model.embed_tokens
+    place, packed = table.weight.data_ptr(), table.cpu_linear
+    push.learner.move(seed=400)
+    push.load()
+    assert (table.weight.data_ptr(), table.cpu_linear) == (place, packed)
+    sent = dict(push.learner.weights())["model.embed_tokens.weight"].detach()
+    assert torch.equal(table.weight[: len(sent)], sent)
+    assert agrees(push, worker)

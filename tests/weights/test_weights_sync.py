@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_dist.errors import WeightSyncError
 from rlhf_dist.weights.buckets import make_plan
-from rlhf_dist.weights.receipts import Announcement
+from rlhf_dist.weights.receipts import Announcement, Changes
 from rlhf_dist.weights.sync import WeightSync
 
 PLAN = make_plan([("a", (16,), "float32"), ("b", (48,), "float32")], 1)
@@ -20,11 +20,12 @@ class Ends:
 
     hashes: tuple[str, ...] = ("a 0", "b 0")
     fails: bool = False
+    changes: Changes | None = None
     asked: list[str] = field(default_factory=list)
 
     def publish(self, version: int) -> Announcement:
         self.asked.append(f"publish {version}")
-        return Announcement(version, "unused", 0, PLAN, self.hashes)
+        return Announcement(version, "unused", 0, PLAN, self.hashes, self.changes)
 
     def make_room(self) -> list[str]:
         self.asked.append("make room")
@@ -55,3 +56,11 @@ def test_the_changed_share_is_that_of_bytes_since_the_push_before() -> None:
     ends.hashes, ends.fails = ("a 1", "b 1"), True
     with pytest.raises(WeightSyncError):
         sync.push(4)
+
+
+def test_the_sent_share_is_what_another_node_needs() -> None:
+    ends = Ends()
+    sync = WeightSync(ends, ends)
+    assert (sync.push(1).sent_share, sync.push(2).sent_share) == (1.0, 0.0)
+    ends.hashes, ends.changes = ("a 1", "b 0"), Changes("unused", PLAN.nbytes // 8, ("a 0", "b 0"))
+    assert sync.push(3).sent_share == 0.125
