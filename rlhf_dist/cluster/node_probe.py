@@ -127,12 +127,26 @@ def main() -> int:
         else:
             check_port("", given.port, "--port")
             check_port(address, given.dashboard_port, "--dashboard-port")
+        client = free_port()
     except (InputError, ResourceError) as error:
         os.write(messages, f"ray_cluster: {error}\n".encode())
         return 2
-    with socket.create_server(("", 0)) as probe:
-        print(address, probe.getsockname()[1], ":".join(map(str, head)) if head else f"{address}:{given.port}")
+    print(address, client, ":".join(map(str, head)) if head else f"{address}:{given.port}")
     return 0
+
+
+def free_port() -> int:
+    """For Ray Client's server, which nobody here uses, and without which Ray's node ends.
+
+    Below the ports that the system gives out by itself, one of which another process would take before the server does.
+    """
+    for port in range(10001, 11000):
+        try:
+            socket.create_server(("", port)).close()
+        except OSError:
+            continue
+        return port
+    raise ResourceError("ports 10001 to 10999 are all in use; end what uses them")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -79,8 +80,13 @@ class Machine:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    """Below those that the system gives out by itself, one of which another process would take before Ray does."""
+    while True:
+        try:
+            with socket.create_server(("127.0.0.1", random.randrange(12000, 32000))) as probe:
+                return probe.getsockname()[1]
+        except OSError:
+            continue
 
 
 def refused(machine: Machine, *words: str, **environment: str) -> str:
