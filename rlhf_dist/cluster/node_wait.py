@@ -18,7 +18,7 @@ POLL_S = 0.5
 def living(where: str) -> list[str]:
     """Addresses of the nodes that are up. Raises whatever Ray raises."""
     from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
-    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo  # pyright: ignore[reportAttributeAccessIssue]
 
     infos = GcsClient(address=where).get_all_node_info(timeout=10).values()
     return sorted(info.node_manager_address for info in infos if info.state == GcsNodeInfo.ALIVE)
