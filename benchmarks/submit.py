@@ -72,10 +72,10 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def free_port() -> int:
-    """Below those that the system gives out by itself."""
+    """Above those of Ray's workers, and below those that the system gives out by itself and others may take first."""
     while True:
         try:
-            with socket.create_server(("127.0.0.1", random.randrange(12000, 32000))) as probe:
+            with socket.create_server(("127.0.0.1", random.randrange(20000, 32000))) as probe:
                 return probe.getsockname()[1]
         except OSError:
             continue

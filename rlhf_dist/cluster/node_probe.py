@@ -138,15 +138,16 @@ def main() -> int:
 def free_port() -> int:
     """For Ray Client's server, which nobody here uses, and without which Ray's node ends.
 
-    Below the ports that the system gives out by itself, one of which another process would take before the server does.
+    Ray's default, or one above those of Ray's workers and below those that the system gives out by itself, of which
+    another process would take one before the server does.
     """
-    for port in range(10001, 11000):
+    for port in (10001, *range(32000, 32700)):
         try:
             socket.create_server(("", port)).close()
         except OSError:
             continue
         return port
-    raise ResourceError("ports 10001 to 10999 are all in use; end what uses them")
+    raise ResourceError("port 10001 and ports 32000 to 32699 are all in use; end what uses them")
 
 
 if __name__ == "__main__":
