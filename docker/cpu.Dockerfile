@@ -3,11 +3,13 @@
 FROM python:3.11-slim-bookworm
 
 # libnuma1: vLLM's CPU backend is linked against it. g++: compiled decoding (rollout.enforce_eager=false) builds kernels.
+# hadolint ignore=DL3008 # Debian keeps one version of each
 RUN apt-get update && apt-get install -y --no-install-recommends g++ libnuma1 && rm -rf /var/lib/apt/lists/*
 
 # Ray lets anyone with the token run code: not as root.
 RUN useradd --create-home --uid 1000 rlhf
-USER rlhf
+# By number, so that Kubernetes can see that it is not root.
+USER 1000
 WORKDIR /home/rlhf/rlhf_dist
 
 # First only what decides the environment, so that an edit of the code does not install everything again. The package is

@@ -4,6 +4,7 @@
 FROM python:3.11-slim-bookworm
 
 # g++: Triton compiles a launcher for each kernel when it is first used.
+# hadolint ignore=DL3008 # Debian keeps one version of each
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 
 # What NVIDIA's own images set: the container toolkit passes the GPUs and the driver's compute libraries into the image.
@@ -11,7 +12,8 @@ ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 # Ray lets anyone with the token run code: not as root.
 RUN useradd --create-home --uid 1000 rlhf
-USER rlhf
+# By number, so that Kubernetes can see that it is not root.
+USER 1000
 WORKDIR /home/rlhf/rlhf_dist
 
 # First only what decides the environment, so that an edit of the code does not install everything again. The package is

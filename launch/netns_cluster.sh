@@ -59,6 +59,7 @@ space() { # NODE
   echo "rlhf-$$-$1"
 }
 
+# shellcheck disable=SC2329 # by the trap
 end() {
   local i
   set +e
@@ -118,26 +119,11 @@ export RAY_ADDRESS=$NET.1:6379
 for ((i = 2; i <= nodes; i++)); do
   start_node "$i" --address="$RAY_ADDRESS"
 done
-COUNT='import sys, time
-import ray
-end = time.monotonic() + float(sys.argv[2])
-while True:
-    try:
-        ray.init(address=sys.argv[3], logging_level="ERROR")
-        break
-    except Exception as error:
-        if time.monotonic() > end:
-            sys.exit(f"the first node takes nobody: {error}")
-        time.sleep(0.5)
-while (alive := sum(node["Alive"] for node in ray.nodes())) < int(sys.argv[1]):
-    if time.monotonic() > end:
-        sys.exit(f"{alive} nodes are there")
-    time.sleep(0.2)'
 for ((i = 0; i < LIMIT_S * 5; i++)); do
   on_head test -e "$temp/session_latest" 2>/dev/null && break
   sleep 0.2
 done
-if ! on_head "$PYTHON" -c "$COUNT" "$nodes" "$LIMIT_S" "$RAY_ADDRESS" >"$logs/start.log" 2>&1; then
+if ! on_head env PYTHONPATH="$PWD" "$PYTHON" -P -m rlhf_dist.cluster.node_wait "$RAY_ADDRESS" "$nodes" "$LIMIT_S" >"$logs/start.log" 2>&1; then
   tail -n 5 "$logs"/*.log >&2
   fail 1 "the $nodes nodes did not find each other in $LIMIT_S s; the ends of their logs are above"
 fi

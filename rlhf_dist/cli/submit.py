@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_dist.cli import arguments
-from rlhf_dist.errors import InputError
+from rlhf_dist.errors import InputError, RlhfError
+
+if TYPE_CHECKING:
+    from rlhf_dist.cluster.jobs import JobSubmissionClient
 
 COMMANDS = ("train", "sft", "reward", "pipeline", "eval")
 USAGE = "usage: rlhf-dist submit COMMAND CONFIG.yaml [key=value ...] [options of COMMAND]"
+FETCH = "usage: rlhf-dist submit fetch JOB [DIRECTORY] [--limit MIB]"
+LIMIT_MIB = 100
+"""Of what is copied."""
 HELP = f"""{USAGE}
+{FETCH.replace("usage:", "      ")}
 
 Runs COMMAND ({", ".join(COMMANDS)}) as a job on a Ray cluster, follows its output
 and ends with its exit code. RAY_ADDRESS names the cluster's dashboard
@@ -21,7 +30,11 @@ of this package are sent along, without .git, .venv, runs, .env and the like.
 The token comes from RAY_AUTH_TOKEN, from the file RAY_AUTH_TOKEN_PATH or from
 ~/.ray/auth_token. Environment variables such as WANDB_API_KEY are not sent: set
 them where the cluster's nodes start Ray. The nodes need an environment with the
-libraries of rlhf-dist in PATH, and output= has to be on a disk that they share.
+libraries of rlhf-dist in PATH.
+
+Give output= a path on a disk that the nodes share. Where output is relative, the run
+directory is copied here when the job has ended, checkpoints last and {LIMIT_MIB} MiB at
+most. `fetch` copies that of a job later, from any path, or with another limit.
 
 Ctrl-C asks whether to stop the job, or only to stop following it."""
 
@@ -31,13 +44,16 @@ def run(argv: Sequence[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(HELP)
         return 0
-    words = checked(argv)
     from rlhf_dist.cluster import jobs
 
+    if argv and argv[0] == "fetch":
+        return fetch(argv[1:])
+    words, place = checked(argv)
+    before = stamp(place)
     cluster = jobs.dashboard()
     with arguments.loading():
         client = jobs.connect(cluster)
-    job = jobs.send(client, words)
+    job = jobs.send(client, words, str(place or ""))
     print(f"submitted {job} to {cluster.address}", file=sys.stderr, flush=True)
     try:
         code = jobs.follow(cluster, client, job, lambda text: print(text, end="", flush=True))
@@ -46,11 +62,78 @@ def run(argv: Sequence[str]) -> int:
             jobs.stop(client, job)
         raise
     print(f"{job} {'succeeded' if code == 0 else f'ended with exit code {code}'}", file=sys.stderr)
+    if place and code != 2:
+        hand_over(client, job, place, before)
     return code
 
 
-def checked(argv: Sequence[str]) -> list[str]:
-    """The words of the job, after what can be known to be wrong here. Raises `InputError`."""
+def hand_over(client: JobSubmissionClient, job: str, place: Path, before: float) -> None:
+    """Say where the run directory is, and copy it here where it is in the job's own folder."""
+    from rlhf_dist.cluster import jobs
+
+    if place.is_absolute() and stamp(place) != before:
+        print(f"run directory: {place}", file=sys.stderr)
+        return
+    try:
+        if not place.is_absolute():
+            copy(client, job, place, LIMIT_MIB)
+            return
+        _, node = jobs.run_of(client, job)
+        print(f"run directory: {place} on {node}; `rlhf-dist submit fetch {job}` copies it here", file=sys.stderr)
+    except RlhfError as error:
+        print(f"the run directory of {job} was not copied: {error}", file=sys.stderr)
+
+
+def copy(client: JobSubmissionClient, job: str, target: Path, limit_mib: int) -> None:
+    """Copy a job's run directory, beside one that is there. Raises `RlhfError`."""
+    from rlhf_dist.cluster import jobs
+
+    if target.exists():
+        target = target.with_name(f"{target.name}.{job}")
+    found = jobs.bring(client, job, target, limit_mib * 2**20)
+    print(f"run directory: {target}, a copy of {found.source} on the cluster", file=sys.stderr)
+    if found.left:
+        size = sum(size for _, size in found.left) / 2**20
+        print(
+            f"left there: {len(found.left)} files of {size:.0f} MiB, as {found.left[-1][0]}; to copy all: "
+            f"rlhf-dist submit fetch {job} DIRECTORY --limit {ceil(size) + limit_mib}",
+            file=sys.stderr,
+        )
+
+
+def stamp(place: Path | None) -> float:
+    """When the run that is at the place here ended; 0 where there is none."""
+    try:
+        return (place / "summary.json").stat().st_mtime if place else 0.0
+    except OSError:
+        return 0.0
+
+
+def fetch(words: Sequence[str]) -> int:
+    """`submit fetch`. Raises `RlhfError`."""
+    from rlhf_dist.cluster import jobs
+
+    limit, rest = LIMIT_MIB, list(words)
+    if "--limit" in rest:
+        at = rest.index("--limit")
+        if not rest[at + 1 : at + 2] or not rest[at + 1].isdecimal() or int(rest[at + 1]) == 0:
+            raise InputError(f"--limit needs a number of MiB above 0; {FETCH}")
+        limit = int(rest[at + 1])
+        del rest[at : at + 2]
+    if len(rest) not in (1, 2) or any(word.startswith("-") for word in rest):
+        raise InputError(f"name a job; {FETCH}")
+    if rest[1:] and Path(rest[1]).exists():
+        raise InputError(f"{rest[1]} exists; name a directory that is to be made")
+    cluster = jobs.dashboard()
+    with arguments.loading():
+        client = jobs.connect(cluster)
+    run, _ = jobs.run_of(client, rest[0])
+    copy(client, rest[0], Path(rest[1] if rest[1:] else Path(run).name), limit)
+    return 0
+
+
+def checked(argv: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The words of the job and its run directory, after what can be known to be wrong here. Raises `InputError`."""
     if len(argv) < 2 or argv[0] not in COMMANDS:
         what = f"`{argv[0]}` is not a command for a cluster: {', '.join(COMMANDS)} are; " if argv else ""
         raise InputError(f"{what}{USAGE}")
@@ -70,25 +153,20 @@ def checked(argv: Sequence[str]) -> list[str]:
 
     if excluded := next((name for name in EXCLUDED if place.is_relative_to(name)), None):
         raise InputError(f"{path}: lies in {excluded}, which is not sent; put the config elsewhere")
-    output = require_known_keys(command, config, overrides)
-    if not Path(output).is_absolute():
-        print(
-            f"note: output is {output}: the run directory lies in the job's own copy of this folder, which Ray removes "
-            "later. Give output= a path that the nodes share to keep it",
-            file=sys.stderr,
-        )
-    return [command, str(place), *rest]
+    run = require_known_keys(command, config, overrides)
+    return [command, str(place), *rest], None if command == "eval" else run
 
 
-def require_known_keys(command: str, config: Path, overrides: Sequence[str]) -> str:
-    """Load the config, so that a wrong key costs no job; returns `output`. Files are looked at on the cluster."""
+def require_known_keys(command: str, config: Path, overrides: Sequence[str]) -> Path:
+    """Load the config, so that a wrong key costs no job; returns its run directory, as the job sees it."""
     if command == "pipeline":
         from rlhf_dist.config.pipeline_checks import load_stages
 
-        return load_stages(config, overrides)[0].config.output
+        return load_stages(config, overrides)[0].path.parent
     from rlhf_dist.config.load import load
 
-    return load(config, overrides).output
+    found = load(config, overrides)
+    return Path(found.output) / found.name
 
 
 def asks_to_stop(job: str) -> bool:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
-from rlhf_dist.errors import ResourceError, RunError
+from rlhf_dist.cluster.job_files import Arrived, unpack
+from rlhf_dist.errors import InputError, ResourceError, RunError
 from rlhf_dist.telemetry.code_version import COMMIT, code_version
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ SEND_LIMIT_S = 600.0
 POLL_S = 2.0
 LOG_LIMIT_S = 10.0
 """For the rest of the log of a job that has ended."""
+RUN = "rlhf-dist-run"
+"""In a job's metadata: its run directory."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 SILENT_LIMIT_S = 300.0
 """How long the dashboard may be away while a job runs."""
@@ -108,8 +111,11 @@ def connect(cluster: Cluster) -> JobSubmissionClient:
     return _within(ASK_LIMIT_S, lambda: JobSubmissionClient(cluster.address), f"{cluster.address} takes no jobs")
 
 
-def send(client: JobSubmissionClient, words: Sequence[str]) -> str:
-    """Send `rlhf-dist WORDS` as a job; returns its name. Secrets of the environment stay here. Raises `RunError`."""
+def send(client: JobSubmissionClient, words: Sequence[str], run: str) -> str:
+    """Send `rlhf-dist WORDS` as a job; returns its name. Secrets of the environment stay here. Raises `RunError`.
+
+    `run`: the run directory that it will make, as the job sees it; empty: none.
+    """
     folder = Path.cwd()
     environment: dict[str, Any] = {"working_dir": str(folder), "excludes": list(EXCLUDED)}
     if PACKAGE.parent != folder:
@@ -117,8 +123,42 @@ def send(client: JobSubmissionClient, words: Sequence[str]) -> str:
     if commit := code_version().get("commit"):
         environment["env_vars"] = {COMMIT: commit}  # .git stays here
     entrypoint = f"python -m rlhf_dist {shlex.join(words)}"
-    call = partial(client.submit_job, entrypoint=entrypoint, runtime_env=environment)
+    call = partial(client.submit_job, entrypoint=entrypoint, runtime_env=environment, metadata={RUN: run})
     return _within(SEND_LIMIT_S, call, "the cluster did not take the job")
+
+
+def run_of(client: JobSubmissionClient, job: str) -> tuple[str, str]:
+    """The run directory of a job that `send` sent, and the address of the node that it ran on.
+
+    Raises `InputError` where there is no such job, or it makes none, and `RunError`.
+    """
+    found = _within(ASK_LIMIT_S, lambda: {each.submission_id: each for each in client.list_jobs()}, "no list of jobs")
+    if job not in found:
+        raise InputError(f"{job}: the cluster has no such job; `ray job list` shows those it has")
+    run = (found[job].metadata or {}).get(RUN, "")
+    if not run:
+        raise InputError(f"{job} leaves no run directory, or was not sent by `rlhf-dist submit`")
+    driver = found[job].driver_info
+    return run, driver.node_ip_address if driver else ""
+
+
+def bring(client: JobSubmissionClient, job: str, target: Path, limit: int) -> Arrived:
+    """Copy the run directory of `job` to `target`, `limit` bytes at most, by a job in the same folder.
+
+    Raises `RunError`.
+    """
+    run, _ = run_of(client, job)
+    info = _within(ASK_LIMIT_S, partial(client.get_job_info, job), f"{job} is not known")
+    entrypoint = f"python -m rlhf_dist.cluster.job_files {shlex.quote(run)} {limit}"
+    call = partial(client.submit_job, entrypoint=entrypoint, runtime_env=info.runtime_env or {})
+    carrier = _within(ASK_LIMIT_S, call, "the cluster does not send the files")
+    end = time.monotonic() + SEND_LIMIT_S
+    while (status := _within(ASK_LIMIT_S, partial(client.get_job_status, carrier), f"{carrier} is lost")) not in ENDED:
+        if time.monotonic() > end:
+            stop(client, carrier)
+            raise RunError(f"{carrier} did not send the files of {run} in {SEND_LIMIT_S:g} s; it is {status}")
+        time.sleep(POLL_S / 4)
+    return unpack(_within(SEND_LIMIT_S, partial(client.get_job_logs, carrier), f"no log of {carrier}"), target)
 
 
 def follow(cluster: Cluster, client: JobSubmissionClient, job: str, write: Callable[[str], object]) -> int:

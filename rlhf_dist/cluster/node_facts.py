@@ -35,18 +35,24 @@ class NodeFacts:
     """Whether the command's own folder of logs is seen."""
 
 
+def installed() -> dict[str, str]:
+    """Library -> its version here, of those that a run needs to be the same everywhere."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
 def facts(source: str, logs: str, mark: str) -> NodeFacts:
     """Of the node that this runs on.
 
     `source`: the model's directory or hub name; `logs`: made if it is not there; `mark`: a file that the command has
     put into it.
     """
-    versions = {"Python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    versions = {"Python": platform.python_version()} | installed()
     code = xxhash.xxh3_128()
     for path in sorted(PACKAGE.rglob("*.py")):
         code.update(str(path.relative_to(PACKAGE)).encode())

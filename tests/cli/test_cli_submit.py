@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import io
 import json
+import tarfile
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -15,7 +19,7 @@ import pytest
 
 from rlhf_dist.cli import submit
 from rlhf_dist.cli.main import main
-from rlhf_dist.cluster import jobs
+from rlhf_dist.cluster import job_files, jobs
 from rlhf_dist.errors import ResourceError, RunError
 from rlhf_dist.telemetry.code_version import COMMIT, code_version
 
@@ -74,11 +78,12 @@ class Client:
 
     def __init__(self, breaks: bool = False) -> None:
         self.taken: dict[str, Any] = {}
+        self.run = Path("nowhere")
         self.stopped: list[str] = []
         self._breaks = breaks
 
     def submit_job(self, **words: Any) -> str:
-        self.taken = words
+        self.taken = self.taken | words
         return "job-1"
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
@@ -89,6 +94,24 @@ class Client:
 
     def stop_job(self, job: str) -> None:
         self.stopped.append(job)
+
+    def list_jobs(self) -> list[Any]:
+        driver = SimpleNamespace(node_ip_address="10.0.0.1")
+        metadata = self.taken.get("metadata")
+        return [SimpleNamespace(submission_id="job-1", metadata=metadata, driver_info=driver)]
+
+    def get_job_info(self, job: str) -> Any:
+        return SimpleNamespace(runtime_env={"working_dir": "gcs://sent.zip"})
+
+    def get_job_status(self, job: str) -> str:
+        return "SUCCEEDED"
+
+    def get_job_logs(self, job: str) -> str:
+        """As of a job that prints the run directory, which here is that of `run`."""
+        lines = ["a line of Ray's own\n"]
+        if (self.run / "summary.json").exists():
+            job_files.pack(self.run, int(self.taken["entrypoint"].split()[-1]), lines.append)
+        return "".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +191,7 @@ def test_the_jobs_output_and_end_are_passed_on(
     said = capsys.readouterr()
     assert said.out == "one\ntwo\n" and "submitted job-1" in said.err
     assert client.taken["entrypoint"] == "python -m rlhf_dist train run.yaml 'name=a b' output=/shared --resume"
+    assert client.taken["metadata"] == {jobs.RUN: "/shared/a b"}
     environment = client.taken["runtime_env"]
     assert environment["working_dir"] == str(project) and environment["py_modules"] == [str(jobs.PACKAGE)]
     commit = code_version().get("commit")
@@ -175,14 +199,117 @@ def test_the_jobs_output_and_end_are_passed_on(
     assert ".venv" in environment["excludes"] and "also-secret" not in str(client.taken)
 
 
-def test_a_checkout_travels_once_and_a_relative_output_is_told(
+def test_a_checkout_travels_once(
     project: Path, dashboard: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client = Client()
     monkeypatch.setattr(jobs, "PACKAGE", project / "rlhf_dist")
-    assert sent(project, dashboard, monkeypatch, client, "sft", "run.yaml") == 0
+    assert sent(project, dashboard, monkeypatch, client, "eval", "run.yaml") == 0
     assert "py_modules" not in client.taken["runtime_env"]
-    assert "note: output is runs: the run directory lies in the job's own copy" in capsys.readouterr().err
+    assert "run directory" not in capsys.readouterr().err, "an evaluation leaves none"
+
+
+@pytest.fixture
+def run_there(tmp_path: Path) -> Path:
+    """A run directory on the cluster."""
+    run = tmp_path / "there" / "runs" / "run"
+    (run / "checkpoints" / "step-1").mkdir(parents=True)
+    (run / "checkpoints" / "step-1" / "weights").write_bytes(b"w" * 50_000)
+    (run / "summary.json").write_text("{}")
+    (run / "link").symlink_to("/etc/hostname")
+    return run
+
+
+def test_a_run_in_the_jobs_own_folder_is_copied_here(
+    project: Path, dashboard: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run_there: Path
+) -> None:
+    client = Client()
+    client.run = run_there
+    assert sent(project, dashboard, monkeypatch, client, "train", "run.yaml") == 0
+    assert client.taken["entrypoint"].startswith("python -m rlhf_dist.cluster.job_files runs/run ")
+    assert client.taken["runtime_env"] == {"working_dir": "gcs://sent.zip"}, "the same folder on the node"
+    assert f"run directory: runs/run, a copy of {run_there} on the cluster" in capsys.readouterr().err
+    copied = project / "runs" / "run"
+    assert sorted(path.name for path in copied.rglob("*") if path.is_file()) == ["summary.json", "weights"]
+    # Again, with a limit that only the small file fits.
+    monkeypatch.setenv("RAY_ADDRESS", dashboard)
+    submit.copy(client, "job-1", Path("runs/run"), 0)  # type: ignore[arg-type]
+    beside, said = project / "runs" / "run.job-1", capsys.readouterr().err
+    assert list(beside.iterdir()) == []
+    assert "left there: 2 files of 0 MiB, as checkpoints/step-1/weights; to copy all: rlhf-dist submit fetch" in said
+    assert main(["submit", "fetch", "job-1", "mine", "--limit", "1"]) == 0
+    assert (project / "mine" / "checkpoints" / "step-1" / "weights").read_bytes() == b"w" * 50_000
+
+
+def test_where_a_run_is_that_is_not_here_is_told(
+    project: Path, dashboard: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    output, client = tmp_path / "shared", Client()
+    assert sent(project, dashboard, monkeypatch, client, "train", "run.yaml", f"output={output}") == 0
+    said = capsys.readouterr().err
+    assert f"run directory: {output}/run on 10.0.0.1; `rlhf-dist submit fetch job-1` copies it here" in said
+
+    def ended(*_: Any) -> int:
+        (output / "run").mkdir(parents=True)
+        (output / "run" / "summary.json").write_text("{}")
+        return 0
+
+    monkeypatch.setattr(jobs, "follow", ended)
+    monkeypatch.setenv("RAY_ADDRESS", dashboard)
+    assert main(["submit", "train", "run.yaml", f"output={output}"]) == 0
+    assert f"run directory: {output}/run\n" in capsys.readouterr().err, "a disk that is shared"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name a job; usage: rlhf-dist submit fetch JOB"),
+        (["job-1", "--limit", "x"], "--limit needs a number of MiB above 0"),
+        (["job-1", "run.yaml"], "run.yaml exists; name a directory that is to be made"),
+        (["job-2"], "job-2: the cluster has no such job"),
+        (["job-1"], "job-1 leaves no run directory"),
+    ],
+)
+def test_what_cannot_be_fetched_is_refused(
+    project: Path,
+    dashboard: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    assert sent(project, dashboard, monkeypatch, Client(), "fetch", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_files_that_did_not_arrive_whole_are_refused(run_there: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    job_files.pack(run_there, 2**20, lines.append)
+    for broken, told in (
+        (lines[:-1], "the files did not arrive: "),
+        ([lines[0], *lines[2:]], "did not arrive whole"),
+        (["there is no run\n"], "the files did not arrive: there is no run"),
+        ([], "the files did not arrive: no output"),
+    ):
+        with pytest.raises(RunError, match=told):
+            job_files.unpack("".join(broken), tmp_path / "here")
+    assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside"])
+def test_a_node_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w:gz") as archive:
+        archive.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
+    data = made.getvalue()
+    lines = [
+        job_files.MARK + json.dumps({"path": "x", "left": []}),
+        job_files.MARK + base64.b64encode(data).decode(),
+        job_files.END + hashlib.sha256(data).hexdigest(),
+    ]
+    with pytest.raises(RunError, match="is not a file of a run directory"):
+        job_files.unpack("\n".join(lines), tmp_path / "a" / "here")
+    assert not (tmp_path / "a" / "outside").exists() and not (tmp_path / "a" / "here").exists()
 
 
 def test_a_log_that_breaks_off_is_told_and_the_job_is_waited_for(
@@ -216,7 +343,7 @@ def test_rays_client_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPat
     over.set()
     client = SimpleNamespace(submit_job=lambda **_: 1 / 0)
     with pytest.raises(RunError, match="the cluster did not take the job: division by zero"):
-        jobs.send(client, ["train", "run.yaml"])
+        jobs.send(client, ["train", "run.yaml"], "")
 
 
 def test_folders_that_are_not_sent_and_the_home_are_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import secrets
 import socket
 import subprocess
@@ -39,8 +40,13 @@ class Cluster:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    """Above those of Ray's workers, and below those that the system gives out by itself and others may take first."""
+    while True:
+        try:
+            with socket.create_server(("127.0.0.1", random.randrange(20000, 32000))) as probe:
+                return probe.getsockname()[1]
+        except OSError:
+            continue
 
 
 def answers(cluster: Cluster, token: str) -> bool:
@@ -130,7 +136,7 @@ def test_a_config_runs_as_a_job_on_a_cluster(cluster: Cluster, shared_run: Share
         "cluster.device=cpu",
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "succeeded" in result.stderr
+    assert "succeeded" in result.stderr and f"run directory: {output / 'job'}\n" in result.stderr
     assert "4 groups issued: 4 consumed" in result.stdout, "the job's output is followed"
     summary = json.loads((output / "job" / "summary.json").read_text())
     assert summary["command"] == "train"
@@ -144,20 +150,19 @@ def test_a_wrong_token_is_refused_in_one_sentence(cluster: Cluster) -> None:
 
 
 SMALL = """
-output: {output}
 name: small
-model: {{tiny: {{hidden_size: 64, intermediate_size: 64, layers: 1, heads: 2, kv_heads: 1}}}}
-sft: {{steps: 2, batch_size: 4}}
-telemetry: {{wandb: "off"}}
-cluster: {{device: cpu}}
+model: {tiny: {hidden_size: 64, intermediate_size: 64, layers: 1, heads: 2, kv_heads: 1}}
+sft: {steps: 2, batch_size: 4}
+telemetry: {wandb: "off"}
+cluster: {device: cpu}
 """
 
 
 def test_another_command_is_sent_from_a_folder_of_the_users_own(cluster: Cluster, tmp_path: Path) -> None:
-    """With the code of the package, which does not lie there."""
+    """With the code of the package, which does not lie there. The run directory comes here from the job's folder."""
     folder = tmp_path / "project"
     folder.mkdir()
-    (folder / "small.yaml").write_text(SMALL.format(output=tmp_path / "shared"))
+    (folder / "small.yaml").write_text(SMALL)
     result = subprocess.run(
         [sys.executable, "-m", "rlhf_dist", "submit", "sft", "small.yaml"],
         cwd=folder,
@@ -170,7 +175,10 @@ def test_another_command_is_sent_from_a_folder_of_the_users_own(cluster: Cluster
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "held out" in result.stdout and "run directory:" in result.stdout
-    assert (tmp_path / "shared" / "small" / "checkpoints" / "step-2" / "hf" / "model.safetensors").is_file()
+    copied = folder / "runs" / "small"
+    assert "run directory: runs/small, a copy of " in result.stderr and "left there" not in result.stderr
+    assert json.loads((copied / "summary.json").read_text())["outcome"] == "finished"
+    assert (copied / "checkpoints" / "step-2" / "hf" / "model.safetensors").is_file()
 
 
 def test_bad_input_that_only_the_cluster_sees_ends_as_it_does_here(cluster: Cluster, tmp_path: Path) -> None:
