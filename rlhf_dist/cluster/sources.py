@@ -49,7 +49,7 @@ def reward_model_doubts(config: Config, begins: bool) -> list[str]:
 
 def model_source(config: Config, checkpoint: Path | None, command: Command = "train") -> str:
     """The Hugging Face directory to start from: the checkpoint's, or what `model.path` names, after checks."""
-    from rlhf_dist.models.capabilities import check_positions
+    from rlhf_dist.models.capabilities import check_heads, check_positions
     from rlhf_dist.models.hf import load_tokenizer
     from rlhf_dist.models.inspect import inspect
     from rlhf_dist.models.model_config import load_config
@@ -66,6 +66,8 @@ def model_source(config: Config, checkpoint: Path | None, command: Command = "tr
         check_format(load_tokenizer(source), config.data.chat, config.data.system)
         return source
     inspect(source, config.data.chat, device(config), tokens, attention(config), keys, config.data.system)
+    if command != "sft":
+        check_heads(source, load_config(source), config.rollout.tensor_parallel, "rollout.tensor_parallel")
     if command == "train" and config.ptx.coef:
         check_positions(source, load_config(source), config.ptx.max_tokens, "ptx.max_tokens")
     return source

@@ -201,7 +201,6 @@ FROZEN_POLICY = only(
     " with critic.start shared; the policy's trunk cannot be frozen while its value head learns: set it to 0, or "
     "critic.start to policy",
 )
-GPUS = only(lambda c: c.cluster.device != "cpu", " with cluster.device cpu; it counts GPUs, on a CPU it must be 1")
 GPU_SHARE = only(lambda c: c.cluster.device != "cpu", " with cluster.device cpu; it is a share of a GPU; take it out")
 BUILT_IN = where("data.source", one_of("task"), "set it to 0")
 WITH_WRONG_ANSWERS = where("data.task.name", but("describe"), "set it to 0", ", which knows no wrong answer")

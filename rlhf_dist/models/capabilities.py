@@ -54,6 +54,24 @@ def check_head_dim(path: str | Path, config: Any, device: Literal["cpu", "cuda"]
         )
 
 
+def check_heads(path: str | Path, config: Any, parts: int, key: str) -> None:
+    """Refuse to cut a model's heads into so many equal parts, as the config's `key` says, where they do not come out.
+
+    Fewer key-value heads than parts are held several times, each by as many. Raises ModelError.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    if parts == 1 or heads is None:
+        return
+    shared = getattr(text, "num_key_value_heads", None) or heads
+    right = [n for n in range(1, heads + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0)]
+    if parts not in right:
+        raise ModelError(
+            f"{path}: {key} is {parts}, and the model has {heads} attention heads and {shared} key-value heads, which "
+            f"cannot be shared out over so many; set {key} to one of {', '.join(map(str, right))}"
+        )
+
+
 def check_layers(path: str | Path, config: Any, tokens: int, keys: str, attention: str) -> None:
     """Refuse layers that packed rows do not work with; `tokens` and `keys` as above. Raises ModelError."""
     text = config.get_text_config()

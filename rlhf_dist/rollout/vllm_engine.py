@@ -20,6 +20,7 @@ import torch
 from rlhf_dist.config.schema import RolloutConfig
 from rlhf_dist.models.text_format import text_format
 from rlhf_dist.rollout.masked_sampling import MaskReader, MaskStart, Reading
+from rlhf_dist.rollout.shared_names import forget_names
 from rlhf_dist.rollout.trajectories import Response, Turn
 from rlhf_dist.rollout.weight_receiver import RECEIVER, EngineWeights
 from rlhf_dist.types import UNFINISHED, Receipt, Sampling
@@ -43,8 +44,12 @@ def set_environment(config: RolloutConfig, device: str, threads: int, masked: bo
     if masked:
         # The second runner, vLLM's choice on a GPU, has another interface for processors of logits.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if config.tensor_parallel > 1:
+        # A fork of a process that has threads may wait for ever for a lock that one of them held.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        os.environ["VLLM_HOST_IP"] = "127.0.0.1"  # its processes are on one node
     if device == "cpu":
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ["OMP_NUM_THREADS"] = str(max(1, threads // config.tensor_parallel))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         # Which sequences are split among threads depends on what else is decoded, and a split one rounds differently.
         os.environ["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
@@ -66,6 +71,15 @@ def processes_of(config: RolloutConfig) -> dict[str, Any]:
     # Inside a Ray actor vLLM would by itself ask Ray for more GPUs than the actor was given.
     backend = "mp" if config.tensor_parallel > 1 else "uni"
     return {"tensor_parallel_size": config.tensor_parallel, "distributed_executor_backend": backend}
+
+
+def can_exchange(config: RolloutConfig, device: str) -> bool:
+    """Whether a version can be prepared beside the engine's steps, to be exchanged for the one in use.
+
+    Compiled steps and those on a GPU hold on to the memory that the weights lie in. Several processes take orders from
+    one thread only.
+    """
+    return device == "cpu" and config.enforce_eager and config.tensor_parallel == 1
 
 
 class VllmEngine:
@@ -117,12 +131,13 @@ class VllmEngine:
                 **memory_of(config, device, sleeps),
             )
         )
+        if config.tensor_parallel > 1:
+            forget_names()
         if mask is not None:
             self._engine.collective_rpc("start_mask", args=(mask,))
         self._turns: dict[str, Turn] = {}
         self.kv_after_push = config.kv_after_push
-        # Compiled steps and those on a GPU hold on to the memory that the weights lie in.
-        self._can_exchange = device == "cpu" and config.enforce_eager
+        self._can_exchange = can_exchange(config, device)
         self._asleep = set[str]()  # what has no memory until it is needed
         self._salt = ""
         """Of new requests: vLLM lets them share cached keys and values with requests of the same salt alone."""
