@@ -68,8 +68,22 @@ def at_most(other: str, when: Test) -> Rule:
 
 def one_a_rank(what: str) -> Rule:
     """At least as many as the learner has ranks."""
-    text = "{key.name} is {key.value}; it must be at least learner.ranks, {c.learner.ranks}: each rank needs a "
-    return says(lambda c, key: key.value < c.learner.ranks, text + what)
+
+    def rule(config: Any, key: Given) -> str:
+        learner = config.learner
+        if key.value >= learner.shares:
+            return ""
+        count = "learner.ranks" + (" / learner.sequence_parallel" if learner.sequence_parallel > 1 else "")
+        return f"{key.name} is {key.value}; it must be at least {count}, {learner.shares}: each rank needs a {what}"
+
+    return rule
+
+
+DIVIDES_RANKS = says(
+    lambda c, key: key.value > 0 and c.learner.ranks % key.value,
+    "{key.name} is {key.value}; it must divide learner.ranks, {c.learner.ranks}: set one of them to a multiple of the "
+    "other",
+)
 
 
 def file_of(section: str) -> Rule:

@@ -162,6 +162,9 @@ class LearnerConfig:
     """DeepSpeed processes."""
     cpus: int = key(0, NOT_NEGATIVE)
     """CPU threads of a rank; 0: an equal share."""
+    sequence_parallel: int = key(1, COUNT, effects.DIVIDES_RANKS)
+    """Ranks that share the tokens of each micro-batch and the heads of its attention (DeepSpeed-Ulysses), for sequences
+    too long for one; 1: each rank has sequences of its own."""
     zero_stage: int = key(0, Range("0, 1, 2 or 3", lambda x: x in (0, 1, 2, 3)))
     """DeepSpeed ZeRO 0, 1, 2 or 3."""
     micro_batch_tokens: int = key(2048, COUNT)
@@ -177,6 +180,11 @@ class LearnerConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     timeout_s: float = key(600.0, LIMIT_S)
     """Limit for one update."""
+
+    @property
+    def shares(self) -> int:
+        """Parts that the rows of a batch are dealt into: one for each group of ranks that share their tokens."""
+        return self.ranks // max(1, self.sequence_parallel)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_dist.algo.logprobs import Entropy, chunk_count
@@ -21,7 +21,9 @@ from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.hf import load_model, own_memory, read_companions, save_hf
+from rlhf_dist.models.packed import PackedModel
 from rlhf_dist.models.packed_policy import PackedPolicy, check_head
+from rlhf_dist.models.sequence_parallel import sequence_group
 from rlhf_dist.models.tensors import digest, read_tensors, write_tensors
 from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement
@@ -36,7 +38,7 @@ class Engine:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: PackedModel,
         source: Path,
         model: ModelConfig,
         learner: LearnerConfig,
@@ -51,7 +53,16 @@ class Engine:
         self._deepspeed = DeepSpeedEngine(
             module, optimizer, zero_stage=learner.zero_stage, dtype=model.dtype, device=device
         )
+        module.share_rows(sequence_group(learner.sequence_parallel))
         self.rank = self._deepspeed.rank
+        self.share = self.rank // learner.sequence_parallel
+        """Which of a batch's shares it trains; ranks that share rows have the same."""
+        self.parts = learner.sequence_parallel
+        """How many ranks share each row."""
+
+    def chunks(self, wanted: int, tokens: int, chunk: int) -> int:
+        """Into how many a rank cuts the logprobs that it computes, at most, of so many wanted in a row of `tokens`."""
+        return chunk_count(min(wanted, -(-tokens // self.parts)), chunk)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add a micro-batch's gradient; `loss` is its share of the global loss, not a mean of its own."""
@@ -149,7 +160,7 @@ class ModelEngine(Engine):
         self._moved = True
         """Since the last publication; the same on every rank."""
         super().__init__(policy, source, model, learner, optimizer, device)
-        self._usual_chunks = chunk_count(learner.micro_batch_tokens, self._chunk)
+        self._usual_chunks = self.chunks(learner.micro_batch_tokens, learner.micro_batch_tokens, self._chunk)
 
     def logprobs(self, packed: Packed, temperature: float, masked: bool = True) -> Tensor:
         """Of the tokens with a loss, float32 [N], row after row.
@@ -172,14 +183,16 @@ class ModelEngine(Engine):
             self._chunk,
             entropy,
             self._mask.mask(packed) if self._mask is not None and masked else None,
-            self._deepspeed.equally_often(chunk_count(len(packed.predict), self._chunk), self._usual_chunks),
+            self._deepspeed.equally_often(
+                self.chunks(len(packed.predict), len(packed.tokens), self._chunk), self._usual_chunks
+            ),
         )
 
     def _whole(self, optimizer: dict[str, Tensor]) -> dict[str, str]:
         found = super()._whole(optimizer)
         return found if self._mask is None else found | {"mask": digest(self._mask.weights())}
 
-    def _packed(self, model: PreTrainedModel, gradient_checkpointing: bool) -> nn.Module:
+    def _packed(self, model: PreTrainedModel, gradient_checkpointing: bool) -> PackedModel:
         return PackedPolicy(model, gradient_checkpointing)
 
     def step(self, lr: float) -> float:

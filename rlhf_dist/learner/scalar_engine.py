@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_dist.algo.logprobs import chunk_count
 from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.model_engine import Engine
@@ -100,7 +99,7 @@ class ScalarEngineWithLM(ScalarEngine):
         """`source` is a causal LM, or `hf/` of a checkpoint that this engine saved."""
         self._chunk = learner.logprob_chunk_tokens
         super().__init__(source, model, learner, optimizer, device=device, normalized=normalized)
-        self._usual_chunks = chunk_count(learner.micro_batch_tokens, self._chunk)
+        self._usual_chunks = self.chunks(learner.micro_batch_tokens, learner.micro_batch_tokens, self._chunk)
 
     def scores_and_logprobs(self, packed: Packed, learnt: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """(scores float32 [S] as `scores`, logprobs float32 [N] of tokens with a loss in rows that are learnt)."""
@@ -113,7 +112,9 @@ class ScalarEngineWithLM(ScalarEngine):
             predict,
             packed.targets[mask],
             self._chunk,
-            self._deepspeed.equally_often(chunk_count(len(predict), self._chunk), self._usual_chunks),
+            self._deepspeed.equally_often(
+                self.chunks(len(predict), len(packed.tokens), self._chunk), self._usual_chunks
+            ),
         )
         return self._normalized(raw), logprobs
 

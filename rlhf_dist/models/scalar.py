@@ -53,7 +53,8 @@ class PackedScalar(PackedModel):
 
     def _scalars(self, hidden: Tensor, positions: Tensor) -> Tensor:
         head: nn.Module = self.model.get_submodule(HEAD)
-        return head(hidden.index_select(0, positions))[:, 0].float()
+        starts = self.sequence.starts(len(hidden), positions)
+        return self.sequence.whole(head(self.sequence.read(hidden, positions, starts))[:, 0].float(), starts)
 
 
 class PackedScalarWithLM(PackedScalar):
@@ -75,9 +76,10 @@ class PackedScalarWithLM(PackedScalar):
     ) -> tuple[Tensor, Tensor]:
         """(numbers float32 [M], logprobs float32 [N] of `targets` read at `predict`); as in PackedPolicy.forward."""
         hidden = self.hidden(tokens, cu_seqlens)
-        read = hidden.index_select(0, predict)
-        logprobs, _ = chunked_logprobs(read, self.lm_head, targets, 1.0, chunk, "none", least_chunks=least_chunks)
-        return self._scalars(hidden, positions), logprobs
+        starts = self.sequence.starts(len(hidden), predict)
+        read, own = self.sequence.read(hidden, predict, starts), self.sequence.own(targets, starts)
+        logprobs, _ = chunked_logprobs(read, self.lm_head, own, 1.0, chunk, "none", least_chunks=least_chunks)
+        return self._scalars(hidden, positions), self.sequence.whole(logprobs, starts)
 
 
 def inspect_scalar(path: str | Path, max_tokens: int, keys: str = ROLLOUT_TOKENS, attention: str = SEGMENTED) -> None:

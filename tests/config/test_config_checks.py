@@ -111,6 +111,7 @@ def test_every_number_of_the_schema_has_a_range() -> None:
             ["is 2 responses", "learner.ranks 3"],
         ),
         ("sft", ["sft.batch_size=1", "learner.ranks=2"], ["sft.batch_size is 1", "learner.ranks, 2"]),
+        ("sft", ["learner.ranks=3", "learner.sequence_parallel=2"], ["sequence_parallel is 2", "learner.ranks, 3"]),
         ("sft", ["sft.max_tokens=513"], ["sft.max_tokens is 513", "model.tiny.max_positions, 512"]),
         ("eval", ["eval.samples=-1"], ["eval.samples is -1", "0 or more"]),
         ("eval", ["rollout.temperature=0"], ["rollout.temperature is 0", "eval.samples 4"]),
@@ -247,6 +248,11 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         ),
         ("train", ["algo.name=a2c", "learner.epochs=2"], ["learner.epochs is 2", "algo.name a2c"]),
         ("train", ["algo.mask_every=5"], ["algo.mask_every is 5", "no effect with algo.name grpo", "or choose nlpo"]),
+        (
+            "train",
+            ["algo.name=nlpo", "learner.sequence_parallel=2", "learner.ranks=2"],
+            ["learner.sequence_parallel is 2 with algo.name nlpo", "set it to 1, or choose ppo"],
+        ),
         (
             "train",
             ["algo.name=nlpo", "rollout.tensor_parallel=2"],
