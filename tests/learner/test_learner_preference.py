@@ -174,7 +174,7 @@ def test_the_better_responses_of_a_comparison_are_worse_than_none() -> None:
 
 
 def learner(held_out: list[Any], max_tokens: int) -> PreferenceLearner:
-    engine: Any = SimpleNamespace(rank=0)
+    engine: Any = SimpleNamespace(share=0)
     return PreferenceLearner(
         engine,
         RewardConfig(),
@@ -206,7 +206,7 @@ def test_judgements_come_in_the_files_own_order_without_shuffle() -> None:
     judged = [Comparison(text, QUESTION, (text, text + "b"), (Pair(0, 1, 0.0),)) for text in texts]
 
     class Scores:
-        rank = 0
+        share = 0
         device = torch.device("cpu")
 
         def scores(self, packed: Packed) -> torch.Tensor:

@@ -21,7 +21,7 @@ from rlhf_dist.models.hf import load_tokenizer
 class Engine:
     """Gives every response token a logprob of -2."""
 
-    rank = 0
+    share = 0
     device = torch.device("cpu")
 
     def logprobs(self, packed: Packed, temperature: float) -> torch.Tensor:
