@@ -140,7 +140,7 @@ class RolloutConfig:
     max_concurrent: int = key(256, COUNT)
     """Sequences decoded at once by a worker."""
     kv_cache_gib: float = key(1.0, POSITIVE)
-    """Memory for the key-value cache on a CPU."""
+    """Memory for the key-value cache of a worker on a CPU."""
     gpu_memory_utilization: float = key(0.85, SHARE_ABOVE_0)
     """Share of a GPU's memory for weights and cache."""
     kv_after_push: Literal["recompute", "keep"] = key("recompute", effects.RUNS_AT_A_PUSH)

@@ -21,6 +21,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from rlhf_dist.config.schema import OptimizerConfig
 from rlhf_dist.errors import ConfigError, RunError
+from rlhf_dist.models.by_parameter import Scatter
 
 LOOPBACK = "127.0.0.1"
 REDUCE_BUCKET = 500_000_000
@@ -33,7 +34,13 @@ class DeepSpeedEngine:
     """One rank of a model under ZeRO 0, 1, 2 or 3."""
 
     def __init__(
-        self, module: nn.Module, optimizer: OptimizerConfig, *, zero_stage: int, dtype: str, device: str
+        self,
+        module: nn.Module,
+        optimizer: OptimizerConfig,
+        *,
+        zero_stage: int,
+        dtype: str,
+        device: str,
     ) -> None:
         """Every rank calls this with the same weights, after `init_process_group`."""
         import deepspeed
@@ -56,7 +63,7 @@ class DeepSpeedEngine:
             model=module,
             optimizer=self._base_optimizer,  # pyright: ignore[reportArgumentType]
             config=engine_config(
-                zero_stage, dtype, optimizer.max_grad_norm, sum(parameter.numel() for parameter in module.parameters())
+                zero_stage, dtype, optimizer.max_grad_norm, sum(whole_size(p) for p in module.parameters())
             ),
         )
         self._engine: Any = engine
@@ -196,6 +203,27 @@ class DeepSpeedEngine:
             if hasattr(optimizer, attribute):
                 return list(getattr(optimizer, attribute))
         return [p for group in self._base_optimizer.param_groups for p in group["params"]]
+
+
+def whole_size(parameter: nn.Parameter) -> int:
+    """Elements of a parameter, on a rank that may have a part of it only."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def zero_scatter(zero_stage: int, dtype: str, max_grad_norm: float) -> Scatter | None:
+    """Under ZeRO 3: gives each rank its part of a parameter that rank 0 has read. Else None: all have them whole."""
+    if zero_stage < 3:
+        return None
+    import deepspeed
+
+    config = engine_config(zero_stage, dtype, max_grad_norm, REDUCE_BUCKET)
+
+    def give(parameter: nn.Parameter) -> None:
+        holder = nn.Module()
+        holder.register_parameter("kept", parameter)
+        deepspeed.zero.Init(module=holder, config_dict_or_path=config)
+
+    return Scatter(give, torch.distributed.get_rank() == 0)
 
 
 def engine_config(zero_stage: int, dtype: str, max_grad_norm: float, parameters: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.errors import ConfigError, RlhfError
 from rlhf_dist.learner.agreement import Held, require_agreement
 from rlhf_dist.learner.checkpoint_files import optimizer_file
-from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine
+from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine, zero_scatter
 from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.models.attention import choose_attention
@@ -51,14 +51,24 @@ class Engine:
         self.companions = read_companions(source)
         own_memory(module)
         self._deepspeed = DeepSpeedEngine(
-            module, optimizer, zero_stage=learner.zero_stage, dtype=model.dtype, device=device
+            module,
+            optimizer,
+            zero_stage=learner.zero_stage,
+            dtype=model.dtype,
+            device=device,
         )
-        module.share_rows(sequence_group(learner.sequence_parallel))
+        # With DeepSpeed, which gathers what a rank does not have; and before rows are shared, as each has its own here.
+        self._check(module)
+        module.share_rows(sequence_group(learner.sequence_parallel, learner.timeout_s))
         self.rank = self._deepspeed.rank
         self.share = self.rank // learner.sequence_parallel
         """Which of a batch's shares it trains; ranks that share rows have the same."""
         self.parts = learner.sequence_parallel
         """How many ranks share each row."""
+
+    def _check(self, module: Any) -> None:
+        """Refuse a model that does not compute on packed rows what it does alone. Raises ModelError."""
+        raise NotImplementedError
 
     def chunks(self, wanted: int, tokens: int, chunk: int) -> int:
         """Into how many a rank cuts the logprobs that it computes, at most, of so many wanted in a row of `tokens`."""
@@ -147,10 +157,11 @@ class ModelEngine(Engine):
         mask: MaskPolicy | None = None,
     ) -> None:
         """Load the Hugging Face directory `source`; the process group is up already. `mask`: what may be drawn."""
-        hf_model = load_model(source, model.dtype, choose_attention(model.attention, device, model.dtype))
-        check_head(PackedPolicy(hf_model.to(device)))  # pyright: ignore[reportArgumentType]
+        scatter = zero_scatter(learner.zero_stage, model.dtype, optimizer.max_grad_norm)
+        hf_model = load_model(source, model.dtype, choose_attention(model.attention, device, model.dtype), scatter)
         self._source = source
         self._mask = mask
+        hf_model.to(device)  # pyright: ignore[reportArgumentType]
         policy = self._packed(hf_model, model.gradient_checkpointing)
         self._chunk = learner.logprob_chunk_tokens
         self._dtype = model.dtype
@@ -191,6 +202,9 @@ class ModelEngine(Engine):
     def _whole(self, optimizer: dict[str, Tensor]) -> dict[str, str]:
         found = super()._whole(optimizer)
         return found if self._mask is None else found | {"mask": digest(self._mask.weights())}
+
+    def _check(self, module: Any) -> None:
+        check_head(PackedPolicy(module.model))
 
     def _packed(self, model: PreTrainedModel, gradient_checkpointing: bool) -> PackedModel:
         return PackedPolicy(model, gradient_checkpointing)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
+from rlhf_dist.learner.deepspeed_engine import zero_scatter
 from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.model_engine import Engine
 from rlhf_dist.models.attention import choose_attention
@@ -48,9 +50,9 @@ class ScalarEngine(Engine):
 
         `normalized`: numbers are centred and scaled as stored with the model; false: they are the head's own.
         """
-        loaded = load_scalar(source, model.dtype, choose_attention(model.attention, device, model.dtype))
+        scatter = zero_scatter(learner.zero_stage, model.dtype, optimizer.max_grad_norm)
+        loaded = load_scalar(source, model.dtype, choose_attention(model.attention, device, model.dtype), scatter)
         scalar = self._module(loaded, source, model).to(device)
-        check_scalar(scalar)
         self._scale = read_scale(source) if normalized else NO_SCALE
         super().__init__(scalar, source, model, learner, optimizer, device)
 
@@ -72,6 +74,9 @@ class ScalarEngine(Engine):
         else:
             self._join_gathering()
         self.save_optimizer(folder)
+
+    def _check(self, module: Any) -> None:
+        check_scalar(module)
 
     def _module(self, loaded: PreTrainedModel, source: Path, model: ModelConfig) -> PackedScalar:
         return PackedScalar(loaded, model.gradient_checkpointing)

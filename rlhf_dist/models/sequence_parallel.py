@@ -10,6 +10,7 @@ of all ranks are then added up, as those of ranks with other rows are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -96,13 +97,16 @@ class SequenceGroup:
 ALONE = SequenceGroup()
 
 
-def sequence_group(size: int) -> SequenceGroup:
-    """This rank's group of so many neighbours. Every rank calls it, since each takes part in making all groups."""
+def sequence_group(size: int, timeout_s: float) -> SequenceGroup:
+    """This rank's group of so many neighbours. Every rank calls it, since each takes part in making all groups.
+
+    `timeout_s`: the longest that a rank waits for the others of its group.
+    """
     if size == 1:
         return ALONE
-    rank, made = distributed.get_rank(), None
+    rank, made, limit = distributed.get_rank(), None, timedelta(seconds=timeout_s)
     for first in range(0, distributed.get_world_size(), size):
-        group = distributed.new_group(list(range(first, first + size)))
+        group = distributed.new_group(list(range(first, first + size)), timeout=limit)
         made = group if first <= rank < first + size else made
     return SequenceGroup(rank % size, size, made)
 

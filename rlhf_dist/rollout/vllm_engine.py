@@ -62,7 +62,7 @@ def set_environment(config: RolloutConfig, device: str, threads: int, masked: bo
 def memory_of(config: RolloutConfig, device: str, sleeps: bool) -> dict[str, Any]:
     """vLLM's settings for the memory that it takes."""
     if device == "cpu":
-        return {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
+        return {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30 / config.tensor_parallel)}
     return {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": sleeps}
 
 
