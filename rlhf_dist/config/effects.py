@@ -79,6 +79,11 @@ def one_a_rank(what: str) -> Rule:
     return rule
 
 
+SPARES_GPUS = only(
+    lambda c: c.cluster.device != "cpu",
+    " with cluster.device cpu, where the optimizer is in the host's memory anyway; set it to none",
+)
+WITH_ZERO_2 = where("learner.zero_stage", one_of(2, 3), "set that to 2 or 3", ", whose optimizer stays where it is")
 DIVIDES_RANKS = says(
     lambda c, key: key.value > 0 and c.learner.ranks % key.value,
     "{key.name} is {key.value}; it must divide learner.ranks, {c.learner.ranks}: set one of them to a multiple of the "

@@ -167,6 +167,9 @@ class LearnerConfig:
     too long for one; 1: each rank has sequences of its own."""
     zero_stage: int = key(0, Range("0, 1, 2 or 3", lambda x: x in (0, 1, 2, 3)))
     """DeepSpeed ZeRO 0, 1, 2 or 3."""
+    offload: Literal["none", "optimizer"] = key("none", effects.SPARES_GPUS, effects.WITH_ZERO_2)
+    """optimizer: the float32 weights and the moments of Adam lie in the host's memory, which steps them: a GPU holds 12
+    bytes less for each of its parameters, and waits longer for a step."""
     micro_batch_tokens: int = key(2048, COUNT)
     """Tokens packed into one forward pass; a longer sequence goes alone."""
     updates_per_batch: int = key(1, COUNT)

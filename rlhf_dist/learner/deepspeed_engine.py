@@ -41,8 +41,12 @@ class DeepSpeedEngine:
         zero_stage: int,
         dtype: str,
         device: str,
+        offload: bool = False,
     ) -> None:
-        """Every rank calls this with the same weights, after `init_process_group`."""
+        """Every rank calls this with the same weights, after `init_process_group`.
+
+        `offload`: the optimizer's masters and moments lie in the host's memory, and it steps there.
+        """
         import deepspeed
 
         self._zero = deepspeed.zero
@@ -57,13 +61,13 @@ class DeepSpeedEngine:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
             # One pass over the weights instead of ten. On a GPU its `step` would have to be a tensor there.
-            fused=self.device.type == "cpu",
+            fused=self.device.type == "cpu" or offload,
         )
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=self._base_optimizer,  # pyright: ignore[reportArgumentType]
             config=engine_config(
-                zero_stage, dtype, optimizer.max_grad_norm, sum(whole_size(p) for p in module.parameters())
+                zero_stage, dtype, optimizer.max_grad_norm, sum(map(whole_size, module.parameters())), offload
             ),
         )
         self._engine: Any = engine
@@ -226,7 +230,9 @@ def zero_scatter(zero_stage: int, dtype: str, max_grad_norm: float) -> Scatter |
     return Scatter(give, torch.distributed.get_rank() == 0)
 
 
-def engine_config(zero_stage: int, dtype: str, max_grad_norm: float, parameters: int) -> dict[str, Any]:
+def engine_config(
+    zero_stage: int, dtype: str, max_grad_norm: float, parameters: int, offload: bool = False
+) -> dict[str, Any]:
     """DeepSpeed's own config. Batch sizes are formal: micro-batches are ragged and their boundary is set by hand.
 
     `parameters`: elements of the whole model; the buffer for gradients on their way is no larger.
@@ -246,6 +252,8 @@ def engine_config(zero_stage: int, dtype: str, max_grad_norm: float, parameters:
         "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": 0.0 if zero_stage == 0 else max_grad_norm,
     }
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
         # Micro-batches are added up in float32: bf16 has 8 bits and loses the small ones.

@@ -56,6 +56,7 @@ class Engine:
             zero_stage=learner.zero_stage,
             dtype=model.dtype,
             device=device,
+            offload=learner.offload == "optimizer",
         )
         # With DeepSpeed, which gathers what a rank does not have; and before rows are shared, as each has its own here.
         self._check(module)

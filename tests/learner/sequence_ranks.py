@@ -41,10 +41,12 @@ METHODS = {
 CASES = {
     "grpo, zero 0": ("grpo", 0, "float32", False),
     "gspo, zero 3, checkpointed": ("gspo", 3, "float32", True),
+    "grpo, zero 2, offloaded": ("grpo", 2, "float32", False),
+    "gspo, zero 3, offloaded": ("gspo", 3, "float32", False),
     "grpo of high entropy, zero 1": ("grpo, entropy", 1, "float32", False),
     "grpo, zero 3, bfloat16": ("grpo", 3, "bfloat16", False),
 }
-"""Method, ZeRO stage, dtype, gradient checkpointing."""
+"""Method, ZeRO stage, dtype, gradient checkpointing. Alone no optimizer is offloaded."""
 WITH_FOUR = ("gspo, zero 3, checkpointed",)
 """Those that all four ranks do as one group, too."""
 
@@ -74,6 +76,8 @@ def batch_for(method: Any, learner: LearnerConfig, share: int) -> RankBatch:
 def run_policy(model: Path, world: int, parts: int, case: str) -> dict[str, Any]:
     name, stage, dtype, checkpointing = CASES[case]
     method, learner = ALGORITHMS[METHODS[name].name](METHODS[name]), learner_of(world, parts, stage)
+    if world > 1 and "offloaded" in case:
+        learner = replace(learner, offload="optimizer")
     settings = ModelConfig(dtype=dtype, gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
     engine = ModelEngine(model, settings, learner, OPTIMIZER, device="cpu", bucket_mib=1)
     policy = PolicyLearner(engine, method)
