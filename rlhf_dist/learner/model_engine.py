@@ -71,7 +71,7 @@ class Engine:
         """Refuse a model that does not compute on packed rows what it does alone. Raises ModelError."""
         raise NotImplementedError
 
-    def chunks(self, wanted: int, tokens: int, chunk: int) -> int:
+    def chunks_of(self, wanted: int, tokens: int, chunk: int) -> int:
         """Into how many a rank cuts the logprobs that it computes, at most, of so many wanted in a row of `tokens`."""
         return chunk_count(min(wanted, -(-tokens // self.parts)), chunk)
 
@@ -172,7 +172,7 @@ class ModelEngine(Engine):
         self._moved = True
         """Since the last publication; the same on every rank."""
         super().__init__(policy, source, model, learner, optimizer, device)
-        self._usual_chunks = self.chunks(learner.micro_batch_tokens, learner.micro_batch_tokens, self._chunk)
+        self._usual_chunks = self.chunks_of(learner.micro_batch_tokens, learner.micro_batch_tokens, self._chunk)
 
     def logprobs(self, packed: Packed, temperature: float, masked: bool = True) -> Tensor:
         """Of the tokens with a loss, float32 [N], row after row.
@@ -196,7 +196,7 @@ class ModelEngine(Engine):
             entropy,
             self._mask.mask(packed) if self._mask is not None and masked else None,
             self._deepspeed.equally_often(
-                self.chunks(len(packed.predict), len(packed.tokens), self._chunk), self._usual_chunks
+                self.chunks_of(len(packed.predict), len(packed.tokens), self._chunk), self._usual_chunks
             ),
         )
 

@@ -104,7 +104,7 @@ class ScalarEngineWithLM(ScalarEngine):
         """`source` is a causal LM, or `hf/` of a checkpoint that this engine saved."""
         self._chunk = learner.logprob_chunk_tokens
         super().__init__(source, model, learner, optimizer, device=device, normalized=normalized)
-        self._usual_chunks = self.chunks(learner.micro_batch_tokens, learner.micro_batch_tokens, self._chunk)
+        self._usual_chunks = self.chunks_of(learner.micro_batch_tokens, learner.micro_batch_tokens, self._chunk)
 
     def scores_and_logprobs(self, packed: Packed, learnt: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """(scores float32 [S] as `scores`, logprobs float32 [N] of tokens with a loss in rows that are learnt)."""
@@ -118,7 +118,7 @@ class ScalarEngineWithLM(ScalarEngine):
             packed.targets[mask],
             self._chunk,
             self._deepspeed.equally_often(
-                self.chunks(len(predict), len(packed.tokens), self._chunk), self._usual_chunks
+                self.chunks_of(len(predict), len(packed.tokens), self._chunk), self._usual_chunks
             ),
         )
         return self._normalized(raw), logprobs

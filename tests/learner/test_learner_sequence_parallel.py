@@ -29,7 +29,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer) -> dict
     model = make_tiny(MODEL, folder)
     torch.manual_seed(1)
     scalar = load_scalar(model, "float32", "eager")
-    torch.nn.init.normal_(scalar.get_submodule("score").weight, std=0.05)
+    torch.nn.init.normal_(scalar.get_submodule("score").get_parameter("weight"), std=0.05)
     save_scalar(scalar, model, folder / "critic", None)
     return run_ranks(forks, "sequence_ranks.py", folder, model, folder / "critic", folder, worlds=(1, 4))
 
