@@ -12,6 +12,7 @@ from rlhf_dist.config.checks import CPU_HEAD_DIMS
 from rlhf_dist.errors import ModelError
 from rlhf_dist.models.attention import SEGMENTED
 from rlhf_dist.models.falcon import FALCON
+from rlhf_dist.models.head_parts import require_head_parts
 
 PACKABLE_LAYERS = ("full_attention", "sliding_attention", "attention")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
@@ -55,21 +56,11 @@ def check_head_dim(path: str | Path, config: Any, device: Literal["cpu", "cuda"]
 
 
 def check_heads(path: str | Path, config: Any, parts: int, key: str) -> None:
-    """Refuse to cut a model's heads into so many equal parts, as the config's `key` says, where they do not come out.
-
-    Fewer key-value heads than parts are held several times, each by as many. Raises ModelError.
-    """
+    """Refuse to cut a model's heads into so many equal parts, as the config's `key` says. Raises ModelError."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
-    if parts == 1 or heads is None:
-        return
-    shared = getattr(text, "num_key_value_heads", None) or heads
-    right = [n for n in range(1, heads + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0)]
-    if parts not in right:
-        raise ModelError(
-            f"{path}: {key} is {parts}, and the model has {heads} attention heads and {shared} key-value heads, which "
-            f"cannot be shared out over so many; set {key} to one of {', '.join(map(str, right))}"
-        )
+    if heads is not None:
+        require_head_parts(path, heads, getattr(text, "num_key_value_heads", None) or heads, parts, key)
 
 
 def check_layers(path: str | Path, config: Any, tokens: int, keys: str, attention: str) -> None:
