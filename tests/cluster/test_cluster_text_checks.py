@@ -91,6 +91,10 @@ def test_an_engine_over_more_processes_than_heads_is_bad_input(
         with pytest.raises(ModelError, match=r"rollout\.tensor_parallel is 3, .* 2 attention heads .* one of 1, 2$"):
             model_source(config, None, command)
     model_source(config, None, "sft")
+    config = load(Path("run.yaml"), ["model.path=model", "learner.ranks=3", "learner.sequence_parallel=3"])
+    with pytest.raises(ModelError, match=r"learner\.sequence_parallel is 3, .* one of 1, 2$"):
+        model_source(config, None, "sft")
+    model_source(config, None, "eval")
 
 
 def test_a_bad_template_is_bad_input(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
