@@ -114,7 +114,6 @@ class VllmEngine:
                 dtype=dtype,  # pyright: ignore[reportArgumentType]
                 max_model_len=config.max_prompt_tokens + config.max_response_tokens,
                 max_num_seqs=config.max_concurrent,
-                **processes_of(config),
                 enforce_eager=config.enforce_eager,
                 enable_prefix_caching=True,
                 # On a CPU a request with a seed fails where its prefill is cut: torch's generator there cannot go back.
@@ -128,7 +127,7 @@ class VllmEngine:
                 worker_extension_cls=RECEIVER,
                 trust_remote_code=False,
                 disable_log_stats=True,
-                **memory_of(config, device, sleeps),
+                **processes_of(config) | memory_of(config, device, sleeps),
             )
         )
         if config.tensor_parallel > 1:
@@ -139,8 +138,7 @@ class VllmEngine:
         self.kv_after_push = config.kv_after_push
         self._can_exchange = can_exchange(config, device)
         self._asleep = set[str]()  # what has no memory until it is needed
-        self._salt = ""
-        """Of new requests: vLLM lets them share cached keys and values with requests of the same salt alone."""
+        self._salt = ""  # of new requests: vLLM lets them share cached keys and values with those of the same salt only
         self._weights = EngineWeights(name, self._engine, self._renew_caches)
         self.tokenizer: Any = self._engine.get_tokenizer()
         self._special_texts = special_texts
