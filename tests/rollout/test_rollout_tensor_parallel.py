@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from rlhf_dist.cluster.spec import ActorSpec, environment
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import EngineBroken, WeightSyncError
-from rlhf_dist.rollout.shared_names import NAMES
+from rlhf_dist.rollout.shared_names import NAMES, mapped_inodes
 from rlhf_dist.rollout.worker import Submit
 from rlhf_dist.types import Group, Receipt
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
@@ -74,15 +73,14 @@ def process(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPath
     log = tmp_path_factory.mktemp("logs") / "worker.log"
     config = replace(Config(), rollout=replace(CONFIG, max_prompt_tokens=PROMPT_TOKENS, tensor_parallel=2, cpus=2))
     spec = ActorSpec(NAME, config, str(tiny_model), "cpu", 2, str(log), 0, str(log.parent))
-    before = set(os.listdir(SHARED_MEMORY))
     actor = ray.remote(RolloutHost).options(
         num_cpus=0, max_concurrency=WORKER_THREADS, runtime_env={"env_vars": environment(spec)}
     )
     made = Process(actor.remote(spec), log)
     made.asked(made.actor.ready.remote(), "start")
-    assert not {name for name in set(os.listdir(SHARED_MEMORY)) - before if NAMES.match(name)}, (
-        "a kill would leave them"
-    )
+    mapped = {inode for member in made.family() for inode in mapped_inodes(member.pid)}
+    named = [path.name for path in SHARED_MEMORY.iterdir() if NAMES.match(path.name) and path.stat().st_ino in mapped]
+    assert mapped and not named, "a kill would leave them"
     yield made
     ray.kill(made.actor)
 
