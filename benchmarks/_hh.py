@@ -187,7 +187,7 @@ def write_model(sizes: TinyConfig, tokenizer: PreTrainedTokenizerBase, folder: P
 class Reader:
     """What `PreferenceLearner.evaluate` needs of an engine: raw scores, by a model that is not trained."""
 
-    rank = 0
+    share = 0
 
     def __init__(self, model: Path, config: Config) -> None:
         import torch
@@ -220,7 +220,7 @@ def score(config: Config, folder: Path, model: Path) -> HeldOutScores:
         chat=config.data.chat,
         max_tokens=config.preferences.max_tokens,
         seed=config.seed,
-        ranks=1,
+        shares=1,
         micro_batch_tokens=config.learner.micro_batch_tokens,
     )
     return learner.evaluate()

@@ -51,17 +51,18 @@ def _print_plan(config: Config, heading: str, nodes: Sequence[Machine], cluster:
     from rlhf_dist.planning import budget_lines
     from rlhf_dist.planning.nodes import place_in
     from rlhf_dist.planning.plan_lines import describe
-    from rlhf_dist.planning.shape import shape_of
+    from rlhf_dist.planning.shape import require_parts, shape_of
 
     placement = place_in(config, nodes, "train")
-    print("\n".join([heading, *describe(placement, config, "train")]))
+    lines = [heading, *describe(placement, config, "train")]
     try:
         shape = shape_of(config.model)
     except ModelError as error:
-        print(f"memory and forecast: {error}")
+        print("\n".join([*lines, f"memory and forecast: {error}"]))
         return 0
+    require_parts(config, shape)
     found = budget_lines.planned_devices(config, placement, shape, cluster)
-    lines = [budget_lines.model_line(config, shape), *budget_lines.memory_lines(config, placement, shape, found)]
+    lines += [budget_lines.model_line(config, shape), *budget_lines.memory_lines(config, placement, shape, found)]
     if cluster is not None and placement.device == "cuda":
         lines += budget_lines.gpu_forecast(config, placement, shape, cluster, found, response)
     print("\n".join(lines))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Group, Handle, Referenced
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
+
+T = TypeVar("T")
 
 SCORING_KEY = "scoring.timeout_s"
 LEARNER_KEY = "learner.timeout_s"
@@ -170,6 +172,12 @@ class LearnerGroup:
         """Any method on all ranks, with the same arguments; answers by name."""
         return self._wait({name: getattr(rank, method).remote(*args) for name, rank in self._ranks.items()}, method)
 
+    def _of_each(self, shares: Sequence[T]) -> list[tuple[str, Any, T]]:
+        """(name, rank, its share): ranks that share their rows, neighbours, get the same."""
+        parts = len(self._ranks) // len(shares)
+        assert parts * len(shares) == len(self._ranks), "as many ranks to each share"
+        return [(*rank, shares[i // parts]) for i, rank in enumerate(self._ranks.items())]
+
     def _wait(self, calls: Mapping[str, Any], what: str) -> dict[str, Any]:
         return gather(calls, what, self._timeout_s, LEARNER_KEY, self._waits)
 
@@ -182,7 +190,7 @@ class PolicyGroup(LearnerGroup):
         credits = places(estimates.handles) or [None] * len(batches)
         calls = {
             name: rank.update.remote(batch.place, credit, estimates.whitening)
-            for (name, rank), batch, credit in zip(self._ranks.items(), batches, credits, strict=True)
+            for name, rank, (batch, credit) in self._of_each(list(zip(batches, credits, strict=True)))
         }
         return MetricSums.merge(self._wait(calls, "update").values())
 
@@ -204,18 +212,15 @@ class CriticGroup(LearnerGroup):
 
     def estimate(self, batches: Batches) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
         """Values and credit of each batch; the arrays stay where they were made."""
-        calls = {
-            name: rank.estimate.remote(batch.place)
-            for (name, rank), batch in zip(self._ranks.items(), batches, strict=True)
-        }
-        found = self._wait(calls, "estimate").values()
+        calls = {name: rank.estimate.remote(batch.place) for name, rank, batch in self._of_each(batches)}
+        found = list(self._wait(calls, "estimate").values())[:: len(calls) // len(batches)]
         return [Handle(place) for _, (place,) in found], EstimateSums.merge(sums for sums, _ in found)
 
     def begin_update(self, batches: Batches, estimates: Estimates) -> Handle[MetricSums]:
         """Begin to learn the returns; taking turns, the whole update."""
         calls = {
             name: rank.update_critic.remote(batch.place, credit.place)
-            for (name, rank), batch, credit in zip(self._ranks.items(), batches, estimates.handles, strict=True)
+            for name, rank, (batch, credit) in self._of_each(list(zip(batches, estimates.handles, strict=True)))
         }
         return Handle(self._wait(calls, "update_critic") if self._in_turn else calls)
 

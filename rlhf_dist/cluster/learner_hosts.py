@@ -246,8 +246,8 @@ def make_ptx(spec: ActorSpec) -> Any:
         load_tokenizer(Path(spec.source)),
         chat=config.data.chat,
         seed=config.seed,
-        rank=spec.rank,
-        ranks=config.learner.ranks,
+        share=spec.rank // config.learner.sequence_parallel,
+        shares=config.learner.shares,
         micro_batch_tokens=config.learner.micro_batch_tokens,
         shuffle=config.data.shuffle,
     )

@@ -78,7 +78,7 @@ class RewardHost(TrainerHost):
             chat=config.data.chat,
             max_tokens=config.preferences.max_tokens,
             seed=config.seed,
-            ranks=config.learner.ranks,
+            shares=config.learner.shares,
             micro_batch_tokens=config.learner.micro_batch_tokens,
             shuffle=config.data.shuffle,
         )
@@ -108,7 +108,7 @@ def reward(config: Config, resume: bool, resume_from: int | None = None) -> None
             telemetry.warn(dropped_text(train, held_out))
         with started(RewardHost, config, "reward", start.folder, run.logs, progress) as ranks:
             outcome = RewardRun(
-                RewardGroup(ranks, timeout_s=config.learner.timeout_s),
+                RewardGroup(ranks, config.learner),
                 config.reward,
                 start.state,
                 needed=needed_files(config),

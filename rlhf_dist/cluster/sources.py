@@ -49,7 +49,7 @@ def reward_model_doubts(config: Config, begins: bool) -> list[str]:
 
 def model_source(config: Config, checkpoint: Path | None, command: Command = "train") -> str:
     """The Hugging Face directory to start from: the checkpoint's, or what `model.path` names, after checks."""
-    from rlhf_dist.models.capabilities import check_positions
+    from rlhf_dist.models.capabilities import check_heads, check_positions, check_shared_rows
     from rlhf_dist.models.hf import load_tokenizer
     from rlhf_dist.models.inspect import inspect
     from rlhf_dist.models.model_config import load_config
@@ -61,11 +61,15 @@ def model_source(config: Config, checkpoint: Path | None, command: Command = "tr
     else:
         source = model_path(config, config.model.path, "model.path")
     tokens, keys = longest(config, command)
+    if command != "eval":
+        check_shared_rows(source, load_config(source), config.learner.sequence_parallel)
     if command == "reward":
         inspect_scalar(source, tokens, keys, attention(config))
         check_format(load_tokenizer(source), config.data.chat, config.data.system)
         return source
     inspect(source, config.data.chat, device(config), tokens, attention(config), keys, config.data.system)
+    if command != "sft":
+        check_heads(source, load_config(source), config.rollout.tensor_parallel, "rollout.tensor_parallel")
     if command == "train" and config.ptx.coef:
         check_positions(source, load_config(source), config.ptx.max_tokens, "ptx.max_tokens")
     return source
@@ -164,6 +168,8 @@ def check_critic(config: Config) -> None:
     """Refuse a critic that cannot be made, or that cannot read the policy's tokens. Raises `ModelError`."""
     if not hosts.algorithm(config.algo).needs_critic or config.critic.start == "shared":
         return
+    from rlhf_dist.models.capabilities import check_shared_rows
+    from rlhf_dist.models.model_config import load_config
     from rlhf_dist.models.scalar import inspect_scalar
 
     of_policy = config.critic.start == "policy"
@@ -171,6 +177,7 @@ def check_critic(config: Config) -> None:
     inspect_scalar(critic, *longest(config, "train"), attention=attention(config))
     if of_policy:
         return
+    check_shared_rows(critic, load_config(critic), config.learner.sequence_parallel)
     way_out = "set critic.start=policy, or start from a reward model of the same tokenizer"
     require_same_tokens(
         config, f"critic.start = {config.critic.start}", critic, f"whose tokens it has to value; {way_out}"

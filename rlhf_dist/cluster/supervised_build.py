@@ -35,7 +35,7 @@ class SupervisedHost(TrainerHost):
             load_tokenizer(Path(self._spec.source)),
             chat=config.data.chat,
             seed=config.seed,
-            ranks=config.learner.ranks,
+            shares=config.learner.shares,
             micro_batch_tokens=config.learner.micro_batch_tokens,
             shuffle=config.data.shuffle,
         )
@@ -52,7 +52,7 @@ def sft(config: Config, resume: bool, resume_from: int | None = None) -> None:
         for text in warnings:
             telemetry.warn(text)
         with started(SupervisedHost, config, "sft", start.folder, run.logs, progress) as ranks:
-            learner = TrainerGroup(ranks, timeout_s=config.learner.timeout_s)
+            learner = TrainerGroup(ranks, config.learner)
             before, after = fine_tune(
                 learner, config.sft, start.state, directory=run, telemetry=telemetry, progress=progress
             )

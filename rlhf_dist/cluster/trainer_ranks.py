@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from rlhf_dist.cluster.learner_hosts import LearnerHost
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import model_source
 from rlhf_dist.cluster.starts import join_ranks, reserved, start_ranks
-from rlhf_dist.config.schema import Config
+from rlhf_dist.config.schema import Config, LearnerConfig
 from rlhf_dist.planning.nodes import place_in
 from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.metrics import MetricSums
@@ -33,13 +33,17 @@ class TrainerHost(LearnerHost):
 class TrainerGroup(LearnerGroup):
     """All ranks."""
 
+    def __init__(self, ranks: Mapping[str, Any], config: LearnerConfig) -> None:
+        super().__init__(ranks, timeout_s=config.timeout_s)
+        self._parts = config.sequence_parallel
+
     def train_step(self, step: int) -> MetricSums:
         """Optimizer step `step` on every rank."""
         return MetricSums.merge(self.call("train_step", step).values())
 
     def evaluate(self) -> Any:
         """What the ranks found on their shares of the held-out rows, merged as its kind is."""
-        found = list(self.call("evaluate").values())
+        found = list(self.call("evaluate").values())[:: self._parts]
         return type(found[0]).merge(found)
 
 

@@ -130,11 +130,12 @@ def _batches(config: Config) -> Iterator[str]:
             f"learner.updates_per_batch is {learner.updates_per_batch}; it must divide loop.prompts_per_step, "
             f"{prompts}: {_divisors(prompts)} do"
         )
-    if prompts * group < learner.ranks * learner.updates_per_batch:
+    if prompts * group < learner.shares * learner.updates_per_batch:
+        parts = f" / learner.sequence_parallel {learner.sequence_parallel}" if learner.sequence_parallel > 1 else ""
         yield (
             f"loop.prompts_per_step {prompts} x algo.group_size {group} is {prompts * group} responses, too few for "
-            f"learner.ranks {learner.ranks} x learner.updates_per_batch {learner.updates_per_batch}: each rank needs "
-            "at least one in each update"
+            f"learner.ranks {learner.ranks}{parts} x learner.updates_per_batch {learner.updates_per_batch}: each rank "
+            "needs at least one in each update"
         )
 
 

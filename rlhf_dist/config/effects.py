@@ -68,8 +68,27 @@ def at_most(other: str, when: Test) -> Rule:
 
 def one_a_rank(what: str) -> Rule:
     """At least as many as the learner has ranks."""
-    text = "{key.name} is {key.value}; it must be at least learner.ranks, {c.learner.ranks}: each rank needs a "
-    return says(lambda c, key: key.value < c.learner.ranks, text + what)
+
+    def rule(config: Any, key: Given) -> str:
+        learner = config.learner
+        if key.value >= learner.shares:
+            return ""
+        count = "learner.ranks" + (" / learner.sequence_parallel" if learner.sequence_parallel > 1 else "")
+        return f"{key.name} is {key.value}; it must be at least {count}, {learner.shares}: each rank needs a {what}"
+
+    return rule
+
+
+SPARES_GPUS = only(
+    lambda c: c.cluster.device != "cpu",
+    " with cluster.device cpu, where the optimizer is in the host's memory anyway; set it to none",
+)
+WITH_ZERO_2 = where("learner.zero_stage", one_of(2, 3), "set that to 2 or 3", ", whose optimizer stays where it is")
+DIVIDES_RANKS = says(
+    lambda c, key: key.value > 0 and c.learner.ranks % key.value,
+    "{key.name} is {key.value}; it must divide learner.ranks, {c.learner.ranks}: set one of them to a multiple of the "
+    "other",
+)
 
 
 def file_of(section: str) -> Rule:
@@ -201,7 +220,6 @@ FROZEN_POLICY = only(
     " with critic.start shared; the policy's trunk cannot be frozen while its value head learns: set it to 0, or "
     "critic.start to policy",
 )
-GPUS = only(lambda c: c.cluster.device != "cpu", " with cluster.device cpu; it counts GPUs, on a CPU it must be 1")
 GPU_SHARE = only(lambda c: c.cluster.device != "cpu", " with cluster.device cpu; it is a share of a GPU; take it out")
 BUILT_IN = where("data.source", one_of("task"), "set it to 0")
 WITH_WRONG_ANSWERS = where("data.task.name", but("describe"), "set it to 0", ", which knows no wrong answer")

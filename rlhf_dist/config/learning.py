@@ -162,8 +162,14 @@ class LearnerConfig:
     """DeepSpeed processes."""
     cpus: int = key(0, NOT_NEGATIVE)
     """CPU threads of a rank; 0: an equal share."""
+    sequence_parallel: int = key(1, COUNT, effects.DIVIDES_RANKS)
+    """Ranks that share the tokens of each micro-batch and the heads of its attention (DeepSpeed-Ulysses), for sequences
+    too long for one; 1: each rank has sequences of its own."""
     zero_stage: int = key(0, Range("0, 1, 2 or 3", lambda x: x in (0, 1, 2, 3)))
     """DeepSpeed ZeRO 0, 1, 2 or 3."""
+    offload: Literal["none", "optimizer"] = key("none", effects.SPARES_GPUS, effects.WITH_ZERO_2)
+    """optimizer: the float32 weights and the moments of Adam lie in the host's memory, which steps them: a GPU holds 12
+    bytes less for each of its parameters, and waits longer for a step."""
     micro_batch_tokens: int = key(2048, COUNT)
     """Tokens packed into one forward pass; a longer sequence goes alone."""
     updates_per_batch: int = key(1, COUNT)
@@ -181,6 +187,11 @@ class LearnerConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     timeout_s: float = key(600.0, LIMIT_S)
     """Limit for one update."""
+
+    @property
+    def shares(self) -> int:
+        """Parts that the rows of a batch are dealt into: one for each group of ranks that share their tokens."""
+        return self.ranks // max(1, self.sequence_parallel)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ MASK = ("mask_top_p", "mask_every")
 MASKED: Problems = {
     "rollout.tensor_parallel is {c.rollout.tensor_parallel} with algo.name {c.algo.name}, whose mask policy is held "
     "whole by each process of an engine: set it to 1, or choose ppo": lambda c: c.rollout.tensor_parallel > 1,
+    "learner.sequence_parallel is {c.learner.sequence_parallel} with algo.name {c.algo.name}, whose mask policy reads "
+    "whole rows on each rank: set it to 1, or choose ppo": lambda c: c.learner.sequence_parallel > 1,
     "rollout.top_p is {c.rollout.top_p} and rollout.top_k {c.rollout.top_k} with algo.name {c.algo.name}, which has "
     "a mask of its own that the learner knows: set top_p to 1 and top_k to 0, and algo.mask_top_p "
     "instead": lambda c: c.rollout.top_p < 1 or c.rollout.top_k,

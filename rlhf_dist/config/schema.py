@@ -122,8 +122,9 @@ class RolloutConfig:
     """vLLM engines."""
     cpus: int = key(0, NOT_NEGATIVE)
     """CPU threads of a worker; 0: an equal share."""
-    tensor_parallel: int = key(1, COUNT, effects.GPUS)
-    """GPUs of a worker."""
+    tensor_parallel: int = key(1, COUNT)
+    """GPUs of a worker, over which its model is cut by heads; on a CPU processes, each with at least one of its
+    threads."""
     temperature: float = key(1.0, NOT_NEGATIVE)
     """Of sampling; 0 is greedy, and refused by `train`."""
     top_p: float = key(1.0, SHARE_ABOVE_0)
@@ -139,7 +140,7 @@ class RolloutConfig:
     max_concurrent: int = key(256, COUNT)
     """Sequences decoded at once by a worker."""
     kv_cache_gib: float = key(1.0, POSITIVE)
-    """Memory for the key-value cache on a CPU."""
+    """Memory for the key-value cache of a worker on a CPU."""
     gpu_memory_utilization: float = key(0.85, SHARE_ABOVE_0)
     """Share of a GPU's memory for weights and cache."""
     kv_after_push: Literal["recompute", "keep"] = key("recompute", effects.RUNS_AT_A_PUSH)

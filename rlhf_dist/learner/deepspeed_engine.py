@@ -22,6 +22,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from rlhf_dist.config.schema import OptimizerConfig
 from rlhf_dist.errors import ConfigError, RunError
 from rlhf_dist.learner.changed_words import Part, Run
+from rlhf_dist.models.by_parameter import Scatter
 
 LOOPBACK = "127.0.0.1"
 REDUCE_BUCKET = 500_000_000
@@ -34,9 +35,19 @@ class DeepSpeedEngine:
     """One rank of a model under ZeRO 0, 1, 2 or 3."""
 
     def __init__(
-        self, module: nn.Module, optimizer: OptimizerConfig, *, zero_stage: int, dtype: str, device: str
+        self,
+        module: nn.Module,
+        optimizer: OptimizerConfig,
+        *,
+        zero_stage: int,
+        dtype: str,
+        device: str,
+        offload: bool = False,
     ) -> None:
-        """Every rank calls this with the same weights, after `init_process_group`."""
+        """Every rank calls this with the same weights, after `init_process_group`.
+
+        `offload`: the optimizer's masters and moments lie in the host's memory, and it steps there.
+        """
         import deepspeed
 
         self._zero = deepspeed.zero
@@ -51,13 +62,13 @@ class DeepSpeedEngine:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
             # One pass over the weights instead of ten. On a GPU its `step` would have to be a tensor there.
-            fused=self.device.type == "cpu",
+            fused=self.device.type == "cpu" or offload,
         )
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=self._base_optimizer,  # pyright: ignore[reportArgumentType]
             config=engine_config(
-                zero_stage, dtype, optimizer.max_grad_norm, sum(parameter.numel() for parameter in module.parameters())
+                zero_stage, dtype, optimizer.max_grad_norm, sum(map(whole_size, module.parameters())), offload
             ),
         )
         self._engine: Any = engine
@@ -242,7 +253,30 @@ def run_in(part: Tensor, name: str, held: Tensor, begin: int, count: int) -> Run
     return Run(name, begin + first - ahead, first, end - first) if first < end else None
 
 
-def engine_config(zero_stage: int, dtype: str, max_grad_norm: float, parameters: int) -> dict[str, Any]:
+def whole_size(parameter: nn.Parameter) -> int:
+    """Elements of a parameter, on a rank that may have a part of it only."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def zero_scatter(zero_stage: int, dtype: str, max_grad_norm: float) -> Scatter | None:
+    """Under ZeRO 3: gives each rank its part of a parameter that rank 0 has read. Else None: all have them whole."""
+    if zero_stage < 3:
+        return None
+    import deepspeed
+
+    config = engine_config(zero_stage, dtype, max_grad_norm, REDUCE_BUCKET)
+
+    def give(parameter: nn.Parameter) -> None:
+        holder = nn.Module()
+        holder.register_parameter("kept", parameter)
+        deepspeed.zero.Init(module=holder, config_dict_or_path=config)
+
+    return Scatter(give, torch.distributed.get_rank() == 0)
+
+
+def engine_config(
+    zero_stage: int, dtype: str, max_grad_norm: float, parameters: int, offload: bool = False
+) -> dict[str, Any]:
     """DeepSpeed's own config. Batch sizes are formal: micro-batches are ragged and their boundary is set by hand.
 
     `parameters`: elements of the whole model; the buffer for gradients on their way is no larger.
@@ -262,6 +296,8 @@ def engine_config(zero_stage: int, dtype: str, max_grad_norm: float, parameters:
         "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": 0.0 if zero_stage == 0 else max_grad_norm,
     }
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
         # Micro-batches are added up in float32: bf16 has 8 bits and loses the small ones.

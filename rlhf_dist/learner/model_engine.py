@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_dist.algo.logprobs import Entropy, chunk_count
@@ -15,13 +15,15 @@ from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_dist.errors import ConfigError, RlhfError
 from rlhf_dist.learner.agreement import Held, require_agreement
 from rlhf_dist.learner.checkpoint_files import optimizer_file
-from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine
+from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine, zero_scatter
 from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.publication import Publication
 from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.hf import load_model, own_memory, read_companions, save_hf
+from rlhf_dist.models.packed import PackedModel
 from rlhf_dist.models.packed_policy import PackedPolicy, check_head
+from rlhf_dist.models.sequence_parallel import sequence_group
 from rlhf_dist.models.tensors import digest, read_tensors, write_tensors
 from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement
@@ -35,7 +37,7 @@ class Engine:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: PackedModel,
         source: Path,
         model: ModelConfig,
         learner: LearnerConfig,
@@ -48,9 +50,29 @@ class Engine:
         self.companions = read_companions(source)
         own_memory(module)
         self._deepspeed = DeepSpeedEngine(
-            module, optimizer, zero_stage=learner.zero_stage, dtype=model.dtype, device=device
+            module,
+            optimizer,
+            zero_stage=learner.zero_stage,
+            dtype=model.dtype,
+            device=device,
+            offload=learner.offload == "optimizer",
         )
+        # With DeepSpeed, which gathers what a rank does not have; and before rows are shared, as each has its own here.
+        self._check(module)
+        module.share_rows(sequence_group(learner.sequence_parallel, learner.timeout_s))
         self.rank = self._deepspeed.rank
+        self.share = self.rank // learner.sequence_parallel
+        """Which of a batch's shares it trains; ranks that share rows have the same."""
+        self.parts = learner.sequence_parallel
+        """How many ranks share each row."""
+
+    def _check(self, module: Any) -> None:
+        """Refuse a model that does not compute on packed rows what it does alone. Raises ModelError."""
+        raise NotImplementedError
+
+    def chunks_of(self, wanted: int, tokens: int, chunk: int) -> int:
+        """Into how many a rank cuts the logprobs that it computes, at most, of so many wanted in a row of `tokens`."""
+        return chunk_count(min(wanted, -(-tokens // self.parts)), chunk)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add a micro-batch's gradient; `loss` is its share of the global loss, not a mean of its own."""
@@ -140,10 +162,11 @@ class ModelEngine(Engine):
 
         `shared`: rollout workers have the same devices. `mask`: what may be drawn.
         """
-        hf_model = load_model(source, model.dtype, choose_attention(model.attention, device, model.dtype))
-        check_head(PackedPolicy(hf_model.to(device)))  # pyright: ignore[reportArgumentType]
+        scatter = zero_scatter(learner.zero_stage, model.dtype, optimizer.max_grad_norm)
+        hf_model = load_model(source, model.dtype, choose_attention(model.attention, device, model.dtype), scatter)
         self._source = source
         self._mask = mask
+        hf_model.to(device)  # pyright: ignore[reportArgumentType]
         policy = self._packed(hf_model, model.gradient_checkpointing)
         self._chunk = learner.logprob_chunk_tokens
         super().__init__(policy, source, model, learner, optimizer, device)
@@ -156,7 +179,7 @@ class ModelEngine(Engine):
         self._publication = Publication(
             self._deepspeed, self.weights, plan, prefix=PREFIX, changes=learner.delta_push, shared=shared
         )
-        self._usual_chunks = chunk_count(learner.micro_batch_tokens, self._chunk)
+        self._usual_chunks = self.chunks_of(learner.micro_batch_tokens, learner.micro_batch_tokens, self._chunk)
 
     def logprobs(self, packed: Packed, temperature: float, masked: bool = True) -> Tensor:
         """Of the tokens with a loss, float32 [N], row after row.
@@ -179,14 +202,19 @@ class ModelEngine(Engine):
             self._chunk,
             entropy,
             self._mask.mask(packed) if self._mask is not None and masked else None,
-            self._deepspeed.equally_often(chunk_count(len(packed.predict), self._chunk), self._usual_chunks),
+            self._deepspeed.equally_often(
+                self.chunks_of(len(packed.predict), len(packed.tokens), self._chunk), self._usual_chunks
+            ),
         )
 
     def _whole(self, optimizer: dict[str, Tensor]) -> dict[str, str]:
         found = super()._whole(optimizer)
         return found if self._mask is None else found | {"mask": digest(self._mask.weights())}
 
-    def _packed(self, model: PreTrainedModel, gradient_checkpointing: bool) -> nn.Module:
+    def _check(self, module: Any) -> None:
+        check_head(PackedPolicy(module.model))
+
+    def _packed(self, model: PreTrainedModel, gradient_checkpointing: bool) -> PackedModel:
         return PackedPolicy(model, gradient_checkpointing)
 
     def step(self, lr: float) -> float:

@@ -180,6 +180,7 @@ class PolicyLearner:
         """1 for the tokens whose entropy is among the highest, over all ranks."""
         everyone: list[np.ndarray] = [entropies] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, entropies)
+        everyone = everyone[:: self.engine.parts]  # ranks that share rows have the same
         threshold = float(entropy_threshold(torch.from_numpy(np.concatenate(everyone)), self._algorithm.entropy_share))
         return (entropies >= np.float32(threshold)).astype(np.float32)
 

@@ -110,7 +110,7 @@ class PreferenceLearner:
         chat: bool,
         max_tokens: int,
         seed: int,
-        ranks: int,
+        shares: int,
         micro_batch_tokens: int,
         shuffle: bool = True,
     ) -> None:
@@ -122,7 +122,7 @@ class PreferenceLearner:
         self._chat = chat
         self._max_tokens = max_tokens
         self._order = RowOrder(len(train), seed, shuffle)
-        self._ranks = ranks
+        self._shares = shares
         self._budget = micro_batch_tokens
         self._held_out, self._held_out_dropped = self._elements(held_out, range(len(held_out)))
 
@@ -210,7 +210,9 @@ class PreferenceLearner:
     def _mine(self, elements: Sequence[Element]) -> list[list[Element]]:
         """This rank's micro-batches."""
         lengths = np.asarray([element.tokens for element in elements], dtype=np.int64)
-        return [[elements[i] for i in chosen] for chosen in plan(lengths, self._ranks, self._budget)[self.engine.rank]]
+        return [
+            [elements[i] for i in chosen] for chosen in plan(lengths, self._shares, self._budget)[self.engine.share]
+        ]
 
 
 def tokenize_judgement(tokenizer: Any, judgement: Judgement, chat: bool) -> Element:

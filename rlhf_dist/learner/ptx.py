@@ -10,7 +10,7 @@ from rlhf_dist.config.schema import PtxConfig
 from rlhf_dist.data.order import RowOrder
 from rlhf_dist.data.rows import Demonstration
 from rlhf_dist.learner.micro_batch_rows import Row
-from rlhf_dist.learner.supervised import demonstration_rows, rank_share
+from rlhf_dist.learner.supervised import batch_share, demonstration_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Mixed:
 
 
 class PtxMix:
-    """Every rank draws the same sequences from the same seed and takes its own share."""
+    """Every rank draws the same sequences from the same seed and takes its own share of them."""
 
     def __init__(
         self,
@@ -36,8 +36,8 @@ class PtxMix:
         *,
         chat: bool,
         seed: int,
-        rank: int,
-        ranks: int,
+        share: int,
+        shares: int,
         micro_batch_tokens: int,
         shuffle: bool = True,
     ) -> None:
@@ -47,8 +47,8 @@ class PtxMix:
         self._tokenizer = tokenizer
         self._chat = chat
         self._order = RowOrder(len(source), seed, shuffle)
-        self._rank = rank
-        self._ranks = ranks
+        self._share = share
+        self._shares = shares
         self._budget = micro_batch_tokens
 
     def batch(self, number: int) -> Mixed:
@@ -57,4 +57,6 @@ class PtxMix:
         rows, dropped = demonstration_rows(
             self._source, chosen, self._tokenizer, self._chat, self._config.max_tokens, "ptx.max_tokens"
         )
-        return Mixed(rank_share(rows, self._rank, self._ranks, self._budget), sum(row.length for row in rows), dropped)
+        return Mixed(
+            batch_share(rows, self._share, self._shares, self._budget), sum(row.length for row in rows), dropped
+        )

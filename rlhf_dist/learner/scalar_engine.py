@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_dist.algo.logprobs import chunk_count
 from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
+from rlhf_dist.learner.deepspeed_engine import zero_scatter
 from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.model_engine import Engine
 from rlhf_dist.models.attention import choose_attention
@@ -49,9 +50,9 @@ class ScalarEngine(Engine):
 
         `normalized`: numbers are centred and scaled as stored with the model; false: they are the head's own.
         """
-        loaded = load_scalar(source, model.dtype, choose_attention(model.attention, device, model.dtype))
+        scatter = zero_scatter(learner.zero_stage, model.dtype, optimizer.max_grad_norm)
+        loaded = load_scalar(source, model.dtype, choose_attention(model.attention, device, model.dtype), scatter)
         scalar = self._module(loaded, source, model).to(device)
-        check_scalar(scalar)
         self._scale = read_scale(source) if normalized else NO_SCALE
         super().__init__(scalar, source, model, learner, optimizer, device)
 
@@ -73,6 +74,9 @@ class ScalarEngine(Engine):
         else:
             self._join_gathering()
         self.save_optimizer(folder)
+
+    def _check(self, module: Any) -> None:
+        check_scalar(module)
 
     def _module(self, loaded: PreTrainedModel, source: Path, model: ModelConfig) -> PackedScalar:
         return PackedScalar(loaded, model.gradient_checkpointing)
@@ -100,7 +104,7 @@ class ScalarEngineWithLM(ScalarEngine):
         """`source` is a causal LM, or `hf/` of a checkpoint that this engine saved."""
         self._chunk = learner.logprob_chunk_tokens
         super().__init__(source, model, learner, optimizer, device=device, normalized=normalized)
-        self._usual_chunks = chunk_count(learner.micro_batch_tokens, self._chunk)
+        self._usual_chunks = self.chunks_of(learner.micro_batch_tokens, learner.micro_batch_tokens, self._chunk)
 
     def scores_and_logprobs(self, packed: Packed, learnt: Sequence[bool]) -> tuple[Tensor, Tensor]:
         """(scores float32 [S] as `scores`, logprobs float32 [N] of tokens with a loss in rows that are learnt)."""
@@ -113,7 +117,9 @@ class ScalarEngineWithLM(ScalarEngine):
             predict,
             packed.targets[mask],
             self._chunk,
-            self._deepspeed.equally_often(chunk_count(len(predict), self._chunk), self._usual_chunks),
+            self._deepspeed.equally_often(
+                self.chunks_of(len(predict), len(packed.tokens), self._chunk), self._usual_chunks
+            ),
         )
         return self._normalized(raw), logprobs
 

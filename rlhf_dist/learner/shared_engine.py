@@ -7,13 +7,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_dist.learner.checkpoint_files import HEAD_FILE
 from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.model_engine import PREFIX, ModelEngine
 from rlhf_dist.models.actor_critic import PackedActorCritic
+from rlhf_dist.models.packed import PackedModel
 from rlhf_dist.models.tensors import read_tensors, write_tensors
 
 HEAD = "value_head."
@@ -27,7 +28,7 @@ class SharedEngine(ModelEngine):
         self._resumed = resumed
         super().__init__(*args, **kwargs)
 
-    def _packed(self, model: PreTrainedModel, gradient_checkpointing: bool) -> nn.Module:
+    def _packed(self, model: PreTrainedModel, gradient_checkpointing: bool) -> PackedModel:
         packed = PackedActorCritic(model, gradient_checkpointing)
         if self._resumed is not None:
             packed.value_head.load_state_dict(read_tensors(self._resumed / HEAD_FILE))

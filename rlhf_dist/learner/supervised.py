@@ -34,7 +34,7 @@ class SupervisedLearner:
         *,
         chat: bool,
         seed: int,
-        ranks: int,
+        shares: int,
         micro_batch_tokens: int,
         shuffle: bool = True,
     ) -> None:
@@ -45,14 +45,14 @@ class SupervisedLearner:
         self._tokenizer = tokenizer
         self._chat = chat
         self._order = RowOrder(len(train), seed, shuffle)
-        self._ranks = ranks
+        self._shares = shares
         self._budget = micro_batch_tokens
 
     def train_step(self, step: int) -> MetricSums:
         """Optimizer step `step` (from 1): mean negative logprob over the whole batch's response tokens, all ranks."""
         rows, dropped = self._tokenized(self._train, self._order.batch(step - 1, self._config.batch_size))
         tokens = sum(row.length for row in rows)
-        micro_batches = rank_share(rows, self.engine.rank, self._ranks, self._budget)
+        micro_batches = batch_share(rows, self.engine.share, self._shares, self._budget)
         nll = 0.0
         for index, batch in enumerate(micro_batches):
             logprobs = self.engine.logprobs(pack_rows(batch, self.engine.device), 1.0)
@@ -78,7 +78,7 @@ class SupervisedLearner:
         rows, _ = self._tokenized(self._held_out, range(len(self._held_out)))
         nll, tokens = 0.0, 0
         with torch.no_grad():
-            for batch in rank_share(rows, self.engine.rank, self._ranks, self._budget):
+            for batch in batch_share(rows, self.engine.share, self._shares, self._budget):
                 logprobs = self.engine.logprobs(pack_rows(batch, self.engine.device), 1.0)
                 nll -= float(logprobs.double().sum()) if batch else 0.0
                 tokens += sum(row.length for row in batch)
@@ -110,7 +110,7 @@ def demonstration_rows(
     return rows, len(numbers) - len(rows)
 
 
-def rank_share(rows: Sequence[Row], rank: int, ranks: int, budget: int) -> list[list[Row]]:
-    """One rank's micro-batches of at most `budget` tokens, as many as every other rank's."""
+def batch_share(rows: Sequence[Row], share: int, shares: int, budget: int) -> list[list[Row]]:
+    """One share's micro-batches of at most `budget` tokens, as many as every other's: `LearnerConfig.shares`."""
     lengths = np.asarray([len(row.tokens) for row in rows], dtype=np.int64)
-    return [[rows[i] for i in chosen] for chosen in plan(lengths, ranks, budget)[rank]]
+    return [[rows[i] for i in chosen] for chosen in plan(lengths, shares, budget)[share]]

@@ -35,7 +35,10 @@ T = TypeVar("T")
 
 RECORD_FILE = "stage.json"
 
-RANKS = ("learner.ranks", "learner.zero_stage", "learner.micro_batch_tokens", "learner.logprob_chunk_tokens")
+RANKS = (
+    *("learner.ranks", "learner.sequence_parallel", "learner.zero_stage"),
+    *("learner.micro_batch_tokens", "learner.logprob_chunk_tokens"),
+)
 READ = {
     "sft": ("seed", "model", "data", "sft", "eval.prompts", *RANKS),
     "reward": ("seed", "model", "data.task", "data.system", "data.chat", "preferences", "reward", *RANKS),

@@ -75,7 +75,8 @@ def train_step(
     batch = collate(experiences)
     scores = shaper.shape(batch)
     credit = assign_credit(batch, scores, learning.algorithm, shaper.kl_coef_by_response)
-    shards = make_shards(batch, scores, credit, learning, shaper.kl_coef, step, policy.ranks)
+    shares = policy.ranks // learning.learner.sequence_parallel
+    shards = make_shards(batch, scores, credit, learning, shaper.kl_coef, step, shares)
     batches = bodies.batches(shards, batch.keys, batch.compared)
     estimates, critic_stats, stats = NO_ESTIMATES, MetricSums(), MetricSums()
     if critic is not None:
@@ -168,23 +169,23 @@ def estimate(critic: Critic, batches: Batches, algorithm: Algorithm) -> Estimate
 
 
 def make_shards(
-    batch: Batch, scores: np.ndarray, credit: Credit, learning: Learning, kl_coef: float, step: int, ranks: int
+    batch: Batch, scores: np.ndarray, credit: Credit, learning: Learning, kl_coef: float, step: int, shares: int
 ) -> list[Shard]:
-    """Cut the batch into optimizer steps by whole groups, each of those over ranks and micro-batches by tokens.
+    """Cut the batch into optimizer steps by whole groups, each of those into shares and micro-batches by tokens.
 
     Every row's weight comes from the counts of its whole optimizer step, so the cut changes no gradient. Rows that
     cannot have one are not sent at all.
     """
     learner, algorithm = learning.learner, learning.algorithm
     weights = np.zeros(len(batch.tokens))
-    updates: list[list[tuple[np.ndarray, ...]]] = [[] for _ in range(ranks)]
+    updates: list[list[tuple[np.ndarray, ...]]] = [[] for _ in range(shares)]
     for groups in np.array_split(np.arange(len(batch.keys)), learner.updates_per_batch):
         rows = np.flatnonzero(np.isin(batch.groups, groups))
         lengths = torch.from_numpy(batch.lengths[rows])
         weights[rows] = algorithm.token_weights(lengths, learning.sampling.max_tokens).numpy()
         trained = rows_to_train(rows, batch, credit, algorithm)
-        for rank, micro_batches in enumerate(plan(batch.tokens[trained], ranks, learner.micro_batch_tokens)):
-            updates[rank].append(tuple(trained[chosen] for chosen in micro_batches))
+        for share, micro_batches in enumerate(plan(batch.tokens[trained], shares, learner.micro_batch_tokens)):
+            updates[share].append(tuple(trained[chosen] for chosen in micro_batches))
     count = learner.updates_per_batch * learner.epochs
     first, total = (step - 1) * count, learning.steps * count
     frozen = learning.critic.warmup_steps * count if algorithm.needs_critic else 0

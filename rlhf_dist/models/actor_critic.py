@@ -34,7 +34,8 @@ class PackedActorCritic(PackedPolicy):
         least_chunks: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(logprobs, entropy or None, values), float32 [M] each; values are read where the logprobs are."""
-        hidden = self.hidden(tokens, cu_seqlens).index_select(0, predict)
-        head = self.output_head()
-        logprobs, entropies = chunked_logprobs(hidden, head, targets, temperature, chunk, entropy, mask, least_chunks)
-        return logprobs, entropies, self.value_head(hidden)[:, 0].float()
+        hidden, starts = self.hidden_at(tokens, cu_seqlens, predict)
+        head, own, whole = self.output_head(), self.sequence.own(targets, starts), self.sequence.whole
+        logprobs, entropies = chunked_logprobs(hidden, head, own, temperature, chunk, entropy, mask, least_chunks)
+        values = self.value_head(hidden)[:, 0].float()
+        return whole(logprobs, starts), None if entropies is None else whole(entropies, starts), whole(values, starts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from rlhf_dist.errors import ModelError
+from rlhf_dist.models.sequence_parallel import ALONE, ATTRIBUTE, SequenceGroup, check_exchange
 
 SEGMENTED = "segmented"
 VARLEN = "varlen"
@@ -42,8 +45,26 @@ def _varlen_obstacle(device: str, dtype: str) -> str:
 
 def register_attention() -> None:
     """Make both known to transformers. No mask function goes with them, so that no [T, T] mask is ever built."""
-    AttentionInterface.register(SEGMENTED, segmented)
-    AttentionInterface.register(VARLEN, varlen)
+    AttentionInterface.register(SEGMENTED, partial(shared, segmented))
+    AttentionInterface.register(VARLEN, partial(shared, varlen))
+
+
+def shared(
+    attend: Callable[..., tuple[torch.Tensor, None]],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **how: Any,
+) -> tuple[torch.Tensor, None]:
+    """One of the two, over the whole row where its tokens are shared out over ranks."""
+    sequence: SequenceGroup = getattr(module, ATTRIBUTE, ALONE)
+    if sequence.size == 1:
+        return attend(module, query, key, value, attention_mask, **how)
+    check_exchange(query, value, how.get("cu_seq_lens_q"))
+    output, _ = attend(module, *sequence.to_heads(query, key, value), attention_mask, **how)
+    return sequence.to_tokens(output), None
 
 
 def segmented(

@@ -12,8 +12,11 @@ from rlhf_dist.config.checks import CPU_HEAD_DIMS
 from rlhf_dist.errors import ModelError
 from rlhf_dist.models.attention import SEGMENTED
 from rlhf_dist.models.falcon import FALCON
+from rlhf_dist.models.head_parts import require_head_parts
 
 PACKABLE_LAYERS = ("full_attention", "sliding_attention", "attention")
+UNTOLD = (FALCON, "stablelm")
+"""Kinds whose attention is given positions only, which begin anew within each rank's part of a shared row."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 """What kinds of models call their number of positions."""
 ROLLOUT_TOKENS = "rollout.max_prompt_tokens + rollout.max_response_tokens"
@@ -51,6 +54,26 @@ def check_head_dim(path: str | Path, config: Any, device: Literal["cpu", "cuda"]
         raise ModelError(
             f"{path}: its head_dim is {head_dim}; on a CPU the engine supports {', '.join(map(str, CPU_HEAD_DIMS))} "
             "(for the tiny model, head_dim = model.tiny.hidden_size / model.tiny.heads). Use another model or a GPU"
+        )
+
+
+def check_heads(path: str | Path, config: Any, parts: int, key: str) -> None:
+    """Refuse to cut a model's heads into so many equal parts, as the config's `key` says. Raises ModelError."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is not None:
+        require_head_parts(path, heads, getattr(text, "num_key_value_heads", None) or heads, parts, key)
+
+
+def check_shared_rows(path: str | Path, config: Any, ranks: int) -> None:
+    """Refuse a model whose rows so many ranks cannot share (`learner.sequence_parallel`). Raises ModelError."""
+    key = "learner.sequence_parallel"
+    check_heads(path, config, ranks, key)
+    kind = config.get_text_config().model_type
+    if ranks > 1 and kind in UNTOLD:
+        raise ModelError(
+            f"{path}: {key} is {ranks}, and transformers does not tell the attention of a {kind} model where sequences "
+            f"begin; set {key} to 1, or use another model, such as Qwen or Llama"
         )
 
 

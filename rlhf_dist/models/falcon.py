@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rlhf_dist.models.attention import SEGMENTED, segmented
+from rlhf_dist.models.attention import SEGMENTED, segmented, shared
 
 FALCON = "falcon"
 """The model_type."""
@@ -38,7 +38,7 @@ def teach_falcon() -> None:
             heads = self._split_heads(self.query_key_value(hidden_states))
             query, key, value = (part.transpose(1, 2) for part in heads)
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-            mixed, _unused = segmented(self, query, key, value, attention_mask, position_ids=position_ids)
+            mixed, _unused = shared(segmented, self, query, key, value, attention_mask, position_ids=position_ids)
             return self.dense(mixed.flatten(2)), None
 
     FALCON_ATTENTION_CLASSES[SEGMENTED] = SegmentedFalconAttention

@@ -19,6 +19,7 @@ from rlhf_dist.config.paths import expanded
 from rlhf_dist.config.schema import ModelConfig
 from rlhf_dist.errors import ModelError
 from rlhf_dist.models.attention import register_attention
+from rlhf_dist.models.by_parameter import Scatter, load_by_parameter
 from rlhf_dist.models.directory import atomic_directory
 from rlhf_dist.models.falcon import FALCON, teach_falcon
 from rlhf_dist.models.fit import quiet, refuse_unknown
@@ -81,23 +82,24 @@ def _close_names(path: Path) -> str:
     return f"; did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
 
 
-def load_model(path: str | Path, dtype: str, attention: str) -> PreTrainedModel:
-    """A causal LM with its weights on the CPU, in evaluation mode. Collective under ZeRO-3's `zero.Init`.
+def load_model(path: str | Path, dtype: str, attention: str, scatter: Scatter | None = None) -> PreTrainedModel:
+    """A causal LM with its weights on the CPU, in evaluation mode; with `scatter` each goes there as it is read.
 
     `dtype` is `float32` or `bfloat16`, `attention` what `choose_attention` gave. Raises ModelError when the directory
     or hub name has no such model, has only pickled weights, or lacks some of the weights.
     """
-    model, missing = load_weights(AutoModelForCausalLM, path, load_config(path), dtype, attention)
+    model, missing = load_weights(AutoModelForCausalLM, path, load_config(path), dtype, attention, scatter)
     refuse_missing(path, missing)
     return model
 
 
 def load_weights(
-    kind: Any, path: str | Path, config: Any, dtype: str, attention: str
+    kind: Any, path: str | Path, config: Any, dtype: str, attention: str, scatter: Scatter | None = None
 ) -> tuple[PreTrainedModel, set[str]]:
     """A model of one of transformers' Auto classes, and the names of the weights that `path` lacks.
 
-    Safetensors only, no code from the model's repository. Raises ModelError when it cannot be loaded.
+    `scatter`: see `load_model`. Safetensors only, no code from the model's repository. Raises ModelError when it cannot
+    be loaded.
     """
     register_attention()
     if config.model_type == FALCON:
@@ -105,6 +107,10 @@ def load_weights(
     if Path(path).is_dir():
         read_headers(Path(path))
     try:
+        if scatter and (found := load_by_parameter(kind, path, config, dtype, attention, scatter)):
+            model, missing, strangers = found
+            refuse_unknown(path, strangers)
+            return model, missing
         with quiet():
             model, info = kind.from_pretrained(
                 path,
@@ -115,6 +121,8 @@ def load_weights(
                 use_safetensors=True,
                 output_loading_info=True,
             )
+    except ModelError:
+        raise
     except Exception as error:
         # Here only transformers runs, and what it raises on a damaged file has no common type.
         raise unloadable(path, "model", error) from error

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from rlhf_dist.models.sequence_parallel import ALONE, ATTRIBUTE, SequenceGroup
+
 
 class PackedModel(torch.nn.Module):
     """Wraps a Hugging Face model of any head; its parameters are `model.*`.
@@ -18,6 +20,7 @@ class PackedModel(torch.nn.Module):
     def __init__(self, model: PreTrainedModel, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.sequence = ALONE
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -30,19 +33,27 @@ class PackedModel(torch.nn.Module):
         # transformers checkpoints in training mode only, and loads models in the other; without dropout they are alike.
         model.train()
 
+    def share_rows(self, sequence: SequenceGroup) -> None:
+        """Let the ranks of a group share the tokens of each row: all of them call `forward` with the same rows."""
+        self.sequence = sequence
+        for module in self.model.modules():
+            setattr(module, ATTRIBUTE, sequence)
+
     def hidden(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """Last hidden states [T, hidden] of a packed row.
+        """Last hidden states [T, hidden] of a packed row; of one that ranks share, those of this rank's part.
 
         tokens int64 [T], the sequences one after another; cu_seqlens int32 [S + 1], their boundaries (0 first, T
         last, none empty).
         """
+        tokens, cu_seqlens = self.sequence.padded(tokens, cu_seqlens)
+        own = self.sequence.part(len(tokens))
         lengths = cu_seqlens.diff()
         starts = torch.repeat_interleave(cu_seqlens[:-1], lengths, output_size=tokens.shape[0])
         positions = torch.arange(tokens.shape[0], device=tokens.device) - starts
         longest = int(lengths.max())
         output: Any = self.model.base_model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
+            input_ids=tokens[None, own],
+            position_ids=positions[None, own],
             use_cache=False,
             cu_seq_lens_q=cu_seqlens,
             cu_seq_lens_k=cu_seqlens,
@@ -50,3 +61,14 @@ class PackedModel(torch.nn.Module):
             max_length_k=longest,
         )
         return output.last_hidden_state[0]
+
+    def hidden_at(
+        self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, list[int]]:
+        """(last hidden states at those of `positions` that are this rank's, where each rank's begin).
+
+        positions int64 [M], ascending; without a group all are this rank's.
+        """
+        hidden = self.hidden(tokens, cu_seqlens)
+        starts = self.sequence.starts(len(hidden), positions)
+        return self.sequence.read(hidden, positions, starts), starts

@@ -40,8 +40,13 @@ class PackedPolicy(PackedModel):
         entropy: whether it is computed, and whether it carries a gradient; mask: what may be drawn at the M positions;
         least_chunks: see `chunked_logprobs`. Returns (logprobs float32 [M], entropy float32 [M] or None), nats.
         """
-        hidden = self.hidden(tokens, cu_seqlens).index_select(0, predict)
-        return chunked_logprobs(hidden, self.output_head(), targets, temperature, chunk, entropy, mask, least_chunks)
+        hidden, starts = self.hidden_at(tokens, cu_seqlens, predict)
+        own = self.sequence.own(targets, starts)
+        logprobs, entropies = chunked_logprobs(
+            hidden, self.output_head(), own, temperature, chunk, entropy, mask, least_chunks
+        )
+        whole = self.sequence.whole
+        return whole(logprobs, starts), None if entropies is None else whole(entropies, starts)
 
     @torch.no_grad()
     def action_mask(

@@ -19,6 +19,7 @@ from transformers import (
 from rlhf_dist.algo.logprobs import chunked_logprobs
 from rlhf_dist.errors import ModelError
 from rlhf_dist.models.attention import SEGMENTED
+from rlhf_dist.models.by_parameter import Scatter
 from rlhf_dist.models.capabilities import ROLLOUT_TOKENS, check_attention, check_layers, check_positions
 from rlhf_dist.models.fit import check_fit
 from rlhf_dist.models.hf import (
@@ -53,7 +54,8 @@ class PackedScalar(PackedModel):
 
     def _scalars(self, hidden: Tensor, positions: Tensor) -> Tensor:
         head: nn.Module = self.model.get_submodule(HEAD)
-        return head(hidden.index_select(0, positions))[:, 0].float()
+        starts = self.sequence.starts(len(hidden), positions)
+        return self.sequence.whole(head(self.sequence.read(hidden, positions, starts))[:, 0].float(), starts)
 
 
 class PackedScalarWithLM(PackedScalar):
@@ -75,9 +77,10 @@ class PackedScalarWithLM(PackedScalar):
     ) -> tuple[Tensor, Tensor]:
         """(numbers float32 [M], logprobs float32 [N] of `targets` read at `predict`); as in PackedPolicy.forward."""
         hidden = self.hidden(tokens, cu_seqlens)
-        read = hidden.index_select(0, predict)
-        logprobs, _ = chunked_logprobs(read, self.lm_head, targets, 1.0, chunk, "none", least_chunks=least_chunks)
-        return self._scalars(hidden, positions), logprobs
+        starts = self.sequence.starts(len(hidden), predict)
+        read, own = self.sequence.read(hidden, predict, starts), self.sequence.own(targets, starts)
+        logprobs, _ = chunked_logprobs(read, self.lm_head, own, 1.0, chunk, "none", least_chunks=least_chunks)
+        return self._scalars(hidden, positions), self.sequence.whole(logprobs, starts)
 
 
 def inspect_scalar(path: str | Path, max_tokens: int, keys: str = ROLLOUT_TOKENS, attention: str = SEGMENTED) -> None:
@@ -102,16 +105,16 @@ def inspect_scalar(path: str | Path, max_tokens: int, keys: str = ROLLOUT_TOKENS
         raise ModelError(f"{path}: its tokenizer has no end token; set eos_token in tokenizer_config.json")
 
 
-def load_scalar(path: str | Path, dtype: str, attention: str) -> PreTrainedModel:
+def load_scalar(path: str | Path, dtype: str, attention: str, scatter: Scatter | None = None) -> PreTrainedModel:
     """A sequence classification model with one label, weights on the CPU, in evaluation mode.
 
     `path`: such a model, or a causal LM, which gets a new head `score` of zeros. `dtype` is `float32` or `bfloat16`,
-    `attention` what `choose_attention` gave. Raises ModelError when it is neither, has more than one label, has only
-    pickled weights, or lacks some of them.
+    `attention` what `choose_attention` gave, `scatter` as in `load_model`. Raises ModelError when it is neither, has
+    more than one label, has only pickled weights, or lacks some of them.
     """
     config = _scalar_config(path)
     _shell(config, torch.float32, path)
-    model, missing = load_weights(AutoModelForSequenceClassification, path, config, dtype, attention)
+    model, missing = load_weights(AutoModelForSequenceClassification, path, config, dtype, attention, scatter)
     if not _is_classifier(config) and missing == {HEAD_WEIGHT}:
         torch.nn.init.zeros_(model.get_submodule(HEAD).get_parameter("weight"))
         missing = set()

@@ -47,8 +47,10 @@ def learner_memory(
     `ranks`: among which ZeRO shares; `sequence`: tokens of the longest sequence, which goes alone where it is longer
     than a micro-batch.
     """
-    tokens = max(learner.micro_batch_tokens, sequence)
+    tokens = -(-max(learner.micro_batch_tokens, sequence) // learner.sequence_parallel)
     parts = held_by_rank(shape, learner.zero_stage, dtype, ranks)
+    if learner.offload == "optimizer":
+        parts["optimizer"] = 0  # in the host's memory
     parts["gradients"] = parts.get("gradients", 0) + gradients(shape, learner.zero_stage, dtype, ranks)
     if learner.zero_stage == 3 and ranks > 1:
         parts["gathered weights"] = min(shape.parameters, LIVE) * BYTES[dtype]

@@ -18,6 +18,7 @@ from rlhf_dist.planning.placement import (
     Placement,
     count_of,
     place,
+    require_threads,
     servers_with_models,
     share_out,
     with_servers,
@@ -103,6 +104,8 @@ def _spread(config: Config, nodes: Sequence[Machine], command: Command, sketch: 
         homes.append(best)
     of_servers = _homes_of_servers(config, left, (of_ranks or homes)[0], command, sketch)
     rollout_threads, learner_threads = _threads(config, left, of_ranks, homes)
+    if sketch.device == "cpu" and homes:
+        require_threads(config, rollout_threads)
     first = (of_ranks or homes)[0].node
     return replace(
         sketch,

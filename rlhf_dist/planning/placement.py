@@ -161,6 +161,8 @@ def share_out(config: Config, machine: Machine, command: Command) -> Placement:
         _check_turns(config.loop.max_policy_lag, shared)
         _check_gpus(config, machine, workers, rollout_gpus, ranks, shared, command)
     rollout_threads, learner_threads = _threads(config, machine, workers, ranks, shared)
+    if device == "cpu" and workers:
+        require_threads(config, rollout_threads)
     share = 0.5 if shared else 1.0
     return Placement(
         device=device,
@@ -233,6 +235,17 @@ def _hosts_of_servers(placement: Placement, at_home: bool) -> list[int]:
         placement.first_rank + i for i in range(placement.learner_ranks) if not home or placement.rank_nodes[i] == home
     ]
     return workers or ranks or list(range(placement.rollout_workers))
+
+
+def require_threads(config: Config, threads: int) -> None:
+    """On a CPU each process of a tensor-parallel rollout worker computes with a thread of its own, at least."""
+    parallel = config.rollout.tensor_parallel
+    if threads < parallel:
+        raise ResourceError(
+            f"rollout.tensor_parallel is {parallel}, but a rollout worker has {count_of(threads, 'CPU thread')}, fewer "
+            f"than processes; set rollout.cpus to {parallel} or more, or lower rollout.tensor_parallel or "
+            "rollout.workers"
+        )
 
 
 def bundles(placement: Placement) -> list[dict[str, float]]:

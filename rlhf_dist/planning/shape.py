@@ -12,8 +12,9 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from rlhf_dist.config.paths import expanded
-from rlhf_dist.config.schema import ModelConfig, TinyConfig
+from rlhf_dist.config.schema import Config, ModelConfig, TinyConfig
 from rlhf_dist.errors import ModelError
+from rlhf_dist.models.head_parts import require_head_parts
 from rlhf_dist.models.model_files import read_object
 from rlhf_dist.models.run_model import newest_model
 from rlhf_dist.models.weight_files import read_headers
@@ -110,6 +111,15 @@ KNOWN: Mapping[str, ModelShape] = {
 """Sizes that the models' config.json files on the hub give, so that a plan needs no download."""
 VARIANTS = ("-Instruct", "-Base", "-Math", "-Coder")
 """Endings of names whose models have the shape of the model without them."""
+
+
+def require_parts(config: Config, shape: ModelShape) -> None:
+    """Refuse to cut the policy among more processes or ranks than its heads allow. Raises ModelError."""
+    for key, parts in (
+        ("rollout.tensor_parallel", config.rollout.tensor_parallel),
+        ("learner.sequence_parallel", config.learner.sequence_parallel),
+    ):
+        require_head_parts(config.model.path, shape.heads, shape.kv_heads, parts, key)
 
 
 def shape_of(model: ModelConfig, key: str = "model.path") -> ModelShape:

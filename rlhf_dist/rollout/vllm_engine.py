@@ -20,6 +20,7 @@ import torch
 from rlhf_dist.config.schema import RolloutConfig
 from rlhf_dist.models.text_format import text_format
 from rlhf_dist.rollout.masked_sampling import MaskReader, MaskStart, Reading
+from rlhf_dist.rollout.shared_names import forget_names
 from rlhf_dist.rollout.trajectories import Response, Turn
 from rlhf_dist.rollout.weight_receiver import RECEIVER, EngineWeights
 from rlhf_dist.rollout.worker import Usage
@@ -44,8 +45,12 @@ def set_environment(config: RolloutConfig, device: str, threads: int, masked: bo
     if masked:
         # The second runner, vLLM's choice on a GPU, has another interface for processors of logits.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if config.tensor_parallel > 1:
+        # A fork of a process that has threads may wait for ever for a lock that one of them held.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        os.environ["VLLM_HOST_IP"] = "127.0.0.1"  # its processes are on one node
     if device == "cpu":
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ["OMP_NUM_THREADS"] = str(max(1, threads // config.tensor_parallel))
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         # Which sequences are split among threads depends on what else is decoded, and a split one rounds differently.
         os.environ["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
@@ -58,7 +63,7 @@ def set_environment(config: RolloutConfig, device: str, threads: int, masked: bo
 def memory_of(config: RolloutConfig, device: str, sleeps: bool) -> dict[str, Any]:
     """vLLM's settings for the memory that it takes."""
     if device == "cpu":
-        return {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
+        return {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30 / config.tensor_parallel)}
     return {"gpu_memory_utilization": config.gpu_memory_utilization, "enable_sleep_mode": sleeps}
 
 
@@ -67,6 +72,15 @@ def processes_of(config: RolloutConfig) -> dict[str, Any]:
     # Inside a Ray actor vLLM would by itself ask Ray for more GPUs than the actor was given.
     backend = "mp" if config.tensor_parallel > 1 else "uni"
     return {"tensor_parallel_size": config.tensor_parallel, "distributed_executor_backend": backend}
+
+
+def can_exchange(config: RolloutConfig, device: str) -> bool:
+    """Whether a version can be prepared beside the engine's steps, to be exchanged for the one in use.
+
+    Compiled steps and those on a GPU hold on to the memory that the weights lie in. Several processes take orders from
+    one thread only.
+    """
+    return device == "cpu" and config.enforce_eager and config.tensor_parallel == 1
 
 
 class VllmEngine:
@@ -101,7 +115,6 @@ class VllmEngine:
                 dtype=dtype,  # pyright: ignore[reportArgumentType]
                 max_model_len=config.max_prompt_tokens + config.max_response_tokens,
                 max_num_seqs=config.max_concurrent,
-                **processes_of(config),
                 enforce_eager=config.enforce_eager,
                 enable_prefix_caching=True,
                 # On a CPU a request with a seed fails where its prefill is cut: torch's generator there cannot go back.
@@ -115,18 +128,18 @@ class VllmEngine:
                 worker_extension_cls=RECEIVER,
                 trust_remote_code=False,
                 disable_log_stats=True,
-                **memory_of(config, device, sleeps),
+                **processes_of(config) | memory_of(config, device, sleeps),
             )
         )
+        if config.tensor_parallel > 1:
+            forget_names()
         if mask is not None:
             self._engine.collective_rpc("start_mask", args=(mask,))
         self._turns: dict[str, Turn] = {}
         self.kv_after_push = config.kv_after_push
-        # Compiled steps and those on a GPU hold on to the memory that the weights lie in.
-        self._can_exchange = device == "cpu" and config.enforce_eager
+        self._can_exchange = can_exchange(config, device)
         self._asleep = set[str]()  # what has no memory until it is needed
-        self._salt = ""
-        """Of new requests: vLLM lets them share cached keys and values with requests of the same salt alone."""
+        self._salt = ""  # of new requests: vLLM lets them share cached keys and values with those of the same salt only
         self._weights = EngineWeights(name, self._engine, self._renew_caches)
         self.tokenizer: Any = self._engine.get_tokenizer()
         self._special_texts = special_texts

@@ -118,6 +118,10 @@ def test_help_imports_nothing_heavy() -> None:
         (["plan", "configs/local.yaml", "--cpus", "many"], ["'many'"]),
         (["plan", "configs/reverse.yaml", "--cluster", "4x8xH1"], ["--cluster 4x8xH1: H1 is not known", "H100-80G"]),
         (["plan", "configs/reverse.yaml", "--cluster", "2xL4-24G", "--gpus", "2"], ["take --cpus and --gpus out"]),
+        (
+            ["plan", "configs/reverse.yaml", "learner.ranks=3", "learner.sequence_parallel=3", "--cpus", "8"],
+            ["learner.sequence_parallel is 3, and the model has ", "set learner.sequence_parallel to one of 1, 2"],
+        ),
         (["bench"], ["bench needs the name"]),
         (["bench", "no-such"], ["no benchmark `no-such`"]),
     ],

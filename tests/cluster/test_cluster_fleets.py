@@ -52,6 +52,17 @@ def test_policy_ranks_each_get_their_batch_and_credit_and_report_once(workers: d
     assert group.publish(9).version == 9
 
 
+def test_ranks_that_share_rows_get_the_same_batch_and_its_credit_counts_once(workers: dict[str, Any]) -> None:
+    estimates = Estimates(put(5.0), Whitening(1.0, 1.0), {})
+    found = PolicyGroup(workers, timeout_s=30).update(put(2.0), estimates)
+    assert (found.sums["policy/loss"], found.sums["credit"]) == ((4.0, 2.0), (8.0, 2.0))
+    group, batches = CriticGroup(workers, timeout_s=30), put(2.0)
+    made, sums = group.estimate(batches)
+    assert (len(made), sums) == (1, EstimateSums(1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+    pending = group.begin_update(batches, Estimates(made, Whitening(0.0, 1.0), {}))
+    assert group.finish_update(pending).sums["critic/loss"] == (44.0, 2.0)
+
+
 def test_a_critic_estimates_and_learns_its_own_batches(workers: dict[str, Any], tmp_path: Path) -> None:
     group, batches = CriticGroup(workers, timeout_s=30), put(2.0, 4.0)
     found, sums = group.estimate(batches)

@@ -80,6 +80,23 @@ def test_a_template_that_cannot_be_used_ends_every_command_before_its_start(plac
         model_source(config, None, command)
 
 
+def test_an_engine_over_more_processes_than_heads_is_bad_input(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "run.yaml", "model.path=model", "rollout.tensor_parallel=3", "rollout.workers=1"]
+    assert main([*words, "rollout.cpus=2"]) == 2
+    assert "is 3, but a rollout worker has 2 CPU threads" in capsys.readouterr().err
+    config = load(Path("run.yaml"), words[2:])
+    for command in ("train", "eval"):
+        with pytest.raises(ModelError, match=r"rollout\.tensor_parallel is 3, .* 2 attention heads .* one of 1, 2$"):
+            model_source(config, None, command)
+    model_source(config, None, "sft")
+    config = load(Path("run.yaml"), ["model.path=model", "learner.ranks=3", "learner.sequence_parallel=3"])
+    with pytest.raises(ModelError, match=r"learner\.sequence_parallel is 3, .* one of 1, 2$"):
+        model_source(config, None, "sft")
+    model_source(config, None, "eval")
+
+
 def test_a_bad_template_is_bad_input(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     template = Path("model/chat_template.jinja")
     Path("model/additional_chat_templates").mkdir()

@@ -111,6 +111,7 @@ def test_every_number_of_the_schema_has_a_range() -> None:
             ["is 2 responses", "learner.ranks 3"],
         ),
         ("sft", ["sft.batch_size=1", "learner.ranks=2"], ["sft.batch_size is 1", "learner.ranks, 2"]),
+        ("sft", ["learner.ranks=3", "learner.sequence_parallel=2"], ["sequence_parallel is 2", "learner.ranks, 3"]),
         ("sft", ["sft.max_tokens=513"], ["sft.max_tokens is 513", "model.tiny.max_positions, 512"]),
         ("eval", ["eval.samples=-1"], ["eval.samples is -1", "0 or more"]),
         ("eval", ["rollout.temperature=0"], ["rollout.temperature is 0", "eval.samples 4"]),
@@ -126,7 +127,6 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         ("train", ["model.tiny.kv_heads=3"], ["model.tiny.kv_heads is 3", "1, 2, 4, 8 do"]),
         ("train", ["model.tiny.heads=16"], ["head_dim 16", "CPU engine refuses", "32, 64, 80", "hidden_size 512"]),
         ("train", ["rollout.max_response_tokens=300"], ["is 556", "model.tiny.max_positions 512"]),
-        ("train", ["rollout.tensor_parallel=2", "cluster.device=cpu"], ["rollout.tensor_parallel is 2", "must be 1"]),
         ("train", ["model.attention=varlen"], ["model.attention is varlen", "bfloat16"]),
         ("train", ["model.dtype=bfloat16"], ["model.dtype is bfloat16", "learner.zero_stage 0", "1, 2 or 3"]),
         ("sft", ["model.dtype=bfloat16"], ["model.dtype is bfloat16", "learner.zero_stage 0", "1, 2 or 3"]),
@@ -248,6 +248,11 @@ def test_every_number_of_the_schema_has_a_range() -> None:
         ),
         ("train", ["algo.name=a2c", "learner.epochs=2"], ["learner.epochs is 2", "algo.name a2c"]),
         ("train", ["algo.mask_every=5"], ["algo.mask_every is 5", "no effect with algo.name grpo", "or choose nlpo"]),
+        (
+            "train",
+            ["algo.name=nlpo", "learner.sequence_parallel=2", "learner.ranks=2"],
+            ["learner.sequence_parallel is 2 with algo.name nlpo", "set it to 1, or choose ppo"],
+        ),
         (
             "train",
             ["algo.name=nlpo", "rollout.tensor_parallel=2"],

@@ -84,6 +84,10 @@ def test_what_fits_passes(found) -> None:
         ),
         ((*FILE, "preferences.form=thumbs", "reward.lm_coef=0.5"), "reward.lm_coef is 0.5 and has no effect"),
         ((*FILE, "reward.batch_size=1", "learner.ranks=2"), "reward.batch_size is 1; it must be at least"),
+        (
+            (*FILE, "reward.batch_size=1", "learner.ranks=4", "learner.sequence_parallel=2"),
+            "reward.batch_size is 1; it must be at least learner.ranks / learner.sequence_parallel, 2",
+        ),
         ((*FILE, "preferences.max_tokens=600"), "preferences.max_tokens is 600; it must be at most"),
     ],
 )

@@ -180,7 +180,7 @@ def head_of_another_run(source: Path, learner: LearnerConfig) -> dict[str, Tenso
 
 def mix(source: Path, rank: int, world: int) -> PtxMix:
     tokenizer = load_tokenizer(source)
-    return PtxMix(PTX, TEXTS, tokenizer, chat=True, seed=0, rank=rank, ranks=world, micro_batch_tokens=18)
+    return PtxMix(PTX, TEXTS, tokenizer, chat=True, seed=0, share=rank, shares=world, micro_batch_tokens=18)
 
 
 def run(kind: type[Trainer], source: Path, stage: int, world: int, folder: Path) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class Trainer:
             chat=True,
             max_tokens=64,
             seed=0,
-            ranks=world,
+            shares=world,
             micro_batch_tokens=budget(tokenizer, judgements, world),
         )
 

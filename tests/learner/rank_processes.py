@@ -1,29 +1,29 @@
-"""Scripts of learner ranks as processes of their own, one alone and two together, and how their weights compare."""
+"""Scripts of learner ranks as processes of their own, one alone and others together, and how their weights compare."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from forks import ForkServer
 
-RANKS = ((1, 0), (2, 0), (2, 1))
-"""(world size, rank)."""
-
 Weights = dict[str, torch.Tensor]
 
 
-def run_ranks(forks: ForkServer, script: str, folder: Path, *words: object) -> dict[tuple[int, int], dict[Any, Any]]:
+def run_ranks(
+    forks: ForkServer, script: str, folder: Path, *words: object, worlds: Sequence[int] = (1, 2)
+) -> dict[tuple[int, int], dict[Any, Any]]:
     """(world size, rank) -> what `script RANK WORLD PORT *words` left as FOLDER/WORLD-RANK.pt, side by side."""
-    ports = {}
-    for world in (1, 2):
+    ports, ranks = {}, [(world, rank) for world in worlds for rank in range(world)]
+    for world in worlds:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             ports[world] = probe.getsockname()[1]
-    jobs = {f"{world}-{rank}": (rank, world, ports[world], *words) for world, rank in RANKS}
+    jobs = {f"{world}-{rank}": (rank, world, ports[world], *words) for world, rank in ranks}
     forks.run(Path(__file__).with_name(script), folder, jobs)
-    return {key: torch.load(folder / f"{key[0]}-{key[1]}.pt", weights_only=False) for key in RANKS}
+    return {key: torch.load(folder / f"{key[0]}-{key[1]}.pt", weights_only=False) for key in ranks}
 
 
 def distance(found: Weights, expected: Weights, start: Weights) -> float:

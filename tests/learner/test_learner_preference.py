@@ -174,7 +174,7 @@ def test_the_better_responses_of_a_comparison_are_worse_than_none() -> None:
 
 
 def learner(held_out: list[Any], max_tokens: int) -> PreferenceLearner:
-    engine: Any = SimpleNamespace(rank=0)
+    engine: Any = SimpleNamespace(share=0)
     return PreferenceLearner(
         engine,
         RewardConfig(),
@@ -184,7 +184,7 @@ def learner(held_out: list[Any], max_tokens: int) -> PreferenceLearner:
         chat=True,
         max_tokens=max_tokens,
         seed=0,
-        ranks=1,
+        shares=1,
         micro_batch_tokens=100,
     )
 
@@ -206,7 +206,7 @@ def test_judgements_come_in_the_files_own_order_without_shuffle() -> None:
     judged = [Comparison(text, QUESTION, (text, text + "b"), (Pair(0, 1, 0.0),)) for text in texts]
 
     class Scores:
-        rank = 0
+        share = 0
         device = torch.device("cpu")
 
         def scores(self, packed: Packed) -> torch.Tensor:
@@ -221,7 +221,7 @@ def test_judgements_come_in_the_files_own_order_without_shuffle() -> None:
         engine: Any = Scores()
         learner = PreferenceLearner(
             engine, RewardConfig(batch_size=1), judged, judged, character_tokenizer(), chat=True, max_tokens=100,
-            seed=0, ranks=1, micro_batch_tokens=1000, shuffle=shuffle,
+            seed=0, shares=1, micro_batch_tokens=1000, shuffle=shuffle,
         )  # fmt: skip
         return [learner.train_step(step).values()["data/tokens"] for step in range(1, 13)]
 

@@ -33,7 +33,7 @@ def mix(
     texts = [Demonstration((), text) for text in TEXTS]
     config = PtxConfig(coef=0.5, batch_size=size, max_tokens=max_tokens)
     return PtxMix(
-        config, texts, tokenizer, chat=True, seed=seed, rank=rank, ranks=ranks, micro_batch_tokens=12, shuffle=shuffle
+        config, texts, tokenizer, chat=True, seed=seed, share=rank, shares=ranks, micro_batch_tokens=12, shuffle=shuffle
     )
 
 

@@ -21,7 +21,7 @@ from rlhf_dist.models.hf import load_tokenizer
 class Engine:
     """Gives every response token a logprob of -2."""
 
-    rank = 0
+    share = 0
     device = torch.device("cpu")
 
     def logprobs(self, packed: Packed, temperature: float) -> torch.Tensor:
@@ -39,7 +39,7 @@ def learner(model: Path, texts: list[str], max_tokens: int) -> SupervisedLearner
     config = SftConfig(batch_size=len(texts), max_tokens=max_tokens, objective="text")
     engine: Any = Engine()
     return SupervisedLearner(
-        engine, config, demonstrations, demonstrations, load_tokenizer(model), chat=True, seed=0, ranks=1,
+        engine, config, demonstrations, demonstrations, load_tokenizer(model), chat=True, seed=0, shares=1,
         micro_batch_tokens=1000,
     )  # fmt: skip
 
@@ -107,7 +107,7 @@ def test_rows_come_in_the_files_own_order_without_shuffle(tiny_model: Path) -> N
     def tokens(shuffle: bool, steps: range) -> list[int]:
         made = SupervisedLearner(
             engine, SftConfig(batch_size=1, objective="text"), demos, demos, load_tokenizer(tiny_model), chat=True,
-            seed=0, ranks=1, micro_batch_tokens=1000, shuffle=shuffle,
+            seed=0, shares=1, micro_batch_tokens=1000, shuffle=shuffle,
         )  # fmt: skip
         return [int(made.train_step(step).values()["data/tokens"]) for step in steps]
 

@@ -13,10 +13,11 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, StableLmConfig
 
 from rlhf_dist.config.schema import ModelConfig, TinyConfig
 from rlhf_dist.errors import DiskError, ModelError
+from rlhf_dist.models.capabilities import check_heads, check_shared_rows
 from rlhf_dist.models.hf import ModelSource, load_model, load_tokenizer, own_memory, resolve, save_hf
 from rlhf_dist.models.inspect import inspect
 from rlhf_dist.models.tiny import make_tiny
@@ -206,6 +207,28 @@ def test_inspect_refuses_a_bad_directory(name: str, copy: Path) -> None:
     with pytest.raises(ModelError, match=message) as caught:
         inspect(copy, True, "cpu", 40)
     assert str(copy) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared", "parts", "right"),
+    [(14, 2, 4, "1, 2, 14"), (8, 4, 16, "1, 2, 4, 8"), (6, 2, 3, "1, 2, 6"), (3, None, 2, "1, 3")],
+)
+def test_heads_that_cannot_be_shared_out_are_refused(heads: int, shared: int | None, parts: int, right: str) -> None:
+    config = Qwen2Config(num_attention_heads=heads, num_key_value_heads=shared)
+    with pytest.raises(ModelError) as caught:
+        check_heads("m", config, parts, "rollout.tensor_parallel")
+    assert str(caught.value).startswith(f"m: rollout.tensor_parallel is {parts}, and the model has {heads} attention")
+    assert str(caught.value).endswith(f"set rollout.tensor_parallel to one of {right}")
+    for good in map(int, right.split(", ")):
+        check_heads("m", config, good, "rollout.tensor_parallel")
+
+
+def test_kinds_whose_attention_knows_positions_only_cannot_share_rows() -> None:
+    config = StableLmConfig(num_attention_heads=4, num_key_value_heads=4)
+    check_shared_rows("m", config, 1)
+    with pytest.raises(ModelError, match=r"m: learner\.sequence_parallel is 2, .* of a stablelm model"):
+        check_shared_rows("m", config, 2)
+    check_shared_rows("m", Qwen2Config(num_attention_heads=4, num_key_value_heads=4), 2)
 
 
 def test_inspect_lets_pass_what_does_not_matter(copy: Path) -> None:

@@ -59,3 +59,14 @@ def test_a_sequence_longer_than_a_micro_batch_goes_alone() -> None:
     assert found(2000)["activations"] == 2 * found(1000)["activations"]
     assert found(2000)["logits"] == found(1000)["logits"] == logits(LARGE, "bfloat16", 500)
     assert found(400)["gathered weights"] == 2_000_000_000
+
+
+def test_ranks_that_share_rows_hold_their_part_of_the_activations_and_none_of_an_offloaded_optimizer() -> None:
+    def memory(**changes: object) -> dict[str, int]:
+        learner = LearnerConfig(zero_stage=3, ranks=8, micro_batch_tokens=8192, **changes)  # type: ignore[arg-type]
+        return dict(learner_memory(LARGE, learner, "bfloat16", 8, False, "cuda", 4096).parts)
+
+    alone, shared, offloaded = memory(), memory(sequence_parallel=4), memory(offload="optimizer")
+    assert shared["activations"] * 4 == alone["activations"]
+    assert {name for name in alone if alone[name] != shared[name]} == {"activations"}
+    assert alone["optimizer"] > 0 == offloaded["optimizer"]

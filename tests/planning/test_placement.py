@@ -164,6 +164,12 @@ def test_device_cpu_leaves_the_gpus_alone() -> None:
         (side_by_side(config(ranks=2)), Machine(2, 0), "train", ["= 4 CPUs", "there are 2 CPUs"]),
         (side_by_side(config(ranks=2)), Machine(8, 3), "train", ["4 GPUs", "there are 3 GPUs"]),
         (config(parallel=2), Machine(8, 2), "train", ["rollout.tensor_parallel is 2", "cluster.colocate to false"]),
+        (
+            config(parallel=2, rollout_cpus=1),
+            Machine(8, 0),
+            "train",
+            ["rollout.tensor_parallel is 2, but a rollout worker has 1 CPU thread", "rollout.cpus to 2 or more"],
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(wanted: Config, machine: Machine, command: Command, parts: list[str]) -> None:

@@ -20,7 +20,7 @@ from rlhf_dist.config.schema import RolloutConfig
 from rlhf_dist.data.render import render
 from rlhf_dist.errors import EngineBroken, RunError
 from rlhf_dist.models.hf import load_tokenizer
-from rlhf_dist.rollout.vllm_engine import VllmEngine, decoded, sampling_params
+from rlhf_dist.rollout.vllm_engine import VllmEngine, can_exchange, decoded, memory_of, sampling_params
 from rlhf_dist.rollout.worker import Cancel, RolloutWorker, Sleep
 from rlhf_dist.types import Beat, Message, Receipt, Unanswered
 from rlhf_dist.weights.buckets import make_plan
@@ -233,6 +233,13 @@ def test_vllm_never_asks_ray_for_gpus_of_its_own(
     with pytest.raises(Seen):
         VllmEngine(tiny_model, config, dtype="float32", device="cpu", threads=1, name="w", chat=True)
     assert (started_with["tensor_parallel_size"], started_with["distributed_executor_backend"]) == (parallel, executor)
+
+
+def test_the_processes_of_an_engine_share_its_cache_and_prepare_nothing_beside_it() -> None:
+    whole, halves = RolloutConfig(kv_cache_gib=1.0), RolloutConfig(kv_cache_gib=1.0, tensor_parallel=2)
+    assert memory_of(whole, "cpu", False) == {"kv_cache_memory_bytes": 2**30}
+    assert memory_of(halves, "cpu", False) == {"kv_cache_memory_bytes": 2**29}
+    assert [can_exchange(config, "cpu") for config in (whole, halves)] == [True, False]
 
 
 @pytest.mark.parametrize(
