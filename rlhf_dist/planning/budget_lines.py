@@ -63,8 +63,8 @@ def forecast_lines(planned: Forecast, lengths: Lengths, basis: str) -> list[str]
     return [
         f"forecast ({basis}): {planned.step:.3g} s a step, {planned.tokens / planned.step:,.0f} response tokens a "
         f"second, for prompts of {lengths.prompt:.0f} and responses of {lengths.response:.0f} tokens",
-        f"forecast of the phases, {turns}: generate {planned.generate:.3g} s, train {planned.train:.3g} s, push "
-        f"{planned.sync:.3g} s; the longest is {planned.bottleneck}",
+        f"forecast of the phases, {turns}: generate {planned.generate:.3g} s (scoring in it {planned.score:.3g}), "
+        f"train {planned.train:.3g} s, push {planned.sync:.3g} s; the longest is {planned.bottleneck}",
         f"forecast of waiting: rollout workers {planned.rollout_idle:.0%} of the time, learner "
         f"{planned.learner_idle:.0%}; oldest tokens {count_of(planned.lag, 'version')} behind",
     ]

@@ -72,8 +72,8 @@ def _taking_turns(config: Config, placement: Placement, shape: ModelShape, engin
     stays = _named("rollout", engine.parts)
     if placement.device == "cpu":
         return stays | _named("learner", rank)
-    ranks = placement.learner_ranks - placement.critic_ranks
-    kept = held_by_rank(shape, config.learner.zero_stage, config.model.dtype, ranks)
+    ranks, learner = placement.learner_ranks - placement.critic_ranks, config.learner
+    kept = held_by_rank(shape, learner.zero_stage, config.model.dtype, ranks, learner.offload == "optimizer")
     kept |= {name: rank[name] for name in ("critic", "moving average") if name in rank}
     sampling = stays | _named("learner", kept | {"CUDA context": CUDA_CONTEXT})
     learning = _named("learner", rank) | {"rollout: CUDA context": CUDA_CONTEXT}

@@ -59,7 +59,9 @@ class Forecast:
     """Seconds of a training step, and what follows from them."""
 
     generate: float
-    """Sampling, and scoring that is not done by the time the last response is sampled."""
+    """Sampling and scoring: the longer of them where both have devices of their own, else one after the other."""
+    score: float
+    """Scoring alone: reward models and the reference."""
     train: float
     """The update, with values and old logprobs where the method needs them."""
     sync: float
@@ -90,7 +92,8 @@ class Forecast:
     @property
     def bottleneck(self) -> str:
         """The side, or in turn the phase, that takes longest."""
-        return max(("generate", self.generate), ("train", self.train), ("sync", self.sync), key=lambda one: one[1])[0]
+        collect = "score" if self.score >= self.generate else "generate"
+        return max((collect, self.generate), ("train", self.train), ("push", self.sync), key=lambda one: one[1])[0]
 
 
 def gpu_rates(kind: Kind, dtype: str, eager: bool) -> Rates:
@@ -131,7 +134,7 @@ def forecast(
         # Rollout workers that are faster run ahead as far as they may; slower ones are as old as a group takes.
         ahead = generate < train + sync
         lag = config.loop.max_policy_lag if ahead else min(config.loop.max_policy_lag, 1)
-    return Forecast(generate, train, sync, at_once, lag, responses * lengths.response)
+    return Forecast(generate, scoring, train, sync, at_once, lag, responses * lengths.response)
 
 
 def balanced(

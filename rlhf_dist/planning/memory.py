@@ -48,9 +48,7 @@ def learner_memory(
     than a micro-batch.
     """
     tokens = -(-max(learner.micro_batch_tokens, sequence) // learner.sequence_parallel)
-    parts = held_by_rank(shape, learner.zero_stage, dtype, ranks)
-    if learner.offload == "optimizer":
-        parts["optimizer"] = 0  # in the host's memory
+    parts = held_by_rank(shape, learner.zero_stage, dtype, ranks, learner.offload == "optimizer")
     parts["gradients"] = parts.get("gradients", 0) + gradients(shape, learner.zero_stage, dtype, ranks)
     if learner.zero_stage == 3 and ranks > 1:
         parts["gathered weights"] = min(shape.parameters, LIVE) * BYTES[dtype]
@@ -59,13 +57,16 @@ def learner_memory(
     return Memory(parts)
 
 
-def held_by_rank(shape: ModelShape, stage: int, dtype: str, ranks: int) -> dict[str, int]:
-    """Between two steps: weights, float32 masters with Adam's moments, and buffers that DeepSpeed keeps."""
+def held_by_rank(shape: ModelShape, stage: int, dtype: str, ranks: int, offloaded: bool = False) -> dict[str, int]:
+    """Between two steps: weights, float32 masters with Adam's moments, and buffers that DeepSpeed keeps.
+
+    `offloaded`: masters and moments are in the host's memory.
+    """
     count, width = shape.parameters, BYTES[dtype]
     share = -(-count // ranks)
     masters = FLOAT32 * share if stage else 0
     moments = MOMENTS * FLOAT32 * (share if stage else count)
-    parts = {"weights": width * (share if stage == 3 else count), "optimizer": masters + moments}
+    parts = {"weights": width * (share if stage == 3 else count), "optimizer": 0 if offloaded else masters + moments}
     if stage == 1 and dtype == "bfloat16":
         parts["gradients"] = FLOAT32 * count
     if stage == 3:

@@ -45,11 +45,20 @@ def test_every_size_and_data_has_a_recipe() -> None:
     assert all(name in PAGE for name in ("GSM8K", "MATH", "HH-RLHF"))
 
 
-def test_a_recipe_is_planned_on_any_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe, data = ROOT / "configs" / "recipes" / "7b_grpo.yaml", tmp_path / "train.jsonl"
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_fits_its_gpus_with_the_memory_of_its_row(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (row,) = [line for line in PAGE.splitlines() if line.startswith("|") and f"/{path.name}`" in line]
+    _, _, _, count, *_, told, _ = (part.strip() for part in row.split("|"))
+    nodes, data = max(1, int(count) // NODE), tmp_path / "train.jsonl"
     data.touch()
-    assert main(["plan", str(recipe), "--cpus", "64", "--gpus", "8", f"data.path={data}"]) == 0
-    assert "1024 prompts x 5 samples" in capsys.readouterr().out.replace(",", "")
+    cluster = f"{nodes}x{min(int(count), NODE)}xH100-80G"
+    assert main(["plan", str(path), "--cluster", cluster, f"data.path={data}"]) == 0
+    planned = capsys.readouterr().out
+    found = [float(gb) for gb in re.findall(r"memory of each .*? \(\d+\): ([\d.]+) of 80 GB", planned)]
+    assert found == pytest.approx([float(gb) for gb in re.findall(r"\d+", told)], abs=1.0)
+    assert "forecast of the phases" in planned
 
 
 def test_the_prompts_of_hh_are_conversations_that_end_with_the_user(tmp_path: Path) -> None:

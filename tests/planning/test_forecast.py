@@ -75,6 +75,21 @@ def test_a_critic_in_turn_adds_its_time_and_beside_only_what_it_takes_longer() -
     assert of(beside, products=1e3).train == pytest.approx(grpo.train * 4 / 3)
 
 
+def test_scoring_that_takes_longer_than_sampling_is_said() -> None:
+    """On a CPU it takes the same cores; on GPUs it goes on beside, and a second server halves it."""
+    kl = replace(Config().algo.kl, coef=0.05)
+    cpu = of(config(kl=kl), products=1e3)
+    assert cpu.generate == pytest.approx(of(config(), products=1e3).generate + cpu.score) and cpu.score > 0
+    wanted = replace(config(kl=kl), cluster=replace(config().cluster, device="cuda"))
+    gpus = place(wanted, Machine(64, 8), "train")
+    one = forecast(wanted, gpus, SHAPE, replace(IDLE, products=1e3), LENGTHS, 0)
+    assert one.generate == one.score and one.bottleneck == "train"
+    more = replace(wanted, scoring=replace(wanted.scoring, replicas=2))
+    assert forecast(more, gpus, SHAPE, replace(IDLE, products=1e3), LENGTHS, 0).score == pytest.approx(one.score / 2)
+    slow = Forecast(generate=5.0, score=5.0, train=1.0, sync=0.0, at_once=False, lag=0, tokens=1.0)
+    assert slow.bottleneck == "score"
+
+
 def test_in_turn_a_step_is_the_sum_and_at_once_the_longer_side() -> None:
     size = 4 * SHAPE.parameters
     rates = {"decode_s": 0.1, "write": size / 1.0, "load": size / 2.0}
