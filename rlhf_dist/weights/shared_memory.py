@@ -299,9 +299,8 @@ def private_file(path: Path, nbytes: int) -> IO[bytes]:
 
     The lock goes with the process. Raises OSError where there is no room; then there is no file.
     """
-    file = os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600), "r+b")
+    file = locked_file(path)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Reserve now: writing past the end of a full tmpfs later is a SIGBUS, not an error.
         os.posix_fallocate(file.fileno(), 0, nbytes)
     except OSError:
@@ -309,6 +308,28 @@ def private_file(path: Path, nbytes: int) -> IO[bytes]:
         file.close()
         raise
     return file
+
+
+def locked_file(path: Path) -> IO[bytes]:
+    """A new file with its lock. One that another process swept before it was locked is made again.
+
+    Raises OSError where who sweeps does not let go of it in `READERS_LIMIT_S`.
+    """
+    ends = time.monotonic() + READERS_LIMIT_S
+    while True:
+        file = os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600), "r+b")
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > ends:
+                    file.close()
+                    raise
+                time.sleep(0.001)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()
 
 
 def lock(file: IO[bytes], kind: int, start: int, nbytes: int) -> bool:

@@ -109,7 +109,7 @@ echo "$node: $*" >>calls
 case "$*" in
   *--block*) exec sleep 60 ;;
   *fails*) exit 2 ;;
-  *waits*) touch runs; sleep 60 & trap 'kill %1; exit 143' TERM; wait; exit 0 ;;
+  *waits*) sleep 60 & trap 'kill %1; exit 143' TERM; touch runs; wait; exit 0 ;;
 esac
 """,
     "scontrol": "#!/bin/sh\nprintf 'n1\\nn2\\n'\n",

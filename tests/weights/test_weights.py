@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import re
@@ -13,6 +14,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -329,3 +331,27 @@ def test_files_of_the_dead_are_swept_and_those_of_the_living_and_of_others_stay(
         alive.join(30)
     sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept[2:]), "a lock goes with its process"
+
+
+def test_a_file_that_another_process_sweeps_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs that start at once: the one sweeps while the other has made its file and not locked it yet."""
+    lock, swept = fcntl.flock, list[Path]()
+
+    def late(file: Any, how: int) -> None:
+        if not swept:
+            swept.append(path)
+            with path.open("rb") as other:
+                lock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        lock(file, how)
+
+    path = tmp_path / f"{shared_memory.PREFIX}{os.getuid()}-a.weights"
+    monkeypatch.setattr(fcntl, "flock", late)
+    with shared_memory.private_file(path, 100) as file:
+        assert swept == [path] and os.fstat(file.fileno()).st_ino == path.stat().st_ino
+        shared_memory.sweep(tmp_path)
+        assert path.exists(), "it is locked"
+    shared_memory.sweep(tmp_path)
+    assert not path.exists()
