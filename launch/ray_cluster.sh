@@ -144,6 +144,7 @@ start() { # head|worker WORDS...
     exec "$RAY" "${words[@]}" "${given[@]}"
   fi
   mkdir -p "${STATE%/*}"
+  : >"$STATE.log" # or the last start's words would be read
   setsid "$RAY" "${words[@]}" "${given[@]}" >"$STATE.log" 2>&1 </dev/null &
   pid=$!
   wait_for "$pid"

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Runs a command as a job on a Ray cluster, from this checkout: rlhf-dist submit COMMAND CONFIG [key=value ...]
 #   launch/submit.sh [COMMAND] CONFIG [key=value ...]
+#   launch/submit.sh fetch JOB [DIRECTORY]
 # COMMAND is train (also without one), sft, reward, pipeline or eval. launch/submit.sh --help says where the cluster and its token are named.
 set -euo pipefail
 
 command=train
 case ${1:-} in
   -h | --help) command=$1 && shift ;;
+  fetch) exec "$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/rlhf-dist" submit "$@" ;;
   train | sft | reward | pipeline | eval) command=$1 && shift ;;
 esac
 given=()

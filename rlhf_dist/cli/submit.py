@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -151,7 +152,9 @@ def checked(argv: Sequence[str]) -> tuple[list[str], Path | None]:
     place = config.resolve().relative_to(Path.cwd())
     from rlhf_dist.cluster.jobs import EXCLUDED
 
-    if excluded := next((name for name in EXCLUDED if place.is_relative_to(name)), None):
+    parts = ["/".join(place.parts[: i + 1]) for i in range(len(place.parts))]
+    matching = (name for name in EXCLUDED for part in (*place.parts, *parts) if fnmatch(part, name))
+    if excluded := next(matching, None):
         raise InputError(f"{path}: lies in {excluded}, which is not sent; put the config elsewhere")
     run = require_known_keys(command, config, overrides)
     return [command, str(place), *rest], None if command == "eval" else run

@@ -10,7 +10,7 @@ import base64
 import binascii
 import hashlib
 import json
-import os
+import secrets
 import shutil
 import sys
 import tarfile
@@ -89,7 +89,7 @@ def unpack(log: str, target: Path) -> Arrived:
     ends = [line.removeprefix(END) for line in lines if line.startswith(END)]
     if not parts or not ends:
         raise RunError(f"the files did not arrive: {next(reversed([line for line in lines if line]), 'no output')}")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         head, data = json.loads(parts[0]), b"".join(base64.b64decode(part, validate=True) for part in parts[1:])
         if hashlib.sha256(data).hexdigest() != ends[-1]:
@@ -100,6 +100,9 @@ def unpack(log: str, target: Path) -> Arrived:
             file.seek(0)
             _extract(file, temporary)
         temporary.rename(target)
+    except KeyboardInterrupt:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     except (OSError, tarfile.TarError, binascii.Error, ValueError, KeyError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, RunError):

@@ -34,7 +34,8 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PACKAGE = Path(__file__).resolve().parents[1]
 EXCLUDED = (
     *(".git", ".venv", "runs", "wandb", ".cache", "benchmarks/results", "__pycache__"),
-    *(".env", ".netrc", ".ssh", ".ray", ".aws", ".huggingface"),
+    *(".env*", "*.env", ".netrc", ".git-credentials", "auth_token", "id_*"),
+    *(".ssh", ".ray", ".aws", ".kube", ".huggingface"),
 )
 """Of the folder: what is not sent, because it is large or because it may be secret."""
 ANSWER_LIMIT_S = 10.0

@@ -29,7 +29,7 @@ def missing(where: str, count: int, limit_s: float) -> str:
     host, port = parse(where)
     end, last = time.monotonic() + limit_s, "nobody was asked"
     while time.monotonic() < end:
-        last = greet(host, port, limit_s)
+        last = greet(host, port, max(end - time.monotonic(), 0.1))
         if not last:
             try:
                 found = living(where)

@@ -47,7 +47,7 @@ class HttpReward:
         """
         self._url, self._retries, self._timeout_s = spec.url, spec.retries, spec.timeout_s
         self._key = f"scoring.rewards.{name}"
-        self._who = f"the reward server {name} ({spec.url})"
+        self._who = f"the reward server {name} ({spec.url.partition('?')[0]})"  # a query may hold a secret
         self._total_s = SHARE_OF_LIMIT * limit_s
         self._token_env = spec.token_env
         self._token = read_token(spec.token_env, f"{self._key}.token_env") if spec.token_env else ""

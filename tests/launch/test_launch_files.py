@@ -155,7 +155,7 @@ def test_the_slurm_job_makes_a_cluster_and_passes_the_exit_code_on(slurm: Path, 
     assert job.returncode == code, err
     assert sorted((slurm / "calls").read_text().splitlines()) == [
         "n1: env RAY_ADDRESS=10.1.1.1:20014 .venv/bin/rlhf-dist train configs/x.yaml name=" + name,
-        "n1: hostname --ip-address",
+        "n1: hostname --all-ip-addresses",
         "n1: launch/ray_cluster.sh head --block --address 10.1.1.1 --port 20014 --dashboard-port 20015 -- --num-cpus=8",
         "n2: launch/ray_cluster.sh worker 10.1.1.1:20014 --block -- --num-cpus=8",
         "wait 10.1.1.1:20014 1",
