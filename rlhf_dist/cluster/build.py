@@ -29,7 +29,7 @@ from rlhf_dist.cluster.preflight import check_before_start, require_shared_memor
 from rlhf_dist.cluster.relay_hosts import Relays
 from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet, beat_s
-from rlhf_dist.cluster.run_forecast import basis, compared
+from rlhf_dist.cluster.run_forecast import basis, compared, does_not_fit
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import (
     model_source,
@@ -98,6 +98,8 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
         with ray_session(config.cluster, run.logs / "ray", progress.note) as nodes, ExitStack() as stack:
             placement = place_in(config, nodes, "train")
             plan = basis(config, placement, source)
+            if problem := does_not_fit(config, placement, plan):
+                telemetry.warn(f"by the plan memory may not suffice: {problem}")
             workers = f"{placement.rollout_workers} vLLM worker(s)"
             progress.stage(f"starting {workers} and {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
             parts = start_fleets(config, placement, source, run.logs, folder, stack)

@@ -10,7 +10,8 @@ from typing import Any
 
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import DataError, ModelError
-from rlhf_dist.planning.device_memory import engine_memory
+from rlhf_dist.planning.budget_lines import too_large
+from rlhf_dist.planning.device_memory import devices, engine_memory
 from rlhf_dist.planning.forecast import Lengths, Rates, forecast, gpu_rates
 from rlhf_dist.planning.hardware import KINDS, kind_of
 from rlhf_dist.planning.placement import Placement
@@ -56,6 +57,17 @@ def basis(config: Config, placement: Placement, source: str) -> Basis | None:
         return None
     rates = gpu_rates(KINDS[kind], config.model.dtype, config.rollout.enforce_eager)
     return Basis(shape, rates, f"the data sheet of {kind}")
+
+
+def does_not_fit(config: Config, placement: Placement, found: Basis | None) -> str:
+    """What the plan says against the memory of the GPUs here, with keys that would help; empty: nothing.
+
+    It is arithmetic, so a run is warned and not ended.
+    """
+    if found is None or placement.device == "cpu":
+        return ""
+    capacity = KINDS[found.device.rsplit(" ", 1)[-1]].memory
+    return too_large(config, devices(config, placement, found.shape, capacity))
 
 
 def compared(config: Config, placement: Placement, found: Basis, metrics: Path) -> tuple[str, dict[str, Any]]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from rlhf_dist.config.checks import check
 from rlhf_dist.config.schema import Config
+from rlhf_dist.errors import InputError
 from rlhf_dist.planning.device_memory import Device, devices, shared_memory
-from rlhf_dist.planning.forecast import Forecast, Lengths, assumed_lengths, balanced, forecast, gpu_rates
+from rlhf_dist.planning.forecast import Forecast, Lengths, assumed_lengths, forecast, gpu_rates, splits
 from rlhf_dist.planning.hardware import KINDS, Cluster
+from rlhf_dist.planning.nodes import place_in
 from rlhf_dist.planning.placement import Placement, count_of
 from rlhf_dist.planning.shape import ModelShape
 
@@ -48,7 +52,7 @@ def too_large(config: Config, found: Sequence[Device]) -> str:
     """What does not fit and which keys would help; empty where all fits."""
     problems = []
     for device in found:
-        no_cache = device.capacity and device.parts.get("key-value cache", 1) == 0
+        no_cache = device.without_cache
         if device.fits and not no_cache:
             continue
         need = f"a {device.name} needs {device.total / GB:.3g} GB of {device.capacity / GB:.0f}"
@@ -81,13 +85,25 @@ def gpu_forecast(
     lines = forecast_lines(planned, lengths, f"from the data sheet of {cluster.kind}, not measured")
     if placement.paired:
         return lines
-    workers, ranks, step = balanced(config, placement, shape, rates, lengths, cache)
-    better = step < WORTH_SAYING * planned.step
-    of = f"rollout.workers={workers} learner.ranks={ranks}"
-    lines.append(
-        f"split of these GPUs: {f'{of} would take {step:.3g} s a step' if better else 'as balanced as it gets'}"
+    better = (
+        f"rollout.workers={workers} learner.ranks={ranks} would take {step:.3g} s a step"
+        for step, workers, ranks in splits(config, placement, shape, rates, lengths, cache)
+        if step < WORTH_SAYING * planned.step and has_room(config, cluster, shape, workers, ranks)
     )
+    lines.append(f"split of these GPUs: {next(better, 'as balanced as it gets')}")
     return lines
+
+
+def has_room(config: Config, cluster: Cluster, shape: ModelShape, workers: int, ranks: int) -> bool:
+    """Whether the config passes its checks with so many of each, and fits the cluster."""
+    rollout, learner = replace(config.rollout, workers=workers), replace(config.learner, ranks=ranks)
+    other = replace(config, rollout=rollout, learner=learner)
+    try:
+        check(other, "train")
+        placement = place_in(other, cluster.nodes, "train")
+    except InputError:
+        return False
+    return not too_large(other, planned_devices(other, placement, shape, cluster))
 
 
 def capacity_of(cluster: Cluster | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rlhf_dist.config.methods import METHODS
@@ -28,6 +28,8 @@ class Device:
     """Bytes; 0: not known."""
     cache_tokens: int = 0
     """Tokens that the key-value cache of one engine has room for."""
+    without_cache: bool = False
+    """Whether an engine has no room for one."""
 
     @property
     def total(self) -> int:
@@ -41,40 +43,64 @@ class Device:
 
 
 def devices(config: Config, placement: Placement, shape: ModelShape, capacity: int) -> list[Device]:
-    """The devices of a training run. `capacity`: bytes of one GPU, 0 where it is not known, and on a CPU."""
-    p, found = placement, []
-    engine = engine_memory(config, placement, shape, capacity)
-    if p.rollout_workers and p.paired:
-        both = {**_taking_turns(config, placement, shape, engine), **server_memory(config, placement, shape, 0)}
-        return [replace(engine, name="pair of rollout worker and learner rank", parts=both)]
-    if p.rollout_workers:
-        servers = server_memory(config, placement, shape, 0)
-        found.append(replace(engine, parts={**engine.parts, **servers}))
-    if p.learner_ranks:
-        servers = server_memory(config, placement, shape, p.first_rank)
-        count = p.learner_ranks - p.critic_ranks
-        parts = {**rank_memory(config, placement, shape).parts, **servers}
-        found.append(Device("learner rank", count, parts, capacity))
-        if p.critic_ranks:
-            found.append(Device("critic rank", p.critic_ranks, critic_memory(config, placement, shape).parts, capacity))
-    if p.server_num_gpus == 1:
-        own = server_memory(config, placement, shape, p.servers[0])
-        found.append(Device("server", len(p.servers), own, capacity))
+    """The devices of a training run, each kind as the one of it that holds most.
+
+    `capacity`: bytes of one GPU, 0 where it is not known, and on a CPU.
+    """
+    p, found = placement, list[Device]()
+    policy = p.learner_ranks - p.critic_ranks
+    for kind, places in kinds_of_places(placement).items():
+        servers = _worst_servers(config, placement, shape, places)
+        engine = engine_memory(config, placement, shape, capacity) if "rollout worker" in kind else None
+        if "critic" in kind:
+            rank = critic_memory(config, placement, shape).parts
+        else:
+            rank = rank_memory(config, placement, shape).parts if policy and "rank" in kind else {}
+        if engine is None:
+            found.append(Device(kind, len(places), {**rank, **servers}, capacity))
+        elif rank:
+            both = _taking_turns(config, placement, shape, engine, rank)
+            found.append(replace(engine, name=kind, count=len(places), parts={**both, **servers}))
+        else:
+            count = len(places) * max(1, config.rollout.tensor_parallel)
+            found.append(replace(engine, name=kind, count=count, parts={**engine.parts, **servers}))
     return found
 
 
-def _taking_turns(config: Config, placement: Placement, shape: ModelShape, engine: Device) -> dict[str, int]:
+def kinds_of_places(placement: Placement) -> dict[str, list[int]]:
+    """Who shares a place of the placement group -> those places."""
+    p, found = placement, dict[str, list[int]]()
+    policy = p.learner_ranks - p.critic_ranks
+    last = max([p.rollout_workers, p.first_rank + p.learner_ranks, *(place + 1 for place in p.servers)])
+    for place in range(last):
+        rank = place - p.first_rank
+        who = ["rollout worker"] if place < p.rollout_workers else []
+        if 0 <= rank < p.learner_ranks:
+            who.append("learner rank" if rank < policy else "critic rank")
+        kind = " and ".join(who) or "server"
+        found.setdefault(f"pair of {kind}" if len(who) == 2 else kind, []).append(place)
+    return found
+
+
+def _worst_servers(config: Config, placement: Placement, shape: ModelShape, places: Sequence[int]) -> dict[str, int]:
+    """Of these places the servers of the one where they hold most."""
+    found = [server_memory(config, placement, shape, place) for place in places]
+    return max(found, key=lambda parts: sum(parts.values()))
+
+
+def _taking_turns(
+    config: Config, placement: Placement, shape: ModelShape, engine: Device, rank: Mapping[str, int]
+) -> dict[str, int]:
     """The worse of two moments: the engine samples beside what the rank keeps, or the rank learns beside what it keeps.
 
     On a GPU an engine that sleeps keeps its CUDA context alone; on a CPU nothing is given back.
     """
-    rank = dict(rank_memory(config, placement, shape).parts)
     stays = _named("rollout", engine.parts)
     if placement.device == "cpu":
         return stays | _named("learner", rank)
     ranks, learner = placement.learner_ranks - placement.critic_ranks, config.learner
     kept = held_by_rank(shape, learner.zero_stage, config.model.dtype, ranks, learner.offload == "optimizer")
-    kept |= {name: rank[name] for name in ("critic", "moving average") if name in rank}
+    kept |= {name: rank[name] for name in ("critic", "mask policy") if name in rank}
     sampling = stays | _named("learner", kept | {"CUDA context": CUDA_CONTEXT})
     learning = _named("learner", rank) | {"rollout: CUDA context": CUDA_CONTEXT}
     return max(sampling, learning, key=lambda parts: sum(parts.values()))
@@ -91,14 +117,17 @@ def engine_memory(config: Config, placement: Placement, shape: ModelShape, capac
     passing = width * max(8192, longest) * (4 * shape.hidden + 2 * shape.intermediate) // parallel
     work = passing + 4 * min(rollout.max_concurrent, 1024) * shape.vocabulary
     if placement.device == "cpu":
-        cache = int(rollout.kv_cache_gib * GIB)
+        cache = int(rollout.kv_cache_gib * GIB) // parallel
     else:
         cache = int(rollout.gpu_memory_utilization * capacity) - weights - work - CUDA_CONTEXT if capacity else 0
     parts = {"weights": weights, "key-value cache": max(cache, 0), "work": work}
     if placement.device == "cuda":
         parts["CUDA context"] = CUDA_CONTEXT
+    if has_mask(config):
+        parts["mask policy"] = width * shape.parameters
     tokens = max(cache, 0) // a_token
-    return Device("rollout worker", placement.rollout_workers * parallel, parts, capacity, tokens)
+    no_room = bool(capacity) and not tokens
+    return Device("rollout worker", placement.rollout_workers * parallel, parts, capacity, tokens, no_room)
 
 
 def rank_memory(config: Config, placement: Placement, shape: ModelShape) -> Memory:
@@ -110,11 +139,18 @@ def rank_memory(config: Config, placement: Placement, shape: ModelShape) -> Memo
         # In turn: the critic's weights and optimizer stay, its activations come when the policy's have gone.
         own = _trained(config, placement, _without_head(shape), ranks).parts
         parts["critic"] = sum(size for name, size in own.items() if name not in ("activations", "logits"))
-    if config.learner.ema_decay:
-        parts["moving average"] = 4 * shape.parameters
+    if config.learner.ema_decay and placement.device == "cpu":
+        parts["moving average"] = 4 * shape.parameters  # rank 0's, which is in the host's memory anyway
+    if has_mask(config):
+        parts["mask policy"] = BYTES[config.model.dtype] * shape.parameters
     if placement.device == "cuda":
         parts["CUDA context"] = CUDA_CONTEXT
     return Memory(parts)
+
+
+def has_mask(config: Config) -> bool:
+    """Whether engines and ranks hold a mask policy beside the policy."""
+    return "mask_top_p" in METHODS[config.algo.name].keys
 
 
 def critic_memory(config: Config, placement: Placement, shape: ModelShape) -> Memory:

@@ -137,27 +137,26 @@ def forecast(
     return Forecast(generate, scoring, train, sync, at_once, lag, responses * lengths.response)
 
 
-def balanced(
+def splits(
     config: Config, placement: Placement, shape: ModelShape, rates: Rates, lengths: Lengths, cache_tokens: int
-) -> tuple[int, int, float]:
-    """(rollout workers, learner ranks, seconds of a step) that use as many GPUs and make a step shortest.
+) -> list[tuple[float, int, int]]:
+    """(seconds of a step, rollout workers, learner ranks) of every split of as many GPUs, the shortest step first.
 
-    For sides that have their own GPUs. Time is taken to fall as the number of devices rises.
+    For sides that have their own GPUs. Time is taken to fall as the number of devices rises; whether a split has room
+    is for others to say.
     """
     p, parallel = placement, max(1, placement.rollout_gpus)
     policy = p.learner_ranks - p.critic_ranks
     each = p.learner_ranks // policy
     gpus = p.rollout_workers * parallel + p.learner_ranks
-    best = (p.rollout_workers, policy, math.inf)
+    found = []
     for ranks in range(1, (gpus - parallel) // each + 1):
         workers = (gpus - ranks * each) // parallel
         other = replace(
             p, rollout_workers=workers, learner_ranks=ranks * each, critic_ranks=ranks if p.critic_ranks else 0
         )
-        found = forecast(config, other, shape, rates, lengths, cache_tokens).step
-        if found < best[2] * 0.999:
-            best = (workers, ranks, found)
-    return best
+        found.append((forecast(config, other, shape, rates, lengths, cache_tokens).step, workers, ranks))
+    return sorted(found)
 
 
 def _sampling(

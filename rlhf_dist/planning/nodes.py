@@ -63,7 +63,7 @@ class Left:
 def _pairs(config: Config, nodes: Sequence[Machine], command: Command, sketch: Placement) -> Placement:
     """Workers and ranks that take turns: place i has worker i and rank i, as far as there are so many."""
     places, gpus = max(sketch.rollout_workers, sketch.learner_ranks), sketch.learner_gpus
-    cpus = max(config.rollout.cpus, config.learner.cpus, 1)
+    cpus = max(_cpus_of_worker(config, sketch), config.learner.cpus)
     left = [Left(node, node.cpus, node.gpus) for node in nodes]
     homes = _homes_of_ranks(left, places, cpus, gpus)
     if len(homes) < places:
@@ -73,6 +73,8 @@ def _pairs(config: Config, nodes: Sequence[Machine], command: Command, sketch: P
     of_servers = _homes_of_servers(config, left, homes[0], command, sketch)
     equal = min(one.node.cpus // sum(one is other for other in homes) for one in homes)
     rollout, learner = config.rollout.cpus or equal, config.learner.cpus or equal
+    if sketch.device == "cpu":
+        require_threads(config, rollout)
     return replace(
         sketch,
         rollout_threads=rollout,
@@ -88,7 +90,8 @@ def _pairs(config: Config, nodes: Sequence[Machine], command: Command, sketch: P
 
 def _spread(config: Config, nodes: Sequence[Machine], command: Command, sketch: Placement) -> Placement:
     """Actors without a number of CPUs of their own count with one, and share what their node has left."""
-    ranks, rank_cpus, worker_cpus = sketch.learner_ranks, max(config.learner.cpus, 1), max(config.rollout.cpus, 1)
+    ranks, rank_cpus = sketch.learner_ranks, max(config.learner.cpus, 1)
+    worker_cpus, gpus = _cpus_of_worker(config, sketch), sketch.rollout_gpus
     left = [Left(node, node.cpus, node.gpus) for node in nodes]
     of_ranks = _homes_of_ranks(left, ranks, rank_cpus, sketch.learner_gpus)
     if len(of_ranks) < ranks:
@@ -96,14 +99,15 @@ def _spread(config: Config, nodes: Sequence[Machine], command: Command, sketch: 
         raise ResourceError(f"{needs} do not fit: {_rest(of_ranks, left)}; lower learner.ranks or learner.cpus")
     homes: list[Left] = []
     for _ in range(sketch.rollout_workers):
-        best = max(left, key=lambda one: (one.gpus, one.cpus))
-        if not best.take(1, worker_cpus, sketch.rollout_gpus):
-            needs = _each("rollout.workers", sketch.rollout_workers, worker_cpus, sketch.rollout_gpus)
+        fit = [one for one in left if one.cpus >= worker_cpus and one.gpus >= gpus]
+        best = max(fit, key=lambda one: (one.gpus if gpus else 0, one.cpus), default=None)
+        if best is None or not best.take(1, worker_cpus, gpus):
+            needs = _each("rollout.workers", sketch.rollout_workers, worker_cpus, gpus)
             beside = " beside the learner" if ranks else ""
             raise ResourceError(f"{needs} do not fit{beside}: {_rest(homes, left)}; lower rollout.workers")
         homes.append(best)
     of_servers = _homes_of_servers(config, left, (of_ranks or homes)[0], command, sketch)
-    rollout_threads, learner_threads = _threads(config, left, of_ranks, homes)
+    rollout_threads, learner_threads = _threads(config, left, of_ranks, homes, worker_cpus)
     if sketch.device == "cpu" and homes:
         require_threads(config, rollout_threads)
     first = (of_ranks or homes)[0].node
@@ -118,6 +122,11 @@ def _spread(config: Config, nodes: Sequence[Machine], command: Command, sketch: 
         rank_nodes=tuple(one.node.address for one in of_ranks),
         server_nodes=of_servers,
     )
+
+
+def _cpus_of_worker(config: Config, sketch: Placement) -> int:
+    """At least: on a CPU each process of a tensor-parallel worker computes with one."""
+    return max(config.rollout.cpus, config.rollout.tensor_parallel if sketch.device == "cpu" else 1)
 
 
 def _homes_of_servers(
@@ -152,16 +161,21 @@ def _homes_of_ranks(left: Sequence[Left], ranks: int, cpus: int, gpus: int) -> l
     return homes
 
 
-def _threads(config: Config, left: Sequence[Left], of_ranks: Sequence[Left], homes: Sequence[Left]) -> tuple[int, int]:
-    """CPU threads of one rollout worker and of one rank: those of the config, else an equal share of what is left."""
+def _threads(
+    config: Config, left: Sequence[Left], of_ranks: Sequence[Left], homes: Sequence[Left], of_worker: int
+) -> tuple[int, int]:
+    """CPU threads of one rollout worker and of one rank: those of the config, else an equal share of what is left.
+
+    `of_worker`: what each worker has been given already; a rank has 1.
+    """
     own = config.rollout.cpus, config.learner.cpus
     members = [*([] if own[0] else homes), *([] if own[1] else of_ranks)]
     shares = {id(one): one.cpus // max(1, sum(one is other for other in members)) for one in left}
 
-    def threads(given: int, side: Sequence[Left]) -> int:
-        return 0 if not side else given or 1 + min(shares[id(one)] for one in side)
+    def threads(given: int, side: Sequence[Left], has: int) -> int:
+        return 0 if not side else given or has + min(shares[id(one)] for one in side)
 
-    return threads(own[0], homes), threads(own[1], of_ranks)
+    return threads(own[0], homes, of_worker), threads(own[1], of_ranks, 1)
 
 
 def _rest(homes: Sequence[Left], left: Sequence[Left]) -> str:

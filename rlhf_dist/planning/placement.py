@@ -156,6 +156,11 @@ def share_out(config: Config, machine: Machine, command: Command) -> Placement:
     ranks = 0 if command == "eval" else config.learner.ranks + critics
     shared = config.cluster.colocate and workers > 0 and ranks > 0
     rollout_gpus, learner_gpus = 0, 0
+    if device == "cpu" and config.learner.offload != "none":
+        raise ResourceError(
+            f"learner.offload is {config.learner.offload}, and there is no GPU whose memory it would spare; set it to "
+            "none"
+        )
     if device == "cuda":
         rollout_gpus, learner_gpus = config.rollout.tensor_parallel if workers else 0, 1 if ranks else 0
         _check_turns(config.loop.max_policy_lag, shared)
@@ -198,6 +203,12 @@ def with_servers(placement: Placement, config: Config, command: Command) -> Plac
         own = tuple(range(places, places + count))
         return replace(placement, scoring_places=own[:scorers], reference_places=own[scorers:], server_num_gpus=1.0)
     hosts = _hosts_of_servers(placement, config.reference.update_every > 0)
+    if not hosts:
+        raise ResourceError(
+            f"{count_of(count, 'server')} with a model cannot share a GPU with rollout workers that span several "
+            f"(rollout.tensor_parallel {config.rollout.tensor_parallel}), which Ray gives whole; set "
+            "cluster.server_gpu_share to 1, a GPU of its own"
+        )
     beside = math.ceil(count / len(hosts))
     left = 1 - beside * share
     on_workers = hosts[0] < placement.rollout_workers
@@ -234,7 +245,7 @@ def _hosts_of_servers(placement: Placement, at_home: bool) -> list[int]:
     ranks = [
         placement.first_rank + i for i in range(placement.learner_ranks) if not home or placement.rank_nodes[i] == home
     ]
-    return workers or ranks or list(range(placement.rollout_workers))
+    return workers or ranks
 
 
 def require_threads(config: Config, threads: int) -> None:

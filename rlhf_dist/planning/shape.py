@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -138,7 +137,7 @@ def shape_of(model: ModelConfig, key: str = "model.path") -> ModelShape:
         return KNOWN[name]
     cached = try_to_load_from_cache(model.path, "config.json") if model.path.count("/") == 1 else None
     if isinstance(cached, str):
-        return described(json.loads(Path(cached).read_text(encoding="utf-8")), Path(cached))
+        return described(read_object(Path(cached)), Path(cached))
     raise ModelError(
         f"{key} = {model.path}: there is no such directory here, and its sizes are not known without a download; "
         f"download it first, or plan with a model of the same size, such as {_nearest(model.path)}"
@@ -156,12 +155,14 @@ def described(raw: Mapping[str, Any], path: Path, parameters: int = 0) -> ModelS
 
     Raises ModelError where a size is missing.
     """
-    text = raw.get("text_config", raw)
+    text = raw.get("text_config") or raw
 
     def size(*names: str, default: int | None = None) -> int:
         found = next((text[name] for name in names if isinstance(text.get(name), int)), default)
         if found is None:
             raise ModelError(f"{path}: has no {names[0]}, which a plan needs; give a decoder such as Qwen or Llama")
+        if isinstance(found, bool) or found < 1:
+            raise ModelError(f"{path}: {names[0]} is {found}; it must be 1 or more")
         return int(found)
 
     hidden, heads = size("hidden_size", "n_embd", "d_model"), size("num_attention_heads", "n_head", "num_heads")

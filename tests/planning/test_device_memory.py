@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf_dist.config.schema import Config, RewardSpec
-from rlhf_dist.planning.budget_lines import too_large
+from rlhf_dist.planning.budget_lines import has_room, too_large
 from rlhf_dist.planning.device_memory import Device, devices, shared_memory
 from rlhf_dist.planning.hardware import parse_cluster
 from rlhf_dist.planning.memory import CUDA_CONTEXT, held_by_rank, learner_memory
@@ -98,3 +98,65 @@ def test_servers_that_are_too_much_can_have_gpus_of_their_own() -> None:
         said.startswith("a rollout worker needs ")
         and "lower rollout.gpu_memory_utilization, set cluster.server" in said
     )
+
+
+def test_a_server_counts_wherever_it_is() -> None:
+    """The reference moves, so it is beside a worker on the learner's node, which is not the first worker."""
+    reference = replace(Config().reference, update_every=5)
+    wanted = config(utilization=0.85, reference=reference)
+    wanted = replace(
+        wanted,
+        rollout=replace(wanted.rollout, workers=10),
+        algo=replace(wanted.algo, kl=replace(wanted.algo.kl, coef=0.05)),
+    )
+    placed = place_in(wanted, parse_cluster("2x8xH100-80G").nodes, "train")
+    assert placed.scoring_places != (0,)
+    worker, _ = found(wanted, "2x8xH100-80G")
+    assert worker.parts["scoring servers"] > 15 * GB and not worker.fits
+
+
+def test_a_moving_average_is_in_the_hosts_memory_and_a_mask_policy_on_both_sides() -> None:
+    average = replace(config(), learner=replace(config().learner, ema_decay=0.99))
+    assert [one.total for one in found(average)] == [one.total for one in found(config())]
+    for nlpo, ppo in zip(found(config(algo="nlpo")), found(config(algo="ppo")), strict=True):
+        assert nlpo.parts["mask policy"] == 2 * SHAPE.parameters and "mask policy" not in ppo.parts
+
+
+def test_colocated_engines_without_room_for_a_cache_are_said() -> None:
+    said = too_large(config(True, 0.2), found(config(True, 0.2)))
+    assert "has no room for a key-value cache" in said
+
+
+def test_places_that_have_one_side_only_are_told_apart() -> None:
+    fewer = config(colocate=True, utilization=0.3)
+    fewer = replace(fewer, rollout=replace(fewer.rollout, workers=1))
+    assert [(one.name, one.count) for one in found(fewer)] == [
+        ("pair of rollout worker and learner rank", 1),
+        ("learner rank", 3),
+    ]
+    ppo = config(colocate=True, utilization=0.3, algo="ppo")
+    ppo = replace(ppo, critic=replace(ppo.critic, side_by_side=True))
+    assert [(one.name, one.count) for one in found(ppo)] == [
+        ("pair of rollout worker and learner rank", 4),
+        ("critic rank", 4),
+    ]
+
+
+def test_a_split_that_the_plan_would_reject_is_not_recommended() -> None:
+    """With fewer workers two servers would share one's GPU."""
+    wanted = config()
+    assert has_room(wanted, parse_cluster("8xH100-80G"), SHAPE, 3, 5)
+    kl = replace(wanted.algo, kl=replace(wanted.algo.kl, coef=0.05))
+    served = replace(wanted, algo=kl, reference=replace(wanted.reference, replicas=4))
+    served = replace(served, cluster=replace(served.cluster, server_gpu_share=0.15))
+    assert not has_room(served, parse_cluster("8xH100-80G"), SHAPE, 3, 5)
+    assert not has_room(wanted, parse_cluster("8xH100-80G"), SHAPE, 8, 8)
+
+
+def test_each_process_of_a_worker_on_a_cpu_has_its_part_of_the_cache() -> None:
+    one = replace(config(), rollout=replace(config().rollout, workers=1), learner=replace(config().learner, ranks=1))
+    two = replace(one, rollout=replace(one.rollout, tensor_parallel=2))
+    (plain, _), (shared, _) = found(one, "16xCPU"), found(two, "16xCPU")
+    assert (plain.count, shared.count) == (1, 2)
+    assert shared.parts["key-value cache"] == plain.parts["key-value cache"] // 2
+    assert shared.cache_tokens == plain.cache_tokens

@@ -243,3 +243,17 @@ def test_no_node_is_overbooked(
         taken = found.rollout_num_gpus * (at < workers)
         taken += found.learner_num_gpus * (0 <= at - found.first_rank < ranks)
         assert taken + found.server_num_gpus * found.servers.count(at) <= booked[at]["GPU"] + 1e-9
+
+
+def test_gpus_that_nobody_uses_do_not_draw_workers() -> None:
+    found = place_in(config(workers=3, ranks=1, rollout=3, learner=2, device="cpu"), nodes((4, 8), (10, 0)), "train")
+    assert homes(found) == ("10.0.0.2",) * 3 + ("10.0.0.1",)
+    full = place_in(config(workers=8, ranks=4, rollout=1, learner=1), nodes((4, 8), (16, 8)), "train")
+    assert Counter(full.worker_nodes) == {"10.0.0.2": 8}, "the first has GPUs left, and no CPU"
+
+
+def test_processes_of_a_worker_on_a_cpu_count_one_by_one() -> None:
+    wanted = config(workers=2, ranks=1, parallel=2, learner=3)
+    assert homes(place_in(wanted, nodes((3, 0), (2, 0), (2, 0)), "train"))[:2] == ("10.0.0.2", "10.0.0.3")
+    pairs = place_in(config(workers=4, ranks=4, parallel=2, colocate=True), nodes((4, 0), (4, 0)), "train")
+    assert homes(pairs)[:4] == ("10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2") and pairs.rollout_threads == 2

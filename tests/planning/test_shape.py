@@ -64,3 +64,11 @@ def test_a_config_without_a_size_is_named(tmp_path: Path) -> None:
         raw = {key: value for key, value in whole.items() if key != name}
         with pytest.raises(ModelError, match=f"config.json: has no {name}"):
             described(json.loads(json.dumps(raw)), path)
+
+
+@pytest.mark.parametrize(("size", "value"), [("num_hidden_layers", -3), ("num_attention_heads", 0), ("vocab_size", 0)])
+def test_sizes_that_no_model_has_are_refused(tmp_path: Path, size: str, value: int) -> None:
+    whole = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 10}
+    with pytest.raises(ModelError, match=f"config.json: {size} is {value}; it must be 1 or more"):
+        described(whole | {size: value}, tmp_path / "config.json")
+    assert described(whole | {"text_config": None}, tmp_path / "config.json").layers == 1
