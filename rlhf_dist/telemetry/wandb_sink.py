@@ -108,9 +108,10 @@ class WandbSink(FragileSink):
             self._attempt(send)
 
     def close(self) -> None:
-        if self._run is not None:
-            self._attempt(lambda: self._run.finish())
-        self._run, self._works = None, False
+        run, self._run = self._run, None
+        if run is not None:
+            self._attempt(run.finish)
+        self._works = False
         if self._folder and os.environ.get(DATA_DIR) == self._folder:
             del os.environ[DATA_DIR]
 
