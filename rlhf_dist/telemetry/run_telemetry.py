@@ -64,7 +64,7 @@ class Telemetry:
             return
         with self._timed():
             for sink in self._sinks:
-                sink.alert(kind, text)
+                sink.alert(kind, text, subject)
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         with self._timed():

@@ -42,8 +42,8 @@ class Sink:
     def event(self, kind: str, message: str, **facts: Any) -> None:
         """Something that happened: `warning`, `fault`, `restart`, `checkpoint` ..., in words and in facts."""
 
-    def alert(self, kind: AlertKind, text: str) -> None:
-        """Something that people are to be called for."""
+    def alert(self, kind: AlertKind, text: str, subject: str) -> None:
+        """Something that people are to be called for; `subject`: whom it is about, or empty."""
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         """A few responses of one step."""

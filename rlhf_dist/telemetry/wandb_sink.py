@@ -12,7 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 import numpy as np
 
 from rlhf_dist.config.schema import TelemetryConfig
-from rlhf_dist.telemetry.alerts import TITLES, AlertKind, level_of
+from rlhf_dist.telemetry.alerts import AlertKind, level_of, title_of
 from rlhf_dist.telemetry.code_version import code_version
 from rlhf_dist.telemetry.histograms import Histogram
 from rlhf_dist.telemetry.sinks import NONE, FragileSink, SampleRow, json_safe, one_line
@@ -86,10 +86,10 @@ class WandbSink(FragileSink):
 
         self._attempt(send)
 
-    def alert(self, kind: AlertKind, text: str) -> None:
-        """The same title twice in a second is sent once: wandb counts by title."""
-        level, short = level_of(kind), text[:ALERT_CHARACTERS]
-        self._attempt(lambda: self._run.alert(title=TITLES[kind], text=short, level=level, wait_duration=1))
+    def alert(self, kind: AlertKind, text: str, subject: str) -> None:
+        """wandb sends the same title twice in a second once; so each cause has its own."""
+        title, level, short = title_of(kind, subject), level_of(kind), text[:ALERT_CHARACTERS]
+        self._attempt(lambda: self._run.alert(title=title, text=short, level=level, wait_duration=1))
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         """The table `rollouts/samples`, which grows over the run: each call sends the new rows only."""

@@ -52,7 +52,8 @@ def test_an_offline_run_read_back(tmp_path: Path, capfd: pytest.CaptureFixture[s
         telemetry.samples(step, [ROW])
     for _ in range(3):
         telemetry.warn("step 2: the KL explodes", "kl")
-    telemetry.alert("wait", "rollout worker 0 did not answer in 5 s", "rollout worker 0")
+    for name in ("rollout worker 0", "rollout worker 1"):
+        telemetry.alert("push", f"{name} did not load version 2 in 5 s", name)
     telemetry.close()
     again, same = opened(run, wandb_id, notes)
     again.log(3, {"reward/mean": 0.75})
@@ -88,7 +89,10 @@ def check(found: list[Any]) -> None:
     told = [(alert.title, alert.text, alert.level) for alert in of_kind(found, "alert")]
     assert told == [
         ("KL explosion", "step 2: the KL explodes", "WARN"),
-        ("A wait beyond its limit", "rollout worker 0 did not answer in 5 s", "ERROR"),
+        *(
+            (f"A worker missed a weight push: {name}", f"{name} did not load version 2 in 5 s", "ERROR")
+            for name in ("rollout worker 0", "rollout worker 1")
+        ),
     ]
     given = config(found)
     assert given["code"]["version"] == rlhf_dist.__version__ and given["algo"]["name"] == "grpo"
