@@ -1,4 +1,4 @@
-"""Weights & Biases as a sink: metrics and histograms over the optimizer step, a table of samples, alerts."""
+"""Weights & Biases as a sink: metrics and histograms over the training step, a table of samples, alerts."""
 
 from __future__ import annotations
 
