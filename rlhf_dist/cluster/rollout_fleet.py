@@ -13,7 +13,7 @@ from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.processes import look
 from rlhf_dist.cluster.relay_hosts import OFFER, ONE_NODE, Relays
 from rlhf_dist.cluster.waits import fetch, limit_text
-from rlhf_dist.errors import ActorLost, EngineBroken, RayLost, RlhfError, RunError, WeightSyncError
+from rlhf_dist.errors import ActorLost, ActorTimeout, EngineBroken, RayLost, RlhfError, RunError, WeightSyncError
 from rlhf_dist.loop.events import Event, Lost
 from rlhf_dist.rollout.worker import BEAT_S, Cancel, HandOver, Submit, Verb
 from rlhf_dist.telemetry.timeline import Patience
@@ -112,7 +112,7 @@ class RolloutFleet:
                 continue  # It died meanwhile, which the controller has heard of.
             if not _is_done(call):
                 limit = limit_text(self._sync_timeout_s, SYNC_KEY)
-                raise RunError(self._silence(name, f"did not free its GPU's memory for the learner in {limit}"))
+                raise ActorTimeout(self._silence(name, f"did not free its GPU's memory for the learner in {limit}"))
             fetch(call, name, "sleep", self._sync_timeout_s)
 
     def serving(self) -> tuple[str, ...]:
@@ -219,7 +219,7 @@ class RolloutFleet:
         offer = self._relays.offer.offer.remote(announcement)
         try:
             if not self._inbox.wait([offer], patience):
-                raise WeightSyncError(self._silence(OFFER, "did not offer it in time"))
+                raise ActorTimeout(self._silence(OFFER, "did not offer it in time"))
             address = fetch(offer, OFFER, "offer", self._sync_timeout_s)
         except RayLost:
             raise

@@ -282,7 +282,7 @@ class ClusterConfig:
 @dataclass(frozen=True)
 class TelemetryConfig:
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """auto: online when a wandb key is present, else offline."""
+    """auto: online with a wandb key and a network, else offline."""
     project: str = "rlhf-dist"
     """Of wandb."""
     entity: str = ""

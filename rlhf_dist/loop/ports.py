@@ -55,7 +55,7 @@ class Rollouts(Protocol):
     def sleep(self) -> None:
         """Before the learner works on devices that it shares with the workers: let them give its memory back.
 
-        Nothing is under way. Returns once all have. Raises `RunError` naming a worker that did not in time.
+        Nothing is under way. Returns once all have. Raises `ActorTimeout` naming a worker that did not in time.
         """
         ...
 

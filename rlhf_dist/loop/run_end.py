@@ -13,7 +13,7 @@ from rlhf_dist.errors import SIGNALLED, ActorTimeout, DataError, DiskError, Inpu
 from rlhf_dist.loop.run_directory import RunDirectory, write_json
 from rlhf_dist.models.checkpoints import checkpoint_steps
 from rlhf_dist.models.guarded_files import read_json
-from rlhf_dist.telemetry.alerts import AlertKind
+from rlhf_dist.telemetry.alerts import THE_END, AlertKind
 from rlhf_dist.telemetry.run_telemetry import Telemetry
 
 OUTCOME = "outcome"
@@ -69,7 +69,7 @@ def end_recorded(
         }
         kind: AlertKind = "wait" if isinstance(error, ActorTimeout) else "fault"
         if outcome == FAILED:
-            telemetry.alert(kind, message)
+            telemetry.alert(kind, message, THE_END)
         # A full disk must not hide what ended the run.
         with suppress(DiskError, OSError, ValueError):
             facts = {key: end[key] for key in end if key not in (OUTCOME, "message")}

@@ -45,7 +45,7 @@ class StepReport:
     """What one training step did."""
 
     step: int
-    """Optimizer step of the run, from 1."""
+    """Training step of the run, from 1."""
     version: int
     """Weight version published after it."""
     metrics: Mapping[str, float]

@@ -34,7 +34,11 @@ TITLES: dict[AlertKind, str] = {
     "wait": "A wait beyond its limit",
     "fault": "A fault",
 }
-"""Kind -> title; wandb takes at most 63 characters."""
+"""Kind -> title, before whom it is about."""
+TITLE_CHARACTERS = 63
+"""The most that wandb takes."""
+THE_END = "the run ends"
+"""The subject of an alert that ends the run."""
 EVERY_S = 3600.0
 """The same cause is not sent again within so many seconds."""
 
@@ -54,6 +58,11 @@ class AlertLimit:
             return False
         self._sent[cause] = now
         return True
+
+
+def title_of(kind: AlertKind, subject: str) -> str:
+    """What the alert is called: its own for each cause."""
+    return (f"{TITLES[kind]}: {subject}" if subject else TITLES[kind])[:TITLE_CHARACTERS]
 
 
 def level_of(kind: AlertKind) -> AlertLevel:

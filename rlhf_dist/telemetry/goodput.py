@@ -14,7 +14,9 @@ any other phase it waits for scores, slower workers or something else."""
 ROLLOUT_CAUSES = ("generate", "sync", "wait_train", "wait_slowest", "wait_score", OTHER)
 LEARNER_CAUSES = ("train", "sync", "wait_generate", "wait_score", OTHER)
 SCORING_CAUSES = ("score", "wait_generate", "wait_learner", OTHER)
-"""What every step has a share of; `value` and `wait_value` come with a phase of that name."""
+"""What every step has a share of."""
+WITH_CRITIC = {"rollout": ("wait_value",), "learner": ("value",)}
+"""Side -> what it has a share of in steps with a phase `value`, too."""
 LEARNER = {"train": "train", "value": "value", "sync": "sync"}
 """Phase of the learner side -> what its devices are booked to; in any other they wait."""
 

@@ -75,7 +75,7 @@ class PrometheusSink(Sink):
         now = {"step": float(step), "step_logged_timestamp_seconds": time.time()}
         self._values = self._values | {name: float(value) for name, value in metrics.items()} | now
 
-    def alert(self, kind: AlertKind, text: str) -> None:
+    def alert(self, kind: AlertKind, text: str, subject: str) -> None:
         self._alerts[kind] += 1
 
     def close(self) -> None:

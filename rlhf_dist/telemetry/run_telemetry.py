@@ -22,6 +22,7 @@ from rlhf_dist.telemetry.sinks import (
     SampleFiles,
     SampleRow,
     Sink,
+    one_line,
 )
 from rlhf_dist.telemetry.tensorboard_sink import FOLDER, TensorBoardSink, require_tensorboard
 from rlhf_dist.telemetry.wandb_key import wandb_mode
@@ -63,7 +64,7 @@ class Telemetry:
             return
         with self._timed():
             for sink in self._sinks:
-                sink.alert(kind, text)
+                sink.alert(kind, text, subject)
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         with self._timed():
@@ -76,8 +77,12 @@ class Telemetry:
         return seconds
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+        """The local files last, for they take what others say at their end. What fails is told and hides nothing."""
+        for sink in reversed(self._sinks):
+            try:
+                sink.close()
+            except Exception as error:
+                self._on_warning(f"{type(sink).__name__} did not close ({one_line(error)})")
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

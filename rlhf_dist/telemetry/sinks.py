@@ -37,13 +37,13 @@ class Sink:
     """Takes what a run says about itself. Each kind takes what it can show, and leaves the rest."""
 
     def log(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram] = NONE) -> None:
-        """Metrics of one optimizer step (0: before the first)."""
+        """Metrics of one training step (0: before the first)."""
 
     def event(self, kind: str, message: str, **facts: Any) -> None:
         """Something that happened: `warning`, `fault`, `restart`, `checkpoint` ..., in words and in facts."""
 
-    def alert(self, kind: AlertKind, text: str) -> None:
-        """Something that people are to be called for."""
+    def alert(self, kind: AlertKind, text: str, subject: str) -> None:
+        """Something that people are to be called for; `subject`: whom it is about, or empty."""
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         """A few responses of one step."""

@@ -22,6 +22,7 @@ WAY_OUT = "correct it, or set telemetry.wandb=offline"
 
 MODES = ("online", "offline", "disabled", "dryrun", "run", "shared")
 """What wandb takes as WANDB_MODE."""
+OFFLINE_MODES = ("offline", "disabled", "dryrun")
 REACH_LIMIT_S = 5.0
 """For wandb's server to take a connection."""
 
@@ -37,7 +38,7 @@ def wandb_mode(config: TelemetryConfig) -> str:
     elif asked not in MODES:
         raise ConfigError(f"WANDB_MODE is {asked!r}; it must be {', '.join(MODES[:-1])} or {MODES[-1]}, or not set")
     if config.wandb == "auto":
-        if asked in ("offline", "disabled", "dryrun"):
+        if asked in OFFLINE_MODES:
             return "off" if asked == "disabled" else "offline"
         return "online" if has_wandb_key() else "offline"
     if config.wandb == "online" and not has_wandb_key():
@@ -81,7 +82,7 @@ def why_offline(config: TelemetryConfig, mode: str) -> str:
     """
     if mode == "online":
         return unreachable()
-    asked = mode == "off" or config.wandb == "offline" or bool(os.environ.get("WANDB_MODE"))
+    asked = mode == "off" or config.wandb == "offline" or os.environ.get("WANDB_MODE") in OFFLINE_MODES
     return "" if asked else "there is no wandb key"
 
 

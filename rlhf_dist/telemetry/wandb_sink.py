@@ -1,9 +1,10 @@
-"""Weights & Biases as a sink: metrics and histograms over the optimizer step, a table of samples, alerts."""
+"""Weights & Biases as a sink: metrics and histograms over the training step, a table of samples, alerts."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 import numpy as np
 
 from rlhf_dist.config.schema import TelemetryConfig
-from rlhf_dist.telemetry.alerts import TITLES, AlertKind, level_of
+from rlhf_dist.telemetry.alerts import AlertKind, level_of, title_of
 from rlhf_dist.telemetry.code_version import code_version
 from rlhf_dist.telemetry.histograms import Histogram
 from rlhf_dist.telemetry.sinks import NONE, FragileSink, SampleRow, json_safe, one_line
@@ -20,6 +21,8 @@ from rlhf_dist.telemetry.wandb_key import wandb_mode, why_offline
 
 SAMPLES = "rollouts/samples"
 COLUMNS = ("step", "prompt", "response", "reward", "components")
+TABLE_ROWS = 200
+"""The most that the table of samples has; all of them are in the files of the run directory."""
 ALERT_CHARACTERS = 2000
 """Of an alert's text; a failure's message may end with lines of a log."""
 DATA_DIR = "WANDB_DATA_DIR"
@@ -53,7 +56,7 @@ class WandbSink(FragileSink):
         self.run_id: str | None = resume_id
         """Keep it, to continue the same wandb run after a resume; None when wandb is off or did not start."""
         self._run: Any = None
-        self._table: Any = None
+        self._rows: deque[tuple[int, str, str, float, str]] = deque(maxlen=TABLE_ROWS)
         self._folder = ""
         mode = wandb_mode(config)
         self._works = mode != "off"
@@ -86,31 +89,31 @@ class WandbSink(FragileSink):
 
         self._attempt(send)
 
-    def alert(self, kind: AlertKind, text: str) -> None:
-        """The same title twice in a second is sent once: wandb counts by title."""
-        level, short = level_of(kind), text[:ALERT_CHARACTERS]
-        self._attempt(lambda: self._run.alert(title=TITLES[kind], text=short, level=level, wait_duration=1))
+    def alert(self, kind: AlertKind, text: str, subject: str) -> None:
+        """wandb sends the same title twice in a second once; so each cause has its own."""
+        title, level, short = title_of(kind, subject), level_of(kind), text[:ALERT_CHARACTERS]
+        self._attempt(lambda: self._run.alert(title=title, text=short, level=level, wait_duration=1))
 
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
-        """The table `rollouts/samples`, which grows over the run: each call sends the new rows only."""
+        """The table `rollouts/samples`: these rows and those before, the last `TABLE_ROWS`."""
 
         def send() -> None:
             import wandb
 
-            if self._table is None:
-                self._table = wandb.Table(columns=list(COLUMNS), log_mode="INCREMENTAL")
             for row in rows:
                 components = json.dumps(json_safe({k: float(v) for k, v in row["components"].items()}))
-                self._table.add_data(int(step), row["prompt"], row["response"], float(row["reward"]), components)
-            self._run.log({"step": int(step), SAMPLES: self._table})
+                self._rows.append((int(step), row["prompt"], row["response"], float(row["reward"]), components))
+            table = wandb.Table(columns=list(COLUMNS), data=[list(row) for row in self._rows])
+            self._run.log({"step": int(step), SAMPLES: table})
 
         if rows:
             self._attempt(send)
 
     def close(self) -> None:
-        if self._run is not None:
-            self._attempt(lambda: self._run.finish())
-        self._run, self._works = None, False
+        run, self._run = self._run, None
+        if run is not None:
+            self._attempt(run.finish)
+        self._works = False
         if self._folder and os.environ.get(DATA_DIR) == self._folder:
             del os.environ[DATA_DIR]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_dist.errors import InputError, RunError
 from rlhf_dist.telemetry import names
-from rlhf_dist.telemetry.goodput import LEARNER_CAUSES, ROLLOUT_CAUSES, SCORING_CAUSES
+from rlhf_dist.telemetry.goodput import LEARNER_CAUSES, ROLLOUT_CAUSES, SCORING_CAUSES, WITH_CRITIC
 from rlhf_dist.telemetry.sinks import one_line
 from rlhf_dist.telemetry.wandb_key import has_wandb_key, unreachable
 
@@ -19,7 +19,7 @@ NAME = "rlhf-dist"
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One panel: lines over the optimizer step."""
+    """One panel: lines over the training step."""
 
     title: str
     metrics: tuple[str, ...]
@@ -40,6 +40,11 @@ class Section:
 def spread(kind: str) -> tuple[str, ...]:
     """Mean, largest and smallest of the engines."""
     return tuple(f"rollout/engine_{kind}_{which}" for which in ("mean", "max", "min"))
+
+
+def shares_of(side: str, causes: Collection[str]) -> tuple[str, ...]:
+    """All that a side's seconds are booked to."""
+    return tuple(f"goodput/{side}_{cause}" for cause in (*causes, *WITH_CRITIC.get(side, ())))
 
 
 SECTIONS = (
@@ -70,9 +75,9 @@ SECTIONS = (
     Section(
         "Where the time goes",
         (
-            Plot("Rollout workers", tuple(f"goodput/rollout_{cause}" for cause in ROLLOUT_CAUSES), stacked=True),
-            Plot("Learner", tuple(f"goodput/learner_{cause}" for cause in LEARNER_CAUSES), stacked=True),
-            Plot("Scoring servers", tuple(f"goodput/scoring_{cause}" for cause in SCORING_CAUSES), stacked=True),
+            Plot("Rollout workers", shares_of("rollout", ROLLOUT_CAUSES), stacked=True),
+            Plot("Learner", shares_of("learner", LEARNER_CAUSES), stacked=True),
+            Plot("Scoring servers", shares_of("scoring", SCORING_CAUSES), stacked=True),
             Plot("Speed", (names.TOKENS_PER_S,)),
             Plot("Step", (names.STEP_TIME, "time/generate", "time/train", "time/sync")),
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rlhf_dist.cli.main import main
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.schema import Config, TelemetryConfig
 from rlhf_dist.telemetry import workspace
+from rlhf_dist.telemetry.goodput import ActorSide, Goodput
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 
@@ -33,6 +35,21 @@ def test_every_panel_names_a_metric_that_the_page_knows() -> None:
     named = [name for section in workspace.SECTIONS for plot in section.plots for name in plot.metrics]
     assert len(named) > 40 and len(set(named)) == len(named)
     assert {name for name in named if f"`{name}`" not in PAGE} == set()
+
+
+def test_the_stacked_panels_have_every_cause_that_time_is_booked_to() -> None:
+    sides = [ActorSide(1, 1, 1, 1), ActorSide(0, 1, 1, 1), ActorSide(0, 1, 0, 1)]
+    now = count(0.0)
+    goodput = Goodput(lambda: sides[-1], lambda: next(now))
+    for phase in ("", "generate", "value", "train", "sync"):
+        goodput.phase(phase)
+        for _ in range(3):
+            sides.append(sides.pop(0))
+            goodput.look()
+    stacked = [
+        name for section in workspace.SECTIONS for plot in section.plots if plot.stacked for name in plot.metrics
+    ]
+    assert sorted(stacked) == sorted(goodput.lap())
 
 
 def test_a_workspace_is_built_of_what_a_run_has() -> None:

@@ -9,7 +9,7 @@ import cluster_stand_ins
 import pytest
 from cluster_stand_ins import ANNOUNCEMENT, Ears, fleet, serve, tell
 
-from rlhf_dist.errors import RunError
+from rlhf_dist.errors import ActorTimeout
 
 workers = cluster_stand_ins.workers
 
@@ -29,7 +29,7 @@ def test_the_learner_waits_until_all_have_given_back_and_they_serve_afterwards(w
 def test_one_that_does_not_is_named_with_the_limit(workers: dict[str, Any]) -> None:
     rollouts = fleet(workers, Ears(), sync_timeout_s=0.5, shares_gpu=True)
     tell(workers["two"], "hangs")
-    with pytest.raises(RunError, match=r"two did not free its GPU's memory for the learner in 0\.5 s \(weights\."):
+    with pytest.raises(ActorTimeout, match=r"two did not free its GPU's memory for the learner in 0\.5 s \(weights\."):
         rollouts.sleep()
 
 

@@ -114,7 +114,7 @@ def test_a_missed_push_calls_people_once_with_whom_and_the_event_log_has_both(tm
     drawn: list[dict[str, float]] = []
 
     class Called(Sink):
-        def alert(self, kind: AlertKind, text: str) -> None:
+        def alert(self, kind: AlertKind, text: str, subject: str) -> None:
             called.append((kind, text))
 
         def log(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram] = NONE) -> None:

@@ -11,7 +11,7 @@ import pytest
 from rlhf_dist.errors import ActorTimeout, ConfigError, DiskError, RunError
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory, write_json
 from rlhf_dist.loop.run_end import end_recorded, read_summary
-from rlhf_dist.telemetry.alerts import AlertKind
+from rlhf_dist.telemetry.alerts import THE_END, AlertKind
 from rlhf_dist.telemetry.run_telemetry import Telemetry
 from rlhf_dist.telemetry.sinks import EventLog, Sink
 
@@ -63,15 +63,15 @@ def test_people_are_called_for_a_fault_and_a_wait_and_not_for_a_stop(run: RunDir
         (RunError("learner rank 1 died"), ["fault"]),
         (KeyboardInterrupt(), []),
     ):
-        called: list[tuple[str, str]] = []
+        called: list[tuple[str, ...]] = []
 
         class Called(Sink):
-            def alert(self, kind: AlertKind, text: str, found: list[tuple[str, str]] = called) -> None:
-                found.append((kind, text))
+            def alert(self, kind: AlertKind, text: str, subject: str, found: list[tuple[str, ...]] = called) -> None:
+                found.append((kind, text, subject))
 
         with pytest.raises(type(error)), end_recorded(run, Telemetry([Called()], print), "train", stop):
             raise error
-        assert called == [(kind, str(error)) for kind in kinds]
+        assert called == [(kind, str(error), THE_END) for kind in kinds]
 
 
 def test_a_finished_run_keeps_its_own_summary_and_has_no_such_event(run: RunDirectory) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from rlhf_dist.telemetry.alerts import EVERY_S, TITLES, AlertKind, AlertLimit
+from rlhf_dist.telemetry.alerts import EVERY_S, THE_END, TITLES, AlertKind, AlertLimit, title_of
 from rlhf_dist.telemetry.run_telemetry import Telemetry
 from rlhf_dist.telemetry.sinks import Sink
 
@@ -14,7 +14,7 @@ class Called(Sink):
         self.alerts: list[tuple[str, str]] = []
         self.events: list[tuple[str, dict[str, object]]] = []
 
-    def alert(self, kind: AlertKind, text: str) -> None:
+    def alert(self, kind: AlertKind, text: str, subject: str) -> None:
         self.alerts.append((kind, text))
 
     def event(self, kind: str, message: str, **facts: object) -> None:
@@ -46,5 +46,10 @@ def test_a_warning_with_an_alert_is_all_three() -> None:
     ]
 
 
-def test_every_kind_has_a_title_that_wandb_takes() -> None:
-    assert TITLES.keys() == set(get_args(AlertKind)) and max(map(len, TITLES.values())) < 64
+def test_every_cause_has_a_title_of_its_own_that_wandb_takes() -> None:
+    assert TITLES.keys() == set(get_args(AlertKind))
+    subjects = ("", "rollout worker 10", "rollout worker 11", THE_END)
+    titles = [title_of(kind, subject) for kind in TITLES for subject in subjects]
+    assert len(set(titles)) == len(titles) and max(map(len, titles)) < 64
+    assert title_of("push", "x" * 100).startswith("A worker missed a weight push: xxx")
+    assert len(title_of("push", "x" * 100)) == 63

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from rlhf_dist.learner.token_sums import ratio_counts
@@ -18,6 +19,25 @@ def test_whole_numbers_have_a_bucket_each_and_others_share() -> None:
     wide = histogram(np.array([0.25, 10.0, np.nan, np.inf]))
     assert wide is not None and len(wide.counts) == BUCKETS and sum(wide.counts) == 2.0
     assert histogram(np.array([np.nan])) is None
+
+
+@pytest.mark.parametrize("value", [-1e30, 1e38, 2.0**52, 1.7e308, 0.3, 0.0, 5e-324])
+def test_equal_values_of_any_size_have_one_bucket(value: float) -> None:
+    found = histogram(np.full(8, value))
+    assert found is not None and found.counts == (8.0,) and found.edges[0] < found.edges[1]
+
+
+def test_any_numbers_are_counted() -> None:
+    for values in (
+        [-1.7e308, 1.7e308],
+        [1e30, 1.0000000000000002e30],
+        [2.0**52, 2.0**52 + 3],
+        [0.0, 5e-324],
+        [-1e38, 1],
+    ):
+        found = histogram(np.array(values))
+        assert found is not None and sum(found.counts) == 2.0 and list(found.edges) == sorted(found.edges), values
+        assert np.isfinite(found.edges).all()
 
 
 def test_ratios_of_ranks_add_up() -> None:

@@ -10,6 +10,7 @@ import pytest
 from rlhf_dist.config.schema import TelemetryConfig
 from rlhf_dist.errors import DiskError
 from rlhf_dist.telemetry import sinks, wandb_key, wandb_sink
+from rlhf_dist.telemetry.run_telemetry import Telemetry
 
 ROWS = [
     {"prompt": "abc", "response": "cba", "reward": 1.0, "components": {"exact": 1.0}},
@@ -86,6 +87,9 @@ def test_samples_become_parquet_with_every_column(tmp_path: Path) -> None:
 
 
 class BrokenRun:
+    def finish(self) -> None:
+        raise ConnectionError("the service is gone")
+
     def log(self, metrics: object) -> None:
         raise ConnectionError("the service\nis gone")
 
@@ -99,6 +103,24 @@ def test_a_failing_wandb_is_one_warning_and_never_stops_the_run(tmp_path: Path) 
     sink.samples(2, ROWS)
     sink.close()
     assert warnings == ["wandb failed (ConnectionError: the service is gone); going on without it"]
+
+
+def test_a_wandb_that_dies_at_the_end_is_one_warning_and_every_sink_is_closed(tmp_path: Path) -> None:
+    warnings: list[str] = []
+
+    class Stuck(sinks.Sink):
+        def close(self) -> None:
+            raise OSError("stuck")
+
+    files = [sinks.JsonlSink(tmp_path / "metrics.jsonl"), sinks.EventLog(tmp_path / "events.jsonl")]
+    local = Telemetry(files, warnings.append)
+    wandb = wandb_sink.WandbSink(TelemetryConfig(wandb="off"), tmp_path, "x", {}, None, local.warn, print)
+    wandb._run, wandb._works = BrokenRun(), True
+    Telemetry([*files, wandb, Stuck()], warnings.append).close()
+    told = "wandb failed (ConnectionError: the service is gone); going on without it"
+    assert warnings == ["Stuck did not close (OSError: stuck)", told]
+    assert [line["message"] for line in read_lines(tmp_path / "events.jsonl")] == [told]
+    assert all(file._lines._file.closed for file in files), "the local files are closed too"
 
 
 def test_a_wandb_that_cannot_start_online_goes_offline_then_off(

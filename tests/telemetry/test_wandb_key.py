@@ -131,6 +131,8 @@ def test_why_a_run_is_offline_is_said_where_nobody_asked_for_it(monkeypatch: pyt
     assert why_offline(TelemetryConfig(wandb="offline"), "offline") == why_offline(TelemetryConfig(), "off") == ""
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert why_offline(TelemetryConfig(), "offline") == ""
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert why_offline(TelemetryConfig(), wandb_mode(TelemetryConfig())) == "there is no wandb key"
 
 
 def test_an_empty_mode_is_none_and_a_wrong_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

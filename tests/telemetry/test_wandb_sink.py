@@ -52,7 +52,8 @@ def test_an_offline_run_read_back(tmp_path: Path, capfd: pytest.CaptureFixture[s
         telemetry.samples(step, [ROW])
     for _ in range(3):
         telemetry.warn("step 2: the KL explodes", "kl")
-    telemetry.alert("wait", "rollout worker 0 did not answer in 5 s", "rollout worker 0")
+    for name in ("rollout worker 0", "rollout worker 1"):
+        telemetry.alert("push", f"{name} did not load version 2 in 5 s", name)
     telemetry.close()
     again, same = opened(run, wandb_id, notes)
     again.log(3, {"reward/mean": 0.75})
@@ -79,21 +80,38 @@ def check(found: list[Any]) -> None:
     assert rows[0]["reward/distribution"] == {"_type": "histogram", "bins": [-0.5, 0.5, 1.5], "values": [1, 2]}
     tables = [row["rollouts/samples"] for row in rows if "rollouts/samples" in row]
     assert [(table["_type"], table["nrows"]) for table in tables] == [
-        ("incremental-table-file", 1),
-        ("incremental-table-file", 2),
+        ("table-file", 1),
+        ("table-file", 2),
     ]
     parts = [Path(entry.local_path) for one in of_kind(found, "artifact") for entry in one.manifest.contents]
     rows_sent = [[row[0] for row in json.loads(part.read_text())["data"]] for part in parts]
-    assert rows_sent == [[1], [2]], "each part has its own rows alone"
+    assert rows_sent == [[1], [1, 2]], "each table is whole"
     told = [(alert.title, alert.text, alert.level) for alert in of_kind(found, "alert")]
     assert told == [
         ("KL explosion", "step 2: the KL explodes", "WARN"),
-        ("A wait beyond its limit", "rollout worker 0 did not answer in 5 s", "ERROR"),
+        *(
+            (f"A worker missed a weight push: {name}", f"{name} did not load version 2 in 5 s", "ERROR")
+            for name in ("rollout worker 0", "rollout worker 1")
+        ),
     ]
     given = config(found)
     assert given["code"]["version"] == rlhf_dist.__version__ and given["algo"]["name"] == "grpo"
     assert given["scoring"]["rewards"]["judge"]["url"] == "https://judge.example.org/score"
     assert of_kind(found, "stats"), "what the machine did"
+
+
+def test_the_table_of_samples_stops_growing(tmp_path: Path) -> None:
+    class Kept:
+        def log(self, values: dict[str, Any]) -> None:
+            tables.append([row[0] for row in values["rollouts/samples"].data])
+
+    tables: list[list[int]] = []
+    sink = wandb_sink.WandbSink(TelemetryConfig(wandb="off"), tmp_path, "x", {}, None, print, print)
+    sink._run, sink._works = Kept(), True
+    for step in (1, 2, 3):
+        sink.samples(step, [ROW] * 90)
+    sink.samples(4, [])
+    assert tables == [[1] * 90, [1] * 90 + [2] * 90, [1] * 20 + [2] * 90 + [3] * 90], "the latest 200"
 
 
 def test_a_key_without_a_network_goes_offline_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
