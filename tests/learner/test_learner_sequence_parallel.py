@@ -42,8 +42,10 @@ def test_ranks_that_share_rows_learn_what_one_rank_does(results: dict, parts: in
         found = results[4, rank][parts, case]
         assert distance(found["two"], one["two"], one["start"]) <= 1e-5
         torch.testing.assert_close(found["logprobs"], one["logprobs"], rtol=0, atol=1e-4)
-    merged = MetricSums.merge([results[4, rank][parts, case]["metrics"] for rank in range(4)]).values()
-    alone = one["metrics"].values()
+    sums = MetricSums.merge([results[4, rank][parts, case]["metrics"] for rank in range(4)])
+    tokens = {name: sum(counts) for name, counts in one["metrics"].buckets.items()}
+    assert {name: sum(counts) for name, counts in sums.buckets.items()} == tokens, "each token is counted once"
+    merged, alone = sums.values(), one["metrics"].values()
     assert merged.keys() == alone.keys()
     for name, value in alone.items():
         assert merged[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
