@@ -40,6 +40,7 @@ def test_ranks_that_share_rows_learn_what_one_rank_does(results: dict, parts: in
     one = results[1, 0][1, case]
     for rank in range(4):
         found = results[4, rank][parts, case]
+        assert found["offloads"] == ("offloaded" in case) and not one["offloads"]
         assert distance(found["two"], one["two"], one["start"]) <= 1e-5
         torch.testing.assert_close(found["logprobs"], one["logprobs"], rtol=0, atol=1e-4)
     sums = MetricSums.merge([results[4, rank][parts, case]["metrics"] for rank in range(4)])
