@@ -99,21 +99,36 @@ class RolloutFleet:
         """See `loop.ports.Rollouts`."""
         self._post(worker, HandOver(tuple(keys)))
 
-    def sleep(self) -> None:
+    def sleep(self) -> list[str]:
         """See `loop.ports.Rollouts`. Does nothing where workers have devices of their own, or share a CPU's memory."""
         if not self._shares_gpu:
-            return
+            return []
         calls = {name: one.worker.sleep.remote(one.posted) for name, one in self._standings.items()}
         for standing in self._standings.values():
             standing.posted += 1
         self._inbox.wait(list(calls.values()), Patience(self._sync_timeout_s), count=len(calls))
+        problems: list[str] = []
+        error: type[RunError] = RunError
         for name, call in calls.items():
             if name not in self._standings:
                 continue  # It died meanwhile, which the controller has heard of.
-            if not _is_done(call):
-                limit = limit_text(self._sync_timeout_s, SYNC_KEY)
-                raise ActorTimeout(self._silence(name, f"did not free its GPU's memory for the learner in {limit}"))
-            fetch(call, name, "sleep", self._sync_timeout_s)
+            try:
+                self._require_asleep(name, call)
+            except RayLost:
+                raise
+            except RlhfError as failure:
+                error = ActorTimeout if isinstance(failure, ActorTimeout) else RunError
+                text = str(failure)
+                problems.append(self._give_up(name, text if text.startswith(name) else f"{name}: {text}"))
+        if problems and not self._standings:
+            raise error("; ".join(problems))
+        return problems
+
+    def _require_asleep(self, name: str, call: Any) -> None:
+        if not _is_done(call):
+            limit = limit_text(self._sync_timeout_s, SYNC_KEY)
+            raise ActorTimeout(self._silence(name, f"did not free its GPU's memory for the learner in {limit}"))
+        fetch(call, name, "sleep", self._sync_timeout_s)
 
     def serving(self) -> tuple[str, ...]:
         """See `loop.ports.Rollouts`; with those whose receipt for the published version came late."""
@@ -219,7 +234,7 @@ class RolloutFleet:
         offer = self._relays.offer.offer.remote(announcement)
         try:
             if not self._inbox.wait([offer], patience):
-                raise ActorTimeout(self._silence(OFFER, "did not offer it in time"))
+                raise WeightSyncError(self._silence(OFFER, "did not offer it in time"))
             address = fetch(offer, OFFER, "offer", self._sync_timeout_s)
         except RayLost:
             raise

@@ -255,11 +255,6 @@ IN_BFLOAT16 = where(
     "take it out, or set model.dtype to bfloat16",
     ", whose steps change nearly every weight",
 )
-SAVES_A_COPY = only(
-    lambda c: not c.cluster.colocate or c.learner.zero_stage == 3,
-    " with cluster.colocate true and learner.zero_stage {c.learner.zero_stage}: nothing goes to another node, and rank "
-    "0 has all weights; take it out, or set cluster.colocate to false",
-)
 LAGGING = where("loop.max_policy_lag", bool, "no group is late there; set that above 0, or take it out")
 RUNS_AT_A_PUSH = where(
     "loop.max_policy_lag",

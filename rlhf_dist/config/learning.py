@@ -178,7 +178,7 @@ class LearnerConfig:
     """Passes over each batch of rollouts."""
     ema_decay: float = key(0.0, SHARE_BELOW_1)
     """Keep an exponential moving average of the policy with this decay a step, saved as `hf_ema`; 0: off."""
-    delta_push: bool = key(False, effects.IN_BFLOAT16, effects.SAVES_A_COPY)
+    delta_push: bool = key(False, effects.IN_BFLOAT16)
     """Mark the 16-bit words that an optimizer step changes, and send only those to nodes that have the version before;
     the whole where more than a quarter changed. Saves network where weights go to other nodes, and gathering under
     ZeRO 3; pays at small learning rates."""

@@ -106,8 +106,10 @@ class PolicyLearner:
         found = {f"policy/{name}": values for name, values in stats.items()} | beside_stats
         found["policy/behaviour_kl"] = kl_estimate(sampled, logprobs.detach(), "k3")
         behaviour = (logprobs.detach() - sampled).exp()
-        ratios = ratio_counts({RATIOS: stats["ratio"], BEHAVIOUR_RATIOS: behaviour})
-        beside_sums = MetricSums.merge([ratios, MetricSums({}, {"policy/ratio_max": float(stats["ratio"].max())})])
+        beside_sums = MetricSums({}, {"policy/ratio_max": float(stats["ratio"].max())})
+        if self.engine.rank % self.engine.parts == 0:  # The other ranks of its rows have the same tokens.
+            ratios = ratio_counts({RATIOS: stats["ratio"], BEHAVIOUR_RATIOS: behaviour})
+            beside_sums = MetricSums.merge([ratios, beside_sums])
         if algorithm.correction is not None:
             weight, stats = algorithm.correction(old, sampled, packed.offsets)
             losses = weight * losses

@@ -52,10 +52,11 @@ class Rollouts(Protocol):
         """Have a worker stop these. `Partial` comes of each, unless its answer is on its way."""
         ...
 
-    def sleep(self) -> None:
+    def sleep(self) -> list[str]:
         """Before the learner works on devices that it shares with the workers: let them give its memory back.
 
-        Nothing is under way. Returns once all have. Raises `ActorTimeout` naming a worker that did not in time.
+        Nothing is under way. Returns once all have; one that does not in time, or fails, is given up: a sentence for
+        each. Raises `RunError` when none is left.
         """
         ...
 

@@ -180,7 +180,8 @@ def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch) -> Step:
     warn_of_non_finite(run, f"step {step}", taken.non_finite)
     experiences = taken.experiences
     with watch.phase("sync"):
-        run.actors.rollouts.sleep()
+        for problem in run.actors.rollouts.sleep():
+            run.telemetry.warn(f"step {step}: {problem}", "fault", who(problem))
     report, push = train_step(
         experiences,
         policy=run.policy,

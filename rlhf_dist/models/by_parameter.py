@@ -36,13 +36,15 @@ def load_by_parameter(
     """(a model of one of transformers' Auto classes, weights that `path` lacks, those that it has beyond the model's).
 
     What is lacking is 0. None where the files have other names than the model, as older ones or those of experts that
-    transformers joins: it has to be loaded whole.
+    transformers joins, or a weight that the model ties to another: it has to be loaded whole.
     """
     folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path), allow_patterns=PATTERNS))
     with init_empty_weights(), quiet():
         model = kind.from_config(deepcopy(config), dtype=getattr(torch, dtype), attn_implementation=attention)
     stored = read_headers(folder)
     wanted = {name: p for name, p in model.named_parameters() if name not in model.all_tied_weights_keys}
+    if stored_names(model.all_tied_weights_keys, stored, model.base_model_prefix):
+        return None  # Which of the two counts, or whether they are tied at all, transformers knows.
     names = stored_names(wanted, stored, model.base_model_prefix)
     missing = wanted.keys() - names.keys()
     if len(missing) > 1 or any(stored[names[name]].shape != tuple(wanted[name].shape) for name in names):

@@ -63,6 +63,17 @@ def test_ranks_that_share_rows_get_the_same_batch_and_its_credit_counts_once(wor
     assert group.finish_update(pending).sums["critic/loss"] == (44.0, 2.0)
 
 
+def test_neighbours_share_rows(workers: dict[str, Any]) -> None:
+    one, two = workers.values()
+    group, batches = CriticGroup({"0": one, "1": two, "2": one, "3": two}, timeout_s=30), put(2.0, 4.0)
+    made, sums = group.estimate(batches)
+    assert sums == EstimateSums(2.0, 6.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    assert [ray.get(handle.place, timeout=30) for handle in made] == [20.0, 40.0]
+    pending = group.begin_update(batches, Estimates(made, Whitening(0.0, 1.0), {}))
+    learnt = {name: ray.get(call, timeout=30).values()["critic/loss"] for name, call in pending.place.items()}
+    assert learnt == {"0": 22.0, "1": 22.0, "2": 44.0, "3": 44.0}
+
+
 def test_a_critic_estimates_and_learns_its_own_batches(workers: dict[str, Any], tmp_path: Path) -> None:
     group, batches = CriticGroup(workers, timeout_s=30), put(2.0, 4.0)
     found, sums = group.estimate(batches)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
 import cluster_stand_ins
 import pytest
-from cluster_stand_ins import ANNOUNCEMENT, Ears, fleet, serve, tell
+import ray
+from cluster_stand_ins import ANNOUNCEMENT, Ears, fleet, serve, start, tell
+from ray.exceptions import RayActorError
 
 from rlhf_dist.errors import ActorTimeout
+from rlhf_dist.loop.events import Lost
 
 workers = cluster_stand_ins.workers
 
@@ -26,13 +30,32 @@ def test_the_learner_waits_until_all_have_given_back_and_they_serve_afterwards(w
     assert serve(rollouts, ears) == {"one", "two"}, "messages keep their numbers"
 
 
-def test_one_that_does_not_is_named_with_the_limit(workers: dict[str, Any]) -> None:
-    rollouts = fleet(workers, Ears(), sync_timeout_s=0.5, shares_gpu=True)
-    tell(workers["two"], "hangs")
-    with pytest.raises(ActorTimeout, match=r"two did not free its GPU's memory for the learner in 0\.5 s \(weights\."):
-        rollouts.sleep()
+@pytest.mark.parametrize(
+    ("mode", "what"),
+    [
+        ("hangs", r"doomed did not free its GPU's memory for the learner in 1 s \(weights\.timeout_s\)"),
+        ("breaks", r"doomed failed in 'sleep': IndexError: list index out of range"),
+    ],
+)
+def test_one_that_does_not_is_given_up_and_the_others_go_on(workers: dict[str, Any], mode: str, what: str) -> None:
+    ears, doomed = Ears(), start("doomed")
+    tell(doomed, mode)
+    rollouts = fleet({"one": workers["one"], "doomed": doomed}, ears, sync_timeout_s=1.0, shares_gpu=True)
+    (problem,) = rollouts.sleep()
+    assert re.match(what, problem) and problem.endswith("; it is given up, 1 rollout worker is left")
+    with pytest.raises(RayActorError):
+        ray.get(doomed.be.remote("right"), timeout=10)
+    assert ears.hear(Lost, 1) == [Lost("doomed", problem, told=True)]
+    assert rollouts.sleep() == [] and serve(rollouts, ears) == {"one"}
+
+
+def test_the_run_ends_where_none_is_left(workers: dict[str, Any]) -> None:
+    doomed = start("doomed")
+    tell(doomed, "hangs")
+    with pytest.raises(ActorTimeout, match=r"^doomed did not free .*; it is given up, 0 rollout workers are left$"):
+        fleet({"doomed": doomed}, Ears(), sync_timeout_s=0.5, shares_gpu=True).sleep()
 
 
 def test_workers_with_devices_of_their_own_are_not_asked(workers: dict[str, Any]) -> None:
     tell(workers["one"], "breaks")
-    fleet(workers, Ears()).sleep()
+    assert fleet(workers, Ears()).sleep() == []

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 
-from rlhf_dist.learner.deepspeed_engine import init_process_group, zero_scatter
+from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
+from rlhf_dist.learner import model_engine
+from rlhf_dist.learner.deepspeed_engine import init_process_group
+from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.models.hf import load_model
 
 
@@ -40,19 +42,30 @@ def most_taken(work: Callable[[], Any]) -> tuple[int, Any]:
     return max(most[0], anonymous_bytes()) - before, found
 
 
+def start(model: Path, world: int) -> tuple[ModelEngine, dict[str, int]]:
+    """An engine, and of its loading the memory that it took at most and how many weights the rank has after it."""
+    measured: dict[str, int] = {}
+
+    def load(*args: Any) -> Any:
+        measured["taken"], loaded = most_taken(lambda: load_model(*args))
+        measured["held"] = sum(parameter.ds_tensor.numel() for parameter in loaded.parameters())
+        return loaded
+
+    model_engine.load_model = load
+    learner = LearnerConfig(ranks=world, zero_stage=3)
+    settings = ModelConfig(dtype="float32", attention="segmented")
+    return ModelEngine(model, settings, learner, OptimizerConfig(), device="cpu", bucket_mib=1), measured
+
+
 def main() -> None:
     rank, world, port = (int(word) for word in sys.argv[1:4])
     model, small, folder = (Path(word) for word in sys.argv[4:7])
     init_process_group(rank, world, "127.0.0.1", port, device="cpu", threads=1, timeout_s=120.0)
-    scatter = zero_scatter(3, "float32", 1.0)
-    load_model(small, "float32", "segmented", scatter)  # what is made at the first time only
-    taken, loaded = most_taken(lambda: load_model(model, "float32", "segmented", scatter))
-    held = sum(parameter.ds_tensor.numel() for parameter in loaded.parameters())
-    weights = {}
-    for name, parameter in loaded.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            weights[name] = parameter.detach().clone()
-    torch.save({"taken": taken, "held": held, "weights": weights}, folder / f"{world}-{rank}.pt")
+    start(small, world)[0].close()  # what is made at the first time only
+    engine, measured = start(model, world)
+    weights = {name: tensor.clone() for name, tensor in engine.weights()}
+    torch.save(measured | {"weights": weights}, folder / f"{world}-{rank}.pt")
+    engine.close()
 
 
 if __name__ == "__main__":

@@ -73,6 +73,12 @@ def batch_for(method: Any, learner: LearnerConfig, share: int) -> RankBatch:
     return rank_batch(shards[share], made, ())
 
 
+def offloads(engine: ModelEngine) -> bool:
+    """Whether DeepSpeed's optimizer has its state in the host's memory, by its own account."""
+    optimizer: Any = engine._deepspeed._engine.optimizer  # pyright: ignore[reportPrivateUsage]
+    return bool(getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False))
+
+
 def run_policy(model: Path, world: int, parts: int, case: str) -> dict[str, Any]:
     name, stage, dtype, checkpointing = CASES[case]
     method, learner = ALGORITHMS[METHODS[name].name](METHODS[name]), learner_of(world, parts, stage)
@@ -81,7 +87,7 @@ def run_policy(model: Path, world: int, parts: int, case: str) -> dict[str, Any]
     settings = ModelConfig(dtype=dtype, gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
     engine = ModelEngine(model, settings, learner, OPTIMIZER, device="cpu", bucket_mib=1)
     policy = PolicyLearner(engine, method)
-    found: dict[str, Any] = {"start": weights(engine)}
+    found: dict[str, Any] = {"start": weights(engine), "offloads": offloads(engine)}
     found["metrics"] = policy.update(batch_for(method, learner, engine.share), None, AS_THEY_ARE)
     found["two"] = weights(engine)
     row = [rows_of(group) for group in rollouts(3)][1]

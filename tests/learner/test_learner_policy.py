@@ -37,7 +37,7 @@ LEARNER = LearnerConfig(micro_batch_tokens=100, optimizer=OptimizerConfig(lr=1.0
 class PlainEngine:
     """An engine without DeepSpeed: gradients add up, a step notes and drops them."""
 
-    device, parts = CPU, 1
+    device, rank, parts = CPU, 0, 1
 
     def __init__(self, model: Path) -> None:
         self.policy = PackedPolicy(load_model(model, "float32", "segmented"))

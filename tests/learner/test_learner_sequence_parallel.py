@@ -40,10 +40,13 @@ def test_ranks_that_share_rows_learn_what_one_rank_does(results: dict, parts: in
     one = results[1, 0][1, case]
     for rank in range(4):
         found = results[4, rank][parts, case]
+        assert found["offloads"] == ("offloaded" in case) and not one["offloads"]
         assert distance(found["two"], one["two"], one["start"]) <= 1e-5
         torch.testing.assert_close(found["logprobs"], one["logprobs"], rtol=0, atol=1e-4)
-    merged = MetricSums.merge([results[4, rank][parts, case]["metrics"] for rank in range(4)]).values()
-    alone = one["metrics"].values()
+    sums = MetricSums.merge([results[4, rank][parts, case]["metrics"] for rank in range(4)])
+    tokens = {name: sum(counts) for name, counts in one["metrics"].buckets.items()}
+    assert {name: sum(counts) for name, counts in sums.buckets.items()} == tokens, "each token is counted once"
+    merged, alone = sums.values(), one["metrics"].values()
     assert merged.keys() == alone.keys()
     for name, value in alone.items():
         assert merged[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name

@@ -39,8 +39,10 @@ class NumbersEngine:
     """Token i has logprob log(0.3), whatever stands before it; a step adds `moves` to all of them."""
 
     device = CPU
+    parts = 1
 
-    def __init__(self, moves: float = 0.0) -> None:
+    def __init__(self, moves: float = 0.0, rank: int = 0) -> None:
+        self.rank = rank
         self.table = torch.full((6,), math.log(0.3), requires_grad=True)
         self.moves = moves
         self.passes = 0
@@ -131,6 +133,17 @@ def test_ratios_are_counted_where_the_clip_sees_them_and_against_the_sampler() -
     expected, _ = np.histogram(ratios, RATIO_EDGES)
     assert found.buckets[RATIOS_SEEN] == tuple(one)
     assert found.buckets[BEHAVIOUR_RATIOS] == tuple(expected.tolist()) and sum(expected) == 6
+
+
+def test_ranks_that_share_rows_count_each_ratio_once() -> None:
+    counted: list[float] = []
+    for rank in range(4):
+        engine: Any = NumbersEngine(0.0, rank)
+        engine.parts = 2
+        found = PolicyLearner(engine, ALGORITHMS["grpo"](CLIP)).update(stale(), None, AS_THEY_ARE)
+        assert found.values()["policy/ratio_max"] == 1.0, "a maximum may be told twice"
+        counted.append(sum(map(sum, found.buckets.values())))
+    assert counted == [12.0, 0.0, 12.0, 0.0], "6 tokens in each of 2 histograms"
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo", "decoupled_ppo"])

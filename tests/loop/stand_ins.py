@@ -151,9 +151,12 @@ class FakeRollouts:
     inbox: FakeInbox = field(default_factory=FakeInbox)
     order: list[str] = field(default_factory=list)
     """What was asked of it; a learner may have the same list."""
+    awake: Sequence[str] = ()
+    """What it says of workers when it is first asked to sleep."""
 
-    def sleep(self) -> None:
+    def sleep(self) -> list[str]:
         self.order.append("sleep")
+        return [] if "sleep" in self.order[:-1] else list(self.awake)
 
     def submit(self, worker: str, requests: Sequence[Request]) -> None:
         self.order.append("submit")

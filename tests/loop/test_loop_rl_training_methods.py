@@ -174,3 +174,12 @@ def test_workers_sleep_before_the_learner_works_and_are_asked_for_nothing_until_
     found = [one for one, before in zip(order, ["", *order], strict=False) if (one, before) != ("submit", "submit")]
     start = found.index("sleep")
     assert found[start : start + 8] == [*turn, "submit"] and found.count("sleep") == STEPS
+
+
+def test_a_worker_that_does_not_sleep_is_warned_of_once(tmp_path: Path) -> None:
+    sentence = "rollout worker 1 did not free its GPU's memory; it is given up"
+    run = wired(tmp_path, replace(CONFIG, eval=replace(CONFIG.eval, every=0)), rollouts=FakeRollouts(awake=(sentence,)))
+    train(run, None)
+    close(run)
+    warned = [event["message"] for event in lines(run.directory.events) if event["kind"] == "warning"]
+    assert warned == [f"step 1: {sentence}"]

@@ -213,8 +213,9 @@ class Processes:
             mean_version=sum(seconds * version for seconds, version in spans) / sum(seconds for seconds, _ in spans),
         )
 
-    def sleep(self) -> None:
+    def sleep(self) -> list[str]:
         """See `ports.Rollouts`: every worker has devices of its own."""
+        return []
 
     def cancel(self, worker: str, keys: Sequence[str]) -> None:
         """A worker ends these."""

@@ -111,6 +111,25 @@ def test_a_trunk_alone_is_found_and_other_names_are_left_to_transformers(saved: 
     assert load_by_parameter(AutoModelForCausalLM, trunk, config, "float32", "segmented", scatter) is None
 
 
+@pytest.mark.parametrize("both", [True, False], ids=["both stored", "only the head stored"])
+@pytest.mark.parametrize("saved", [True], indirect=True, ids=["tied"])
+def test_a_stored_weight_that_is_tied_is_left_to_transformers(saved: Path, tmp_path: Path, both: bool) -> None:
+    weights = {name: tensor for file in saved.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text((saved / "config.json").read_text())
+    embedding = weights.pop("model.embed_tokens.weight")
+    weights |= {"lm_head.weight": embedding + 1} | ({"model.embed_tokens.weight": embedding} if both else {})
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    kept, tokens = Kept(), torch.arange(12)[None]
+    scatter = Scatter(kept.take, reads=True)
+    assert load_by_parameter(AutoModelForCausalLM, other, load_config(other), "float32", "segmented", scatter) is None
+    assert not kept.values, "nothing was given away"
+    found, whole = load_model(other, "float32", "segmented", scatter), load_model(other, "float32", "segmented")
+    with torch.no_grad():
+        assert torch.equal(found(input_ids=tokens).logits, whole(input_ids=tokens).logits)
+
+
 def _one_label(config: Qwen2Config) -> Qwen2Config:
     config.num_labels = 1
     return config
