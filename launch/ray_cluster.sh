@@ -22,12 +22,12 @@ fail() { # CODE MESSAGE
 usage() { sed -n '2,8s/^# //p' launch/ray_cluster.sh; }
 
 members() { # SESSION ; the processes of a node: Ray keeps them all in the session of its first one
-  local stat line session
+  local stat line session state
   for stat in /proc/[0-9]*/stat; do
     { read -r line <"$stat"; } 2>/dev/null || continue
-    read -r _ _ _ session _ <<<"${line##*) }"
+    read -r state _ _ session _ <<<"${line##*) }"
     stat=${stat#/proc/}
-    [[ $session != "$1" ]] || echo "${stat%/stat}"
+    [[ $session != "$1" || $state == Z ]] || echo "${stat%/stat}"
   done
 }
 
@@ -49,11 +49,18 @@ end_session() { # SESSION
   local i
   # All of them: told alone, the first one waits for actors that nobody ends.
   members "$1" | xargs -r kill 2>/dev/null || true
+  have_ended "$1" && return
+  members "$1" | xargs -r kill -9 2>/dev/null || true
+  have_ended "$1" || fail 1 "processes of the node do not end: $(members "$1" | paste -sd ' ')"
+}
+
+have_ended() { # SESSION ; within END_LIMIT_S
+  local i
   for ((i = 0; i < END_LIMIT_S * 5; i++)); do
     [[ -n $(members "$1") ]] || return 0
     sleep 0.2
   done
-  members "$1" | xargs -r kill -9 2>/dev/null || true
+  return 1
 }
 
 stop() {

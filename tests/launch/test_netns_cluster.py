@@ -93,7 +93,7 @@ third mount --bind "$PWD/changed" {package}
 third mount --bind "$PWD/info" {info}
 third mount -t tmpfs -o ro tmpfs {own}
 {{ {command} && echo 0 || echo $?; }} >unlike 2>&1
-for node in 1 2 3; do ip netns pids "${{first%1}}$node" | xargs -r ps -o args= -p; done >left
+for node in 1 2 3; do ip netns pids "${{first%1}}$node" | xargs -r ps -ww -o args= -p; done >left
 {{ ls /dev/shm; third ls /dev/shm; }} >>left
 """
 """A run after the third node has got other code, another vLLM and a folder of runs that cannot be written to."""
