@@ -29,8 +29,10 @@ def cpu_rates(hidden: int, intermediate: int, dtype: str, threads: int) -> Rates
         sum_s = best(lambda: first.add_(second, alpha=1e-3))
     finally:
         torch.set_num_threads(before)
+    products = 2.0 * TOKENS * hidden * intermediate / product_s
     return Rates(
-        products=REACHED * 2.0 * TOKENS * hidden * intermediate / product_s,
+        products=products,
+        learning=REACHED * products,
         bandwidth=3 * 4 * ELEMENTS / sum_s,
         call_s=0.5e-3,
         decode_layer_s=0.25e-3,

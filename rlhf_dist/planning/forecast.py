@@ -26,7 +26,9 @@ class Rates:
     """Of one device: a GPU, or the CPU threads of one process."""
 
     products: float
-    """Operations of large matrix products a second."""
+    """Operations of large matrix products a second, when an engine samples."""
+    learning: float
+    """The same in passes of the learner and of servers."""
     bandwidth: float
     """Bytes a second that element-wise operations and decoding read and write."""
     call_s: float
@@ -98,8 +100,10 @@ class Forecast:
 
 def gpu_rates(kind: Kind, dtype: str, eager: bool) -> Rates:
     """Assumed of a GPU: shares of its data sheet's figures that well-kept trainers and engines reach."""
+    products = 0.5 * (kind.bfloat16 if dtype == "bfloat16" else kind.float32)
     return Rates(
-        products=0.5 * (kind.bfloat16 if dtype == "bfloat16" else kind.float32),
+        products=products,
+        learning=products,
         bandwidth=0.6 * kind.bandwidth,
         call_s=200e-6,
         decode_layer_s=150e-6 if eager else 0.0,  # compiled: the layers are one CUDA graph
@@ -229,7 +233,7 @@ def _pass(
     tokens = responses * (lengths.prompt + lengths.response) / ranks
     length = lengths.prompt + lengths.response
     attention = shape.layers * shape.heads * shape.head_dim * length
-    products = tokens * operations * (shape.products + attention) / rates.products
+    products = tokens * operations * (shape.products + attention) / rates.learning
     # Forward writes what it keeps; backward reads that and writes as much.
     written = tokens * shape.layers * of_a_layer(shape, config.model.dtype, placement.device) * operations / FORWARD
     micro_batches = max(1, math.ceil(tokens / config.learner.micro_batch_tokens))

@@ -16,8 +16,23 @@ from rlhf_dist.planning.shape import gated
 SHAPE = gated(2, 8, 16, 2, 1, 100, tied=True)
 NEVER = 1e30
 IDLE = Rates(
-    products=NEVER, bandwidth=NEVER, call_s=0, decode_layer_s=0, decode_s=0, sequence_s=0, write=NEVER, load=NEVER
+    products=NEVER,
+    learning=NEVER,
+    bandwidth=NEVER,
+    call_s=0,
+    decode_layer_s=0,
+    decode_s=0,
+    sequence_s=0,
+    write=NEVER,
+    load=NEVER,
 )
+
+
+def speed(rate: float) -> dict[str, float]:
+    """Of matrix products, wherever they are computed."""
+    return {"products": rate, "learning": rate}
+
+
 LENGTHS = Lengths(prompt=10, response=20, longest=50)
 
 
@@ -56,36 +71,43 @@ def test_decoding_goes_on_for_as_long_as_the_longest_response() -> None:
 
 def test_products_are_two_operations_a_weight_forward_and_six_both_ways() -> None:
     """Of 1,600 operations a second; a rank has 64 responses of 30 tokens."""
-    found = of(config(), products=1600.0)
+    found = of(config(), **speed(1600.0))
     attention = 2 * 2 * 4 * 30
     assert found.train == pytest.approx(64 * 30 * 6 * (SHAPE.parameters + attention) / 1600)
     prompts, tokens = 64 / 8 * 10, 64 * 20
     assert found.generate == pytest.approx((prompts + tokens) * 2 * SHAPE.parameters / 1600)
-    half = forecast(config(), placed(config()), SHAPE, replace(IDLE, products=1600.0), replace(LENGTHS, trained=0.5), 0)
+    half = forecast(
+        config(),
+        placed(config()),
+        SHAPE,
+        replace(IDLE, **speed(1600.0)),
+        replace(LENGTHS, trained=0.5),
+        0,
+    )
     assert half.train == pytest.approx(found.train / 2), "responses without a gradient are left out"
     several = replace(config(), learner=replace(config().learner, updates_per_batch=2, epochs=3))
-    more = of(several, products=1600.0)
+    more = of(several, **speed(1600.0))
     assert more.train == pytest.approx(found.train * (3 + 1 / 3)), "three passes, and the old logprobs"
 
 
 def test_a_critic_in_turn_adds_its_time_and_beside_only_what_it_takes_longer() -> None:
-    grpo, ppo = of(config(), products=1e3), of(config(name="ppo"), products=1e3)
+    grpo, ppo = of(config(), **speed(1e3)), of(config(name="ppo"), **speed(1e3))
     assert ppo.train == pytest.approx(grpo.train * (1 + 4 / 3))
     beside = replace(config(name="ppo"), critic=replace(Config().critic, side_by_side=True))
-    assert of(beside, products=1e3).train == pytest.approx(grpo.train * 4 / 3)
+    assert of(beside, **speed(1e3)).train == pytest.approx(grpo.train * 4 / 3)
 
 
 def test_scoring_that_takes_longer_than_sampling_is_said() -> None:
     """On a CPU it takes the same cores; on GPUs it goes on beside, and a second server halves it."""
     kl = replace(Config().algo.kl, coef=0.05)
-    cpu = of(config(kl=kl), products=1e3)
-    assert cpu.generate == pytest.approx(of(config(), products=1e3).generate + cpu.score) and cpu.score > 0
+    cpu = of(config(kl=kl), **speed(1e3))
+    assert cpu.generate == pytest.approx(of(config(), **speed(1e3)).generate + cpu.score) and cpu.score > 0
     wanted = replace(config(kl=kl), cluster=replace(config().cluster, device="cuda"))
     gpus = place(wanted, Machine(64, 8), "train")
-    one = forecast(wanted, gpus, SHAPE, replace(IDLE, products=1e3), LENGTHS, 0)
+    one = forecast(wanted, gpus, SHAPE, replace(IDLE, **speed(1e3)), LENGTHS, 0)
     assert one.generate == one.score and one.bottleneck == "train"
     more = replace(wanted, scoring=replace(wanted.scoring, replicas=2))
-    assert forecast(more, gpus, SHAPE, replace(IDLE, products=1e3), LENGTHS, 0).score == pytest.approx(one.score / 2)
+    assert forecast(more, gpus, SHAPE, replace(IDLE, **speed(1e3)), LENGTHS, 0).score == pytest.approx(one.score / 2)
     slow = Forecast(generate=5.0, score=5.0, train=1.0, sync=0.0, at_once=False, lag=0, tokens=1.0)
     assert slow.bottleneck == "score"
 
@@ -104,7 +126,7 @@ def test_in_turn_a_step_is_the_sum_and_at_once_the_longer_side() -> None:
 def test_the_best_split_gives_the_slower_side_more() -> None:
     """Sampling takes 50 steps however few engines there are; learning falls with each rank."""
     wanted = config(workers=6, ranks=2)
-    rates = replace(IDLE, decode_s=1e-4, products=1e4)
+    rates = replace(IDLE, decode_s=1e-4, **speed(1e4))
     found = splits(wanted, placed(wanted), SHAPE, rates, LENGTHS, 0)
     assert [workers + ranks for _, workers, ranks in found] == [8] * 7
     step, _, ranks = found[0]
