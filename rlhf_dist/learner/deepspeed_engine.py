@@ -23,10 +23,9 @@ from rlhf_dist.config.schema import OptimizerConfig
 from rlhf_dist.errors import ConfigError, RunError
 from rlhf_dist.learner.changed_words import Part, Run
 from rlhf_dist.models.by_parameter import Scatter
+from rlhf_dist.planning.memory import REDUCE_BUCKET
 
 LOOPBACK = "127.0.0.1"
-REDUCE_BUCKET = 500_000_000
-"""Elements; DeepSpeed's own default."""
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Where gloo and nccl read the network interface to use."""
 

@@ -10,10 +10,9 @@ from rlhf_dist.config.schema import Config
 from rlhf_dist.planning.memory import BYTES, CUDA_CONTEXT, Memory, held_by_rank, learner_memory, logits
 from rlhf_dist.planning.placement import Placement, critic_apart, needs_reference
 from rlhf_dist.planning.shape import ModelShape
+from rlhf_dist.weights.shared_memory import BUFFERS
 
 GIB = 2**30
-SHARED_BUFFERS = 2
-"""Copies of the weights in the shared memory of each node with rollout workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +183,7 @@ def server_memory(config: Config, placement: Placement, shape: ModelShape, place
 
 def shared_memory(config: Config, shape: ModelShape) -> int:
     """Bytes of `/dev/shm` on each node with rollout workers, by which weights are pushed."""
-    return SHARED_BUFFERS * BYTES[config.model.dtype] * shape.parameters
+    return BUFFERS * BYTES[config.model.dtype] * shape.parameters
 
 
 def _trained(config: Config, placement: Placement, shape: ModelShape, ranks: int) -> Memory:

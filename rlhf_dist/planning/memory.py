@@ -18,7 +18,8 @@ FLOAT32 = 4
 MOMENTS = 2
 """Adam's, of float32."""
 REDUCE_BUCKET = 500_000_000
-"""Elements of the buffer for gradients on their way under ZeRO 2 and 3, or those of the model where it has fewer."""
+"""Elements of the buffer for gradients on their way under ZeRO 2 and 3, DeepSpeed's own default; a model that has fewer
+elements gets a buffer of its own size."""
 LOGITS_BLOCK = 2**21
 """Logits that are worked on at once, as in `algo/logprobs.py`."""
 LIVE = 1_000_000_000

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from free_ports import free_port
 
 from rlhf_dist.cluster import node_probe
 from rlhf_dist.errors import InputError, ResourceError
@@ -77,16 +76,6 @@ class Machine:
             if home == str(self.home) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         return found
-
-
-def free_port() -> int:
-    """Above those of Ray's workers, and below those that the system gives out by itself and others may take first."""
-    while True:
-        try:
-            with socket.create_server(("127.0.0.1", random.randrange(20000, 32000))) as probe:
-                return probe.getsockname()[1]
-        except OSError:
-            continue
 
 
 def refused(machine: Machine, *words: str, **environment: str) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import SharedRun, family
+from free_ports import free_port
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,16 +36,6 @@ class Cluster:
     """Of its dashboard."""
     environment: dict[str, str]
     """With the token, for whoever wants to submit."""
-
-
-def free_port() -> int:
-    """Above those of Ray's workers, and below those that the system gives out by itself and others may take first."""
-    while True:
-        try:
-            with socket.create_server(("127.0.0.1", random.randrange(20000, 32000))) as probe:
-                return probe.getsockname()[1]
-        except OSError:
-            continue
 
 
 def answers(cluster: Cluster, token: str) -> bool:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf_dist.algo.logprobs import BLOCK_ELEMENTS
 from rlhf_dist.config.schema import LearnerConfig
-from rlhf_dist.planning.memory import activations, gradients, held_by_rank, learner_memory, logits, of_a_layer
+from rlhf_dist.planning.memory import (
+    LOGITS_BLOCK,
+    activations,
+    gradients,
+    held_by_rank,
+    learner_memory,
+    logits,
+    of_a_layer,
+)
 from rlhf_dist.planning.shape import gated
 
 SHAPE = gated(2, 8, 16, 2, 1, 100, tied=True)
@@ -41,6 +50,11 @@ def test_a_layer_keeps_what_was_counted_by_hand() -> None:
     on_a_gpu, on_a_cpu = (3 * 8 + 2 * 4) * 2, (3 * 8 + 2 * 8) * 2
     assert of_a_layer(SHAPE, "bfloat16", "cuda") == norms + on_a_gpu + feed_forward
     assert of_a_layer(SHAPE, "bfloat16", "cpu") == norms + on_a_cpu + feed_forward
+
+
+def test_logits_are_worked_on_in_the_blocks_that_are_planned_for() -> None:
+    """The plan imports no torch, so the number stands twice."""
+    assert LOGITS_BLOCK == BLOCK_ELEMENTS
 
 
 def test_checkpointing_keeps_one_layer_and_the_inputs_of_all() -> None:
