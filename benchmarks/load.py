@@ -148,8 +148,9 @@ def summary(found: Mapping[str, Sequence[Mapping[str, Any]]], engines: int) -> d
     copy_s = min(push["copy_s"] for push in speed)
     publish_s = statistics.median(push["publish_s"] for push in speed)
     load_s = statistics.median(push["loads"][0]["load_s"] for push in speed)
-    alone, together = (
-        statistics.median(load["cpu_s"] for push in found[kind] for load in push["loads"])
+    alone, together, copy_alone, copy_together = (
+        statistics.median(load[figure] for push in found[kind] for load in push["loads"])
+        for figure in ("cpu_s", "copies_cpu_s")
         for kind in ("alone", "together")
     )
     copies, cpu = (publish_s + load_s) / copy_s, together / alone
@@ -163,6 +164,7 @@ def summary(found: Mapping[str, Sequence[Mapping[str, Any]]], engines: int) -> d
         "cpu_alone_s": alone,
         "cpu_together_s": together,
         "cpu_ratio": cpu,
+        "copy_cpu_ratio": copy_together / copy_alone,
         "runs": dict(found),
         "reached": {"copies": copies <= TARGET_COPIES, "cpu": cpu <= TARGET_CPU},
     }
@@ -177,7 +179,7 @@ def table(result: Mapping[str, Any]) -> str:
             f"a push is {result['copies']:.1f} copies (at most {TARGET_COPIES:g} asked)",
             f"CPU seconds of an engine with one thread: alone {result['cpu_alone_s']:.3f}, one of "
             f"{result['engines']} at once {result['cpu_together_s']:.3f}: {result['cpu_ratio']:.2f} times (at most "
-            f"{TARGET_CPU:g} asked)",
+            f"{TARGET_CPU:g} asked); of plain copies {result['copy_cpu_ratio']:.2f} times",
         ]
     )
 
