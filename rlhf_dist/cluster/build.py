@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf_dist.cluster import actors, learner_hosts as hosts
 from rlhf_dist.cluster.collator_host import CollatorHost
+from rlhf_dist.cluster.direct_push import DirectPush
 from rlhf_dist.cluster.groups import (
     CollatorProcess,
     CriticGroup,
@@ -235,7 +236,9 @@ def start_fleets(
     ranks = start_ranks(config, placement, source, logs, group, hosts.PolicyHost, stack)
     critics = start_ranks(config, placement, source, logs, group, hosts.CriticHost, stack, critic=True)
     ready = are_ready(workers | scorers | references | collator | relays.all())
-    join_ranks(config, ranks, folder, placement.spread_of_ranks())
+    apart = any(node != placement.learner_node for node in placement.worker_nodes)
+    spread = apart and config.weights.transport == "broadcast"
+    join_ranks(config, ranks, folder, placement.spread_of_ranks(), spread)
     join_ranks(config, critics, folder, placement.spread_of_ranks(critic=True))
     gather(ready, "start", config.cluster.start_timeout_s, START_KEY)
     shares_gpu = placement.paired and placement.device == "cuda"
@@ -255,6 +258,9 @@ def parts_of(
 ) -> Parts:
     """The processes, which are ready, behind the ports of the loop. All hand their events to one inbox."""
     inbox, limit, (collating,) = Inbox(), config.scoring.timeout_s, collator.items()
+    direct = None
+    if ranks and config.weights.transport != "shared_memory":
+        direct = DirectPush(ranks, config.rollout.tensor_parallel)
     rollouts = RolloutFleet(
         workers,
         inbox,
@@ -262,6 +268,7 @@ def parts_of(
         sync_timeout_s=config.weights.timeout_s,
         give_up_after=config.weights.give_up_after,
         relays=relays,
+        direct=direct,
         shares_gpu=shares_gpu,
     )
     moves = config.reference.update_every > 0

@@ -14,6 +14,7 @@ from rlhf_dist.cluster.importing import importing
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.config.schema import AlgoConfig, OptimizerConfig
 from rlhf_dist.learner.checkpoint_files import CRITIC_FOLDER
+from rlhf_dist.weights.receipts import MeetingPoint, Round
 
 LOOPBACK = "127.0.0.1"
 """As in `deepspeed_engine`, whose import takes seconds."""
@@ -33,6 +34,7 @@ class LearnerHost:
         self._engine: Any = None
         self._learner: Any = None
         self._folder: Path | None = None
+        self._own = LOOPBACK
 
     def address(self, nodes: int) -> tuple[str, int]:
         """Where the ranks meet, and a free port: on loopback, unless they are on several nodes."""
@@ -42,17 +44,21 @@ class LearnerHost:
             return host, probe.getsockname()[1]
 
     @importing()
-    def join(self, address: str, port: int, resume: str | None) -> str:
-        """Meet the other ranks, load the model, restore the optimizer of the checkpoint folder `resume`."""
+    def join(self, address: str, port: int, resume: str | None, spread: bool = False) -> str:
+        """Meet the other ranks, load the model, restore the optimizer of the checkpoint folder `resume`.
+
+        `spread`: weights are sent straight to rollout workers on other nodes.
+        """
         from rlhf_dist.learner.deepspeed_engine import init_process_group
 
         spec, config = self._spec, self._spec.config
+        self._own = ray.util.get_node_ip_address() if spread or address != LOOPBACK else LOOPBACK
         init_process_group(
             spec.rank,
             config.learner.ranks,
             address,
             port,
-            own_address=LOOPBACK if address == LOOPBACK else ray.util.get_node_ip_address(),
+            own_address=self._own,
             device=spec.device,
             threads=spec.threads,
             timeout_s=max(config.learner.timeout_s, config.cluster.start_timeout_s),
@@ -92,7 +98,15 @@ class LearnerHost:
             bucket_mib=config.weights.bucket_mib,
             shared=config.cluster.colocate,
             mask=self._make_mask(),
+            meeting=self._meeting(),
         )
+
+    def _meeting(self) -> MeetingPoint | None:
+        """How weights are sent to rollout workers; None: through shared memory."""
+        weights = self._spec.config.weights
+        if weights.transport == "shared_memory":
+            return None
+        return MeetingPoint((self._own, 0), weights.transport, weights.timeout_s)
 
     def _make_mask(self) -> Any:
         """What may be drawn; None: everything."""
@@ -136,6 +150,10 @@ class PolicyHost(CriticVerbs, LearnerHost):
         """See `ModelEngine.publish`."""
         return self._engine.publish(version)
 
+    def send(self, made: Round) -> Any:
+        """See `ModelEngine.send`."""
+        return self._engine.send(made)
+
     def save(self, folder: Path) -> None:
         """The policy's part of a checkpoint."""
         self._engine.save(folder)
@@ -167,6 +185,7 @@ class PolicyHost(CriticVerbs, LearnerHost):
             bucket_mib=config.weights.bucket_mib,
             shared=config.cluster.colocate,
             mask=self._make_mask(),
+            meeting=self._meeting(),
             resumed=self._folder,
         )
 

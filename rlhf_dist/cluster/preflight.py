@@ -46,8 +46,8 @@ def require_shared_memory(source: str, config: Config) -> None:
 
     Raises `ResourceError`, or `ModelError` for a file that is damaged.
     """
-    if joins_cluster(config.cluster):
-        return  # the run may be on another node
+    if joins_cluster(config.cluster) or config.weights.transport != "shared_memory":
+        return  # the run may be on another node, or needs none
     folder, dtype = Path(source), config.model.dtype
     if not folder.is_dir():
         require_room(weight_bytes(source, config))

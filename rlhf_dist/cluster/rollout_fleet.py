@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import ray
 
+from rlhf_dist.cluster.direct_push import DirectPush
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.processes import look
 from rlhf_dist.cluster.relay_hosts import OFFER, ONE_NODE, Relays
+from rlhf_dist.cluster.standing import Standing, is_done
 from rlhf_dist.cluster.waits import fetch, limit_text
 from rlhf_dist.errors import ActorLost, ActorTimeout, EngineBroken, RayLost, RlhfError, RunError, WeightSyncError
 from rlhf_dist.loop.events import Event, Lost
@@ -32,27 +33,6 @@ def beat_s(workers: int) -> float:
     return BEAT_S * max(1.0, workers / BEATS)
 
 
-@dataclass(slots=True)
-class Standing:
-    """What is known of a worker from the pushes so far."""
-
-    worker: Any
-    call: Any = None
-    """Its answer to a push, while that is not read."""
-    version: int = -1
-    """The version of that push."""
-    offset: int = 0
-    """The buffer of that version: a worker that loads holds it."""
-    missed: int = 0
-    """Pushes in a row without a right receipt."""
-    last_missed: int = -1
-    """The version of the last one; each counts once."""
-    silent: bool = False
-    """It did not answer in time, and nobody waits for it until it has proved a version."""
-    posted: int = 0
-    """Messages sent to it."""
-
-
 class RolloutFleet:
     """A worker serves only after its receipt proved the published version.
 
@@ -69,9 +49,12 @@ class RolloutFleet:
         sync_timeout_s: float,
         give_up_after: int = 3,
         relays: Relays = ONE_NODE,
+        direct: DirectPush | None = None,
         shares_gpu: bool = False,
     ) -> None:
-        """`shares_gpu`: whether workers and learner ranks take turns on the same GPUs."""
+        """`direct`: where the learner sends straight to the workers. `shares_gpu`: whether workers and learner ranks
+        take turns on the same GPUs."""
+        self._direct = direct
         self._shares_gpu = shares_gpu
         self._standings = {name: Standing(worker) for name, worker in workers.items()}
         # Until the first push they serve what they loaded themselves, which is all that `eval` asks of them.
@@ -125,7 +108,7 @@ class RolloutFleet:
         return problems
 
     def _require_asleep(self, name: str, call: Any) -> None:
-        if not _is_done(call):
+        if not is_done(call):
             limit = limit_text(self._sync_timeout_s, SYNC_KEY)
             raise ActorTimeout(self._silence(name, f"did not free its GPU's memory for the learner in {limit}"))
         fetch(call, name, "sleep", self._sync_timeout_s)
@@ -171,7 +154,7 @@ class RolloutFleet:
         late = {
             name: standing
             for name, standing in self._standings.items()
-            if standing.call is not None and not _is_done(standing.call)
+            if standing.call is not None and not is_done(standing.call)
         }
         problems: list[str] = []
         for relay in ("", *self._relays.fetch):  # each node has buffers of its own
@@ -202,10 +185,13 @@ class RolloutFleet:
                 problems += self._look_back(name, standing, announcement.version)
         self._serving, self._announced = [], announcement
         patience = Patience(self._sync_timeout_s)
-        for name, standing in self._standings.items():
-            if name not in self._relays.of_worker:
-                self._ask_to_load(standing, announcement)
-        problems += self._load_elsewhere(announcement, patience)
+        if self._direct is not None:
+            self._direct.load(self._standings, announcement, self._inbox.wait)
+        else:
+            for name, standing in self._standings.items():
+                if name not in self._relays.of_worker:
+                    standing.ask_to_load(announcement)
+            problems += self._load_elsewhere(announcement, patience)
         asked = [standing for standing in self._standings.values() if standing.version == announcement.version]
         awaited = [standing.call for standing in asked if not standing.silent] or [standing.call for standing in asked]
         if awaited:
@@ -217,11 +203,6 @@ class RolloutFleet:
             raise WeightSyncError("; ".join([*problems, "no rollout worker holds the published weights"]))
         return problems
 
-    def _ask_to_load(self, standing: Standing, announcement: Announcement) -> None:
-        if standing.call is None:
-            standing.call = standing.worker.load_weights.remote(announcement)
-            standing.version, standing.offset = announcement.version, announcement.offset
-
     def _load_elsewhere(self, announcement: Announcement, patience: Patience) -> list[str]:
         """Let the workers of other nodes load as soon as their node has the bytes; without them they miss the push.
 
@@ -229,7 +210,7 @@ class RolloutFleet:
         """
         if self._relays.offer is None:
             return []
-        busy = [relay for relay, call in self._fetches.items() if not _is_done(call)]
+        busy = [relay for relay, call in self._fetches.items() if not is_done(call)]
         problems = [why for relay in busy for why in self._without_weights(relay, announcement, STILL_EARLIER)]
         offer = self._relays.offer.offer.remote(announcement)
         try:
@@ -260,7 +241,7 @@ class RolloutFleet:
             return self._without_weights(relay, announcement, str(error))
         for name in self._relays.workers(relay):
             if name in self._standings:
-                self._ask_to_load(self._standings[name], found)
+                self._standings[name].ask_to_load(found)
         return []
 
     def _without_weights(self, relay: str, announcement: Announcement, why: str) -> list[str]:
@@ -280,7 +261,7 @@ class RolloutFleet:
                 found is None
                 or standing.call is None
                 or standing.version != found.version
-                or not _is_done(standing.call)
+                or not is_done(standing.call)
             ):
                 continue
             try:
@@ -295,7 +276,7 @@ class RolloutFleet:
 
         While it is not answered there is no other: calls must not pile up, and a stopped process would answer them all.
         """
-        if not _is_done(standing.call):
+        if not is_done(standing.call):
             return self._missed(
                 name, standing, version, self._silence(name, f"still has not loaded {standing.version}")
             )
@@ -314,7 +295,7 @@ class RolloutFleet:
     def _read_receipt(self, name: str, standing: Standing, announcement: Announcement) -> list[str]:
         """Let the worker serve when its receipt is right; returns what is wrong with it otherwise."""
         version = announcement.version
-        if not _is_done(standing.call):
+        if not is_done(standing.call):
             if standing.silent:
                 return []  # It may still come, and is counted at the next push.
             standing.silent = True
@@ -340,6 +321,7 @@ class RolloutFleet:
 
     def _proved(self, name: str, standing: Standing) -> None:
         standing.call, standing.missed, standing.silent = None, 0, False
+        standing.proved = self._announced
         self._serving.append(name)
 
     def _silence(self, name: str, what: str) -> str:
@@ -347,6 +329,7 @@ class RolloutFleet:
         return f"{name} {what}" + (f": it {words}" if words else "")
 
     def _missed(self, name: str, standing: Standing, version: int, problem: str) -> list[str]:
+        standing.proved = None
         if version <= standing.last_missed:
             return []
         standing.missed, standing.last_missed = standing.missed + 1, version
@@ -362,7 +345,3 @@ class RolloutFleet:
         why = f"{problem}; it is given up, {left} rollout worker{'s are' if left != 1 else ' is'} left"
         self._inbox.put(Lost(name, why, told=True))
         return why
-
-
-def _is_done(call: Any) -> bool:
-    return bool(ray.wait([call], num_returns=1, timeout=0)[0])

@@ -84,7 +84,7 @@ def start_relays(
     """Start what brings weights to other nodes than learner rank 0's. On leaving `stack` they remove their files."""
     home = placement.learner_node
     places = {node: i for i, node in enumerate(placement.worker_nodes) if node != home}
-    if not home or not places:
+    if not home or not places or config.weights.transport != "shared_memory":
         return ONE_NODE
     secret = new_secret()
 
@@ -132,15 +132,23 @@ def start_ranks(
     return ranks
 
 
-def join_ranks(config: Config, ranks: dict[str, Any], folder: Path | None, nodes: int) -> None:
-    """Let the ranks, which are on so many nodes, meet and load; restores the optimizer of the checkpoint `folder`."""
+def join_ranks(config: Config, ranks: dict[str, Any], folder: Path | None, nodes: int, spread: bool = False) -> None:
+    """Let the ranks, which are on so many nodes, meet and load; restores the optimizer of the checkpoint `folder`.
+
+    `spread`: weights are sent straight to workers on other nodes.
+    """
     if not ranks:
         return
     limit = config.cluster.start_timeout_s
     first = next(iter(ranks))
     address, port = gather({first: ranks[first].address.remote(nodes)}, "give its address", limit, START_KEY)[first]
     resume = str(folder.absolute()) if folder else None
-    gather({name: rank.join.remote(address, port, resume) for name, rank in ranks.items()}, "join", limit, START_KEY)
+    gather(
+        {name: rank.join.remote(address, port, resume, spread) for name, rank in ranks.items()},
+        "join",
+        limit,
+        START_KEY,
+    )
 
 
 def close_ranks(ranks: dict[str, Any], failure: type[BaseException] | None) -> None:

@@ -9,6 +9,7 @@ from itertools import chain
 
 from rlhf_dist.config.algorithm_checks import algorithm_problems, name_problems
 from rlhf_dist.config.keys import Command as Command, Problems, key_problems, range_problems, told
+from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.paths import path_problems
 from rlhf_dist.config.preference_checks import preference_problems
 from rlhf_dist.config.schema import Config, DataConfig
@@ -24,6 +25,22 @@ TAKEN_NAMES = re.compile(
     "non_finite"
 )
 """Rewards are shown as reward/NAME and eval/NAME: these names are in use there (`gold` for the one it is)."""
+
+SENT = "weights.transport is {c.weights.transport}"
+SENT_STRAIGHT: Problems = {
+    f"{SENT} with learner.delta_push true, which saves bytes in the shared memory alone; set weights.transport to "
+    "shared_memory, or take learner.delta_push out": lambda c: _is_sent(c) and c.learner.delta_push,
+    f"{SENT} with reference.update_every {{c.reference.update_every}}; a reference that moves reads the shared memory: "
+    "set weights.transport to shared_memory": lambda c: _is_sent(c) and c.reference.update_every > 0,
+    f"{SENT} with algo.name {{c.algo.name}}, whose mask policy reads the shared memory: set weights.transport to "
+    "shared_memory": lambda c: _is_sent(c) and c.algo.name in METHODS and "mask_top_p" in METHODS[c.algo.name].keys,
+    f"{SENT} with rollout.kv_after_push keep, which prepares a load from the shared memory; set weights.transport to "
+    "shared_memory, or rollout.kv_after_push to recompute": lambda c: _is_sent(c) and c.rollout.kv_after_push == "keep",
+    f"{SENT} and weights.timeout_s {{c.weights.timeout_s}} with learner.timeout_s {{c.learner.timeout_s}}; ranks wait "
+    "for each other while rank 0 waits for rollout workers: set weights.timeout_s to at most "
+    "learner.timeout_s": lambda c: _is_sent(c) and c.weights.timeout_s > c.learner.timeout_s,
+}
+"""Of weights that go straight from the learner to the engines."""
 
 PROBLEMS: dict[tuple[Command, ...], Problems] = {
     ("train", "sft", "reward", "eval"): {
@@ -49,6 +66,7 @@ PROBLEMS: dict[tuple[Command, ...], Problems] = {
         "only)": lambda c: c.rollout.temperature == 0 and c.eval.samples > 1,
     },
     ("train",): {
+        **SENT_STRAIGHT,
         "rollout.temperature is 0; all samples of a group would be the same: it must be greater than 0 for "
         "train": lambda c: c.rollout.temperature == 0,
         "ptx.source is task, demonstrations of data.task, but data.source is {c.data.source}; set ptx.source and "
@@ -58,6 +76,10 @@ PROBLEMS: dict[tuple[Command, ...], Problems] = {
         ),
     },
 }
+
+
+def _is_sent(config: Config) -> bool:
+    return config.weights.transport != "shared_memory"
 
 
 def check(config: Config, command: Command) -> None:

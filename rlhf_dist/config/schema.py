@@ -215,12 +215,15 @@ class PipelineConfig:
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    transport: Literal["shared_memory"] = "shared_memory"
-    """How weights reach the rollout workers: through the node's shared memory."""
+    transport: Literal["shared_memory", "broadcast", "ipc"] = "shared_memory"
+    """How weights reach the rollout workers. shared_memory: through the node's shared memory, and from node to node by
+    relays. broadcast: learner rank 0 sends them to all engines, by nccl between GPUs, by gloo between CPUs. ipc: from
+    learner ranks to engines on the same GPU (`cluster.colocate`) or CPUs, through a bucket that both see."""
     bucket_mib: int = key(64, COUNT)
-    """Weights hashed as one."""
+    """Weights hashed as one, and sent as one."""
     timeout_s: float = key(120.0, LIMIT_S)
-    """Limit for one push to all workers. A worker that did not answer in time is not waited for in later pushes."""
+    """Limit for one push to all workers. A worker that did not answer in time is not waited for in later pushes.
+    Transports other than shared_memory wait half of it for workers to be ready, then once more without the missing."""
     give_up_after: int = key(3, COUNT)
     """Pushes that a worker may miss in a row before it is killed and the run goes on without it."""
 

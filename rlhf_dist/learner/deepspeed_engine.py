@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -24,6 +23,7 @@ from rlhf_dist.errors import ConfigError, RunError
 from rlhf_dist.learner.changed_words import Part, Run
 from rlhf_dist.models.by_parameter import Scatter
 from rlhf_dist.planning.memory import REDUCE_BUCKET
+from rlhf_dist.weights.own_address import interface_of
 
 LOOPBACK = "127.0.0.1"
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -348,12 +348,6 @@ def init_process_group(
     store = meeting_point(rank, world_size, address, port, limit)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=limit, verbose=False)
-
-
-def interface_of(address: str) -> str:
-    """The network interface that has the address, such as `lo` or `eth0`; empty where none has it."""
-    found = psutil.net_if_addrs().items()
-    return next((name for name, own in found if any(one.address == address for one in own)), "")
 
 
 def meeting_point(rank: int, world_size: int, address: str, port: int, limit: timedelta) -> TCPStore:

@@ -16,6 +16,7 @@ from rlhf_dist.errors import ConfigError, RlhfError
 from rlhf_dist.learner.agreement import Held, require_agreement
 from rlhf_dist.learner.checkpoint_files import optimizer_file
 from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine, zero_scatter
+from rlhf_dist.learner.direct_publication import DirectPublication
 from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.publication import Publication
@@ -26,7 +27,7 @@ from rlhf_dist.models.packed_policy import PackedPolicy, check_head
 from rlhf_dist.models.sequence_parallel import sequence_group
 from rlhf_dist.models.tensors import digest, read_tensors, write_tensors
 from rlhf_dist.weights.buckets import make_plan
-from rlhf_dist.weights.receipts import Announcement
+from rlhf_dist.weights.receipts import Announcement, MeetingPoint, Round, Sent
 
 PREFIX = "model."
 """PackedModel holds the Hugging Face model under this name; published names are Hugging Face's own."""
@@ -157,10 +158,13 @@ class ModelEngine(Engine):
         bucket_mib: int,
         shared: bool = False,
         mask: MaskPolicy | None = None,
+        meeting: MeetingPoint | None = None,
     ) -> None:
         """Load the Hugging Face directory `source`; the process group is up already.
 
-        `shared`: rollout workers have the same devices. `mask`: what may be drawn.
+        `shared`: rollout workers have the same devices. `mask`: what may be drawn. `meeting`: how weights are sent
+        straight to the engines, and where rank 0 listens for them (its port is found here); None: they go through
+        shared memory.
         """
         scatter = zero_scatter(learner.zero_stage, model.dtype, optimizer.max_grad_norm)
         hf_model = load_model(source, model.dtype, choose_attention(model.attention, device, model.dtype), scatter)
@@ -176,9 +180,13 @@ class ModelEngine(Engine):
             if name.startswith(PREFIX)
         ]
         plan = make_plan(shapes, bucket_mib * 2**20)
-        self._publication = Publication(
-            self._deepspeed, self.weights, plan, prefix=PREFIX, changes=learner.delta_push, shared=shared
-        )
+        self._publication: Publication | DirectPublication
+        if meeting is None:
+            self._publication = Publication(
+                self._deepspeed, self.weights, plan, prefix=PREFIX, changes=learner.delta_push, shared=shared
+            )
+        else:
+            self._publication = DirectPublication(self._deepspeed, self.weights, plan, meeting, shared=shared)
         self._usual_chunks = self.chunks_of(learner.micro_batch_tokens, learner.micro_batch_tokens, self._chunk)
 
     def logprobs(self, packed: Packed, temperature: float, masked: bool = True) -> Tensor:
@@ -223,7 +231,9 @@ class ModelEngine(Engine):
         return super().step(lr)
 
     def publish(self, version: int) -> Announcement | None:
-        """Write the weights where rollout workers read them. Every rank calls it; rank 0 returns the announcement.
+        """Write the weights where rollout workers read them, or hash what `send` will send them.
+
+        Every rank calls it; rank 0 returns the announcement.
 
         Without an optimizer step since the last publication, its bytes get the new number.
         """
@@ -231,6 +241,11 @@ class ModelEngine(Engine):
         if self._mask is not None:
             self._mask.follow(version, self.weights())
         return announcement
+
+    def send(self, made: Round) -> Sent:
+        """Send the published weights to the engines of a round. Every rank calls it, with a meeting only."""
+        assert isinstance(self._publication, DirectPublication)
+        return self._publication.send(made)
 
     def save(self, folder: Path) -> None:
         """Checkpoint into `folder`: `hf/` by rank 0, and each rank's `optimizer-RANK.safetensors`."""
@@ -243,5 +258,5 @@ class ModelEngine(Engine):
         self.save_optimizer(folder)
 
     def close(self) -> None:
-        """Remove the shared-memory file."""
+        """Remove the shared-memory file, or end the connections."""
         self._publication.close()

@@ -1,8 +1,10 @@
-"""The receiving end of a push: from shared memory into vLLM's model, all or nothing.
+"""The receiving end of a push: from shared memory, or straight from the learner, into vLLM's model, all or nothing.
 
-A load has two parts. First every process of the engine hashes all buckets; a difference is refused there, and the
-engine keeps what it holds. Then the model is loaded. From here on a failure leaves it with parts of two versions (vLLM
-takes its layers apart to load them, and would not notice at the next load), so the engine is broken for good:
+A load has two parts. First every process of the engine takes the version: it hashes all buckets that lie in shared
+memory, or agrees with the learner on a transfer. What is wrong there is refused, and the engine keeps what it holds.
+Then the model is loaded; from a transfer bucket by bucket, each hashed as it comes. From here on a failure leaves it
+with parts of two versions (vLLM takes its layers apart to load them, and would not notice at the next load), so the
+engine is broken for good:
 
     clean -> loading -> clean, or broken
 
@@ -23,6 +25,7 @@ from rlhf_dist.models.hf import load_model, own_memory
 from rlhf_dist.rollout.masked_sampling import MaskReader, MaskStart
 from rlhf_dist.rollout.spare_model import SpareModel
 from rlhf_dist.types import NO_VERSION, Receipt
+from rlhf_dist.weights.direct_reader import DirectReader, Incoming
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 from rlhf_dist.weights.shared_memory import Lease, WeightReader
 from rlhf_dist.weights.tally import ReadTally
@@ -34,15 +37,6 @@ UNPUBLISHED = NO_VERSION
 
 
 @dataclass(frozen=True, slots=True)
-class Hashed:
-    """One process's answer to the first part. An answer, since an exception would lose its type between processes."""
-
-    hashes: tuple[str, ...]
-    refusal: str
-    """Why nothing will be loaded; empty where all is as announced."""
-
-
-@dataclass(frozen=True, slots=True)
 class Loaded:
     """One process's answer to the second part."""
 
@@ -50,6 +44,11 @@ class Loaded:
     """Announced parameter -> elements that were copied; of its own shard where the engine has several processes."""
     unfilled: tuple[str, ...]
     """See `Receipt`."""
+    hashes: tuple[str, ...]
+    """Of each bucket, as it arrived."""
+    failure: str = ""
+    """Why the load failed in the middle; empty where it did not. An answer: of several processes that raise, vLLM reads
+    the first one's error, and takes the next one's for the answer to a later call."""
 
 
 class EngineWeights:
@@ -116,6 +115,8 @@ class EngineWeights:
 
     def _holds(self, announcement: Announcement) -> Receipt | None:
         """The receipt for these weights, if they are the model's already."""
+        if announcement.round is not None:  # the others wait for this engine to take part
+            return None
         return self._held[1] if self._held is not None and self._held[0].same_weights(announcement) else None
 
     def _take(self, announcement: Announcement) -> Receipt:
@@ -128,20 +129,22 @@ class EngineWeights:
 
     def _fill(self, announcement: Announcement, spare: bool) -> Receipt:
         call = self._engine.collective_rpc
-        hashed: list[Hashed] = call("hash_weights", args=(announcement,))
-        if any(answer.refusal for answer in hashed):
+        refusals: list[str] = call("take_weights", args=(announcement,))
+        if any(refusals):
             call("release_weights")
             self._state = "clean"
-            raise_refusal([answer.refusal for answer in hashed])
+            raise_refusal(refusals)
         try:
-            loaded: list[Loaded] = call("load_hashed_weights", args=(spare,))
-        except Exception as error:
-            raise self._broken(announcement, f"failed ({type(error).__name__}: {error})") from error
-        finally:
+            loaded: list[Loaded] = call("load_taken_weights", args=(spare,))
             call("release_weights")
+        except Exception as error:  # one of the processes has ended
+            raise self._broken(announcement, f"failed ({type(error).__name__}: {error})") from error
+        for answer in loaded:
+            if answer.failure:
+                raise self._broken(announcement, f"failed ({answer.failure})")
         unfilled = {name for answer in loaded for name in answer.unfilled}
         return Receipt(
-            self._name, announcement.version, hashed[0].hashes, merged(announcement, loaded), tuple(sorted(unfilled))
+            self._name, announcement.version, loaded[0].hashes, merged(announcement, loaded), tuple(sorted(unfilled))
         )
 
     def _require_renewed(self, announcement: Announcement) -> None:
@@ -179,8 +182,10 @@ class WeightReceiver:
     model_config: Any
     vllm_config: Any
     device: Any
+    rank: int
     _weight_reader: WeightReader | None = None
-    _weight_lease: Lease | None = None
+    _direct_reader: DirectReader | None = None
+    _taken: Lease | Incoming | None = None
     _mask_reader: MaskReader | None = None
     _spare: SpareModel | None = None
 
@@ -195,45 +200,59 @@ class WeightReceiver:
         (processor,) = (p for p in self.model_runner.input_batch.logitsprocs.all if isinstance(p, mask_processor()))
         processor.reader = self._mask_reader
 
-    def hash_weights(self, announcement: Announcement) -> Hashed:
-        """Hash all buckets of a version and keep it locked; nothing of the model is touched."""
-        if self._weight_reader is None:
-            self._weight_reader = WeightReader(pinned=self.device.type == "cuda")
-        try:
-            self._weight_lease = self._weight_reader.take(announcement)
-        except WeightSyncError as error:
-            return Hashed((), str(error))
-        return Hashed(self._weight_lease.hashes, "")
+    def take_weights(self, announcement: Announcement) -> str:
+        """Make sure of a version; nothing of the model is touched.
 
-    def load_hashed_weights(self, spare: bool) -> Loaded:
-        """Load the version that is locked into the model, or into its spare one."""
+        Returns why nothing will be loaded, or nothing: an exception would lose its type between processes.
+        """
+        try:
+            if announcement.meeting is not None:
+                self._direct_reader = self._direct_reader or DirectReader(self.device)
+                self._taken = self._direct_reader.take(announcement, self.rank)
+                return ""
+            if self._weight_reader is None:
+                self._weight_reader = WeightReader(pinned=self.device.type == "cuda")
+            self._taken = self._weight_reader.take(announcement)
+        except WeightSyncError as error:
+            return str(error)
+        return ""
+
+    def load_taken_weights(self, spare: bool) -> Loaded:
+        """Load that version into the model, or into its spare one."""
+        try:
+            return self._load_taken(spare)
+        except Exception as error:
+            logging.getLogger(__name__).exception("the load of weights failed")
+            return Loaded({}, (), (), f"{type(error).__name__}: {error}")
+
+    def _load_taken(self, spare: bool) -> Loaded:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         # It warns of layers without weights of their own at every load. What lacks weights is in `unfilled`.
         logging.getLogger(initialize_layerwise_reload.__module__).setLevel(logging.ERROR)
-        lease: Lease | None = self._weight_lease
+        taken: Lease | Incoming | None = self._taken
         model: Any = self.model_runner.model
-        assert lease is not None, "hash_weights comes first"
+        assert taken is not None, "take_weights comes first"
         if spare:
             self._spare = self._spare or SpareModel(model)
             model = self._spare.model
-        tensors, wanted = lease.tensors(), parameter_names(model)
-        with set_current_vllm_config(self.vllm_config), ReadTally(tensors) as tally:
+        wanted = parameter_names(model)
+        with set_current_vllm_config(self.vllm_config), ReadTally() as tally:
             # On a CPU linear layers are packed into another form and the originals freed: they are loaded anew.
             initialize_layerwise_reload(model)
             keep_embeddings(model)
-            reported = model.load_weights(iter(tensors))
+            reported = model.load_weights(watched(taken, tally))
             partial = partly_loaded(model)
             finalize_layerwise_reload(model, self.model_config)
             repack_tied_heads(model)
         # A few models report nothing: then their layers' own counts and the tally are all there is.
         unfilled = partial if reported is None else [*(wanted - set(reported)), *partial]
-        return Loaded(tally.counts(), tuple(unfilled))
+        return Loaded(tally.counts(), tuple(unfilled), taken.hashes)
 
     def exchange_weights(self) -> None:
         """Use the spare model's weights."""
-        assert self._spare is not None, "load_hashed_weights comes first"
+        assert self._spare is not None, "load_taken_weights comes first"
         self._spare.exchange()
 
     def follow_mask(self, announcement: Announcement) -> str:
@@ -255,10 +274,18 @@ class WeightReceiver:
             lease.close()
 
     def release_weights(self) -> None:
-        """Let the learner write over what was locked."""
-        if self._weight_lease is not None:
-            self._weight_lease.close()
-            self._weight_lease = None
+        """Let the learner write over what was locked, or end the transfer."""
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            taken.close()
+
+
+def watched(taken: Lease | Incoming, tally: ReadTally) -> Iterator[tuple[str, Any]]:
+    """The parameters, one after another, as they come."""
+    for part in taken.parts():
+        tally.watch(part)
+        yield from part
+        del part  # before the next one comes
 
 
 def parameter_names(model: Any) -> set[str]:

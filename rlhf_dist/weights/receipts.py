@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import xxhash
 
@@ -23,19 +24,67 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
+class MeetingPoint:
+    """Where engines meet the learner, which sends to them."""
+
+    address: tuple[str, int]
+    """Host and port of learner rank 0's store."""
+    transport: Literal["broadcast", "ipc"]
+    limit_s: float
+    """For a round, `weights.timeout_s`; half of it for engines to be ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One transfer from the learner straight to the processes of some engines."""
+
+    number: int
+    """Each has another."""
+    group: int
+    """Number of the round in which the processes connected: another one whenever somebody comes or goes."""
+    version: int
+    meeting: MeetingPoint
+    engines: tuple[str, ...]
+    """Names by rank, from 1 on; an engine is there once for each of its processes. Learner rank 0 is 0."""
+    first: int = 1
+    """Rank of the first process of the engine that is asked."""
+
+
+def named_engines(made: Round, ranks: Sequence[int]) -> tuple[str, ...]:
+    """The engines that the ranks belong to, each once."""
+    return tuple(dict.fromkeys(made.engines[rank - 1] for rank in ranks))
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What became of a round, as the learner saw it."""
+
+    left_out: tuple[str, ...] = ()
+    """Engines for which it was called off."""
+    problem: str = ""
+    """Why nothing was sent, or not everything; empty where all is well."""
+    begun: bool = False
+    """Whether models were touched."""
+
+
+@dataclass(frozen=True, slots=True)
 class Announcement:
     """A published version, and where its bytes lie."""
 
     version: int
     path: str
-    """The shared-memory file."""
+    """The shared-memory file; empty where weights are sent straight to the engines."""
     offset: int
     """Where the version's buffer begins in the file, in bytes."""
     plan: WeightPlan
     hashes: tuple[str, ...]
-    """xxh3-128 of each bucket as the learner wrote it."""
+    """Of each bucket as the learner wrote it: xxh3-128, or `DeviceHash` where it is sent from the learner's device."""
     changes: Changes | None = None
     """Where the learner told what changed; the whole is there all the same."""
+    meeting: MeetingPoint | None = None
+    """None: engines read the shared memory."""
+    round: Round | None = None
+    """The transfer in which an engine gets it; None: it holds these weights already, or reads them."""
 
     def same_weights(self, other: Announcement) -> bool:
         """Whether both versions have the same bytes under the same names."""
@@ -64,14 +113,15 @@ BucketHash = xxhash.xxh3_128
 def receipt_problem(announcement: Announcement, receipt: Receipt) -> Problem | None:
     """Compare what arrived and what the engine loaded with what was announced; None where all agree."""
     who = f"{receipt.worker}, version {announcement.version}"
+    touched = announcement.meeting is not None  # bucket by bucket: before the last was hashed, others were loaded
     if receipt.version != announcement.version:
         return Problem(f"{who}: its receipt is for version {receipt.version}", broken=False)
     for index, (sent, received) in enumerate(zip(announcement.hashes, receipt.hashes, strict=False)):
         if sent != received:
-            return Problem(f"{who}: bucket {index} arrived as {received}, was sent as {sent}", broken=False)
+            return Problem(f"{who}: bucket {index} arrived as {received}, was sent as {sent}", broken=touched)
     if len(receipt.hashes) != len(announcement.hashes):
         text = f"{who}: {len(receipt.hashes)} buckets received, {len(announcement.hashes)} sent"
-        return Problem(text, broken=False)
+        return Problem(text, broken=touched)
     skipped = [slot for slot in announcement.plan.slots if receipt.loaded.get(slot.name, 0) != slot.elements]
     if skipped:
         first = skipped[0]

@@ -248,6 +248,10 @@ class Lease:
         offset = self.announcement.offset
         return [(slot.name, slot_view(self.memory, slot, offset)) for slot in self.announcement.plan.slots]
 
+    def parts(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """The same as one part: all are there."""
+        yield self.tensors()
+
     def close(self) -> None:
         """Let the writer use the buffer again. May be called twice."""
         if not self.file.closed:

@@ -5,31 +5,48 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+class Watched(NamedTuple):
+    """Where a tensor lies."""
+
+    start: int
+    end: int
+    name: str
+    memory: StorageWeakRef
+
+
 class ReadTally(TorchDispatchMode):
-    """While it is active, counts the elements that operations read from the tensors, views of them included.
+    """While it is active, counts the elements that operations read from watched tensors, views of them included.
 
     A view reads nothing, and neither does an operation with a tensor on the meta device, with which vLLM tries its
     loaders before it uses them. What counts is a copy into other memory: that of a parameter, or of a tensor made on
     the way.
     """
 
-    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """`tensors` lie in the CPU's memory, and do not overlap."""
+    def __init__(self) -> None:
         super().__init__()
-        held = sorted((tensor.data_ptr(), name, tensor.numel(), tensor.nbytes) for name, tensor in tensors)
-        self._sizes = {name: elements for _, name, elements, _ in held}
-        filled = [entry for entry in held if entry[3]]
-        self._starts = [start for start, *_ in filled]
-        self._ends = [start + nbytes for start, _, _, nbytes in filled]
-        self._names = [name for _, name, *_ in filled]
+        self._sizes: dict[str, int] = {}
+        self._watched: list[Watched] = []
+        self._starts: list[int] = []
         self._read: Counter[str] = Counter()
+
+    def watch(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """These too, from now on. They do not overlap; those whose memory is free again are forgotten."""
+        found = [one for one in self._watched if not one.memory.expired()]
+        for name, tensor in tensors:
+            self._sizes[name] = tensor.numel()
+            if tensor.nbytes:
+                start = tensor.data_ptr()
+                found.append(Watched(start, start + tensor.nbytes, name, StorageWeakRef(tensor.untyped_storage())))
+        self._watched = sorted(found, key=lambda one: one.start)
+        self._starts = [one.start for one in self._watched]
 
     def counts(self) -> dict[str, int]:
         """Name -> elements read, at most as many as the tensor has."""
@@ -43,11 +60,15 @@ class ReadTally(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _note(self, tensor: Tensor) -> None:
-        if tensor.device.type != "cpu" or not tensor.numel():
+        if not tensor.numel():
             return
         index = bisect_right(self._starts, tensor.data_ptr()) - 1
-        if index >= 0 and tensor.data_ptr() < self._ends[index]:
-            self._read[self._names[index]] += tensor.numel()
+        if index < 0:
+            return
+        found = self._watched[index]
+        # The address may be another tensor's by now.
+        if tensor.data_ptr() < found.end and not found.memory.expired():
+            self._read[found.name] += tensor.numel()
 
 
 def is_view(func: Any) -> bool:

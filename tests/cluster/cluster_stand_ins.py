@@ -41,7 +41,7 @@ from rlhf_dist.types import (
     Scores,
 )
 from rlhf_dist.weights.buckets import make_plan
-from rlhf_dist.weights.receipts import Announcement
+from rlhf_dist.weights.receipts import Announcement, Round, Sent
 
 if TYPE_CHECKING:  # each stand-in is a process that imports this module, and torch takes seconds
     from rlhf_dist.learner.token_sums import EstimateSums, Whitening
@@ -124,6 +124,8 @@ class Stand:
         self._mode = "right"
         self._tokens = tokens
         self._path = ""
+        self._rounds: list[Round] = []
+        self._answers: list[Sent] = []
         rollout_worker.render = lambda tokenizer, messages, chat: [1] * len(messages[0].content)
         self.anew()
 
@@ -198,11 +200,26 @@ class Stand:
             raise WeightSyncError("version 3: bucket 0 arrived torn; nothing was loaded")
         if self._mode == "broken":
             raise EngineBroken("the load of version 3 failed (OSError: gone)")
+        if self._mode == "off once" and announcement.round is not None and announcement.round.number == 1:
+            raise WeightSyncError("version 3 was not sent: two did not get ready in time; nothing was loaded")
         found = "another hash" if self._mode == "lies" else announcement.hashes[0]
         return Receipt(self._name, announcement.version, (found,), {"a": 3 if self._mode == "skips" else 4})
 
     def publish(self, version: int) -> Announcement | None:
         return replace(ANNOUNCEMENT, version=version) if self._name == "one" else None
+
+    def script(self, answers: list[Sent]) -> None:
+        """What its next calls of `send` answer, as a learner's rank."""
+        self._rounds, self._answers = [], answers
+
+    def send(self, made: Round) -> Sent:
+        self.work()
+        self._rounds.append(made)
+        return self._answers.pop(0)
+
+    def rounds(self) -> list[Round]:
+        """That it was asked to send in."""
+        return self._rounds
 
     def update(self, batch: Any, credit: Any, whitening: Whitening) -> MetricSums:
         found = {"policy/loss": (batch, 1.0)}

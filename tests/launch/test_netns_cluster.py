@@ -123,7 +123,7 @@ def done(shared_run: SharedRun, tmp_path_factory: pytest.TempPathFactory) -> Don
     config = written(shared_run, folder, own)
     commands = {
         "workers": [*WORKERS, "name=three"],
-        "ranks": [*RANKS, "name=ranks", f"output={shared}"],
+        "ranks": [*RANKS, "name=ranks", f"output={shared}", "weights.transport=broadcast"],
         "delta": [*DELTA, "name=delta", f"output={shared}"],
         "too many": [*TOO_MANY, f"output={shared}"],
     }
@@ -204,6 +204,7 @@ def test_weights_and_tokens_cross_the_network(shared_run: SharedRun, done: Done,
 
 @needs_namespaces
 def test_ranks_meet_over_the_network(shared_run: SharedRun, done: Done, tmp_path: Path) -> None:
+    """And rank 0 sends the weights straight to the worker on the third node; on one node they go by shared memory."""
     assert done.text["ranks"].endswith("\n0\n"), done.text["ranks"][-3000:]
     assert metrics(done.shared / "ranks") == on_one_node(shared_run, tmp_path, RANKS)
     assert {"learner-rank-0", "learner-rank-1", "rollout-worker-0"} <= logs(done.shared / "ranks")

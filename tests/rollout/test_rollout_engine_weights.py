@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from rlhf_dist.errors import EngineBroken, WeightSyncError
-from rlhf_dist.rollout.weight_receiver import UNPUBLISHED, EngineWeights, Hashed, Loaded
+from rlhf_dist.rollout.weight_receiver import UNPUBLISHED, EngineWeights, Loaded
 from rlhf_dist.weights.buckets import make_plan
-from rlhf_dist.weights.receipts import Announcement, receipt_problem
+from rlhf_dist.weights.receipts import Announcement, MeetingPoint, Round, receipt_problem
 
 PLAN = make_plan([("norm", (4,), "float32"), ("qkv", (6, 2), "float32")], 1)
 ANNOUNCEMENT = Announcement(1, "unused", 0, PLAN, ("hash 0", "hash 1"))
-WHOLE = Loaded({"norm": 4, "qkv": 12}, ())
+WHOLE = Loaded({"norm": 4, "qkv": 12}, (), ())
 
 
 @dataclass
@@ -25,18 +25,26 @@ class Engine:
     refusal: str = ""
     mask_refusal: str = ""
     error: Exception | None = None
+    """In the middle of a load, in each process."""
+    gone: bool = False
+    """Whether a process ends in the middle of a load."""
     caches: str = ""
     """What is wrong with them after a load."""
+    hashes: tuple[str, ...] = ()
+    """Of the version that was taken."""
     asked: list[str] = field(default_factory=list)
 
     def collective_rpc(self, method: str, args: Any = ()) -> list[Any]:
         self.asked.append(f"{method}, spare" if args == (True,) else method)
-        if method == "hash_weights":
-            return [Hashed(args[0].hashes, "") for _ in self.loaded[1:]] + [Hashed(args[0].hashes, self.refusal)]
-        if method == "load_hashed_weights":
+        if method == "take_weights":
+            self.hashes = args[0].hashes
+            return ["" for _ in self.loaded[1:]] + [self.refusal]
+        if method == "load_taken_weights":
+            if self.gone:
+                raise RuntimeError("a process of the engine ended")
             if self.error is not None:
-                raise self.error
-            return list(self.loaded)
+                return [Loaded({}, (), (), f"{type(self.error).__name__}: {self.error}") for _ in self.loaded]
+            return [replace(one, hashes=self.hashes) for one in self.loaded]
         return [self.mask_refusal if method == "follow_mask" else ""]
 
     def renew_caches(self, version: int) -> str:
@@ -57,8 +65,8 @@ def test_a_load_hashes_loads_forgets_and_takes_the_version() -> None:
     assert weights.version == UNPUBLISHED and engine.asked == ["version -1"]
     assert receipt_problem(ANNOUNCEMENT, weights.load(ANNOUNCEMENT)) is None
     assert engine.asked[1:] == [
-        "hash_weights",
-        "load_hashed_weights",
+        "take_weights",
+        "load_taken_weights",
         "release_weights",
         "caches of version 1",
         "follow_mask",
@@ -76,7 +84,19 @@ def test_weights_that_are_held_get_a_number_and_the_mask_its_turn() -> None:
     assert engine.asked == ["follow_mask", "version 2"] and weights.version == 2
     other = make_plan([("norm", (4,), "float32"), ("qkv", (2, 6), "float32")], 1)
     weights.load(replace(ANNOUNCEMENT, version=3, plan=other))
-    assert "hash_weights" in engine.asked, "the same bytes under another layout are other weights"
+    assert "take_weights" in engine.asked, "the same bytes under another layout are other weights"
+
+
+def test_an_engine_takes_part_in_a_transfer_whatever_it_holds() -> None:
+    """The others wait for it."""
+    engine = Engine()
+    weights = held_by(engine)
+    weights.load(ANNOUNCEMENT)
+    engine.asked.clear()
+    meeting = MeetingPoint(("127.0.0.1", 1), "broadcast", 1.0)
+    sent = replace(ANNOUNCEMENT, version=2, meeting=meeting, round=Round(1, 1, 2, meeting, ("w",)))
+    assert receipt_problem(sent, weights.load(sent)) is None
+    assert engine.asked[:2] == ["take_weights", "load_taken_weights"]
 
 
 def test_a_refusal_in_one_of_the_processes_stops_all_and_changes_nothing() -> None:
@@ -85,7 +105,7 @@ def test_a_refusal_in_one_of_the_processes_stops_all_and_changes_nothing() -> No
     with pytest.raises(WeightSyncError, match="bucket 0 arrived as x") as caught:
         weights.load(ANNOUNCEMENT)
     assert not isinstance(caught.value, EngineBroken)
-    assert engine.asked[1:] == ["hash_weights", "release_weights"] and weights.version == UNPUBLISHED
+    assert engine.asked[1:] == ["take_weights", "release_weights"] and weights.version == UNPUBLISHED
     engine.refusal = ""
     assert receipt_problem(ANNOUNCEMENT, weights.load(ANNOUNCEMENT)) is None
 
@@ -94,7 +114,7 @@ def test_a_version_that_was_prepared_only_has_to_be_exchanged() -> None:
     engine = Engine()
     weights = held_by(engine)
     weights.prepare(ANNOUNCEMENT)
-    assert engine.asked[1:] == ["hash_weights", "load_hashed_weights, spare", "release_weights"]
+    assert engine.asked[1:] == ["take_weights", "load_taken_weights, spare", "release_weights"]
     assert weights.version == UNPUBLISHED, "it is not in use yet"
     engine.asked.clear()
     assert receipt_problem(ANNOUNCEMENT, weights.load(ANNOUNCEMENT)) is None
@@ -111,7 +131,7 @@ def test_another_version_than_the_prepared_one_is_loaded_as_without() -> None:
     weights.prepare(ANNOUNCEMENT)
     engine.asked.clear()
     assert weights.load(other).hashes == other.hashes
-    assert engine.asked[:2] == ["hash_weights", "load_hashed_weights"]
+    assert engine.asked[:2] == ["take_weights", "load_taken_weights"]
     weights.load(ANNOUNCEMENT)
     assert "exchange_weights" not in engine.asked, "the spare model's turn is over with the load after it"
 
@@ -140,10 +160,19 @@ def test_a_mask_that_is_missing_is_refused_and_the_weights_are_whole() -> None:
     assert weights.load(replace(ANNOUNCEMENT, version=20)).version == 20
 
 
+def test_an_engine_that_lost_a_process_is_broken() -> None:
+    weights = held_by(Engine(gone=True))
+    with pytest.raises(EngineBroken, match=r"version 1 failed \(RuntimeError: a process of the engine ended"):
+        weights.load(ANNOUNCEMENT)
+    with pytest.raises(EngineBroken):
+        weights.require_clean()
+
+
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
         (Engine(error=RuntimeError("half")), r"the load of version 1 failed \(RuntimeError: half\)"),
+        (Engine(error=RuntimeError("half"), loaded=(WHOLE, WHOLE)), r"failed \(RuntimeError: half\)"),
         (Engine(caches="vLLM said no"), "^the load of version 1 is done, but vLLM said no$"),
     ],
 )
@@ -162,10 +191,10 @@ def test_what_goes_wrong_later_breaks_the_engine(engine: Engine, message: str) -
     ("loaded", "problem"),
     [
         # Two processes: each has its half of a sharded tensor, and a copy of one that is not cut.
-        ((Loaded({"norm": 4, "qkv": 6}, ()), Loaded({"norm": 4, "qkv": 6}, ())), None),
-        ((Loaded({"norm": 4, "qkv": 6}, ()), Loaded({"norm": 4, "qkv": 2}, ())), "8 of 12 elements of qkv"),
+        ((Loaded({"norm": 4, "qkv": 6}, (), ()), Loaded({"norm": 4, "qkv": 6}, (), ())), None),
+        ((Loaded({"norm": 4, "qkv": 6}, (), ()), Loaded({"norm": 4, "qkv": 2}, (), ())), "8 of 12 elements of qkv"),
         (
-            (WHOLE, Loaded({"norm": 0, "qkv": 6}, ("norm.weight",))),
+            (WHOLE, Loaded({"norm": 0, "qkv": 6}, ("norm.weight",), ())),
             "1 parameters as not loaded whole, first norm.weight",
         ),
     ],

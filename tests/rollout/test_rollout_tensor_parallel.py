@@ -6,13 +6,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
 import ray
+import torch
 from pumping import answered
 from real_engine import CONFIG, PROMPT_TOKENS, PROMPTS, Learner, largest_difference, requests, versions
+from weight_senders import push, sending
 
 from rlhf_dist.cluster.actors import WORKER_THREADS, RolloutHost
 from rlhf_dist.cluster.processes import ProcessName, process_id
@@ -110,6 +112,38 @@ def test_a_push_that_both_refuse_leaves_them_in_step(process: Process, learner: 
     assert receipt_problem(pushed, receipt) is None and receipt.hashes != before.hashes
     found = process.sampled()
     assert versions(found) == {3} and largest_difference(learner, found) <= 1e-5
+
+
+def detached(learner: Learner) -> list[tuple[str, torch.Tensor]]:
+    return [(name, tensor.detach()) for name, tensor in learner.weights()]
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "ipc"])
+def test_what_the_learner_sends_straight_reaches_both(
+    process: Process, learner: Learner, transport: Literal["broadcast", "ipc"]
+) -> None:
+    plan = learner.writer.plan
+    with sending(transport, LIMIT_S, plan, lambda: detached(learner)) as sender:
+        for number in (1, 2):
+            learner.move(seed=10 + number)
+            announced = sender.publish(10 + number)
+            assert receipt_problem(announced, push(sender, announced, number, process.load, processes=2)) is None
+            found = process.sampled()
+            assert versions(found) == {10 + number} and largest_difference(learner, found) <= 1e-5
+        held = replace(announced, version=20)
+        assert receipt_problem(held, process.load(held)) is None, "the number alone, without a round"
+
+
+def test_a_bucket_that_is_not_the_announced_one_breaks_the_engine(process: Process, learner: Learner) -> None:
+    plan = learner.writer.plan
+    with sending(
+        "broadcast", LIMIT_S, plan, lambda: [(n, tensor.detach()) for n, tensor in learner.weights()]
+    ) as sender:
+        learner.move(seed=20)
+        announced = sender.publish(21)
+        learner.move(seed=21)  # what is sent is not what was hashed
+        with pytest.raises(EngineBroken, match=r"the load of version 21 failed .*bucket 0 arrived as"):
+            push(sender, announced, 1, process.load, processes=2)
 
 
 def test_an_actor_that_is_killed_leaves_no_process_of_its_engine(process: Process) -> None:

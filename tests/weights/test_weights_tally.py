@@ -36,6 +36,21 @@ def given() -> list[tuple[str, Tensor]]:
 )
 def test_elements_that_were_read(use: Callable[[Tensor, Tensor], object], expected: dict[str, int]) -> None:
     (_, a), (_, b), _ = tensors = given()
-    with ReadTally(tensors) as tally:
+    with ReadTally() as tally:
+        tally.watch(tensors)
         use(a, b)
     assert tally.counts() == {"a": 0, "b": 0, "none": 0} | expected
+
+
+def test_memory_that_is_free_again_counts_for_nobody() -> None:
+    memory = bytearray(32)  # outlives the tensors, so that the second one has the first one's address for sure
+    with ReadTally() as tally:
+        first = torch.frombuffer(memory, dtype=torch.float32)
+        tally.watch([("first", first)])
+        torch.empty(4).copy_(first[:4])
+        del first
+        second = torch.frombuffer(memory, dtype=torch.float32)
+        torch.empty(8).copy_(second)
+        tally.watch([("second", second)])
+        torch.empty(8).copy_(second)
+    assert tally.counts() == {"first": 4, "second": 8}

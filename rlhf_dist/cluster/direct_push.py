@@ -1,0 +1,99 @@
+"""The controller's part in sending weights straight from the learner to the engines: who takes part in which round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from rlhf_dist.cluster.standing import Standing, is_done
+from rlhf_dist.cluster.waits import Wait, fetch, gather
+from rlhf_dist.errors import EngineBroken, RayLost, RlhfError, WeightSyncError
+from rlhf_dist.telemetry.timeline import Patience
+from rlhf_dist.weights.receipts import Announcement, MeetingPoint, Round, Sent
+
+ROUNDS = 2
+"""For a version: where one is called off before any model is touched, there is another without the missing."""
+GRACE_S = 10.0
+"""Beyond a round's limit, which learner and engines keep themselves."""
+SYNC_KEY = "weights.timeout_s"
+
+
+class DirectPush:
+    """Rounds with the learner's ranks. Who has connected stays so while the same workers take part."""
+
+    def __init__(self, ranks: Mapping[str, Any], processes: int) -> None:
+        """`ranks`: of the learner. `processes`: of each engine."""
+        self._ranks, self._processes = dict(ranks), processes
+        self._number = 0
+        self._group: tuple[tuple[str, ...], int] = (), 0
+        """The workers that are connected, and since which round."""
+
+    def load(self, standings: Mapping[str, Standing], announcement: Announcement, waits: Wait) -> None:
+        """Have all that are free load the version; what they answer stays to be read.
+
+        Weights that a worker has proved already need no bytes. Raises what a learner's rank raises.
+        """
+        free = {name: one for name, one in standings.items() if one.call is None}
+        holds = [name for name, one in free.items() if one.proved and one.proved.same_weights(announcement)]
+        for name in holds:
+            free.pop(name).ask_to_load(announcement)
+        for _ in range(ROUNDS):
+            if not free:
+                return
+            found = self._round(free, announcement, waits)
+            if found.problem or found.left_out:
+                self._group = (), 0
+            if found.begun or not found.problem:
+                return
+            free = self._refused({n: one for n, one in free.items() if n not in found.left_out}, standings, waits)
+
+    def _round(self, workers: Mapping[str, Standing], announcement: Announcement, waits: Wait) -> Sent:
+        meeting = announcement.meeting
+        assert meeting is not None
+        self._number += 1
+        names = tuple(map(str, workers))
+        if self._group[0] != names:
+            self._group = names, self._number
+        engines = tuple(name for name in names for _ in range(self._processes))
+        made = Round(self._number, self._group[1], announcement.version, meeting, engines)
+        for index, standing in enumerate(workers.values()):
+            standing.ask_to_load(replace(announcement, round=replace(made, first=1 + index * self._processes)))
+        calls = {name: rank.send.remote(made) for name, rank in self._ranks.items()}
+        return next(iter(gather(calls, "send weights", limit_s(meeting), SYNC_KEY, waits).values()))
+
+    def _refused(
+        self, workers: Mapping[str, Standing], standings: Mapping[str, Standing], waits: Wait
+    ) -> dict[str, Standing]:
+        """Those that heard that a round is off, and can take part in another."""
+        calls = {name: one.call for name, one in workers.items() if name in standings}
+        if calls:
+            waits(list(calls.values()), Patience(GRACE_S), len(calls))
+        found = {}
+        for name, call in calls.items():
+            if name in standings and is_off(name, call):
+                found[name] = workers[name]
+                found[name].call = None
+        return found
+
+
+def is_off(name: str, call: Any) -> bool:
+    """Whether a worker has refused a version, and is well."""
+    if not is_done(call):
+        return False
+    try:
+        fetch(call, name, "load_weights", GRACE_S)
+    except EngineBroken:
+        return False
+    except WeightSyncError:
+        return True
+    except RayLost:
+        raise
+    except RlhfError:
+        return False
+    return False
+
+
+def limit_s(meeting: MeetingPoint) -> float:
+    """For the learner to answer."""
+    return meeting.limit_s + GRACE_S

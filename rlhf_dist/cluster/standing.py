@@ -1,0 +1,44 @@
+"""What is known of a rollout worker from the pushes so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from rlhf_dist.weights.receipts import Announcement
+
+
+@dataclass(slots=True)
+class Standing:
+    """Of one worker."""
+
+    worker: Any
+    call: Any = None
+    """Its answer to a push, while that is not read."""
+    version: int = -1
+    """The version of that push."""
+    offset: int = 0
+    """The buffer of that version: a worker that loads holds it."""
+    missed: int = 0
+    """Pushes in a row without a right receipt."""
+    last_missed: int = -1
+    """The version of the last one; each counts once."""
+    silent: bool = False
+    """It did not answer in time, and nobody waits for it until it has proved a version."""
+    posted: int = 0
+    """Messages sent to it."""
+    proved: Announcement | None = None
+    """The newest one that its receipt was right for."""
+
+    def ask_to_load(self, announcement: Announcement) -> None:
+        """Unless it is still busy with an earlier one."""
+        if self.call is None:
+            self.call = self.worker.load_weights.remote(announcement)
+            self.version, self.offset = announcement.version, announcement.offset
+
+
+def is_done(call: Any) -> bool:
+    """Whether the answer is there."""
+    return bool(ray.wait([call], num_returns=1, timeout=0)[0])

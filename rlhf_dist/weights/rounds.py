@@ -1,0 +1,105 @@
+"""How who sends weights and who receives them agree on a transfer before any byte of a model is touched.
+
+A round has two steps, in which the sender, learner rank 0, waits for every process of every engine: `ready`, and
+`joined` once the way between them is open. After each it decides for all: `go`, or off with the reason. So an engine
+that is silent or dead holds the others up for a time, and does them no harm.
+
+They meet in a store that the sender serves. Its keys are not guarded: between nodes it needs a network that is trusted,
+as the learner's ranks do.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Literal
+
+from torch.distributed import DistStoreError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from rlhf_dist.errors import WeightSyncError
+from rlhf_dist.weights.receipts import MeetingPoint, Round, Sent, named_engines
+
+GO = b"go"
+Step = Literal["ready", "joined"]
+
+
+class Meeting:
+    """The sender's end of the store."""
+
+    def __init__(self, host: str) -> None:
+        """Serve it at `host` only; torch itself would listen on all addresses. Raises OSError."""
+        with socket.create_server((host, 0)) as server:
+            port = server.getsockname()[1]
+            listening = server.detach()
+        self.address: tuple[str, int] = (host, port)
+        self.store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening)
+
+    def gather(self, made: Round, step: Step, ends: float) -> tuple[dict[int, str], Sent]:
+        """Wait for all processes until `ends` on the monotonic clock; rank -> what it said, and who is left out."""
+        ranks = range(1, len(made.engines) + 1)
+        keys = [key(made, step, rank) for rank in ranks]
+        awaited(self.store, keys, ends)
+        there = {rank: self.store.get(own).decode() for rank, own in zip(ranks, keys, strict=True) if self._has(own)}
+        for own in keys:
+            self.store.delete_key(own)
+        missing = named_engines(made, [rank for rank in ranks if rank not in there])
+        if missing:
+            late = f"{', '.join(missing)} did not get {step} in time"
+            return there, Sent(missing, late)
+        return there, Sent()
+
+    def _has(self, own: str) -> bool:
+        return bool(self.store.check([own]))
+
+    def decide(self, made: Round, step: Step, found: Sent) -> None:
+        """Tell everybody."""
+        self.store.set(key(made, step, "decided"), found.problem or GO.decode())
+
+
+class Attendance:
+    """A receiving process's end."""
+
+    def __init__(self, meeting: MeetingPoint) -> None:
+        """Raises `WeightSyncError` where nobody answers."""
+        (host, port), limit = meeting.address, timedelta(seconds=meeting.limit_s)
+        try:
+            self.store = TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
+        except RuntimeError as error:
+            text = f"the learner cannot be reached at {host}:{port}: {error}"
+            raise WeightSyncError(text) from None
+
+    def arrive(self, made: Round, step: Step, rank: int, said: str, ends: float) -> None:
+        """Say so, and wait for the decision. Raises `WeightSyncError` unless it is to go on."""
+        who = f"version {made.version}"
+        try:
+            self.store.set(key(made, step, rank), said)
+            decided = key(made, step, "decided")
+            if not awaited(self.store, [decided], ends):
+                raise WeightSyncError(f"{who}: learner rank 0 did not decide in time whether to send it")
+            answer = self.store.get(decided)
+        except RuntimeError as error:
+            raise WeightSyncError(f"{who}: learner rank 0 cannot be asked any more: {error}") from None
+        if answer != GO:
+            raise WeightSyncError(f"{who} was not sent: {answer.decode()}; nothing was loaded")
+
+
+def key(made: Round, step: str, of: int | str) -> str:
+    """Where something of a round stands in the store."""
+    return f"{made.number}/{step}/{of}"
+
+
+def awaited(store: TCPStore, keys: Sequence[str], ends: float) -> bool:
+    """Whether all keys were there before `ends`. Raises RuntimeError where the store is gone."""
+    left = max(ends - time.monotonic(), 0.001)
+    try:
+        store.wait(list(keys), timedelta(seconds=left))
+    except DistStoreError:
+        return bool(store.check(list(keys)))
+    return True
+
+
+def first_line(error: Exception) -> str:
+    """What it says, without the stacks that torch adds."""
+    return str(error).partition("\n")[0]

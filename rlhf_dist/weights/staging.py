@@ -1,0 +1,180 @@
+"""A bucket that processes on one device share: the sender fills it, the receivers copy it before it is overwritten.
+
+On a GPU it is memory that CUDA shares between processes (no copy through the host); on a CPU a file in shared memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
+
+from rlhf_dist.errors import WeightSyncError
+from rlhf_dist.weights.receipts import Round, named_engines
+from rlhf_dist.weights.rounds import awaited, first_line, key
+from rlhf_dist.weights.shared_memory import PREFIX, SHARED_MEMORY, map_file, private_file, sweep
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+"""Tells machines apart. Containers of one machine may have shared memory of their own: its device number tells."""
+
+
+class Staging(Protocol):
+    """The sender's bucket."""
+
+    tensor: Tensor
+    """uint8 [bytes of the largest bucket]."""
+
+    def export(self) -> str:
+        """What another process needs to see it."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back once nobody sees it any more. May be called twice."""
+        ...
+
+
+class FileStaging:
+    """On a CPU."""
+
+    def __init__(self, nbytes: int) -> None:
+        sweep(SHARED_MEMORY)
+        self._path = SHARED_MEMORY / f"{PREFIX}{os.getuid()}-{secrets.token_hex(8)}.weights"
+        self._file = private_file(self._path, nbytes)
+        self.tensor: Tensor = torch.frombuffer(map_file(self._path), dtype=torch.uint8)
+
+    def export(self) -> str:
+        """Its path."""
+        return str(self._path)
+
+    def close(self) -> None:
+        """Maps of others stay valid."""
+        self._path.unlink(missing_ok=True)
+        self._file.close()
+
+
+class CudaStaging:
+    """On a GPU."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def export(self) -> str:
+        """Handles of CUDA, as text: numbers and bytes only, which nothing executes."""
+        _, given = reduce_tensor(self.tensor)
+        return encoded(given[7:])
+
+    def close(self) -> None:
+        """torch keeps what others have open until they let go of it, and looks when it is asked."""
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+        torch.cuda.ipc_collect()
+
+
+def encoded(handles: Any) -> str:
+    """Bytes as base64, all else as it is."""
+    return json.dumps([{"b": base64.b64encode(one).decode()} if isinstance(one, bytes) else one for one in handles])
+
+
+def decoded(text: str) -> list[Any]:
+    """What `encoded` was given."""
+    return [base64.b64decode(one["b"]) if isinstance(one, dict) else one for one in json.loads(text)]
+
+
+def make_staging(nbytes: int, device: torch.device) -> Staging:
+    """Of so many bytes. Raises OSError, or what CUDA raises, where there is no room."""
+    return CudaStaging(nbytes, device) if device.type == "cuda" else FileStaging(nbytes)
+
+
+def see(exported: str, nbytes: int, device: torch.device) -> Tensor:
+    """Another process's bucket, uint8 [nbytes]."""
+    if device.type != "cuda":
+        return torch.frombuffer(map_file(Path(exported)), dtype=torch.uint8, count=nbytes)
+    # Its first seven arguments say what kind of tensor it is, and on which of the process's own devices.
+    kind = (Tensor, (nbytes,), (1,), 0, torch.UntypedStorage, torch.uint8, device.index or 0)
+    return rebuild_cuda_tensor(*kind, *decoded(exported))
+
+
+def identity(device: torch.device) -> str:
+    """Names the device for all processes: who has the same can see the same bucket."""
+    if device.type != "cuda":
+        return f"{BOOT.read_text(encoding='ascii').strip()}/{os.stat(SHARED_MEMORY).st_dev}"
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def settle(device: torch.device) -> None:
+    """Wait until what was asked of a GPU is done: other processes do not know its queue."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+class StagingSender:
+    """A learner rank's end."""
+
+    def __init__(self, store: Any, made: Round, ranks: list[int], nbytes: int, device: torch.device) -> None:
+        """`ranks`: the receivers on this device."""
+        self._store, self._round, self._ranks, self._device = store, made, ranks, device
+        self._staging = make_staging(nbytes, device)
+        self.buffer = self._staging.tensor
+        store.set(key(made, "export", identity(device)), self._staging.export())
+
+    def send(self, index: int, nbytes: int, ends: float) -> None:
+        """Let the receivers take what is in the buffer. Raises `WeightSyncError` for those that did not by `ends`."""
+        settle(self._device)
+        there = identity(self._device)
+        self._store.set(key(self._round, f"filled {there}", index), "")
+        keys = {rank: key(self._round, f"taken {index}", rank) for rank in self._ranks}
+        if not awaited(self._store, list(keys.values()), ends):
+            late = [rank for rank, own in keys.items() if not self._store.check([own])]
+            names = ", ".join(named_engines(self._round, late))
+            raise WeightSyncError(f"{names} did not take bucket {index} in time")
+        for own in (*keys.values(), key(self._round, f"filled {there}", index)):
+            self._store.delete_key(own)
+
+    def give_up(self, index: int, why: str) -> None:
+        """Tell those that wait for bucket `index`, or have taken it, that no more comes."""
+        for number in (index, index + 1):
+            self._store.set(key(self._round, f"filled {identity(self._device)}", number), why)
+
+    def close(self) -> None:
+        """May be called twice."""
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self._staging.close()
+        self._store.delete_key(key(self._round, "export", identity(self._device)))
+
+
+class StagingReceiver:
+    """An engine process's end."""
+
+    def __init__(self, store: Any, made: Round, rank: int, nbytes: int, device: torch.device, ends: float) -> None:
+        """Raises `WeightSyncError` where no learner rank is on this device."""
+        self._store, self._round, self._rank, self._device = store, made, rank, device
+        there = key(made, "export", identity(device))
+        if not awaited(store, [there], ends):
+            raise WeightSyncError(f"no learner rank has shared a bucket on this process's device, {identity(device)}")
+        self._seen: Tensor | None = see(store.get(there).decode(), nbytes, device)
+
+    def receive(self, index: int, into: Tensor, ends: float) -> None:
+        """Copy bucket `index`, and tell. Raises `WeightSyncError` where it does not come by `ends`."""
+        filled = key(self._round, f"filled {identity(self._device)}", index)
+        try:
+            if not awaited(self._store, [filled], ends):
+                raise WeightSyncError(f"the learner did not fill bucket {index} in time")
+            why = self._store.get(filled).decode()
+            if why:
+                raise WeightSyncError(f"the learner gave up: {why}")
+            assert self._seen is not None
+            into.copy_(self._seen[: len(into)])
+            settle(self._device)
+            self._store.set(key(self._round, f"taken {index}", self._rank), "")
+        except RuntimeError as error:
+            raise WeightSyncError(f"bucket {index} did not come: {first_line(error)}") from None
+
+    def close(self) -> None:
+        """Let go of the sender's memory. May be called twice."""
+        self._seen = None

@@ -1,0 +1,44 @@
+"""A real run whose learner sends its weights straight to the workers: the same run, and nothing more can be reached."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Finished, SharedRun
+
+pytestmark = pytest.mark.timeout(600)
+TIMES = ("time/", "goodput/", "rollout/group_s", "rollout/engine_")
+
+
+@pytest.fixture(scope="module")
+def direct(shared_run: SharedRun) -> Finished:
+    place = shared_run.workplace
+    words = ["weights.transport=broadcast", "weights.bucket_mib=1", "loop.checkpoint_every=0", "eval.every=0"]
+    return place.run("train", "name=direct", f"model.path={place.output / 'sft'}", *words)
+
+
+def steps(path: Path) -> list[dict[str, Any]]:
+    """Metrics of the training steps that do not tell of time."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "reward/mean" in line]
+    return [{name: value for name, value in line.items() if is_exact(name)} for line in found]
+
+
+def is_exact(name: str) -> bool:
+    return not name.startswith((*TIMES, "eval/"))
+
+
+def test_it_comes_to_the_same_as_by_shared_memory(shared_run: SharedRun, direct: Finished) -> None:
+    assert direct.code == 0, direct.stderr
+    own, other = steps(shared_run.workplace.output / "direct"), steps(shared_run.path)
+    assert len(own) == 4 and all(line["sync/changed_share"] > 0 for line in own[1:])
+    assert own == other
+
+
+def test_what_it_listens_on_is_loopback(shared_run: SharedRun, direct: Finished) -> None:
+    assert direct.code == 0
+    listening = shared_run.workplace.listening
+    assert listening and not [one for one in listening if one[1] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]
