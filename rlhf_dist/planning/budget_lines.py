@@ -44,7 +44,8 @@ def memory_lines(config: Config, placement: Placement, shape: ModelShape, found:
             )
     if placement.learner_ranks and placement.rollout_workers:
         room = shared_memory(config, shape) / GB
-        lines.append(f"/dev/shm: {room:.3g} GB on each node with rollout workers, for two copies of the weights")
+        if room:
+            lines.append(f"/dev/shm: {room:.3g} GB on each node with rollout workers, for two copies of the weights")
     return lines
 
 

@@ -10,6 +10,7 @@ from rlhf_dist.config.schema import Config
 from rlhf_dist.planning.memory import BYTES, CUDA_CONTEXT, Memory, held_by_rank, learner_memory, logits
 from rlhf_dist.planning.placement import Placement, critic_apart, needs_reference
 from rlhf_dist.planning.shape import ModelShape
+from rlhf_dist.planning.transports import bucket_bytes
 from rlhf_dist.weights.shared_memory import BUFFERS
 
 GIB = 2**30
@@ -124,6 +125,8 @@ def engine_memory(config: Config, placement: Placement, shape: ModelShape, capac
         parts["CUDA context"] = CUDA_CONTEXT
     if has_mask(config):
         parts["mask policy"] = width * shape.parameters
+    if config.weights.transport != "shared_memory":
+        parts["weight buckets"] = 2 * bucket_bytes(config, shape)
     tokens = max(cache, 0) // a_token
     no_room = bool(capacity) and not tokens
     return Device("rollout worker", placement.rollout_workers * parallel, parts, capacity, tokens, no_room)
@@ -142,6 +145,8 @@ def rank_memory(config: Config, placement: Placement, shape: ModelShape) -> Memo
         parts["moving average"] = 4 * shape.parameters  # rank 0's, which is in the host's memory anyway
     if has_mask(config):
         parts["mask policy"] = BYTES[config.model.dtype] * shape.parameters
+    if config.weights.transport != "shared_memory" and placement.rollout_workers:
+        parts["weight bucket"] = bucket_bytes(config, shape)
     if placement.device == "cuda":
         parts["CUDA context"] = CUDA_CONTEXT
     return Memory(parts)
@@ -182,7 +187,9 @@ def server_memory(config: Config, placement: Placement, shape: ModelShape, place
 
 
 def shared_memory(config: Config, shape: ModelShape) -> int:
-    """Bytes of `/dev/shm` on each node with rollout workers, by which weights are pushed."""
+    """Bytes of `/dev/shm` on each node with rollout workers, by which weights are pushed; 0 where they are sent."""
+    if config.weights.transport != "shared_memory":
+        return 0
     return BUFFERS * BYTES[config.model.dtype] * shape.parameters
 
 

@@ -16,6 +16,7 @@ from rlhf_dist.planning.hardware import Kind
 from rlhf_dist.planning.memory import BYTES, FLOAT32, of_a_layer
 from rlhf_dist.planning.placement import Placement, critic_apart, needs_reference
 from rlhf_dist.planning.shape import ModelShape
+from rlhf_dist.planning.transports import push_seconds
 
 FORWARD, BOTH_WAYS = 2, 6
 """Operations for each weight and token: one multiplication and one addition; backward takes twice the forward."""
@@ -43,6 +44,8 @@ class Rates:
     """Bytes of weights that the learner puts into shared memory a second."""
     load: float
     """Bytes of weights that an engine takes from there a second."""
+    link: float = 0.0
+    """Bytes a second from one GPU to another of its node; 0: not known, or no GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,7 @@ def gpu_rates(kind: Kind, dtype: str, eager: bool) -> Rates:
         sequence_s=15e-6,
         write=3e9,
         load=2e9,
+        link=0.6 * kind.link,
     )
 
 
@@ -130,8 +134,7 @@ def forecast(
     # On GPUs scoring goes on beside sampling; on a CPU it takes the time of the cores.
     generate = max(generate, scoring) if p.device == "cuda" else generate + scoring
     train = _learning(config, p, shape, rates, lengths, math.ceil(responses * lengths.trained))
-    size = BYTES[config.model.dtype] * shape.parameters
-    sync = size / rates.write + size / rates.load
+    sync = push_seconds(config, p, shape, rates)
     at_once = config.loop.max_policy_lag > 0
     lag = 0
     if at_once:

@@ -29,19 +29,21 @@ class Kind:
     """The same in float32, without TF32."""
     bandwidth: float
     """Of its memory, bytes a second."""
+    link: float
+    """To another GPU of its node, one way: by NVLink, or PCIe 4.0 with 16 lanes."""
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "B200-180G": Kind(180 * GB, 2250 * TERA, 75 * TERA, 7.7 * TERA),
-        "H200-141G": Kind(141 * GB, 989 * TERA, 67 * TERA, 4.8 * TERA),
-        "H100-80G": Kind(80 * GB, 989 * TERA, 67 * TERA, 3.35 * TERA),
-        "A100-80G": Kind(80 * GB, 312 * TERA, 19.5 * TERA, 2.04 * TERA),
-        "A100-40G": Kind(40 * GB, 312 * TERA, 19.5 * TERA, 1.56 * TERA),
-        "L40S-48G": Kind(48 * GB, 362 * TERA, 91.6 * TERA, 0.86 * TERA),
-        "A10G-24G": Kind(24 * GB, 70 * TERA, 31.2 * TERA, 0.6 * TERA),
-        "L4-24G": Kind(24 * GB, 121 * TERA, 30.3 * TERA, 0.3 * TERA),
-        "RTX4090-24G": Kind(24 * GB, 165 * TERA, 82.6 * TERA, 1.01 * TERA),
+        "B200-180G": Kind(180 * GB, 2250 * TERA, 75 * TERA, 7.7 * TERA, 900 * GB),
+        "H200-141G": Kind(141 * GB, 989 * TERA, 67 * TERA, 4.8 * TERA, 450 * GB),
+        "H100-80G": Kind(80 * GB, 989 * TERA, 67 * TERA, 3.35 * TERA, 450 * GB),
+        "A100-80G": Kind(80 * GB, 312 * TERA, 19.5 * TERA, 2.04 * TERA, 300 * GB),
+        "A100-40G": Kind(40 * GB, 312 * TERA, 19.5 * TERA, 1.56 * TERA, 300 * GB),
+        "L40S-48G": Kind(48 * GB, 362 * TERA, 91.6 * TERA, 0.86 * TERA, 32 * GB),
+        "A10G-24G": Kind(24 * GB, 70 * TERA, 31.2 * TERA, 0.6 * TERA, 32 * GB),
+        "L4-24G": Kind(24 * GB, 121 * TERA, 30.3 * TERA, 0.3 * TERA, 32 * GB),
+        "RTX4090-24G": Kind(24 * GB, 165 * TERA, 82.6 * TERA, 1.01 * TERA, 32 * GB),
     }
 )
 

@@ -23,6 +23,7 @@ from rlhf_dist.planning.placement import (
     share_out,
     with_servers,
 )
+from rlhf_dist.planning.transports import check_nodes_of_transport
 
 
 def place_in(config: Config, nodes: Sequence[Machine], command: Command) -> Placement:
@@ -41,7 +42,9 @@ def place_in(config: Config, nodes: Sequence[Machine], command: Command) -> Plac
         raise refusals[0]
     whole = Machine(sum(node.cpus for node in able), sum(node.gpus for node in able))
     sketch = share_out(config, whole, command)  # refuses what not even all of them together have
-    return with_servers((_pairs if sketch.paired else _spread)(config, able, command, sketch), config, command)
+    found = with_servers((_pairs if sketch.paired else _spread)(config, able, command, sketch), config, command)
+    check_nodes_of_transport(config, found.device, found.rank_nodes, found.worker_nodes)
+    return found
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from typing import Literal
 from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ResourceError
+from rlhf_dist.planning.transports import check_transport
 
 Command = Literal["train", "sft", "reward", "eval"]
 NODE, PIN = "node:", 0.001
@@ -165,6 +166,8 @@ def share_out(config: Config, machine: Machine, command: Command) -> Placement:
         rollout_gpus, learner_gpus = config.rollout.tensor_parallel if workers else 0, 1 if ranks else 0
         _check_turns(config.loop.max_policy_lag, shared)
         _check_gpus(config, machine, workers, rollout_gpus, ranks, shared, command)
+    if workers and ranks:
+        check_transport(config, device, shared, workers * rollout_gpus, ranks - critics)
     rollout_threads, learner_threads = _threads(config, machine, workers, ranks, shared)
     if device == "cpu" and workers:
         require_threads(config, rollout_threads)
