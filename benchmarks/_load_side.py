@@ -1,6 +1,7 @@
 """The processes of `bench load`: `learner CONFIG.yaml` or `engine CONFIG.yaml`. For each line of input a line of JSON.
 
-The learner writes its weights to shared memory once more and says where; an engine loads what it is told of.
+The learner publishes its weights once more and says how they are to be had, and with an empty line sends them where
+that is by sending; an engine loads what it is told of.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlhf_dist.config.load import from_yaml
-from rlhf_dist.config.schema import Config
+from rlhf_dist.config.schema import Config, WeightsConfig
+from rlhf_dist.learner.deepspeed_engine import LOOPBACK
+from rlhf_dist.learner.direct_publication import DirectPublication
 from rlhf_dist.models.hf import load_model
-from rlhf_dist.weights.buckets import make_plan
-from rlhf_dist.weights.receipts import Announcement, receipt_problem
+from rlhf_dist.weights.buckets import WeightPlan, make_plan
+from rlhf_dist.weights.receipts import Announcement, MeetingPoint, Round, receipt_problem
 from rlhf_dist.weights.shared_memory import WeightWriter
 
 TRIES = 5
@@ -34,10 +38,14 @@ def learner(config: Config) -> Callable[[dict[str, Any]], dict[str, Any]]:
     model = load_model(Path(config.model.path), config.model.dtype, "sdpa")
     tensors = [(name, tensor.detach()) for name, tensor in model.named_parameters()]
     shapes = [(name, tuple(tensor.shape), config.model.dtype) for name, tensor in tensors]
-    writer = WeightWriter(make_plan(shapes, config.weights.bucket_mib * 2**20))
-    source, target = touched(writer.plan.nbytes), touched(writer.plan.nbytes)
+    plan = make_plan(shapes, config.weights.bucket_mib * 2**20)
+    shared = config.weights.transport == "shared_memory"
+    end = WeightWriter(plan) if shared else Sender(config.weights, plan, tensors)
+    source, target = touched(plan.nbytes), touched(plan.nbytes)
 
     def push(told: dict[str, Any]) -> dict[str, Any]:
+        if not told:
+            return {"problem": end.send() if isinstance(end, Sender) else ""}
         with torch.no_grad():
             for _, tensor in tensors:
                 tensor.mul_(1.01)  # every bucket moves
@@ -47,12 +55,16 @@ def learner(config: Config) -> Callable[[dict[str, Any]], dict[str, Any]]:
             target.copy_(source)
             copies.append(time.perf_counter() - begun)
         begun = time.perf_counter()
-        announcement = writer.write(told["version"], tensors)
+        announcement = end.write(told["version"], tensors)
+        publish_s = time.perf_counter() - begun
+        announcements = [announcement] * told["engines"]
+        if isinstance(end, Sender):
+            announcements = end.rounds(announcement, told["engines"])
         return {
-            "publish_s": time.perf_counter() - begun,
+            "publish_s": publish_s,
             "copy_s": min(copies),
-            "bytes": writer.plan.nbytes,
-            "announcement": base64.b64encode(pickle.dumps(announcement)).decode(),
+            "bytes": plan.nbytes,
+            "announcements": [base64.b64encode(pickle.dumps(one)).decode() for one in announcements],
         }
 
     return push
@@ -61,6 +73,51 @@ def learner(config: Config) -> Callable[[dict[str, Any]], dict[str, Any]]:
 def touched(nbytes: int) -> torch.Tensor:
     """Memory of its own: what was never written is one page of zeros, which is read from the processor's cache."""
     return torch.ones(nbytes, dtype=torch.uint8)
+
+
+@dataclass
+class OneRank:
+    """What a publication asks of DeepSpeed, for a learner of one rank."""
+
+    rank: int = 0
+    zero_stage: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def of_all_ranks(self, mine: Any) -> list[Any]:
+        """There is no other."""
+        return [mine]
+
+
+class Sender:
+    """Sends weights straight to the engines."""
+
+    def __init__(self, weights: WeightsConfig, plan: WeightPlan, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        assert weights.transport != "shared_memory"
+        meeting = MeetingPoint((LOOPBACK, 0), weights.transport, weights.timeout_s)
+        engine: Any = OneRank()
+        self._publication = DirectPublication(engine, lambda _: iter(tensors), plan, meeting, shared=False)
+        self._made: Round | None = None
+
+    def write(self, version: int, tensors: object) -> Announcement:
+        """Hash what is to be sent."""
+        self._publication.moved = True
+        found = self._publication.publish(version)
+        assert found is not None
+        return found
+
+    def rounds(self, announcement: Announcement, engines: int) -> list[Announcement]:
+        """For each engine; they connect anew when there are more or fewer."""
+        last, number, meeting = self._made, announcement.version, announcement.meeting
+        names = tuple(f"engine {index}" for index in range(engines))
+        group = last.group if last is not None and last.engines == names else number
+        assert meeting is not None
+        self._made = Round(number, group, number, meeting, names)
+        return [replace(announcement, round=replace(self._made, first=1 + index)) for index in range(engines)]
+
+    def send(self) -> str:
+        """The round; what went wrong, if something did."""
+        assert self._made is not None
+        return self._publication.send(self._made).problem
 
 
 def engine(config: Config) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -1,7 +1,8 @@
 """`rlhf-dist bench load`: a whole push on one node, learner to serving engine, over one copy of as many bytes.
 
 A model of 0.5B's shape with random bfloat16 weights: the learner writes and hashes, an engine hashes and loads, and the
-receipt is compared. Then several engines load each version at once: what that costs an engine in CPU seconds.
+receipt is compared. Then several engines load each version at once: what that costs an engine in CPU seconds. With
+`weights.transport=broadcast` or `ipc` the learner hashes, and sends while the engines load.
 """
 
 from __future__ import annotations
@@ -133,12 +134,13 @@ def measure(path: Path, engines: int, threads: int, rounds: int, folder: Path) -
             print(f"round {number + 1} of {UNCOUNTED + rounds}", file=sys.stderr, flush=True)
             for kind, asked, used in (("fast", others[:1], threads), ("alone", others[:1], 1), ("together", others, 1)):
                 version += 1
-                learner.ask(version=version)
+                learner.ask(version=version, engines=len(asked))
                 published = learner.answer()
-                announcement = published.pop("announcement")
-                for side in asked:
+                for side, announcement in zip(asked, published.pop("announcements"), strict=True):
                     side.ask(announcement=announcement, threads=used)
+                learner.ask()
                 found[kind].append(published | {"loads": [side.answer() for side in asked]})
+                learner.answer()
     return {kind: pushes[UNCOUNTED:] for kind, pushes in found.items()}
 
 
