@@ -17,6 +17,16 @@ from rlhf_dist.planning.memory import BYTES, FLOAT32, of_a_layer
 from rlhf_dist.planning.placement import Placement, critic_apart, needs_reference
 from rlhf_dist.planning.shape import ModelShape
 
+ADAM = 7 * FLOAT32
+"""Bytes a parameter that Adam moves: reads weight, gradient and two moments, and writes three of them, in float32."""
+HOST_BANDWIDTH = 0.6 * 2 * 8 * 25.6e9
+"""Of a node's main memory, bytes a second: 60% of two sockets with eight channels of DDR4-3200 (25.6 GB/s each
+by JEDEC's standard), what GPU nodes have at least. An assumption."""
+HOST_THREAD = 15e9
+"""The most of it that one CPU thread moves in such a node. An assumption, on the low side: 60e9 was
+measured on the newer processor on which this was written."""
+LINK = 25e9
+"""Bytes a second between a GPU and the host's page-locked memory: 80% of PCIe 4.0 with 16 lanes (31.5e9)."""
 FORWARD, BOTH_WAYS = 2, 6
 """Operations for each weight and token: one multiplication and one addition; backward takes twice the forward."""
 
@@ -210,13 +220,28 @@ def _learning(
     def passes(operations: int) -> float:
         return _pass(config, placement, shape, rates, lengths, responses, operations, ranks)
 
-    # Adam reads weight, gradient and two moments and writes three of them, in float32.
-    adam = updates * 7 * FLOAT32 * shape.parameters / (ranks if learner.zero_stage else 1) / rates.bandwidth
+    share = shape.parameters / (ranks if learner.zero_stage else 1)
+    if learner.offload == "optimizer":
+        adam = updates * _adam_on_host(placement, share, BYTES[config.model.dtype])
+    else:
+        adam = updates * ADAM * share / rates.bandwidth
     policy = learner.epochs * passes(both) + (passes(FORWARD) if updates > 1 else 0) + adam
     if METHODS[config.algo.name].baseline != "critic" or config.critic.start == "shared":
         return policy
     critic = learner.epochs * passes(both) + passes(FORWARD) + adam
     return max(policy, critic) if critic_apart(config) else policy + critic
+
+
+def _adam_on_host(placement: Placement, share: float, width: int) -> float:
+    """Seconds of a step of `share` parameters in the host's memory by a rank's CPU threads, with both ways to it.
+
+    Besides Adam's own bytes, clipping reads and writes the gradient, and the new weights are rounded to the model's
+    `width` in bytes. The gradient comes as float32 and the weights go back.
+    """
+    there = math.ceil(placement.learner_ranks / placement.spread_of_ranks())
+    rate = min(placement.learner_threads * HOST_THREAD, HOST_BANDWIDTH / there)
+    moved = ADAM + 2 * FLOAT32 + FLOAT32 + width
+    return share * moved / rate + share * (FLOAT32 + width) / LINK
 
 
 def _pass(

@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 
 from rlhf_dist.config.schema import Config
-from rlhf_dist.planning.forecast import Forecast, Lengths, Rates, assumed_lengths, forecast, gpu_rates, splits
+from rlhf_dist.planning.forecast import (
+    HOST_BANDWIDTH,
+    HOST_THREAD,
+    LINK,
+    Forecast,
+    Lengths,
+    Rates,
+    assumed_lengths,
+    forecast,
+    gpu_rates,
+    splits,
+)
 from rlhf_dist.planning.hardware import KINDS
 from rlhf_dist.planning.placement import Machine, Placement, place
 from rlhf_dist.planning.shape import gated
@@ -88,6 +99,21 @@ def test_products_are_two_operations_a_weight_forward_and_six_both_ways() -> Non
     several = replace(config(), learner=replace(config().learner, updates_per_batch=2, epochs=3))
     more = of(several, **speed(1600.0))
     assert more.train == pytest.approx(found.train * (3 + 1 / 3)), "three passes, and the old logprobs"
+
+
+def test_an_offloaded_optimizer_steps_at_the_hosts_rate() -> None:
+    """Of 2 ranks, each with 2 threads: Adam's 28 bytes, 8 for clipping, 6 for rounding; then 6 over the link."""
+    wanted = replace(config(), cluster=replace(config().cluster, device="cuda"))
+    wanted = replace(wanted, model=replace(wanted.model, dtype="bfloat16"))
+    wanted = replace(wanted, learner=replace(wanted.learner, zero_stage=2, offload="optimizer", cpus=2))
+    gpus = place(wanted, Machine(64, 8), "train")
+    found = forecast(wanted, gpus, SHAPE, IDLE, LENGTHS, 0)
+    share = SHAPE.parameters / 2
+    assert found.train == pytest.approx(share * (42 / (2 * HOST_THREAD) + 6 / LINK))
+    many = replace(gpus, learner_threads=64)
+    assert forecast(wanted, many, SHAPE, IDLE, LENGTHS, 0).train == pytest.approx(
+        share * (42 / (HOST_BANDWIDTH / 2) + 6 / LINK)
+    ), "both ranks share one node's"
 
 
 def test_a_critic_in_turn_adds_its_time_and_beside_only_what_it_takes_longer() -> None:
