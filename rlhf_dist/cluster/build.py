@@ -24,6 +24,7 @@ from rlhf_dist.cluster.groups import (
     silence,
 )
 from rlhf_dist.cluster.inbox import Inbox
+from rlhf_dist.cluster.node_facts import remove_logs
 from rlhf_dist.cluster.open_run import finish, opened
 from rlhf_dist.cluster.preflight import check_before_start, require_shared_memory
 from rlhf_dist.cluster.relay_hosts import Relays
@@ -174,6 +175,9 @@ def evaluate(config: Config) -> None:
                 gold=config.scoring.gold,
                 solved_by=solved_by(config),
             )
+            limit = config.cluster.start_timeout_s
+            if left := remove_logs(placement.worker_nodes, logs, limit, START_KEY):
+                progress.warn(left)
         if results.non_finite:
             progress.note(told(results.non_finite, config.scoring.non_finite))
     for name, value in results.metrics.items():
