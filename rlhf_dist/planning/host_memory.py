@@ -22,8 +22,10 @@ from rlhf_dist.planning.shape import ModelShape
 from rlhf_dist.weights.changes import MOST_CHANGED, PAIR_BYTES
 
 PROCESS: Mapping[str, int] = {"cpu": 700_000_000, "cuda": 3_000_000_000}
-"""Bytes of a process besides what is counted: Python, libraries, on a GPU the driver's part. The first was seen, the
-second is an estimate."""
+"""Bytes of an engine's or a rank's process besides what is counted: Python, libraries, on a GPU the driver's part. The
+first was measured, the second is an estimate."""
+SERVER, LIBRARIES, COMMAND = 100_000_000, 500_000_000, 600_000_000
+"""The same of a server or the collator, of what it loads for a model, and of the command with Ray's own processes."""
 SEGMENT, ROUND = 20 * 2**20, 2 * 2**20
 """PyTorch takes GPU memory in pieces of the first size for tensors below half of it, else in multiples of the second.
 vLLM keeps each piece apart when it sleeps."""
@@ -96,11 +98,17 @@ def _parts(config: Config, placement: Placement, shape: ModelShape, has: Members
         rollout, rows = config.rollout, config.loop.prompts_per_step * config.algo.group_size
         longest = rollout.max_prompt_tokens + rollout.max_response_tokens
         found["experiences"] = TOKEN * rows * longest * (2 + config.loop.max_policy_lag)
-    servers = config.scoring.replicas + config.reference.replicas + 2 if has.home else 1
     engines = has.workers * max(1, config.rollout.tensor_parallel)
     found["processes"] = PROCESS[placement.device] * (engines + has.ranks + has.critics)
-    found["processes"] += PROCESS["cpu"] * servers
+    found["processes"] += COMMAND + (_of_servers(config, shape) if has.home else SERVER)
     return {name: size for name, size in found.items() if size}
+
+
+def _of_servers(config: Config, shape: ModelShape) -> int:
+    """Processes of scoring and reference servers and of the collator, besides their models."""
+    scorer, _ = server_sizes(config, shape)
+    scorers = config.scoring.replicas * (SERVER + (LIBRARIES if scorer else 0))
+    return scorers + config.reference.replicas * (SERVER + LIBRARIES) + SERVER
 
 
 def _on_cpu(config: Config, placement: Placement, shape: ModelShape, has: Members) -> dict[str, int]:

@@ -13,7 +13,7 @@ from rlhf_dist.config.schema import Config
 from rlhf_dist.planning.budget_lines import host_lines, too_large_for_hosts
 from rlhf_dist.planning.device_memory import devices, server_sizes
 from rlhf_dist.planning.hardware import parse_cluster
-from rlhf_dist.planning.host_memory import PROCESS, Host, asleep, hosts, memory_here
+from rlhf_dist.planning.host_memory import COMMAND, LIBRARIES, PROCESS, SERVER, Host, asleep, hosts, memory_here
 from rlhf_dist.planning.memory import held_by_host, held_by_rank, locked
 from rlhf_dist.planning.nodes import place_in
 from rlhf_dist.planning.shape import gated
@@ -77,7 +77,7 @@ def test_on_cpus_everything_is_in_main_memory() -> None:
     assert node.parts["rollout workers"] == 4 * worker.total
     assert node.parts["learner ranks"] == 4 * rank.total
     assert node.parts["servers"] == 2 * server_sizes(wanted, SHAPE)[1] > 30 * GB
-    assert node.parts["processes"] == (4 + 4 + 1 + 2 + 2) * PROCESS["cpu"]
+    assert node.parts["processes"] == 8 * PROCESS["cpu"] + COMMAND + 4 * SERVER + 2 * LIBRARIES
     assert not node.fits, "64 GB"
 
 
