@@ -30,7 +30,7 @@ from rlhf_dist.cluster.preflight import check_before_start, require_shared_memor
 from rlhf_dist.cluster.relay_hosts import Relays
 from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet, beat_s
-from rlhf_dist.cluster.run_forecast import basis, compared, does_not_fit
+from rlhf_dist.cluster.run_forecast import basis, basis_before, compared, does_not_fit
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import (
     model_source,
@@ -95,10 +95,11 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
         source = model_source(config, folder)
         if resume:
             require_shared_memory(source, config)
+        plan = basis_before(config, source)
         progress.stage("starting Ray")
         with ray_session(config.cluster, run.logs / "ray", progress.note) as nodes, ExitStack() as stack:
             placement = place_in(config, nodes, "train")
-            plan = basis(config, placement, source)
+            plan = plan or basis(config, placement, source)
             if problem := does_not_fit(config, placement, plan):
                 telemetry.warn(f"by the plan memory may not suffice: {problem}")
             workers = f"{placement.rollout_workers} vLLM worker(s)"

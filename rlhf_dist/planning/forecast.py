@@ -41,14 +41,26 @@ class Rates:
     """The same in passes of the learner and of servers."""
     bandwidth: float
     """Bytes a second that element-wise operations and decoding read and write."""
+    kept: float
+    """The same of what the learner's layers keep for their backward pass; infinite where `learning` has it in."""
+    block: int
+    """Tokens of a block of the key-value cache: samples of one prompt share whole blocks only."""
     call_s: float
     """What one layer costs in one pass of the learner besides, seconds: starting its kernels."""
+    segment_s: float
+    """What each sequence costs in one layer of such a pass besides, seconds; 0 where all go at once."""
     decode_layer_s: float
     """The same of a decoding step."""
     decode_s: float
     """What one decoding step of an engine costs besides, seconds."""
     sequence_s: float
     """What each sequence of a decoding step costs besides, seconds."""
+    request_s: float
+    """What each response costs besides: to ask for it, and to take it, seconds."""
+    step_s: float
+    """What an update costs besides: to bring rows together and to call the ranks, seconds."""
+    push_s: float
+    """What a push costs besides, seconds."""
     write: float
     """Bytes of weights that the learner puts into shared memory a second."""
     load: float
@@ -115,10 +127,16 @@ def gpu_rates(kind: Kind, dtype: str, eager: bool) -> Rates:
         products=products,
         learning=products,
         bandwidth=0.6 * kind.bandwidth,
+        kept=0.6 * kind.bandwidth,
+        block=16,
         call_s=200e-6,
+        segment_s=0.0,
         decode_layer_s=150e-6 if eager else 0.0,  # compiled: the layers are one CUDA graph
         decode_s=0.004,
         sequence_s=15e-6,
+        request_s=200e-6,
+        step_s=0.05,
+        push_s=0.03,
         write=3e9,
         load=2e9,
     )
@@ -139,9 +157,9 @@ def forecast(
     scoring = _scoring(config, p, shape, rates, lengths, responses)
     # On GPUs scoring goes on beside sampling; on a CPU it takes the time of the cores.
     generate = max(generate, scoring) if p.device == "cuda" else generate + scoring
-    train = _learning(config, p, shape, rates, lengths, math.ceil(responses * lengths.trained))
+    train = _learning(config, p, shape, rates, lengths, math.ceil(responses * lengths.trained)) + rates.step_s
     size = BYTES[config.model.dtype] * shape.parameters
-    sync = size / rates.write + size / rates.load
+    sync = size / rates.write + size / rates.load + rates.push_s
     at_once = config.loop.max_policy_lag > 0
     lag = 0
     if at_once:
@@ -190,7 +208,9 @@ def _sampling(
     tokens = own * lengths.response
     steps = max(lengths.longest, tokens / at_once)
     operations = FORWARD * shape.products / parallel
-    prompts = own / config.algo.group_size * lengths.prompt * operations / rates.products
+    shared = int(lengths.prompt) // rates.block * rates.block
+    prompt_tokens = own * (lengths.prompt - shared) + own / config.algo.group_size * shared
+    prompts = prompt_tokens * operations / rates.products + own * rates.request_s
     weights = width * shape.products / parallel / rates.bandwidth
     cache = width * shape.kv_elements / parallel * (lengths.prompt + lengths.response / 2) / rates.bandwidth
     a_step = rates.decode_s + shape.layers * rates.decode_layer_s + weights
@@ -262,4 +282,5 @@ def _pass(
     # Forward writes what it keeps; backward reads that and writes as much.
     written = tokens * shape.layers * of_a_layer(shape, config.model.dtype, placement.device) * operations / FORWARD
     micro_batches = max(1, math.ceil(tokens / config.learner.micro_batch_tokens))
-    return products + written / rates.bandwidth + micro_batches * shape.layers * rates.call_s * operations / FORWARD
+    calls = micro_batches * rates.call_s + responses / ranks * rates.segment_s
+    return products + written / rates.kept + shape.layers * calls * operations / FORWARD

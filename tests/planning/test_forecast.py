@@ -30,10 +30,16 @@ IDLE = Rates(
     products=NEVER,
     learning=NEVER,
     bandwidth=NEVER,
+    kept=NEVER,
+    block=8,
     call_s=0,
+    segment_s=0,
     decode_layer_s=0,
     decode_s=0,
     sequence_s=0,
+    request_s=0,
+    step_s=0,
+    push_s=0,
     write=NEVER,
     load=NEVER,
 )
@@ -85,7 +91,7 @@ def test_products_are_two_operations_a_weight_forward_and_six_both_ways() -> Non
     found = of(config(), **speed(1600.0))
     attention = 2 * 2 * 4 * 30
     assert found.train == pytest.approx(64 * 30 * 6 * (SHAPE.parameters + attention) / 1600)
-    prompts, tokens = 64 / 8 * 10, 64 * 20
+    prompts, tokens = 64 * 2 + 64 / 8 * 8, 64 * 20  # whole blocks of 8 once a group
     assert found.generate == pytest.approx((prompts + tokens) * 2 * SHAPE.parameters / 1600)
     half = forecast(
         config(),
