@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -84,6 +85,27 @@ def test_decoding_goes_on_for_as_long_as_the_longest_response() -> None:
     assert of(few, decode_s=0.1).generate == pytest.approx(320 * 0.1)
     # Two layers, each step.
     assert of(config(), decode_layer_s=0.01).generate == pytest.approx(50 * 2 * 0.01)
+
+
+def test_requests_updates_pushes_and_sequences_have_a_cost_of_their_own() -> None:
+    """64 responses an engine and a rank; two layers, and a pass both ways is three forward."""
+    assert of(config(), request_s=0.01).generate == pytest.approx(64 * 0.01)
+    assert of(config(), step_s=0.5).train == pytest.approx(0.5)
+    assert of(config(), push_s=0.25).sync == pytest.approx(0.25)
+    assert of(config(), segment_s=0.001).train == pytest.approx(64 * 2 * 3 * 0.001)
+    assert of(config(), kept=1e6).train > 1e-3 > of(config(), kept=math.inf).train
+
+
+def test_samples_share_whole_blocks_of_their_prompt() -> None:
+    """Of 10 tokens the first 8 once a group of 8; with blocks of 16 none, with blocks of 5 all."""
+    operations = 2 * SHAPE.parameters
+
+    def found(block: int) -> float:
+        rates = replace(IDLE, block=block, **speed(1.0))
+        few = replace(LENGTHS, response=0.0, longest=0.0)
+        return forecast(config(), placed(config()), SHAPE, rates, few, 0).generate / operations
+
+    assert [found(8), found(16), found(5)] == pytest.approx([64 * 2 + 8 * 8, 64 * 10, 8 * 10])
 
 
 def test_products_are_two_operations_a_weight_forward_and_six_both_ways() -> None:
