@@ -42,6 +42,7 @@ class Work:
     checkpointing: bool
     micro_batch_tokens: int
     sequence_tokens: int
+    offload: str
     chunk_tokens: int
     port: int
 
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> None:
         micro_batch_tokens=work.micro_batch_tokens,
         logprob_chunk_tokens=work.chunk_tokens,
         optimizer=optimizer,
+        offload=work.offload,  # pyright: ignore[reportArgumentType]
     )
     model = ModelConfig(path=work.model, dtype=work.dtype, gradient_checkpointing=work.checkpointing)  # pyright: ignore[reportArgumentType]
     engine = ModelEngine(Path(work.model), model, learner, optimizer, device="cpu", bucket_mib=64)

@@ -23,7 +23,7 @@ from step import HERE, machine_facts, save, work_folder
 from rlhf_dist.cli.arguments import Parser
 from rlhf_dist.config.schema import LearnerConfig
 from rlhf_dist.errors import RunError
-from rlhf_dist.planning.memory import held_by_rank, learner_memory
+from rlhf_dist.planning.memory import held_by_host, held_by_rank, learner_memory
 from rlhf_dist.planning.shape import ModelShape, gated
 
 TARGET = 0.15
@@ -48,6 +48,7 @@ class Case:
     checkpointing: bool
     micro_batch_tokens: int
     sequence_tokens: int
+    offload: str = "none"
 
 
 CASES = (
@@ -59,6 +60,8 @@ CASES = (
     Case("25M", "bfloat16", 1, 1, False, 2048, 256),
     Case("25M", "bfloat16", 2, 2, False, 1024, 512),
     Case("25M", "bfloat16", 2, 3, False, 2048, 256),
+    Case("25M", "bfloat16", 2, 2, False, 1024, 256, "optimizer"),
+    Case("25M", "bfloat16", 2, 3, False, 1024, 256, "optimizer"),
     Case("135M", "bfloat16", 1, 1, True, 2048, 256),
     Case("135M", "bfloat16", 2, 3, True, 1024, 256),
     Case("135M", "float32", 1, 0, True, 1024, 128),
@@ -143,21 +146,27 @@ def compared(case: Case, found: Mapping[str, int]) -> dict[str, Any]:
     """The case, what was measured, and the plan's."""
     shape = SHAPES[case.model]
     learner = LearnerConfig(
-        zero_stage=case.zero_stage, micro_batch_tokens=case.micro_batch_tokens, logprob_chunk_tokens=CHUNK
+        zero_stage=case.zero_stage,
+        micro_batch_tokens=case.micro_batch_tokens,
+        logprob_chunk_tokens=CHUNK,
+        offload=case.offload,  # pyright: ignore[reportArgumentType]
     )
     planned = learner_memory(shape, learner, case.dtype, case.ranks, case.checkpointing, "cpu", case.sequence_tokens)
-    held = sum(held_by_rank(shape, case.zero_stage, case.dtype, case.ranks).values())
+    offloaded = case.offload == "optimizer"
+    held = sum(held_by_rank(shape, case.zero_stage, case.dtype, case.ranks, offloaded).values())
+    there = held_by_host(shape, case.zero_stage, case.dtype, case.ranks, False) if offloaded else 0
     return asdict(case) | {
-        "held": {"measured": found["held"], "plan": held},
-        "peak": {"measured": found["peak"], "plan": planned.total},
-        "ratio": planned.total / found["peak"],
+        "held": {"measured": found["held"], "plan": held + there},
+        "peak": {"measured": found["peak"], "plan": planned.total + there},
+        "ratio": (planned.total + there) / found["peak"],
     }
 
 
 def title(case: Case) -> str:
     """`25M bfloat16, 2 ranks, ZeRO-3`."""
     ranks = f"{case.ranks} rank{'s' if case.ranks > 1 else ''}"
-    return f"{case.model} {case.dtype}, {ranks}, ZeRO-{case.zero_stage}{', recomputed' if case.checkpointing else ''}"
+    how = (", recomputed" if case.checkpointing else "") + (", offloaded" if case.offload == "optimizer" else "")
+    return f"{case.model} {case.dtype}, {ranks}, ZeRO-{case.zero_stage}{how}"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -33,6 +33,10 @@ class ResourceError(InputError):
     """The machine or the cluster lacks what the config asks for: CPUs, GPUs, disk."""
 
 
+class TooSmall(ResourceError):
+    """There are fewer CPUs or GPUs than the config asks for in sum."""
+
+
 class RunError(RlhfError):
     """A run that had started failed. Exit code 1; what was saved can be resumed."""
 

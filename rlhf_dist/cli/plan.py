@@ -21,7 +21,10 @@ def run(argv: Sequence[str]) -> int:
         "plan",
         "Who would get which CPUs and GPUs in `train`, what each device would hold, and how long a step would take.",
     )
-    parser.add_argument("--cluster", help="nodes x GPUs of each x kind, as in 4x8xH100-80G; or nodes x CPUs x CPU")
+    parser.add_argument(
+        "--cluster",
+        help="nodes x GPUs of each x kind, as in 4x8xH100-80G, or nodes x CPUs x CPU; ,2000G behind it: memory of each",
+    )
     parser.add_argument("--cpus", type=_count, help="CPUs of one machine to plan for; default: this machine's")
     parser.add_argument("--gpus", type=_count, help="GPUs of one machine to plan for; default: this machine's")
     parser.add_argument(
@@ -32,6 +35,7 @@ def run(argv: Sequence[str]) -> int:
         raise InputError("--cluster says what each node has; take --cpus and --gpus out")
     config = arguments.load_checked(args.words, "plan", "train")
     from rlhf_dist.planning.hardware import parse_cluster
+    from rlhf_dist.planning.host_memory import memory_here
     from rlhf_dist.planning.placement import Machine, count_of, local_machine
 
     if args.cluster:
@@ -39,16 +43,23 @@ def run(argv: Sequence[str]) -> int:
         each = cluster.nodes[0]
         size = f"{each.gpus} {cluster.kind} and {each.cpus} CPUs" if each.gpus else f"{each.cpus} CPUs"
         heading = f"cluster: {count_of(len(cluster.nodes), 'node')}, each with {size}"
-        return _print_plan(config, heading, cluster.nodes, cluster, args.response_tokens)
+        return _print_plan(config, heading, cluster.nodes, cluster, cluster.host_memory, args.response_tokens)
     here = local_machine()
     machine = Machine(here.cpus if args.cpus is None else args.cpus, here.gpus if args.gpus is None else args.gpus)
     heading = f"machine: {machine.cpus} CPUs, {machine.gpus} GPUs"
-    return _print_plan(config, heading, (machine,), None, args.response_tokens)
+    memory = memory_here() if args.cpus is None and args.gpus is None else 0
+    return _print_plan(config, heading, (machine,), None, memory, args.response_tokens)
 
 
-def _print_plan(config: Config, heading: str, nodes: Sequence[Machine], cluster: Cluster | None, response: int) -> int:
-    """All lines; the exit code. Raises `ResourceError` where something does not fit, after the lines."""
+def _print_plan(
+    config: Config, heading: str, nodes: Sequence[Machine], cluster: Cluster | None, memory: int, response: int
+) -> int:
+    """All lines; the exit code. `memory`: bytes of each node's own, 0 where it is not known.
+
+    Raises `ResourceError` where something does not fit, after the lines.
+    """
     from rlhf_dist.planning import budget_lines
+    from rlhf_dist.planning.host_memory import hosts
     from rlhf_dist.planning.nodes import place_in
     from rlhf_dist.planning.plan_lines import describe
     from rlhf_dist.planning.shape import require_parts, shape_of
@@ -63,11 +74,14 @@ def _print_plan(config: Config, heading: str, nodes: Sequence[Machine], cluster:
     require_parts(config, shape)
     found = budget_lines.planned_devices(config, placement, shape, cluster)
     lines += [budget_lines.model_line(config, shape), *budget_lines.memory_lines(config, placement, shape, found)]
+    of_nodes, assumed = hosts(config, placement, shape, memory), cluster is not None and cluster.assumed
+    lines += budget_lines.host_lines(of_nodes, assumed)
     if cluster is not None and placement.device == "cuda":
         lines += budget_lines.gpu_forecast(config, placement, shape, cluster, found, response)
     print("\n".join(lines))
-    if problem := budget_lines.too_large(config, found):
-        raise ResourceError(problem)
+    problems = budget_lines.too_large(config, found), budget_lines.too_large_for_hosts(config, of_nodes, assumed)
+    if any(problems):
+        raise ResourceError("; ".join(filter(None, problems)))
     return 0
 
 

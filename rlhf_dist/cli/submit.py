@@ -162,13 +162,19 @@ def checked(argv: Sequence[str]) -> tuple[list[str], Path | None]:
 
 def require_known_keys(command: str, config: Path, overrides: Sequence[str]) -> Path:
     """Load the config, so that a wrong key costs no job; returns its run directory, as the job sees it."""
+    from rlhf_dist.config.load import as_written
+
+    output = as_written(config, [word for word in overrides if ":" not in word.partition("=")[0]]).output
+    if output.startswith("~"):
+        raise InputError(
+            f"output is {output!r}: the home would be the one of the cluster's user, whom this machine does not know; "
+            "give an absolute path, or a relative one, whose run directory is copied here"
+        )
     if command == "pipeline":
         from rlhf_dist.config.pipeline_checks import load_stages
 
         return load_stages(config, overrides)[0].path.parent
-    from rlhf_dist.config.load import load
-
-    found = load(config, overrides)
+    found = as_written(config, overrides)
     return Path(found.output) / found.name
 
 

@@ -25,12 +25,13 @@ from rlhf_dist.cluster.groups import (
     silence,
 )
 from rlhf_dist.cluster.inbox import Inbox
+from rlhf_dist.cluster.node_facts import remove_logs
 from rlhf_dist.cluster.open_run import finish, opened
 from rlhf_dist.cluster.preflight import check_before_start, require_shared_memory
 from rlhf_dist.cluster.relay_hosts import Relays
 from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet, beat_s
-from rlhf_dist.cluster.run_forecast import basis, compared, does_not_fit
+from rlhf_dist.cluster.run_forecast import basis, basis_before, compared, does_not_fit
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import (
     model_source,
@@ -95,10 +96,11 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
         source = model_source(config, folder)
         if resume:
             require_shared_memory(source, config)
+        plan = basis_before(config, source)
         progress.stage("starting Ray")
         with ray_session(config.cluster, run.logs / "ray", progress.note) as nodes, ExitStack() as stack:
             placement = place_in(config, nodes, "train")
-            plan = basis(config, placement, source)
+            plan = plan or basis(config, placement, source)
             if problem := does_not_fit(config, placement, plan):
                 telemetry.warn(f"by the plan memory may not suffice: {problem}")
             workers = f"{placement.rollout_workers} vLLM worker(s)"
@@ -175,6 +177,9 @@ def evaluate(config: Config) -> None:
                 gold=config.scoring.gold,
                 solved_by=solved_by(config),
             )
+            limit = config.cluster.start_timeout_s
+            if left := remove_logs(placement.worker_nodes, logs, limit, START_KEY):
+                progress.warn(left)
         if results.non_finite:
             progress.note(told(results.non_finite, config.scoring.non_finite))
     for name, value in results.metrics.items():

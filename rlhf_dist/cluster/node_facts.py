@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import secrets
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -100,21 +101,13 @@ def check_nodes(
     """
     if not nodes:
         return
-    import ray
-
     from rlhf_dist.cluster.waits import gather
 
     place, mark = str(logs.absolute()), f".{secrets.token_hex(8)}.here"
-    ask: Any = ray.remote(facts)
     logs.mkdir(parents=True, exist_ok=True)
     (logs / mark).touch()
     try:
-        calls = {
-            f"node {node}": ask.options(num_cpus=0, max_retries=0, resources={NODE + node: PIN}).remote(
-                source, place, mark
-            )
-            for node in dict.fromkeys(nodes)
-        }
+        calls = on_each(nodes, facts, source, place, mark)
         here, problems = facts(source, place, mark), []
         found = gather(calls, "say what it has", timeout_s, key)
     except RunError as error:
@@ -126,3 +119,31 @@ def check_nodes(
             problems.append(f"node {node}: {problem}")
     if problems:
         raise ResourceError("\n".join(problems))
+
+
+def remove_logs(nodes: Sequence[str], logs: Path, timeout_s: float, key: str) -> str:
+    """Remove the folder on all `nodes`; returns which did not, or empty. Nothing for a run on one node."""
+    from rlhf_dist.cluster.waits import gather
+
+    try:
+        if nodes:
+            gather(on_each(nodes, remove, str(logs.absolute())), "remove its logs", timeout_s, key)
+    except RunError as error:
+        return f"logs may be left in {logs}: {str(error).splitlines()[0]}"
+    return ""
+
+
+def remove(folder: str) -> None:
+    """On the node that this runs on, as far as it can."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def on_each(nodes: Sequence[str], work: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """Call `work` once on each node; `node ADDRESS` -> the call."""
+    import ray
+
+    ask: Any = ray.remote(work)
+    return {
+        f"node {node}": ask.options(num_cpus=0, max_retries=0, resources={NODE + node: PIN}).remote(*args)
+        for node in dict.fromkeys(nodes)
+    }

@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_dist.cluster.address import joins_cluster
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import DataError, ModelError
-from rlhf_dist.planning.budget_lines import too_large
+from rlhf_dist.planning.budget_lines import too_large, too_large_for_hosts
 from rlhf_dist.planning.device_memory import devices, engine_memory
 from rlhf_dist.planning.forecast import Lengths, Rates, forecast, gpu_rates
 from rlhf_dist.planning.hardware import KINDS, kind_of
-from rlhf_dist.planning.placement import Placement
+from rlhf_dist.planning.host_memory import hosts, memory_here
+from rlhf_dist.planning.placement import Placement, local_machine, place
 from rlhf_dist.planning.shape import ModelShape, shape_of
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.report import Series, read_metrics
@@ -59,15 +61,31 @@ def basis(config: Config, placement: Placement, source: str) -> Basis | None:
     return Basis(shape, rates, f"the data sheet of {kind}")
 
 
-def does_not_fit(config: Config, placement: Placement, found: Basis | None) -> str:
-    """What the plan says against the memory of the GPUs here, with keys that would help; empty: nothing.
+def basis_before(config: Config, source: str) -> Basis | None:
+    """`basis` of a run that starts its own Ray, whose processes are busy for seconds once they are there.
 
-    It is arithmetic, so a run is warned and not ended.
+    None where it joins a cluster: who is placed where is not known before.
     """
-    if found is None or placement.device == "cpu":
+    if joins_cluster(config.cluster):
+        return None
+    return basis(config, place(config, local_machine(), "train"), source)
+
+
+def does_not_fit(config: Config, placement: Placement, found: Basis | None) -> str:
+    """What the plan says against the memory of the GPUs here and of this machine, with keys that would help.
+
+    Empty: nothing. It is arithmetic, so a run is warned and not ended. Of a cluster the nodes' own memory is not known.
+    """
+    if found is None:
         return ""
-    capacity = KINDS[found.device.rsplit(" ", 1)[-1]].memory
-    return too_large(config, devices(config, placement, found.shape, capacity))
+    problems = []
+    if placement.device == "cuda":
+        capacity = KINDS[found.device.rsplit(" ", 1)[-1]].memory
+        problems.append(too_large(config, devices(config, placement, found.shape, capacity)))
+    if not joins_cluster(config.cluster):
+        here = hosts(config, placement, found.shape, memory_here())
+        problems.append(too_large_for_hosts(config, here, assumed=False))
+    return "; ".join(filter(None, problems))
 
 
 def compared(config: Config, placement: Placement, found: Basis, metrics: Path) -> tuple[str, dict[str, Any]]:

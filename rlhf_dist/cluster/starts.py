@@ -6,11 +6,13 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlhf_dist.cluster import actors, learner_hosts as hosts
 from rlhf_dist.cluster.node_facts import check_nodes
+from rlhf_dist.cluster.node_loss import blame_node
 from rlhf_dist.cluster.processes import log_name
 from rlhf_dist.cluster.relay_hosts import OFFER, ONE_NODE, FetchHost, OfferHost, Relays, new_secret
 from rlhf_dist.cluster.session import reserve
@@ -26,8 +28,12 @@ COLLATOR = "collator"
 
 
 def reserved(config: Config, placement: Placement, source: str, logs: Path, stack: ExitStack) -> Any:
-    """The places of the plan, until `stack` is left; several nodes are alike. Raises `ResourceError`."""
+    """The places of the plan, until `stack` is left; several nodes are alike. Raises `ResourceError`.
+
+    On leaving `stack` a failure is told as that of a node, where one has left.
+    """
     limit = config.cluster.start_timeout_s
+    stack.push(partial(blame_node, placement))
     group = stack.enter_context(reserve(bundles(placement), limit))
     nodes = (*placement.worker_nodes, *placement.rank_nodes, *placement.server_nodes)
     check_nodes(nodes, placement.rank_nodes, source, logs, limit, START_KEY)

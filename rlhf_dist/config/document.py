@@ -31,6 +31,8 @@ longer key changes or adds one entry: `scoring.rewards.judge.weight=2`.
 `${output}` in a text stands for the value of another key, `${oc.env:HOME}` for an environment variable. For the text
 `${` itself write `\\${`, in YAML in single quotes or without quotes: `system: 'costs \\${5}'`.
 
+`~` at the start of a path (`output=~/runs`) is the home of the user on the machine where the command runs.
+
 A config has at most 50 levels of nesting and 8 MiB, is UTF-8, and gives each key once. Tags (`!!...`) are rejected."""
 NAMES: dict[Any, str] = {str: "text", list[str]: "list of texts"}
 

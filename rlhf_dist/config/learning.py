@@ -168,8 +168,8 @@ class LearnerConfig:
     zero_stage: int = key(0, Range("0, 1, 2 or 3", lambda x: x in (0, 1, 2, 3)))
     """DeepSpeed ZeRO 0, 1, 2 or 3."""
     offload: Literal["none", "optimizer"] = key("none", effects.SPARES_GPUS, effects.WITH_ZERO_2)
-    """optimizer: the float32 weights and the moments of Adam lie in the host's memory, which steps them: a GPU holds 12
-    bytes less for each of its parameters, and waits longer for a step."""
+    """optimizer: the float32 weights, the moments of Adam and the sums of gradients lie in the host's memory, whose
+    processor steps them: a GPU holds 16 bytes less for each of its parameters, and waits longer for a step."""
     micro_batch_tokens: int = key(2048, COUNT)
     """Tokens packed into one forward pass; a longer sequence goes alone."""
     updates_per_batch: int = key(1, COUNT)

@@ -19,7 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_dist.config.paths import lookup_problem, short, special_kind
+from rlhf_dist.config.paths import lookup_problem, short, special_kind, with_homes
 from rlhf_dist.config.schema import Config, ScoringConfig
 from rlhf_dist.config.yaml_text import MAX_DEPTH, Dumper, parse
 from rlhf_dist.errors import ConfigError
@@ -47,8 +47,14 @@ class Layer(NamedTuple):
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path`, what it includes, and the overrides (`learner.optimizer.lr=1e-4`, later wins).
 
-    Raises `ConfigError` for a missing or malformed file, an unknown key, a wrong type or choice, a bad override.
+    A `~` at the start of a path becomes the home of this machine's user. Raises `ConfigError` for a missing or
+    malformed file, an unknown key, a wrong type or choice, a bad override.
     """
+    return with_homes(as_written(path, overrides))
+
+
+def as_written(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """`load` for another machine: paths stay as they are."""
     layers = list(_file_layers(path, ()))
     layers += [_override_layer(text) for text in overrides]
     return _build(layers)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the schema's rules look paths up
     from rlhf_dist.config.schema import Config
@@ -59,9 +60,9 @@ def short(path: str) -> str:
     return repr(path) if len(path) <= 120 else f"{path[:60]!r}... ({len(path)} characters)"
 
 
-def path_problems(config: Config) -> Iterator[str]:
-    """A sentence for every key whose path the system cannot look up."""
-    named = {
+def named_paths(config: Config) -> dict[str, str]:
+    """Key -> its value, of every key that can hold a path."""
+    return {
         "data.path": config.data.path,
         "data.eval_path": config.data.eval_path,
         "preferences.path": config.preferences.path,
@@ -73,9 +74,32 @@ def path_problems(config: Config) -> Iterator[str]:
         **{f"scoring.rewards.{name}.path": spec.path for name, spec in config.scoring.rewards.items()},
         "output": config.output,
     }
-    for key, value in named.items():
-        reason = lookup_problem(value) if value else ""
-        if reason:
+
+
+def with_homes(config: Config) -> Config:
+    """The config with `~` and `~user` replaced at the start of each path, where there is such a home."""
+    found = config
+    for key, value in named_paths(config).items():
+        if value.startswith("~"):
+            found = _replaced(found, key.split("."), str(expanded(value)))
+    return found
+
+
+def _replaced(holder: Any, parts: Sequence[str], value: str) -> Any:
+    """`holder` with one key below it changed."""
+    first, *rest = parts
+    if isinstance(holder, dict):  # a reward's name may have dots
+        name = next(name for name in holder if ".".join(parts).startswith(f"{name}."))
+        return holder | {name: _replaced(holder[name], parts[-1:], value)}
+    return replace(holder, **{first: _replaced(getattr(holder, first), rest, value) if rest else value})
+
+
+def path_problems(config: Config) -> Iterator[str]:
+    """A sentence for every key whose path the system cannot look up."""
+    for key, value in named_paths(config).items():
+        if value.startswith("~"):
+            yield f"{key} is {short(value)}, and there is no such home on this machine; give the path without the ~"
+        elif reason := lookup_problem(value) if value else "":
             yield f"{key} is {short(value)}, which cannot be looked up: {reason}; give another path"
     if not lookup_problem(config.output):
         reason = lookup_problem(os.path.join(config.output, config.name))

@@ -13,13 +13,10 @@ from rlhf_dist.errors import WeightSyncError
 from rlhf_dist.learner.changed_words import ChangedWords
 from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine
 from rlhf_dist.weights.buckets import WeightPlan
-from rlhf_dist.weights.changes import WORD_BYTES, Piece, pack, unpack
+from rlhf_dist.weights.changes import MOST_CHANGED, WORD_BYTES, Piece, pack, unpack
 from rlhf_dist.weights.changes_file import ChangesFile
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.shared_memory import WeightWriter
-
-MOST_CHANGED = 0.25
-"""Share of the words: above it the whole is published. A word that changed takes four bytes, in the whole two."""
 
 Weights = Callable[[Collection[str] | None], Iterator[tuple[str, Tensor]]]
 """Whole parameters, all or those of these names. Under ZeRO 3 every rank reads them to the end."""

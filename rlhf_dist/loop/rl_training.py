@@ -95,7 +95,7 @@ def train(run: Run, state: State | None) -> Outcome:
     devices = Devices(run.members)
     shell = start_shell(run, state, devices)
     push_first(run, step)
-    before, results, answers = evaluate_first(run, shell) if state is None else known(state)
+    before, results, answers = evaluate_first(run, shell) if state is None else known(run, state)
     if cuts(run.rules.sampling):
         run.telemetry.warn(
             "rollout.top_p or top_k cuts what is sampled from: rollout/logprob_diff_* then compares two distributions, "
@@ -157,8 +157,9 @@ def evaluate_first(run: Run, shell: Shell) -> Results:
     return found.metrics, found.metrics, {"prompts": asked, "before": [*found.answers], "after": [*found.answers]}
 
 
-def known(state: State) -> Results:
+def known(run: Run, state: State) -> Results:
     """As the checkpoint has them."""
+    run.progress.remember(state.results)
     return state.before, state.results, state.answers
 
 

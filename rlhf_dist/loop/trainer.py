@@ -59,6 +59,7 @@ class Trainer:
         if state is not None:
             self.directory.rewind_metrics(state.step)
             self.telemetry.event("resume", f"resumed from step {state.step}", step=state.step)
+            self.progress.remember(state.results)
             return state
         state = TrainerState(0, found := before(), found)
         self.directory.rewind_metrics(-1)  # Cut before its first checkpoint: back to the very start.

@@ -11,11 +11,13 @@ from rlhf_dist.errors import InputError
 from rlhf_dist.planning.device_memory import Device, devices, shared_memory
 from rlhf_dist.planning.forecast import Forecast, Lengths, assumed_lengths, forecast, gpu_rates, splits
 from rlhf_dist.planning.hardware import KINDS, Cluster
+from rlhf_dist.planning.host_memory import Host
 from rlhf_dist.planning.nodes import place_in
 from rlhf_dist.planning.placement import Placement, count_of
 from rlhf_dist.planning.shape import ModelShape
 
 GB = 1e9
+SAY_MEMORY = "as such nodes usually have; say what yours have, as in --cluster 4x8xH100-80G,2000G"
 WORTH_SAYING = 0.95
 """A split of the GPUs that takes less than this share of the planned step's time is named."""
 
@@ -47,6 +49,35 @@ def memory_lines(config: Config, placement: Placement, shape: ModelShape, found:
         if room:
             lines.append(f"/dev/shm: {room:.3g} GB on each node with rollout workers, for two copies of the weights")
     return lines
+
+
+def host_lines(found: Sequence[Host], assumed: bool) -> list[str]:
+    """A line for each kind of node; `assumed`: how much memory they have is not known, but usual."""
+    lines = []
+    for host in found:
+        of = f" of {host.capacity / GB:.0f}" if host.capacity else ""
+        parts = ", ".join(f"{name} {size / GB:.3g}" for name, size in host.parts.items())
+        nodes = f"each of {host.count} nodes" if host.count > 1 else "the node"
+        lines.append(f"main memory of {nodes} with {host.who}: {host.total / GB:.3g}{of} GB: {parts}")
+    if assumed:
+        lines.append(f"main memory is assumed to be {found[0].capacity / GB:.0f} GB a node, {SAY_MEMORY}")
+    return lines
+
+
+def too_large_for_hosts(config: Config, found: Sequence[Host], assumed: bool) -> str:
+    """As `too_large`, of the nodes' own memory."""
+    problems = []
+    for host in found:
+        if host.fits:
+            continue
+        ways = [_way_out_of_host(config, name) for name in sorted(host.parts, key=lambda name: -host.parts[name])]
+        largest = ", ".join(dict.fromkeys(way for way in ways[:3] if way))
+        nodes = f"{host.count} nodes" if host.count > 1 else "a node"
+        problems.append(
+            f"{nodes} with {host.who} would need {host.total / GB:.3g} GB of main memory "
+            f"and have {host.capacity / GB:.0f}: {largest}{f'; {SAY_MEMORY}' if assumed else ''}"
+        )
+    return "; ".join(problems)
 
 
 def too_large(config: Config, found: Sequence[Device]) -> str:
@@ -131,3 +162,25 @@ def _way_out(config: Config, device: Device) -> str:
         ways.append("lower rollout.gpu_memory_utilization" if learns or served else "raise rollout.tensor_parallel")
         ways += ["set cluster.server_gpu_share to 1, a GPU of their own"] if served else []
     return ", ".join(ways) or "use GPUs with more memory"
+
+
+def _way_out_of_host(config: Config, part: str) -> str:
+    """Keys that make one part of a node's main memory smaller; empty where none does."""
+    if part == "rollout workers":
+        return f"lower rollout.kv_cache_gib ({config.rollout.kv_cache_gib:g}) or rollout.workers"
+    if part in ("learner ranks", "critic ranks"):
+        again = "" if config.model.gradient_checkpointing else "set model.gradient_checkpointing to true, "
+        sharing = "learner.zero_stage" if config.learner.zero_stage < 2 and config.learner.ranks > 1 else ""
+        raised = f", raise {sharing} to 2" if sharing else ""
+        return f"{again}lower learner.micro_batch_tokens ({config.learner.micro_batch_tokens}){raised}"
+    if part == "weights for pushes":
+        return "" if config.model.dtype == "bfloat16" else "set model.dtype to bfloat16"
+    return {
+        "optimizer": "set learner.offload to none, or use more nodes",
+        "sleeping engines": "set cluster.colocate to false, or lower rollout.workers",
+        "servers": "lower scoring.replicas or reference.replicas",
+        "moving average": "set learner.ema_decay to 0",
+        "changed words": "set learner.delta_push to false",
+        "experiences": "lower loop.prompts_per_step or rollout.max_response_tokens",
+        "processes": "lower rollout.workers or learner.ranks",
+    }.get(part, "")

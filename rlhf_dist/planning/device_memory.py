@@ -167,23 +167,29 @@ def critic_memory(config: Config, placement: Placement, shape: ModelShape) -> Me
 
 
 def server_memory(config: Config, placement: Placement, shape: ModelShape, place: int) -> dict[str, int]:
-    """Models of the scoring and reference servers in this place of the placement; one a reward of kind model.
+    """What the scoring and reference servers in this place of the placement hold on its GPU."""
+    scorer, reference = server_sizes(config, shape)
+    found: dict[str, int] = {}
+    if scorers := placement.scoring_places.count(place):
+        found["scoring servers"] = scorers * (scorer + CUDA_CONTEXT)
+    if references := placement.reference_places.count(place):
+        found["reference servers"] = references * (reference + CUDA_CONTEXT)
+    return found
 
-    A reward model is taken to be of the policy's size. On a CPU every server is a process beside the others.
+
+def server_sizes(config: Config, shape: ModelShape) -> tuple[int, int]:
+    """Bytes of a scoring server's models, one a reward of kind model, and of a reference server's.
+
+    A reward model is taken to be of the policy's size.
     """
-    p, width = placement, BYTES[config.model.dtype]
+    width = BYTES[config.model.dtype]
     weights, chunk = width * shape.parameters, config.learner.logprob_chunk_tokens
     judge = weights + width * config.scoring.batch_tokens * (4 * shape.hidden + 2 * shape.intermediate)
     reference = judge + logits(shape, config.model.dtype, chunk)
     held = judge * sum(reward.kind == "model" for reward in config.scoring.rewards.values())
-    if needs_reference(config) and not p.reference_places:
+    if needs_reference(config) and not config.reference.replicas:
         held += reference
-    found: dict[str, int] = {}
-    if scorers := p.scoring_places.count(place):
-        found["scoring servers"] = scorers * held + CUDA_CONTEXT * scorers
-    if references := p.reference_places.count(place):
-        found["reference servers"] = references * (reference + CUDA_CONTEXT)
-    return found
+    return held, reference
 
 
 def shared_memory(config: Config, shape: ModelShape) -> int:

@@ -18,6 +18,16 @@ from rlhf_dist.planning.placement import Placement, critic_apart, needs_referenc
 from rlhf_dist.planning.shape import ModelShape
 from rlhf_dist.planning.transports import push_seconds
 
+ADAM = 7 * FLOAT32
+"""Bytes a parameter that Adam moves: reads weight, gradient and two moments, and writes three of them, in float32."""
+HOST_BANDWIDTH = 0.6 * 2 * 8 * 25.6e9
+"""Of a node's main memory, bytes a second: 60% of two sockets with eight channels of DDR4-3200 (25.6 GB/s each
+by JEDEC's standard), what GPU nodes have at least. An assumption."""
+HOST_THREAD = 15e9
+"""The most of it that one CPU thread moves in such a node. An assumption, on the low side: 60e9 was
+measured on the newer processor on which this was written."""
+LINK = 25e9
+"""Bytes a second between a GPU and the host's page-locked memory: 80% of PCIe 4.0 with 16 lanes (31.5e9)."""
 FORWARD, BOTH_WAYS = 2, 6
 """Operations for each weight and token: one multiplication and one addition; backward takes twice the forward."""
 
@@ -32,14 +42,26 @@ class Rates:
     """The same in passes of the learner and of servers."""
     bandwidth: float
     """Bytes a second that element-wise operations and decoding read and write."""
+    kept: float
+    """The same of what the learner's layers keep for their backward pass; infinite where `learning` has it in."""
+    block: int
+    """Tokens of a block of the key-value cache: samples of one prompt share whole blocks only."""
     call_s: float
     """What one layer costs in one pass of the learner besides, seconds: starting its kernels."""
+    segment_s: float
+    """What each sequence costs in one layer of such a pass besides, seconds; 0 where all go at once."""
     decode_layer_s: float
     """The same of a decoding step."""
     decode_s: float
     """What one decoding step of an engine costs besides, seconds."""
     sequence_s: float
     """What each sequence of a decoding step costs besides, seconds."""
+    request_s: float
+    """What each response costs besides: to ask for it, and to take it, seconds."""
+    step_s: float
+    """What an update costs besides: to bring rows together and to call the ranks, seconds."""
+    push_s: float
+    """What a push costs besides, seconds."""
     write: float
     """Bytes of weights that the learner puts into shared memory a second."""
     load: float
@@ -108,10 +130,16 @@ def gpu_rates(kind: Kind, dtype: str, eager: bool) -> Rates:
         products=products,
         learning=products,
         bandwidth=0.6 * kind.bandwidth,
+        kept=0.6 * kind.bandwidth,
+        block=16,
         call_s=200e-6,
+        segment_s=0.0,
         decode_layer_s=150e-6 if eager else 0.0,  # compiled: the layers are one CUDA graph
         decode_s=0.004,
         sequence_s=15e-6,
+        request_s=200e-6,
+        step_s=0.05,
+        push_s=0.03,
         write=3e9,
         load=2e9,
         link=0.6 * kind.link,
@@ -133,8 +161,8 @@ def forecast(
     scoring = _scoring(config, p, shape, rates, lengths, responses)
     # On GPUs scoring goes on beside sampling; on a CPU it takes the time of the cores.
     generate = max(generate, scoring) if p.device == "cuda" else generate + scoring
-    train = _learning(config, p, shape, rates, lengths, math.ceil(responses * lengths.trained))
-    sync = push_seconds(config, p, shape, rates)
+    train = _learning(config, p, shape, rates, lengths, math.ceil(responses * lengths.trained)) + rates.step_s
+    sync = push_seconds(config, p, shape, rates) + rates.push_s
     at_once = config.loop.max_policy_lag > 0
     lag = 0
     if at_once:
@@ -183,7 +211,9 @@ def _sampling(
     tokens = own * lengths.response
     steps = max(lengths.longest, tokens / at_once)
     operations = FORWARD * shape.products / parallel
-    prompts = own / config.algo.group_size * lengths.prompt * operations / rates.products
+    shared = int(lengths.prompt) // rates.block * rates.block
+    prompt_tokens = own * (lengths.prompt - shared) + own / config.algo.group_size * shared
+    prompts = prompt_tokens * operations / rates.products + own * rates.request_s
     weights = width * shape.products / parallel / rates.bandwidth
     cache = width * shape.kv_elements / parallel * (lengths.prompt + lengths.response / 2) / rates.bandwidth
     a_step = rates.decode_s + shape.layers * rates.decode_layer_s + weights
@@ -213,13 +243,28 @@ def _learning(
     def passes(operations: int) -> float:
         return _pass(config, placement, shape, rates, lengths, responses, operations, ranks)
 
-    # Adam reads weight, gradient and two moments and writes three of them, in float32.
-    adam = updates * 7 * FLOAT32 * shape.parameters / (ranks if learner.zero_stage else 1) / rates.bandwidth
+    share = shape.parameters / (ranks if learner.zero_stage else 1)
+    if learner.offload == "optimizer":
+        adam = updates * _adam_on_host(placement, share, BYTES[config.model.dtype])
+    else:
+        adam = updates * ADAM * share / rates.bandwidth
     policy = learner.epochs * passes(both) + (passes(FORWARD) if updates > 1 else 0) + adam
     if METHODS[config.algo.name].baseline != "critic" or config.critic.start == "shared":
         return policy
     critic = learner.epochs * passes(both) + passes(FORWARD) + adam
     return max(policy, critic) if critic_apart(config) else policy + critic
+
+
+def _adam_on_host(placement: Placement, share: float, width: int) -> float:
+    """Seconds of a step of `share` parameters in the host's memory by a rank's CPU threads, with both ways to it.
+
+    Besides Adam's own bytes, clipping reads and writes the gradient, and the new weights are rounded to the model's
+    `width` in bytes. The gradient comes as float32 and the weights go back.
+    """
+    there = math.ceil(placement.learner_ranks / placement.spread_of_ranks())
+    rate = min(placement.learner_threads * HOST_THREAD, HOST_BANDWIDTH / there)
+    moved = ADAM + 2 * FLOAT32 + FLOAT32 + width
+    return share * moved / rate + share * (FLOAT32 + width) / LINK
 
 
 def _pass(
@@ -240,4 +285,5 @@ def _pass(
     # Forward writes what it keeps; backward reads that and writes as much.
     written = tokens * shape.layers * of_a_layer(shape, config.model.dtype, placement.device) * operations / FORWARD
     micro_batches = max(1, math.ceil(tokens / config.learner.micro_batch_tokens))
-    return products + written / rates.bandwidth + micro_batches * shape.layers * rates.call_s * operations / FORWARD
+    calls = micro_batches * rates.call_s + responses / ranks * rates.segment_s
+    return products + written / rates.kept + shape.layers * calls * operations / FORWARD

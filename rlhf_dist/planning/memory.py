@@ -7,6 +7,7 @@ compares both with tensors that were measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ MOMENTS = 2
 REDUCE_BUCKET = 500_000_000
 """Elements of the buffer for gradients on their way under ZeRO 2 and 3, DeepSpeed's own default; a model that has fewer
 elements gets a buffer of its own size."""
+SUB_GROUP = 1_000_000_000
+"""Elements that ZeRO 3 steps at once, DeepSpeed's own default."""
 LOGITS_BLOCK = 2**21
 """Logits that are worked on at once, as in `algo/logprobs.py`."""
 LIVE = 1_000_000_000
@@ -49,8 +52,9 @@ def learner_memory(
     than a micro-batch.
     """
     tokens = -(-max(learner.micro_batch_tokens, sequence) // learner.sequence_parallel)
-    parts = held_by_rank(shape, learner.zero_stage, dtype, ranks, learner.offload == "optimizer")
-    parts["gradients"] = parts.get("gradients", 0) + gradients(shape, learner.zero_stage, dtype, ranks)
+    offloaded = learner.offload == "optimizer"
+    parts = held_by_rank(shape, learner.zero_stage, dtype, ranks, offloaded)
+    parts["gradients"] = parts.get("gradients", 0) + gradients(shape, learner.zero_stage, dtype, ranks, offloaded)
     if learner.zero_stage == 3 and ranks > 1:
         parts["gathered weights"] = min(shape.parameters, LIVE) * BYTES[dtype]
     parts["activations"] = activations(shape, dtype, tokens, checkpointing, device)
@@ -61,7 +65,7 @@ def learner_memory(
 def held_by_rank(shape: ModelShape, stage: int, dtype: str, ranks: int, offloaded: bool = False) -> dict[str, int]:
     """Between two steps: weights, float32 masters with Adam's moments, and buffers that DeepSpeed keeps.
 
-    `offloaded`: masters and moments are in the host's memory.
+    `offloaded`: masters and moments are in the host's memory, and the sums of gradients.
     """
     count, width = shape.parameters, BYTES[dtype]
     share = -(-count // ranks)
@@ -71,12 +75,35 @@ def held_by_rank(shape: ModelShape, stage: int, dtype: str, ranks: int, offloade
     if stage == 1 and dtype == "bfloat16":
         parts["gradients"] = FLOAT32 * count
     if stage == 3:
-        parts["gradients"] = FLOAT32 * share
+        parts["gradients"] = 0 if offloaded else FLOAT32 * share
         parts["reduce bucket"] = width * min(REDUCE_BUCKET, count)
     return parts
 
 
-def gradients(shape: ModelShape, stage: int, dtype: str, ranks: int) -> int:
+def held_by_host(shape: ModelShape, stage: int, dtype: str, ranks: int, page_locked: bool) -> int:
+    """Bytes in the host's memory of a rank whose optimizer is there (ZeRO-2 or 3), as DeepSpeed keeps them.
+
+    Masters, moments and the gradient that the optimizer steps with, all in float32; under ZeRO-2 the new weights on
+    their way to the GPU and the sums over micro-batches in the model's dtype, under ZeRO-3 these sums in float32. All
+    but moments, and ZeRO-3's masters, are `page_locked` where a GPU copies them: PyTorch rounds each such buffer up to
+    a power of two.
+    """
+    share, width = -(-shape.parameters // ranks), BYTES[dtype]
+    whole = locked if page_locked else int
+    moments = MOMENTS * FLOAT32 * share
+    if stage == 3:
+        groups = [min(SUB_GROUP, share - start) for start in range(0, share, SUB_GROUP)]
+        return moments + FLOAT32 * share + sum(whole(FLOAT32 * group) for group in groups) + whole(FLOAT32 * share)
+    sums = math.ceil(shape.parameters / shape.largest) * whole(width * shape.largest) // ranks
+    return moments + 2 * whole(FLOAT32 * share) + whole(width * share) + sums + whole(width * shape.largest)
+
+
+def locked(nbytes: int) -> int:
+    """What PyTorch's allocator of page-locked memory takes for so many bytes."""
+    return 1 << max(0, nbytes - 1).bit_length()
+
+
+def gradients(shape: ModelShape, stage: int, dtype: str, ranks: int, offloaded: bool = False) -> int:
     """What a step holds of them beside `held_by_rank`: sums over micro-batches, and those of the last parameter."""
     count, width = shape.parameters, BYTES[dtype]
     newest, bucket = shape.largest * (width + FLOAT32), width * min(REDUCE_BUCKET, count)
@@ -84,7 +111,10 @@ def gradients(shape: ModelShape, stage: int, dtype: str, ranks: int) -> int:
         return FLOAT32 * count + newest
     if stage == 1:
         return width * count + (bucket if dtype == "float32" else 0) + newest
-    return newest if stage == 3 else FLOAT32 * -(-count // ranks) + bucket + newest
+    if stage == 3:
+        return newest
+    # Offloaded: a rank's sums are in the host's memory, and the gradient of one parameter is on its way there.
+    return (width * shape.largest if offloaded else FLOAT32 * -(-count // ranks)) + bucket + newest
 
 
 def activations(shape: ModelShape, dtype: str, tokens: int, checkpointing: bool, device: str) -> int:

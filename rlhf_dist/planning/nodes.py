@@ -7,11 +7,12 @@ as few nodes as possible, the command's own first. Each rollout worker goes to t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rlhf_dist.config.schema import Config
-from rlhf_dist.errors import ResourceError
+from rlhf_dist.errors import ResourceError, TooSmall
 from rlhf_dist.planning.placement import (
     Command,
     Machine,
@@ -24,6 +25,9 @@ from rlhf_dist.planning.placement import (
     with_servers,
 )
 from rlhf_dist.planning.transports import check_nodes_of_transport
+
+MANY_NODES = 8
+"""More are counted, not named."""
 
 
 def place_in(config: Config, nodes: Sequence[Machine], command: Command) -> Placement:
@@ -41,7 +45,11 @@ def place_in(config: Config, nodes: Sequence[Machine], command: Command) -> Plac
     if len(nodes) == 1:
         raise refusals[0]
     whole = Machine(sum(node.cpus for node in able), sum(node.gpus for node in able))
-    sketch = share_out(config, whole, command)  # refuses what not even all of them together have
+    try:
+        sketch = share_out(config, whole, command)
+    except TooSmall as error:
+        left_out = "" if len(able) == len(nodes) else f" ({len(nodes) - len(able)} without a GPU not counted)"
+        raise TooSmall(f"{error}. That is all {len(able)} nodes{left_out} together: {_has(able)}") from None
     found = with_servers((_pairs if sketch.paired else _spread)(config, able, command, sketch), config, command)
     check_nodes_of_transport(config, found.device, found.rank_nodes, found.worker_nodes)
     return found
@@ -72,7 +80,10 @@ def _pairs(config: Config, nodes: Sequence[Machine], command: Command, sketch: P
     if len(homes) < places:
         key = "rollout.workers" if sketch.rollout_workers > sketch.learner_ranks else "learner.ranks"
         more = " of workers and ranks that take turns (cluster.colocate)"
-        raise ResourceError(f"{_each(key, places, cpus, gpus)}{more} do not fit: {_rest(homes, left)}; lower {key}")
+        raise ResourceError(
+            f"{_each(key, places, cpus, gpus)}{more} do not fit: {_rest(homes, left)}; lower {key}. "
+            f"{_sums(places * cpus, places * gpus, left)}"
+        )
     of_servers = _homes_of_servers(config, left, homes[0], command, sketch)
     equal = min(one.node.cpus // sum(one is other for other in homes) for one in homes)
     rollout, learner = config.rollout.cpus or equal, config.learner.cpus or equal
@@ -96,10 +107,14 @@ def _spread(config: Config, nodes: Sequence[Machine], command: Command, sketch: 
     ranks, rank_cpus = sketch.learner_ranks, max(config.learner.cpus, 1)
     worker_cpus, gpus = _cpus_of_worker(config, sketch), sketch.rollout_gpus
     left = [Left(node, node.cpus, node.gpus) for node in nodes]
+    asked = ranks * rank_cpus + sketch.rollout_workers * worker_cpus
+    in_sum = _sums(asked, ranks * sketch.learner_gpus + sketch.rollout_workers * gpus, left)
     of_ranks = _homes_of_ranks(left, ranks, rank_cpus, sketch.learner_gpus)
     if len(of_ranks) < ranks:
         needs = _each("learner.ranks", ranks, rank_cpus, sketch.learner_gpus)
-        raise ResourceError(f"{needs} do not fit: {_rest(of_ranks, left)}; lower learner.ranks or learner.cpus")
+        raise ResourceError(
+            f"{needs} do not fit: {_rest(of_ranks, left)}; lower learner.ranks or learner.cpus. {in_sum}"
+        )
     homes: list[Left] = []
     for _ in range(sketch.rollout_workers):
         fit = [one for one in left if one.cpus >= worker_cpus and one.gpus >= gpus]
@@ -107,7 +122,7 @@ def _spread(config: Config, nodes: Sequence[Machine], command: Command, sketch: 
         if best is None or not best.take(1, worker_cpus, gpus):
             needs = _each("rollout.workers", sketch.rollout_workers, worker_cpus, gpus)
             beside = " beside the learner" if ranks else ""
-            raise ResourceError(f"{needs} do not fit{beside}: {_rest(homes, left)}; lower rollout.workers")
+            raise ResourceError(f"{needs} do not fit{beside}: {_rest(homes, left)}; lower rollout.workers. {in_sum}")
         homes.append(best)
     of_servers = _homes_of_servers(config, left, (of_ranks or homes)[0], command, sketch)
     rollout_threads, learner_threads = _threads(config, left, of_ranks, homes, worker_cpus)
@@ -185,14 +200,35 @@ def _rest(homes: Sequence[Left], left: Sequence[Left]) -> str:
     return f"{len(homes)} of them have a node, and {_told(left)}"
 
 
+def _sums(cpus: int, gpus: int, left: Sequence[Left]) -> str:
+    """Asked for and there, over all nodes: where there is enough, no node has enough of it."""
+    there = sum(one.node.cpus for one in left), sum(one.node.gpus for one in left)
+    of_gpus = f" and {gpus} of {count_of(there[1], 'GPU')}" if gpus else ""
+    return f"In sum {cpus} of {count_of(there[0], 'CPU')}{of_gpus} on {count_of(len(left), 'node')} are asked for"
+
+
+def _has(nodes: Sequence[Machine]) -> str:
+    """`10.0.0.1 has 8 CPUs and 2 GPUs`, of each node; of many how many have as much."""
+
+    def size(node: Machine) -> str:
+        return count_of(node.cpus, "CPU") + (f" and {count_of(node.gpus, 'GPU')}" if node.gpus else "")
+
+    if len(nodes) <= MANY_NODES:
+        return ", ".join(f"{node.address} has {size(node)}" for node in nodes)
+    return ", ".join(f"{count} have {each} each" for each, count in Counter(map(size, nodes)).items())
+
+
 def _each(key: str, count: int, cpus: int, gpus: int) -> str:
     return f"{key} {count} x {count_of(cpus, 'CPU')}" + (f" and {count_of(gpus, 'GPU')}" if gpus else "")
 
 
 def _told(left: Sequence[Left]) -> str:
-    """`10.0.0.1 has 3 of 8 CPUs and 0 of 2 GPUs left`, of each node."""
-    parts = []
-    for one in left:
+    """`10.0.0.1 has 3 of 8 CPUs and 0 of 2 GPUs left`, of each node; of many how many have as much."""
+
+    def has(one: Left) -> str:
         gpus = f" and {one.gpus} of {count_of(one.node.gpus, 'GPU')}" if one.node.gpus else ""
-        parts.append(f"{one.node.address} has {one.cpus} of {count_of(one.node.cpus, 'CPU')}{gpus} left")
-    return ", ".join(parts)
+        return f"{one.cpus} of {count_of(one.node.cpus, 'CPU')}{gpus} left"
+
+    if len(left) <= MANY_NODES:
+        return ", ".join(f"{one.node.address} has {has(one)}" for one in left)
+    return ", ".join(f"{count} have {each} each" for each, count in Counter(map(has, left)).items())

@@ -16,7 +16,7 @@ from typing import Literal
 
 from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.schema import Config
-from rlhf_dist.errors import ResourceError
+from rlhf_dist.errors import ResourceError, TooSmall
 from rlhf_dist.planning.transports import check_transport
 
 Command = Literal["train", "sft", "reward", "eval"]
@@ -326,7 +326,7 @@ def _check_gpus(
         parts += [f"learner.ranks {ranks}"] if ranks else []
         parts += [f"{count_of(servers, 'server')} with a model (cluster.server_gpu_share 1)"] if servers else []
         way_out = "" if shared or not (workers and ranks) else ", or let them take turns with cluster.colocate=true"
-        raise ResourceError(
+        raise TooSmall(
             f"{' and '.join(parts)} need {count_of(needed, 'GPU')}, but there {_are(machine.gpus, 'GPU')}; lower "
             f"them{way_out}"
         )
@@ -343,7 +343,7 @@ def _threads(config: Config, machine: Machine, workers: int, ranks: int, shared:
     # Apart: an actor without a number of its own counts with one thread, to see whether all fit at all.
     needed = workers * max(rollout, 1) + ranks * max(learner, 1)
     if needed > machine.cpus:
-        raise ResourceError(
+        raise TooSmall(
             f"rollout.workers {workers} x {_each(rollout)} + learner.ranks {ranks} x {_each(learner)} = "
             f"{count_of(needed, 'CPU')}, "
             f"but there {_are(machine.cpus, 'CPU')}; lower rollout.workers, rollout.cpus, learner.ranks or "
@@ -364,7 +364,7 @@ def _side_threads(count_key: str, count: int, cpus_key: str, cpus: int, machine:
         return 0
     needed = count * max(cpus, 1)
     if needed > machine.cpus:
-        raise ResourceError(
+        raise TooSmall(
             f"{count_key} {count} x {_each(cpus)} = {count_of(needed, 'CPU')}, but there {_are(machine.cpus, 'CPU')}; "
             f"lower {count_key}" + (f" or {cpus_key}" if cpus else "")
         )

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from rlhf_dist.config.schema import Config
+from rlhf_dist.planning.nodes import MANY_NODES
 from rlhf_dist.planning.placement import Command, Placement, count_of
-
-MANY_NODES = 8
-"""More are counted, not named."""
 
 
 def describe(placement: Placement, config: Config, command: Command) -> list[str]:

@@ -47,6 +47,10 @@ class Progress(Protocol):
         """Held-out results of the weights after `step`."""
         ...
 
+    def remember(self, results: Mapping[str, float]) -> None:
+        """Held-out results from before a resume: the steps go on showing them."""
+        ...
+
     def warn(self, message: str) -> None: ...
 
     def note(self, message: str) -> None:
@@ -168,8 +172,11 @@ class PlainProgress:
 
     def eval(self, step: int, results: Mapping[str, float]) -> None:
         self._end_stage()
-        self._accuracy = {name: value for name, value in results.items() if name in REMEMBERED}
+        self.remember(results)
         self._print(eval_line(step, results))
+
+    def remember(self, results: Mapping[str, float]) -> None:
+        self._accuracy = {name: value for name, value in results.items() if name in REMEMBERED}
 
     def warn(self, message: str) -> None:
         self._print(f"warning: {message}")
@@ -232,8 +239,11 @@ class RichProgress:
 
     def eval(self, step: int, results: Mapping[str, float]) -> None:
         self._end_stage()
-        self._accuracy = {name: value for name, value in results.items() if name in REMEMBERED}
+        self.remember(results)
         self._console.print(eval_line(step, results), markup=False)
+
+    def remember(self, results: Mapping[str, float]) -> None:
+        self._accuracy = {name: value for name, value in results.items() if name in REMEMBERED}
 
     def warn(self, message: str) -> None:
         self._console.print(self._text(f"warning: {message}", "yellow"))

@@ -17,6 +17,8 @@ from rlhf_dist.errors import WeightSyncError
 WORD_BYTES = 2
 PAIR_BYTES = 2 * WORD_BYTES
 """Of a word that changed: its gap and its value."""
+MOST_CHANGED = 0.25
+"""Share of the words: above it the whole is published. A word that changed takes four bytes, in the whole two."""
 FAR = 0xFFFF
 """A gap that only goes so many words on: none of them has changed."""
 COUNT = struct.Struct("<q")

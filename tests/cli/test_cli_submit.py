@@ -124,6 +124,9 @@ class Client:
         (["train", "/etc/hostname"], "/etc/hostname: lies outside"),
         (["train", "run.yaml", "loop.stepz=3"], "unknown key `loop.stepz`"),
         (["pipeline", "run.yaml"], "pipeline"),
+        (["train", "run.yaml", "output=~/runs"], "output is '~/runs': the home would be the one of the cluster's user"),
+        (["pipeline", "run.yaml", "output=~/x", "sft:sft.steps=1"], "output is '~/x': the home"),
+        (["train", "run.yaml", "data.path=~/t.jsonl"], "no token for the cluster"),
         (["train", "run.yaml"], "no token for the cluster: RAY_AUTH_TOKEN is not set and "),
     ],
 )

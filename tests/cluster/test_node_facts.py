@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from rlhf_dist.cluster import node_facts
-from rlhf_dist.cluster.node_facts import NodeFacts, check_nodes, difference, facts
+from rlhf_dist.cluster.node_facts import NodeFacts, check_nodes, difference, facts, remove_logs
 from rlhf_dist.errors import ResourceError
 
 HERE = NodeFacts({"Python": "3.11.7", "ray": "2.60.0"}, "code", True, "", True)
@@ -68,3 +68,13 @@ def test_each_node_is_asked_once(local_ray: None, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(node_facts, "PACKAGE", tmp_path)
     with pytest.raises(ResourceError, match="the code of rlhf_dist is another one there"):
         check_nodes((node,), (), str(tmp_path), tmp_path / "logs", 60, "key")
+
+
+def test_logs_are_removed_on_each_node_and_one_that_is_gone_is_named(local_ray: None, tmp_path: Path) -> None:
+    (node,) = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+    logs = tmp_path / "logs"
+    (logs / "ray").mkdir(parents=True)
+    assert remove_logs([], logs, 1.0, "a.key") == "" and logs.is_dir(), "a run on one node"
+    assert remove_logs([node, node], logs, 60.0, "a.key") == "" and not logs.exists()
+    left = remove_logs(["10.255.255.1"], logs, 0.1, "a.key")
+    assert left == f"logs may be left in {logs}: node 10.255.255.1 did not finish 'remove its logs' in 0.1 s (a.key)"

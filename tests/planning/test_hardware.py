@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf_dist.errors import InputError
-from rlhf_dist.planning.hardware import KINDS, kind_of, parse_cluster
+from rlhf_dist.planning.hardware import GB, KINDS, kind_of, parse_cluster
 
 
 def test_nodes_gpus_and_kind() -> None:
@@ -15,7 +15,11 @@ def test_nodes_gpus_and_kind() -> None:
     assert len({node.address for node in found.nodes}) == 4
     one = parse_cluster("2xL4-24G")
     assert [(node.cpus, node.gpus) for node in one.nodes] == [(16, 2)]
+    assert one.assumed and one.host_memory == 2 * KINDS["L4-24G"].host * GB
+    given = parse_cluster("4x8xH100-80G,1000G")
+    assert given.host_memory == 1000 * GB and not given.assumed and len(given.nodes) == 4
     cpus = parse_cluster("3x16xCPU")
+    assert cpus.host_memory == 64 * GB
     assert [(node.cpus, node.gpus) for node in cpus.nodes] == [(16, 0)] * 3 and cpus.gpu is None
 
 
@@ -26,6 +30,8 @@ def test_nodes_gpus_and_kind() -> None:
         ("4x8xH100-79G", "H100-79G is not known; there is B200-180G, "),
         ("0x8xH100-80G", "give 1 node or more"),
         ("-1x8xH100-80G", "write NODESxGPUSxKIND"),
+        ("8xH100-80G,1T", "as in 4x8xH100-80G,2000G"),
+        ("8xH100-80G,0G", "nodes with no memory of their own"),
         ("", "write NODESxGPUSxKIND"),
     ],
 )

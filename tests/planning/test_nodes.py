@@ -257,3 +257,33 @@ def test_processes_of_a_worker_on_a_cpu_count_one_by_one() -> None:
     assert homes(place_in(wanted, nodes((3, 0), (2, 0), (2, 0)), "train"))[:2] == ("10.0.0.2", "10.0.0.3")
     pairs = place_in(config(workers=4, ranks=4, parallel=2, colocate=True), nodes((4, 0), (4, 0)), "train")
     assert homes(pairs)[:4] == ("10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2") and pairs.rollout_threads == 2
+
+
+def test_too_few_of_all_nodes_together_are_told_in_sum_and_by_node() -> None:
+    with pytest.raises(ResourceError) as caught:
+        place_in(config(workers=9, ranks=2, rollout=2), nodes((4, 0), (8, 0)), "train")
+    said = str(caught.value)
+    assert (
+        "rollout.workers 9 x 2 CPUs each + learner.ranks 2 x 1 CPU each = 20 CPUs, but there are 12 CPUs; lower" in said
+    )
+    assert said.endswith("That is all 2 nodes together: 10.0.0.1 has 4 CPUs, 10.0.0.2 has 8 CPUs")
+    with pytest.raises(ResourceError) as caught:
+        place_in(config(workers=100, ranks=8), [*nodes(*((64, 8),) * 10), Machine(8, 0, "10.0.0.99")], "train")
+    said = str(caught.value)
+    assert "need 108 GPUs, but there are 80 GPUs" in said
+    assert said.endswith("all 10 nodes (1 without a GPU not counted) together: 10 have 64 CPUs and 8 GPUs each")
+    with pytest.raises(ResourceError) as caught:
+        place_in(config(parallel=4, colocate=True), nodes((4, 1), (4, 1)), "train")
+    assert "nodes together" not in str(caught.value), "more nodes would not help"
+
+
+def test_enough_in_sum_and_too_little_on_each_is_told_as_that() -> None:
+    with pytest.raises(ResourceError) as caught:
+        place_in(config(workers=2, ranks=1, rollout=3), nodes((4, 0), (2, 0), (2, 0)), "train")
+    assert str(caught.value).endswith("lower rollout.workers. In sum 7 of 8 CPUs on 3 nodes are asked for")
+    with pytest.raises(ResourceError) as caught:
+        place_in(config(workers=2, ranks=2, parallel=3), nodes((8, 4), (8, 4)), "train")
+    assert "In sum 4 of 16 CPUs and 8 of 8 GPUs on 2 nodes are asked for" in str(caught.value)
+    with pytest.raises(ResourceError) as caught:
+        place_in(config(workers=2, ranks=2, learner=3, colocate=True), nodes((4, 0), (2, 0)), "train")
+    assert str(caught.value).endswith("In sum 6 of 6 CPUs on 2 nodes are asked for")

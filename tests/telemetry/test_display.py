@@ -89,6 +89,14 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(make_progress("plain", Terminal()), PlainProgress)
 
 
+def test_a_resume_goes_on_showing_the_latest_held_out_results() -> None:
+    stream = io.StringIO()
+    progress = PlainProgress(stream)
+    progress.remember({"eval/greedy_accuracy": 0.5, "eval/pass_at_4": 0.75})
+    progress.step(41, 80, METRICS)
+    assert stream.getvalue() == "step 41/80  reward 0.412  held-out 0.500  length 5.2  tok/s 1,234\n", "and no line"
+
+
 def test_pace_counts_from_the_first_step_seen() -> None:
     pace = Pace()
     assert pace.seconds_left(41, 80, 100.0) is None
