@@ -26,6 +26,7 @@ from rlhf_dist.learner.changed_words import mark
 from rlhf_dist.learner.deepspeed_engine import LOOPBACK, init_process_group
 from rlhf_dist.learner.micro_batch_rows import Row, pack_rows, response_row
 from rlhf_dist.learner.model_engine import ModelEngine
+from rlhf_dist.learner.publication import Publication
 from rlhf_dist.planning.placement import local_machine, place
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.relay import Fetch, Offer
@@ -114,7 +115,9 @@ class Learner:
 
     def changed(self) -> int:
         """Words that are marked."""
-        marks = self.engine._publication._marks
+        publication = self.engine._publication
+        assert isinstance(publication, Publication), "changed words go through shared memory"
+        marks = publication._marks
         return 0 if marks is None else marks.count()
 
     def close(self) -> None:
