@@ -139,7 +139,8 @@ def write_models(config: Config, entries: int = 0) -> None:
 def write_model(sizes: TinyConfig, folder: Path, reward: bool = False, entries: int = 0) -> None:
     """Random weights from a seed, and the tokenizer; `reward`: one score in place of the language-model head.
 
-    `entries`: of the vocabulary, where it is larger than the tokenizer's; then input and output share one matrix.
+    `entries`: of the vocabulary, where it is larger; the others are tokens that no text is cut into, and input and
+    output share one matrix then.
     """
     import torch
     from transformers import (
@@ -149,16 +150,17 @@ def write_model(sizes: TinyConfig, folder: Path, reward: bool = False, entries: 
         Qwen2Tokenizer,
     )
 
+    tokens = [*TOKENS, *(f"w{index}" for index in range(len(TOKENS), entries))]
     tokenizer = Qwen2Tokenizer(
-        vocab={token: index for index, token in enumerate(TOKENS)},
+        vocab={token: index for index, token in enumerate(tokens)},
         merges=[],
         pad_token=PAD,
         unk_token=UNKNOWN,
         eos_token=END,
     )
-    assert len(tokenizer) == len(TOKENS)
+    assert len(tokenizer) == len(tokens)
     shape = Qwen2Config(
-        vocab_size=entries or len(TOKENS),
+        vocab_size=len(tokens),
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.intermediate_size,
         num_hidden_layers=sizes.layers,

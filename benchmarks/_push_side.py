@@ -141,11 +141,13 @@ class Generation:
 class Policy:
     """The learner's side: weights that move, and their logprobs."""
 
-    def __init__(self, policy: PackedPolicy, dtype: str, bucket_bytes: int, first: int = 1) -> None:
-        """`first`: the number of the first version."""
+    def __init__(
+        self, policy: PackedPolicy, dtype: str, bucket_bytes: int, first: int = 1, *, pinned: bool = False
+    ) -> None:
+        """`first`: the number of the first version. `pinned`: see `WeightWriter`."""
         self.policy = policy
         shapes = [(name, tuple(tensor.shape), dtype) for name, tensor in self._weights()]
-        self._writer = WeightWriter(make_plan(shapes, bucket_bytes))
+        self._writer = WeightWriter(make_plan(shapes, bucket_bytes), pinned=pinned)
         self._version = first - 1
 
     def _weights(self) -> Iterable[tuple[str, torch.Tensor]]:
@@ -159,9 +161,11 @@ class Policy:
     @torch.no_grad()
     def move(self) -> None:
         """Change every weight."""
-        generator = torch.Generator().manual_seed(self._version)
+        generator: torch.Generator | None = None
         for _, tensor in self._weights():
-            tensor.add_(torch.randn(tensor.shape, generator=generator) * (MOVE * tensor.abs().mean()))
+            generator = generator or torch.Generator(tensor.device).manual_seed(self._version)
+            noise = torch.randn(tensor.shape, generator=generator, device=tensor.device)
+            tensor.add_(noise * (MOVE * tensor.abs().mean()))
 
     def publish(self) -> Announcement:
         """The next version."""
@@ -210,14 +214,19 @@ def parity(generation: Generation, policy: Policy, mode: Mode, temperature: floa
     return Parity(float(old[~after].max()), float(new[after].max()), float(new[after].mean()))
 
 
-@torch.no_grad()
 def differences(policy: PackedPolicy, over: list[tuple[Turn, Response]], temperature: float) -> np.ndarray:
     """float32 [sampled tokens]: |the policy's logprob - the sampler's|, response after response."""
+    sampled = np.concatenate([response.logprobs for _, response in over])
+    return np.abs(sampled_again(policy, over, temperature) - sampled)
+
+
+@torch.no_grad()
+def sampled_again(policy: PackedPolicy, over: list[tuple[Turn, Response]], temperature: float) -> np.ndarray:
+    """float32 [sampled tokens]: the policy's logprob of each, response after response."""
     rows = [response_row(turn.context, response.tokens) for turn, response in over]
-    packed = pack_rows(rows, torch.device("cpu"))
+    packed = pack_rows(rows, next(policy.parameters()).device)
     where = (packed.tokens, packed.cu_seqlens, packed.predict, packed.targets)
-    found = policy(*where, temperature, 1024, "none", None)[0].float().numpy()
-    return np.abs(found - np.concatenate([response.logprobs for _, response in over]))
+    return policy(*where, temperature, 1024, "none", None)[0].float().cpu().numpy()
 
 
 def limit(announcement: Announcement) -> dict[str, float]:
