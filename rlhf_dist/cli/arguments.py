@@ -120,17 +120,22 @@ def is_override(word: str) -> bool:
     return "=" in word and (is_missing(word) or bool(lookup_problem(word)))
 
 
-def load_checked(words: Sequence[str], name: str, command: Command) -> Config:
-    """The config that `words` (file, overrides) give, after all checks. Raises `InputError`."""
+def load_checked(words: Sequence[str], name: str, command: Command, files: bool = True) -> Config:
+    """The config that `words` (file, overrides) give, after all checks, with `files` also of those that it reads.
+
+    Raises `InputError`.
+    """
     from rlhf_dist.config.checks import check
     from rlhf_dist.config.load import load
 
     if not words or is_override(words[0]):
-        shipped = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
+        shipped = sorted(str(path) for path in Path("configs").glob("*.yaml"))
+        folders = sorted({str(path.parent) for path in Path("configs").glob("*/*.yaml")})
         there = f"; there is {', '.join(shipped)}" if shipped else ""
+        there += f", and more in {', '.join(folders)}" if shipped and folders else ""
         raise InputError(f"{name} needs a config file first: rlhf-dist {name} CONFIG.yaml [key=value ...]{there}")
     config = load(Path(words[0]), words[1:])
-    check(config, command)
+    check(config, command, files)
     return config
 
 

@@ -28,13 +28,13 @@ def run(argv: Sequence[str]) -> int:
         "--response-tokens", type=_count, default=0, help="mean response assumed by the forecast; default: the longest"
     )
     args = arguments.parse(parser, argv)
-    if args.cluster and (args.cpus is not None or args.gpus is not None):
+    if args.cluster is not None and (args.cpus is not None or args.gpus is not None):
         raise InputError("--cluster says what each node has; take --cpus and --gpus out")
-    config = arguments.load_checked(args.words, "plan", "train")
+    config = arguments.load_checked(args.words, "plan", "train", files=False)
     from rlhf_dist.planning.hardware import parse_cluster
     from rlhf_dist.planning.placement import Machine, count_of, local_machine
 
-    if args.cluster:
+    if args.cluster is not None:
         cluster = parse_cluster(args.cluster)
         each = cluster.nodes[0]
         size = f"{each.gpus} {cluster.kind} and {each.cpus} CPUs" if each.gpus else f"{each.cpus} CPUs"
@@ -50,11 +50,18 @@ def _print_plan(config: Config, heading: str, nodes: Sequence[Machine], cluster:
     """All lines; the exit code. Raises `ResourceError` where something does not fit, after the lines."""
     from rlhf_dist.planning import budget_lines
     from rlhf_dist.planning.nodes import place_in
-    from rlhf_dist.planning.plan_lines import describe
+    from rlhf_dist.planning.plan_lines import describe, unused_lines
     from rlhf_dist.planning.shape import require_parts, shape_of
 
+    if config.cluster.device == "cuda" and not any(node.gpus for node in nodes):
+        raise ResourceError(
+            f"cluster.device is cuda, but what is planned for has no GPU ({heading}); name a cluster that has, as in "
+            "--cluster 1x8xH100-80G, or set cluster.device to cpu"
+        )
     placement = place_in(config, nodes, "train")
     lines = [heading, *describe(placement, config, "train")]
+    if stages := [name for name, stage in config.pipeline.stages.items() if stage.command == "train"]:
+        lines.append(f"pipeline: planned without the keys that its stages set ({', '.join(stages)}); give them here")
     try:
         shape = shape_of(config.model)
     except ModelError as error:
@@ -63,6 +70,7 @@ def _print_plan(config: Config, heading: str, nodes: Sequence[Machine], cluster:
     require_parts(config, shape)
     found = budget_lines.planned_devices(config, placement, shape, cluster)
     lines += [budget_lines.model_line(config, shape), *budget_lines.memory_lines(config, placement, shape, found)]
+    lines += unused_lines(placement, nodes, sum(device.count for device in found))
     if cluster is not None and placement.device == "cuda":
         lines += budget_lines.gpu_forecast(config, placement, shape, cluster, found, response)
     print("\n".join(lines))

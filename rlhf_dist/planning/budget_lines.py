@@ -64,14 +64,20 @@ def too_large(config: Config, found: Sequence[Device]) -> str:
 def forecast_lines(planned: Forecast, lengths: Lengths, basis: str) -> list[str]:
     """What a step takes, phase by phase, and which side waits."""
     turns = "at once" if planned.at_once else "in turn"
+    times = planned.step, planned.generate, planned.score, planned.train, planned.sync
+    step, generate, score, train, push = map(_seconds, times)
     return [
-        f"forecast ({basis}): {planned.step:.3g} s a step, {planned.tokens / planned.step:,.0f} response tokens a "
+        f"forecast ({basis}): {step} s a step, {planned.tokens / planned.step:,.0f} response tokens a "
         f"second, for prompts of {lengths.prompt:.0f} and responses of {lengths.response:.0f} tokens",
-        f"forecast of the phases, {turns}: generate {planned.generate:.3g} s (scoring in it {planned.score:.3g}), "
-        f"train {planned.train:.3g} s, push {planned.sync:.3g} s; the longest is {planned.bottleneck}",
+        f"forecast of the phases, {turns}: generate {generate} s (scoring in it {score}), "
+        f"train {train} s, push {push} s; the longest is {planned.bottleneck}",
         f"forecast of waiting: rollout workers {planned.rollout_idle:.0%} of the time, learner "
         f"{planned.learner_idle:.0%}; oldest tokens {count_of(planned.lag, 'version')} behind",
     ]
+
+
+def _seconds(time: float) -> str:
+    return f"{time:,.0f}" if time >= 1000 else f"{time:.3g}"
 
 
 def gpu_forecast(
@@ -86,7 +92,7 @@ def gpu_forecast(
     if placement.paired:
         return lines
     better = (
-        f"rollout.workers={workers} learner.ranks={ranks} would take {step:.3g} s a step"
+        f"rollout.workers={workers} learner.ranks={ranks} would take {_seconds(step)} s a step"
         for step, workers, ranks in splits(config, placement, shape, rates, lengths, cache)
         if step < WORTH_SAYING * planned.step and has_room(config, cluster, shape, workers, ranks)
     )
@@ -99,7 +105,7 @@ def has_room(config: Config, cluster: Cluster, shape: ModelShape, workers: int, 
     rollout, learner = replace(config.rollout, workers=workers), replace(config.learner, ranks=ranks)
     other = replace(config, rollout=rollout, learner=learner)
     try:
-        check(other, "train")
+        check(other, "train", files=False)
         placement = place_in(other, cluster.nodes, "train")
     except InputError:
         return False

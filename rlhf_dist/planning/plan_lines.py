@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from rlhf_dist.config.schema import Config
-from rlhf_dist.planning.placement import Command, Placement, count_of
+from rlhf_dist.planning.placement import Command, Machine, Placement, count_of
 
 MANY_NODES = 8
 """More are counted, not named."""
@@ -45,6 +46,18 @@ def describe(placement: Placement, config: Config, command: Command) -> list[str
     if command != "eval":
         lines.append(f"run directory: {config.output}/{config.name}")
     return lines
+
+
+def unused_lines(placement: Placement, nodes: Sequence[Machine], gpus: int) -> list[str]:
+    """A line where GPUs of the nodes, or on CPUs whole nodes, are left over. `gpus`: how many the placement uses."""
+    total, what = sum(node.gpus for node in nodes), "GPU"
+    free = total - gpus
+    if placement.device == "cpu":
+        used = {*placement.worker_nodes, *placement.rank_nodes}
+        total, what = len(nodes), "node"
+        free = total - (len(used) or 1)
+    more = "rollout.workers and learner.ranks say how many are used"
+    return [f"not used: {free:,} of {count_of(total, what)}; {more}"] if free else []
 
 
 def _spread(side: Counter[str]) -> str:
