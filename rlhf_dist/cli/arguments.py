@@ -149,13 +149,17 @@ def plan_lines(config: Config, machine: Machine, command: Command) -> list[str]:
 
 
 def print_dry_run(config: Config, command: Command) -> int:
-    """Print the resolved config as YAML and the plan on this machine as comments below it; returns the exit code."""
+    """Print the resolved config as YAML and the plan on this machine as comments below it; returns the exit code.
+
+    Raises `ResourceError` where it does not fit this machine, after the config.
+    """
     from rlhf_dist.config.load import to_yaml
     from rlhf_dist.config.reward_words import reward_lines
     from rlhf_dist.planning.placement import local_machine
 
+    print(to_yaml(config), end="")
     lines = plan_lines(config, local_machine(), command)
     lines += reward_lines(config) if command in ("train", "eval") else []
     lines.append(f"checked only at the start: {NOT_YET_CHECKED[command]}")
-    print(to_yaml(config) + "\n".join(f"# {line}" for line in lines))
+    print("\n".join(f"# {line}" for line in lines))
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_dist.cli.main import main
+from rlhf_dist.config.load import from_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPE, REVERSE = str(CONFIGS / "recipes/7b_grpo.yaml"), str(CONFIGS / "reverse.yaml")
@@ -54,6 +55,12 @@ def test_a_recipe_for_gpus_without_any_names_the_option(given: list[str], capsys
     assert main(["plan", RECIPE, *given]) == 2
     said = capsys.readouterr().err
     assert "cluster.device is cuda, but what is planned for has no GPU" in said and "--cluster 1x8xH100-80G" in said
+
+
+def test_a_dry_run_on_a_smaller_machine_still_resolves_the_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", REVERSE, "--dry-run", "rollout.workers=1000", "cluster.device=cpu"]) == 2
+    found = capsys.readouterr()
+    assert from_yaml(found.out).rollout.workers == 1000 and "rollout.workers 1000" in found.err
 
 
 def test_long_times_are_whole_seconds(capsys: pytest.CaptureFixture[str]) -> None:
