@@ -158,6 +158,7 @@ def curves(metrics_path: Path, out: Path) -> tuple[str, ...]:
     for place, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, place + 1)
         _draw(axes, panel, series)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if place + columns >= len(panels):
             axes.set_xlabel("step")
     try:
