@@ -123,16 +123,22 @@ def planned_devices(config: Config, placement: Placement, shape: ModelShape, clu
 
 
 def _way_out(config: Config, device: Device) -> str:
-    """Keys that would make it fit, those that cost least first."""
-    ways, learns = [], "rank" in device.name
-    if learns and not config.model.gradient_checkpointing:
-        ways.append("set model.gradient_checkpointing to true")
-    if learns and config.learner.zero_stage < 3 and config.learner.ranks > 1:
-        ways.append("learner.zero_stage to 3")
-    if learns:
-        ways.append(f"lower learner.micro_batch_tokens ({config.learner.micro_batch_tokens}), raise learner.ranks")
-    if "worker" in device.name:
-        served = any("server" in part for part in device.parts)
-        ways.append("lower rollout.gpu_memory_utilization" if learns or served else "raise rollout.tensor_parallel")
-        ways += ["set cluster.server_gpu_share to 1, a GPU of their own"] if served else []
+    """Keys that would make what it holds at its peak smaller, those that cost least first."""
+    held = {name.split(": ")[-1] for name, size in device.parts.items() if size}
+    learner, memory = config.learner, f"rollout.gpu_memory_utilization ({config.rollout.gpu_memory_utilization:g})"
+    ways = []
+    if "activations" in held:
+        ways += [] if config.model.gradient_checkpointing else ["set model.gradient_checkpointing to true"]
+        ways.append(f"lower learner.micro_batch_tokens ({learner.micro_batch_tokens})")
+    if "optimizer" in held:
+        ways += ["set learner.zero_stage to 3"] if learner.zero_stage < 3 and learner.ranks > 1 else []
+        stage = "" if learner.zero_stage > 1 else " and learner.zero_stage to 2"
+        ways += [f"set learner.offload to optimizer{stage}", "raise learner.ranks (more GPUs)"]
+    if device.without_cache:
+        ways += [] if "pair" in device.name else ["raise rollout.tensor_parallel"]
+        ways.append(f"raise {memory}")
+    elif "key-value cache" in held:
+        ways.append(f"lower {memory}")
+    if any("servers" in name for name in held):
+        ways.append("set cluster.server_gpu_share to 1 (GPUs of their own)")
     return ", ".join(ways) or "use GPUs with more memory"
