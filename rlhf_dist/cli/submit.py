@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
             print(f"{job} is told to stop{kept}", file=sys.stderr)
         raise
     print(f"{job} {'succeeded' if code == 0 else f'ended with exit code {code}'}", file=sys.stderr)
-    if place and code != 2:
+    if place and code != 2 and "--dry-run" not in words:
         hand_over(client, job, place, before)
     return code
 

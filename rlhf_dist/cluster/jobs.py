@@ -112,7 +112,8 @@ def connect(cluster: Cluster) -> JobSubmissionClient:
     """A client of its dashboard. Raises `RunError`."""
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # a dozen lines of what it packs
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(logging.ERROR)  # else a dozen lines of what is packed and sent
     os.environ.pop("RAY_ADDRESS", None)  # It would come before the argument.
     return _within(ASK_LIMIT_S, lambda: JobSubmissionClient(cluster.address), f"{cluster.address} takes no jobs")
 
