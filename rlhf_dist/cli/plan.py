@@ -70,9 +70,10 @@ def _print_plan(config: Config, heading: str, nodes: Sequence[Machine], cluster:
     require_parts(config, shape)
     found = budget_lines.planned_devices(config, placement, shape, cluster)
     lines += [budget_lines.model_line(config, shape), *budget_lines.memory_lines(config, placement, shape, found)]
-    lines += unused_lines(placement, nodes, sum(device.count for device in found))
     if cluster is not None and placement.device == "cuda":
         lines += budget_lines.gpu_forecast(config, placement, shape, cluster, found, response)
+    used = sum(device.count for device in found)
+    lines += unused_lines(placement, len(nodes), sum(node.gpus for node in nodes), used)
     print("\n".join(lines))
     if problem := budget_lines.too_large(config, found):
         raise ResourceError(problem)

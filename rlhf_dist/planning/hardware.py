@@ -69,6 +69,13 @@ class Cluster:
         return KINDS.get(self.kind)
 
 
+def _names() -> dict[str, str]:
+    """What may be written for each kind, in small letters: its name, and `h100` where there is one H100 only."""
+    models = Counter(name.split("-")[0] for name in KINDS)
+    short = {name.split("-")[0].lower(): name for name in KINDS if models[name.split("-")[0]] == 1}
+    return short | {name.lower(): name for name in (*KINDS, CPU)}
+
+
 def parse_cluster(text: str) -> Cluster:
     """`4x8xH100-80G`: nodes, GPUs of each, their kind; `8xH100-80G`: one node; `3x16xCPU`: CPUs of each.
 
@@ -85,10 +92,3 @@ def parse_cluster(text: str) -> Cluster:
         raise InputError(f"--cluster {text}: has nothing to run on; give 1 node or more, and 1 {kind} or more in each")
     cpus, gpus = (each, 0) if kind == CPU else (each * CPUS_A_GPU, each)
     return Cluster(tuple(Machine(cpus, gpus, f"node {i}") for i in range(nodes)), kind)
-
-
-def _names() -> dict[str, str]:
-    """What may be written for each kind, in small letters: its name, and `h100` where there is one H100 only."""
-    models = Counter(name.split("-")[0] for name in KINDS)
-    short = {name.split("-")[0].lower(): name for name in KINDS if models[name.split("-")[0]] == 1}
-    return short | {name.lower(): name for name in (*KINDS, CPU)}

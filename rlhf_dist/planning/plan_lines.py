@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 from rlhf_dist.config.schema import Config
-from rlhf_dist.planning.placement import Command, Machine, Placement, count_of
+from rlhf_dist.planning.placement import Command, Placement, count_of
 
 MANY_NODES = 8
 """More are counted, not named."""
@@ -48,14 +47,10 @@ def describe(placement: Placement, config: Config, command: Command) -> list[str
     return lines
 
 
-def unused_lines(placement: Placement, nodes: Sequence[Machine], gpus: int) -> list[str]:
-    """A line where GPUs of the nodes, or on CPUs whole nodes, are left over. `gpus`: how many the placement uses."""
-    total, what = sum(node.gpus for node in nodes), "GPU"
-    free = total - gpus
-    if placement.device == "cpu":
-        used = {*placement.worker_nodes, *placement.rank_nodes}
-        total, what = len(nodes), "node"
-        free = total - (len(used) or 1)
+def unused_lines(placement: Placement, nodes: int, gpus: int, used: int) -> list[str]:
+    """A line where some of the nodes' GPUs, of which so many are used, or on CPUs whole nodes, are left over."""
+    total, what = (gpus, "GPU") if placement.device == "cuda" else (nodes, "node")
+    free = total - (used if what == "GPU" else len({*placement.worker_nodes, *placement.rank_nodes}) or 1)
     more = "rollout.workers and learner.ranks say how many are used"
     return [f"not used: {free:,} of {count_of(total, what)}; {more}"] if free else []
 
