@@ -157,6 +157,10 @@ def checked(argv: Sequence[str]) -> tuple[list[str], Path | None]:
     overrides = [word for word in rest if not word.startswith("--") and "=" in word]
     place = sent_as(config) if config.is_file() else config
     run = require_known_keys(command, config, overrides)
+    from rlhf_dist.config.load import files_of
+
+    for file in files_of(config):
+        sent_as(file)
     return [command, str(place), *rest], None if command == "eval" else run
 
 

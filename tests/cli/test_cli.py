@@ -134,12 +134,6 @@ def test_bad_input_is_one_message_and_code_2(words: list[str], parts: list[str])
     assert all(part in result.stderr for part in parts), result.stderr
 
 
-@pytest.mark.parametrize("words", [["--help"], ["fetch", "--help"], ["train", "-h"]])
-def test_help_of_each_form_of_submit(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["submit", *words]) == 0
-    assert "rlhf-dist submit fetch JOB" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("command", ["train", "sft", "eval"])
 def test_dry_run_prints_the_resolved_config_and_the_plan(command: str) -> None:
     result = cli(command, "--dry-run", "configs/reverse.yaml", "seed=5")
