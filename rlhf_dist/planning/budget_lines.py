@@ -96,8 +96,9 @@ def gpu_forecast(
         for step, workers, ranks in splits(config, placement, shape, rates, lengths, cache)
         if step < WORTH_SAYING * planned.step and has_room(config, cluster, shape, workers, ranks)
     )
-    lines.append(f"split of these GPUs: {next(better, 'as balanced as it gets')}")
-    return lines
+    # Where the given one does not fit, only a split that does is worth a word.
+    split = next(better, "" if too_large(config, found) else "as balanced as it gets")
+    return [*lines, f"split of these GPUs: {split}"] if split else lines
 
 
 def has_room(config: Config, cluster: Cluster, shape: ModelShape, workers: int, ranks: int) -> bool:

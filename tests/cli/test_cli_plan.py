@@ -63,6 +63,14 @@ def test_a_dry_run_on_a_smaller_machine_still_resolves_the_config(capsys: pytest
     assert from_yaml(found.out).rollout.workers == 1000 and "rollout.workers 1000" in found.err
 
 
+def test_a_split_that_does_not_fit_is_not_called_balanced(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", str(CONFIGS / "recipes/7b_grpo_apart.yaml"), "--cluster"]
+    assert main([*words, "8xA100-40G"]) == 2
+    assert "split of these GPUs" not in capsys.readouterr().out
+    assert main([*words, "8xH100-80G"]) == 0
+    assert "split of these GPUs: " in capsys.readouterr().out
+
+
 def test_long_times_are_whole_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(CONFIGS / "recipes/32b_dapo.yaml"), "--cluster", "4x8xH100-80G"]) == 0
     found = capsys.readouterr().out
