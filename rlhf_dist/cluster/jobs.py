@@ -48,6 +48,8 @@ SEND_LIMIT_S = 600.0
 POLL_S = 2.0
 LOG_LIMIT_S = 10.0
 """For the rest of the log of a job that has ended."""
+TOO_LARGE = ("status code 413", "exceeds the maximum size")
+"""What Ray's dashboard and its client say of a folder that is."""
 RUN = "rlhf-dist-run"
 """In a job's metadata: its run directory."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -119,9 +121,10 @@ def connect(cluster: Cluster) -> JobSubmissionClient:
 
 
 def send(client: JobSubmissionClient, words: Sequence[str], run: str) -> str:
-    """Send `rlhf-dist WORDS` as a job; returns its name. Secrets of the environment stay here. Raises `RunError`.
+    """Send `rlhf-dist WORDS` as a job; returns its name. Secrets of the environment stay here.
 
-    `run`: the run directory that it will make, as the job sees it; empty: none.
+    `run`: the run directory that it will make, as the job sees it; empty: none. Raises `RunError`, and `InputError`
+    where the folder is too large.
     """
     folder = Path.cwd()
     environment: dict[str, Any] = {"working_dir": str(folder), "excludes": list(EXCLUDED)}
@@ -131,7 +134,15 @@ def send(client: JobSubmissionClient, words: Sequence[str], run: str) -> str:
         environment["env_vars"] = {COMMIT: commit}  # .git stays here
     entrypoint = f"python -m rlhf_dist {shlex.join(words)}"
     call = partial(client.submit_job, entrypoint=entrypoint, runtime_env=environment, metadata={RUN: run})
-    return _within(SEND_LIMIT_S, call, "the cluster did not take the job")
+    try:
+        return _within(SEND_LIMIT_S, call, "the cluster did not take the job")
+    except RunError as error:
+        if any(words in str(error) for words in TOO_LARGE):
+            raise InputError(
+                f"{folder} is too large to be sent, packed 100 MiB at most: call submit in a smaller folder, keep "
+                f"large files elsewhere, or name them in .gitignore ({error})"
+            ) from None
+        raise
 
 
 def run_of(client: JobSubmissionClient, job: str) -> tuple[str, str]:
