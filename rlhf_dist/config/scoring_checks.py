@@ -8,7 +8,7 @@ from rlhf_dist.config.keys import Rule, key_problems, range_problems
 from rlhf_dist.config.schema import Config
 
 
-def scoring_problems(config: Config, but: Container[Rule]) -> Iterator[str]:
+def scoring_problems(config: Config, but: Container[Rule] = ()) -> Iterator[str]:
     """For `train` and `eval`, which score: a sentence for each problem. `but`: rules of keys that are left out."""
     scoring = config.scoring
     for name, spec in scoring.rewards.items():
