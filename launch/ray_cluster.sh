@@ -104,7 +104,7 @@ say_ready() { # head|worker ADDRESS HEAD DASHBOARD_PORT
   local copy="with RAY_AUTH_TOKEN set as here"
   [[ -z $TOKEN_FILE ]] || copy="after copying $TOKEN_FILE there (scp -p)"
   printf 'ray_cluster: %s\n' "the head is at $3" "  another node   launch/ray_cluster.sh worker $3   $copy" \
-    "  a job          RAY_ADDRESS=http://$2:$4 launch/submit.sh configs/reverse.yaml output=/a/shared/folder"
+    "  a job          RAY_ADDRESS=http://$2:$4 launch/submit.sh train configs/reverse.yaml output=/a/shared/folder"
 }
 
 start() { # head|worker WORDS...

@@ -120,17 +120,22 @@ def is_override(word: str) -> bool:
     return "=" in word and (is_missing(word) or bool(lookup_problem(word)))
 
 
-def load_checked(words: Sequence[str], name: str, command: Command) -> Config:
-    """The config that `words` (file, overrides) give, after all checks. Raises `InputError`."""
+def load_checked(words: Sequence[str], name: str, command: Command, files: bool = True) -> Config:
+    """The config that `words` (file, overrides) give, after all checks, with `files` also of those that it reads.
+
+    Raises `InputError`.
+    """
     from rlhf_dist.config.checks import check
     from rlhf_dist.config.load import load
 
     if not words or is_override(words[0]):
-        shipped = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
+        shipped = sorted(str(path) for path in Path("configs").glob("*.yaml"))
+        folders = sorted({str(path.parent) for path in Path("configs").glob("*/*.yaml")})
         there = f"; there is {', '.join(shipped)}" if shipped else ""
+        there += f", and more in {', '.join(folders)}" if shipped and folders else ""
         raise InputError(f"{name} needs a config file first: rlhf-dist {name} CONFIG.yaml [key=value ...]{there}")
     config = load(Path(words[0]), words[1:])
-    check(config, command)
+    check(config, command, files)
     return config
 
 
@@ -144,13 +149,17 @@ def plan_lines(config: Config, machine: Machine, command: Command) -> list[str]:
 
 
 def print_dry_run(config: Config, command: Command) -> int:
-    """Print the resolved config as YAML and the plan on this machine as comments below it; returns the exit code."""
+    """Print the resolved config as YAML and the plan on this machine as comments below it; returns the exit code.
+
+    Raises `ResourceError` where it does not fit this machine, after the config.
+    """
     from rlhf_dist.config.load import to_yaml
     from rlhf_dist.config.reward_words import reward_lines
     from rlhf_dist.planning.placement import local_machine
 
+    print(to_yaml(config), end="")
     lines = plan_lines(config, local_machine(), command)
     lines += reward_lines(config) if command in ("train", "eval") else []
     lines.append(f"checked only at the start: {NOT_YET_CHECKED[command]}")
-    print(to_yaml(config) + "\n".join(f"# {line}" for line in lines))
+    print("\n".join(f"# {line}" for line in lines))
     return 0

@@ -31,14 +31,14 @@ def run(argv: Sequence[str]) -> int:
         "--response-tokens", type=_count, default=0, help="mean response assumed by the forecast; default: the longest"
     )
     args = arguments.parse(parser, argv)
-    if args.cluster and (args.cpus is not None or args.gpus is not None):
+    if args.cluster is not None and (args.cpus is not None or args.gpus is not None):
         raise InputError("--cluster says what each node has; take --cpus and --gpus out")
-    config = arguments.load_checked(args.words, "plan", "train")
+    config = arguments.load_checked(args.words, "plan", "train", files=False)
     from rlhf_dist.planning.hardware import parse_cluster
     from rlhf_dist.planning.host_memory import memory_here
     from rlhf_dist.planning.placement import Machine, count_of, local_machine
 
-    if args.cluster:
+    if args.cluster is not None:
         cluster = parse_cluster(args.cluster)
         each = cluster.nodes[0]
         size = f"{each.gpus} {cluster.kind} and {each.cpus} CPUs" if each.gpus else f"{each.cpus} CPUs"
@@ -61,11 +61,18 @@ def _print_plan(
     from rlhf_dist.planning import budget_lines
     from rlhf_dist.planning.host_memory import hosts
     from rlhf_dist.planning.nodes import place_in
-    from rlhf_dist.planning.plan_lines import describe
+    from rlhf_dist.planning.plan_lines import describe, unused_lines
     from rlhf_dist.planning.shape import require_parts, shape_of
 
+    if config.cluster.device == "cuda" and not any(node.gpus for node in nodes):
+        raise ResourceError(
+            f"cluster.device is cuda, but what is planned for has no GPU ({heading}); name a cluster that has, as in "
+            "--cluster 1x8xH100-80G, or set cluster.device to cpu"
+        )
     placement = place_in(config, nodes, "train")
     lines = [heading, *describe(placement, config, "train")]
+    if stages := [name for name, stage in config.pipeline.stages.items() if stage.command == "train"]:
+        lines.append(f"pipeline: planned without the keys that its stages set ({', '.join(stages)}); give them here")
     try:
         shape = shape_of(config.model)
     except ModelError as error:
@@ -78,6 +85,8 @@ def _print_plan(
     lines += budget_lines.host_lines(of_nodes, assumed)
     if cluster is not None and placement.device == "cuda":
         lines += budget_lines.gpu_forecast(config, placement, shape, cluster, found, response)
+    used = sum(device.count for device in found)
+    lines += unused_lines(placement, len(nodes), sum(node.gpus for node in nodes), used)
     print("\n".join(lines))
     problems = budget_lines.too_large(config, found), budget_lines.too_large_for_hosts(config, of_nodes, assumed)
     if any(problems):

@@ -26,7 +26,8 @@ HELP = f"""{USAGE}
 Runs COMMAND ({", ".join(COMMANDS)}) as a job on a Ray cluster, follows its output
 and ends with its exit code. RAY_ADDRESS names the cluster's dashboard
 (default http://127.0.0.1:8265). The folder that this is called in and the code
-of this package are sent along, without .git, .venv, runs, .env and the like.
+of this package are sent along, without .git, .venv, runs, .env and the like, and
+without what a .gitignore names.
 
 The token comes from RAY_AUTH_TOKEN, from the file RAY_AUTH_TOKEN_PATH or from
 ~/.ray/auth_token. Environment variables such as WANDB_API_KEY are not sent: set
@@ -42,7 +43,7 @@ Ctrl-C asks whether to stop the job, or only to stop following it."""
 
 def run(argv: Sequence[str]) -> int:
     """Submit and follow; the job's exit code."""
-    if argv and argv[0] in ("-h", "--help"):
+    if argv and (argv[0] in ("-h", "--help") or argv[1:] in (["-h"], ["--help"])):
         print(HELP)
         return 0
     from rlhf_dist.cluster import jobs
@@ -54,16 +55,19 @@ def run(argv: Sequence[str]) -> int:
     cluster = jobs.dashboard()
     with arguments.loading():
         client = jobs.connect(cluster)
+    print(f"sending {Path.cwd()} to {cluster.address} ...", file=sys.stderr, flush=True)
     job = jobs.send(client, words, str(place or ""))
-    print(f"submitted {job} to {cluster.address}", file=sys.stderr, flush=True)
+    print(f"submitted {job}", file=sys.stderr, flush=True)
     try:
         code = jobs.follow(cluster, client, job, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         if asks_to_stop(job):
             jobs.stop(client, job)
+            kept = f"; `rlhf-dist submit fetch {job}` copies its run directory" if place else ""
+            print(f"{job} is told to stop{kept}", file=sys.stderr)
         raise
     print(f"{job} {'succeeded' if code == 0 else f'ended with exit code {code}'}", file=sys.stderr)
-    if place and code != 2:
+    if place and code != 2 and "--dry-run" not in words:
         hand_over(client, job, place, before)
     return code
 
@@ -93,6 +97,8 @@ def copy(client: JobSubmissionClient, job: str, target: Path, limit_mib: int) ->
         target = target.with_name(f"{target.name}.{job}")
     found = jobs.bring(client, job, target, limit_mib * 2**20)
     print(f"run directory: {target}, a copy of {found.source} on the cluster", file=sys.stderr)
+    for offline in sorted(target.glob("wandb/offline-run-*")):
+        print(f"its wandb run is offline; `wandb sync {offline}` uploads the copy", file=sys.stderr)
     if found.left:
         size = sum(size for _, size in found.left) / 2**20
         print(
@@ -129,35 +135,49 @@ def fetch(words: Sequence[str]) -> int:
     with arguments.loading():
         client = jobs.connect(cluster)
     run, _ = jobs.run_of(client, rest[0])
+    if jobs.still_runs(client, rest[0]):
+        print(f"{rest[0]} still runs; this copies what it has written so far", file=sys.stderr)
     copy(client, rest[0], Path(rest[1] if rest[1:] else Path(run).name), limit)
     return 0
 
 
 def checked(argv: Sequence[str]) -> tuple[list[str], Path | None]:
     """The words of the job and its run directory, after what can be known to be wrong here. Raises `InputError`."""
-    if len(argv) < 2 or argv[0] not in COMMANDS:
+    if not argv or argv[0] not in COMMANDS:
         what = f"`{argv[0]}` is not a command for a cluster: {', '.join(COMMANDS)} are; " if argv else ""
         raise InputError(f"{what}{USAGE}")
+    if not argv[1:] or argv[1].startswith("-") or arguments.is_override(argv[1]):
+        raise InputError(f"{argv[0]} needs a config file first; {USAGE}")
     command, path, *rest = argv
     config = Path(path)
-    if not config.is_file():
-        raise InputError(f"{path}: there is no such config; {USAGE}")
     if Path.cwd() == Path.home():
         raise InputError(
             f"{Path.cwd()} is your home, and the folder that submit is called in is sent: call it in another"
         )
-    if not config.resolve().is_relative_to(Path.cwd()):
-        raise InputError(f"{path}: lies outside {Path.cwd()}, which is the folder that is sent; call submit elsewhere")
     overrides = [word for word in rest if not word.startswith("--") and "=" in word]
+    place = sent_as(config) if config.is_file() else config
+    run = require_known_keys(command, config, overrides)
+    from rlhf_dist.config.load import files_of
+
+    for file in files_of(config):
+        sent_as(file)
+    return [command, str(place), *rest], None if command == "eval" else run
+
+
+def sent_as(config: Path) -> Path:
+    """Where a config is in the folder that is sent. Raises `InputError` where it is not sent."""
+    if not config.resolve().is_relative_to(Path.cwd()):
+        raise InputError(
+            f"{config}: lies outside {Path.cwd()}, which is the folder that is sent; call submit elsewhere"
+        )
     place = config.resolve().relative_to(Path.cwd())
     from rlhf_dist.cluster.jobs import EXCLUDED
 
     parts = ["/".join(place.parts[: i + 1]) for i in range(len(place.parts))]
     matching = (name for name in EXCLUDED for part in (*place.parts, *parts) if fnmatch(part, name))
     if excluded := next(matching, None):
-        raise InputError(f"{path}: lies in {excluded}, which is not sent; put the config elsewhere")
-    run = require_known_keys(command, config, overrides)
-    return [command, str(place), *rest], None if command == "eval" else run
+        raise InputError(f"{config}: lies in {excluded}, which is not sent; put the config elsewhere")
+    return place
 
 
 def require_known_keys(command: str, config: Path, overrides: Sequence[str]) -> Path:
@@ -180,7 +200,9 @@ def require_known_keys(command: str, config: Path, overrides: Sequence[str]) -> 
 
 def asks_to_stop(job: str) -> bool:
     """Whether the user wants the job to end too; without a terminal it goes on."""
-    print(f"\n{job} goes on; `ray job stop {job}` ends it", file=sys.stderr)
+    from rlhf_dist.cluster.jobs import by_hand
+
+    print(f"\n{job} goes on; {by_hand('stop', job)} ends it, {by_hand('logs --follow', job)} shows it", file=sys.stderr)
     if not sys.stdin.isatty():
         return False
     try:

@@ -7,6 +7,7 @@ Ray's dashboard at RAY_ADDRESS takes the job. The token is RAY_AUTH_TOKEN, the f
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import sys
@@ -47,6 +48,8 @@ SEND_LIMIT_S = 600.0
 POLL_S = 2.0
 LOG_LIMIT_S = 10.0
 """For the rest of the log of a job that has ended."""
+TOO_LARGE = ("status code 413", "exceeds the maximum size")
+"""What Ray's dashboard and its client say of a folder that is."""
 RUN = "rlhf-dist-run"
 """In a job's metadata: its run directory."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -79,7 +82,10 @@ def dashboard() -> Cluster:
             f"no Ray dashboard answers at {address} ({why}); start the cluster or set RAY_ADDRESS"
         ) from None
     if answer.status_code in (401, 403):
-        raise ResourceError(f"the cluster at {address} refuses the token (HTTP {answer.status_code})")
+        raise ResourceError(
+            f"the cluster at {address} refuses the token (HTTP {answer.status_code}); use the one that its head was "
+            "started with, in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        )
     if answer.status_code != 200:
         raise ResourceError(f"{address} answers HTTP {answer.status_code}; is it the dashboard of a Ray cluster?")
     return Cluster(address, headers)
@@ -108,14 +114,17 @@ def connect(cluster: Cluster) -> JobSubmissionClient:
     """A client of its dashboard. Raises `RunError`."""
     from ray.job_submission import JobSubmissionClient
 
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(logging.ERROR)  # else a dozen lines of what is packed and sent
     os.environ.pop("RAY_ADDRESS", None)  # It would come before the argument.
     return _within(ASK_LIMIT_S, lambda: JobSubmissionClient(cluster.address), f"{cluster.address} takes no jobs")
 
 
 def send(client: JobSubmissionClient, words: Sequence[str], run: str) -> str:
-    """Send `rlhf-dist WORDS` as a job; returns its name. Secrets of the environment stay here. Raises `RunError`.
+    """Send `rlhf-dist WORDS` as a job; returns its name. Secrets of the environment stay here.
 
-    `run`: the run directory that it will make, as the job sees it; empty: none.
+    `run`: the run directory that it will make, as the job sees it; empty: none. Raises `RunError`, and `InputError`
+    where the folder is too large.
     """
     folder = Path.cwd()
     environment: dict[str, Any] = {"working_dir": str(folder), "excludes": list(EXCLUDED)}
@@ -125,7 +134,15 @@ def send(client: JobSubmissionClient, words: Sequence[str], run: str) -> str:
         environment["env_vars"] = {COMMIT: commit}  # .git stays here
     entrypoint = f"python -m rlhf_dist {shlex.join(words)}"
     call = partial(client.submit_job, entrypoint=entrypoint, runtime_env=environment, metadata={RUN: run})
-    return _within(SEND_LIMIT_S, call, "the cluster did not take the job")
+    try:
+        return _within(SEND_LIMIT_S, call, "the cluster did not take the job")
+    except RunError as error:
+        if any(words in str(error) for words in TOO_LARGE):
+            raise InputError(
+                f"{folder} is too large to be sent, packed 100 MiB at most: call submit in a smaller folder, keep "
+                f"large files elsewhere, or name them in .gitignore ({error})"
+            ) from None
+        raise
 
 
 def run_of(client: JobSubmissionClient, job: str) -> tuple[str, str]:
@@ -135,12 +152,17 @@ def run_of(client: JobSubmissionClient, job: str) -> tuple[str, str]:
     """
     found = _within(ASK_LIMIT_S, lambda: {each.submission_id: each for each in client.list_jobs()}, "no list of jobs")
     if job not in found:
-        raise InputError(f"{job}: the cluster has no such job; `ray job list` shows those it has")
+        raise InputError(f"{job}: the cluster has no such job; {by_hand('list')} shows those it has")
     run = (found[job].metadata or {}).get(RUN, "")
     if not run:
         raise InputError(f"{job} leaves no run directory, or was not sent by `rlhf-dist submit`")
     driver = found[job].driver_info
     return run, driver.node_ip_address if driver else ""
+
+
+def still_runs(client: JobSubmissionClient, job: str) -> bool:
+    """Whether it has not ended. Raises `RunError`."""
+    return _within(ASK_LIMIT_S, partial(client.get_job_status, job), f"{job} is not known") not in ENDED
 
 
 def bring(client: JobSubmissionClient, job: str, target: Path, limit: int) -> Arrived:
@@ -182,7 +204,7 @@ async def _follow(cluster: Cluster, client: JobSubmissionClient, job: str, write
                     tail.cancel()
                     raise RunError(
                         f"the dashboard has not answered for {SILENT_LIMIT_S:g} s ({error}); the job may go on: "
-                        f"ask again with `ray job status {job}`"
+                        f"ask again with {by_hand('status', job)}"
                     ) from None
             else:
                 heard = time.monotonic()
@@ -203,7 +225,13 @@ async def _tail(client: JobSubmissionClient, job: str, write: Callable[[str], ob
 
 def stop(client: JobSubmissionClient, job: str) -> None:
     """Ask the cluster to end the job. Raises `RunError`."""
-    _within(ASK_LIMIT_S, partial(client.stop_job, job), f"{job} was not stopped (try `ray job stop {job}`)")
+    _within(ASK_LIMIT_S, partial(client.stop_job, job), f"{job} was not stopped (try {by_hand('stop', job)})")
+
+
+def by_hand(verb: str, job: str = "") -> str:
+    """Ray's own command, as it has to be written in a shell whose variables name the cluster and perhaps the token."""
+    words = ["RAY_AUTH_MODE=token"] if os.environ.get("RAY_AUTH_MODE", "token") == "token" else []
+    return f"`{' '.join([*words, 'ray job', verb, *([job] if job else [])])}`"
 
 
 def _within(limit_s: float, call: Callable[[], T], failed: str) -> T:

@@ -58,6 +58,15 @@ def check_port(host: str, port: int, option: str) -> None:
         ) from None
 
 
+def check_numbers(port: int, dashboard_port: int) -> None:
+    """Whether these can be the ports of a head. Raises `InputError`."""
+    for option, number in (("--port", port), ("--dashboard-port", dashboard_port)):
+        if not 0 < number < 2**16:
+            raise InputError(f"{option} is '{number}'; give a number from 1 to 65535")
+    if port == dashboard_port:
+        raise InputError(f"--port and --dashboard-port are both {port}; give two numbers")
+
+
 def check_head(host: str, port: int) -> None:
     """Whether a head answers there that takes the token and has this machine's Ray. Raises `ResourceError`."""
     where = f"{host}:{port}"
@@ -125,12 +134,16 @@ def main() -> int:
             check_port(address, 0, "--address")
             check_head(*head)
         else:
+            check_numbers(given.port, given.dashboard_port)
             check_port("", given.port, "--port")
             check_port(address, given.dashboard_port, "--dashboard-port")
         client = free_port()
     except (InputError, ResourceError) as error:
         os.write(messages, f"ray_cluster: {error}\n".encode())
         return 2
+    except BaseException:
+        os.dup2(messages, 2)
+        raise
     print(address, client, ":".join(map(str, head)) if head else f"{address}:{given.port}")
     return 0
 

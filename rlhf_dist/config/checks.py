@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 
+from rlhf_dist.config import effects
 from rlhf_dist.config.algorithm_checks import algorithm_problems, name_problems
 from rlhf_dist.config.keys import Command as Command, Problems, key_problems, range_problems, told
 from rlhf_dist.config.methods import METHODS
@@ -82,19 +83,23 @@ def _is_sent(config: Config) -> bool:
     return config.weights.transport != "shared_memory"
 
 
-def check(config: Config, command: Command) -> None:
-    """Raise one `ConfigError` that lists every problem `command` would have with `config`."""
-    found = problems(config, command)
+def check(config: Config, command: Command, files: bool = True) -> None:
+    """Raise one `ConfigError` that lists every problem `command` would have with `config`; `files`: see `problems`."""
+    found = problems(config, command, files)
     if len(found) == 1:
         raise ConfigError(found[0])
     if found:
         raise ConfigError("\n  - ".join([f"the config has {len(found)} problems:", *found]))
 
 
-def problems(config: Config, command: Command) -> list[str]:
-    """Every problem, a sentence each: key, value, what would be right. Empty: nothing is wrong."""
+def problems(config: Config, command: Command, files: bool = True) -> list[str]:
+    """Every problem, a sentence each: key, value, what would be right. Empty: nothing is wrong.
+
+    `files`: whether the files that the command reads have to be named and there, as for all but a plan.
+    """
+    but = frozenset() if files else effects.OF_FILES
     found = [*range_problems(config), *path_problems(config)]
-    rules = [key_problems(config, command=command), _name(config), name_problems(config)]
+    rules = [key_problems(config, command=command, but=but), _name(config), name_problems(config)]
     rules += [told(own, config) for commands, own in PROBLEMS.items() if command in commands]
     if not found:  # sizes say nothing about each other while one of them is out of range
         rules += [_model(config)]
@@ -102,7 +107,7 @@ def problems(config: Config, command: Command) -> list[str]:
     if command == "train":
         rules += [algorithm_problems(config)]
     if command in ("train", "eval"):
-        rules += [stop_problems(config.rollout.stop), _rewards(config), scoring_problems(config)]
+        rules += [stop_problems(config.rollout.stop), _rewards(config), scoring_problems(config, but)]
     if command == "reward":
         rules += [preference_problems(config)]
     return [*found, *chain(*rules)]

@@ -124,6 +124,10 @@ def needed_path(section: str) -> Rule:
     return needed(text, lambda c: getattr(c, section).source != "task")
 
 
+DATA_PATH = needed_path("data")
+PREFERENCES_PATH = needed_path("preferences")
+
+
 def a_file(config: Any, key: Given) -> str:
     """A file that is there; for some sources of `data` it may be a directory."""
     data = key.name.startswith("data.")
@@ -227,6 +231,8 @@ PTX_WEIGHT = where("ptx.coef", bool, "take it out, or give ptx.coef a weight")
 PTX_PATH = needed(
     "ptx.source {c.ptx.source} needs the path of its data", lambda c: c.ptx.coef and c.ptx.source != "task"
 )
+OF_FILES: frozenset[Rule] = frozenset({a_file, a_variable, DATA_PATH, PTX_PATH, NEEDS_MODEL})
+"""Rules about what a training run reads or is told by its environment, and a plan does without."""
 A_FILES_TEXT = only(
     lambda c: c.ptx.coef == 0 or c.ptx.source != "task",
     ", which needs a file; with ptx.source task it must be response",

@@ -7,7 +7,7 @@ single key's is a line in a table of `Problems`, or a function of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
@@ -101,14 +101,14 @@ def range_problems(part: Any, prefix: str = "") -> Iterator[str]:
             yield f"{one.name} is {one.value}; it must be {finite}{one.right.right}"
 
 
-def key_problems(part: Any, prefix: str = "", command: str = "") -> Iterator[str]:
+def key_problems(part: Any, prefix: str = "", command: str = "", but: Container[Rule] = ()) -> Iterator[str]:
     """A sentence for each key that is set where it has no effect, or that its rules object to for another reason.
 
-    None for a number that is out of its range, which is told of that alone.
+    None for a number that is out of its range, which is told of that alone. `but`: rules that are left out.
     """
     for one in given(part, prefix, command):
         if in_range(one):
-            yield from [text for text in (rule(part, one) for rule in one.rules) if text][:1]
+            yield from [text for text in (rule(part, one) for rule in one.rules if rule not in but) if text][:1]
 
 
 def in_range(key: Given) -> bool:

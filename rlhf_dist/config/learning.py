@@ -275,7 +275,7 @@ class PreferencesConfig:
 
     source: Literal["task", "jsonl", "parquet"] = "task"
     """task: comparisons of the built-in task `describe`; jsonl also reads .jsonl.gz."""
-    path: str = key("", effects.file_of("preferences"), effects.needed_path("preferences"), effects.a_file, shown=repr)
+    path: str = key("", effects.file_of("preferences"), effects.PREFERENCES_PATH, effects.a_file, shown=repr)
     """Training file."""
     eval_path: str = key("", effects.file_of("preferences"), effects.a_file, shown=repr)
     """Held-out file. Empty: the last `held_out` rows of `path`."""

@@ -72,6 +72,11 @@ def to_yaml(config: Config) -> str:
     )
 
 
+def files_of(path: Path) -> list[Path]:
+    """A config and all that it includes. Raises `ConfigError`."""
+    return [Path(layer.where) for layer in _file_layers(path, ())]
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 

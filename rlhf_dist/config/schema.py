@@ -94,7 +94,7 @@ class TaskConfig:
 class DataConfig:
     source: Literal["task", "jsonl", "parquet", "dataset", "gsm8k"] = "task"
     """task: built in; jsonl, parquet: a file; dataset: a directory; gsm8k: JSONL as GSM8K has it."""
-    path: str = key("", effects.file_of("data"), effects.needed_path("data"), effects.a_file, shown=repr)
+    path: str = key("", effects.file_of("data"), effects.DATA_PATH, effects.a_file, shown=repr)
     """Training prompts: a file, or a directory written by `datasets.save_to_disk`. Unused by `task`."""
     eval_path: str = key("", effects.file_of("data"), effects.a_file, shown=repr)
     """Held-out prompts, the same format. Empty: the last `eval.prompts` rows of `path` are held out."""

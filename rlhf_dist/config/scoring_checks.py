@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
-from rlhf_dist.config.keys import key_problems, range_problems
+from rlhf_dist.config.keys import Rule, key_problems, range_problems
 from rlhf_dist.config.schema import Config
 
 
-def scoring_problems(config: Config) -> Iterator[str]:
-    """For `train` and `eval`, which score: a sentence for each problem."""
+def scoring_problems(config: Config, but: Container[Rule] = ()) -> Iterator[str]:
+    """For `train` and `eval`, which score: a sentence for each problem. `but`: rules of keys that are left out."""
     scoring = config.scoring
     for name, spec in scoring.rewards.items():
         key = f"scoring.rewards.{name}"
         yield from range_problems(spec, f"{key}.")
-        yield from key_problems(spec, f"{key}.")
+        yield from key_problems(spec, f"{key}.", but=but)
         if spec.kind == "gold" and (config.data.source != "task" or config.data.task.name != "describe"):
             given = config.data.task.name if config.data.source == "task" else f"of data.source {config.data.source}"
             yield (

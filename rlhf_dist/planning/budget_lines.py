@@ -96,14 +96,20 @@ def too_large(config: Config, found: Sequence[Device]) -> str:
 def forecast_lines(planned: Forecast, lengths: Lengths, basis: str) -> list[str]:
     """What a step takes, phase by phase, and which side waits."""
     turns = "at once" if planned.at_once else "in turn"
+    times = planned.step, planned.generate, planned.score, planned.train, planned.sync
+    step, generate, score, train, push = map(_seconds, times)
     return [
-        f"forecast ({basis}): {planned.step:.3g} s a step, {planned.tokens / planned.step:,.0f} response tokens a "
+        f"forecast ({basis}): {step} s a step, {planned.tokens / planned.step:,.0f} response tokens a "
         f"second, for prompts of {lengths.prompt:.0f} and responses of {lengths.response:.0f} tokens",
-        f"forecast of the phases, {turns}: generate {planned.generate:.3g} s (scoring in it {planned.score:.3g}), "
-        f"train {planned.train:.3g} s, push {planned.sync:.3g} s; the longest is {planned.bottleneck}",
+        f"forecast of the phases, {turns}: generate {generate} s (scoring in it {score}), "
+        f"train {train} s, push {push} s; the longest is {planned.bottleneck}",
         f"forecast of waiting: rollout workers {planned.rollout_idle:.0%} of the time, learner "
         f"{planned.learner_idle:.0%}; oldest tokens {count_of(planned.lag, 'version')} behind",
     ]
+
+
+def _seconds(time: float) -> str:
+    return f"{time:,.0f}" if time >= 1000 else f"{time:.3g}"
 
 
 def gpu_forecast(
@@ -118,12 +124,13 @@ def gpu_forecast(
     if placement.paired:
         return lines
     better = (
-        f"rollout.workers={workers} learner.ranks={ranks} would take {step:.3g} s a step"
+        f"rollout.workers={workers} learner.ranks={ranks} would take {_seconds(step)} s a step"
         for step, workers, ranks in splits(config, placement, shape, rates, lengths, cache)
         if step < WORTH_SAYING * planned.step and has_room(config, cluster, shape, workers, ranks)
     )
-    lines.append(f"split of these GPUs: {next(better, 'as balanced as it gets')}")
-    return lines
+    # Where the given one does not fit, only a split that does is worth a word.
+    split = next(better, "" if too_large(config, found) else "as balanced as it gets")
+    return [*lines, f"split of these GPUs: {split}"] if split else lines
 
 
 def has_room(config: Config, cluster: Cluster, shape: ModelShape, workers: int, ranks: int) -> bool:
@@ -131,7 +138,7 @@ def has_room(config: Config, cluster: Cluster, shape: ModelShape, workers: int, 
     rollout, learner = replace(config.rollout, workers=workers), replace(config.learner, ranks=ranks)
     other = replace(config, rollout=rollout, learner=learner)
     try:
-        check(other, "train")
+        check(other, "train", files=False)
         placement = place_in(other, cluster.nodes, "train")
     except InputError:
         return False
@@ -149,18 +156,24 @@ def planned_devices(config: Config, placement: Placement, shape: ModelShape, clu
 
 
 def _way_out(config: Config, device: Device) -> str:
-    """Keys that would make it fit, those that cost least first."""
-    ways, learns = [], "rank" in device.name
-    if learns and not config.model.gradient_checkpointing:
-        ways.append("set model.gradient_checkpointing to true")
-    if learns and config.learner.zero_stage < 3 and config.learner.ranks > 1:
-        ways.append("learner.zero_stage to 3")
-    if learns:
-        ways.append(f"lower learner.micro_batch_tokens ({config.learner.micro_batch_tokens}), raise learner.ranks")
-    if "worker" in device.name:
-        served = any("server" in part for part in device.parts)
-        ways.append("lower rollout.gpu_memory_utilization" if learns or served else "raise rollout.tensor_parallel")
-        ways += ["set cluster.server_gpu_share to 1, a GPU of their own"] if served else []
+    """Keys that would make what it holds at its peak smaller, those that cost least first."""
+    held = {name.split(": ")[-1] for name, size in device.parts.items() if size}
+    learner, memory = config.learner, f"rollout.gpu_memory_utilization ({config.rollout.gpu_memory_utilization:g})"
+    ways = []
+    if "activations" in held:
+        ways += [] if config.model.gradient_checkpointing else ["set model.gradient_checkpointing to true"]
+        ways.append(f"lower learner.micro_batch_tokens ({learner.micro_batch_tokens})")
+    if "optimizer" in held:
+        ways += ["set learner.zero_stage to 3"] if learner.zero_stage < 3 and learner.ranks > 1 else []
+        stage = "" if learner.zero_stage > 1 else " and learner.zero_stage to 2"
+        ways += [f"set learner.offload to optimizer{stage}", "raise learner.ranks (more GPUs)"]
+    if device.without_cache:
+        ways += [] if "pair" in device.name else ["raise rollout.tensor_parallel"]
+        ways.append(f"raise {memory}")
+    elif "key-value cache" in held:
+        ways.append(f"lower {memory}")
+    if any("servers" in name for name in held):
+        ways.append("set cluster.server_gpu_share to 1 (GPUs of their own)")
     return ", ".join(ways) or "use GPUs with more memory"
 
 

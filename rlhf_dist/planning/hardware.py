@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -79,6 +80,13 @@ class Cluster:
         return KINDS.get(self.kind)
 
 
+def _names() -> dict[str, str]:
+    """What may be written for each kind, in small letters: its name, and `h100` where there is one H100 only."""
+    models = Counter(name.split("-")[0] for name in KINDS)
+    short = {name.split("-")[0].lower(): name for name in KINDS if models[name.split("-")[0]] == 1}
+    return short | {name.lower(): name for name in (*KINDS, CPU)}
+
+
 def parse_cluster(text: str) -> Cluster:
     """`4x8xH100-80G`: nodes, GPUs of each, their kind; `8xH100-80G`: one node; `3x16xCPU`: CPUs of each.
 
@@ -86,7 +94,7 @@ def parse_cluster(text: str) -> Cluster:
 
     Raises `InputError`.
     """
-    kinds = {name.lower(): name for name in (*KINDS, CPU)}
+    kinds = _names()
     found = CLUSTER.fullmatch(text)
     if found is None:
         raise InputError(
@@ -95,7 +103,7 @@ def parse_cluster(text: str) -> Cluster:
         )
     nodes, each, kind = int(found[1] or 1), int(found[2]), kinds.get(found[3].lower())
     if kind is None:
-        raise InputError(f"--cluster {text}: {found[3]} is not known; there is {', '.join(kinds.values())}")
+        raise InputError(f"--cluster {text}: {found[3]} is not known; there is {', '.join((*KINDS, CPU))}")
     if not nodes or not each:
         raise InputError(f"--cluster {text}: has nothing to run on; give 1 node or more, and 1 {kind} or more in each")
     cpus, gpus = (each, 0) if kind == CPU else (each * CPUS_A_GPU, each)

@@ -45,6 +45,14 @@ def describe(placement: Placement, config: Config, command: Command) -> list[str
     return lines
 
 
+def unused_lines(placement: Placement, nodes: int, gpus: int, used: int) -> list[str]:
+    """A line where some of the nodes' GPUs, of which so many are used, or on CPUs whole nodes, are left over."""
+    total, what = (gpus, "GPU") if placement.device == "cuda" else (nodes, "node")
+    free = total - (used if what == "GPU" else len({*placement.worker_nodes, *placement.rank_nodes}) or 1)
+    more = "rollout.workers and learner.ranks say how many are used"
+    return [f"not used: {free:,} of {count_of(total, what)}; {more}"] if free else []
+
+
 def _spread(side: Counter[str]) -> str:
     """`3 on 10.0.0.1, 2 on 10.0.0.4`; of many nodes how many have as many."""
     if len(side) <= MANY_NODES:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from rlhf_dist.config.paths import expanded
 from rlhf_dist.config.schema import Config, ModelConfig, TinyConfig
@@ -135,7 +136,10 @@ def shape_of(model: ModelConfig, key: str = "model.path") -> ModelShape:
         name = name.replace(ending, "")
     if name in KNOWN:
         return KNOWN[name]
-    cached = try_to_load_from_cache(model.path, "config.json") if model.path.count("/") == 1 else None
+    try:
+        cached = try_to_load_from_cache(model.path, "config.json") if "/" in model.path else None
+    except HFValidationError:  # a path, not a hub name
+        cached = None
     if isinstance(cached, str):
         return described(read_object(Path(cached)), Path(cached))
     raise ModelError(

@@ -150,6 +150,7 @@ def curves(metrics_path: Path, out: Path) -> tuple[str, ...]:
         return ()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -158,6 +159,7 @@ def curves(metrics_path: Path, out: Path) -> tuple[str, ...]:
     for place, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, place + 1)
         _draw(axes, panel, series)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         if place + columns >= len(panels):
             axes.set_xlabel("step")
     try:

@@ -118,9 +118,10 @@ class Client:
     ("words", "message"),
     [
         ([], "usage: rlhf-dist submit COMMAND"),
-        (["train"], "usage: rlhf-dist submit COMMAND"),
+        (["train"], "train needs a config file first; usage: rlhf-dist submit COMMAND"),
+        (["train", "--dry-run", "run.yaml"], "train needs a config file first"),
         (["plan", "run.yaml"], "`plan` is not a command for a cluster: train, sft, reward, pipeline, eval are"),
-        (["train", "nope.yaml"], "nope.yaml: there is no such config"),
+        (["train", "rum.yaml"], "rum.yaml does not exist; did you mean run.yaml?"),
         (["train", "/etc/hostname"], "/etc/hostname: lies outside"),
         (["train", "run.yaml", "loop.stepz=3"], "unknown key `loop.stepz`"),
         (["pipeline", "run.yaml"], "pipeline"),
@@ -244,6 +245,19 @@ def test_a_run_in_the_jobs_own_folder_is_copied_here(
     assert (project / "mine" / "checkpoints" / "step-1" / "weights").read_bytes() == b"w" * 50_000
 
 
+def test_a_copy_of_a_run_that_goes_on_says_so(
+    project: Path, dashboard: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run_there: Path
+) -> None:
+    client, statuses = Client(), iter(["RUNNING", "SUCCEEDED"])
+    client.run, client.taken = run_there, {"metadata": {jobs.RUN: "runs/run"}}
+    (run_there / "wandb" / "offline-run-1").mkdir(parents=True)
+    (run_there / "wandb" / "offline-run-1" / "run.wandb").write_text("")
+    monkeypatch.setattr(client, "get_job_status", lambda _: next(statuses))
+    assert sent(project, dashboard, monkeypatch, client, "fetch", "job-1", "mine") == 0
+    said = capsys.readouterr().err
+    assert "job-1 still runs; this copies what" in said and "`wandb sync mine/wandb/offline-run-1` uploads" in said
+
+
 def test_where_a_run_is_that_is_not_here_is_told(
     project: Path, dashboard: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -333,7 +347,7 @@ def test_a_head_that_is_gone_is_not_waited_for_without_end(monkeypatch: pytest.M
     monkeypatch.setattr(jobs, "POLL_S", 0.01)
     monkeypatch.setattr(jobs, "SILENT_LIMIT_S", 0.05)
     client: Any = SimpleNamespace(tail_job_logs=silent)
-    with pytest.raises(RunError, match=r"has not answered for 0\.05 s .*`ray job status job-1`"):
+    with pytest.raises(RunError, match=r"has not answered for 0\.05 s .*`RAY_AUTH_MODE=token ray job status job-1`"):
         jobs.follow(jobs.Cluster("http://127.0.0.1:1", {}), client, "job-1", print)
 
 
@@ -341,24 +355,13 @@ def test_rays_client_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPat
     over = threading.Event()
     monkeypatch.setattr(jobs, "ASK_LIMIT_S", 0.05)
     client: Any = SimpleNamespace(stop_job=lambda job: over.wait(30))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(RunError, match=r"^job-1 was not stopped \(try `ray job stop job-1`\): no answer in 0\.05 s$"):
         jobs.stop(client, "job-1")
     over.set()
     client = SimpleNamespace(submit_job=lambda **_: 1 / 0)
     with pytest.raises(RunError, match="the cluster did not take the job: division by zero"):
         jobs.send(client, ["train", "run.yaml"], "")
-
-
-def test_folders_that_are_not_sent_and_the_home_are_refused(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (project / "runs").mkdir()
-    (project / "run.yaml").rename(project / "runs" / "run.yaml")
-    assert main(["submit", "train", "runs/run.yaml"]) == 2
-    assert "runs/run.yaml: lies in runs, which is not sent" in capsys.readouterr().err
-    monkeypatch.setenv("HOME", str(project))
-    assert main(["submit", "train", "runs/run.yaml"]) == 2
-    assert "is your home" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("answer", "stopped"), [("y", ["job-1"]), ("n", []), (None, [])])
@@ -381,4 +384,6 @@ def test_ctrl_c_asks_whether_to_stop_the_job(
     client = Client()
     assert sent(project, dashboard, monkeypatch, client, "train", "run.yaml") == 130
     assert client.stopped == stopped
-    assert "job-1 goes on; `ray job stop job-1` ends it" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "job-1 goes on; `RAY_AUTH_MODE=token ray job stop job-1` ends it, `RAY_AUTH_MODE=token ray job logs" in said
+    assert ("job-1 is told to stop; `rlhf-dist submit fetch job-1` copies" in said) == bool(stopped)

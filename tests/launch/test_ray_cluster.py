@@ -165,6 +165,8 @@ def test_a_head_and_a_worker_that_leave_nothing(machines: list[Machine], head: t
         (["worker"], "name the head, as in: launch/ray_cluster.sh worker 10.0.0.1"),
         (["worker", "10.0.0.1", "--port", "1"], "--port is an option of head; a worker takes HEAD:PORT"),
         (["head", "--port", "x"], "--port is 'x'; give a number from 1 to 65535"),
+        (["head", "--port", "99999"], "--port is '99999'; give a number from 1 to 65535"),
+        (["head", "--port", "8265"], "--port and --dashboard-port are both 8265"),
         (["head", "--address"], "--address needs a value"),
         (["head", "--num-gpus=1"], "'--num-gpus=1' is no option of head"),
         (["stop"], "no node that this script started runs on"),

@@ -84,7 +84,10 @@ def test_what_does_not_fit_is_said_with_the_keys_that_help() -> None:
     plain = replace(plain, learner=replace(plain.learner, zero_stage=1))
     said = too_large(plain, found(plain))
     assert said.startswith("a learner rank needs ") and " GB of 80: set model.gradient_checkpointing to true" in said
-    assert "learner.zero_stage to 3" in said and "lower learner.micro_batch_tokens (8192)" in said
+    assert (
+        "set learner.zero_stage to 3, set learner.offload to optimizer and learner.zero_stage to 2" in said
+        and "lower learner.micro_batch_tokens (8192)" in said
+    )
     assert too_large(config(), found(config())) == ""
     small = too_large(config(utilization=0.7), found(config(utilization=0.7), "8xL4-24G"))
     assert "has no room for a key-value cache: raise rollout.tensor_parallel" in small
@@ -94,10 +97,8 @@ def test_what_does_not_fit_is_said_with_the_keys_that_help() -> None:
 def test_servers_that_are_too_much_can_have_gpus_of_their_own() -> None:
     judged = replace(Config().scoring, rewards={"judge": RewardSpec(kind="model", path="judge")})
     said = too_large(config(scoring=judged), found(config(scoring=judged)))
-    assert (
-        said.startswith("a rollout worker needs ")
-        and "lower rollout.gpu_memory_utilization, set cluster.server" in said
-    )
+    assert said.startswith("a rollout worker needs ") and ": lower rollout.gpu_memory_utilization (0.85), set " in said
+    assert "set cluster.server_gpu_share to 1" in said
 
 
 def test_a_server_counts_wherever_it_is() -> None:
@@ -124,7 +125,17 @@ def test_a_moving_average_is_in_the_hosts_memory_and_a_mask_policy_on_both_sides
 
 def test_colocated_engines_without_room_for_a_cache_are_said() -> None:
     said = too_large(config(True, 0.2), found(config(True, 0.2)))
-    assert "has no room for a key-value cache" in said
+    assert "has no room for a key-value cache" in said and "raise rollout.gpu_memory_utilization (0.2)" in said
+
+
+def test_only_what_is_held_at_the_peak_is_made_smaller() -> None:
+    """Engines sample beside a large cache while nothing of the learner but its share of the optimizer is there."""
+    both = config(True, 0.85)
+    said = too_large(both, found(both))
+    assert "lower rollout.gpu_memory_utilization (0.85)" in said and "set learner.offload to optimizer" in said
+    assert "micro_batch_tokens" not in said and "gradient_checkpointing" not in said
+    (pair,) = found(replace(both, learner=replace(both.learner, offload="optimizer")))
+    assert pair.total < found(both)[0].total
 
 
 def test_places_that_have_one_side_only_are_told_apart() -> None:
