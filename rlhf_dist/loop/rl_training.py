@@ -95,6 +95,7 @@ def train(run: Run, state: State | None) -> Outcome:
     devices = Devices(run.members)
     shell = start_shell(run, state, devices)
     push_first(run, step)
+    watch = Stopwatch(before=0.0 if state is None else state.elapsed, begins=devices.goodput.phase)
     before, results, answers = evaluate_first(run, shell) if state is None else known(run, state)
     if cuts(run.rules.sampling):
         run.telemetry.warn(
@@ -104,7 +105,7 @@ def train(run: Run, state: State | None) -> Outcome:
     if step < loop.steps:
         run.progress.stage(f"taking step {step + 1}")
         run.telemetry.event("training_started", f"step {step + 1} begins", step=step + 1)
-    watch = Stopwatch(before=0.0 if state is None else state.elapsed, begins=devices.goodput.phase)
+    watch.begin()
     shell.published(step)
     devices.goodput.lap()  # What came before belongs to no step.
     while step < loop.steps:
@@ -201,7 +202,7 @@ def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch) -> Step:
     metrics[names.ELAPSED] = watch.elapsed
     metrics["sync/changed_share"], metrics["sync/sent_share"] = push.changed_share, push.sent_share
     metrics["rollout/group_s"], metrics["goodput/late_events"] = taken.seconds, float(taken.late)
-    metrics[names.TOKENS_PER_S] = metrics["rollout/response_tokens"] / metrics[names.STEP_TIME]
+    metrics[names.TOKENS_PER_S] = metrics["rollout/response_tokens"] / watch.split()
     metrics[names.LOG_TIME] = run.telemetry.spent()
     return Step(metrics, report.histograms, push, experiences)
 

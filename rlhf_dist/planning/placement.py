@@ -17,6 +17,7 @@ from typing import Literal
 from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ResourceError, TooSmall
+from rlhf_dist.planning.gpu_keys import check_gpu_keys
 from rlhf_dist.planning.transports import check_transport
 
 Command = Literal["train", "sft", "reward", "eval"]
@@ -157,11 +158,8 @@ def share_out(config: Config, machine: Machine, command: Command) -> Placement:
     ranks = 0 if command == "eval" else config.learner.ranks + critics
     shared = config.cluster.colocate and workers > 0 and ranks > 0
     rollout_gpus, learner_gpus = 0, 0
-    if device == "cpu" and config.learner.offload != "none":
-        raise ResourceError(
-            f"learner.offload is {config.learner.offload}, and there is no GPU whose memory it would spare; set it to "
-            "none"
-        )
+    if device == "cpu":
+        check_gpu_keys(config)
     if device == "cuda":
         rollout_gpus, learner_gpus = config.rollout.tensor_parallel if workers else 0, 1 if ranks else 0
         _check_turns(config.loop.max_policy_lag, shared)

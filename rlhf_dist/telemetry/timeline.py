@@ -33,10 +33,16 @@ class Stopwatch:
         """
         self._clock = clock
         self._begins = begins
-        self._started = clock()
-        self._first = self._started - before
+        self._before = before
+        self._split = clock()
+        self.begin()
         self._seconds: dict[str, float] = {}
         self._open: str | None = None
+
+    def begin(self) -> None:
+        """The first step begins now, and not when the watch was made."""
+        self._started = self._clock()
+        self._first = self._started - self._before
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -63,6 +69,11 @@ class Stopwatch:
         step, seconds = now - self._started, self._seconds
         self._started, self._seconds = now, {}
         return {"time/step": step} | {f"time/{name}": value for name, value in seconds.items()}
+
+    def split(self) -> float:
+        """Seconds since the last call, or since the watch was made, with everything between steps."""
+        begun, self._split = self._split, self._clock()
+        return self._split - begun
 
 
 class Patience:

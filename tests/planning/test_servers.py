@@ -39,7 +39,7 @@ def test_servers_with_a_model_book_a_share_of_a_rollout_workers_gpu() -> None:
     assert (shared.rollout_num_gpus, shared.learner_num_gpus) == (pytest.approx(0.45), pytest.approx(0.45))
     without = place(config(workers=2, ranks=2), Machine(16, 2), "train")
     assert (without.servers, without.rollout_num_gpus) == ((), 0.5), "the task's own reward needs no GPU"
-    assert place(wanted, Machine(16, 0), "train").servers == (), "nor does a CPU have shares"
+    assert place(judged(config(workers=2, ranks=2)), Machine(16, 0), "train").servers == (), "nor has a CPU shares"
 
 
 def test_servers_beside_workers_that_span_gpus_are_with_the_ranks() -> None:
@@ -86,4 +86,11 @@ def test_an_optimizer_is_not_taken_off_gpus_that_are_not_there() -> None:
     wanted = dataclasses.replace(wanted, learner=dataclasses.replace(wanted.learner, offload="optimizer", zero_stage=2))
     assert place(wanted, Machine(8, 1), "train").device == "cuda"
     with pytest.raises(ResourceError, match=r"learner\.offload is optimizer, and there is no GPU"):
+        place(wanted, Machine(8, 0), "train")
+
+
+def test_a_share_of_gpus_that_are_not_there_is_refused() -> None:
+    wanted = config()
+    wanted = dataclasses.replace(wanted, cluster=dataclasses.replace(wanted.cluster, server_gpu_share=0.5))
+    with pytest.raises(ResourceError, match=r"cluster\.server_gpu_share is 0\.5, and there is no GPU"):
         place(wanted, Machine(8, 0), "train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
 from pathlib import Path
@@ -47,6 +48,15 @@ def test_one_metrics_object_a_step(shared_run: SharedRun) -> None:
     for line in found:
         assert names <= line.keys(), names - line.keys()
         assert all(isinstance(value, int | float) for value in line.values()), "no NaN among them"
+
+
+def test_speed_counts_what_is_between_steps(shared_run: SharedRun) -> None:
+    found = steps(shared_run.path)
+    for before, line in itertools.pairwise(found):
+        seconds = line["time/elapsed"] - before["time/elapsed"]
+        assert line["goodput/tokens_per_s"] * seconds == pytest.approx(line["rollout/response_tokens"], rel=0.05)
+    evaluated = found[2]  # the evaluation at step 2 is between
+    assert evaluated["goodput/tokens_per_s"] * evaluated["time/step"] < evaluated["rollout/response_tokens"]
 
 
 def test_total_reward_is_the_weighted_sum_of_its_parts(shared_run: SharedRun) -> None:

@@ -36,6 +36,19 @@ def test_elapsed_time_goes_on_over_steps_and_what_is_between_them() -> None:
     assert watch.elapsed == 108.0
 
 
+def test_a_split_has_what_is_between_steps_and_before_the_first() -> None:
+    clock = Clock()
+    watch = Stopwatch(clock, before=100.0)
+    clock.now += 3.0
+    watch.begin()
+    clock.now += 2.0
+    assert (watch.lap(), watch.elapsed, watch.split()) == ({"time/step": 2.0}, 102.0, 5.0)
+    clock.now += 4.0
+    watch.lap()
+    clock.now += 1.0
+    assert (watch.lap(), watch.elapsed, watch.split()) == ({"time/step": 1.0}, 107.0, 5.0)
+
+
 def test_a_phase_that_raises_is_counted_and_nesting_is_refused() -> None:
     clock = Clock()
     watch = Stopwatch(clock)
