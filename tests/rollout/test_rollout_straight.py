@@ -1,4 +1,7 @@
-"""Weights that a learner sends straight into the real vLLM engine, while it has requests under way too."""
+"""Weights that a learner sends straight into the real vLLM engine, while it has requests under way too.
+
+By its name this comes after the files that share the engine and begin with its own weights.
+"""
 
 from __future__ import annotations
 
