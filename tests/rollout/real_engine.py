@@ -47,6 +47,7 @@ class Learner:
     def __init__(self, source: Path) -> None:
         self.earlier = PackedPolicy(load_model(source, "float32", "segmented"))
         self.policy = PackedPolicy(load_model(source, "float32", "segmented"))
+        self._first = [tensor.detach().clone() for _, tensor in self.weights()]
         shapes = [(name, tuple(tensor.shape), "float32") for name, tensor in self.weights()]
         # Small buckets, so that a push has several.
         self.writer = WeightWriter(make_plan(shapes, 64 * 1024))
@@ -56,6 +57,12 @@ class Learner:
 
     def publish(self, version: int) -> Announcement:
         return self.writer.write(version, ((name, tensor.detach()) for name, tensor in self.weights()))
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """The weights that it began with: many moves make the logits large, and rounding with them."""
+        for (_, tensor), first in zip(self.weights(), self._first, strict=True):
+            tensor.copy_(first)
 
     @torch.no_grad()
     def move(self, seed: int) -> None:

@@ -28,6 +28,7 @@ FIRST: dict[Literal["broadcast", "ipc"], int] = {"broadcast": 80, "ipc": 100}
 def sender(request: pytest.FixtureRequest, learner: Learner, engine: VllmEngine) -> Iterator[Sender]:
     """Each parameter is a bucket, so that buckets end inside of the fused layers."""
     transport: Literal["broadcast", "ipc"] = request.param
+    learner.put_back()
     engine.load_weights(learner.publish(FIRST[transport]))
     plan = make_plan([(name, tuple(tensor.shape), "float32") for name, tensor in learner.weights()], 1)
     with sending(transport, 30.0, plan, lambda: [(n, tensor.detach()) for n, tensor in learner.weights()]) as found:
