@@ -22,7 +22,7 @@ def blame_node(
 ) -> None:
     """On the way out of a run over several nodes: a failure that comes from a node that has left is told as that.
 
-    Raises `ActorLost`; nothing where all nodes are there, the failure has another cause, or Ray lists no nodes any more.
+    Raises `ActorLost`; nothing where all nodes are there, the failure has another cause, or Ray lists no nodes.
     """
     planned = dict.fromkeys((*placement.rank_nodes, *placement.worker_nodes, *placement.server_nodes))
     if not planned or not isinstance(error, RunError | ResourceError) or isinstance(error, RayLost):
