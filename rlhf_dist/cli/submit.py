@@ -169,6 +169,8 @@ def taken_environment(argv: Sequence[str]) -> tuple[dict[str, str], Sequence[str
         del rest[:2]
     if "--env" in rest:
         raise InputError(f"--env comes before the command; {USAGE}")
+    if found and rest[:1] and rest[0] not in COMMANDS:
+        raise InputError(f"after --env NAME=VALUE comes a command: {', '.join(COMMANDS)}; {USAGE}")
     return found, rest
 
 

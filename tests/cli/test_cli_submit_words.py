@@ -121,6 +121,7 @@ def test_a_job_gets_the_variables_that_are_named(
         (["--env", "my-name=hidden", "train", "run.yaml"], "--env needs NAME or NAME=VALUE"),
         (["--env", "NOT_SET_HERE", "train", "run.yaml"], "--env NOT_SET_HERE: it is not set here; set it, or give"),
         (["--env", "RAY_ADDRESS=hidden", "train", "run.yaml"], "--env RAY_ADDRESS: a job gets it from its cluster"),
+        (["--env", "PATH", "hidden", "train", "run.yaml"], "after --env NAME=VALUE comes a command: train, sft"),
         (["train", "run.yaml", "--env", "A=hidden"], "--env comes before the command"),
         (["train", "run.yaml", "--env=A=hidden"], "--env comes before the command"),
     ],
