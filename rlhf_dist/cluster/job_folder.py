@@ -40,7 +40,7 @@ def _names(file: Path, path: Path) -> bool:
     """Whether an ignore file names a path below its folder, by the rules that Ray packs with."""
     if not file.is_file():
         return False
-    from ray._private.thirdparty.pathspec import PathSpec
+    from ray._private.thirdparty.pathspec.pathspec import PathSpec
 
     try:
         lines = file.read_text(encoding="utf-8").splitlines()

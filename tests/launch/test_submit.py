@@ -96,7 +96,7 @@ def cluster() -> Iterator[Cluster]:
 def submit(cluster: Cluster, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(ROOT / "launch" / "submit.sh"), *words],
-        env=cluster.environment | {"RAY_ADDRESS": cluster.address} | environment,
+        env=cluster.environment | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,
         timeout=JOB_LIMIT_S,
