@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from rlhf_dist.cluster.jobs import JobSubmissionClient
 
 COMMANDS = ("train", "sft", "reward", "pipeline", "eval")
-USAGE = "usage: rlhf-dist submit COMMAND CONFIG.yaml [key=value ...] [options of COMMAND]"
+USAGE = "usage: rlhf-dist submit [--env NAME[=VALUE] ...] COMMAND CONFIG.yaml [key=value ...] [options of COMMAND]"
 FETCH = "usage: rlhf-dist submit fetch JOB [DIRECTORY] [--limit MIB]"
 LIMIT_MIB = 100
 """Of what is copied."""
+RESERVED = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+"""Variables that tell a job its cluster."""
 HELP = f"""{USAGE}
 {FETCH.replace("usage:", "      ")}
 
@@ -27,11 +29,15 @@ Runs COMMAND ({", ".join(COMMANDS)}) as a job on a Ray cluster, follows its outp
 and ends with its exit code. RAY_ADDRESS names the cluster's dashboard
 (default http://127.0.0.1:8265). The folder that this is called in and the code
 of this package are sent along, without .git, .venv, runs, .env and the like, and
-without what a .gitignore names.
+without what a .gitignore or .rayignore names.
+
+--env NAME=VALUE sets an environment variable for the job, and --env NAME gives it
+the value that NAME has here; both may be repeated. Ray keeps a job's environment,
+readable for whoever has the cluster's token: no keys or passwords in it.
 
 The token comes from RAY_AUTH_TOKEN, from the file RAY_AUTH_TOKEN_PATH or from
-~/.ray/auth_token. Environment variables such as WANDB_API_KEY are not sent: set
-them where the cluster's nodes start Ray. The nodes need an environment with the
+~/.ray/auth_token. Other environment variables are not sent. Set secret ones, such
+as WANDB_API_KEY, where the cluster's nodes start Ray. The nodes need an environment with the
 libraries of rlhf-dist in PATH.
 
 Give output= a path on a disk that the nodes share. Where output is relative, the run
@@ -50,13 +56,14 @@ def run(argv: Sequence[str]) -> int:
 
     if argv and argv[0] == "fetch":
         return fetch(argv[1:])
+    environment, argv = taken_environment(argv)
     words, place = checked(argv)
     before = stamp(place)
     cluster = jobs.dashboard()
     with arguments.loading():
         client = jobs.connect(cluster)
     print(f"sending {Path.cwd()} to {cluster.address} ...", file=sys.stderr, flush=True)
-    job = jobs.send(client, words, str(place or ""))
+    job = jobs.send(client, words, str(place or ""), environment)
     print(f"submitted {job}", file=sys.stderr, flush=True)
     try:
         code = jobs.follow(cluster, client, job, lambda text: print(text, end="", flush=True))
@@ -94,7 +101,9 @@ def copy(client: JobSubmissionClient, job: str, target: Path, limit_mib: int) ->
     from rlhf_dist.cluster import jobs
 
     if target.exists():
-        target = target.with_name(f"{target.name}.{job}")
+        first, target = target, target.with_name(f"{target.name}.{job}")
+        if target.exists():
+            raise InputError(f"{first} and {target} exist; name a directory that is to be made; {FETCH}")
     found = jobs.bring(client, job, target, limit_mib * 2**20)
     print(f"run directory: {target}, a copy of {found.source} on the cluster", file=sys.stderr)
     for offline in sorted(target.glob("wandb/offline-run-*")):
@@ -141,6 +150,30 @@ def fetch(words: Sequence[str]) -> int:
     return 0
 
 
+def taken_environment(argv: Sequence[str]) -> tuple[dict[str, str], Sequence[str]]:
+    """The job's variables, by each `--env` before the command, and the words after them.
+
+    Raises `InputError`, whose message has no value: it may be a secret.
+    """
+    found: dict[str, str] = {}
+    rest = [part for word in argv for part in (word.split("=", 1) if word.startswith("--env=") else [word])]
+    while rest and rest[0] == "--env":
+        name, given, value = rest[1].partition("=") if rest[1:] else ("", "", "")
+        if not (name.isidentifier() and name.isascii()):
+            raise InputError(f"--env needs NAME or NAME=VALUE, as in --env HF_HOME=/shared/hub; {USAGE}")
+        if name in RESERVED:
+            raise InputError(f"--env {name}: a job gets it from its cluster; leave it out")
+        if not given and name not in os.environ:
+            raise InputError(f"--env {name}: it is not set here; set it, or give the value: --env {name}=VALUE")
+        found[name] = value if given else os.environ[name]
+        del rest[:2]
+    if "--env" in rest:
+        raise InputError(f"--env comes before the command; {USAGE}")
+    if found and rest[:1] and rest[0] not in COMMANDS:
+        raise InputError(f"after --env NAME=VALUE comes a command: {', '.join(COMMANDS)}; {USAGE}")
+    return found, rest
+
+
 def checked(argv: Sequence[str]) -> tuple[list[str], Path | None]:
     """The words of the job and its run directory, after what can be known to be wrong here. Raises `InputError`."""
     if not argv or argv[0] not in COMMANDS:
@@ -171,12 +204,10 @@ def sent_as(config: Path) -> Path:
             f"{config}: lies outside {Path.cwd()}, which is the folder that is sent; call submit elsewhere"
         )
     place = config.resolve().relative_to(Path.cwd())
-    from rlhf_dist.cluster.jobs import EXCLUDED
+    from rlhf_dist.cluster.job_folder import left_out
 
-    parts = ["/".join(place.parts[: i + 1]) for i in range(len(place.parts))]
-    matching = (name for name in EXCLUDED for part in (*place.parts, *parts) if fnmatch(part, name))
-    if excluded := next(matching, None):
-        raise InputError(f"{config}: lies in {excluded}, which is not sent; put the config elsewhere")
+    if why := left_out(Path.cwd(), place):
+        raise InputError(f"{config}: {why}; put the config elsewhere")
     return place
 
 
@@ -184,17 +215,18 @@ def require_known_keys(command: str, config: Path, overrides: Sequence[str]) -> 
     """Load the config, so that a wrong key costs no job; returns its run directory, as the job sees it."""
     from rlhf_dist.config.load import as_written
 
-    output = as_written(config, [word for word in overrides if ":" not in word.partition("=")[0]]).output
-    if output.startswith("~"):
+    stages = command == "pipeline"
+    given = [word for word in overrides if ":" not in word.partition("=")[0]] if stages else overrides
+    found = as_written(config, given)
+    if found.output.startswith("~"):
         raise InputError(
-            f"output is {output!r}: the home would be the one of the cluster's user, whom this machine does not know; "
-            "give an absolute path, or a relative one, whose run directory is copied here"
+            f"output is {found.output!r}: the home would be the one of the cluster's user, whom this machine does not "
+            "know; give an absolute path, or a relative one, whose run directory is copied here"
         )
-    if command == "pipeline":
+    if stages:
         from rlhf_dist.config.pipeline_checks import load_stages
 
         return load_stages(config, overrides)[0].path.parent
-    found = as_written(config, overrides)
     return Path(found.output) / found.name
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx
 
 from rlhf_dist.cluster.job_files import Arrived, unpack
+from rlhf_dist.cluster.job_folder import EXCLUDED
 from rlhf_dist.errors import InputError, ResourceError, RunError
 from rlhf_dist.telemetry.code_version import COMMIT, code_version
 
@@ -33,12 +34,6 @@ T = TypeVar("T")
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PACKAGE = Path(__file__).resolve().parents[1]
-EXCLUDED = (
-    *(".git", ".venv", "runs", "wandb", ".cache", "benchmarks/results", "__pycache__"),
-    *(".env*", "*.env", ".netrc", ".git-credentials", "auth_token", "id_*"),
-    *(".ssh", ".ray", ".aws", ".kube", ".huggingface"),
-)
-"""Of the folder: what is not sent, because it is large or because it may be secret."""
 ANSWER_LIMIT_S = 10.0
 """For the dashboard's first answer."""
 ASK_LIMIT_S = 60.0
@@ -120,24 +115,24 @@ def connect(cluster: Cluster) -> JobSubmissionClient:
     return _within(ASK_LIMIT_S, lambda: JobSubmissionClient(cluster.address), f"{cluster.address} takes no jobs")
 
 
-def send(client: JobSubmissionClient, words: Sequence[str], run: str) -> str:
-    """Send `rlhf-dist WORDS` as a job; returns its name. Secrets of the environment stay here.
+def send(client: JobSubmissionClient, words: Sequence[str], run: str, variables: Mapping[str, str]) -> str:
+    """Send `rlhf-dist WORDS` as a job; returns its name.
 
-    `run`: the run directory that it will make, as the job sees it; empty: none. Raises `RunError`, and `InputError`
-    where the folder is too large.
+    `run`: the run directory that it will make, as the job sees it; empty: none. `variables`: of its environment, in
+    which nothing else of the environment here is. Raises `RunError`, and `InputError` where the folder is too large.
     """
     folder = Path.cwd()
     environment: dict[str, Any] = {"working_dir": str(folder), "excludes": list(EXCLUDED)}
     if PACKAGE.parent != folder:
         environment["py_modules"] = [str(PACKAGE)]
-    if commit := code_version().get("commit"):
-        environment["env_vars"] = {COMMIT: commit}  # .git stays here
+    commit = code_version().get("commit")  # .git stays here
+    environment["env_vars"] = ({COMMIT: commit} if commit else {}) | dict(variables)
     entrypoint = f"python -m rlhf_dist {shlex.join(words)}"
     call = partial(client.submit_job, entrypoint=entrypoint, runtime_env=environment, metadata={RUN: run})
     try:
         return _within(SEND_LIMIT_S, call, "the cluster did not take the job")
     except RunError as error:
-        if any(words in str(error) for words in TOO_LARGE):
+        if any(text in str(error) for text in TOO_LARGE):
             raise InputError(
                 f"{folder} is too large to be sent, packed 100 MiB at most: call submit in a smaller folder, keep "
                 f"large files elsewhere, or name them in .gitignore ({error})"

@@ -16,6 +16,11 @@ LARGE_PAGES = "glibc.malloc.hugetlb=1"
 """For an engine, which makes each layer anew when it loads weights: the kernel then clears two MiB at a time instead of
 four KiB, which takes a third off a load. Without glibc, or large pages in the kernel, nothing happens."""
 
+CUDNN_LAST = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
+"""1: PyTorch's attention does not try cuDNN first, as it does on Hopper: cuDNN makes a plan for each new length."""
+TRITON_FLOAT32 = "TRITON_F32_DEFAULT"
+"""ieee: Triton's kernels, which vLLM's attention in float32 is one of, multiply in float32 and not in TF32."""
+
 
 @dataclass(frozen=True, slots=True)
 class ActorSpec:
@@ -64,11 +69,16 @@ def environment(spec: ActorSpec) -> dict[str, str]:
     UTF-8 whatever the locale: torch reads files of its own without naming an encoding.
     """
     variables = {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUTF8": "1"}
+    wanted = {}
     if spec.device == "cpu":
         # Threads that wait for each other spin for microseconds, then sleep. Sleeping at once makes decoding slower;
         # spinning for longer takes the core from the thread that is waited for, where others use the cores too.
         variables["GOMP_SPINCOUNT"] = "2000"
         variables["KMP_BLOCKTIME"] = "1"
-        if spec.large_pages and TUNABLES not in os.environ:  # what the user has set stays
-            variables[TUNABLES] = LARGE_PAGES
-    return variables
+        if spec.large_pages:
+            wanted[TUNABLES] = LARGE_PAGES
+    else:
+        wanted[CUDNN_LAST] = "1"
+        if spec.config.model.dtype == "float32":
+            wanted[TRITON_FLOAT32] = "ieee"
+    return variables | {name: value for name, value in wanted.items() if name not in os.environ}  # the user's stay

@@ -20,7 +20,7 @@ import pytest
 from rlhf_dist.cli import submit
 from rlhf_dist.cli.main import main
 from rlhf_dist.cluster import job_files, jobs
-from rlhf_dist.errors import ResourceError, RunError
+from rlhf_dist.errors import InputError, ResourceError, RunError
 from rlhf_dist.telemetry.code_version import COMMIT, code_version
 
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ADDRESS")
@@ -117,8 +117,8 @@ class Client:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "usage: rlhf-dist submit COMMAND"),
-        (["train"], "train needs a config file first; usage: rlhf-dist submit COMMAND"),
+        ([], "usage: rlhf-dist submit [--env NAME[=VALUE] ...] COMMAND"),
+        (["train"], "train needs a config file first; usage: rlhf-dist submit "),
         (["train", "--dry-run", "run.yaml"], "train needs a config file first"),
         (["plan", "run.yaml"], "`plan` is not a command for a cluster: train, sft, reward, pipeline, eval are"),
         (["train", "rum.yaml"], "rum.yaml does not exist; did you mean run.yaml?"),
@@ -199,7 +199,7 @@ def test_the_jobs_output_and_end_are_passed_on(
     environment = client.taken["runtime_env"]
     assert environment["working_dir"] == str(project) and environment["py_modules"] == [str(jobs.PACKAGE)]
     commit = code_version().get("commit")
-    assert environment.get("env_vars") == ({COMMIT: commit} if commit else None)
+    assert environment["env_vars"] == ({COMMIT: commit} if commit else {})
     assert ".venv" in environment["excludes"] and "also-secret" not in str(client.taken)
 
 
@@ -243,6 +243,13 @@ def test_a_run_in_the_jobs_own_folder_is_copied_here(
     assert "left there: 2 files of 0 MiB, as checkpoints/step-1/weights; to copy all: rlhf-dist submit fetch" in said
     assert main(["submit", "fetch", "job-1", "mine", "--limit", "1"]) == 0
     assert (project / "mine" / "checkpoints" / "step-1" / "weights").read_bytes() == b"w" * 50_000
+
+
+def test_a_third_copy_is_refused_before_anything_is_sent(project: Path) -> None:
+    for name in ("run", "run.job-1"):
+        (project / "runs" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match=r"^runs/run and runs/run\.job-1 exist; name a directory that is to be made"):
+        submit.copy(SimpleNamespace(), "job-1", Path("runs/run"), 1)  # type: ignore[arg-type]
 
 
 def test_a_copy_of_a_run_that_goes_on_says_so(
@@ -361,7 +368,7 @@ def test_rays_client_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPat
     over.set()
     client = SimpleNamespace(submit_job=lambda **_: 1 / 0)
     with pytest.raises(RunError, match="the cluster did not take the job: division by zero"):
-        jobs.send(client, ["train", "run.yaml"], "")
+        jobs.send(client, ["train", "run.yaml"], "", {})
 
 
 @pytest.mark.parametrize(("answer", "stopped"), [("y", ["job-1"]), ("n", []), (None, [])])

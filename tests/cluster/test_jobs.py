@@ -32,4 +32,4 @@ def test_a_folder_that_is_too_large_is_bad_input() -> None:
 
     client: Any = SimpleNamespace(submit_job=refuse)
     with pytest.raises(InputError, match=r"too large to be sent, .* or name them in \.gitignore .*status code 413"):
-        jobs.send(client, ["train", "run.yaml"], "")
+        jobs.send(client, ["train", "run.yaml"], "", {})

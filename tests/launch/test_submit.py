@@ -96,7 +96,7 @@ def cluster() -> Iterator[Cluster]:
 def submit(cluster: Cluster, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(ROOT / "launch" / "submit.sh"), *words],
-        env=cluster.environment | {"RAY_ADDRESS": cluster.address} | environment,
+        env=cluster.environment | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,
         timeout=JOB_LIMIT_S,
@@ -153,7 +153,7 @@ def test_another_command_is_sent_from_a_folder_of_the_users_own(cluster: Cluster
     folder.mkdir()
     (folder / "small.yaml").write_text(SMALL)
     result = subprocess.run(
-        [sys.executable, "-m", "rlhf_dist", "submit", "sft", "small.yaml"],
+        [sys.executable, "-m", "rlhf_dist", "submit", "--env", "PYTHONWARNINGS=seen", "sft", "small.yaml"],
         cwd=folder,
         env=cluster.environment | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -164,6 +164,7 @@ def test_another_command_is_sent_from_a_folder_of_the_users_own(cluster: Cluster
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "held out" in result.stdout and "run directory:" in result.stdout
+    assert "invalid action: 'seen'" in result.stdout, "Python reads the variable in the job"
     copied = folder / "runs" / "small"
     assert "run directory: runs/small, a copy of " in result.stderr and "left there" not in result.stderr
     assert json.loads((copied / "summary.json").read_text())["outcome"] == "finished"
@@ -172,6 +173,7 @@ def test_another_command_is_sent_from_a_folder_of_the_users_own(cluster: Cluster
 
 def test_bad_input_that_only_the_cluster_sees_ends_as_it_does_here(cluster: Cluster, tmp_path: Path) -> None:
     words = ["data.source=jsonl", "data.path=/no/such.jsonl", f"output={tmp_path}"]
-    result = submit(cluster, str(ROOT / "configs" / "reverse.yaml"), *words)
+    result = submit(cluster, "--env", "PYTHONWARNINGS=seen", "sft", str(ROOT / "configs" / "reverse.yaml"), *words)
     assert result.returncode == 2
+    assert "invalid action: 'seen'" in result.stdout, "launch/submit.sh passes the variable on"
     assert "data.path is '/no/such.jsonl', which does not exist" in result.stdout
