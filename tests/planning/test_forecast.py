@@ -89,6 +89,15 @@ def test_decoding_goes_on_for_as_long_as_the_longest_response() -> None:
     assert of(config(), decode_layer_s=0.01).generate == pytest.approx(50 * 2 * 0.01)
 
 
+def test_an_engines_gpus_share_the_cache_no_further_than_its_heads() -> None:
+    """One head of keys and values, so that each of 2 GPUs reads all of it, and half of the weights."""
+    wanted, placement = on_gpus()
+    spanned = replace(placement, rollout_workers=2, rollout_gpus=2)
+    found = forecast(wanted, spanned, SHAPE, replace(IDLE, bandwidth=1e6), LENGTHS, 0)
+    weights, cache = 4 * SHAPE.products / 2, 4 * SHAPE.kv_elements * (10 + 20 / 2)
+    assert found.generate == pytest.approx((50 * weights + 64 * 20 * cache) / 1e6)
+
+
 def test_requests_updates_pushes_and_sequences_have_a_cost_of_their_own() -> None:
     """64 responses an engine and a rank; two layers, and a pass both ways is three forward."""
     assert of(config(), request_s=0.01).generate == pytest.approx(64 * 0.01)
