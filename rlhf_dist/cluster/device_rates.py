@@ -1,4 +1,4 @@
-"""How fast this machine is, for the forecast of a run: measured in a third of a second, or from a GPU's data sheet.
+"""How fast this machine is, for the forecast of a run: measured in a quarter of a second, or from a GPU's data sheet.
 
 Three things are timed: a matrix product of the model's own sizes, a sum, and a piece of plain Python. The last stands
 for what schedulers, calls and small operations take, which is most of a small model's decoding: how many times its

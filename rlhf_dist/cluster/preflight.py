@@ -48,12 +48,16 @@ def require_shared_memory(source: str, config: Config) -> None:
     """
     if joins_cluster(config.cluster) or config.weights.transport != "shared_memory":
         return  # the run may be on another node, or needs none
+    require_room(pushed_bytes(source, config))
+
+
+def pushed_bytes(source: str, config: Config) -> int:
+    """Of the weights of the model `source` as they are pushed; 0 where its sizes are not known."""
     folder, dtype = Path(source), config.model.dtype
     if not folder.is_dir():
-        require_room(weight_bytes(source, config))
-        return
+        return weight_bytes(source, config)
     stored = read_headers(folder)
-    require_room(make_plan(((name, tensor.shape, dtype) for name, tensor in stored.items()), bucket_bytes=1).nbytes)
+    return make_plan(((name, tensor.shape, dtype) for name, tensor in stored.items()), bucket_bytes=1).nbytes
 
 
 def disk_need(source: str, config: Config, command: Command) -> int:

@@ -13,8 +13,8 @@ from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import DataError, ModelError
 from rlhf_dist.planning.budget_lines import too_large, too_large_for_hosts
 from rlhf_dist.planning.device_memory import devices, engine_memory
-from rlhf_dist.planning.forecast import Lengths, Rates, forecast, gpu_rates
-from rlhf_dist.planning.hardware import KINDS, kind_of
+from rlhf_dist.planning.forecast import Forecast, Lengths, Rates, forecast, gpu_rates
+from rlhf_dist.planning.hardware import KINDS, Kind, kind_of
 from rlhf_dist.planning.host_memory import hosts, memory_here
 from rlhf_dist.planning.placement import Placement, local_machine, place
 from rlhf_dist.planning.shape import ModelShape, shape_of
@@ -23,7 +23,12 @@ from rlhf_dist.telemetry.report import Series, read_metrics
 
 SETTLING = 0.2
 """Share of the steps that is left out at the start."""
-PHASES = {"generate": ("time/generate",), "train": ("time/train", "time/value"), "push": ("time/sync",)}
+PHASES = {
+    "generate": ("time/generate",),
+    "wait": ("time/generate",),
+    "train": ("time/train", "time/value"),
+    "push": ("time/sync",),
+}
 """Phase of the forecast -> the metrics that measure it."""
 
 
@@ -35,6 +40,13 @@ class Basis:
     rates: Rates
     device: str
     """What the rates are of, in words."""
+    gpu: Kind | None = None
+    """None on a CPU."""
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of one GPU; 0 on a CPU."""
+        return self.gpu.memory if self.gpu else 0
 
 
 def basis(config: Config, placement: Placement, source: str) -> Basis | None:
@@ -58,7 +70,7 @@ def basis(config: Config, placement: Placement, source: str) -> Basis | None:
     if kind is None:
         return None
     rates = gpu_rates(KINDS[kind], config.model.dtype, config.rollout.enforce_eager)
-    return Basis(shape, rates, f"the data sheet of {kind}")
+    return Basis(shape, rates, f"the data sheet of {kind}", KINDS[kind])
 
 
 def basis_before(config: Config, source: str) -> Basis | None:
@@ -80,8 +92,7 @@ def does_not_fit(config: Config, placement: Placement, found: Basis | None) -> s
         return ""
     problems = []
     if placement.device == "cuda":
-        capacity = KINDS[found.device.rsplit(" ", 1)[-1]].memory
-        problems.append(too_large(config, devices(config, placement, found.shape, capacity)))
+        problems.append(too_large(config, devices(config, placement, found.shape, found.capacity)))
     if not joins_cluster(config.cluster):
         here = hosts(config, placement, found.shape, memory_here())
         problems.append(too_large_for_hosts(config, here, assumed=False))
@@ -89,7 +100,17 @@ def does_not_fit(config: Config, placement: Placement, found: Basis | None) -> s
 
 
 def compared(config: Config, placement: Placement, found: Basis, metrics: Path) -> tuple[str, dict[str, Any]]:
-    """A line, and the same for `summary.json`; an empty line where no step was measured."""
+    """A line, and the same for `summary.json`; an empty line where no step was measured.
+
+    A run that has ended is not lost for arithmetic: the line then says what was wrong with it.
+    """
+    try:
+        return _compared(config, placement, found, metrics)
+    except Exception as error:
+        return f"there is no forecast beside the measured times: {type(error).__name__}: {error}", {}
+
+
+def _compared(config: Config, placement: Placement, found: Basis, metrics: Path) -> tuple[str, dict[str, Any]]:
     try:
         series = read_metrics(metrics)
     except DataError:
@@ -97,17 +118,28 @@ def compared(config: Config, placement: Placement, found: Basis, metrics: Path) 
     measured = settled(series)
     if names.STEP_TIME not in measured or names.RESPONSE_LENGTH not in measured:
         return "", {}
-    capacity = KINDS[found.device.rsplit(" ", 1)[-1]].memory if placement.device == "cuda" else 0
-    cache = engine_memory(config, placement, found.shape, capacity).cache_tokens
+    cache = engine_memory(config, placement, found.shape, found.capacity).cache_tokens
     planned = forecast(config, placement, found.shape, found.rates, lengths(config, measured), cache)
     both = {"step": (planned.step, measured[names.STEP_TIME])}
-    for phase, forecasted in (("generate", planned.generate), ("train", planned.train), ("push", planned.sync)):
+    for phase, forecasted in phases(planned, config.loop.max_policy_lag).items():
         both[phase] = (forecasted, sum(measured.get(name, 0.0) for name in PHASES[phase]))
     parts = [f"{phase} {ours:.3g} ({took:.3g})" for phase, (ours, took) in both.items()]
     line = f"forecast, and (measured), s: {', '.join(parts)}; for the lengths of this run, from {found.device}"
     return line, {
         phase: {"forecast": round(ours, 4), "measured": round(took, 4)} for phase, (ours, took) in both.items()
     }
+
+
+def phases(planned: Forecast, lag: int) -> dict[str, float]:
+    """Phase -> its seconds, of those that can be measured.
+
+    At once the learner's wait is measured in place of sampling. Where both sides work on the same threads with a lag,
+    each is slowed down by the other: the step alone can be compared.
+    """
+    learner = {"train": planned.train, "push": planned.sync}
+    if planned.at_once:
+        return {"wait": max(0.0, planned.generate - planned.train - planned.sync), **learner}
+    return {} if lag else {"generate": planned.generate, **learner}
 
 
 def settled(series: Series) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 from rlhf_dist.cluster import actors, learner_hosts as hosts
 from rlhf_dist.cluster.node_facts import check_nodes
 from rlhf_dist.cluster.node_loss import blame_node
+from rlhf_dist.cluster.preflight import pushed_bytes
 from rlhf_dist.cluster.processes import log_name
 from rlhf_dist.cluster.relay_hosts import OFFER, ONE_NODE, FetchHost, OfferHost, Relays, new_secret
 from rlhf_dist.cluster.session import reserve
@@ -36,7 +37,10 @@ def reserved(config: Config, placement: Placement, source: str, logs: Path, stac
     stack.push(partial(blame_node, placement))
     group = stack.enter_context(reserve(bundles(placement), limit))
     nodes = (*placement.worker_nodes, *placement.rank_nodes, *placement.server_nodes)
-    check_nodes(nodes, placement.rank_nodes, source, logs, limit, START_KEY)
+    pushed = dict[str, int]()
+    if placement.worker_nodes and placement.rank_nodes and config.weights.transport == "shared_memory":
+        pushed = dict.fromkeys((placement.learner_node, *placement.worker_nodes), pushed_bytes(source, config))
+    check_nodes(nodes, placement.rank_nodes, source, logs, limit, START_KEY, pushed)
     return group
 
 

@@ -9,9 +9,17 @@ from rlhf_dist.config.checks import check
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import InputError
 from rlhf_dist.planning.device_memory import Device, devices, shared_memory
-from rlhf_dist.planning.forecast import Forecast, Lengths, assumed_lengths, forecast, gpu_rates, splits
+from rlhf_dist.planning.forecast import (
+    Forecast,
+    Lengths,
+    assumed_lengths,
+    forecast,
+    gpu_rates,
+    split_into,
+    splits,
+)
 from rlhf_dist.planning.hardware import KINDS, Cluster
-from rlhf_dist.planning.host_memory import Host
+from rlhf_dist.planning.host_memory import Host, hosts
 from rlhf_dist.planning.nodes import place_in
 from rlhf_dist.planning.placement import Placement, count_of
 from rlhf_dist.planning.shape import ModelShape
@@ -47,7 +55,9 @@ def memory_lines(config: Config, placement: Placement, shape: ModelShape, found:
     if placement.learner_ranks and placement.rollout_workers:
         room = shared_memory(config, shape) / GB
         if room:
-            lines.append(f"/dev/shm: {room:.3g} GB on each node with rollout workers, for two copies of the weights")
+            more = len({*placement.worker_nodes, placement.learner_node}) > 1
+            where = "the learner's node and each node with rollout workers" if more else "the node"
+            lines.append(f"/dev/shm: {room:.3g} GB on {where}, for two copies of the weights")
     return lines
 
 
@@ -70,8 +80,9 @@ def too_large_for_hosts(config: Config, found: Sequence[Host], assumed: bool) ->
     for host in found:
         if host.fits:
             continue
-        ways = [_way_out_of_host(config, name) for name in sorted(host.parts, key=lambda name: -host.parts[name])]
-        largest = ", ".join(dict.fromkeys(way for way in ways[:3] if way))
+        largest_first = sorted(host.parts, key=lambda name: -host.parts[name])
+        ways = [way for name in largest_first[:3] for way in _ways_out_of_host(config, name)]
+        largest = ", ".join(dict.fromkeys(ways))
         nodes = f"{host.count} nodes" if host.count > 1 else "a node"
         problems.append(
             f"{nodes} with {host.who} would need {host.total / GB:.3g} GB of main memory "
@@ -98,13 +109,14 @@ def forecast_lines(planned: Forecast, lengths: Lengths, basis: str) -> list[str]
     turns = "at once" if planned.at_once else "in turn"
     times = planned.step, planned.generate, planned.score, planned.train, planned.sync
     step, generate, score, train, push = map(_seconds, times)
+    behind = f"; oldest tokens {count_of(planned.lag, 'version')} behind" if planned.lag else ""
     return [
         f"forecast ({basis}): {step} s a step, {planned.tokens / planned.step:,.0f} response tokens a "
         f"second, for prompts of {lengths.prompt:.0f} and responses of {lengths.response:.0f} tokens",
         f"forecast of the phases, {turns}: generate {generate} s (scoring in it {score}), "
         f"train {train} s, push {push} s; the longest is {planned.bottleneck}",
         f"forecast of waiting: rollout workers {planned.rollout_idle:.0%} of the time, learner "
-        f"{planned.learner_idle:.0%}; oldest tokens {count_of(planned.lag, 'version')} behind",
+        f"{planned.learner_idle:.0%}{behind}",
     ]
 
 
@@ -118,31 +130,63 @@ def gpu_forecast(
     """The forecast on a cluster of known GPUs, and the split of them that makes a step shortest. `response`: 0: all."""
     assert cluster.gpu is not None
     rates = gpu_rates(cluster.gpu, config.model.dtype, config.rollout.enforce_eager)
-    lengths, cache = assumed_lengths(config, response), max((device.cache_tokens for device in found), default=0)
+    lengths = assumed_lengths(config, response)
+    cache = min((device.cache_tokens for device in found if device.cache_tokens), default=0)
     planned = forecast(config, placement, shape, rates, lengths, cache)
     lines = forecast_lines(planned, lengths, f"from the data sheet of {cluster.kind}, not measured")
+    if other := direct_transport(config):
+        placed = placement_or_why(other, cluster, shape)
+        step = planned.step if isinstance(placed, str) else forecast(other, placed, shape, rates, lengths, cache).step
+        if step < WORTH_SAYING * planned.step:
+            lines.append(f"weights.transport={other.weights.transport} would take {_seconds(step)} s a step")
     if placement.paired:
         return lines
-    better = (
-        f"rollout.workers={workers} learner.ranks={ranks} would take {_seconds(step)} s a step"
-        for step, workers, ranks in splits(config, placement, shape, rates, lengths, cache)
-        if step < WORTH_SAYING * planned.step and has_room(config, cluster, shape, workers, ranks)
-    )
+    found_splits = splits(config, placement, cluster.nodes, shape, rates, lengths, cache)
+    faster = [split for split in found_splits if split[0] < WORTH_SAYING * planned.step]
     # Where the given one does not fit, only a split that does is worth a word.
-    split = next(better, "" if too_large(config, found) else "as balanced as it gets")
-    return [*lines, f"split of these GPUs: {split}"] if split else lines
+    said = split_line(config, cluster, shape, faster, bool(too_large(config, found)))
+    return [*lines, f"split of these GPUs: {said}"] if said else lines
 
 
-def has_room(config: Config, cluster: Cluster, shape: ModelShape, workers: int, ranks: int) -> bool:
-    """Whether the config passes its checks with so many of each, and fits the cluster."""
-    rollout, learner = replace(config.rollout, workers=workers), replace(config.learner, ranks=ranks)
-    other = replace(config, rollout=rollout, learner=learner)
+def split_line(
+    config: Config, cluster: Cluster, shape: ModelShape, faster: Sequence[tuple[float, int, int]], too_small: bool
+) -> str:
+    """The fastest of these splits that fits; if none does, why the first does not, unless the given is `too_small`."""
+    first = ""
+    for step, workers, ranks in faster:
+        named = f"rollout.workers={workers} learner.ranks={ranks} would take {_seconds(step)} s a step"
+        placed = placement_or_why(split_into(config, workers, ranks), cluster, shape)
+        if not isinstance(placed, str):
+            return named
+        first = first or f"no other that fits is more than 5% faster; {named}, but {placed}"
+    return "" if too_small else first or "no other is more than 5% faster"
+
+
+def placement_or_why(config: Config, cluster: Cluster, shape: ModelShape) -> Placement | str:
+    """Of a config that passes its checks and fits the cluster's GPUs and nodes; of another why not, in short."""
+    try:
+        check(config, "train", files=False)
+        placement = place_in(config, cluster.nodes, "train")
+    except InputError as error:
+        return str(error).splitlines()[0].split("; ")[0]
+    problem = too_large(config, planned_devices(config, placement, shape, cluster)) or too_large_for_hosts(
+        config, hosts(config, placement, shape, cluster.host_memory), cluster.assumed
+    )
+    return problem.split(": ")[0] or placement
+
+
+def direct_transport(config: Config) -> Config | None:
+    """The config with weights sent straight to the engines; None where it has that, or its other keys forbid it."""
+    if config.weights.transport != "shared_memory":
+        return None
+    other = replace(
+        config, weights=replace(config.weights, transport="ipc" if config.cluster.colocate else "broadcast")
+    )
     try:
         check(other, "train", files=False)
-        placement = place_in(other, cluster.nodes, "train")
     except InputError:
-        return False
-    return not too_large(other, planned_devices(other, placement, shape, cluster))
+        return None
+    return other
 
 
 def capacity_of(cluster: Cluster | None) -> int:
@@ -177,23 +221,25 @@ def _way_out(config: Config, device: Device) -> str:
     return ", ".join(ways) or "use GPUs with more memory"
 
 
-def _way_out_of_host(config: Config, part: str) -> str:
-    """Keys that make one part of a node's main memory smaller; empty where none does."""
+def _ways_out_of_host(config: Config, part: str) -> list[str]:
+    """Keys that make one part of a node's main memory smaller."""
+    workers = f"lower rollout.workers ({config.rollout.workers})"
     if part == "rollout workers":
-        return f"lower rollout.kv_cache_gib ({config.rollout.kv_cache_gib:g}) or rollout.workers"
+        return [f"lower rollout.kv_cache_gib ({config.rollout.kv_cache_gib:g})", workers]
     if part in ("learner ranks", "critic ranks"):
-        again = "" if config.model.gradient_checkpointing else "set model.gradient_checkpointing to true, "
-        sharing = "learner.zero_stage" if config.learner.zero_stage < 2 and config.learner.ranks > 1 else ""
-        raised = f", raise {sharing} to 2" if sharing else ""
-        return f"{again}lower learner.micro_batch_tokens ({config.learner.micro_batch_tokens}){raised}"
+        again = [] if config.model.gradient_checkpointing else ["set model.gradient_checkpointing to true"]
+        raised = ["raise learner.zero_stage to 2"] if config.learner.zero_stage < 2 and config.learner.ranks > 1 else []
+        return [*again, f"lower learner.micro_batch_tokens ({config.learner.micro_batch_tokens})", *raised]
     if part == "weights for pushes":
-        return "" if config.model.dtype == "bfloat16" else "set model.dtype to bfloat16"
+        other = direct_transport(config)
+        sent = [f"set weights.transport to {other.weights.transport}"] if other else []
+        return sent + ([] if config.model.dtype == "bfloat16" else ["set model.dtype to bfloat16"])
     return {
-        "optimizer": "set learner.offload to none, or use more nodes",
-        "sleeping engines": "set cluster.colocate to false, or lower rollout.workers",
-        "servers": "lower scoring.replicas or reference.replicas",
-        "moving average": "set learner.ema_decay to 0",
-        "changed words": "set learner.delta_push to false",
-        "experiences": "lower loop.prompts_per_step or rollout.max_response_tokens",
-        "processes": "lower rollout.workers or learner.ranks",
-    }.get(part, "")
+        "optimizer": ["set learner.offload to none", "use more nodes"],
+        "sleeping engines": ["set cluster.colocate to false", workers],
+        "servers": ["lower scoring.replicas or reference.replicas"],
+        "moving average": ["set learner.ema_decay to 0"],
+        "changed words": ["set learner.delta_push to false"],
+        "experiences": ["lower loop.prompts_per_step or rollout.max_response_tokens"],
+        "processes": [workers, f"lower learner.ranks ({config.learner.ranks})"],
+    }.get(part, [])

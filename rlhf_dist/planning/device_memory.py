@@ -123,6 +123,9 @@ def engine_memory(config: Config, placement: Placement, shape: ModelShape, capac
     parts = {"weights": weights, "key-value cache": max(cache, 0), "work": work}
     if placement.device == "cuda":
         parts["CUDA context"] = CUDA_CONTEXT
+        if config.weights.transport == "shared_memory":
+            # vLLM makes each layer, and the embedding, anew beside the old one.
+            parts["weights being loaded"] = width * max(shape.largest, shape.of_layers // shape.layers) // parallel
     if has_mask(config):
         parts["mask policy"] = width * shape.parameters
     if config.weights.transport != "shared_memory":

@@ -8,15 +8,19 @@ what is assumed, and at the end of a run what was measured.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.schema import Config
+from rlhf_dist.errors import ResourceError
+from rlhf_dist.planning import traffic
 from rlhf_dist.planning.hardware import Kind
 from rlhf_dist.planning.memory import BYTES, FLOAT32, of_a_layer
-from rlhf_dist.planning.placement import Placement, critic_apart, needs_reference
+from rlhf_dist.planning.nodes import place_in
+from rlhf_dist.planning.placement import Machine, Placement, critic_apart, needs_reference
 from rlhf_dist.planning.shape import ModelShape
-from rlhf_dist.planning.transports import push_seconds
+from rlhf_dist.planning.transports import push_seconds, wire_of_ranks
 
 ADAM = 7 * FLOAT32
 """Bytes a parameter that Adam moves: reads weight, gradient and two moments, and writes three of them, in float32."""
@@ -92,9 +96,9 @@ class Forecast:
     train: float
     """The update, with values and old logprobs where the method needs them."""
     sync: float
-    """A push of the weights."""
+    """A push of the weights, with engines that go to sleep and wake up."""
     at_once: bool
-    """Whether both sides work at once, `loop.max_policy_lag` above 0."""
+    """Whether both sides work at once: `loop.max_policy_lag` is above 0, and each has devices of its own."""
     lag: int
     """Versions between a response's oldest token and the weights that learn from it, as expected."""
     tokens: float
@@ -118,9 +122,12 @@ class Forecast:
 
     @property
     def bottleneck(self) -> str:
-        """The side, or in turn the phase, that takes longest."""
-        collect = "score" if self.score >= self.generate else "generate"
-        return max((collect, self.generate), ("train", self.train), ("push", self.sync), key=lambda one: one[1])[0]
+        """In turn the phase that takes longest; at once the longest phase of the side that takes longer."""
+        collect = "score" if self.score >= self.generate else "generate", self.generate
+        learn = max(("train", self.train), ("push", self.sync), key=lambda one: one[1])
+        if self.at_once:
+            return collect[0] if self.generate >= self.train + self.sync else learn[0]
+        return max(collect, learn, key=lambda one: one[1])[0]
 
 
 def gpu_rates(kind: Kind, dtype: str, eager: bool) -> Rates:
@@ -163,9 +170,11 @@ def forecast(
     generate = max(generate, scoring) if p.device == "cuda" else generate + scoring
     train = _learning(config, p, shape, rates, lengths, math.ceil(responses * lengths.trained)) + rates.step_s
     sync = push_seconds(config, p, shape, rates) + rates.push_s
-    at_once = config.loop.max_policy_lag > 0
-    lag = 0
-    if at_once:
+    if p.paired and p.device == "cuda":
+        sync += 2 * BYTES[config.model.dtype] * shape.parameters / LINK  # to sleep, and to wake up
+    # On a CPU both sides may work at once on the same threads: each then takes the longer, and a step the sum.
+    at_once, lag = config.loop.max_policy_lag > 0 and not p.paired, 0
+    if config.loop.max_policy_lag:
         # Rollout workers that are faster run ahead as far as they may; slower ones are as old as a group takes.
         ahead = generate < train + sync
         lag = config.loop.max_policy_lag if ahead else min(config.loop.max_policy_lag, 1)
@@ -173,12 +182,18 @@ def forecast(
 
 
 def splits(
-    config: Config, placement: Placement, shape: ModelShape, rates: Rates, lengths: Lengths, cache_tokens: int
+    config: Config,
+    placement: Placement,
+    nodes: Sequence[Machine],
+    shape: ModelShape,
+    rates: Rates,
+    lengths: Lengths,
+    cache_tokens: int,
 ) -> list[tuple[float, int, int]]:
     """(seconds of a step, rollout workers, learner ranks) of every split of as many GPUs, the shortest step first.
 
     For sides that have their own GPUs. Time is taken to fall as the number of devices rises; whether a split has room
-    is for others to say.
+    is for others to say. Those without a place on the nodes are left out.
     """
     p, parallel = placement, max(1, placement.rollout_gpus)
     policy = p.learner_ranks - p.critic_ranks
@@ -187,11 +202,19 @@ def splits(
     found = []
     for ranks in range(1, (gpus - parallel) // each + 1):
         workers = (gpus - ranks * each) // parallel
-        other = replace(
-            p, rollout_workers=workers, learner_ranks=ranks * each, critic_ranks=ranks if p.critic_ranks else 0
-        )
-        found.append((forecast(config, other, shape, rates, lengths, cache_tokens).step, workers, ranks))
+        other = split_into(config, workers, ranks)
+        try:
+            placed = place_in(other, nodes, "train")
+        except ResourceError:
+            continue
+        found.append((forecast(other, placed, shape, rates, lengths, cache_tokens).step, workers, ranks))
     return sorted(found)
+
+
+def split_into(config: Config, workers: int, ranks: int) -> Config:
+    """With so many rollout workers and learner ranks."""
+    rollout, learner = replace(config.rollout, workers=workers), replace(config.learner, ranks=ranks)
+    return replace(config, rollout=rollout, learner=learner)
 
 
 def _sampling(
@@ -215,7 +238,8 @@ def _sampling(
     prompt_tokens = own * (lengths.prompt - shared) + own / config.algo.group_size * shared
     prompts = prompt_tokens * operations / rates.products + own * rates.request_s
     weights = width * shape.products / parallel / rates.bandwidth
-    cache = width * shape.kv_elements / parallel * (lengths.prompt + lengths.response / 2) / rates.bandwidth
+    a_token = width * shape.kv_elements / min(parallel, shape.kv_heads)
+    cache = a_token * (lengths.prompt + lengths.response / 2) / rates.bandwidth
     a_step = rates.decode_s + shape.layers * rates.decode_layer_s + weights
     return prompts + steps * a_step + tokens * (operations / rates.products + cache + rates.sequence_s)
 
@@ -236,23 +260,51 @@ def _learning(
     config: Config, placement: Placement, shape: ModelShape, rates: Rates, lengths: Lengths, responses: int
 ) -> float:
     """Passes over the batch forward and backward, old logprobs where they are needed, the critic's, and Adam."""
+    algo, updates = config.algo, config.learner.updates_per_batch * config.learner.epochs
+    first = (updates > 1 and algo.ratio_to == "proximal") or algo.entropy_share < 1
+    policy = _of_model(config, placement, shape, rates, lengths, responses, first, critic=False)
+    if METHODS[algo.name].baseline != "critic" or config.critic.start == "shared":
+        return policy
+    critic = _of_model(config, placement, shape, rates, lengths, responses, True, critic=True)
+    return max(policy, critic) if critic_apart(config) else policy + critic
+
+
+def _of_model(
+    config: Config,
+    placement: Placement,
+    shape: ModelShape,
+    rates: Rates,
+    lengths: Lengths,
+    responses: int,
+    first: bool,
+    critic: bool,
+) -> float:
+    """Seconds of one model's updates in a step; `first`: with a pass forward before them."""
     learner, ranks = config.learner, placement.learner_ranks - placement.critic_ranks
     updates = learner.updates_per_batch * learner.epochs
     both = BOTH_WAYS + (FORWARD if config.model.gradient_checkpointing else 0)
+    tokens = responses * (lengths.prompt + lengths.response) / ranks
+    micro_batches = learner.updates_per_batch * _micro_batches(config, tokens / learner.updates_per_batch, ranks)
+    ring = traffic.Ring(ranks, wire_of_ranks(placement, rates, critic and placement.critic_ranks > 0))
 
     def passes(operations: int) -> float:
-        return _pass(config, placement, shape, rates, lengths, responses, operations, ranks)
+        sent = traffic.of_sequences(config, shape, ring.wire, tokens, operations / FORWARD)
+        return _pass(config, placement, shape, rates, lengths, responses, operations, ranks) + sent
 
     share = shape.parameters / (ranks if learner.zero_stage else 1)
     if learner.offload == "optimizer":
         adam = updates * _adam_on_host(placement, share, BYTES[config.model.dtype])
     else:
         adam = updates * ADAM * share / rates.bandwidth
-    policy = learner.epochs * passes(both) + (passes(FORWARD) if updates > 1 else 0) + adam
-    if METHODS[config.algo.name].baseline != "critic" or config.critic.start == "shared":
-        return policy
-    critic = learner.epochs * passes(both) + passes(FORWARD) + adam
-    return max(policy, critic) if critic_apart(config) else policy + critic
+    sent = traffic.of_training(config, shape, ring, learner.epochs * micro_batches, updates)
+    before = passes(FORWARD) + traffic.of_forward(config, shape, ring, micro_batches) if first else 0.0
+    return learner.epochs * passes(both) + before + adam + sent
+
+
+def _micro_batches(config: Config, tokens: float, ranks: int) -> int:
+    """Of so many tokens a rank; ranks that share sequences have a micro-batch together."""
+    parts = min(config.learner.sequence_parallel, ranks)
+    return max(1, math.ceil(tokens * parts / config.learner.micro_batch_tokens))
 
 
 def _adam_on_host(placement: Placement, share: float, width: int) -> float:
@@ -284,6 +336,5 @@ def _pass(
     products = tokens * operations * (shape.products + attention) / rates.learning
     # Forward writes what it keeps; backward reads that and writes as much.
     written = tokens * shape.layers * of_a_layer(shape, config.model.dtype, placement.device) * operations / FORWARD
-    micro_batches = max(1, math.ceil(tokens / config.learner.micro_batch_tokens))
-    calls = micro_batches * rates.call_s + responses / ranks * rates.segment_s
+    calls = _micro_batches(config, tokens, ranks) * rates.call_s + responses / ranks * rates.segment_s
     return products + written / rates.kept + shape.layers * calls * operations / FORWARD

@@ -65,19 +65,22 @@ class Members:
     critics: int
     home: bool
     """Whether learner rank 0 is there, and with it scoring, collator and command."""
+    servers: int = 0
+    """Servers with a GPU of their own, on another node."""
 
 
 def hosts(config: Config, placement: Placement, shape: ModelShape, capacity: int) -> list[Host]:
     """The nodes of a training run, alike ones together. `capacity`: bytes of each, 0 where it is not known."""
     p, policy = placement, placement.learner_ranks - placement.critic_ranks
     counts: dict[Members, int] = {}
-    for node in dict.fromkeys((*p.rank_nodes, *p.worker_nodes)) or ("",):
+    for node in dict.fromkeys((*p.rank_nodes, *p.worker_nodes, *p.server_nodes)) or ("",):
         alone = not node
         found = Members(
             p.rollout_workers if alone else p.worker_nodes.count(node),
             policy if alone else p.rank_nodes[:policy].count(node),
             p.critic_ranks if alone else p.rank_nodes[policy:].count(node),
             node == p.learner_node,
+            0 if node == p.learner_node else p.server_nodes.count(node),
         )
         counts[found] = counts.get(found, 0) + 1
     return [
@@ -101,6 +104,7 @@ def _parts(config: Config, placement: Placement, shape: ModelShape, has: Members
     engines = has.workers * max(1, config.rollout.tensor_parallel)
     found["processes"] = PROCESS[placement.device] * (engines + has.ranks + has.critics)
     found["processes"] += COMMAND + (_of_servers(config, shape) if has.home else SERVER)
+    found["processes"] += has.servers * (SERVER + LIBRARIES)
     return {name: size for name, size in found.items() if size}
 
 
@@ -174,5 +178,6 @@ def memory_here(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/
 
 
 def _words(has: Members) -> str:
-    counted = ((has.workers, "rollout worker"), (has.ranks, "learner rank"), (has.critics, "critic rank"))
+    sides = ((has.workers, "rollout worker"), (has.ranks, "learner rank"), (has.critics, "critic rank"))
+    counted = (*sides, (has.servers, "server"))
     return ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for count, name in counted if count)

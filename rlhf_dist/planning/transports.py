@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:  # both ask here
 MIB = 2**20
 NETWORK = 25e9
 """Bytes a second between nodes with GPUs, assumed: 200 Gbit/s."""
+RELAY = 2.4e9
+"""Bytes a second that one relay fetches, at most: 512 MiB took it 0.22 s over loopback."""
 COPIES = 3
 """How often an engine reads and writes weights that it takes apart and loads."""
 
@@ -65,14 +68,25 @@ def bucket_bytes(config: Config, shape: ModelShape) -> int:
 def push_seconds(config: Config, placement: Placement, shape: ModelShape, rates: Rates) -> float:
     """Of a push of all weights; `rates.link` 0: as by shared memory, which is not known better."""
     size = BYTES[config.model.dtype] * shape.parameters
+    ranks = placement.learner_ranks - placement.critic_ranks
+    shares = (ranks - 1) / ranks if config.learner.zero_stage == 3 else 0.0
+    gathered = shares * size / wire_of_ranks(placement, rates)
+    others = len({*placement.worker_nodes} - {placement.learner_node})
     if config.weights.transport == "shared_memory" or not rates.link:
-        return size / rates.write + size / rates.load
-    apart = len({*placement.worker_nodes, *placement.rank_nodes}) > 1
+        # Each other node's relay fetches them from the learner's node.
+        fetched = size / min(RELAY, NETWORK / others) if others else 0.0
+        return gathered + size / rates.write + fetched + size / rates.load
     wire = rates.link
     if config.weights.transport == "ipc":
         wire = rates.bandwidth / 2
-    elif apart:
+    elif others:
         wire = min(wire, NETWORK)
     # Hashed once on each side and sent; under ZeRO 3 gathered before each of the learner's two passes.
-    gathered = 2 * size / (min(rates.link, NETWORK) if apart else rates.link) if config.learner.zero_stage == 3 else 0.0
-    return gathered + (2 + COPIES) * size / rates.bandwidth + size / wire
+    return 2 * gathered + (2 + COPIES) * size / rates.bandwidth + size / wire
+
+
+def wire_of_ranks(placement: Placement, rates: Rates, critic: bool = False) -> float:
+    """Bytes a second between the policy's ranks, or a critic's own; infinite on a CPU, where it is not known."""
+    if not rates.link:
+        return math.inf
+    return min(rates.link, NETWORK) if placement.spread_of_ranks(critic) > 1 else rates.link

@@ -30,6 +30,7 @@ HERE = NodeFacts({"Python": "3.11.7", "ray": "2.60.0"}, "code", True, "", True)
             "/m is not there: put the model on a disk that the nodes share, or give its hub name; "
             "/logs cannot be made there (Permission denied): give an output= that each node can write to",
         ),
+        (replace(HERE, no_room="/dev/shm: pushes need 9 MiB"), "/dev/shm: pushes need 9 MiB"),
     ],
 )
 def test_a_node_that_differs_is_told_with_the_way_out(there: NodeFacts, said: str) -> None:
@@ -51,7 +52,9 @@ def test_facts_of_this_machine(tmp_path: Path) -> None:
     assert found.versions["ray"] == ray.__version__ and len(found.code) == 32
     (tmp_path / "file").touch()
     found = facts(str(tmp_path / "none"), str(tmp_path / "file" / "logs"), "mark")
-    assert not found.has_model and found.no_logs == "Not a directory"
+    assert not found.has_model and found.no_logs == "Not a directory" and found.no_room == ""
+    assert facts("a/model", str(tmp_path), "mark", pushed=1).no_room == ""
+    assert facts("a/model", str(tmp_path), "mark", pushed=10**18).no_room.startswith("/dev/shm: pushes need ")
 
 
 @pytest.mark.engines
@@ -64,6 +67,9 @@ def test_each_node_is_asked_once(local_ray: None, tmp_path: Path, monkeypatch: p
         check_nodes((node, node), (), "/none", tmp_path / "logs", 60, "key")
     assert str(caught.value).startswith(f"node {node}: /none is not there") and str(caught.value).count("node ") == 1
     assert list((tmp_path / "logs").iterdir()) == []
+    with pytest.raises(ResourceError, match=f"node {node}: /dev/shm: pushes need "):
+        check_nodes((node,), (), str(tmp_path), tmp_path / "logs", 60, "key", {node: 10**18})
+    check_nodes((node,), (), str(tmp_path), tmp_path / "logs", 60, "key", {"10.0.0.9": 10**18})
     # Only here, so that the node's code is another one.
     monkeypatch.setattr(node_facts, "PACKAGE", tmp_path)
     with pytest.raises(ResourceError, match="the code of rlhf_dist is another one there"):

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf_dist.config.schema import Config, RewardSpec
-from rlhf_dist.planning.budget_lines import has_room, too_large
+from rlhf_dist.planning.budget_lines import gpu_forecast, placement_or_why, split_line, too_large
 from rlhf_dist.planning.device_memory import Device, devices, shared_memory
+from rlhf_dist.planning.forecast import split_into
 from rlhf_dist.planning.hardware import parse_cluster
 from rlhf_dist.planning.memory import CUDA_CONTEXT, held_by_rank, learner_memory
 from rlhf_dist.planning.nodes import place_in
@@ -39,7 +40,9 @@ def found(wanted: Config, cluster: str = "8xH100-80G") -> list[Device]:
 def test_sides_of_their_own() -> None:
     worker, rank = found(config())
     assert (worker.name, worker.count, rank.name, rank.count) == ("rollout worker", 4, "learner rank", 4)
-    assert worker.total == 0.85 * 80 * GB, "vLLM takes what it is given"
+    loading = worker.parts["weights being loaded"]
+    assert worker.total - loading == 0.85 * 80 * GB, "vLLM takes what it is given"
+    assert loading == 2 * SHAPE.largest, "the embedding, anew beside the old one"
     assert worker.parts["weights"] == 2 * SHAPE.parameters
     # 28 layers, 4 heads of 128 for keys and as many for values, 2 bytes.
     assert worker.cache_tokens == worker.parts["key-value cache"] // (28 * 2 * 4 * 128 * 2)
@@ -156,12 +159,47 @@ def test_places_that_have_one_side_only_are_told_apart() -> None:
 def test_a_split_that_the_plan_would_reject_is_not_recommended() -> None:
     """With fewer workers two servers would share one's GPU."""
     wanted = config()
-    assert has_room(wanted, parse_cluster("8xH100-80G"), SHAPE, 3, 5)
+    eight = parse_cluster("8xH100-80G")
+
+    def why(given: Config, workers: int, ranks: int) -> str:
+        placed = placement_or_why(split_into(given, workers, ranks), eight, SHAPE)
+        return placed if isinstance(placed, str) else ""
+
+    assert why(wanted, 3, 5) == ""
     kl = replace(wanted.algo, kl=replace(wanted.algo.kl, coef=0.05))
     served = replace(wanted, algo=kl, reference=replace(wanted.reference, replicas=4))
     served = replace(served, cluster=replace(served.cluster, server_gpu_share=0.15))
-    assert not has_room(served, parse_cluster("8xH100-80G"), SHAPE, 3, 5)
-    assert not has_room(wanted, parse_cluster("8xH100-80G"), SHAPE, 8, 8)
+    assert why(served, 3, 5) and ";" not in why(served, 3, 5)
+    assert "need 16 GPUs" in why(wanted, 8, 8)
+    small = parse_cluster("8xH100-80G,20G")
+    assert "of main memory and have 20" in str(placement_or_why(split_into(wanted, 3, 5), small, SHAPE))
+
+
+def test_a_faster_split_that_does_not_fit_is_said_with_the_reason() -> None:
+    eight, refused = parse_cluster("8xH100-80G"), (50.0, 8, 8)
+    said = split_line(config(), eight, SHAPE, [refused], too_small=False)
+    assert said.startswith(
+        "no other that fits is more than 5% faster; rollout.workers=8 learner.ranks=8 would take 50 s"
+    )
+    assert ", but rollout.workers 8 " in said
+    assert split_line(config(), eight, SHAPE, [refused, (60.0, 3, 5)], False).startswith("rollout.workers=3 learner.")
+    assert split_line(config(), eight, SHAPE, [], too_small=False) == "no other is more than 5% faster"
+    assert split_line(config(), eight, SHAPE, [refused], too_small=True) == ""
+
+
+def test_a_faster_transport_is_named_where_it_can_be_used() -> None:
+    wanted, eight = config(), parse_cluster("8xH100-80G")
+
+    def lines(given: Config) -> list[str]:
+        placed = place_in(given, eight.nodes, "train")
+        return gpu_forecast(given, placed, SHAPE, eight, found(given), 0)
+
+    assert [line for line in lines(wanted) if line.startswith("weights.transport=broadcast would take ")]
+    assert [line for line in lines(config(True, 0.5)) if line.startswith("weights.transport=ipc would take ")]
+    sent = replace(wanted, weights=replace(wanted.weights, transport="broadcast"))
+    delta = replace(wanted, learner=replace(wanted.learner, delta_push=True))
+    assert not [line for line in lines(sent) + lines(delta) if "weights.transport=" in line]
+    assert "oldest" not in "".join(lines(wanted))
 
 
 def test_each_process_of_a_worker_on_a_cpu_has_its_part_of_the_cache() -> None:

@@ -22,8 +22,10 @@ from rlhf_dist.planning.forecast import (
     splits,
 )
 from rlhf_dist.planning.hardware import KINDS
+from rlhf_dist.planning.nodes import place_in
 from rlhf_dist.planning.placement import Machine, Placement, place
 from rlhf_dist.planning.shape import gated
+from rlhf_dist.planning.transports import NETWORK
 
 SHAPE = gated(2, 8, 16, 2, 1, 100, tied=True)
 NEVER = 1e30
@@ -85,6 +87,15 @@ def test_decoding_goes_on_for_as_long_as_the_longest_response() -> None:
     assert of(few, decode_s=0.1).generate == pytest.approx(320 * 0.1)
     # Two layers, each step.
     assert of(config(), decode_layer_s=0.01).generate == pytest.approx(50 * 2 * 0.01)
+
+
+def test_an_engines_gpus_share_the_cache_no_further_than_its_heads() -> None:
+    """One head of keys and values, so that each of 2 GPUs reads all of it, and half of the weights."""
+    wanted, placement = on_gpus()
+    spanned = replace(placement, rollout_workers=2, rollout_gpus=2)
+    found = forecast(wanted, spanned, SHAPE, replace(IDLE, bandwidth=1e6), LENGTHS, 0)
+    weights, cache = 4 * SHAPE.products / 2, 4 * SHAPE.kv_elements * (10 + 20 / 2)
+    assert found.generate == pytest.approx((50 * weights + 64 * 20 * cache) / 1e6)
 
 
 def test_requests_updates_pushes_and_sequences_have_a_cost_of_their_own() -> None:
@@ -175,13 +186,79 @@ def test_in_turn_a_step_is_the_sum_and_at_once_the_longer_side() -> None:
     assert (in_turn.rollout_idle, in_turn.learner_idle) == (pytest.approx(3 / 8), pytest.approx(5 / 8))
     assert at_once.step == pytest.approx(5.0) and at_once.rollout_idle == pytest.approx(0) and at_once.lag == 1
     assert of(config(lag=3), load=size / 2.0).lag == 3, "rollout workers that wait have run ahead"
+    shared = replace(config(lag=3), cluster=replace(config().cluster, colocate=True))
+    same_threads = of(shared, **rates)
+    assert not same_threads.at_once and same_threads.step == pytest.approx(8.0) and same_threads.lag == 1
+
+
+def test_at_once_the_side_that_takes_longer_says_which_phase_is_the_longest() -> None:
+    """The learner takes 12 s; none of its phases takes as long as sampling."""
+    at_once = Forecast(generate=10.0, score=0.0, train=5.0, sync=7.0, at_once=True, lag=1, tokens=1.0)
+    assert at_once.bottleneck == "push" and replace(at_once, at_once=False).bottleneck == "generate"
+    assert replace(at_once, generate=13.0).bottleneck == "generate"
+    assert replace(at_once, generate=13.0, score=13.0).bottleneck == "score"
+
+
+def on_gpus(nodes: int = 1, **learner: Any) -> tuple[Config, Placement]:
+    """4 ranks and 4 workers, on one node or half on each of two."""
+    wanted = config(workers=4, ranks=4)
+    wanted = replace(wanted, cluster=replace(wanted.cluster, device="cuda"))
+    wanted = replace(wanted, learner=replace(wanted.learner, **learner))
+    machines = [Machine(64, 8 if nodes == 1 else 3, f"10.0.0.{i}") for i in range(nodes)]
+    return wanted, place_in(wanted, machines, "train")
+
+
+def sent(wanted: Config, placement: Placement, link: float = NETWORK * 4) -> float:
+    """Seconds of an update in which nothing but traffic takes time, in those of one gathering within a node."""
+    whole = forecast(wanted, placement, SHAPE, replace(IDLE, link=link), LENGTHS, 0).train
+    return whole / (4 * SHAPE.parameters * 3 / 4 / link)
+
+
+@pytest.mark.parametrize(("stage", "expected"), [(0, 2), (1, 3), (2, 10 + 1), (3, 3 * 10)])
+def test_ranks_send_each_other_weights_and_gradients(stage: int, expected: float) -> None:
+    """A rank has 32 x 30 tokens, which are 10 micro-batches; across nodes the network is the slower link."""
+    learner = {"zero_stage": stage, "micro_batch_tokens": 100}
+    assert sent(*on_gpus(**learner)) == pytest.approx(expected)
+    assert sent(*on_gpus(nodes=3, **learner)) == pytest.approx(4 * expected)
+    cpu = replace(config(), learner=replace(config().learner, zero_stage=stage))
+    assert of(cpu).train == pytest.approx(0.0), "how fast CPUs exchange is not known"
+
+
+def test_old_logprobs_gather_once_more_and_only_where_they_are_computed() -> None:
+    """Each of two updates has 5 micro-batches."""
+    wanted, placement = on_gpus(zero_stage=3, micro_batch_tokens=100, updates_per_batch=2)
+    assert sent(wanted, placement) == pytest.approx(3 * 10 + 10)
+    behaviour = replace(wanted, algo=replace(wanted.algo, ratio_to="behaviour"))
+    assert sent(behaviour, placement) == pytest.approx(3 * 10)
+    two = replace(wanted, learner=replace(wanted.learner, zero_stage=2))
+    assert sent(two, placement) == pytest.approx(10 + 2)
+
+
+def test_ranks_that_share_sequences_have_micro_batches_together_and_exchange_heads() -> None:
+    """Of 2 layers with 2 heads of queries and 1 of keys, 4 wide: in and out, half of each goes to the other rank."""
+    wanted, placement = on_gpus(zero_stage=1)
+    both = replace(wanted, learner=replace(wanted.learner, sequence_parallel=2))
+    link = 4 * NETWORK
+    heads = 3 * 32 * 30 * (4 * 2 * 2 * 4 * (2 + 1)) / 2 / link
+    one = 4 * SHAPE.parameters * 3 / 4 / link
+    assert sent(both, placement) == pytest.approx(3 + heads / one)
+    three = replace(both, learner=replace(both.learner, zero_stage=3, micro_batch_tokens=200))
+    assert sent(three, placement) == pytest.approx(3 * 10 + heads / one), "960 tokens a rank, 200 for two"
+
+
+def test_engines_that_take_turns_sleep_and_wake_at_each_push() -> None:
+    wanted, placement = on_gpus()
+    apart = forecast(wanted, placement, SHAPE, IDLE, LENGTHS, 0)
+    turns = replace(wanted, cluster=replace(wanted.cluster, colocate=True))
+    found = forecast(turns, place(turns, Machine(64, 8), "train"), SHAPE, IDLE, LENGTHS, 0)
+    assert found.sync - apart.sync == pytest.approx(2 * 4 * SHAPE.parameters / LINK)
 
 
 def test_the_best_split_gives_the_slower_side_more() -> None:
     """Sampling takes 50 steps however few engines there are; learning falls with each rank."""
     wanted = config(workers=6, ranks=2)
     rates = replace(IDLE, decode_s=1e-4, **speed(1e4))
-    found = splits(wanted, placed(wanted), SHAPE, rates, LENGTHS, 0)
+    found = splits(wanted, placed(wanted), [Machine(64, 0)], SHAPE, rates, LENGTHS, 0)
     assert [workers + ranks for _, workers, ranks in found] == [8] * 7
     step, _, ranks = found[0]
     assert ranks > 2 and step < forecast(wanted, placed(wanted), SHAPE, rates, LENGTHS, 0).step

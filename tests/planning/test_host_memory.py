@@ -67,6 +67,15 @@ def test_nodes_hold_what_is_placed_on_them() -> None:
     assert home.capacity == 8 * 234 * GB and home.fits
 
 
+def test_a_node_that_has_servers_only_is_counted() -> None:
+    wanted = config(colocate=True, utilization=0.4, reference=replace(Config().reference, replicas=2))
+    wanted = replace(wanted, algo=replace(wanted.algo, kl=replace(wanted.algo.kl, coef=0.1)))
+    wanted = replace(wanted, cluster=replace(wanted.cluster, server_gpu_share=1.0))
+    home, other = found(wanted, "2x4xH100-80G")
+    assert (home.who, other.who) == ("4 rollout workers, 4 learner ranks", "2 servers")
+    assert other.parts == {"processes": COMMAND + SERVER + 2 * (SERVER + LIBRARIES)}
+
+
 def test_on_cpus_everything_is_in_main_memory() -> None:
     wanted = config(reference=replace(Config().reference, replicas=2))
     wanted = replace(wanted, algo=replace(wanted.algo, kl=replace(wanted.algo.kl, coef=0.1)))
@@ -88,6 +97,9 @@ def test_what_does_not_fit_is_said_with_the_keys_that_help_and_what_was_assumed(
     assert said.startswith("a node with 4 rollout workers, 4 learner ranks would need ")
     assert "GB of main memory and have 200: set learner.offload to none" in said and "cluster.colocate to false" in said
     assert "as such nodes usually have" not in said
+    assert said.count("rollout.workers") == 1
+    pushes = too_large_for_hosts(config(), found(config(), "8xH100-80G,20G"), assumed=False)
+    assert "set weights.transport to broadcast" in pushes, "nothing lies in shared memory then"
     assert "4x8xH100-80G,2000G" in too_large_for_hosts(wanted, small, assumed=True)
     assert too_large_for_hosts(wanted, found(wanted, "8xH100-80G"), True) == ""
     (line,) = host_lines(small, assumed=False)

@@ -16,7 +16,7 @@ from rlhf_dist.planning.hardware import KINDS
 from rlhf_dist.planning.nodes import place_in
 from rlhf_dist.planning.placement import Machine
 from rlhf_dist.planning.shape import KNOWN
-from rlhf_dist.planning.transports import NETWORK, bucket_bytes, push_seconds
+from rlhf_dist.planning.transports import NETWORK, RELAY, bucket_bytes, push_seconds
 
 SHAPE = KNOWN["Qwen/Qwen2.5-7B"]
 WEIGHTS = 2 * SHAPE.parameters
@@ -90,8 +90,13 @@ def test_the_seconds_of_a_push_are_those_of_the_way_it_takes() -> None:
     assert seconds(config("shared_memory")) == WEIGHTS / rates.write + WEIGHTS / rates.load
     passes = 5 * WEIGHTS / rates.bandwidth
     assert seconds(config("broadcast")) == pytest.approx(passes + WEIGHTS / rates.link)
-    assert seconds(config("broadcast", stage=3)) == pytest.approx(passes + 3 * WEIGHTS / rates.link)
+    assert seconds(config("broadcast", stage=3)) == pytest.approx(passes + (1 + 2 * 3 / 4) * WEIGHTS / rates.link)
     assert seconds(config("ipc", colocate=True)) == pytest.approx(passes + 2 * WEIGHTS / rates.bandwidth)
     nodes = [Machine(cpus=64, gpus=4, address=f"10.0.0.{number}") for number in (1, 2)]
     assert seconds(config("broadcast"), nodes) == pytest.approx(passes + WEIGHTS / NETWORK)
-    assert seconds(config("shared_memory")) > 10 * seconds(config("broadcast"), nodes), "it is worth it"
+    shared = WEIGHTS / rates.write + WEIGHTS / rates.load
+    assert seconds(config("shared_memory"), nodes) == pytest.approx(shared + WEIGHTS / RELAY)
+    assert seconds(config("shared_memory", stage=3)) == pytest.approx(shared + 3 / 4 * WEIGHTS / rates.link)
+    many = [Machine(cpus=64, gpus=4, address="10.0.0.0"), *(Machine(64, 1, f"10.0.1.{i}") for i in range(20))]
+    wide = seconds(config("shared_memory", workers=20), many)
+    assert wide == pytest.approx(shared + 20 * WEIGHTS / NETWORK), "the learner's node sends to 20 others"

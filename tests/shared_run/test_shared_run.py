@@ -169,6 +169,8 @@ def test_the_summary_has_before_and_after(shared_run: SharedRun) -> None:
     assert summary["command"] == "train" and summary["seconds"] > 0
     assert summary["before"] == {name: value for name, value in found[0].items() if name != "step"}
     assert summary["after"] == {name: value for name, value in found[-1].items() if name.startswith("eval/")}
+    assert list(summary["forecast"]) == ["step", "generate", "train", "push"]
+    assert "forecast, and (measured), s: step " in shared_run.train.stdout
 
 
 def test_every_actor_has_its_log(shared_run: SharedRun) -> None:
