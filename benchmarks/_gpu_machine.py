@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sysconfig
 import time
+from collections.abc import Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +25,7 @@ LEAST_DRIVER = 580
 LEAST_SHARED = 8 * 10**9
 """Bytes of /dev/shm on a machine with a GPU: two copies of a small model, and Ray's object store."""
 SHARED_MEMORY = Path("/dev/shm")
-QUERY = ("name", "driver_version", "compute_mode", "memory.total", "memory.free")
+QUERY = ("name", "driver_version", "compute_mode", "memory.free", "memory.total")
 LIBRARIES = ("torch", "transformers", "deepspeed", "ray", "vllm")
 GPU_LIMIT_S = 10.0
 
@@ -53,16 +54,35 @@ def machine(work: Work) -> Verdict:
         return Verdict(asked, figures, ("driver, compute mode, free memory of the GPU: they need a GPU",))
     asked[f"{header} {'is there' if header.exists() else 'is missing'}"] = header.exists()
     asked[f"C compiler: {compiler or 'none'}"] = compiler is not None
-    gpus = [dict(zip(QUERY, line.split(", "), strict=True)) for line in asked_of_driver()]
+    gpus: list[dict[str, str]] = [dict(zip(QUERY, line.split(", "), strict=True)) for line in asked_of_driver()]
+    unknown = tuple(
+        f"GPU {number}: {name}, of which nvidia-smi says {said}"
+        for number, gpu in enumerate(gpus)
+        for name, said in gpu.items()
+        if is_unknown(said)
+    )
     for number, gpu in enumerate(gpus):
-        driver, mode = gpu["driver_version"], gpu["compute_mode"]
-        share = float(gpu["memory.free"].split()[0]) / float(gpu["memory.total"].split()[0])
-        asked |= {
-            f"GPU {number}: driver {driver} (at least {LEAST_DRIVER})": int(driver.split(".")[0]) >= LEAST_DRIVER,
-            f"GPU {number}: compute mode {mode} (Default)": mode == "Default",
-            f"GPU {number}: {share:.0%} of {gpu['memory.total']} free (at least 95%)": share >= 0.95,
-        }
-    return Verdict(asked, figures | {"gpus": gpus})
+        asked |= {f"GPU {number}: {text}": met for text, met in asked_of_gpu(gpu).items()}
+    return Verdict(asked, figures | {"gpus": gpus}, unknown)
+
+
+def is_unknown(said: str) -> bool:
+    """Such as [N/A], for the memory of a GPU that is divided (MIG)."""
+    return said.startswith("[")
+
+
+def asked_of_gpu(gpu: Mapping[str, str]) -> dict[str, bool]:
+    """`gpu`: `QUERY` and what nvidia-smi says; what it does not know is not asked."""
+    driver, mode, free, total = (gpu[name] for name in QUERY[1:])
+    asked = dict[str, bool]()
+    if not is_unknown(driver):
+        asked[f"driver {driver} (at least {LEAST_DRIVER})"] = int(driver.split(".")[0]) >= LEAST_DRIVER
+    if not is_unknown(mode):
+        asked[f"compute mode {mode} (Default)"] = mode == "Default"
+    if not (is_unknown(free) or is_unknown(total)):
+        share = float(free.split()[0]) / float(total.split()[0])
+        asked[f"{share:.0%} of {total} free (at least 95%)"] = share >= 0.95
+    return asked
 
 
 def asked_of_driver() -> list[str]:
@@ -80,10 +100,10 @@ def imports(work: Work) -> Verdict:
         seconds[name] = time.perf_counter() - begun
     wrong = wrong_pins(metadata.requires("rlhf-dist") or [], versions)
     asked = {"; ".join(wrong) or ", ".join(f"{name} {version}" for name, version in versions.items()): not wrong}
-    importlib.import_module("vllm._custom_ops")  # its compiled part: an undefined symbol shows here
     import torch
     from vllm.platforms import current_platform
 
+    asked |= loaded_kernels()
     kind = str(current_platform.device_type)
     asked[f"vLLM computes on {kind} (asked: {work.device})"] = kind == work.device
     figures = {
@@ -95,6 +115,18 @@ def imports(work: Work) -> Verdict:
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
         asked[f"torch finds {found}, CUDA {torch.version.cuda}"] = torch.cuda.is_available()
     return Verdict(asked, figures)
+
+
+def loaded_kernels() -> dict[str, bool]:
+    """Whether vLLM's compiled part has registered its functions: where it cannot be loaded, vLLM only warns.
+
+    A function is looked for, and not a file, whose name depends on the device and on the kind of CPU.
+    """
+    import torch
+
+    importlib.import_module("vllm._custom_ops")  # which loads it
+    loaded = hasattr(torch.ops._C, "rms_norm")
+    return {f"vLLM's compiled part {'is' if loaded else 'could not be'} loaded": loaded}
 
 
 def compiled(work: Work) -> Verdict:

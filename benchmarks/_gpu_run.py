@@ -22,7 +22,10 @@ from rlhf_dist.planning.placement import local_machine, place
 from rlhf_dist.planning.shape import shape_of
 from rlhf_dist.telemetry import names
 
-TRANSPORTS: tuple[str, ...] = get_args(get_type_hints(WeightsConfig)["transport"])
+TRANSPORTS: tuple[str, ...] = tuple(
+    sorted(get_args(get_type_hints(WeightsConfig)["transport"]), key=lambda name: name == "broadcast")
+)
+"""The one that needs two GPUs comes last."""
 PREFIX = "run "
 """A check's name is this and the transport."""
 ALERTS = ("push", "wait", "fault")

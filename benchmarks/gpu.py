@@ -67,23 +67,23 @@ class Check:
     part: str
     """Also the side that runs it: `_gpu_PART.py`."""
     limit_s: float
-    """Its process's start included, where it is the first one there."""
+    """The first one in a process may take as long as the longest of its part."""
     expected: str
 
 
 CHECKS = (
     Check("machine", "machine", 15, "driver 580 or newer, compute mode Default, /dev/shm, Python.h, free memory"),
-    Check("imports", "machine", 120, "the pinned versions; vLLM's compiled part loads; torch finds the GPU"),
-    Check("compile", "machine", 90, "torch.compile of a small function"),
-    Check("attention", "learner", 120, "sequence by sequence in bfloat16: values and gradients as in float32"),
-    Check("varlen", "learner", 60, "flash attention over packed rows: the same, and not slower"),
-    Check("bfloat16", "learner", 90, "logprobs of the learner in bfloat16: as in float32"),
-    Check("step", "learner", 60, "the loss falls; a quarter of a lone product's rate at least"),
-    Check("memory", "learner", 60, "what a rank holds, and its peak, within 15% of the plan"),
-    Check("engine", "engine", 240, "vLLM starts and samples"),
-    Check("parity", "engine", 60, "logprobs of vLLM, learner and float32 agree"),
-    Check("push", "engine", 60, "weights through shared memory: receipts, and logprobs that follow"),
-    Check("sleep", "engine", 60, "memory is given back; the same tokens afterwards, with the logprobs of float32"),
+    Check("imports", "machine", 90, "the pinned versions; vLLM's compiled part loads; torch finds the GPU"),
+    Check("compile", "machine", 60, "torch.compile of a small function"),
+    Check("attention", "learner", 90, "sequence by sequence in bfloat16: values and gradients as in float32"),
+    Check("varlen", "learner", 45, "flash attention over packed rows: the same, and not slower"),
+    Check("bfloat16", "learner", 60, "logprobs of the learner in bfloat16: as in float32"),
+    Check("step", "learner", 45, "the loss falls; a quarter of a lone product's rate at least"),
+    Check("memory", "learner", 45, "what a rank holds, and its peak, within 15% of the plan"),
+    Check("engine", "engine", 180, "vLLM starts and samples"),
+    Check("parity", "engine", 45, "logprobs of vLLM, learner and float32 agree"),
+    Check("push", "engine", 45, "weights through shared memory: receipts, and logprobs that follow"),
+    Check("sleep", "engine", 45, "memory is given back; the same tokens afterwards, with the logprobs of float32"),
     *(Check(PREFIX + name, "run", 240, "GRPO: steps, receipts, flat logprob difference") for name in TRANSPORTS),
 )
 PARTS = tuple(dict.fromkeys(check.part for check in CHECKS))
@@ -223,6 +223,7 @@ def run_part(work: Work, part: str, checks: Sequence[Check], ends: float, tell: 
     """The checks of one part, in a process; in another one after each that ended its process."""
     left = list(checks)
     while left:
+        left[0] = with_start(left[0])
         if ends - time.monotonic() < ROOM * left[0].limit_s:
             one = left.pop(0)
             text = f"takes up to {one.limit_s:g} s, and {max(0.0, ends - time.monotonic()):.0f} s are left of --minutes"
@@ -230,6 +231,12 @@ def run_part(work: Work, part: str, checks: Sequence[Check], ends: float, tell: 
             continue
         with started(work, part, left) as process:
             watch(process, work, left, ends, tell)
+
+
+def with_start(one: Check) -> Check:
+    """As the first one in a process: what starts there, an engine say, may take as long as in the part's longest."""
+    limits = [other.limit_s for other in CHECKS if other.part == one.part]
+    return replace(one, limit_s=max([one.limit_s, *limits]))
 
 
 def watch(process: subprocess.Popen[bytes], work: Work, left: list[Check], ends: float, tell: Tell) -> None:
@@ -294,7 +301,10 @@ def end(process: subprocess.Popen[bytes], mark: str) -> None:
     for folder, _ in processes(mark):
         with suppress(ProcessLookupError):
             os.kill(int(folder.name), signal.SIGKILL)
-    process.wait(END_S)
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        print(f"process {process.pid} was killed and has not ended in {END_S:g} s; it may hold a GPU", flush=True)
 
 
 def log_lines(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +12,16 @@ from rlhf_dist.cluster.importing import importing
 from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.sources import check_critic, check_reference, check_run_models, preflight_rewards
 from rlhf_dist.config.schema import Config
-from rlhf_dist.errors import ModelError
+from rlhf_dist.errors import ModelError, ResourceError
 from rlhf_dist.loop.run_lock import require_place
 from rlhf_dist.models.weight_files import read_headers
 from rlhf_dist.planning.memory import BYTES
 from rlhf_dist.planning.placement import Command, local_machine, place
 from rlhf_dist.planning.shape import shape_of
+from rlhf_dist.planning.transports import MIB
 from rlhf_dist.weights.buckets import make_plan
-from rlhf_dist.weights.shared_memory import require_room
+from rlhf_dist.weights.direct_reader import largest
+from rlhf_dist.weights.shared_memory import MAKE_ROOM, SHARED_MEMORY, require_room, size_text
 
 
 @importing()
@@ -46,6 +49,9 @@ def require_shared_memory(source: str, config: Config) -> None:
 
     Raises `ResourceError`, or `ModelError` for a file that is damaged.
     """
+    if config.weights.transport == "ipc" and not joins_cluster(config.cluster):
+        _require_bucket(source, config)
+        return
     if joins_cluster(config.cluster) or config.weights.transport != "shared_memory":
         return  # the run may be on another node, or needs none
     require_room(pushed_bytes(source, config))
@@ -87,3 +93,21 @@ def weight_bytes(source: str, config: Config) -> int:
         return BYTES[config.model.dtype] * shape_of(replace(config.model, path=source)).parameters
     except ModelError:
         return 0
+
+
+def _require_bucket(source: str, config: Config) -> None:
+    """On CPUs learner and rollout workers see one bucket at a time in shared memory; on GPUs it is on the device."""
+    if place(config, local_machine(), "train").device == "cuda":
+        return
+    folder, dtype, needed = Path(source), config.model.dtype, config.weights.bucket_mib * MIB
+    if folder.is_dir():
+        stored = read_headers(folder)
+        needed = largest(make_plan(((name, tensor.shape, dtype) for name, tensor in stored.items()), needed))
+    else:
+        needed = min(needed, weight_bytes(source, config))
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        raise ResourceError(
+            f"{SHARED_MEMORY}: pushes by weights.transport ipc need {size_text(needed)} for a bucket of weights, and "
+            f"{size_text(free, up=False)} are free; lower weights.bucket_mib, or {MAKE_ROOM}"
+        )

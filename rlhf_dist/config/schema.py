@@ -218,7 +218,9 @@ class WeightsConfig:
     transport: Literal["shared_memory", "broadcast", "ipc"] = "shared_memory"
     """How weights reach the rollout workers. shared_memory: through the node's shared memory, and from node to node by
     relays. broadcast: learner rank 0 sends them to all engines, by nccl between GPUs, by gloo between CPUs. ipc: from
-    learner ranks to engines on the same GPU (`cluster.colocate`) or CPUs, through a bucket that both see."""
+    learner ranks to engines on the same GPU (`cluster.colocate`) or CPUs, through a bucket that both see.
+    An engine that dies in the middle of a broadcast takes along all that have not got everything; where none is left,
+    the run ends."""
     bucket_mib: int = key(64, COUNT)
     """Weights hashed as one, and sent as one."""
     timeout_s: float = key(120.0, LIMIT_S)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import _gpu_machine  # noqa: E402
 import _gpu_run  # noqa: E402
 import gpu as bench  # noqa: E402
 from _gpu_side import LeftOut, Told, Verdict, Work, told_of  # noqa: E402
@@ -93,6 +95,62 @@ def test_a_check_that_fails_does_not_keep_the_next_from_running(work: Work) -> N
     child = int(Path(work.folder, "child").read_text())
     # It was in a session of its own, and is ended all the same; where nobody waits for orphans it stays as a zombie.
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_process_that_cannot_be_ended_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is in the driver; the list goes on."""
+    monkeypatch.setattr(bench, "END_S", 0.1)
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as process:
+        monkeypatch.setattr(bench.os, "killpg", lambda pid, signal: None)
+        bench.end(process, "RLHF_DIST_BENCH=of no process")
+        process.kill()
+    assert capsys.readouterr().out == (
+        f"process {process.pid} was killed and has not ended in 0.1 s; it may hold a GPU\n"
+    )
+
+
+def test_the_first_check_in_a_process_has_time_for_the_start() -> None:
+    """Of an engine, say, where `parity` is asked for alone or `engine` failed."""
+    limits = {check.name: (check.limit_s, bench.with_start(check).limit_s) for check in bench.CHECKS}
+    assert limits["engine"] == (180, 180) and limits["parity"] == (45, 180)
+
+
+def test_the_run_that_needs_two_gpus_comes_last() -> None:
+    *_, before, last = bench.CHECKS
+    assert (before.name, last.name) == ("run ipc", "run broadcast")
+
+
+def test_what_nvidia_smi_does_not_know_is_left_out(run_work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["NVIDIA H200, 580.95.05, Default, 143000 MiB, 143771 MiB", "NVIDIA H200, 570.1, Default, [N/A], [N/A]"]
+    monkeypatch.setattr(_gpu_machine, "asked_of_driver", lambda: lines)
+    found = _gpu_machine.machine(replace(run_work, device="cuda"))
+    assert {text: met for text, met in found.asked.items() if text.startswith("GPU")} == {
+        "GPU 0: driver 580.95.05 (at least 580)": True,
+        "GPU 0: compute mode Default (Default)": True,
+        "GPU 0: 99% of 143771 MiB free (at least 95%)": True,
+        "GPU 1: driver 570.1 (at least 580)": False,
+        "GPU 1: compute mode Default (Default)": True,
+    }
+    assert found.without == tuple(f"GPU 1: memory.{what}, of which nvidia-smi says [N/A]" for what in ("free", "total"))
+
+
+def test_a_compiled_part_that_did_not_load_is_seen(tmp_path: Path) -> None:
+    """vLLM itself only warns, and its Python parts import."""
+    (tmp_path / "vllm").mkdir()
+    for name in ("__init__", "_custom_ops"):
+        (tmp_path / "vllm" / f"{name}.py").touch()
+    script = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import _gpu_machine"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}; print(_gpu_machine.loaded_kernels())"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == str({"vLLM's compiled part could not be loaded": False}) + "\n"
 
 
 def test_what_does_not_fit_is_skipped_and_named(work: Work) -> None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rlhf_dist.cluster import preflight
-from rlhf_dist.config.schema import Config
+from rlhf_dist.config.schema import Config, WeightsConfig
+from rlhf_dist.errors import ResourceError
+from rlhf_dist.planning.placement import Machine
 
 SEVEN = "Qwen/Qwen2.5-7B-Instruct"
 
@@ -35,3 +41,28 @@ def test_shared_memory_is_asked_for_by_name_too(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(preflight, "require_room", asked.append)
     preflight.require_shared_memory(SEVEN, config(path=SEVEN, dtype="bfloat16"))
     assert asked == [2 * 7_615_616_512]
+
+
+@pytest.mark.parametrize(
+    ("transport", "device", "path", "needed"),
+    [
+        ("ipc", "cpu", SEVEN, "64 MiB"),
+        ("ipc", "cpu", "", "16 KiB"),
+        ("ipc", "cuda", SEVEN, ""),
+        ("broadcast", "cpu", SEVEN, ""),
+    ],
+)
+def test_a_bucket_that_both_see_needs_room_on_a_cpu(
+    transport: Any, device: Any, path: str, needed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"weight": torch.zeros(64, 64)}, tmp_path / "model.safetensors")
+    path = path or str(tmp_path)
+    wanted = replace(config(path=path), weights=WeightsConfig(transport=transport))
+    wanted = replace(wanted, cluster=replace(wanted.cluster, device=device, address="local", colocate=True))
+    monkeypatch.setattr(preflight, "local_machine", lambda: Machine(cpus=4, gpus=1))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**12))
+    if not needed:
+        preflight.require_shared_memory(path, wanted)
+        return
+    with pytest.raises(ResourceError, match=f"ipc need {needed} for a bucket of weights, and 4 KiB are free; lower w"):
+        preflight.require_shared_memory(path, wanted)

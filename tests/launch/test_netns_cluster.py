@@ -139,8 +139,8 @@ def done(shared_run: SharedRun, tmp_path_factory: pytest.TempPathFactory) -> Don
         each.mkdir()
     config = written(shared_run, folder, own)
     commands = {
-        "workers": [*WORKERS, "name=three"],
-        "ranks": [*RANKS, "name=ranks", f"output={shared}", "weights.transport=broadcast"],
+        "workers": [*WORKERS, "name=three", "weights.transport=broadcast"],
+        "ranks": [*RANKS, "name=ranks", f"output={shared}"],
         "delta": [*DELTA, "name=delta", f"output={shared}"],
         "too many": [*TOO_MANY, f"output={shared}"],
     }
@@ -217,23 +217,28 @@ def logs(run: Path) -> set[str]:
 
 @needs_namespaces
 def test_weights_and_tokens_cross_the_network(shared_run: SharedRun, done: Done, tmp_path: Path) -> None:
-    """Rollout workers on nodes without the learner's shared memory and disk sample what they do on its node."""
+    """Rollout workers on nodes without the learner's shared memory and disk sample what they do on its node.
+
+    The one rank sends its weights straight to them; on one node they go by shared memory.
+    """
     assert done.text["workers"].endswith("\n0\n"), done.text["workers"][-3000:]
     expected = on_one_node(shared_run, tmp_path, WORKERS)
     assert [line["step"] for line in expected] == [0, 1, 2, 3]
     assert all(line["sync/changed_share"] > 0 for line in expected[1:])
     assert metrics(done.runs / "three") == expected
     found = logs(done.runs / "three")
-    assert {"learner-rank-0", "collator", "scoring-server-0", "weight-relay-of-the-learner"} <= found
+    assert {"learner-rank-0", "collator", "scoring-server-0"} <= found
     assert not any(name.startswith("rollout-worker") for name in found), "theirs are on the other nodes"
+    assert not any(name.startswith("weight-relay") for name in found), "nothing else brought the weights there"
 
 
 @needs_namespaces
 def test_ranks_meet_over_the_network(shared_run: SharedRun, done: Done, tmp_path: Path) -> None:
-    """And rank 0 sends the weights straight to the worker on the third node; on one node they go by shared memory."""
+    """And relays bring the weights of rank 0 to the worker on the third node."""
     assert done.text["ranks"].endswith("\n0\n"), done.text["ranks"][-3000:]
     assert metrics(done.shared / "ranks") == on_one_node(shared_run, tmp_path, RANKS)
-    assert {"learner-rank-0", "learner-rank-1", "rollout-worker-0"} <= logs(done.shared / "ranks")
+    found = logs(done.shared / "ranks")
+    assert {"learner-rank-0", "learner-rank-1", "rollout-worker-0", "weight-relay-of-the-learner"} <= found
 
 
 @needs_namespaces
