@@ -219,7 +219,9 @@ def test_ranks_meet_over_the_network(shared_run: SharedRun, done: Done, tmp_path
     """And rank 0 sends the weights straight to the worker on the third node; on one node they go by shared memory."""
     assert done.text["ranks"].endswith("\n0\n"), done.text["ranks"][-3000:]
     assert metrics(done.shared / "ranks") == on_one_node(shared_run, tmp_path, RANKS)
-    assert {"learner-rank-0", "learner-rank-1", "rollout-worker-0"} <= logs(done.shared / "ranks")
+    found = logs(done.shared / "ranks")
+    assert {"learner-rank-0", "learner-rank-1", "rollout-worker-0"} <= found
+    assert not any(name.startswith("weight-relay") for name in found), "nothing else brought them there"
 
 
 @needs_namespaces

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,27 @@ pytestmark = pytest.mark.timeout(600)
 TIMES = ("time/", "goodput/", "rollout/group_s", "rollout/engine_")
 
 
+@dataclass(frozen=True, slots=True)
+class Direct:
+    """The run, and what its own processes opened."""
+
+    train: Finished
+    weights: frozenset[str]
+    listening: frozenset[tuple[str, str]]
+
+
 @pytest.fixture(scope="module")
-def direct(shared_run: SharedRun) -> Finished:
+def direct(shared_run: SharedRun) -> Direct:
     place = shared_run.workplace
     words = ["weights.transport=broadcast", "weights.bucket_mib=1", "loop.checkpoint_every=0", "eval.every=0"]
-    return place.run("train", "name=direct", f"model.path={place.output / 'sft'}", *words)
+    weights, listening = set(place.weights), set(place.listening)
+    place.weights.clear()
+    place.listening.clear()
+    train = place.run("train", "name=direct", f"model.path={place.output / 'sft'}", *words)
+    found = Direct(train, frozenset(place.weights), frozenset(place.listening))
+    place.weights.update(weights)
+    place.listening.update(listening)
+    return found
 
 
 def steps(path: Path) -> list[dict[str, Any]]:
@@ -31,14 +48,19 @@ def is_exact(name: str) -> bool:
     return not name.startswith((*TIMES, "eval/"))
 
 
-def test_it_comes_to_the_same_as_by_shared_memory(shared_run: SharedRun, direct: Finished) -> None:
-    assert direct.code == 0, direct.stderr
+def test_it_comes_to_the_same_as_by_shared_memory(shared_run: SharedRun, direct: Direct) -> None:
+    assert direct.train.code == 0, direct.train.stderr
     own, other = steps(shared_run.workplace.output / "direct"), steps(shared_run.path)
     assert len(own) == 4 and all(line["sync/changed_share"] > 0 for line in own[1:])
     assert own == other
 
 
-def test_what_it_listens_on_is_loopback(shared_run: SharedRun, direct: Finished) -> None:
-    assert direct.code == 0
-    listening = shared_run.workplace.listening
+def test_no_weights_go_through_shared_memory(shared_run: SharedRun, direct: Direct) -> None:
+    assert direct.train.code == 0 and not direct.weights
+    assert shared_run.workplace.weights, "those of the other run were seen"
+
+
+def test_what_it_listens_on_is_loopback(direct: Direct) -> None:
+    assert direct.train.code == 0
+    listening = direct.listening
     assert listening and not [one for one in listening if one[1] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")]
