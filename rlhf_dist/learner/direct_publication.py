@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -105,12 +106,13 @@ class DirectPublication:
             return found
         sender, problem = self._open(made, devices, said, quarter)
         problems = [text for text in self._deepspeed.of_all_ranks(problem) if text]
-        found = self._of_rank_0(lambda: self._joined(made, problems, ends))
+        found = self._of_rank_0(lambda: self._joined(made, problems, quarter, ends))
         if not found.problem:
             problem = self._stream(sender, ends)
             found = Sent((), "; ".join(text for text in self._deepspeed.of_all_ranks(problem) if text), begun=True)
         if sender is not None:
-            sender.close()
+            with suppress(RuntimeError):  # of a store that is gone
+                sender.close()
         if found.problem:
             self._leave()
         self._free()
@@ -130,14 +132,23 @@ class DirectPublication:
         self._desk.decide(made, "ready", found)
         return said, found
 
-    def _joined(self, made: Round, problems: Sequence[str], ends: float) -> Sent:
-        """On rank 0, the second decision; `problems`: of the learner's ranks."""
+    def _joined(self, made: Round, problems: Sequence[str], joined_by: float, ends: float) -> Sent:
+        """On rank 0, the second decision; `problems`: of the learner's ranks.
+
+        What failed before `joined_by` was no wait for an engine, so nobody is waited for: it is off at once.
+        """
         assert self._desk is not None
-        said, found = self._desk.gather(made, "joined", ends)
+        if problems and time.monotonic() < joined_by:
+            said, found = dict[int, str](), Sent()
+        else:
+            said, found = self._desk.gather(made, "joined", ends)
+        texts = [found.problem] if found.problem else []
+        left_out = found.left_out
         if not found.problem:
             cannot = {rank: text for rank, text in said.items() if text}
             texts = [f"{made.engines[rank - 1]} {text}" for rank, text in cannot.items()]
-            found = Sent(named_engines(made, list(cannot)), "; ".join([*problems, *texts]))
+            left_out = named_engines(made, list(cannot))
+        found = Sent(left_out, "; ".join([*problems, *texts]))
         self._desk.decide(made, "joined", found)
         return found
 
@@ -165,7 +176,7 @@ class DirectPublication:
         if self._desk is None:
             return None
         if self._group is None or self._group[0] != made.group:
-            self._leave()
+            self._leave_group()
             host, size = made.meeting.address[0], len(made.engines) + 1
             self._group = (
                 made.group,
@@ -174,6 +185,12 @@ class DirectPublication:
         return GroupSender(self._group[1], self._new_buffer())
 
     def _leave(self) -> None:
+        """The next round connects anew."""
+        self._leave_group()
+        if self._desk is None:
+            self._store = None
+
+    def _leave_group(self) -> None:
         if self._group is not None:
             self._group[1].close()
             self._group = None
@@ -189,9 +206,10 @@ class DirectPublication:
                 continue
             try:
                 sender.send(index, len(data), ends)
-            except WeightSyncError as error:
-                problem = str(error)
-                sender.give_up(index, problem)
+            except (RuntimeError, OSError, WeightSyncError) as error:
+                problem = f"learner rank {self._deepspeed.rank} could not send bucket {index}: {first_line(error)}"
+                with suppress(RuntimeError, OSError):
+                    sender.give_up(index, problem)
         return problem
 
     def _buckets(self, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:

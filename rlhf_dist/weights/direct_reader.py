@@ -62,14 +62,14 @@ class DirectReader:
             raise WeightSyncError(f"version {announcement.version}: it was said to be held, and is not")
         ends, rank = time.monotonic() + made.meeting.limit_s, made.first + process
         joined_by = ends - made.meeting.limit_s / 4  # and then there is time to hear what was decided
-        store = self._attendance(made.meeting)
-        store.arrive(made, "ready", rank, identity(self._device), ends)
         receiver, problem = None, ""
         try:
-            receiver = self._open(store.store, made, rank, announcement.plan, joined_by)
-        except (RuntimeError, OSError, WeightSyncError) as error:
-            problem = f"could not connect: {first_line(error)}"
-        try:
+            store = self._attendance(made.meeting)
+            store.arrive(made, "ready", rank, identity(self._device), ends)
+            try:
+                receiver = self._open(store.store, made, rank, announcement.plan, joined_by)
+            except (RuntimeError, OSError, WeightSyncError) as error:
+                problem = f"could not connect: {first_line(error)}"
             store.arrive(made, "joined", rank, problem, ends)
         except WeightSyncError:
             if receiver is not None:
@@ -89,7 +89,7 @@ class DirectReader:
         if made.meeting.transport == "ipc":
             return StagingReceiver(store, made, rank, largest(plan), self._device, ends)
         if self._group is None or self._group[0] != made.group:
-            self.leave()
+            self._leave_group()
             size = len(made.engines) + 1
             group = BroadcastGroup(
                 store, f"group {made.group}", rank, size, self._device, made.meeting.address[0], ends
@@ -99,6 +99,10 @@ class DirectReader:
 
     def leave(self) -> None:
         """The next round connects anew."""
+        self._leave_group()
+        self._store = None
+
+    def _leave_group(self) -> None:
         if self._group is not None:
             self._group[1].close()
             self._group = None
