@@ -177,11 +177,8 @@ class DirectPublication:
             return None
         if self._group is None or self._group[0] != made.group:
             self._leave_group()
-            host, size = made.meeting.address[0], len(made.engines) + 1
-            self._group = (
-                made.group,
-                BroadcastGroup(self._store, f"group {made.group}", 0, size, self._device, host, ends),
-            )
+            name, size = f"group {made.group}", len(made.engines) + 1
+            self._group = made.group, BroadcastGroup(made.meeting.address, name, 0, size, self._device, ends)
         return GroupSender(self._group[1], self._new_buffer())
 
     def _leave(self) -> None:
