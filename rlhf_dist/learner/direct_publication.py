@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from rlhf_dist.weights.rounds import Attendance, Meeting, first_line
 from rlhf_dist.weights.staging import StagingSender, identity
 
 T = TypeVar("T")
+SECRET_BYTES = 16
 Weights = Callable[[Collection[str] | None], Iterator[tuple[str, Tensor]]]
 
 
@@ -75,7 +77,9 @@ class DirectPublication:
         self._frees = shared and self._device.type == "cuda"
         self._hash = DeviceHash(self._device)
         self._desk = Meeting(meeting.address[0]) if deepspeed.rank == 0 else None
-        self._meeting = meeting if self._desk is None else replace(meeting, address=self._desk.address)
+        if self._desk is not None:
+            meeting = replace(meeting, address=self._desk.address, secret=secrets.token_hex(SECRET_BYTES))
+        self._meeting = meeting
         self._store: Any = None if self._desk is None else self._desk.store
         self._group: tuple[int, BroadcastGroup] | None = None
         self._published: Announcement | None = None
@@ -88,6 +92,7 @@ class DirectPublication:
         if not moved:
             return None if self._published is None else replace(self._published, version=version)
         self._published = None
+        self._free()  # engines let go of the last bucket after the round
         if self._desk is not None:
             hashes = tuple(self._hash(data) for _, data in self._buckets(self._new_buffer()))
             self._published = Announcement(version, "", 0, self._plan, hashes, meeting=self._meeting)
@@ -235,6 +240,7 @@ class DirectPublication:
 
     def _free(self) -> None:
         if self._frees:
+            torch.cuda.ipc_collect()  # of buckets that no engine has open any more
             torch.cuda.empty_cache()
 
     def close(self) -> None:
