@@ -208,8 +208,11 @@ class DirectPublication:
                 continue
             try:
                 sender.send(index, len(data), ends)
-            except (RuntimeError, OSError, WeightSyncError) as error:
+            except WeightSyncError as error:
+                problem = str(error)
+            except (RuntimeError, OSError) as error:
                 problem = f"learner rank {self._deepspeed.rank} could not send bucket {index}: {first_line(error)}"
+            if problem:
                 with suppress(RuntimeError, OSError):
                     sender.give_up(index, problem)
         return problem
