@@ -38,14 +38,14 @@ class DirectPush:
         holds = [name for name, one in free.items() if one.proved and one.proved.same_weights(announcement)]
         for name in holds:
             free.pop(name).ask_to_load(announcement)
-        for _ in range(ROUNDS):
+        for left in reversed(range(ROUNDS)):
             if not free:
                 return
             found = self._round(free, announcement, waits)
             if found.problem or found.left_out:
                 self._group = (), 0
-            if found.begun or not found.problem:
-                return
+            if found.begun or not found.problem or not left:
+                return  # what the workers answer to the last round is their receipt, or why there is none
             free = self._refused({n: one for n, one in free.items() if n not in found.left_out}, standings, waits)
 
     def _round(self, workers: Mapping[str, Standing], announcement: Announcement, waits: Wait) -> Sent:

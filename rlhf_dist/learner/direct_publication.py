@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -22,6 +24,7 @@ from rlhf_dist.weights.rounds import Attendance, Meeting, first_line
 from rlhf_dist.weights.staging import StagingSender, identity
 
 T = TypeVar("T")
+SECRET_BYTES = 16
 Weights = Callable[[Collection[str] | None], Iterator[tuple[str, Tensor]]]
 
 
@@ -74,7 +77,9 @@ class DirectPublication:
         self._frees = shared and self._device.type == "cuda"
         self._hash = DeviceHash(self._device)
         self._desk = Meeting(meeting.address[0]) if deepspeed.rank == 0 else None
-        self._meeting = meeting if self._desk is None else replace(meeting, address=self._desk.address)
+        if self._desk is not None:
+            meeting = replace(meeting, address=self._desk.address, secret=secrets.token_hex(SECRET_BYTES))
+        self._meeting = meeting
         self._store: Any = None if self._desk is None else self._desk.store
         self._group: tuple[int, BroadcastGroup] | None = None
         self._published: Announcement | None = None
@@ -87,6 +92,7 @@ class DirectPublication:
         if not moved:
             return None if self._published is None else replace(self._published, version=version)
         self._published = None
+        self._free()  # engines let go of the last bucket after the round
         if self._desk is not None:
             hashes = tuple(self._hash(data) for _, data in self._buckets(self._new_buffer()))
             self._published = Announcement(version, "", 0, self._plan, hashes, meeting=self._meeting)
@@ -105,12 +111,13 @@ class DirectPublication:
             return found
         sender, problem = self._open(made, devices, said, quarter)
         problems = [text for text in self._deepspeed.of_all_ranks(problem) if text]
-        found = self._of_rank_0(lambda: self._joined(made, problems, ends))
+        found = self._of_rank_0(lambda: self._joined(made, problems, quarter, ends))
         if not found.problem:
             problem = self._stream(sender, ends)
             found = Sent((), "; ".join(text for text in self._deepspeed.of_all_ranks(problem) if text), begun=True)
         if sender is not None:
-            sender.close()
+            with suppress(RuntimeError):  # of a store that is gone
+                sender.close()
         if found.problem:
             self._leave()
         self._free()
@@ -130,14 +137,23 @@ class DirectPublication:
         self._desk.decide(made, "ready", found)
         return said, found
 
-    def _joined(self, made: Round, problems: Sequence[str], ends: float) -> Sent:
-        """On rank 0, the second decision; `problems`: of the learner's ranks."""
+    def _joined(self, made: Round, problems: Sequence[str], joined_by: float, ends: float) -> Sent:
+        """On rank 0, the second decision; `problems`: of the learner's ranks.
+
+        What failed before `joined_by` was no wait for an engine, so nobody is waited for: it is off at once.
+        """
         assert self._desk is not None
-        said, found = self._desk.gather(made, "joined", ends)
+        if problems and time.monotonic() < joined_by:
+            said, found = dict[int, str](), Sent()
+        else:
+            said, found = self._desk.gather(made, "joined", ends)
+        texts = [found.problem] if found.problem else []
+        left_out = found.left_out
         if not found.problem:
             cannot = {rank: text for rank, text in said.items() if text}
             texts = [f"{made.engines[rank - 1]} {text}" for rank, text in cannot.items()]
-            found = Sent(named_engines(made, list(cannot)), "; ".join([*problems, *texts]))
+            left_out = named_engines(made, list(cannot))
+        found = Sent(left_out, "; ".join([*problems, *texts]))
         self._desk.decide(made, "joined", found)
         return found
 
@@ -165,15 +181,18 @@ class DirectPublication:
         if self._desk is None:
             return None
         if self._group is None or self._group[0] != made.group:
-            self._leave()
-            host, size = made.meeting.address[0], len(made.engines) + 1
-            self._group = (
-                made.group,
-                BroadcastGroup(self._store, f"group {made.group}", 0, size, self._device, host, ends),
-            )
+            self._leave_group()
+            name, size = f"group {made.group}", len(made.engines) + 1
+            self._group = made.group, BroadcastGroup(made.meeting.address, name, 0, size, self._device, ends)
         return GroupSender(self._group[1], self._new_buffer())
 
     def _leave(self) -> None:
+        """The next round connects anew."""
+        self._leave_group()
+        if self._desk is None:
+            self._store = None
+
+    def _leave_group(self) -> None:
         if self._group is not None:
             self._group[1].close()
             self._group = None
@@ -191,7 +210,11 @@ class DirectPublication:
                 sender.send(index, len(data), ends)
             except WeightSyncError as error:
                 problem = str(error)
-                sender.give_up(index, problem)
+            except (RuntimeError, OSError) as error:
+                problem = f"learner rank {self._deepspeed.rank} could not send bucket {index}: {first_line(error)}"
+            if problem:
+                with suppress(RuntimeError, OSError):
+                    sender.give_up(index, problem)
         return problem
 
     def _buckets(self, buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -220,6 +243,7 @@ class DirectPublication:
 
     def _free(self) -> None:
         if self._frees:
+            torch.cuda.ipc_collect()  # of buckets that no engine has open any more
             torch.cuda.empty_cache()
 
     def close(self) -> None:

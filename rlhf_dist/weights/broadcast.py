@@ -7,9 +7,7 @@ leaves a group in the middle breaks it for all: it is made anew then.
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -19,34 +17,48 @@ from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImport
 
 from rlhf_dist.errors import WeightSyncError
 from rlhf_dist.weights.own_address import interface_of, own_address
-from rlhf_dist.weights.rounds import first_line
+from rlhf_dist.weights.rounds import connected, first_line, in_time
 
 POLL_S = 0.0002
 """Between looks at a transfer of nccl, whose own wait has no end."""
 BEYOND_S = 600.0
-"""nccl's own limit, beyond ours: reaching it would end the process."""
+"""nccl's own limit is set once for a group, and a later round may have more time than the first one had left."""
+ON_ERROR = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+"""What a group's watchdog does when a peer is gone. 3, the default, ends the process; 0 leaves it to who waits."""
 
 
 class BroadcastGroup:
     """One process's part. Whoever is rank 0 sends."""
 
     def __init__(
-        self, store: Any, name: str, rank: int, size: int, device: torch.device, host: str, ends: float
+        self, address: tuple[str, int], name: str, rank: int, size: int, device: torch.device, ends: float
     ) -> None:
-        """All ranks call this side by side; `host` is where the store is. Raises `WeightSyncError` or OSError."""
-        limit, own = max(ends - time.monotonic(), 0.001), own_address(host)
+        """All ranks call this side by side; `address`: of the sender's store. Raises `WeightSyncError` or OSError.
+
+        With a connection to the store of its own: what is left behind here would keep another's for itself.
+        """
+        limit, own = max(ends - time.monotonic(), 0.001), own_address(address[0])
         self._device = device
         self._options = distributed.BroadcastOptions()
         self._options.rootRank = self._options.rootTensor = 0
         self._group: Any = None
-        make, prefixed = nccl if device.type == "cuda" else gloo, PrefixStore(name, store)
+        self._given_up = False
+        make = nccl if device.type == "cuda" else gloo
 
         def connect() -> None:
-            self._group = make(prefixed, rank, size, own, limit)
+            self._group = make(PrefixStore(name, connected(address, limit)), rank, size, own, limit)
             # nccl connects at the first transfer only, and that has to be before any model is touched.
-            self.move(torch.zeros(1, dtype=torch.uint8, device=device), ends)
+            if not self._given_up:
+                self.move(torch.zeros(1, dtype=torch.uint8, device=device), ends)
+            if self._given_up:
+                self.close()
 
-        in_time(connect, limit)
+        try:
+            in_time(connect, limit, "the others did not connect in time")
+        except Exception as error:
+            self._given_up = True
+            self.close()
+            raise WeightSyncError(first_line(error)) from None
 
     def move(self, data: Tensor, ends: float) -> None:
         """Send `data`, or fill it with what is sent. Raises `WeightSyncError` at `ends`, on the monotonic clock."""
@@ -68,28 +80,6 @@ class BroadcastGroup:
             group.abort()
 
 
-def in_time(connect: Callable[[], None], limit_s: float) -> None:
-    """Connect, in a thread that is left behind where it does not end: nccl waits without end for who does not come.
-
-    Raises `WeightSyncError`, also for what `connect` raises.
-    """
-    failures: list[str] = []
-
-    def run() -> None:
-        try:
-            connect()
-        except Exception as error:
-            failures.append(first_line(error))
-
-    thread = threading.Thread(target=run, daemon=True, name="weights")
-    thread.start()
-    thread.join(limit_s)
-    if thread.is_alive():
-        raise WeightSyncError("the others did not connect in time")
-    if failures:
-        raise WeightSyncError(failures[0])
-
-
 def gloo(store: Any, rank: int, size: int, own: str, limit_s: float) -> Any:
     """A group of CPUs, on the interface that has the address `own`."""
     kind: Any = distributed.ProcessGroupGloo
@@ -105,4 +95,11 @@ def nccl(store: Any, rank: int, size: int, own: str, limit_s: float) -> Any:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     options: Any = distributed.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=limit_s + BEYOND_S)
-    return distributed.ProcessGroupNCCL(store, rank, size, options)
+    before = os.environ.get(ON_ERROR)
+    os.environ[ON_ERROR] = "0"  # read here only; other groups of the process, such as the learner's, keep their own
+    try:
+        return distributed.ProcessGroupNCCL(store, rank, size, options)
+    finally:
+        del os.environ[ON_ERROR]
+        if before is not None:
+            os.environ[ON_ERROR] = before

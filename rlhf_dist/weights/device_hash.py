@@ -19,8 +19,8 @@ from rlhf_dist.weights.receipts import BucketHash
 BLOCK = 2**15
 """Words that are added up; as many keys are kept."""
 SUMS = 2
-STRIP = {"cpu": 8, "cuda": 32}
-"""Blocks at a time: on a CPU they stay in its cache, on a GPU few and short kernels are wanted."""
+STRIP = {"cpu": 8, "cuda": 128}
+"""Blocks at a time: on a CPU they stay in its cache, on a GPU, where 64 MiB hold them, few kernels are wanted."""
 
 
 class DeviceHash:

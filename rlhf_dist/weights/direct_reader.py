@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from rlhf_dist.errors import WeightSyncError
 from rlhf_dist.weights.broadcast import BroadcastGroup
@@ -17,6 +18,9 @@ from rlhf_dist.weights.device_hash import DeviceHash
 from rlhf_dist.weights.receipts import Announcement, MeetingPoint, Round
 from rlhf_dist.weights.rounds import Attendance, first_line
 from rlhf_dist.weights.staging import StagingReceiver, identity
+
+BUCKETS = 3
+"""Beside the model: one that comes, one whose last parameters vLLM reads, one for what nobody reads."""
 
 
 class BucketReceiver(Protocol):
@@ -62,22 +66,31 @@ class DirectReader:
             raise WeightSyncError(f"version {announcement.version}: it was said to be held, and is not")
         ends, rank = time.monotonic() + made.meeting.limit_s, made.first + process
         joined_by = ends - made.meeting.limit_s / 4  # and then there is time to hear what was decided
-        store = self._attendance(made.meeting)
-        store.arrive(made, "ready", rank, identity(self._device), ends)
-        receiver, problem = None, ""
+        receiver, spare = None, None
         try:
-            receiver = self._open(store.store, made, rank, announcement.plan, joined_by)
-        except (RuntimeError, OSError, WeightSyncError) as error:
-            problem = f"could not connect: {first_line(error)}"
-        try:
+            store = self._attendance(made.meeting)
+            store.arrive(made, "ready", rank, identity(self._device), ends)
+            spare, problem = self._room(largest(announcement.plan))
+            try:  # without room too: the others connect with all or with none
+                receiver = self._open(store.store, made, rank, announcement.plan, joined_by)
+            except (RuntimeError, OSError, WeightSyncError) as error:
+                problem = problem or f"could not connect: {first_line(error)}"
             store.arrive(made, "joined", rank, problem, ends)
         except WeightSyncError:
             if receiver is not None:
                 receiver.close()
             self.leave()
             raise
-        assert receiver is not None, "a round that somebody could not join is off"
-        return Incoming(announcement, receiver, self, self._hash, self._device, ends)
+        assert receiver is not None and spare is not None, "a round that somebody could not join is off"
+        return Incoming(announcement, receiver, self, self._hash, spare, ends)
+
+    def _room(self, nbytes: int) -> tuple[Tensor | None, str]:
+        """Memory for a bucket that only has to be taken, or why there is no room; what the others need goes back."""
+        try:
+            room = [torch.empty(nbytes, dtype=torch.uint8, device=self._device) for _ in range(BUCKETS)]
+        except RuntimeError as error:
+            return None, f"has no room for {BUCKETS} buckets of {nbytes:,} bytes: {first_line(error)}"
+        return room[0], ""
 
     def _attendance(self, meeting: MeetingPoint) -> Attendance:
         if self._store is None or self._store[0] != meeting:
@@ -89,16 +102,18 @@ class DirectReader:
         if made.meeting.transport == "ipc":
             return StagingReceiver(store, made, rank, largest(plan), self._device, ends)
         if self._group is None or self._group[0] != made.group:
-            self.leave()
+            self._leave_group()
             size = len(made.engines) + 1
-            group = BroadcastGroup(
-                store, f"group {made.group}", rank, size, self._device, made.meeting.address[0], ends
-            )
+            group = BroadcastGroup(made.meeting.address, f"group {made.group}", rank, size, self._device, ends)
             self._group = made.group, group
         return GroupReceiver(self._group[1])
 
     def leave(self) -> None:
         """The next round connects anew."""
+        self._leave_group()
+        self._store = None
+
+    def _leave_group(self) -> None:
         if self._group is not None:
             self._group[1].close()
             self._group = None
@@ -113,11 +128,12 @@ class Incoming:
         receiver: BucketReceiver,
         reader: DirectReader,
         bucket_hash: DeviceHash,
-        device: torch.device,
+        spare: Tensor,
         ends: float,
     ) -> None:
+        """`spare`: uint8 [bytes of the largest bucket], for buckets that nobody reads."""
         self._announcement, self._receiver, self._reader = announcement, receiver, reader
-        self._hash, self._device, self._ends = bucket_hash, device, ends
+        self._hash, self._spare, self._ends = bucket_hash, spare, ends
         self._next = 0
         self.hashes: tuple[str, ...] = ()
         """Of each bucket that came."""
@@ -135,25 +151,34 @@ class Incoming:
                 raise WeightSyncError(f"bucket {index} arrived as {found}, was announced as {sent}")
 
     def _bucket(self) -> list[tuple[str, Tensor]]:
-        index = self._next
-        bucket = self._announcement.plan.buckets[index]
-        data = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device)
+        bucket = self._announcement.plan.buckets[self._next]
+        # A count of what is read from tensors has nothing to look for here, and takes longer than the hash.
+        with _disable_current_modes():
+            data = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._spare.device)
+            self._receive(data)
+            self.hashes += (self._hash(data),)
+        return views(bucket, data)
+
+    def _receive(self, into: Tensor) -> None:
         try:
-            self._receiver.receive(index, data, self._ends)
-        except WeightSyncError:
+            self._receiver.receive(self._next, into, self._ends)
+        except Exception:
             self._next = len(self._announcement.plan.buckets)
             self._reader.leave()
             raise
         self._next += 1
-        self.hashes += (self._hash(data),)
-        return views(bucket, data)
 
     def close(self) -> None:
-        """The end, whether all was read or not: what the others still send is taken, so that it reaches them."""
-        with suppress(WeightSyncError):
-            while self._next < len(self._announcement.plan.buckets):
-                self._bucket()
-        self._receiver.close()
+        """The end, whether all was read or not: what the others still send is taken, so that it reaches them.
+
+        That needs no memory, of which there may be none.
+        """
+        try:
+            with suppress(WeightSyncError, RuntimeError):
+                while self._next < len(self._announcement.plan.buckets):
+                    self._receive(self._spare[: self._announcement.plan.buckets[self._next].nbytes])
+        finally:
+            self._receiver.close()
 
 
 def views(bucket: Bucket, data: Tensor) -> list[tuple[str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import xxhash
@@ -32,6 +32,8 @@ class MeetingPoint:
     transport: Literal["broadcast", "ipc"]
     limit_s: float
     """For a round, `weights.timeout_s`; half of it for engines to be ready."""
+    secret: str = field(default="", repr=False)
+    """Comes through Ray only: with it an engine tells the learner's own words in the store from another's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,24 +4,29 @@ A round has two steps, in which the sender, learner rank 0, waits for every proc
 `joined` once the way between them is open. After each it decides for all: `go`, or off with the reason. So an engine
 that is silent or dead holds the others up for a time, and does them no harm.
 
-They meet in a store that the sender serves. Its keys are not guarded: between nodes it needs a network that is trusted,
-as the learner's ranks do.
+They meet in a store that the sender serves. A client waits without end for a process that is stopped, so each call of
+its is made in a thread, which is left behind then. The store's keys are not guarded: between nodes it needs a network
+that is trusted, as the learner's ranks do.
 """
 
 from __future__ import annotations
 
 import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch.distributed import DistStoreError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from rlhf_dist.errors import WeightSyncError
 from rlhf_dist.weights.receipts import MeetingPoint, Round, Sent, named_engines
 
+T = TypeVar("T")
 GO = b"go"
+ANSWER_S = 5.0
+"""For a store to answer what needs no waiting, or that a wait is over."""
 Step = Literal["ready", "joined"]
 
 
@@ -58,16 +63,54 @@ class Meeting:
         self.store.set(key(made, step, "decided"), found.problem or GO.decode())
 
 
+class Client:
+    """A store that another process serves. Every call ends; after one that had no answer none is tried."""
+
+    def __init__(self, address: tuple[str, int], limit_s: float) -> None:
+        """Raises RuntimeError where nobody answers."""
+        self._silent = False
+        self._store = self._ask(lambda: connected(address, limit_s), limit_s)
+
+    def _ask(self, ask: Callable[[], T], limit_s: float = 0.0) -> T:
+        if self._silent:
+            raise RuntimeError("it does not answer")
+        try:
+            return in_time(ask, limit_s + ANSWER_S, "it does not answer")
+        except Late:
+            self._silent = True
+            raise
+
+    def set(self, name: str, value: str) -> None:
+        """As a store's, like the other methods."""
+        self._ask(lambda: self._store.set(name, value))
+
+    def get(self, name: str) -> bytes:
+        """Of what is there."""
+        return self._ask(lambda: self._store.get(name))
+
+    def check(self, names: list[str]) -> bool:
+        """Whether all are there."""
+        return self._ask(lambda: self._store.check(names))
+
+    def wait(self, names: list[str], limit: timedelta) -> None:
+        """Raises `DistStoreError` at the limit."""
+        self._ask(lambda: self._store.wait(names, limit), limit.total_seconds())
+
+    def delete_key(self, name: str) -> bool:
+        """Whether it was there."""
+        return self._ask(lambda: self._store.delete_key(name))
+
+
 class Attendance:
     """A receiving process's end."""
 
     def __init__(self, meeting: MeetingPoint) -> None:
         """Raises `WeightSyncError` where nobody answers."""
-        (host, port), limit = meeting.address, timedelta(seconds=meeting.limit_s)
+        host, port = meeting.address
         try:
-            self.store = TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
+            self.store = Client(meeting.address, meeting.limit_s)
         except RuntimeError as error:
-            text = f"the learner cannot be reached at {host}:{port}: {error}"
+            text = f"the learner cannot be reached at {host}:{port}: {first_line(error)}"
             raise WeightSyncError(text) from None
 
     def arrive(self, made: Round, step: Step, rank: int, said: str, ends: float) -> None:
@@ -80,7 +123,7 @@ class Attendance:
                 raise WeightSyncError(f"{who}: learner rank 0 did not decide in time whether to send it")
             answer = self.store.get(decided)
         except RuntimeError as error:
-            raise WeightSyncError(f"{who}: learner rank 0 cannot be asked any more: {error}") from None
+            raise WeightSyncError(f"{who}: learner rank 0 cannot be asked any more: {first_line(error)}") from None
         if answer != GO:
             raise WeightSyncError(f"{who} was not sent: {answer.decode()}; nothing was loaded")
 
@@ -90,7 +133,41 @@ def key(made: Round, step: str, of: int | str) -> str:
     return f"{made.number}/{step}/{of}"
 
 
-def awaited(store: TCPStore, keys: Sequence[str], ends: float) -> bool:
+class Late(RuntimeError):
+    """What was asked has not ended."""
+
+
+def in_time(ask: Callable[[], T], limit_s: float, late: str) -> T:
+    """What `ask` returns, in a thread that is left behind where it does not end; then `Late` says `late`.
+
+    Raises what `ask` raises.
+    """
+    found: list[T] = []
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            found.append(ask())
+        except Exception as error:
+            failures.append(error.with_traceback(None))
+
+    thread = threading.Thread(target=run, daemon=True, name="weights")
+    thread.start()
+    thread.join(limit_s)
+    if failures:
+        raise failures[0]
+    if not found:
+        raise Late(late)
+    return found[0]
+
+
+def connected(address: tuple[str, int], limit_s: float) -> TCPStore:
+    """A client of the store there. Raises RuntimeError."""
+    host, port = address
+    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=limit_s), wait_for_workers=False)
+
+
+def awaited(store: TCPStore | Client, keys: Sequence[str], ends: float) -> bool:
     """Whether all keys were there before `ends`. Raises RuntimeError where the store is gone."""
     left = max(ends - time.monotonic(), 0.001)
     try:

@@ -6,6 +6,7 @@ On a GPU it is memory that CUDA shares between processes (no copy through the ho
 from __future__ import annotations
 
 import base64
+import hmac
 import json
 import os
 import secrets
@@ -91,10 +92,31 @@ def make_staging(nbytes: int, device: torch.device) -> Staging:
     return CudaStaging(nbytes, device) if device.type == "cuda" else FileStaging(nbytes)
 
 
+def sealed(secret: str, name: str, text: str) -> str:
+    """The text behind a code that only who knows the secret can make, and for this name in the store only."""
+    return f"{code(secret, name, text.encode())} {text}"
+
+
+def unsealed(secret: str, name: str, data: bytes) -> str:
+    """What was sealed. Raises `WeightSyncError` for anything else."""
+    found, _, text = data.partition(b" ")
+    if not hmac.compare_digest(found, code(secret, name, text).encode()):
+        raise WeightSyncError(f"{name} in the learner's store was not written by the learner")
+    return text.decode()
+
+
+def code(secret: str, name: str, text: bytes) -> str:
+    """HMAC-SHA256."""
+    return hmac.new(secret.encode(), name.encode() + b"\n" + text, "sha256").hexdigest()
+
+
 def see(exported: str, nbytes: int, device: torch.device) -> Tensor:
-    """Another process's bucket, uint8 [nbytes]."""
+    """Another process's bucket, uint8 [nbytes]. Raises `WeightSyncError` for a file that is none of `FileStaging`'s."""
     if device.type != "cuda":
-        return torch.frombuffer(map_file(Path(exported)), dtype=torch.uint8, count=nbytes)
+        path = Path(exported)
+        if path.parent != SHARED_MEMORY or not path.name.startswith(PREFIX):
+            raise WeightSyncError(f"{exported} is not a bucket: those are {SHARED_MEMORY}/{PREFIX}*")
+        return torch.frombuffer(map_file(path), dtype=torch.uint8, count=nbytes)
     # Its first seven arguments say what kind of tensor it is, and on which of the process's own devices.
     kind = (Tensor, (nbytes,), (1,), 0, torch.UntypedStorage, torch.uint8, device.index or 0)
     return rebuild_cuda_tensor(*kind, *decoded(exported))
@@ -121,7 +143,8 @@ class StagingSender:
         self._store, self._round, self._ranks, self._device = store, made, ranks, device
         self._staging = make_staging(nbytes, device)
         self.buffer = self._staging.tensor
-        store.set(key(made, "export", identity(device)), self._staging.export())
+        name = key(made, "export", identity(device))
+        store.set(name, sealed(made.meeting.secret, name, self._staging.export()))
 
     def send(self, index: int, nbytes: int, ends: float) -> None:
         """Let the receivers take what is in the buffer. Raises `WeightSyncError` for those that did not by `ends`."""
@@ -157,7 +180,8 @@ class StagingReceiver:
         there = key(made, "export", identity(device))
         if not awaited(store, [there], ends):
             raise WeightSyncError(f"no learner rank has shared a bucket on this process's device, {identity(device)}")
-        self._seen: Tensor | None = see(store.get(there).decode(), nbytes, device)
+        exported = unsealed(made.meeting.secret, there, store.get(there))
+        self._seen: Tensor | None = see(exported, nbytes, device)
 
     def receive(self, index: int, into: Tensor, ends: float) -> None:
         """Copy bucket `index`, and tell. Raises `WeightSyncError` where it does not come by `ends`."""

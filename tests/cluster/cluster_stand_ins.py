@@ -200,7 +200,8 @@ class Stand:
             raise WeightSyncError("version 3: bucket 0 arrived torn; nothing was loaded")
         if self._mode == "broken":
             raise EngineBroken("the load of version 3 failed (OSError: gone)")
-        if self._mode == "off once" and announcement.round is not None and announcement.round.number == 1:
+        made = announcement.round
+        if made is not None and (self._mode == "off" or (self._mode == "off once" and made.number == 1)):
             raise WeightSyncError("version 3 was not sent: two did not get ready in time; nothing was loaded")
         found = "another hash" if self._mode == "lies" else announcement.hashes[0]
         return Receipt(self._name, announcement.version, (found,), {"a": 3 if self._mode == "skips" else 4})

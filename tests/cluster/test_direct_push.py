@@ -14,7 +14,7 @@ from rlhf_dist.cluster import direct_push
 from rlhf_dist.cluster.direct_push import DirectPush
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet
 from rlhf_dist.cluster.waits import gather
-from rlhf_dist.errors import ActorTimeout, DataError
+from rlhf_dist.errors import ActorTimeout, DataError, WeightSyncError
 from rlhf_dist.weights.receipts import MeetingPoint, Round, Sent
 
 workers = cluster_stand_ins.workers
@@ -82,6 +82,21 @@ def test_one_that_is_missing_is_left_out_of_a_second_round(line: Line) -> None:
     assert first.engines == ("one", "one", "two", "two") and second.engines == ("one", "one")
     assert second.group == second.number == 2, "they connect anew"
     assert line.fleet.serving() == ("one",)
+
+
+def test_two_rounds_that_are_off_tell_why_and_leave_the_workers_whole(line: Line) -> None:
+    """A learner that cannot connect, say."""
+    for worker in line.workers.values():
+        tell(worker, "off")
+    off = Sent((), "learner rank 0 could not connect")
+    with pytest.raises(WeightSyncError) as caught:
+        line.push(3, off, off)
+    for name in line.workers:
+        assert f"{name}: version 3 was not sent" in str(caught.value)
+    assert "no rollout worker holds the published weights" in str(caught.value) and len(line.rounds()) == 2
+    for worker in line.workers.values():
+        tell(worker, "right")
+    assert line.push(4, DONE) == [] and line.serve() == {"one", "two"}
 
 
 def test_one_that_is_gone_is_in_no_round(line: Line) -> None:

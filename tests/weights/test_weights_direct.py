@@ -12,12 +12,12 @@ from typing import Any, Literal
 import psutil
 import pytest
 import torch
-from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from weight_senders import CPU, PLAN, Sender, Taken, round_of, sending, transfer
 
 from rlhf_dist.errors import WeightSyncError
 from rlhf_dist.weights import broadcast, staging
 from rlhf_dist.weights.direct_reader import DirectReader
+from rlhf_dist.weights.rounds import Meeting
 from rlhf_dist.weights.shared_memory import PREFIX
 
 Transport = Literal["broadcast", "ipc"]
@@ -268,8 +268,8 @@ def test_a_transfer_of_nccl_that_does_not_end_is_given_up(monkeypatch: pytest.Mo
     aborted: list[bool] = []
     monkeypatch.setattr(broadcast, "nccl", lambda *given: Group())
     monkeypatch.setattr(torch, "zeros", lambda *given, **kinds: None)
-    store: Any = HashStore()
-    group = broadcast.BroadcastGroup(store, "g", 0, 2, torch.device("cuda"), "127.0.0.1", time.monotonic() + 5)
+    desk = Meeting("127.0.0.1")
+    group = broadcast.BroadcastGroup(desk.address, "g", 0, 2, torch.device("cuda"), time.monotonic() + 5)
     group.move(torch.ones(1), time.monotonic() + 5)
     Group.stuck = True
     with pytest.raises(WeightSyncError, match="did not end in time"):
