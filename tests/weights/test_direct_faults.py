@@ -142,6 +142,7 @@ def test_a_group_that_hangs_as_it_connects_is_given_up_and_nobody_elses_store_is
 
     class Stuck:
         aborted = False
+        store: Any = None
 
         def broadcast(self, *given: Any) -> Any:
             self.store.get("never set")
