@@ -16,7 +16,7 @@ ROUNDS = 2
 """For a version: where one is called off before any model is touched, there is another without the missing."""
 GRACE_S = 10.0
 """Beyond a round's limit, which learner and engines keep themselves."""
-SYNC_KEY = "weights.timeout_s"
+LIMIT = f"weights.timeout_s and {GRACE_S:g} s more"
 
 
 class DirectPush:
@@ -60,7 +60,7 @@ class DirectPush:
         for index, standing in enumerate(workers.values()):
             standing.ask_to_load(replace(announcement, round=replace(made, first=1 + index * self._processes)))
         calls = {name: rank.send.remote(made) for name, rank in self._ranks.items()}
-        return next(iter(gather(calls, "send weights", limit_s(meeting), SYNC_KEY, waits).values()))
+        return next(iter(gather(calls, "send weights", limit_s(meeting), LIMIT, waits).values()))
 
     def _refused(
         self, workers: Mapping[str, Standing], standings: Mapping[str, Standing], waits: Wait

@@ -21,7 +21,7 @@ from rlhf_dist.planning.shape import shape_of
 from rlhf_dist.planning.transports import MIB
 from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.direct_reader import largest
-from rlhf_dist.weights.shared_memory import MAKE_ROOM, SHARED_MEMORY, require_room, size_text
+from rlhf_dist.weights.shared_memory import MAKE_ROOM, SHARED_MEMORY, require_room, size_text, sweep
 
 
 @importing()
@@ -49,12 +49,14 @@ def require_shared_memory(source: str, config: Config) -> None:
 
     Raises `ResourceError`, or `ModelError` for a file that is damaged.
     """
-    if config.weights.transport == "ipc" and not joins_cluster(config.cluster):
-        _require_bucket(source, config)
+    if joins_cluster(config.cluster):
+        return  # the run may be on another node
+    if config.weights.transport == "shared_memory":
+        require_room(pushed_bytes(source, config))
         return
-    if joins_cluster(config.cluster) or config.weights.transport != "shared_memory":
-        return  # the run may be on another node, or needs none
-    require_room(pushed_bytes(source, config))
+    sweep(SHARED_MEMORY)  # what runs before this one left, which may have had another transport
+    if config.weights.transport == "ipc":
+        _require_bucket(source, config)
 
 
 def pushed_bytes(source: str, config: Config) -> int:

@@ -16,7 +16,7 @@ CPUS_A_GPU = 8
 CPU = "CPU"
 CPU_HOST = 4
 """GB of memory a CPU, assumed of a node without GPUs: what clouds sell as general-purpose machines."""
-CLUSTER = re.compile(r"(?:(\d{1,5})x)?(\d{1,5})x([A-Za-z0-9-]+)(?:,(\d{1,6})G)?")
+CLUSTER = re.compile(r"(?:([0-9]{1,5})x)?([0-9]{1,5})x([A-Za-z0-9-]+)(?:,([0-9]{1,6})G)?")
 GB, TERA = 10**9, 1e12
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from rlhf_dist.cluster import preflight
 from rlhf_dist.config.schema import Config, WeightsConfig
 from rlhf_dist.errors import ResourceError
 from rlhf_dist.planning.placement import Machine
+from rlhf_dist.weights.shared_memory import PREFIX, SHARED_MEMORY
 
 SEVEN = "Qwen/Qwen2.5-7B-Instruct"
 
@@ -66,3 +68,12 @@ def test_a_bucket_that_both_see_needs_room_on_a_cpu(
         return
     with pytest.raises(ResourceError, match=f"ipc need {needed} for a bucket of weights, and 4 KiB are free; lower w"):
         preflight.require_shared_memory(path, wanted)
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "ipc"])
+def test_what_an_earlier_run_left_goes_whatever_the_transport(transport: Any) -> None:
+    left = SHARED_MEMORY / f"{PREFIX}{os.getuid()}-left-{transport}.weights"
+    left.touch()
+    base = config(path=SEVEN, dtype="bfloat16")
+    preflight.require_shared_memory(SEVEN, replace(base, weights=replace(base.weights, transport=transport)))
+    assert not left.exists()

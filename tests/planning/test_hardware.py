@@ -33,6 +33,7 @@ def test_nodes_gpus_and_kind() -> None:
         ("8xH100-80G,1T", "as in 4x8xH100-80G,2000G"),
         ("8xH100-80G,0G", "nodes with no memory of their own"),
         ("", "write NODESxGPUSxKIND"),
+        ("\N{ARABIC-INDIC DIGIT THREE}x8xH100-80G", "write NODESxGPUSxKIND"),
     ],
 )
 def test_anything_else_is_refused(text: str, said: str) -> None:
