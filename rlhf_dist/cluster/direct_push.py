@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_dist.cluster.standing import Standing, is_done
@@ -19,6 +19,16 @@ GRACE_S = 10.0
 LIMIT = f"weights.timeout_s and {GRACE_S:g} s more"
 
 
+@dataclass(slots=True)
+class Pushed:
+    """What the learner saw of a push."""
+
+    problem: str = ""
+    """Why the last round did not reach all that took part in it; empty where it did, or where no model was touched."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Worker without which the others went on -> why. Nothing more comes of it."""
+
+
 class DirectPush:
     """Rounds with the learner's ranks. Who has connected stays so while the same workers take part."""
 
@@ -29,7 +39,7 @@ class DirectPush:
         self._group: tuple[tuple[str, ...], int] = (), 0
         """The workers that are connected, and since which round."""
 
-    def load(self, standings: Mapping[str, Standing], announcement: Announcement, waits: Wait) -> None:
+    def load(self, standings: Mapping[str, Standing], announcement: Announcement, waits: Wait) -> Pushed:
         """Have all that are free load the version; what they answer stays to be read.
 
         Weights that a worker has proved already need no bytes. Raises what a learner's rank raises.
@@ -38,15 +48,23 @@ class DirectPush:
         holds = [name for name, one in free.items() if one.proved and one.proved.same_weights(announcement)]
         for name in holds:
             free.pop(name).ask_to_load(announcement)
+        pushed = Pushed()
         for left in reversed(range(ROUNDS)):
             if not free:
-                return
+                break
             found = self._round(free, announcement, waits)
+            pushed.left_out |= dict.fromkeys(found.left_out, found.problem)
             if found.problem or found.left_out:
                 self._group = (), 0
+            if found.begun:
+                pushed.problem = found.problem
             if found.begun or not found.problem or not left:
-                return  # what the workers answer to the last round is their receipt, or why there is none
-            free = self._refused({n: one for n, one in free.items() if n not in found.left_out}, standings, waits)
+                break  # what the workers answer to the last round is their receipt, or why there is none
+            asked = {name: one for name, one in free.items() if name not in found.left_out}
+            free = self._refused(asked, standings, waits)
+            stuck = f"it did not answer in {GRACE_S:g} s that the first try is off: {found.problem}"
+            pushed.left_out |= dict.fromkeys(asked.keys() - free.keys(), stuck)
+        return pushed
 
     def _round(self, workers: Mapping[str, Standing], announcement: Announcement, waits: Wait) -> Sent:
         meeting = announcement.meeting

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from rlhf_dist.cluster.direct_push import DirectPush
+from rlhf_dist.cluster.direct_push import DirectPush, Pushed
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.processes import look
 from rlhf_dist.cluster.relay_hosts import OFFER, ONE_NODE, Relays
@@ -67,6 +67,8 @@ class RolloutFleet:
         self._relays = relays
         self._fetches: dict[str, Any] = {}
         """Relay -> its last call."""
+        self._deaths: dict[str, str] = {}
+        """Worker whose death, or broken engine, was noticed apart from a push -> the words for it."""
         for name in self._standings:
             self._ask_for_events(name)
 
@@ -140,7 +142,8 @@ class RolloutFleet:
                 return []  # It was given up before.
             ray.kill(standing.worker)
             text = str(error)
-            return [Lost(name, text if text.startswith(name) else f"{name}: {text}")]
+            self._deaths[name] = text if text.startswith(name) else f"{name}: {text}"
+            return [Lost(name, self._deaths[name])]
         if name not in self._standings:
             return []
         self._ask_for_events(name)
@@ -180,27 +183,31 @@ class RolloutFleet:
         Returns what was wrong, one sentence a worker. Raises `WeightSyncError` when no worker holds the version.
         """
         problems: list[str] = []
+        before, pushed = set(self._standings), Pushed()
         for name, standing in list(self._standings.items()):
             if standing.call is not None:
                 problems += self._look_back(name, standing, announcement.version)
         self._serving, self._announced = [], announcement
         patience = Patience(self._sync_timeout_s)
         if self._direct is not None:
-            self._direct.load(self._standings, announcement, self._inbox.wait)
+            pushed = self._direct.load(self._standings, announcement, self._inbox.wait)
+            problems = [*filter(None, [pushed.problem]), *problems]
         else:
             for name, standing in self._standings.items():
                 if name not in self._relays.of_worker:
                     standing.ask_to_load(announcement)
             problems += self._load_elsewhere(announcement, patience)
-        asked = [standing for standing in self._standings.values() if standing.version == announcement.version]
-        awaited = [standing.call for standing in asked if not standing.silent] or [standing.call for standing in asked]
+        asked = {name: one for name, one in self._standings.items() if one.version == announcement.version}
+        taking_part = [one for name, one in asked.items() if name not in pushed.left_out]
+        awaited = [one.call for one in taking_part if not one.silent] or [one.call for one in taking_part]
         if awaited:
             self._inbox.wait(awaited, patience, count=len(awaited))
-        for name, standing in list(self._standings.items()):
-            if standing.version == announcement.version:
-                problems += self._read_receipt(name, standing, announcement)
+        for name, standing in asked.items():
+            if name in self._standings:
+                problems += self._read_receipt(name, standing, announcement, pushed.left_out.get(name, ""))
         if not self._serving:
-            raise WeightSyncError("; ".join([*problems, "no rollout worker holds the published weights"]))
+            deaths = [why for name, why in self._deaths.items() if name in before]
+            raise WeightSyncError("; ".join([*deaths, *problems, "no rollout worker holds the published weights"]))
         return problems
 
     def _load_elsewhere(self, announcement: Announcement, patience: Patience) -> list[str]:
@@ -292,17 +299,21 @@ class RolloutFleet:
             problem = f"{name}: {error}"
         return self._missed(name, standing, standing.version, problem)
 
-    def _read_receipt(self, name: str, standing: Standing, announcement: Announcement) -> list[str]:
-        """Let the worker serve when its receipt is right; returns what is wrong with it otherwise."""
+    def _read_receipt(self, name: str, standing: Standing, announcement: Announcement, left_out: str) -> list[str]:
+        """Let the worker serve when its receipt is right; returns what is wrong with it otherwise.
+
+        `left_out`: why the others went on without it, if they did.
+        """
         version = announcement.version
         if not is_done(standing.call):
             if standing.silent:
                 return []  # It may still come, and is counted at the next push.
             standing.silent = True
             limit = limit_text(self._sync_timeout_s, SYNC_KEY)
-            return self._missed(
-                name, standing, version, self._silence(name, f"did not load version {version} in {limit}")
-            )
+            what = f"did not load version {version} in {limit}"
+            if left_out:
+                what = f"was left out of the push of version {version} ({left_out})"
+            return self._missed(name, standing, version, self._silence(name, what))
         call, standing.call = standing.call, None
         try:
             problem = receipt_problem(announcement, fetch(call, name, "load_weights", self._sync_timeout_s))

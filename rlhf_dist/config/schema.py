@@ -226,7 +226,7 @@ class WeightsConfig:
     timeout_s: float = key(120.0, LIMIT_S)
     """Limit for one push to all workers. A worker that did not answer in time is not waited for in later pushes.
     Transports other than shared_memory wait half of it for workers to be ready, all of it for them to be connected,
-    and then once more without the missing: a push may take twice as long. A transfer has what is then left."""
+    and then once more without the missing, who are not waited for again. A transfer has what is then left."""
     give_up_after: int = key(3, COUNT)
     """Pushes that a worker may miss in a row before it is killed and the run goes on without it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -76,12 +77,33 @@ def test_one_that_is_missing_is_left_out_of_a_second_round(line: Line) -> None:
     tell(line.workers["one"], "off once")
     tell(line.workers["two"], "hangs")
     off = Sent(("two",), "two did not get ready in time")
+    begun = time.monotonic()
     (problem,) = line.push(3, off, DONE)
-    assert problem.startswith("two did not load version 3 in 3 s (weights.timeout_s)")
+    assert time.monotonic() - begun < 2.5, "who was left out is not waited for again"
+    assert problem.startswith("two was left out of the push of version 3 (two did not get ready in time)")
     first, second = line.rounds()
     assert first.engines == ("one", "one", "two", "two") and second.engines == ("one", "one")
     assert second.group == second.number == 2, "they connect anew"
     assert line.fleet.serving() == ("one",)
+
+
+def test_one_that_is_left_out_of_a_transfer_is_not_waited_for(line: Line) -> None:
+    """By `ipc` the others go on in the middle."""
+    tell(line.workers["two"], "hangs")
+    begun = time.monotonic()
+    late = "two did not take bucket 1"
+    first, problem = line.push(3, Sent(("two",), late, begun=True))
+    assert time.monotonic() - begun < 2.5
+    assert first == late and problem.startswith(f"two was left out of the push of version 3 ({late})")
+    assert len(line.rounds()) == 1 and line.fleet.serving() == ("one",)
+
+
+def test_one_that_does_not_hear_that_a_round_is_off_is_not_waited_for(line: Line) -> None:
+    tell(line.workers["two"], "hangs")
+    begun = time.monotonic()
+    (problem,) = line.push(3, Sent((), "learner rank 0 could not connect"), DONE)
+    assert time.monotonic() - begun < 2.9, "2 s to hear it"
+    assert "it did not answer in 2 s that the first try is off: learner rank 0 could not connect" in problem
 
 
 def test_two_rounds_that_are_off_tell_why_and_leave_the_workers_whole(line: Line) -> None:
@@ -111,13 +133,36 @@ def test_one_that_is_gone_is_in_no_round(line: Line) -> None:
     assert made.engines == ("one", "two") and made.group > 1
 
 
+def test_a_death_that_ends_a_transfer_for_all_is_named_first(line: Line) -> None:
+    """It is noticed while the learner still sends, and the others only say that the transfer broke."""
+    extra = {"third": start("third"), "gone": start("gone")}
+    direct = DirectPush({"learner rank 0": line.rank}, processes=1)
+    line.fleet = RolloutFleet(extra, line.ears.inbox, timeout_s=30.0, sync_timeout_s=3.0, direct=direct)
+    tell(extra["third"], "broken")
+    tell(extra["gone"], "dies")
+    tell(line.rank, "sleeps")
+    broken = "the transfer of weights failed: Connection closed by peer [127.0.0.1]"
+    with pytest.raises(WeightSyncError) as caught:
+        line.push(3, Sent((), broken, begun=True))
+    tell(line.rank, "right")
+    text = str(caught.value)
+    assert text.startswith("gone died during"), text
+    assert text.index(broken) < text.index("third: the load of version 3 failed"), text
+    assert text.endswith("no rollout worker holds the published weights")
+
+
 def test_after_a_broken_transfer_nobody_uses_its_connections(line: Line) -> None:
     extra = {"one": line.workers["one"], "third": start("third")}
     direct = DirectPush({"learner rank 0": line.rank}, processes=1)
     line.fleet = RolloutFleet(extra, line.ears.inbox, timeout_s=30.0, sync_timeout_s=3.0, direct=direct)
     tell(extra["third"], "broken")
-    (problem,) = line.push(3, Sent((), "third did not take bucket 0 in time", begun=True))
-    assert "third: the load of version 3 failed" in problem and "it is given up, 1 rollout worker is left" in problem
+    late = "the transfer of weights failed"
+    first, problem = line.push(3, Sent((), late, begun=True))
+    assert (
+        first == late
+        and "third: the load of version 3 failed" in problem
+        and "it is given up, 1 rollout worker is left" in problem
+    )
     assert len(line.rounds()) == 1, "models were touched, so there is no second try"
     assert line.push(4, DONE) == []
     assert line.rounds() == [Round(2, 2, 4, MEETING, ("one",))]
