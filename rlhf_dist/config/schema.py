@@ -219,14 +219,14 @@ class WeightsConfig:
     """How weights reach the rollout workers. shared_memory: through the node's shared memory, and from node to node by
     relays. broadcast: learner rank 0 sends them to all engines, by nccl between GPUs, by gloo between CPUs. ipc: from
     learner ranks to engines on the same GPU (`cluster.colocate`) or CPUs, through a bucket that both see.
-    An engine that dies in the middle of a transfer by broadcast or ipc takes along all that have not got everything;
-    where none is left, the run ends."""
+    An engine that dies in the middle of a transfer by broadcast takes along all that have not got everything; where
+    none is left, the run ends. By the others it costs them some time at most."""
     bucket_mib: int = key(64, COUNT)
     """Weights hashed as one, and sent as one."""
     timeout_s: float = key(120.0, LIMIT_S)
     """Limit for one push to all workers. A worker that did not answer in time is not waited for in later pushes.
-    Transports other than shared_memory wait half of it for workers to be ready, all of it for them to be connected,
-    and then once more without the missing, who are not waited for again. A transfer has what is then left."""
+    Transports other than shared_memory wait half of it for workers to be ready, seven eighths for them to be connected,
+    and then once more without the missing, who are not waited for again. The transfer has the rest, at least half."""
     give_up_after: int = key(3, COUNT)
     """Pushes that a worker may miss in a row before it is killed and the run goes on without it."""
 

@@ -20,7 +20,7 @@ from rlhf_dist.weights.buckets import ALIGNMENT, WeightPlan
 from rlhf_dist.weights.device_hash import DeviceHash
 from rlhf_dist.weights.direct_reader import largest
 from rlhf_dist.weights.receipts import Announcement, MeetingPoint, Round, Sent, named_engines
-from rlhf_dist.weights.rounds import Attendance, Meeting, first_line
+from rlhf_dist.weights.rounds import Attendance, Meeting, first_line, transfer_ends
 from rlhf_dist.weights.staging import StagingSender, identity
 
 T = TypeVar("T")
@@ -33,6 +33,8 @@ class BucketSender(Protocol):
 
     buffer: Tensor
     """uint8 [bytes of the largest bucket], from where they are sent."""
+    left_out: dict[str, str]
+    """Engine that nothing more is sent to -> why. The others go on."""
 
     def send(self, index: int, nbytes: int, ends: float) -> None:
         """Returns when the buffer may be filled again. Raises `WeightSyncError`."""
@@ -51,6 +53,7 @@ class GroupSender:
     def __init__(self, group: BroadcastGroup, buffer: Tensor) -> None:
         self._group = group
         self.buffer = buffer
+        self.left_out: dict[str, str] = {}
 
     def send(self, index: int, nbytes: int, ends: float) -> None:
         """See `BucketSender`."""
@@ -104,17 +107,21 @@ class DirectPublication:
     def send(self, made: Round) -> Sent:
         """One round; every rank returns what rank 0 found. Raises nothing that the other ranks would wait for."""
         ends = time.monotonic() + made.meeting.limit_s
-        half, quarter = ends - made.meeting.limit_s / 2, ends - made.meeting.limit_s / 4
+        half, quarter, eighth = (ends - made.meeting.limit_s / part for part in (2, 4, 8))
         devices = self._deepspeed.of_all_ranks(identity(self._device))
         said, found = self._of_rank_0(lambda: self._ready(made, devices, half))
         if found.problem:
             return found
         sender, problem = self._open(made, devices, said, quarter)
         problems = [text for text in self._deepspeed.of_all_ranks(problem) if text]
-        found = self._of_rank_0(lambda: self._joined(made, problems, quarter, ends))
+        found = self._of_rank_0(lambda: self._joined(made, problems, quarter, eighth))
         if not found.problem:
-            problem = self._stream(sender, ends)
-            found = Sent((), "; ".join(text for text in self._deepspeed.of_all_ranks(problem) if text), begun=True)
+            problem = self._stream(sender, transfer_ends(ends, made.meeting.limit_s))
+            left_out = {} if sender is None else sender.left_out
+            of_ranks = self._deepspeed.of_all_ranks((problem, left_out))
+            late = {name: why for _, of_one in of_ranks for name, why in of_one.items()}
+            texts = [*late.values(), *(text for text, _ in of_ranks if text)]
+            found = Sent(tuple(late), "; ".join(texts), begun=True)
         if sender is not None:
             with suppress(RuntimeError):  # of a store that is gone
                 sender.close()
@@ -137,13 +144,13 @@ class DirectPublication:
         self._desk.decide(made, "ready", found)
         return said, found
 
-    def _joined(self, made: Round, problems: Sequence[str], joined_by: float, ends: float) -> Sent:
+    def _joined(self, made: Round, problems: Sequence[str], connected_by: float, ends: float) -> Sent:
         """On rank 0, the second decision; `problems`: of the learner's ranks.
 
-        What failed before `joined_by` was no wait for an engine, so nobody is waited for: it is off at once.
+        What failed before `connected_by` was no wait for an engine, so nobody is waited for: it is off at once.
         """
         assert self._desk is not None
-        if problems and time.monotonic() < joined_by:
+        if problems and time.monotonic() < connected_by:
             said, found = dict[int, str](), Sent()
         else:
             said, found = self._desk.gather(made, "joined", ends)

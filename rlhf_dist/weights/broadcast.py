@@ -17,6 +17,7 @@ from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImport
 
 from rlhf_dist.errors import WeightSyncError
 from rlhf_dist.weights.own_address import interface_of, own_address
+from rlhf_dist.weights.receipts import LIMIT_KEY
 from rlhf_dist.weights.rounds import connected, first_line, in_time
 
 POLL_S = 0.0002
@@ -25,6 +26,8 @@ BEYOND_S = 600.0
 """nccl's own limit is set once for a group, and a later round may have more time than the first one had left."""
 ON_ERROR = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 """What a group's watchdog does when a peer is gone. 3, the default, ends the process; 0 leaves it to who waits."""
+
+LATE = f"the transfer of weights did not end in time ({LIMIT_KEY})"
 
 
 class BroadcastGroup:
@@ -63,14 +66,18 @@ class BroadcastGroup:
     def move(self, data: Tensor, ends: float) -> None:
         """Send `data`, or fill it with what is sent. Raises `WeightSyncError` at `ends`, on the monotonic clock."""
         try:
+            # gloo's own limit for an operation is the one that the group had to connect, and may be shorter.
+            self._options.timeout = remaining(ends)
             work = self._group.broadcast([data], self._options)
             if self._device.type == "cuda":
                 while not work.is_completed():
                     if time.monotonic() > ends:
-                        raise WeightSyncError("the transfer of weights did not end in time")
+                        raise WeightSyncError(LATE)
                     time.sleep(POLL_S)
-            work.wait(timedelta(seconds=max(ends - time.monotonic(), 0.001)))
+            work.wait(remaining(ends))
         except RuntimeError as error:
+            if "timed out" in str(error).lower():
+                raise WeightSyncError(LATE) from None
             raise WeightSyncError(f"the transfer of weights failed: {first_line(error)}") from None
 
     def close(self) -> None:
@@ -78,6 +85,11 @@ class BroadcastGroup:
         group, self._group = self._group, None
         if group is not None:
             group.abort()
+
+
+def remaining(ends: float) -> timedelta:
+    """Until then on the monotonic clock; above 0, which would be no limit."""
+    return timedelta(seconds=max(ends - time.monotonic(), 0.001))
 
 
 def gloo(store: Any, rank: int, size: int, own: str, limit_s: float) -> Any:

@@ -16,7 +16,7 @@ from rlhf_dist.weights.broadcast import BroadcastGroup
 from rlhf_dist.weights.buckets import Bucket, WeightPlan
 from rlhf_dist.weights.device_hash import DeviceHash
 from rlhf_dist.weights.receipts import Announcement, MeetingPoint, Round
-from rlhf_dist.weights.rounds import Attendance, first_line
+from rlhf_dist.weights.rounds import Attendance, first_line, transfer_ends
 from rlhf_dist.weights.staging import StagingReceiver, identity
 
 BUCKETS = 3
@@ -76,6 +76,7 @@ class DirectReader:
             except (RuntimeError, OSError, WeightSyncError) as error:
                 problem = problem or f"could not connect: {first_line(error)}"
             store.arrive(made, "joined", rank, problem, ends)
+            ends = transfer_ends(ends, made.meeting.limit_s)
         except WeightSyncError:
             if receiver is not None:
                 receiver.close()

@@ -11,6 +11,8 @@ import xxhash
 from rlhf_dist.types import Receipt
 from rlhf_dist.weights.buckets import WeightPlan
 
+LIMIT_KEY = "weights.timeout_s"
+
 
 @dataclass(frozen=True, slots=True)
 class Changes:
@@ -31,7 +33,8 @@ class MeetingPoint:
     """Host and port of learner rank 0's store."""
     transport: Literal["broadcast", "ipc"]
     limit_s: float
-    """For a round, `weights.timeout_s`; half of it for engines to be ready."""
+    """`weights.timeout_s`. Engines have half of it to be ready, three quarters to connect and seven eighths to say so;
+    a transfer has the rest, and half of it at least."""
     secret: str = field(default="", repr=False)
     """Comes through Ray only: with it an engine tells the learner's own words in the store from another's."""
 
@@ -62,9 +65,9 @@ class Sent:
     """What became of a round, as the learner saw it."""
 
     left_out: tuple[str, ...] = ()
-    """Engines for which it was called off."""
+    """Engines for which it was called off, or without which a transfer went on."""
     problem: str = ""
-    """Why nothing was sent, or not everything; empty where all is well."""
+    """Why nothing was sent, or not everything to everybody; empty where all is well."""
     begun: bool = False
     """Whether models were touched."""
 

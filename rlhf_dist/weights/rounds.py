@@ -11,6 +11,7 @@ that is trusted, as the learner's ranks do.
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -28,6 +29,8 @@ GO = b"go"
 ANSWER_S = 5.0
 """For a store to answer what needs no waiting, or that a wait is over."""
 Step = Literal["ready", "joined"]
+GLOO = re.compile(r"^\[\S+:\d+\] (?P<what>.*?)(?:\. This is typically .*)?$")
+"""A line of gloo's: where in its source, what, and advice for gloo's own developers."""
 
 
 class Meeting:
@@ -177,6 +180,16 @@ def awaited(store: TCPStore | Client, keys: Sequence[str], ends: float) -> bool:
     return True
 
 
+def transfer_ends(ends: float, limit_s: float) -> float:
+    """Until when a transfer that begins now may last: however slow the agreement was, half of a round's limit is left.
+
+    Models are touched from here on, so too little time would be the end of all engines. `ends`: of the round.
+    """
+    return max(ends, time.monotonic() + limit_s / 2)
+
+
 def first_line(error: Exception) -> str:
-    """What it says, without the stacks that torch adds."""
-    return str(error).partition("\n")[0]
+    """What it says, without the stacks that torch adds, and what gloo adds for its own developers."""
+    line = str(error).partition("\n")[0]
+    found = GLOO.match(line)
+    return found["what"] if found else line

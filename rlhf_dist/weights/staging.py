@@ -10,6 +10,7 @@ import hmac
 import json
 import os
 import secrets
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from rlhf_dist.errors import WeightSyncError
-from rlhf_dist.weights.receipts import Round, named_engines
+from rlhf_dist.weights.receipts import LIMIT_KEY, Round, named_engines
 from rlhf_dist.weights.rounds import awaited, first_line, key
 from rlhf_dist.weights.shared_memory import PREFIX, SHARED_MEMORY, map_file, private_file, sweep
 
@@ -136,28 +137,45 @@ def settle(device: torch.device) -> None:
 
 
 class StagingSender:
-    """A learner rank's end."""
+    """A learner rank's end.
+
+    Nothing ties the receivers to each other, so one that dies or is late costs the others time only: it has half of
+    what is left of the limit for a bucket, and then they go on without its engine.
+    """
 
     def __init__(self, store: Any, made: Round, ranks: list[int], nbytes: int, device: torch.device) -> None:
         """`ranks`: the receivers on this device."""
-        self._store, self._round, self._ranks, self._device = store, made, ranks, device
+        self._store, self._round, self._ranks, self._device = store, made, list(ranks), device
+        self._alone = len(set(made.engines)) == 1
+        self.left_out: dict[str, str] = {}
         self._staging = make_staging(nbytes, device)
         self.buffer = self._staging.tensor
         name = key(made, "export", identity(device))
         store.set(name, sealed(made.meeting.secret, name, self._staging.export()))
 
     def send(self, index: int, nbytes: int, ends: float) -> None:
-        """Let the receivers take what is in the buffer. Raises `WeightSyncError` for those that did not by `ends`."""
+        """Let the receivers take what is in the buffer; see `left_out` for those that did not."""
+        if not self._ranks:
+            return
         settle(self._device)
-        there = identity(self._device)
-        self._store.set(key(self._round, f"filled {there}", index), "")
+        filled = key(self._round, f"filled {identity(self._device)}", index)
+        self._store.set(filled, "")
         keys = {rank: key(self._round, f"taken {index}", rank) for rank in self._ranks}
-        if not awaited(self._store, list(keys.values()), ends):
-            late = [rank for rank, own in keys.items() if not self._store.check([own])]
-            names = ", ".join(named_engines(self._round, late))
-            raise WeightSyncError(f"{names} did not take bucket {index} in time")
-        for own in (*keys.values(), key(self._round, f"filled {there}", index)):
+        now = time.monotonic()
+        if not awaited(self._store, list(keys.values()), ends if self._alone else now + (ends - now) / 2):
+            self._leave_out(index, [rank for rank, own in keys.items() if not self._store.check([own])])
+        for own in keys.values():
             self._store.delete_key(own)
+        if self.left_out:  # for who comes later, as the bucket will hold the next one's bytes
+            self._store.set(filled, "; ".join(self.left_out.values()))
+        else:
+            self._store.delete_key(filled)
+
+    def _leave_out(self, index: int, late: list[int]) -> None:
+        """An engine of several processes is of no use without one of them."""
+        for name in named_engines(self._round, late):
+            self.left_out[name] = f"{name} did not take bucket {index} in time ({LIMIT_KEY})"
+        self._ranks = [rank for rank in self._ranks if self._round.engines[rank - 1] not in self.left_out]
 
     def give_up(self, index: int, why: str) -> None:
         """Tell those that wait for bucket `index`, or have taken it, that no more comes."""
@@ -188,7 +206,7 @@ class StagingReceiver:
         filled = key(self._round, f"filled {identity(self._device)}", index)
         try:
             if not awaited(self._store, [filled], ends):
-                raise WeightSyncError(f"the learner did not fill bucket {index} in time")
+                raise WeightSyncError(f"the learner did not fill bucket {index} in time ({LIMIT_KEY})")
             why = self._store.get(filled).decode()
             if why:
                 raise WeightSyncError(f"the learner gave up: {why}")

@@ -128,25 +128,6 @@ def test_an_engine_that_stops_reading_lets_the_others_have_the_rest(transport: T
 
 
 @BOTH
-def test_an_engine_that_is_gone_in_the_middle_ends_the_round_in_its_limit(transport: Transport) -> None:
-    def vanish(incoming: Any) -> None:
-        next(incoming.parts())
-        incoming._reader.leave()
-        incoming._next = len(PLAN.buckets)
-        raise ValueError("gone")
-
-    with sending(transport, limit_s=2.0) as sender:
-        announced, begun = sender.publish(1), time.monotonic()
-        sent, found = transfer(sender, announced, round_of(announced, 1, 1, TWO), readers(*TWO), {"w1": vanish})
-        assert time.monotonic() - begun < 4.0 and sent.begun and sent.problem
-        error = found["w0"].error
-        assert isinstance(error, WeightSyncError) or is_right(sender, announced.hashes, found["w0"])
-        engines = readers("w0")
-        sent, found = transfer(sender, announced, round_of(announced, 2, 2, ("w0",)), engines)
-        assert not sent.problem and is_right(sender, announced.hashes, found["w0"]), "the next one is sound"
-
-
-@BOTH
 def test_a_learner_that_fails_in_the_middle_is_told_to_all(transport: Transport) -> None:
     with sending(transport, limit_s=2.0) as sender:
         announced = sender.publish(1)
