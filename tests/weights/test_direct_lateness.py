@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -91,7 +92,11 @@ def test_by_broadcast_one_that_is_gone_ends_the_transfer_for_all() -> None:
         announced, begun = sender.publish(1), time.monotonic()
         sent, found = transfer(sender, announced, round_of(announced, 1, 1, TWO), readers(*TWO), {"w1": vanish})
         assert time.monotonic() - begun < 4.0 and sent.begun
-        assert sent.problem.startswith("the transfer of weights failed: Connection ") and "gloo" not in sent.problem
+        # gloo notices it in one of two ways.
+        assert re.match(
+            r"the transfer of weights failed: (Connection closed|Read error) .*\[127\.0\.0\.1\]", sent.problem
+        )
+        assert len(sent.problem) < 120
         error = found["w0"].error
         assert isinstance(error, WeightSyncError) or is_right(sender, announced.hashes, found["w0"])
         sent, found = transfer(sender, announced, round_of(announced, 2, 2, ("w0",)), readers("w0"))
@@ -100,8 +105,9 @@ def test_by_broadcast_one_that_is_gone_ends_the_transfer_for_all() -> None:
 
 def test_by_ipc_the_others_get_everything_without_one_that_is_gone() -> None:
     with sending("ipc", limit_s=2.0) as sender:
-        announced, engines = sender.publish(1), readers(*TWO)
+        announced, engines, begun = sender.publish(1), readers(*TWO), time.monotonic()
         sent, found = transfer(sender, announced, round_of(announced, 1, 1, TWO), engines, {"w1": vanish})
+        assert time.monotonic() - begun < 1.8, "half of what is left"
         del engines["w1"]
         late = "w1 did not take bucket 1 in time (weights.timeout_s)"
         assert (sent.left_out, sent.problem, sent.begun) == (("w1",), late, True)
