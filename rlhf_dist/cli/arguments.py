@@ -54,6 +54,20 @@ class Parser(argparse.ArgumentParser):
         return super().format_help() + (f"\n{self.closing}\n" if self.closing else "")
 
 
+class Once(argparse.Action):
+    """An option with a value that is rejected when it is given twice; argparse's own takes the last."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        """See `argparse.Action`."""
+        given: set[str] = vars(namespace).setdefault("given", set())
+        if self.dest in given:
+            raise argparse.ArgumentError(self, "it is given twice; give it once")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 def config_parser(name: str, description: str) -> Parser:
     """`rlhf-dist NAME CONFIG.yaml [key=value ...]`, options in any place."""
     usage = f"rlhf-dist {name} CONFIG.yaml [key=value ...] [options]"

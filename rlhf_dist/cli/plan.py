@@ -23,13 +23,14 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--cluster",
+        action=arguments.Once,
         help="nodes x GPUs of each x kind, as in 4x8xH100-80G, or nodes x CPUs x CPU; ,2000G behind it: memory of each",
     )
-    parser.add_argument("--cpus", type=_count, help="CPUs of one machine to plan for; default: this machine's")
-    parser.add_argument("--gpus", type=_count, help="GPUs of one machine to plan for; default: this machine's")
-    parser.add_argument(
-        "--response-tokens", type=_count, default=0, help="mean response assumed by the forecast; default: the longest"
-    )
+    for name in ("CPUs", "GPUs"):
+        text = f"{name} of one machine to plan for; default: this machine's"
+        parser.add_argument(f"--{name.lower()}", action=arguments.Once, type=_count, help=text)
+    text = "mean response assumed by the forecast; default: the longest"
+    parser.add_argument("--response-tokens", action=arguments.Once, type=_count, default=0, help=text)
     args = arguments.parse(parser, argv)
     if args.cluster is not None and (args.cpus is not None or args.gpus is not None):
         raise InputError("--cluster says what each node has; take --cpus and --gpus out")

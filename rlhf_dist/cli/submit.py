@@ -20,8 +20,15 @@ USAGE = "usage: rlhf-dist submit [--env NAME[=VALUE] ...] COMMAND CONFIG.yaml [k
 FETCH = "usage: rlhf-dist submit fetch JOB [DIRECTORY] [--limit MIB]"
 LIMIT_MIB = 100
 """Of what is copied."""
-RESERVED = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR")
-"""Variables that tell a job its cluster."""
+RESERVED = (
+    "RAY_ADDRESS",
+    "RAY_AUTH_MODE",
+    "RAY_AUTH_TOKEN",
+    "RAY_AUTH_TOKEN_PATH",
+    "RAY_ENABLE_K8S_TOKEN_AUTH",
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",
+)
+"""Variables that tell a job its cluster, and how it proves that it belongs there."""
 HELP = f"""{USAGE}
 {FETCH.replace("usage:", "      ")}
 
@@ -163,15 +170,29 @@ def taken_environment(argv: Sequence[str]) -> tuple[dict[str, str], Sequence[str
             raise InputError(f"--env needs NAME or NAME=VALUE, as in --env HF_HOME=/shared/hub; {USAGE}")
         if name in RESERVED:
             raise InputError(f"--env {name}: a job gets it from its cluster; leave it out")
+        if name in found:
+            raise InputError(f"--env {name}: it is given twice; give it once")
         if not given and name not in os.environ:
             raise InputError(f"--env {name}: it is not set here; set it, or give the value: --env {name}=VALUE")
         found[name] = value if given else os.environ[name]
+        if not can_be_set(found[name]):
+            raise InputError(
+                f"--env {name}: its value is not text: it has a NUL character, or bytes that are not UTF-8"
+            )
         del rest[:2]
     if "--env" in rest:
         raise InputError(f"--env comes before the command; {USAGE}")
     if found and rest[:1] and rest[0] not in COMMANDS:
         raise InputError(f"after --env NAME=VALUE comes a command: {', '.join(COMMANDS)}; {USAGE}")
     return found, rest
+
+
+def can_be_set(value: str) -> bool:
+    """Whether an environment variable can have this value, and a message can carry it there."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def checked(argv: Sequence[str]) -> tuple[list[str], Path | None]:

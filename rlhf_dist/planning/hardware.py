@@ -16,7 +16,9 @@ CPUS_A_GPU = 8
 CPU = "CPU"
 CPU_HOST = 4
 """GB of memory a CPU, assumed of a node without GPUs: what clouds sell as general-purpose machines."""
-CLUSTER = re.compile(r"(?:([0-9]{1,5})x)?([0-9]{1,5})x([A-Za-z0-9-]+)(?:,([0-9]{1,6})G)?")
+CLUSTER = re.compile(r"(?:([0-9]+)x)?([0-9]+)x([A-Za-z0-9-]+)(?:,([0-9]+)G)?")
+DIGITS, MEMORY_DIGITS = 5, 6
+"""Of a cluster that can be planned, at most."""
 GB, TERA = 10**9, 1e12
 
 
@@ -100,6 +102,12 @@ def parse_cluster(text: str) -> Cluster:
         raise InputError(
             f"--cluster {text}: write NODESxGPUSxKIND, as in 4x8xH100-80G, or NODESxCPUSxCPU; "
             "each node's own memory may follow, as in 4x8xH100-80G,2000G"
+        )
+    large = any(len(digits or "") > DIGITS for digits in found.group(1, 2)) or len(found[4] or "") > MEMORY_DIGITS
+    if large:
+        raise InputError(
+            f"--cluster {text}: nodes, and GPUs or CPUs of each, have {DIGITS} digits at most, "
+            f"and each node's memory in GB {MEMORY_DIGITS}"
         )
     nodes, each, kind = int(found[1] or 1), int(found[2]), kinds.get(found[3].lower())
     if kind is None:

@@ -93,6 +93,26 @@ def test_a_gpu_of_one_kind_needs_no_size(capsys: pytest.CaptureFixture[str]) -> 
     assert "A100 is not known; there is B200-180G, H200-141G, H100-80G, A100-80G" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "size", ["100000x8xH100-80G", "1x000008xH100-80G", "100000xCPU", "8xH100-80G,1000000G", "9" * 5000]
+)
+def test_a_cluster_that_is_too_large_is_told_the_rule(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    size = size if "x" in size else f"{size}x8xH100-80G"
+    assert main(["plan", RECIPE, "--cluster", size]) == 2
+    said = capsys.readouterr().err
+    assert "nodes, and GPUs or CPUs of each, have 5 digits at most, and each node's memory in GB 6" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--cluster", "8xH100-80G", "--cluster=2xCPU"], ["--gpus", "8", "--gpus", "8"], ["--response-tokens=0"] * 2],
+)
+def test_an_option_that_is_given_twice_is_rejected(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", RECIPE, *words]) == 2
+    said = capsys.readouterr()
+    assert f"argument {words[0].partition('=')[0]}: it is given twice; give it once" in said.err and not said.out
+
+
 def test_an_empty_cluster_is_not_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", REVERSE, "--cluster", ""]) == 2
     assert "write NODESxGPUSxKIND" in capsys.readouterr().err

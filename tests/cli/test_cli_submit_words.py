@@ -121,6 +121,17 @@ def test_a_job_gets_the_variables_that_are_named(
         (["--env", "my-name=hidden", "train", "run.yaml"], "--env needs NAME or NAME=VALUE"),
         (["--env", "NOT_SET_HERE", "train", "run.yaml"], "--env NOT_SET_HERE: it is not set here; set it, or give"),
         (["--env", "RAY_ADDRESS=hidden", "train", "run.yaml"], "--env RAY_ADDRESS: a job gets it from its cluster"),
+        *[
+            (["--env", f"{name}=hidden", "train", "run.yaml"], f"--env {name}: a job gets it from its cluster")
+            for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_K8S_TOKEN_AUTH")
+        ],
+        (["--env", "A\0B=hidden", "train", "run.yaml"], "--env needs NAME or NAME=VALUE"),
+        (["--env", "A=hidden\0", "train", "run.yaml"], "--env A: its value is not text: it has a NUL character, or"),
+        (
+            ["--env", "A=hidden\udcff", "train", "run.yaml"],
+            "--env A: its value is not text: it has a NUL character, or",
+        ),
+        (["--env", "A=hidden", "--env=A", "train", "run.yaml"], "--env A: it is given twice; give it once"),
         (["--env", "PATH", "hidden", "train", "run.yaml"], "after --env NAME=VALUE comes a command: train, sft"),
         (["train", "run.yaml", "--env", "A=hidden"], "--env comes before the command"),
         (["train", "run.yaml", "--env=A=hidden"], "--env comes before the command"),
