@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -121,7 +122,10 @@ class Sender:
 
 
 def engine(config: Config) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Loads: seconds, and CPU seconds of the process; the same of as many plain copies. The receipt has to be right."""
+    """Loads: seconds, CPU seconds, the kernel's of them, page faults; CPU seconds of as many plain copies.
+
+    The receipt has to be right.
+    """
     from rlhf_dist.rollout.vllm_engine import VllmEngine
 
     made = VllmEngine(
@@ -139,17 +143,20 @@ def engine(config: Config) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def load(told: dict[str, Any]) -> dict[str, Any]:
         announcement: Announcement = pickle.loads(base64.b64decode(told["announcement"]))
         torch.set_num_threads(told["threads"])
-        before, begun = cpu_s(), time.perf_counter()
+        before, begun = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         receipt = made.load_weights(announcement)
-        found = {"load_s": time.perf_counter() - begun, "cpu_s": cpu_s() - before}
+        load_s, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF)
+        user_s, kernel_s = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
+        faults = after.ru_minflt - before.ru_minflt
+        found = {"load_s": load_s, "cpu_s": user_s + kernel_s, "kernel_s": kernel_s, "faults": faults}
         assert receipt_problem(announcement, receipt) is None
         nonlocal memory
         part = announcement.plan.nbytes // PARTS
         memory = memory or (touched(part), touched(part))
-        before = cpu_s()
+        copying = cpu_s()
         for _ in range(COPIES * PARTS):
             memory[0].copy_(memory[1])
-        return found | {"copies_cpu_s": cpu_s() - before}
+        return found | {"copies_cpu_s": cpu_s() - copying, "rss_mib": rss_mib()}
 
     return load
 
@@ -160,8 +167,25 @@ def cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def rss_mib() -> int:
+    """MiB of memory that this process has touched and not given back, shared memory apart."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("\nRssAnon:")[1].split()[0]) // 1024
+
+
 def main() -> None:
+    """An engine in a thread, as a rollout worker's: the C library gives threads their memory in another way."""
     kind, path = sys.argv[1:]
+    if kind == "learner":
+        serve(kind, path)
+    else:
+        thread = Thread(target=serve, args=(kind, path))
+        thread.start()
+        thread.join()
+
+
+def serve(kind: str, path: str) -> None:
+    """Answer until there are no more questions."""
     answer = {"learner": learner, "engine": engine}[kind](from_yaml(Path(path).read_text(encoding="utf-8")))
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

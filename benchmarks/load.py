@@ -24,7 +24,7 @@ from _arguments import canonical_arguments
 from _canonical import canonical_config, write_config
 from step import HERE, OPENMP, machine_facts, run_process, save, work_folder
 
-from rlhf_dist.cluster.spec import LARGE_PAGES, TUNABLES
+from rlhf_dist.cluster.spec import ENGINE_MALLOC, TUNABLES
 from rlhf_dist.errors import RunError
 
 SHAPE = {"hidden_size": 896, "intermediate_size": 4864, "layers": 24, "heads": 14, "kv_heads": 2}
@@ -45,7 +45,7 @@ class Side:
 
     def __init__(self, kind: str, path: Path, threads: int, log: Path) -> None:
         self._name = kind
-        pages = {TUNABLES: LARGE_PAGES} if kind == "engine" else {}  # as in the product
+        malloc = {TUNABLES: ENGINE_MALLOC} if kind == "engine" else {}  # as in the product, the user's stays
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE / "_load_side.py"), kind, str(path)],
@@ -53,7 +53,7 @@ class Side:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=os.environ | OPENMP | {"OMP_NUM_THREADS": str(threads)} | pages,
+                env=malloc | os.environ | OPENMP | {"OMP_NUM_THREADS": str(threads)},
             )
         self._log = log
 
@@ -167,9 +167,16 @@ def summary(found: Mapping[str, Sequence[Mapping[str, Any]]], engines: int) -> d
         "cpu_together_s": together,
         "cpu_ratio": cpu,
         "copy_cpu_ratio": copy_together / copy_alone,
+        "kernel": {kind: kernel(found[kind]) for kind in ("alone", "together")},
         "runs": dict(found),
         "reached": {"copies": copies <= TARGET_COPIES, "cpu": cpu <= TARGET_CPU},
     }
+
+
+def kernel(pushes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Medians of what the kernel does in a load."""
+    loads = [load for push in pushes for load in push["loads"]]
+    return {figure: statistics.median(load[figure] for load in loads) for figure in ("kernel_s", "faults")}
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -182,6 +189,10 @@ def table(result: Mapping[str, Any]) -> str:
             f"CPU seconds of an engine with one thread: alone {result['cpu_alone_s']:.3f}, one of "
             f"{result['engines']} at once {result['cpu_together_s']:.3f}: {result['cpu_ratio']:.2f} times (at most "
             f"{TARGET_CPU:g} asked); of plain copies {result['copy_cpu_ratio']:.2f} times",
+            "the kernel's part of them, and page faults: "
+            + ", ".join(
+                f"{kind} {one['kernel_s']:.3f} s, {one['faults']:.0f}" for kind, one in result["kernel"].items()
+            ),
         ]
     )
 

@@ -12,9 +12,13 @@ from rlhf_dist.config.schema import Config
 from rlhf_dist.telemetry.streams import print_any_text
 
 TUNABLES = "GLIBC_TUNABLES"
-LARGE_PAGES = "glibc.malloc.hugetlb=1"
-"""For an engine, which makes each layer anew when it loads weights: the kernel then clears two MiB at a time instead of
-four KiB, which takes a third off a load. Without glibc, or large pages in the kernel, nothing happens."""
+ENGINE_MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
+"""For an engine on a CPU, which makes each layer anew when it loads weights.
+
+`hugetlb`: the kernel clears two MiB at a time instead of four KiB, which takes a third off a load. `arena_max`: threads
+get their memory from the process's heap. An arena of its own, as a thread has by default, grows without large pages,
+and an engine lives in a thread. Without glibc, or large pages in the kernel, nothing happens.
+"""
 
 CUDNN_LAST = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
 """1: PyTorch's attention does not try cuDNN first, as it does on Hopper: cuDNN makes a plan for each new length."""
@@ -39,8 +43,8 @@ class ActorSpec:
     rank: int
     search_path: str
     """Folder of the command, where a user's own modules are."""
-    large_pages: bool = False
-    """Whether the C library asks for them; of a rollout worker."""
+    loads_weights: bool = False
+    """Whether pushed weights are loaded, again and again: by a rollout worker."""
     mask: str = ""
     """Of a rollout worker: the Hugging Face directory of the mask policy; empty: there is none."""
     mask_version: int = 0
@@ -75,8 +79,8 @@ def environment(spec: ActorSpec) -> dict[str, str]:
         # spinning for longer takes the core from the thread that is waited for, where others use the cores too.
         variables["GOMP_SPINCOUNT"] = "2000"
         variables["KMP_BLOCKTIME"] = "1"
-        if spec.large_pages:
-            wanted[TUNABLES] = LARGE_PAGES
+        if spec.loads_weights:
+            wanted[TUNABLES] = ENGINE_MALLOC
     else:
         wanted[CUDNN_LAST] = "1"
         if spec.config.model.dtype == "float32":

@@ -51,7 +51,7 @@ def start_workers(
     specs = [
         replace(
             spec(config, f"rollout worker {i}", source, placement.device, placement.rollout_threads, logs, i),
-            large_pages=True,
+            loads_weights=True,
         )
         for i in range(placement.rollout_workers)
     ]
