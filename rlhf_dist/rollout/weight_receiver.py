@@ -341,4 +341,5 @@ def repack_tied_heads(model: Any) -> None:
     shared = {module.weight.data_ptr() for module in tables if module not in heads}
     for head in heads:
         if head.weight.data_ptr() in shared:
+            head.cpu_linear = None  # frees the old packed form first, so that the new one can take its place
             head.quant_method.process_weights_after_loading(head)

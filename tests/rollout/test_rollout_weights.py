@@ -5,6 +5,7 @@ Every parameter is a bucket of its own here, so buckets end inside the fused lay
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -100,6 +101,26 @@ def test_a_damaged_bucket_is_refused_before_anything_is_loaded_and_the_next_push
         push.learner.move(seed=100 + index)
         push.load()
         assert agrees(push, worker), f"bucket {index}: {bucket.slots[0].name}"
+
+
+def test_the_packed_form_of_a_tied_head_is_gone_before_the_next_one_is_made(
+    push: Push, worker: RolloutWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory is then there for the next one. It is the largest piece of a small model."""
+    head = push.model.lm_head
+    method, before = head.quant_method, weakref.ref(head.cpu_linear)
+    pack, alive = method.process_weights_after_loading, list[bool]()
+
+    def watched(layer: Any) -> None:
+        if layer is head:
+            alive.append(before() is not None)
+        pack(layer)
+
+    monkeypatch.setattr(method, "process_weights_after_loading", watched)
+    push.learner.move(seed=90)
+    push.load()
+    assert alive == [False]
+    assert agrees(push, worker)
 
 
 def test_a_tensor_that_the_engine_skips_in_silence_is_found_and_breaks_the_engine(
