@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_dist.cluster.importing import importing
-from rlhf_dist.cluster.processes import ProcessName, end_now, lost_ray, process_id
-from rlhf_dist.cluster.spec import ActorSpec, enter, environment
+from rlhf_dist.cluster.processes import end_now, lost_ray, process_id
+from rlhf_dist.cluster.roster import Alive
+from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.cluster.waits import fetched
 from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.planning.placement import needs_reference
@@ -83,7 +82,7 @@ def pump(spec: ActorSpec, made: Future[Any]) -> None:
     worker.run()
 
 
-class RolloutHost:
+class RolloutHost(Alive):
     """A rollout worker's process. Calls come on several threads; the engine has one of its own."""
 
     def __init__(self, spec: ActorSpec) -> None:
@@ -114,7 +113,7 @@ class RolloutHost:
         return self._worker.ready()
 
 
-class ReferenceHost:
+class ReferenceHost(Alive):
     """A process that holds the reference model and nothing else."""
 
     def __init__(self, spec: ActorSpec) -> None:
@@ -206,65 +205,6 @@ def make_reference(spec: ActorSpec) -> Any:
     return ReferenceServer(
         model, batch_tokens=config.scoring.batch_tokens, timeout_s=config.scoring.timeout_s, name=spec.name
     )
-
-
-def start_all(
-    host: type,
-    specs: Sequence[ActorSpec],
-    group: Any,
-    first_bundle: int,
-    num_cpus: float,
-    num_gpus: float,
-    threads: int = 1,
-) -> dict[str, Any]:
-    """Actors by name, started side by side, each in its bundle of the placement group.
-
-    `threads`: calls that one takes at a time. With more than one Ray keeps no order among them. Never restarted by Ray
-    itself: an actor that comes back has lost its state.
-    """
-    return {
-        ProcessName.of(spec.name, spec.log): ray.remote(host)
-        .options(
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            max_restarts=0,
-            max_concurrency=threads,
-            runtime_env={"env_vars": environment(spec)},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=first_bundle + i),
-        )
-        .remote(spec)
-        for i, spec in enumerate(specs)
-    }
-
-
-def start_servers(
-    host: type,
-    specs: Sequence[ActorSpec],
-    group: Any,
-    threads: int,
-    places: Sequence[int],
-    *args: Any,
-    num_gpus: float = 0.0,
-) -> dict[str, Any]:
-    """Scoring or reference servers, a collator or a weight relay, by name, each in its place of the placement group.
-
-    `args`: what the host takes besides its spec. They take no CPU in Ray's books, since they work while others wait;
-    those whose device is a GPU book `num_gpus` of one. Each takes many groups at a time, so that those that wait can
-    be put together; `threads`: so many.
-    """
-    return {
-        ProcessName.of(spec.name, spec.log): ray.remote(host)
-        .options(
-            num_cpus=0,
-            num_gpus=0 if spec.device == "cpu" else num_gpus,
-            max_restarts=0,
-            max_concurrency=threads,
-            runtime_env={"env_vars": environment(spec)},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place),
-        )
-        .remote(spec, *args)
-        for spec, place in zip(specs, places, strict=True)
-    }
 
 
 def close_all(ranks: dict[str, Any], limit_s: float = CLOSE_LIMIT_S) -> None:

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from rlhf_dist.cluster.preflight import check_before_start, require_shared_memor
 from rlhf_dist.cluster.relay_hosts import Relays
 from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet, beat_s
+from rlhf_dist.cluster.roster import Roster
 from rlhf_dist.cluster.run_forecast import basis, basis_before, compared, does_not_fit
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import (
@@ -49,6 +50,7 @@ from rlhf_dist.cluster.starts import (
     start_servers,
     start_workers,
 )
+from rlhf_dist.cluster.supervisor import Admit, Supervisor
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.reward_words import reward_lines, solved_by
 from rlhf_dist.config.schema import Config
@@ -58,6 +60,8 @@ from rlhf_dist.loop import rl_training as training
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import rules_of
 from rlhf_dist.loop.evaluation import evaluate as run_evaluation
+from rlhf_dist.loop.events import MemberKind
+from rlhf_dist.loop.healing import Healing
 from rlhf_dist.loop.ledger import Ledger, LedgerProof
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.resume_point import ledger_gone
@@ -116,6 +120,7 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
                 actors=parts.actors,
                 sync=WeightSync(parts.learner.policy, parts.rollouts),
                 members=parts.members,
+                healing=parts.healing,
                 stream=stream,
                 held_out=prompts,
                 ledger=ledger,
@@ -173,7 +178,7 @@ def evaluate(config: Config) -> None:
                 config.eval,
                 rules.sampling,
                 seed=config.seed,
-                shell=Shell(Controller(rules, None, parts.members), parts.actors),
+                shell=Shell(Controller(rules, None, parts.members, healing=parts.healing), parts.actors),
                 gold=config.scoring.gold,
                 solved_by=solved_by(config),
             )
@@ -217,6 +222,7 @@ class Parts:
     rollouts: RolloutFleet
     """`actors.rollouts`, and the receiving end of a push."""
     members: Members
+    healing: Healing
     learner: LearnerSide
 
 
@@ -225,21 +231,23 @@ def start_fleets(
 ) -> Parts:
     """Start all actors side by side and wait until each is ready; `folder`: the checkpoint resumed from."""
     config = with_sources(config, source, folder, learns=placement.learner_ranks > 0)
-    group = reserved(config, placement, source, logs, stack)
-    workers = start_workers(config, placement, source, logs, folder, group)
+    roster = reserved(config, placement, source, logs, stack)
+    workers = start_workers(config, placement, source, logs, folder, roster)
     if placement.device == "cuda":
         # vLLM sizes its cache by how the free memory of the whole GPU changes while it starts.
         gather(are_ready(workers), "start", config.cluster.start_timeout_s, START_KEY)
     count, booked = config.scoring.replicas, placement.scoring_places
-    scorers = start_servers(config, placement, source, logs, group, actors.ScoringHost, "scoring server", count, booked)
+    scorers = start_servers(
+        config, placement, source, logs, roster, actors.ScoringHost, "scoring server", count, booked
+    )
     references = scorers if needs_reference(config) else {}
     if (count := config.reference.replicas) and references:
         host, booked = actors.ReferenceHost, placement.reference_places
-        references = start_servers(config, placement, source, logs, group, host, "reference server", count, booked)
-    collator = start_servers(config, placement, source, logs, group, CollatorHost, COLLATOR, 1, threads=1)
-    relays = start_relays(config, placement, source, logs, group, workers, stack)
-    ranks = start_ranks(config, placement, source, logs, group, hosts.PolicyHost, stack)
-    critics = start_ranks(config, placement, source, logs, group, hosts.CriticHost, stack, critic=True)
+        references = start_servers(config, placement, source, logs, roster, host, "reference server", count, booked)
+    collator = start_servers(config, placement, source, logs, roster, CollatorHost, COLLATOR, 1, threads=1)
+    relays = start_relays(config, placement, source, logs, roster, workers, stack)
+    ranks = start_ranks(config, placement, source, logs, roster, hosts.PolicyHost, stack)
+    critics = start_ranks(config, placement, source, logs, roster, hosts.CriticHost, stack, critic=True)
     ready = are_ready(workers | scorers | references | collator | relays.all())
     apart = any(node != placement.learner_node for node in placement.worker_nodes)
     spread = apart and config.weights.transport == "broadcast"
@@ -247,11 +255,12 @@ def start_fleets(
     join_ranks(config, critics, folder, placement.spread_of_ranks(critic=True))
     gather(ready, "start", config.cluster.start_timeout_s, START_KEY)
     shares_gpu = placement.paired and placement.device == "cuda"
-    return parts_of(config, workers, scorers, references, collator, ranks, critics, relays, shares_gpu)
+    return parts_of(config, roster, workers, scorers, references, collator, ranks, critics, relays, shares_gpu)
 
 
 def parts_of(
     config: Config,
+    roster: Roster,
     workers: dict[str, Any],
     scorers: dict[str, Any],
     references: dict[str, Any],
@@ -277,16 +286,35 @@ def parts_of(
         shares_gpu=shares_gpu,
     )
     moves = config.reference.update_every > 0
+    scoring = ScoringFleet(scorers, inbox, timeout_s=limit)
+    reference = ReferenceFleet(references, inbox, timeout_s=limit, moves=moves) if references else None
+    admits: dict[str, list[Admit]] = {name: [] for name in (*collator, *ranks, *critics)}
+    for names, fleet in ((workers, rollouts), (scorers, scoring), (references, reference)):
+        for name in names if fleet is not None else ():
+            admits.setdefault(name, []).append(fleet.admit)
     return Parts(
         actors=Actors(
             rollouts=rollouts,
-            scoring=ScoringFleet(scorers, inbox, timeout_s=limit),
-            reference=ReferenceFleet(references, inbox, timeout_s=limit, moves=moves) if references else None,
+            scoring=scoring,
+            reference=reference,
             bodies=CollatorProcess(*collating, inbox, timeout_s=config.learner.timeout_s),
             arrivals=inbox,
             timeout=silence,
+            processes=Supervisor(roster, inbox, admits, start_s=config.cluster.start_timeout_s),
         ),
         rollouts=rollouts,
+        healing=healing_of(
+            config,
+            {
+                "reference": references,
+                "rollout": workers,
+                "scoring": scorers,  # some of which may be the servers of the reference, too
+                "collator": collator,
+                "learner": ranks,
+                "critic": critics,
+            },
+            references if moves else (),
+        ),
         members=Members(
             workers,
             scorers,
@@ -302,6 +330,19 @@ def parts_of(
             collator=collating[0],
         ),
         learner=learner_side(config, ranks, critics, inbox),
+    )
+
+
+def healing_of(config: Config, names: Mapping[MemberKind, Iterable[str]], unique: Collection[str]) -> Healing:
+    """What is done about losses. `names`: of all processes by kind; where one has two, the latter. `unique`: see
+    `Healing`."""
+    return Healing(
+        {name: kind for kind, found in names.items() for name in found},
+        respawns=config.faults.respawns,
+        window_s=config.faults.window_s,
+        pulse_s=config.faults.heartbeat_s,
+        start_s=config.cluster.start_timeout_s,
+        unique=unique,
     )
 
 

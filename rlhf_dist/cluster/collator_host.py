@@ -8,12 +8,13 @@ from typing import Any
 
 import ray
 
+from rlhf_dist.cluster.roster import Alive
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.learner.collator import Collator
 from rlhf_dist.types import Group
 
 
-class CollatorHost:
+class CollatorHost(Alive):
     """The collator's actor."""
 
     def __init__(self, spec: ActorSpec) -> None:

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rlhf_dist.cluster.inbox import Inbox
-from rlhf_dist.cluster.processes import silent
+from rlhf_dist.cluster.processes import look, silent
 from rlhf_dist.cluster.waits import Wait, fetch, gather, limit_text
-from rlhf_dist.errors import ActorTimeout, AnswerLost, WeightSyncError
+from rlhf_dist.errors import ActorLost, ActorTimeout, AnswerLost, RayLost, WeightSyncError
 from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums
-from rlhf_dist.loop.events import NOBODY, Compared, Event, Kept, MemberKind, Scored, Undone
+from rlhf_dist.loop.events import NOBODY, Compared, Event, Kept, Lost, MemberKind, Scored, TimedOut, Undone
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Group, Handle, Referenced
@@ -26,24 +26,40 @@ T = TypeVar("T")
 
 SCORING_KEY = "scoring.timeout_s"
 LEARNER_KEY = "learner.timeout_s"
+START_KEY = "cluster.start_timeout_s"
+PULSE_KEY = "faults.heartbeat_s"
 LIMIT_KEYS: dict[MemberKind, tuple[str, str]] = {
     "rollout": ("generate", "rollout.timeout_s"),
     "scoring": ("score", SCORING_KEY),
     "reference": ("compare", SCORING_KEY),
     "collator": ("keep", LEARNER_KEY),
+    "learner": ("update", LEARNER_KEY),
+    "critic": ("update", LEARNER_KEY),
 }
 """What a member is asked for, and the config key of its limit."""
 
 
-def silence(kind: MemberKind, name: str, limit_s: float) -> ActorTimeout:
-    """What to raise for a member that has work and has given no sign of progress for so long."""
-    what, key = LIMIT_KEYS[kind]
+def silence(late: TimedOut) -> ActorTimeout:
+    """What to raise for a process that did not do something in time."""
+    name, limit_s = late.member, late.limit_s
+    what, key = LIMIT_KEYS[late.kind]
     if name == NOBODY:
         return ActorTimeout(
             f"no rollout worker holds the published weights, and requests have waited {limit_text(limit_s, key)} for "
             "one; the warnings before say why"
         )
+    if late.limit == "start":
+        limit = limit_text(limit_s, START_KEY)
+        return ActorTimeout(f"{name} was started again and was not ready in {limit}{seen(name)}")
+    if late.limit == "pulse":
+        return ActorTimeout(f"{name} gave no sign of life for {limit_text(limit_s, PULSE_KEY)}{seen(name)}")
     return ActorTimeout(silent([name], what, limit_text(limit_s, key)))
+
+
+def seen(name: str) -> str:
+    """What can be seen of a process, behind a message about it."""
+    words = look(name).words
+    return f": it {words}" if words else ""
 
 
 class ScoringFleet:
@@ -54,16 +70,24 @@ class ScoringFleet:
         self._inbox = inbox
         self._timeout_s = timeout_s
 
+    def admit(self, server: str, worker: Any) -> None:
+        """One that was started again."""
+        self._workers[server] = worker
+
     def submit(self, server: str, key: str, body: Handle[Group]) -> None:
         """See `loop.ports.Scoring`; the tokens go from the object store to the server."""
-        call = self._workers[server].score.remote(body.place)
-        self._inbox.expect(call, partial(self._read, server, key))
+        worker = self._workers[server]
+        self._inbox.expect(worker.score.remote(body.place), partial(self._read, server, worker, key))
 
-    def _read(self, server: str, key: str, call: Any) -> list[Event]:
+    def _read(self, server: str, worker: Any, key: str, call: Any) -> list[Event]:
         try:
             return [Scored(server, key, fetch(call, server, f"score {key}", self._timeout_s))]
         except AnswerLost:
             return [Undone("scoring", server, key)]
+        except RayLost:
+            raise
+        except ActorLost as error:
+            return [Lost(server, str(error))] if worker is self._workers[server] else []
 
 
 class ReferenceFleet:
@@ -75,16 +99,24 @@ class ReferenceFleet:
         self._timeout_s = timeout_s
         self._moves = moves
 
+    def admit(self, server: str, worker: Any) -> None:
+        """One that was started again, with the reference that the run began with."""
+        self._workers[server] = worker
+
     def submit(self, server: str, key: str, body: Handle[Group], temperature: float) -> None:
         """See `loop.ports.References`; at the sampler's temperature. The logprobs stay where they are made."""
-        call = self._workers[server].reference.remote(body.place, temperature)
-        self._inbox.expect(call, partial(self._read, server, key))
+        worker = self._workers[server]
+        self._inbox.expect(worker.reference.remote(body.place, temperature), partial(self._read, server, worker, key))
 
-    def _read(self, server: str, key: str, call: Any) -> list[Event]:
+    def _read(self, server: str, worker: Any, key: str, call: Any) -> list[Event]:
         try:
             head, (logprobs,) = fetch(call, server, f"compare {key}", self._timeout_s)
         except AnswerLost:
             return [Undone("reference", server, key)]
+        except RayLost:
+            raise
+        except ActorLost as error:
+            return [Lost(server, str(error))] if worker is self._workers[server] else []
         return [Compared(server, key, Referenced(head, Handle(logprobs)))]
 
     def update(self, announcement: Announcement, keep: float) -> None:

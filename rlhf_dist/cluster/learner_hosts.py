@@ -11,6 +11,7 @@ import ray
 from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
 from rlhf_dist.algo.recipes import ALGORITHMS
 from rlhf_dist.cluster.importing import importing
+from rlhf_dist.cluster.roster import Alive
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.config.schema import AlgoConfig, OptimizerConfig
 from rlhf_dist.learner.checkpoint_files import CRITIC_FOLDER
@@ -25,7 +26,7 @@ def algorithm(config: AlgoConfig) -> Algorithm:
     return ALGORITHMS[config.name](config)
 
 
-class LearnerHost:
+class LearnerHost(Alive):
     """One learner rank's process: first `address` of rank 0, then `join` on all, then the learner's own verbs."""
 
     def __init__(self, spec: ActorSpec) -> None:

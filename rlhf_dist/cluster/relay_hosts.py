@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from rlhf_dist.cluster.roster import Alive
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.relay import Address, Fetch, Offer
@@ -17,7 +18,7 @@ SECRET_BYTES = 32
 OFFER = "weight relay of the learner"
 
 
-class OfferHost:
+class OfferHost(Alive):
     """On the learner's node: hands out the version that was published last."""
 
     def __init__(self, spec: ActorSpec, secret: bytes) -> None:
@@ -35,7 +36,7 @@ class OfferHost:
         return self._name
 
 
-class FetchHost:
+class FetchHost(Alive):
     """On each other node: copies it into that node's shared memory."""
 
     def __init__(self, spec: ActorSpec, secret: bytes) -> None:

@@ -67,8 +67,10 @@ class RolloutFleet:
         self._relays = relays
         self._fetches: dict[str, Any] = {}
         """Relay -> its last call."""
+        self._copies: dict[str, Announcement] = {}
+        """Relay -> what it copied last."""
         self._deaths: dict[str, str] = {}
-        """Worker whose death, or broken engine, was noticed apart from a push -> the words for it."""
+        """Worker whose death, or broken engine, was noticed apart from a push -> the words for it, until it is back."""
         for name in self._standings:
             self._ask_for_events(name)
 
@@ -115,8 +117,17 @@ class RolloutFleet:
             raise ActorTimeout(self._silence(name, f"did not free its GPU's memory for the learner in {limit}"))
         fetch(call, name, "sleep", self._sync_timeout_s)
 
+    def admit(self, name: str, worker: Any) -> None:
+        """A worker that was started again. It serves once it has proved the published version."""
+        self._standings[name] = Standing(worker, silent=True)
+        self._deaths.pop(name, None)
+        self._ask_for_events(name)
+        if self._announced is None:
+            self._serving.append(name)
+
     def serving(self) -> tuple[str, ...]:
         """See `loop.ports.Rollouts`; with those whose receipt for the published version came late."""
+        self._invite()
         self._take_back()
         return tuple(name for name in self._standings if name in self._serving)
 
@@ -127,25 +138,24 @@ class RolloutFleet:
             standing.posted += 1
 
     def _ask_for_events(self, name: str) -> None:
-        call = self._standings[name].worker.events.remote(beat_s(len(self._standings)))
-        self._inbox.expect(call, partial(self._read_events, name))
+        worker = self._standings[name].worker
+        call = worker.events.remote(beat_s(len(self._standings)))
+        self._inbox.expect(call, partial(self._read_events, name, worker))
 
-    def _read_events(self, name: str, call: Any) -> Sequence[Event]:
+    def _read_events(self, name: str, worker: Any, call: Any) -> Sequence[Event]:
         """A worker's events; one that has died, or whose engine failed, is lost."""
+        standing = self._standings.get(name)
+        if standing is None or standing.worker is not worker:
+            return []  # It was given up before, and another process may have its name.
         try:
             events: Sequence[Event] = fetch(call, name, "generate", self._timeout_s)
         except RayLost:
             raise
         except RunError as error:
-            standing = self._standings.pop(name, None)
-            if standing is None:
-                return []  # It was given up before.
-            ray.kill(standing.worker)
+            self._end(name)
             text = str(error)
             self._deaths[name] = text if text.startswith(name) else f"{name}: {text}"
             return [Lost(name, self._deaths[name])]
-        if name not in self._standings:
-            return []
         self._ask_for_events(name)
         return events
 
@@ -246,6 +256,7 @@ class RolloutFleet:
             raise
         except RlhfError as error:
             return self._without_weights(relay, announcement, str(error))
+        self._copies[relay] = found
         for name in self._relays.workers(relay):
             if name in self._standings:
                 self._standings[name].ask_to_load(found)
@@ -259,6 +270,23 @@ class RolloutFleet:
                 text = f"{name} did not get version {announcement.version}: {why}"
                 problems += self._missed(name, standing, announcement.version, text)
         return problems
+
+    def _invite(self) -> None:
+        """Ask those that have come back to load the published version, from where their node has it.
+
+        A learner that sends straight to them sends again: no step goes on meanwhile.
+        """
+        fresh = {name: one for name, one in self._standings.items() if one.version < 0 and one.call is None}
+        if self._announced is None or not fresh:
+            return
+        if self._direct is not None:
+            self._direct.load(fresh, self._announced, self._inbox.wait)
+            return
+        for name, standing in fresh.items():
+            relay = self._relays.of_worker.get(name)
+            found = self._announced if relay is None else self._copies.get(relay)
+            if found is not None and found.version == self._announced.version:
+                standing.ask_to_load(found)
 
     def _take_back(self) -> None:
         """Let those serve whose receipt for the present version came late; nobody is waited for."""
@@ -349,9 +377,13 @@ class RolloutFleet:
         waits = " and is not waited for" if standing.silent else ""
         return [f"{problem}; it serves no tokens{waits} until a push succeeds"]
 
-    def _give_up(self, name: str, problem: str) -> str:
-        """End a worker for good: it is neither asked nor waited for any more."""
+    def _end(self, name: str) -> None:
         ray.kill(self._standings.pop(name).worker)
+        self._serving = [other for other in self._serving if other != name]
+
+    def _give_up(self, name: str, problem: str) -> str:
+        """End a worker: it is neither asked nor waited for any more."""
+        self._end(name)
         left = len(self._standings)
         why = f"{problem}; it is given up, {left} rollout worker{'s are' if left != 1 else ' is'} left"
         self._inbox.put(Lost(name, why, told=True))

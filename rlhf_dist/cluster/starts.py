@@ -16,6 +16,7 @@ from rlhf_dist.cluster.node_loss import blame_node
 from rlhf_dist.cluster.preflight import pushed_bytes
 from rlhf_dist.cluster.processes import log_name
 from rlhf_dist.cluster.relay_hosts import OFFER, ONE_NODE, FetchHost, OfferHost, Relays, new_secret
+from rlhf_dist.cluster.roster import Alive, Roster
 from rlhf_dist.cluster.session import reserve
 from rlhf_dist.cluster.sources import mask_source
 from rlhf_dist.cluster.spec import ActorSpec
@@ -28,7 +29,7 @@ START_KEY = "cluster.start_timeout_s"
 COLLATOR = "collator"
 
 
-def reserved(config: Config, placement: Placement, source: str, logs: Path, stack: ExitStack) -> Any:
+def reserved(config: Config, placement: Placement, source: str, logs: Path, stack: ExitStack) -> Roster:
     """The places of the plan, until `stack` is left; several nodes are alike. Raises `ResourceError`.
 
     On leaving `stack` a failure is told as that of a node, where one has left.
@@ -41,11 +42,11 @@ def reserved(config: Config, placement: Placement, source: str, logs: Path, stac
     if placement.worker_nodes and placement.rank_nodes and config.weights.transport == "shared_memory":
         pushed = dict.fromkeys((placement.learner_node, *placement.worker_nodes), pushed_bytes(source, config))
     check_nodes(nodes, placement.rank_nodes, source, logs, limit, START_KEY, pushed)
-    return group
+    return Roster(group)
 
 
 def start_workers(
-    config: Config, placement: Placement, source: str, logs: Path, folder: Path | None, group: Any
+    config: Config, placement: Placement, source: str, logs: Path, folder: Path | None, roster: Roster
 ) -> dict[str, Any]:
     """Start the rollout workers."""
     specs = [
@@ -59,7 +60,7 @@ def start_workers(
         version = step_of(folder) if folder else 0
         specs = [replace(made, mask=mask_source(source, folder), mask_version=version) for made in specs]
     cpus, gpus = placement.rollout_num_cpus, placement.rollout_num_gpus
-    return actors.start_all(actors.RolloutHost, specs, group, 0, cpus, gpus, threads=actors.WORKER_THREADS)
+    return roster.start_all(actors.RolloutHost, specs, 0, cpus, gpus, threads=actors.WORKER_THREADS)
 
 
 def start_servers(
@@ -67,8 +68,8 @@ def start_servers(
     placement: Placement,
     source: str,
     logs: Path,
-    group: Any,
-    host: type,
+    roster: Roster,
+    host: type[Alive],
     name: str,
     count: int,
     booked: Sequence[int] = (),
@@ -79,7 +80,7 @@ def start_servers(
     device = placement.device if booked else "cpu"
     specs = [spec(config, called, source, device, placement.scoring_threads, logs, i) for i, called in enumerate(names)]
     places = booked or [placement.home] * count
-    return actors.start_servers(host, specs, group, threads, places, num_gpus=placement.server_num_gpus)
+    return roster.start_servers(host, specs, threads, places, num_gpus=placement.server_num_gpus)
 
 
 def start_relays(
@@ -87,7 +88,7 @@ def start_relays(
     placement: Placement,
     source: str,
     logs: Path,
-    group: Any,
+    roster: Roster,
     workers: dict[str, Any],
     stack: ExitStack,
 ) -> Relays:
@@ -98,10 +99,10 @@ def start_relays(
         return ONE_NODE
     secret = new_secret()
 
-    def start(host: type, name: str, place: int) -> tuple[str, Any]:
+    def start(host: type[Alive], name: str, place: int) -> tuple[str, Any]:
         made = spec(config, name, source, "cpu", 1, logs, place)
         # Two calls at a time: `close` does not wait for a copy that goes on.
-        ((name, actor),) = actors.start_servers(host, [made], group, 2, [place], secret).items()
+        ((name, actor),) = roster.start_servers(host, [made], 2, [place], secret).items()
         return name, actor
 
     _, offer = start(OfferHost, OFFER, placement.first_rank)
@@ -120,8 +121,8 @@ def start_ranks(
     placement: Placement,
     source: str,
     logs: Path,
-    group: Any,
-    host: type,
+    roster: Roster,
+    host: type[Alive],
     stack: ExitStack,
     critic: bool = False,
 ) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def start_ranks(
     ]
     first = placement.first_rank
     first += placement.learner_ranks - placement.critic_ranks if critic else 0
-    ranks = actors.start_all(host, specs, group, first, placement.learner_num_cpus, placement.learner_num_gpus)
+    ranks = roster.start_all(host, specs, first, placement.learner_num_cpus, placement.learner_num_gpus)
     stack.push(lambda kind, *_: close_ranks(ranks, kind))
     return ranks
 

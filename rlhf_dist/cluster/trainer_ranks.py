@@ -62,7 +62,7 @@ def started(
     with ray_session(config.cluster, logs / "ray", progress.note) as nodes, ExitStack() as stack:
         placement = place_in(config, nodes, command)
         progress.stage(f"starting {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
-        group = reserved(config, placement, source, logs, stack)
-        ranks = start_ranks(config, placement, source, logs, group, host, stack)
+        roster = reserved(config, placement, source, logs, stack)
+        ranks = start_ranks(config, placement, source, logs, roster, host, stack)
         join_ranks(config, ranks, folder, placement.spread_of_ranks())
         yield ranks

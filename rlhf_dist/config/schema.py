@@ -286,6 +286,17 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class FaultsConfig:
+    respawns: int = key(3, COUNT)
+    """A rollout worker or server that is lost is started again, so many times within `window_s`. One more loss ends the
+    run."""
+    window_s: float = key(600.0, POSITIVE)
+    """Losses further back do not count."""
+    heartbeat_s: float = key(15.0, Range("at least 5", lambda x: x >= 5))
+    """A process without a sign of life for so long counts as lost."""
+
+
+@dataclass(frozen=True)
 class TelemetryConfig:
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """auto: online with a wandb key and a network, else offline."""
@@ -329,5 +340,6 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     sft: SftConfig = field(default_factory=SftConfig, metadata=used_by("sft"))
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig, metadata=used_by("train", "eval"))
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)

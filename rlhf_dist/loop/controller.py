@@ -13,13 +13,7 @@ run at once; what holds each of them back, with P groups a step, target lag S an
     | learner, push     | ready groups                         | issuing, at (S+1) P seats | what is under way         |
     | S = 0             | P seats: one step's                  | each half in turn         | the synchronous loop      |
 
-**Lag** (windowed FIFO, MiniMax, arXiv:2605.26494, section 6.2.4). Groups are numbered as they are issued. Group q needs
-a seat, and a group gives its seat back when it is dropped or when the version that it was trained into is published. So
-q is issued at a version of at least ceil((q - d + 1) / P) - (S + 1), where d groups before it were dropped. It is
-trained on by step floor((q - d + W - 1) / P) + 1 at the latest, since only the W - 1 groups after the oldest open one
-may pass it. The lag, versions from its oldest token to the weights that learn from it, is therefore at most
-
-    S + ceil((W - 1) / P) <= L = loop.max_policy_lag
+`window` proves how old a group can be when it is trained on.
 """
 
 from __future__ import annotations
@@ -27,7 +21,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice, takewhile
 
 import numpy as np
 
@@ -41,7 +34,6 @@ from rlhf_dist.loop.events import (
     Book,
     Cancel,
     Command,
-    Compare,
     Compared,
     Event,
     Forget,
@@ -49,17 +41,19 @@ from rlhf_dist.loop.events import (
     KeepReference,
     Kept,
     Lost,
+    NotStarted,
     Published,
-    Score,
+    Pulse,
+    Returned,
     Scored,
     Serving,
     Taken,
     Tell,
     Tick,
-    TimedOut,
     Undone,
 )
 from rlhf_dist.loop.hand_over import go_on, hand_overs
+from rlhf_dist.loop.healing import Healing, unwatched
 from rlhf_dist.loop.left_out import dropped as without_rewards, refuse_if_hopeless, with_finite_rewards
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.open_groups import OpenRequest
@@ -75,15 +69,21 @@ from rlhf_dist.loop.reasons import (
     refuse_whole_epoch,
 )
 from rlhf_dist.loop.requests import greedy, make_request
+from rlhf_dist.loop.servers import Servers
+from rlhf_dist.loop.window import to_issue, to_take, too_old
 from rlhf_dist.types import Answered, Beat, DroppedPrompt, Experience, NonFinite, Partial, PartialLost, Unanswered
 
 
 class Controller:
     """Used by one thread. Nothing in it depends on anything but the events and their order."""
 
-    def __init__(self, rules: Rules, prompts: Prompts | None, members: Members, step: int = 0) -> None:
-        """`prompts`: None where nothing is trained. `step`: training steps done, also the version published."""
+    def __init__(
+        self, rules: Rules, prompts: Prompts | None, members: Members, step: int = 0, healing: Healing | None = None
+    ) -> None:
+        """`prompts`: None where nothing is trained. `step`: the version published. `healing`: None: of nobody."""
         self._rules, self._prompts, self._members = rules, prompts, members
+        self._healing = unwatched() if healing is None else healing
+        self._servers = Servers(members)
         self._version = step
         self._open: dict[str, OpenRequest] = {}
         """By key: all that is issued or asked for, and neither taken, answered nor dropped."""
@@ -101,8 +101,7 @@ class Controller:
         """Groups so far; the number of the oldest open one when the last step was taken."""
         self._taken, self._in_step = step * rules.groups_per_step, 0
         """Groups that steps have taken; those of them whose version is not published."""
-        self._dropped: Counter[str] = Counter()
-        self._non_finite: tuple[NonFinite, ...] = ()
+        self._dropped, self._non_finite = Counter[str](), tuple[NonFinite, ...]()
         self._arrived = False
         """Whether a group has become ready since the last step was taken."""
         self.late = 0
@@ -111,13 +110,14 @@ class Controller:
     def handle(self, event: Event, now: float) -> list[Command]:
         """What is to be done after the event; `now` in seconds, from any start.
 
-        Raises DataError or RewardError where the data or the rewards leave nothing to train on, ActorLost where the
-        last rollout worker is lost.
+        Raises DataError or RewardError where the data or the rewards leave nothing to train on, ActorLost where a
+        process is lost that the run cannot do without.
         """
         commands: list[Command] = []
         match event:
             case Tick():
-                late = self._members.silent(now) + self._unexplained(now)
+                undone = [(self._open[key].worker, since) for key, since in self._undone.items()]
+                late = self._healing.overdue(now, self._members, undone)
                 return late + hand_overs(self._rules, self._open.values(), self._members)
             case Beat():
                 self._members.beat(event, now)
@@ -128,6 +128,13 @@ class Controller:
                 commands = hand_overs(self._rules, self._open.values(), self._members)
             case Lost():
                 commands = self._lost(event, now)
+            case NotStarted():
+                commands = self._healing.not_started(event.member, event.why, now)
+            case Returned():
+                commands = self._returned(event, now)
+            case Pulse():
+                self._healing.pulse(event.member, now)
+                return []
             case Asked():
                 self._ask(event, now)
             case _:
@@ -142,10 +149,7 @@ class Controller:
         commands, wanted = self._drop_stale(now), self._rules.groups_per_step
         if self._ready < wanted:
             return None, commands
-        waiting = next((number for number, one in self._groups.items() if one.experience is None), self._issued)
-        reach = waiting + self._rules.window
-        within = takewhile(lambda one: one.number < reach or self._rules.extra_groups, self._groups.values())
-        chosen = list(islice((one for one in within if one.experience is not None), wanted))
+        chosen = to_take(self._rules, self._groups, self._issued)
         if len(chosen) < wanted:
             return None, commands
         for one in chosen:
@@ -185,10 +189,7 @@ class Controller:
         if self._prompts is None:
             return []
         rules = self._rules
-        needed = rules.steps * rules.groups_per_step - self._taken
-        needed += rules.extra_groups if needed else 0
-        seats = rules.seats - self._in_step - (rules.extra_groups if self._in_step else 0)
-        count = min(seats, needed) - len(self._groups)
+        count = to_issue(rules, self._taken, self._in_step, len(self._groups))
         if count <= 0:
             return []
         issued: list[tuple[str, int]] = []
@@ -232,7 +233,7 @@ class Controller:
             case PartialLost():
                 return self._begin_again([one])
             case Undone():
-                if one.worker not in self._members.workers:
+                if one.orphaned or one.worker not in self._members.workers:
                     return self._begin_again([one])
                 self._undone.setdefault(event.key, now)
                 return []
@@ -257,22 +258,20 @@ class Controller:
         return [told]
 
     def _answered(self, one: OpenRequest, event: Answered, now: float) -> list[Command]:
-        one.head = event.head
+        one.head, one.body = event.head, event.body
         commands: list[Command] = [Keep(event.key, event.body)]
         self._members.server("collator", event.key, now)
         if one.trains:
             commands.append(Book("finished", (one.attempt,), tokens=(int(event.head.lengths.sum()),)))
-        commands.append(Score(self._members.server("scoring", event.key, now), event.key, event.body))
-        if one.compares:
-            server = self._members.server("reference", event.key, now)
-            commands.append(Compare(server, event.key, event.body, one.request.sampling.temperature))
-        return commands
+        commands += self._servers.ask(one, "scoring", now)
+        return commands + (self._servers.ask(one, "reference", now) if one.compares else [])
 
     def _settle(self, one: OpenRequest, now: float) -> list[Command]:
         """What becomes of a request whose answer is whole; nothing while it is not."""
         experience = one.whole()
         if experience is None or one.experience is not None:
             return []
+        one.body = None
         kept, non_finite = with_finite_rewards(experience), experience.scores.non_finite
         lost = without_rewards(experience) if kept is None else None
         if one.evaluates:
@@ -338,23 +337,34 @@ class Controller:
         if not one.worker:
             self._members.withdraw(one)
             return []
-        if one.head is None:
-            self._members.cancelled(one.worker, one.request.key)
-            return [Cancel(one.worker, (one.request.key,))]
-        return [] if one.evaluates else [Forget((one.request.key,))]
+        if one.head is not None:
+            return [] if one.evaluates else [Forget((one.request.key,))]
+        self._members.cancelled(one.worker, one.request.key)
+        return [Cancel(one.worker, (one.request.key,))]
 
     def _lost(self, event: Lost, now: float) -> list[Command]:
-        """Let others begin again what only the lost worker had."""
-        if not self._members.lose(event.worker):
+        """Let others do what only the lost process had, and have it started again where that is the rule."""
+        name, why = event.member, "" if event.told else event.why
+        had = self._members.lose(name)
+        if had is None and not self._healing.watches(name):
             return []
-        if not self._members.workers:
+        commands = self._healing.lost(name, event.why, now)
+        if not commands and self._members.lacks(had or {}):
             raise ActorLost(event.why)
-        had = [one for one in self._open.values() if one.worker == event.worker]
-        gone = [one for one in had if not one.kept or one.request.key in self._undone]
-        again = f"{len(gone)} requests of {event.worker} begin again with other workers" if gone else ""
-        text = "; ".join(filter(None, ["" if event.told else event.why, again]))
-        told: list[Command] = [Tell("warning", text)] if text else []
-        return self._begin_again(gone) + told
+        orphans = [one for one in self._open.values() if one.worker == name]
+        gone = [one for one in orphans if not one.kept or one.request.key in self._undone]
+        for one in orphans:
+            one.orphaned = True
+        again = f"{len(gone)} requests of {name} begin again with other workers" if gone else ""
+        if text := "; ".join(filter(None, [why, again, f"{name} is started again" if commands else ""])):
+            commands.append(Tell("warning", text))
+        return commands + self._begin_again(gone) + self._servers.lost(had or {}, self._open, now)
+
+    def _returned(self, event: Returned, now: float) -> list[Command]:
+        if not self._healing.returned(event.member, now):
+            return []
+        self._members.returned(event.member)
+        return [Tell("returned", f"{event.member} is ready again"), *self._servers.returned(self._open, now)]
 
     def _begin_again(self, gone: Sequence[OpenRequest]) -> list[Command]:
         """Before all that waits, in the order of issue; a greedy response with its group, where both are gone."""
@@ -379,19 +389,9 @@ class Controller:
             self._members.wait(requests, first=True)
         return commands
 
-    def _unexplained(self, now: float) -> list[Command]:
-        """Workers whose tokens nobody could get at, and who have not been told of as lost within their limit."""
-        limit = self._members.limits_s["rollout"]
-        late = [key for key, since in self._undone.items() if now - since > limit]
-        return [TimedOut("rollout", self._open[key].worker, limit) for key in late]
-
     def _drop_stale(self, now: float) -> list[Command]:
         """What is ready and too old to be trained on, where the rules say so; others make up for it."""
-        rules = self._rules
-        if not rules.drop_stale or not self._ready:
-            return []
-        done = [(one, one.experience.head) for one in self._groups.values() if one.experience is not None]
-        old = [one for one, head in done if rules.age_of(head, self._version) > rules.max_lag]
+        old = too_old(self._rules, self._groups, self._version) if self._ready else []
         commands = [command for one in old for command in self._drop(one, STALE, "")]
         return commands + self._go_on(now) if old else []
 

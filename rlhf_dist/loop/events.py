@@ -29,7 +29,7 @@ from rlhf_dist.types import (
     Unanswered,
 )
 
-MemberKind = Literal["rollout", "scoring", "reference", "collator"]
+MemberKind = Literal["rollout", "scoring", "reference", "collator", "learner", "critic"]
 """What a process does for the loop."""
 NOBODY = ""
 """In place of a member's name: of a request that waits for a worker."""
@@ -85,12 +85,34 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A rollout worker is gone, with all that nobody else has."""
+    """A process is gone, with all that nobody else has."""
 
-    worker: str
+    member: str
     why: str
     told: bool = False
     """People know already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A process that was started again is ready; a rollout worker serves once it has proved the published weights."""
+
+    member: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotStarted:
+    """A process that was started again could not."""
+
+    member: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """A process lives, whatever it is busy with."""
+
+    member: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +129,7 @@ class Tick:
 
 About = Answered | Unanswered | Partial | PartialLost | Kept | Scored | Compared | Undone
 """Events about one request; `key` is its."""
-Event = About | Beat | Published | Serving | Lost | Asked | Tick
+Event = About | Beat | Published | Serving | Lost | NotStarted | Returned | Pulse | Asked | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,21 +216,37 @@ class Book:
 class Tell:
     """A line in the run's event log; a warning is shown to people, too."""
 
-    kind: Literal["dropped", "handed_over", "warning"]
+    kind: Literal["dropped", "handed_over", "returned", "warning"]
     message: str
     uid: str = ""
 
 
 @dataclass(frozen=True, slots=True)
+class Respawn:
+    """End a process, if anything is left of it, and start it again. `Returned` comes of it, or `Lost`."""
+
+    member: str
+
+
+Limit = Literal["work", "pulse", "start"]
+"""What a process did not do in time: go on with its work, give a sign of life, start."""
+
+
+@dataclass(frozen=True, slots=True)
 class TimedOut:
-    """A process that has work gave no sign of it for longer than its limit."""
+    """A process did not do in time what it should have done."""
 
     kind: MemberKind
     member: str
     limit_s: float
+    limit: Limit = "work"
+    ends: bool = True
+    """Whether the run ends; else the process counts as lost."""
 
 
-Command = Submit | Cancel | HandOver | Keep | KeepReference | Forget | Score | Compare | Book | Tell | TimedOut
+Command = (
+    Submit | Cancel | HandOver | Keep | KeepReference | Forget | Score | Compare | Book | Tell | Respawn | TimedOut
+)
 
 
 @dataclass(frozen=True, slots=True)

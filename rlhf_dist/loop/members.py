@@ -86,10 +86,13 @@ class Members:
             (kind, name): Member(kind, name) for kind, names in named.items() for name in names
         }
         self._of_kind = {kind: [one for one in self._members.values() if one.kind == kind] for kind in named}
+        """Those that are there."""
         self._busy: Counter[MemberKind] = Counter()
         """How many of each kind have work."""
         self._kinds: Counter[str] = Counter()
         """Server -> for how many kinds of work it has any: it may give scores and logprobs."""
+        self._away: dict[str, list[MemberKind]] = {}
+        """Lost process -> what it did."""
         self._scoring = 0
         """Servers that have any."""
         self._servers = len({name for kind, name in self._members if kind in SERVERS})
@@ -155,9 +158,11 @@ class Members:
                 found.setdefault(worker.name, []).append(one)
         return [Submit(worker, tuple(one.request for one in sent)) for worker, sent in found.items()]
 
-    def server(self, kind: MemberKind, request_key: str, now: float) -> str:
-        """The server of this kind that has least to do; it now has this request, too."""
-        server = min(self._of_kind[kind], key=LOAD)
+    def server(self, kind: MemberKind, request_key: str, now: float) -> str | None:
+        """The server of this kind that has least to do; it now has this request, too. None where none is there."""
+        server = min(self._of_kind[kind], key=LOAD, default=None)
+        if server is None:
+            return None
         self._give(server, request_key, 1, now)
         return server.name
 
@@ -217,25 +222,48 @@ class Members:
         named = set(workers)
         self._serving = [one for one in self._of_kind["rollout"] if one.name in named]
 
-    def lose(self, worker: str) -> bool:
-        """A rollout worker is gone; false where that is known."""
-        gone = self._members.pop(("rollout", worker), None)
-        self._busy["rollout"] -= gone is not None and bool(gone.work)
-        for listed in (self._of_kind["rollout"], self._serving):
-            listed[:] = [one for one in listed if one is not gone]
-        return gone is not None
+    def lose(self, name: str) -> dict[MemberKind, list[str]] | None:
+        """A process is gone; the request keys that it had, by kind of work. None where that is known."""
+        gone = [one for kind in self._of_kind for one in self._of_kind[kind] if one.name == name]
+        if not gone:
+            return None
+        self._serving = [one for one in self._serving if one.name != name]
+        had: dict[MemberKind, list[str]] = {one.kind: list(one.work) for one in gone}
+        for one in gone:
+            for request_key in had[one.kind]:
+                self._take(one, request_key)
+            self._of_kind[one.kind].remove(one)
+            del self._members[one.kind, name]
+        self._servers -= any(one.kind in SERVERS for one in gone)
+        self._away[name] = [one.kind for one in gone]
+        return had
 
-    def silent(self, now: float) -> list[Command]:
+    def lacks(self, kinds: Iterable[MemberKind]) -> bool:
+        """Whether nobody is there who does one of these kinds of work."""
+        return any(not self._of_kind[kind] for kind in kinds)
+
+    def returned(self, name: str) -> None:
+        """A lost process is there again, without work; a rollout worker is not given any before it serves."""
+        kinds = self._away.pop(name)
+        for kind in kinds:
+            self._members[kind, name] = member = Member(kind, name)
+            self._of_kind[kind].append(member)
+        self._servers += any(kind in SERVERS for kind in kinds)
+
+    def silent(self, now: float, *, waits: bool = False) -> list[TimedOut]:
         """Members that have work and gave no sign of progress within their limit; nobody's name where no worker serves.
 
-        A worker that refused a push is not asked again before the next one, which may never come.
+        A worker that refused a push is not asked again before the next one, which may never come. `waits`: a worker is
+        being started, which has a limit of its own.
         """
         limit = self.limits_s["rollout"]
-        found: list[Command] = [
+        found = [
             TimedOut(member.kind, member.name, self.limits_s[member.kind])
             for member in self._members.values()
             if member.work and now - member.sign > self._silence_s[member.kind]
         ]
+        if waits and self._stuck is not None:
+            self._stuck = now
         if self._stuck is not None and now - self._stuck > limit:
             found.append(TimedOut("rollout", NOBODY, limit))
         return found

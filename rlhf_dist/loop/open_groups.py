@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rlhf_dist.loop.events import About, Compared, Kept, Scored, Undone
+from rlhf_dist.loop.events import About, Compared, Kept, MemberKind, Scored, Undone
 from rlhf_dist.types import (
     Answered,
     Experience,
+    Group,
     GroupHead,
+    Handle,
     Partial,
     PartialLost,
     ReferenceHead,
@@ -36,6 +38,10 @@ class OpenRequest:
     leaves: bool = False
     """That worker was asked to hand it over."""
     head: GroupHead | None = None
+    body: Handle[Group] | None = None
+    """Once it is sampled, until all servers have answered: what they are asked about."""
+    orphaned: bool = False
+    """That worker has been lost since it was sampled; another process may have its name by now."""
     kept: bool = False
     """The collator owns the group."""
     scores: Scores | None = None
@@ -70,6 +76,12 @@ class OpenRequest:
         request = self.request
         return Experience(request.prompt, self.head, self.scores, request.key, self.reference, self.baseline)
 
+    def wants(self, kind: MemberKind) -> bool:
+        """Whether a server of this kind is still to work on it."""
+        if self.body is None:
+            return False
+        return self.scores is None if kind == "scoring" else self.compares and self.reference is None
+
     def knows(self, event: About) -> bool:
         """Whether the event says what an earlier one has said."""
         match event:
@@ -87,5 +99,5 @@ class OpenRequest:
     def begin_again(self, attempt: int) -> None:
         """The next attempt: with the same seeds, so that the same samples come of it."""
         self.request = replace(self.request, attempt=attempt, part=0, begun=None)
-        self.worker, self.leaves = "", False
-        self.head, self.kept, self.scores, self.reference = None, False, None, None
+        self.worker, self.leaves, self.orphaned = "", False, False
+        self.head, self.body, self.kept, self.scores, self.reference = None, None, False, None, None

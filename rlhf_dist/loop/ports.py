@@ -37,6 +37,14 @@ class Arrivals(Protocol):
         ...
 
 
+class Processes(Protocol):
+    """All processes of the run."""
+
+    def respawn(self, member: str) -> None:
+        """End a process, if anything is left of it, and start it again. `Returned` or `NotStarted` comes of it."""
+        ...
+
+
 class Rollouts(Protocol):
     """The rollout fleet."""
 
@@ -61,7 +69,7 @@ class Rollouts(Protocol):
         ...
 
     def serving(self) -> tuple[str, ...]:
-        """The workers that proved the published version."""
+        """The workers that proved the published version; those that have come back are asked to load it."""
         ...
 
 

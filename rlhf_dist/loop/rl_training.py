@@ -18,6 +18,7 @@ from rlhf_dist.loop.controller_rules import Rules, rules_of, sampling_of
 from rlhf_dist.loop.devices import Devices
 from rlhf_dist.loop.evaluation import Evaluation, evaluate
 from rlhf_dist.loop.events import Tell
+from rlhf_dist.loop.healing import Healing
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.left_out import counted
 from rlhf_dist.loop.members import Members
@@ -55,6 +56,8 @@ class Run:
     """Between `policy` and the rollout workers."""
     members: Members
     """The names of the actors' processes."""
+    healing: Healing
+    """What is done when a process is lost."""
     stream: PromptStream
     held_out: Sequence[Prompt]
     ledger: Ledger
@@ -210,7 +213,7 @@ def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch) -> Step:
 def start_shell(run: Run, state: State | None, devices: Devices) -> Shell:
     """The controller with its shell; groups that were open in `state` are issued first."""
     prompts = ResumedPrompts(run.stream, {} if state is None else state.open)
-    controller = Controller(run.rules, prompts, run.members, 0 if state is None else state.step)
+    controller = Controller(run.rules, prompts, run.members, 0 if state is None else state.step, run.healing)
 
     def told(line: Tell) -> None:
         if line.kind == "warning":

@@ -22,8 +22,9 @@ from rlhf_dist.loop.events import (
     HandOver,
     Keep,
     KeepReference,
-    MemberKind,
+    Lost,
     Published,
+    Respawn,
     Score,
     Serving,
     Submit,
@@ -33,11 +34,11 @@ from rlhf_dist.loop.events import (
     TimedOut,
 )
 from rlhf_dist.loop.ledger import Ledger
-from rlhf_dist.loop.ports import Arrivals, Bodies, References, Rollouts, Scoring
+from rlhf_dist.loop.ports import Arrivals, Bodies, Processes, References, Rollouts, Scoring
 from rlhf_dist.types import Request
 
-Timeout = Callable[[MemberKind, str, float], Exception]
-"""(kind, name, limit in seconds) of a process that has been silent -> what to raise."""
+Timeout = Callable[[TimedOut], Exception]
+"""What to raise for a process that did not do something in time; its words are also those of a loss."""
 
 TICK_S = 1.0
 """How often what follows from time alone is looked at, at most."""
@@ -54,6 +55,8 @@ class Actors:
     bodies: Bodies
     arrivals: Arrivals
     timeout: Timeout
+    processes: Processes | None = None
+    """None where nobody is watched, and so nobody is started again."""
 
 
 class Shell:
@@ -78,14 +81,20 @@ class Shell:
         self._tell = tell
         self._before = before
         self._served: tuple[str, ...] | None = None
-        self._ticked = actors.arrivals.now()
+        self._ticked = self._looked = actors.arrivals.now()
         actors.arrivals.listen(self.hear)
 
     def hear(self, events: Sequence[Event]) -> None:
-        """Do what follows from the events: what can be done at once (ledger, collator), then the rest in its order."""
+        """Do what follows from the events: what can be done at once (ledger, collator), then the rest in its order.
+
+        Signs of life come all the time, so that time is looked at also while the learner side waits for its ranks.
+        """
         self._before()
         now = self._actors.arrivals.now()
         self._do(command for event in events for command in self._controller.handle(event, now))
+        if now - self._ticked >= TICK_S:
+            self._ticked = now
+            self._do(self._controller.handle(Tick(), now))
 
     def published(self, version: int) -> None:
         """The workers that serve hold this version now: groups may be issued under it."""
@@ -131,10 +140,10 @@ class Shell:
     def _pump(self) -> None:
         arrivals = self._actors.arrivals
         arrivals.pump()
-        if arrivals.now() - self._ticked >= TICK_S:
-            self._ticked = arrivals.now()
+        if arrivals.now() - self._looked >= TICK_S:
+            self._looked = arrivals.now()
             self._serve()
-            self.hear([Tick()])
+            self.hear([])  # which looks at the time, too
 
     def _serve(self) -> None:
         """Tell the controller where other workers serve than before: one whose receipt came late does again."""
@@ -174,5 +183,11 @@ class Shell:
                 actors.reference.submit(command.server, command.key, command.body, command.temperature)
             case Tell():
                 self._tell(command)
+            case Respawn():
+                assert actors.processes is not None, "who is not watched is not started again"
+                actors.processes.respawn(command.member)
             case TimedOut():
-                raise actors.timeout(command.kind, command.member, command.limit_s)
+                error = actors.timeout(command)
+                if command.ends:
+                    raise error
+                self.hear([Lost(command.member, str(error))])

@@ -17,6 +17,7 @@ import pytest
 import ray
 
 from rlhf_dist.cluster import build, learner_hosts, starts
+from rlhf_dist.cluster.roster import Roster
 from rlhf_dist.cluster.sources import require_rows, with_sources
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.config.schema import AlgoConfig, Config, KLConfig, RolloutConfig, TelemetryConfig, TinyConfig
@@ -28,7 +29,7 @@ LEASHED = AlgoConfig(name="ppo", kl=KLConfig(coef=0.1))
 """Has a critic and a reference."""
 
 
-PARTS: Any = build.Parts(None, None, None, build.LearnerSide(None, None))  # type: ignore[arg-type]
+PARTS: Any = build.Parts(None, None, None, None, build.LearnerSide(None, None))  # type: ignore[arg-type]
 
 
 def test_a_users_folder_hides_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_on_gpus_nothing_starts_beside_an_engine(monkeypatch: pytest.MonkeyPatch
     """What starts after it changes the free memory by which the engine sizes its cache."""
     calls: list[str] = []
 
-    def start(host: type, specs: Sequence[ActorSpec], *_: Any, **__: Any) -> dict[str, Any]:
+    def start(_: Roster, host: type, specs: Sequence[ActorSpec], *__: Any, **___: Any) -> dict[str, Any]:
         calls.append(host.__name__)
         return {spec.name: SimpleNamespace(ready=SimpleNamespace(remote=int)) for spec in specs}
 
@@ -102,7 +103,7 @@ def test_on_gpus_nothing_starts_beside_an_engine(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(build, "gather", gather)
     monkeypatch.setattr(starts, "close_ranks", lambda *_: None)
     for name in ("start_all", "start_servers"):
-        monkeypatch.setattr(starts.actors, name, start)
+        monkeypatch.setattr(Roster, name, start)
     config = Config(rollout=RolloutConfig(workers=2), algo=replace(LEASHED, name="grpo"))
     config = replace(config, cluster=replace(config.cluster, device=device))
     placement = place(config, Machine(cpus=8, gpus=4 if device == "cuda" else 0), "train")

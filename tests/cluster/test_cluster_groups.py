@@ -18,6 +18,7 @@ from conftest import family
 
 from rlhf_dist.cluster import actors, processes
 from rlhf_dist.cluster.groups import ScoringFleet
+from rlhf_dist.cluster.roster import Roster
 from rlhf_dist.cluster.session import reserve
 from rlhf_dist.cluster.spec import ActorSpec
 from rlhf_dist.cluster.waits import gather
@@ -263,7 +264,7 @@ def scoring(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     log = str(folder / "logs" / "scoring.log")
     specs = [ActorSpec(f"scoring server {i}", config, "", "cpu", 1, log, i, str(folder)) for i in range(2)]
     with reserve([{"CPU": 0.1, "GPU": 0.0}], 60.0) as group:
-        servers = actors.start_servers(actors.ScoringHost, specs, group, actors.SERVER_THREADS, [0] * len(specs))
+        servers = Roster(group).start_servers(actors.ScoringHost, specs, actors.SERVER_THREADS, [0] * len(specs))
         gather({name: server.ready.remote() for name, server in servers.items()}, "start", 120)
         yield servers, folder / "mode"
 

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import pytest
+
 from rlhf_dist.cluster.groups import silence
-from rlhf_dist.loop.events import NOBODY
+from rlhf_dist.loop.events import NOBODY, TimedOut
 
 
 def test_where_no_worker_serves_nobody_is_blamed() -> None:
-    found = str(silence("rollout", NOBODY, 5.0))
+    found = str(silence(TimedOut("rollout", NOBODY, 5.0)))
     assert found.startswith("no rollout worker holds the published weights") and "5 s (rollout.timeout_s)" in found
 
 
-def test_the_collator_has_the_limit_of_the_learner() -> None:
-    assert str(silence("collator", "collator", 5.0)) == "collator did not finish 'keep' in 5 s (learner.timeout_s)"
+@pytest.mark.parametrize(
+    ("late", "message"),
+    [
+        (TimedOut("collator", "collator", 5.0), "collator did not finish 'keep' in 5 s (learner.timeout_s)"),
+        (
+            TimedOut("scoring", "scoring server 0", 15.0, "pulse"),
+            "scoring server 0 gave no sign of life for 15 s (faults.heartbeat_s)",
+        ),
+        (
+            TimedOut("rollout", "rollout worker 1", 300.0, "start"),
+            "rollout worker 1 was started again and was not ready in 300 s (cluster.start_timeout_s)",
+        ),
+    ],
+)
+def test_what_was_not_done_is_told_with_the_key_of_its_limit(late: TimedOut, message: str) -> None:
+    assert str(silence(late)) == message

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from rlhf_dist.cluster import actors
+from rlhf_dist.cluster.roster import Alive, Roster
 from rlhf_dist.cluster.session import reserve
 from rlhf_dist.cluster.spec import ActorSpec
 from rlhf_dist.cluster.starts import start_servers
@@ -24,10 +24,10 @@ from rlhf_dist.planning.placement import Machine, Placement, bundles, place
 LIMIT_S = 120.0
 
 
-def probe() -> type:
+def probe() -> type[Alive]:
     """In place of an engine, a server or a rank. Made in a function, so that Ray sends it: it finds no test module."""
 
-    class Probe:
+    class Probe(Alive):
         def __init__(self, spec: ActorSpec) -> None:
             self._name = spec.name
 
@@ -62,14 +62,14 @@ def seen(wanted: Config, folder: Path) -> tuple[Placement, dict[str, str]]:
 
     kind = probe()
     with ExitStack() as stack:
-        group = stack.enter_context(reserve(booked, LIMIT_S))
-        probes: dict[str, Any] = actors.start_all(
-            kind, specs("worker", found.rollout_workers), group, 0, 0.001, found.rollout_num_gpus
+        roster = Roster(stack.enter_context(reserve(booked, LIMIT_S)))
+        probes: dict[str, Any] = roster.start_all(
+            kind, specs("worker", found.rollout_workers), 0, 0.001, found.rollout_num_gpus
         )
-        probes |= actors.start_all(
-            kind, specs("rank", found.learner_ranks), group, found.first_rank, 0.001, found.learner_num_gpus
+        probes |= roster.start_all(
+            kind, specs("rank", found.learner_ranks), found.first_rank, 0.001, found.learner_num_gpus
         )
-        probes |= start_servers(wanted, found, "", folder, group, kind, "server", 1, found.scoring_places)
+        probes |= start_servers(wanted, found, "", folder, roster, kind, "server", 1, found.scoring_places)
         calls = {str(name): one.sees.remote() for name, one in probes.items()}
         answers = gather(calls, "say what it sees", LIMIT_S, "the test")
         for one in probes.values():

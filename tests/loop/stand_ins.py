@@ -15,7 +15,7 @@ from rlhf_dist.errors import ActorTimeout
 from rlhf_dist.learner.checkpoint_files import checkpoint_files, critic_files
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums
-from rlhf_dist.loop.events import Compared, Event, Kept, MemberKind, Scored
+from rlhf_dist.loop.events import Compared, Event, Kept, MemberKind, Scored, TimedOut
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.loop.shell import Actors
@@ -260,8 +260,8 @@ class FakeBodies:
         return [Handle(shard) for shard in shards]
 
 
-def silence(kind: str, name: str, limit_s: float) -> Exception:
-    return ActorTimeout(f"{name} was silent for {limit_s:g} s")
+def silence(late: TimedOut) -> Exception:
+    return ActorTimeout(f"{late.member} was silent for {late.limit_s:g} s")
 
 
 def actors(

@@ -33,6 +33,7 @@ from rlhf_dist.config.schema import (
 from rlhf_dist.data.stream import PromptStream, held_out
 from rlhf_dist.errors import DataError, DiskError
 from rlhf_dist.learner.checkpoint_files import EMA_FILES, critic_files
+from rlhf_dist.loop.healing import unwatched
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.rl_training import Run, resume, train
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory

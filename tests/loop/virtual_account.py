@@ -27,7 +27,10 @@ from rlhf_dist.loop.events import (
     KeepReference,
     Kept,
     Lost,
+    NotStarted,
     Published,
+    Pulse,
+    Returned,
     Score,
     Scored,
     Serving,
@@ -112,11 +115,11 @@ class Account:
             case Serving():
                 self.serving = event.workers
             case Lost():
-                self.lost.add(event.worker)
-                self.load.pop(event.worker, None)
+                self.lost.add(event.member)
+                self.load.pop(event.member, None)
                 for key, entry in list(self.entries.items()):
                     self._give_up(key, entry)
-            case Beat() | Tick() | Asked():
+            case Beat() | Tick() | Asked() | Returned() | NotStarted() | Pulse():
                 pass
             case _:
                 return self._hear_about(event)

@@ -16,7 +16,7 @@ from virtual_time import END_S, members_of
 from rlhf_dist.errors import ActorTimeout
 from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.shard import Shard
-from rlhf_dist.loop.events import Event, Lost, MemberKind
+from rlhf_dist.loop.events import Event, Lost, MemberKind, TimedOut
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.requests import make_requests
 from rlhf_dist.loop.shell import Actors, Shell
@@ -43,7 +43,7 @@ class Ports(Fleet):
     def hear(self, event: Event) -> None:
         """It lies in the inbox until somebody waits."""
         if isinstance(event, Lost):
-            self.lose(event.worker)
+            self.lose(event.member)
         self.inbox.append(event)
 
     def submit(self, worker: str, requests: Sequence[Request]) -> None:
@@ -214,9 +214,9 @@ class ShellRun:
             raise Crash(f"with {open_groups} groups open in the checkpoint")
 
 
-def timed_out(kind: MemberKind, name: str, limit_s: float) -> Exception:
+def timed_out(late: TimedOut) -> Exception:
     """As `cluster` would say it."""
-    return ActorTimeout(f"{kind} {name}: no sign of progress for {limit_s:g} s")
+    return ActorTimeout(f"{late.kind} {late.member}: no sign of progress for {late.limit_s:g} s")
 
 
 def shell_run(seed: int, folder: Path, wedges: int = 0) -> ShellRun:

@@ -207,7 +207,7 @@ class World(Fleet):
         commands = self.controller.handle(event, self.now)
         self.stirred()
         if isinstance(event, Lost):
-            self.lose(event.worker)
+            self.lose(event.member)
         self._do(commands)
 
     def _do(self, commands: Sequence[Command]) -> None:

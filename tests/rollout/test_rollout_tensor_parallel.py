@@ -18,6 +18,7 @@ from weight_senders import push, sending
 
 from rlhf_dist.cluster.actors import WORKER_THREADS, RolloutHost
 from rlhf_dist.cluster.processes import ProcessName, process_id
+from rlhf_dist.cluster.roster import as_actor
 from rlhf_dist.cluster.spec import ActorSpec, environment
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import Config
@@ -75,7 +76,7 @@ def process(local_ray: None, tiny_model: Path, tmp_path_factory: pytest.TempPath
     log = tmp_path_factory.mktemp("logs") / "worker.log"
     config = replace(Config(), rollout=replace(CONFIG, max_prompt_tokens=PROMPT_TOKENS, tensor_parallel=2, cpus=2))
     spec = ActorSpec(NAME, config, str(tiny_model), "cpu", 2, str(log), 0, str(log.parent))
-    actor = ray.remote(RolloutHost).options(
+    actor = as_actor(RolloutHost).options(
         num_cpus=0, max_concurrency=WORKER_THREADS, runtime_env={"env_vars": environment(spec)}
     )
     made = Process(actor.remote(spec), log)

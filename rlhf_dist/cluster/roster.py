@@ -1,0 +1,124 @@
+"""The processes of a run: what each is made from, where, and how it starts. Nothing else starts one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlhf_dist.cluster.processes import ProcessName
+from rlhf_dist.cluster.spec import ActorSpec, environment
+
+HEALTH = "health"
+"""Ray's name for the thread of a process that answers `pulse`, whatever the others do."""
+
+
+class Alive:
+    """What every process can be asked."""
+
+    @ray.method(concurrency_group=HEALTH)
+    def pulse(self, after_s: float) -> None:
+        """Answers after so many seconds: who asks then knows that it lives."""
+        time.sleep(after_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A process, started or not."""
+
+    host: type[Alive]
+    spec: ActorSpec
+    group: Any
+    """The placement group."""
+    place: int
+    """Its bundle there."""
+    num_cpus: float
+    num_gpus: float
+    threads: int
+    """Calls that it takes at a time. With more than one Ray keeps no order among them."""
+    args: tuple[Any, ...] = ()
+    """What the host takes besides the spec."""
+
+    @property
+    def name(self) -> ProcessName:
+        """As in messages."""
+        return ProcessName.of(self.spec.name, self.spec.log)
+
+    def start(self) -> Any:
+        """The process. Ray itself never starts it again: one that comes back has lost its state."""
+        return (
+            ray.remote(concurrency_groups={HEALTH: 1})(self.host)
+            .options(
+                num_cpus=self.num_cpus,
+                num_gpus=self.num_gpus,
+                max_restarts=0,
+                max_concurrency=self.threads,
+                runtime_env={"env_vars": environment(self.spec)},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self.group, placement_group_bundle_index=self.place
+                ),
+            )
+            .remote(self.spec, *self.args)
+        )
+
+
+class Roster:
+    """All processes of a run, and those handles of them that are valid now."""
+
+    def __init__(self, group: Any) -> None:
+        """`group`: the reserved places."""
+        self._group = group
+        self.members: dict[str, Member] = {}
+        self.actors: dict[str, Any] = {}
+
+    def start_servers(
+        self,
+        host: type[Alive],
+        specs: Sequence[ActorSpec],
+        threads: int,
+        places: Iterable[int],
+        *args: Any,
+        num_gpus: float = 0.0,
+    ) -> dict[str, Any]:
+        """Scoring or reference servers, a collator or weight relays, by name, each in its place.
+
+        `args`: what the host takes besides its spec. They take no CPU in Ray's books, since they work while others
+        wait; those whose device is a GPU book `num_gpus` of one. `threads`: groups that each takes at a time, so that
+        those that wait can be put together.
+        """
+        return self._start(
+            Member(host, spec, self._group, place, 0.0, 0.0 if spec.device == "cpu" else num_gpus, threads, args)
+            for spec, place in zip(specs, places, strict=True)
+        )
+
+    def start_all(
+        self,
+        host: type[Alive],
+        specs: Sequence[ActorSpec],
+        first_place: int,
+        num_cpus: float,
+        num_gpus: float,
+        threads: int = 1,
+    ) -> dict[str, Any]:
+        """Rollout workers or ranks, by name, started side by side, each in a place of its own."""
+        return self._start(
+            Member(host, spec, self._group, first_place + i, num_cpus, num_gpus, threads)
+            for i, spec in enumerate(specs)
+        )
+
+    def restart(self, name: str) -> Any:
+        """End a process, if anything is left of it, and start it again; the new handle."""
+        ray.kill(self.actors[name])
+        self.actors[name] = self.members[name].start()
+        return self.actors[name]
+
+    def _start(self, members: Iterable[Member]) -> dict[str, Any]:
+        found = {member.name: member for member in members}
+        started = {name: member.start() for name, member in found.items()}
+        self.members |= found
+        self.actors |= started
+        return started

@@ -1,0 +1,142 @@
+"""What follows from the loss of a process: started again, the end of the run, or the learner rebuilt. Pure.
+
+    | kind                | what it holds that nobody else has       | what is done                               |
+    |---------------------|------------------------------------------|--------------------------------------------|
+    | rollout             | groups that are not finished             | started again; they begin again elsewhere  |
+    | scoring, reference  | nothing, unless the reference moves      | started again; others are asked            |
+    | collator            | the tokens of all groups that are ready  | the run ends                               |
+    | learner, critic     | weights and optimizer state              | the run ends                               |
+
+`RULES` is the table. A process that holds what nobody else has in spite of its kind (a reference that moves)
+is named in `Healing`, and ends the run.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Literal
+
+from rlhf_dist.errors import ActorLost
+from rlhf_dist.loop.events import Command, Limit, MemberKind, Respawn, TimedOut
+from rlhf_dist.loop.members import Members
+
+Rule = Literal["respawn", "end"]
+RULES: Mapping[MemberKind, Rule] = {
+    "rollout": "respawn",
+    "scoring": "respawn",
+    "reference": "respawn",
+    "collator": "end",
+    "learner": "end",
+    "critic": "end",
+}
+
+
+class Healing:
+    """The lives of a run's processes: who is there, who is coming back, and how often each was lost."""
+
+    def __init__(
+        self,
+        kinds: Mapping[str, MemberKind],
+        *,
+        respawns: int,
+        window_s: float,
+        pulse_s: float,
+        start_s: float,
+        unique: Collection[str] = (),
+    ) -> None:
+        """`kinds`: of each process, by name. `respawns`: how often one may be started again within `window_s`.
+
+        `pulse_s`: the longest without a sign of life. `start_s`: the longest that a start may take. `unique`: those
+        whose state nobody else has.
+        """
+        self._kinds = kinds
+        self._respawns, self._window_s = respawns, window_s
+        self._pulse_s, self._start_s = pulse_s, start_s
+        self._unique = frozenset(unique)
+        self._pulses: dict[str, float] = {}
+        """Name -> when it was last known to live; of those that have given a sign."""
+        self._coming: dict[str, float] = {}
+        """Name -> since when it starts."""
+        self._deaths: dict[str, deque[tuple[float, str]]] = {}
+        """Name -> (when, why) of each within the window, oldest first."""
+
+    def pulse(self, name: str, now: float) -> None:
+        """It lives."""
+        if name not in self._coming:
+            self._pulses[name] = now
+
+    def watches(self, name: str) -> bool:
+        """Whether it is there, and has given a sign of life."""
+        return name in self._pulses
+
+    def heals(self, name: str) -> bool:
+        """Whether it is started again when it is lost."""
+        return name in self._kinds and RULES[self._kinds[name]] == "respawn" and name not in self._unique
+
+    def awaits(self, kind: MemberKind) -> bool:
+        """Whether one of this kind starts."""
+        return any(self._kinds[name] == kind for name in self._coming)
+
+    def lost(self, name: str, why: str, now: float) -> list[Command]:
+        """What is to be done; nothing for a process that nobody watches. Raises `ActorLost` where the run ends."""
+        self._pulses.pop(name, None)
+        self._coming.pop(name, None)
+        if name not in self._kinds:
+            return []
+        if not self.heals(name):
+            raise ActorLost(why)
+        deaths = self._deaths.setdefault(name, deque())
+        deaths.append((now, why))
+        while deaths[0][0] < now - self._window_s:
+            deaths.popleft()
+        if len(deaths) > self._respawns:
+            raise ActorLost(self._report(name, now))
+        self._coming[name] = now
+        return [Respawn(name)]
+
+    def not_started(self, name: str, why: str, now: float) -> list[Command]:
+        """As `lost`, of one that is being started."""
+        return self.lost(name, why, now) if name in self._coming else []
+
+    def returned(self, name: str, now: float) -> bool:
+        """It has started; false where nobody waits for it."""
+        if self._coming.pop(name, None) is None:
+            return False
+        self._pulses[name] = now
+        return True
+
+    def overdue(self, now: float, members: Members, undone: Iterable[tuple[str, float]]) -> list[Command]:
+        """Those that did not give a sign of life, start, or go on with their work in time.
+
+        `undone`: (worker, since when) of tokens that nobody can get at, though their worker is not known to be lost.
+        """
+        limit = members.limits_s["rollout"]
+        found = [
+            TimedOut(self._kinds[name], name, limit_s, what)
+            for what, limit_s, since in self._clocks()
+            for name, begun in since.items()
+            if now - begun > limit_s
+        ]
+        found += members.silent(now, waits=self.awaits("rollout"))
+        found += [TimedOut("rollout", worker, limit) for worker, since in undone if now - since > limit]
+        return [replace(one, ends=not self.heals(one.member)) for one in found]
+
+    def _clocks(self) -> tuple[tuple[Limit, float, Mapping[str, float]], ...]:
+        """(what is limited, limit, name -> since when)."""
+        return ("pulse", self._pulse_s, self._pulses), ("start", self._start_s, self._coming)
+
+    def _report(self, name: str, now: float) -> str:
+        """What was tried with a process that is lost too often."""
+        deaths = self._deaths[name]
+        told = "; ".join(f"{now - when:.0f} s ago: {why}" for when, why in deaths)
+        return (
+            f"{name} was lost {len(deaths)} times within {self._window_s:g} s (faults.window_s), and is started again "
+            f"at most {self._respawns} times (faults.respawns): {told}"
+        )
+
+
+def unwatched() -> Healing:
+    """Of nobody: what is lost stays lost."""
+    return Healing({}, respawns=0, window_s=0.0, pulse_s=0.0, start_s=0.0)

@@ -1,0 +1,48 @@
+"""Which server scores or compares a finished group, also where servers are lost meanwhile. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rlhf_dist.loop.events import Command, Compare, MemberKind, Score
+from rlhf_dist.loop.members import SERVERS, Members
+from rlhf_dist.loop.open_groups import OpenRequest
+
+
+class Servers:
+    """Asks who has least to do. Where no server of a kind is there, groups wait for the first that comes back."""
+
+    def __init__(self, members: Members) -> None:
+        self._members = members
+        self._waiting: dict[MemberKind, list[str]] = {}
+        """Request keys."""
+
+    def ask(self, one: OpenRequest, kind: MemberKind, now: float) -> list[Command]:
+        """Have a server work on a group whose tokens are there."""
+        key, body = one.request.key, one.body
+        assert body is not None, "nobody asks about a group that is not finished"
+        server = self._members.server(kind, key, now)
+        if server is None:
+            self._waiting.setdefault(kind, []).append(key)
+            return []
+        if kind == "scoring":
+            return [Score(server, key, body)]
+        return [Compare(server, key, body, one.request.sampling.temperature)]
+
+    def lost(
+        self, had: Mapping[MemberKind, Sequence[str]], open_requests: Mapping[str, OpenRequest], now: float
+    ) -> list[Command]:
+        """Others do what a lost process had as a server; `had`: request keys."""
+        return [
+            command
+            for kind, keys in had.items()
+            if kind in SERVERS
+            for key in keys
+            if (one := open_requests.get(key)) is not None and one.wants(kind)
+            for command in self.ask(one, kind, now)
+        ]
+
+    def returned(self, open_requests: Mapping[str, OpenRequest], now: float) -> list[Command]:
+        """A server is back: what has waited for one."""
+        waiting, self._waiting = self._waiting, {}
+        return self.lost(waiting, open_requests, now)
