@@ -6,32 +6,18 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlhf_dist.cluster import actors, learner_hosts as hosts
 from rlhf_dist.cluster.collator_host import CollatorHost
-from rlhf_dist.cluster.direct_push import DirectPush
-from rlhf_dist.cluster.groups import (
-    CollatorProcess,
-    CriticGroup,
-    PolicyCreditGroup,
-    PolicyGroup,
-    ReferenceFleet,
-    ScoringFleet,
-    silence,
-)
-from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.node_facts import remove_logs
 from rlhf_dist.cluster.open_run import finish, opened
 from rlhf_dist.cluster.preflight import check_before_start, require_shared_memory
-from rlhf_dist.cluster.relay_hosts import Relays
 from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
-from rlhf_dist.cluster.rollout_fleet import RolloutFleet, beat_s
-from rlhf_dist.cluster.roster import Roster
 from rlhf_dist.cluster.run_forecast import basis, basis_before, compared, does_not_fit
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import (
@@ -50,8 +36,8 @@ from rlhf_dist.cluster.starts import (
     start_servers,
     start_workers,
 )
-from rlhf_dist.cluster.supervisor import Admit, Supervisor
 from rlhf_dist.cluster.waits import gather
+from rlhf_dist.cluster.wiring import Parts, parts_of
 from rlhf_dist.config.reward_words import reward_lines, solved_by
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream, held_out
@@ -60,14 +46,11 @@ from rlhf_dist.loop import rl_training as training
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import rules_of
 from rlhf_dist.loop.evaluation import evaluate as run_evaluation
-from rlhf_dist.loop.events import MemberKind
-from rlhf_dist.loop.healing import Healing
 from rlhf_dist.loop.ledger import Ledger, LedgerProof
-from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.resume_point import ledger_gone
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.shaper import Shaper
-from rlhf_dist.loop.shell import Actors, Shell
+from rlhf_dist.loop.shell import Shell
 from rlhf_dist.loop.train_state import put_back, read_state
 from rlhf_dist.loop.watch import CollapseWatch
 from rlhf_dist.planning.nodes import place_in
@@ -206,26 +189,6 @@ def eval_display(config: Config) -> Iterator[tuple[Progress, Path]]:
     shutil.rmtree(logs, ignore_errors=True)
 
 
-@dataclass(frozen=True, slots=True)
-class LearnerSide:
-    """The ranks of a run, which have met."""
-
-    policy: PolicyGroup
-    critic: CriticGroup | None
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """The processes of a run, ready to work."""
-
-    actors: Actors
-    rollouts: RolloutFleet
-    """`actors.rollouts`, and the receiving end of a push."""
-    members: Members
-    healing: Healing
-    learner: LearnerSide
-
-
 def start_fleets(
     config: Config, placement: Placement, source: str, logs: Path, folder: Path | None, stack: ExitStack
 ) -> Parts:
@@ -256,101 +219,3 @@ def start_fleets(
     gather(ready, "start", config.cluster.start_timeout_s, START_KEY)
     shares_gpu = placement.paired and placement.device == "cuda"
     return parts_of(config, roster, workers, scorers, references, collator, ranks, critics, relays, shares_gpu)
-
-
-def parts_of(
-    config: Config,
-    roster: Roster,
-    workers: dict[str, Any],
-    scorers: dict[str, Any],
-    references: dict[str, Any],
-    collator: dict[str, Any],
-    ranks: dict[str, Any],
-    critics: dict[str, Any],
-    relays: Relays,
-    shares_gpu: bool,
-) -> Parts:
-    """The processes, which are ready, behind the ports of the loop. All hand their events to one inbox."""
-    inbox, limit, (collating,) = Inbox(), config.scoring.timeout_s, collator.items()
-    direct = None
-    if ranks and config.weights.transport != "shared_memory":
-        direct = DirectPush(ranks, config.rollout.tensor_parallel)
-    rollouts = RolloutFleet(
-        workers,
-        inbox,
-        timeout_s=config.rollout.timeout_s,
-        sync_timeout_s=config.weights.timeout_s,
-        give_up_after=config.weights.give_up_after,
-        relays=relays,
-        direct=direct,
-        shares_gpu=shares_gpu,
-    )
-    moves = config.reference.update_every > 0
-    scoring = ScoringFleet(scorers, inbox, timeout_s=limit)
-    reference = ReferenceFleet(references, inbox, timeout_s=limit, moves=moves) if references else None
-    admits: dict[str, list[Admit]] = {name: [] for name in (*collator, *ranks, *critics)}
-    for names, fleet in ((workers, rollouts), (scorers, scoring), (references, reference)):
-        for name in names if fleet is not None else ():
-            admits.setdefault(name, []).append(fleet.admit)
-    return Parts(
-        actors=Actors(
-            rollouts=rollouts,
-            scoring=scoring,
-            reference=reference,
-            bodies=CollatorProcess(*collating, inbox, timeout_s=config.learner.timeout_s),
-            arrivals=inbox,
-            timeout=silence,
-            processes=Supervisor(roster, inbox, admits, start_s=config.cluster.start_timeout_s),
-        ),
-        rollouts=rollouts,
-        healing=healing_of(
-            config,
-            {
-                "reference": references,
-                "rollout": workers,
-                "scoring": scorers,  # some of which may be the servers of the reference, too
-                "collator": collator,
-                "learner": ranks,
-                "critic": critics,
-            },
-            references if moves else (),
-        ),
-        members=Members(
-            workers,
-            scorers,
-            references,
-            capacity=config.rollout.max_concurrent,
-            limits_s={
-                "rollout": config.rollout.timeout_s,
-                "scoring": limit,
-                "reference": limit,
-                "collator": config.learner.timeout_s,
-            },
-            beat_s=beat_s(len(workers)),
-            collator=collating[0],
-        ),
-        learner=learner_side(config, ranks, critics, inbox),
-    )
-
-
-def healing_of(config: Config, names: Mapping[MemberKind, Iterable[str]], unique: Collection[str]) -> Healing:
-    """What is done about losses. `names`: of all processes by kind; where one has two, the latter. `unique`: see
-    `Healing`."""
-    return Healing(
-        {name: kind for kind, found in names.items() for name in found},
-        respawns=config.faults.respawns,
-        window_s=config.faults.window_s,
-        pulse_s=config.faults.heartbeat_s,
-        start_s=config.cluster.start_timeout_s,
-        unique=unique,
-    )
-
-
-def learner_side(config: Config, ranks: dict[str, Any], critics: dict[str, Any], inbox: Inbox) -> LearnerSide:
-    """The groups of policy and critic; while their answers are waited for, events are handed over."""
-    limit, recipe, critic = config.learner.timeout_s, hosts.algorithm(config.algo), None
-    if ranks and recipe.credit_by_token:
-        own = recipe.needs_critic and not hosts.shares_trunk(config)
-        kind = CriticGroup if own else PolicyCreditGroup
-        critic = kind(critics or ranks, timeout_s=limit, waits=inbox.wait, in_turn=not critics)
-    return LearnerSide(PolicyGroup(ranks, timeout_s=limit, waits=inbox.wait), critic)

@@ -50,20 +50,22 @@ class Member:
 
     def start(self) -> Any:
         """The process. Ray itself never starts it again: one that comes back has lost its state."""
-        return (
-            ray.remote(concurrency_groups={HEALTH: 1})(self.host)
-            .options(
-                num_cpus=self.num_cpus,
-                num_gpus=self.num_gpus,
-                max_restarts=0,
-                max_concurrency=self.threads,
-                runtime_env={"env_vars": environment(self.spec)},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self.group, placement_group_bundle_index=self.place
-                ),
-            )
-            .remote(self.spec, *self.args)
+        place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.place)
+        made = as_actor(self.host).options(
+            num_cpus=self.num_cpus,
+            num_gpus=self.num_gpus,
+            max_restarts=0,
+            max_concurrency=self.threads,
+            runtime_env={"env_vars": environment(self.spec)},
+            scheduling_strategy=place,
         )
+        return made.remote(self.spec, *self.args)
+
+
+def as_actor(host: type[Alive]) -> Any:
+    """Its class for Ray, with a thread of its own for `pulse`."""
+    with_health: Any = ray.remote(concurrency_groups={HEALTH: 1})  # pyright: ignore[reportCallIssue]
+    return with_health(host)
 
 
 class Roster:
@@ -117,7 +119,7 @@ class Roster:
         return self.actors[name]
 
     def _start(self, members: Iterable[Member]) -> dict[str, Any]:
-        found = {member.name: member for member in members}
+        found: dict[str, Member] = {member.name: member for member in members}
         started = {name: member.start() for name, member in found.items()}
         self.members |= found
         self.actors |= started

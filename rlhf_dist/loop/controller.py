@@ -355,7 +355,7 @@ class Controller:
         gone = [one for one in orphans if not one.kept or one.request.key in self._undone]
         for one in orphans:
             one.orphaned = True
-        again = f"{len(gone)} requests of {name} begin again with other workers" if gone else ""
+        again = f"{len(gone)} requests of {name} begin again" if gone else ""
         if text := "; ".join(filter(None, [why, again, f"{name} is started again" if commands else ""])):
             commands.append(Tell("warning", text))
         return commands + self._begin_again(gone) + self._servers.lost(had or {}, self._open, now)

@@ -19,6 +19,7 @@ from sample_groups import group_of, request_of
 from rlhf_dist.cluster.collator_host import CollatorHost
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet
+from rlhf_dist.cluster.roster import Alive, as_actor
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.cluster.waits import fetched, gather
 from rlhf_dist.config.schema import Config
@@ -272,10 +273,11 @@ class Stand:
         self.work()
 
 
-def remote(host: type, threads: int = 1) -> Any:
+def remote(host: type[Any], threads: int = 1) -> Any:
     """The class as an actor's; its process imports the modules of the tests to know it."""
     here = {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"}
-    return ray.remote(host).options(num_cpus=0, max_restarts=0, max_concurrency=threads, runtime_env={"env_vars": here})
+    made = as_actor(host) if issubclass(host, Alive) else ray.remote(host)
+    return made.options(num_cpus=0, max_restarts=0, max_concurrency=threads, runtime_env={"env_vars": here})
 
 
 def start(name: str, tokens: int = 1) -> Any:

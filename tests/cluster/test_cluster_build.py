@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import ray
 
-from rlhf_dist.cluster import build, learner_hosts, starts
+from rlhf_dist.cluster import build, learner_hosts, starts, wiring
 from rlhf_dist.cluster.roster import Roster
 from rlhf_dist.cluster.sources import require_rows, with_sources
 from rlhf_dist.cluster.spec import ActorSpec, enter
@@ -29,7 +29,7 @@ LEASHED = AlgoConfig(name="ppo", kl=KLConfig(coef=0.1))
 """Has a critic and a reference."""
 
 
-PARTS: Any = build.Parts(None, None, None, None, build.LearnerSide(None, None))  # type: ignore[arg-type]
+PARTS: Any = wiring.Parts(None, None, None, None, wiring.LearnerSide(None, None))  # type: ignore[arg-type]
 
 
 def test_a_users_folder_hides_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

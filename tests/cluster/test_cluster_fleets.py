@@ -31,7 +31,7 @@ from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import ClusterConfig
 from rlhf_dist.errors import ActorLost, ActorTimeout, ResourceError, RunError, WeightSyncError
 from rlhf_dist.learner.token_sums import EstimateSums, Whitening
-from rlhf_dist.loop.events import Compared, Scored
+from rlhf_dist.loop.events import Compared, Lost, Scored
 from rlhf_dist.loop.ports import NO_ESTIMATES, Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Handle
@@ -165,26 +165,32 @@ def test_a_reference_compares_at_the_samplers_temperature_and_logprobs_stay_ther
     assert {key: array.tolist() for key, array in arrays.items()} == {"one": [1.0, 1.0], "two": [2.0, 2.0]}
 
 
-@pytest.mark.parametrize("kind", [ReferenceFleet, ScoringFleet])
-@pytest.mark.parametrize(
-    ("mode", "error", "why"),
-    [
-        ("breaks", RunError, "failed in 'VERB train/0/1/0': IndexError: list index out of range"),
-        ("dies", ActorLost, "died during 'VERB train/0/1/0': "),
-    ],
-)
-def test_a_server_that_fails_is_named_with_the_request(
-    workers: dict[str, Any], kind: Any, mode: str, error: type[Exception], why: str
-) -> None:
-    bad, ears = start("doomed") if mode == "dies" else workers["two"], Ears()
-    tell(bad, mode)
+def asked(workers: dict[str, Any], bad: Any, kind: Any) -> tuple[Ears, str]:
+    """Two servers, of which the second is bad, are asked for a group each; what they are asked for."""
+    ears = Ears()
     fleet_of = kind({"server 0": workers["one"], "server 1": bad}, ears.inbox, timeout_s=30.0)
     words, verb = ((0.7,), "compare") if kind is ReferenceFleet else ((), "score")
     for i, handle in enumerate(handles(2)):
         fleet_of.submit(f"server {i}", f"train/0/{i}/0", handle, *words)
-    with pytest.raises(error) as caught:
+    return ears, f"{verb} train/0/1/0"
+
+
+@pytest.mark.parametrize("kind", [ReferenceFleet, ScoringFleet])
+def test_a_server_that_fails_is_named_with_the_request(workers: dict[str, Any], kind: Any) -> None:
+    tell(workers["two"], "breaks")
+    ears, what = asked(workers, workers["two"], kind)
+    with pytest.raises(RunError) as caught:
         ears.until(lambda: False, 60)
-    assert str(caught.value).startswith("server 1 " + why.replace("VERB", verb)), str(caught.value)
+    assert str(caught.value).startswith(f"server 1 failed in '{what}': IndexError: list index out of range")
+
+
+@pytest.mark.parametrize("kind", [ReferenceFleet, ScoringFleet])
+def test_a_server_that_dies_is_lost_with_the_request(workers: dict[str, Any], kind: Any) -> None:
+    doomed = start("doomed")
+    tell(doomed, "dies")
+    ears, what = asked(workers, doomed, kind)
+    (lost,) = ears.hear(Lost, 1)
+    assert lost.member == "server 1" and lost.why.startswith(f"server 1 died during '{what}': ")
 
 
 def test_a_reference_that_moves_proves_what_it_took(workers: dict[str, Any], tmp_path: Path) -> None:

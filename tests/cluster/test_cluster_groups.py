@@ -161,7 +161,7 @@ def test_a_worker_whose_engine_fails_is_lost_and_ended(workers: dict[str, Any]) 
     (lost,) = ears.hear(Lost, 1)
     first = lost.why.splitlines()[0]
     assert first == "rollout worker 0 failed in 'generate': IndexError: list index out of range"
-    assert (lost.worker, lost.told, both.serving()) == ("rollout worker 0", False, ("two",))
+    assert (lost.member, lost.told, both.serving()) == ("rollout worker 0", False, ("two",))
     both.submit("rollout worker 0", REQUESTS[:1])  # nobody hears it
     with pytest.raises(ActorLost):
         for _ in range(300):  # a process ends a moment after it is told to
@@ -199,7 +199,7 @@ def test_a_worker_that_dies_in_a_push_is_given_up_at_once(workers: dict[str, Any
     both = fleet({"rollout worker 0": doomed, "rollout worker 1": workers["two"]}, ears)
     both.load_weights(ANNOUNCEMENT)  # its events may tell of the death before its receipt does
     (lost,) = ears.hear(Lost, 1)
-    assert lost.worker == "rollout worker 0"
+    assert lost.member == "rollout worker 0"
     assert re.match(r"rollout worker 0 died during '(load_weights|generate)': ", lost.why)
     assert both.load_weights(ANNOUNCEMENT) == [], "it is asked no more"
     assert both.serving() == ("rollout worker 1",) and serve(both, ears) == {"two"}

@@ -91,7 +91,7 @@ def test_workers_whose_relay_died_are_given_up_after_three_pushes(local_ray: Non
         assert f"two did not get version {number}: {RELAY} died during 'fetch'" in problem
     (problem,) = rollouts.load_weights(version(6))
     assert "it missed 3 pushes in a row; it is given up, 1 rollout worker is left" in problem
-    assert [event.worker for event in ears.hear(Lost, 1)] == ["two"]
+    assert [event.member for event in ears.hear(Lost, 1)] == ["two"]
     assert serve(rollouts, ears) == {"one"}
 
 

@@ -23,6 +23,7 @@ from rlhf_dist.loop.events import (
     Submit,
     Taken,
 )
+from rlhf_dist.loop.healing import Healing
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.requests import make_requests
 from rlhf_dist.types import (
@@ -100,10 +101,12 @@ class FewPrompts:
 class Rig:
     """Workers `a`, `b` ... that serve, scoring server `s`, reference server `r`, and all commands so far."""
 
-    def __init__(self, rules: Rules, workers: str = "a", capacity: int = 100, **stream: Any) -> None:
+    def __init__(
+        self, rules: Rules, workers: str = "a", capacity: int = 100, healing: Healing | None = None, **stream: Any
+    ) -> None:
         limits: dict[MemberKind, float] = {"rollout": 10.0, "scoring": 20.0, "reference": 30.0, "collator": 40.0}
         self.members = Members(workers, "s", "r", capacity=capacity, limits_s=limits, beat_s=0.0)
-        self.controller = Controller(rules, FewPrompts(**stream), self.members)
+        self.controller = Controller(rules, FewPrompts(**stream), self.members, healing=healing)
         self.now = 0.0
         self.first = self.hear(Serving(tuple(workers)))
 

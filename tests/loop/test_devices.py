@@ -83,7 +83,7 @@ def test_what_members_do_now() -> None:
 
 def test_whom_a_sentence_is_about() -> None:
     assert who("rollout worker 12 did not load version 3 in 5 s") == "rollout worker 12"
-    assert who("2 requests of rollout worker 1 begin again with other workers") == "rollout worker 1"
+    assert who("2 requests of rollout worker 1 begin again") == "rollout worker 1"
     assert who("nobody") == ""
 
 

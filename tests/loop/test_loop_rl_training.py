@@ -60,7 +60,7 @@ def wired(path: Path, config: Config = CONFIG, again: bool = False, **parts: Any
     telemetry, _ = open_telemetry(config.telemetry, directory.path, "run", {}, None, lambda message: None)
     sides = {name: parts.pop(name) for name in ("rollouts", "scoring", "reference", "bodies") if name in parts}
     processes = actors(**sides)
-    made: dict[str, Any] = {"policy": FakePolicy(), "critic": None} | parts
+    made: dict[str, Any] = {"policy": FakePolicy(), "critic": None, "healing": unwatched()} | parts
     made.setdefault("sync", WeightSync(made["policy"], processes.rollouts))  # pyright: ignore[reportArgumentType]
     return Run(
         config=config,

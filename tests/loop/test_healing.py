@@ -1,0 +1,183 @@
+"""What follows from the loss of a process: who is started again, how often, and what becomes of its work."""
+
+from __future__ import annotations
+
+import re
+from typing import get_args
+
+import pytest
+from hand_made import Rig, compared, given, of_kind, rules_with, scores_of
+
+from rlhf_dist.errors import ActorLost
+from rlhf_dist.loop.events import (
+    NOBODY,
+    Command,
+    Compare,
+    Kept,
+    Limit,
+    Lost,
+    MemberKind,
+    NotStarted,
+    Pulse,
+    Respawn,
+    Returned,
+    Score,
+    Scored,
+    Serving,
+    Tell,
+    Tick,
+    TimedOut,
+    Undone,
+)
+from rlhf_dist.loop.healing import RULES, Healing
+
+KINDS: dict[str, MemberKind] = {
+    "a": "rollout",
+    "b": "rollout",
+    "s": "scoring",
+    "r": "reference",
+    "collator": "collator",
+    "rank": "learner",
+}
+
+
+def healing(respawns: int = 2, unique: tuple[str, ...] = ()) -> Healing:
+    return Healing(KINDS, respawns=respawns, window_s=100.0, pulse_s=15.0, start_s=50.0, unique=unique)
+
+
+def rig(workers: str = "ab", **rules: object) -> Rig:
+    """Everybody is watched, and has shown a sign of life."""
+    made = Rig(rules_with(**rules), workers=workers, healing=healing())
+    for name in KINDS:
+        made.hear(Pulse(name))
+    return made
+
+
+def late(commands: list[Command], limit: Limit) -> list[tuple[str, bool]]:
+    """(who is late with this, whether the run ends)."""
+    return [(one.member, one.ends) for one in of_kind(commands, TimedOut) if one.limit == limit]
+
+
+def test_there_is_a_rule_for_every_kind() -> None:
+    assert set(RULES) == set(get_args(MemberKind))
+
+
+def test_a_lost_worker_is_started_again_and_serves_once_it_has_proved_the_weights() -> None:
+    made = rig("a")
+    commands = made.hear(Lost("a", "a died"))
+    assert of_kind(commands, Respawn) == [Respawn("a")]
+    (told,) = of_kind(commands, Tell)
+    assert told.message == "a died; 1 requests of a begin again; a is started again"
+    assert given(made.hear(Serving(()))) == []
+    assert given(made.hear(Returned("a"))) == [], "it has proved nothing yet"
+    assert given(made.hear(Serving(("a",)))) == [("a", "train/0/0/1")]
+
+
+def test_a_loss_that_is_told_twice_counts_once() -> None:
+    made = rig()
+    for _ in range(3):
+        assert len(of_kind(made.hear(Lost("a", "a died")), Respawn)) <= 1
+        assert of_kind(made.hear(Lost("a", "its events ended")), Respawn) == []
+        made.hear(Returned("a"))
+        made.now += 60.0
+
+
+def test_one_that_is_lost_too_often_ends_the_run_with_what_was_tried() -> None:
+    made = rig()
+    made.hear(Lost("a", "a was killed"))
+    made.hear(Returned("a"))
+    made.now = 40.0
+    made.hear(Lost("a", "a broke"))
+    made.now = 50.0
+    with pytest.raises(ActorLost, match=re.escape("a was lost 3 times within 100 s (faults.window_s)")) as caught:
+        made.hear(NotStarted("a", "a has no memory"))
+    assert "at most 2 times (faults.respawns)" in str(caught.value)
+    assert "50 s ago: a was killed; 10 s ago: a broke; 0 s ago: a has no memory" in str(caught.value)
+
+
+def test_losses_beyond_the_window_do_not_count() -> None:
+    made = rig()
+    for _ in range(5):
+        assert of_kind(made.hear(Lost("a", "a died")), Respawn) == [Respawn("a")]
+        made.hear(Returned("a"))
+        made.now += 50.1
+
+
+@pytest.mark.parametrize("name", ["collator", "rank"])
+def test_who_holds_what_nobody_else_has_ends_the_run(name: str) -> None:
+    with pytest.raises(ActorLost, match=f"^{name} died$"):
+        rig().hear(Lost(name, f"{name} died"))
+
+
+def test_a_reference_that_moves_cannot_begin_where_the_run_began() -> None:
+    made = Rig(rules_with(compares=True), healing=healing(unique=("r",)))
+    with pytest.raises(ActorLost, match="r died"):
+        made.hear(Lost("r", "r died"))
+
+
+def test_a_lost_server_loses_nothing_and_what_it_had_waits_for_it() -> None:
+    made = rig(groups_per_step=2, compares=True)
+    made.answer("train/0/0/0")
+    made.hear(Kept("train/0/0/0"))
+    commands = made.hear(Lost("s", "s died"))
+    assert of_kind(commands, Respawn) == [Respawn("s")] and of_kind(commands, Score) == []
+    assert of_kind(made.answer("train/0/1/0"), Score) == [], "no other server is there"
+    made.hear(Kept("train/0/1/0"))
+    scores = of_kind(made.hear(Returned("s")), Score)
+    assert [(one.server, one.key) for one in scores] == [("s", "train/0/0/0"), ("s", "train/0/1/0")]
+    for key in ("train/0/0/0", "train/0/1/0"):
+        made.hear(compared(key))
+        made.hear(Scored("s", key, scores_of((0.0, 1.0))))
+    assert made.taken() == ["0/0", "0/1"]
+
+
+def test_what_a_lost_server_has_answered_is_not_asked_for_again() -> None:
+    made = rig(compares=True)
+    made.answer("train/0/0/0")
+    made.hear(Scored("s", "train/0/0/0", scores_of((0.0, 1.0))))
+    made.hear(Lost("s", "s died"))
+    assert of_kind(made.hear(Returned("s")), Score) == []
+    made.hear(Lost("r", "r died"))
+    (again,) = of_kind(made.hear(Returned("r")), Compare)
+    assert again.key == "train/0/0/0"
+
+
+def test_tokens_of_an_earlier_process_of_that_name_are_not_waited_for() -> None:
+    """The worker is lost and comes back, and then a server says that it could not get at the tokens."""
+    made = rig("a")
+    made.answer("train/0/0/0")
+    made.hear(Kept("train/0/0/0"))
+    made.hear(Lost("a", "a died"))
+    made.hear(Returned("a"))
+    made.hear(Serving(("a",)))
+    assert given(made.hear(Undone("scoring", "s", "train/0/0/0"))) == [("a", "train/0/0/1")]
+
+
+def test_no_sign_of_life_is_found_whatever_a_process_does() -> None:
+    made = rig()
+    made.now = 15.0
+    made.hear(Pulse("a"))
+    assert late(made.hear(Tick()), "pulse") == []
+    made.now = 15.1
+    expected = [(name, RULES[kind] == "end") for name, kind in KINDS.items() if name != "a"]
+    assert late(made.hear(Tick()), "pulse") == expected
+
+
+def test_one_that_starts_has_the_limit_of_a_start_and_no_other() -> None:
+    made = rig("a")
+    made.hear(Lost("a", "a died"))
+    made.hear(Serving(()))
+    made.now = 49.0
+    for name in KINDS:
+        made.hear(Pulse(name))  # of `a`: a late one of the process that was lost
+    found = made.hear(Tick())
+    assert late(found, "pulse") == late(found, "start") == []
+    assert NOBODY not in [one.member for one in of_kind(found, TimedOut)], "a worker is on its way"
+    made.now = 50.1
+    assert late(made.hear(Tick()), "start") == [("a", False)]
+
+
+def test_a_worker_that_makes_no_progress_is_lost_and_not_the_end() -> None:
+    made = rig("a")
+    made.now = 14.0
+    assert late(made.hear(Tick()), "work") == [("a", False)]
