@@ -78,9 +78,12 @@ def parts_of(
     scoring = ScoringFleet(scorers, inbox, timeout_s=limit)
     reference = ReferenceFleet(references, inbox, timeout_s=limit, moves=moves) if references else None
     admits: dict[str, list[Admit]] = {name: [] for name in (*collator, *ranks, *critics)}
-    for names, fleet in ((workers, rollouts), (scorers, scoring), (references, reference)):
-        for name in names if fleet is not None else ():
-            admits.setdefault(name, []).append(fleet.admit)
+    for name in workers:
+        admits[name] = [rollouts.admit]
+    for name in scorers:
+        admits[name] = [scoring.admit]
+    for name in references if reference is not None else ():
+        admits.setdefault(name, []).append(reference.admit)
     return Parts(
         actors=Actors(
             rollouts=rollouts,
