@@ -77,13 +77,10 @@ def parts_of(
     moves = config.reference.update_every > 0
     scoring = ScoringFleet(scorers, inbox, timeout_s=limit)
     reference = ReferenceFleet(references, inbox, timeout_s=limit, moves=moves) if references else None
-    admits: dict[str, list[Admit]] = {name: [] for name in (*collator, *ranks, *critics)}
-    for name in workers:
-        admits[name] = [rollouts.admit]
-    for name in scorers:
-        admits[name] = [scoring.admit]
-    for name in references if reference is not None else ():
-        admits.setdefault(name, []).append(reference.admit)
+    admits = dict[str, list[Admit]]({name: [] for name in (*collator, *ranks, *critics)})
+    admits |= {name: [rollouts.admit] for name in workers} | {name: [scoring.admit] for name in scorers}
+    if reference is not None:
+        admits |= {name: [*admits.get(name, []), reference.admit] for name in references}
     return Parts(
         actors=Actors(
             rollouts=rollouts,

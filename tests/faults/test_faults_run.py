@@ -1,0 +1,121 @@
+"""One real run that loses a process of each kind that is started again, and comes to the same as one that loses none."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Finished, Workplace, end, wait_until
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
+STEPS = 10
+CONFIG = """
+include: [{base}]
+output: {output}
+rollout: {{cpus: 1, max_response_tokens: 48}}
+learner: {{cpus: 1}}
+reference: {{replicas: 1}}
+algo: {{kl: {{coef: 0.05}}}}
+loop: {{steps: {steps}, prompts_per_step: 4, checkpoint_every: 0}}
+eval: {{prompts: 4, every: 0, samples: 1}}
+faults: {{heartbeat_s: 5}}
+cluster: {{address: local, device: cpu}}
+telemetry: {{wandb: "off", samples_every: 0}}
+"""
+FAULTS = [
+    ("rollout worker 0", signal.SIGKILL, "killed by SIGKILL"),
+    ("scoring server 0", signal.SIGSTOP, "gave no sign of life for 5 s (faults.heartbeat_s): it is stopped (state T)"),
+    ("reference server 0", signal.SIGKILL, "killed by SIGKILL"),
+    ("rollout worker 0", signal.SIGSTOP, "gave no sign of life for 5 s (faults.heartbeat_s): it is stopped (state T)"),
+]
+"""(whom, how, what is said of it), one after the other."""
+TIMES = ("time/", "goodput/", "rollout/group_s", "rollout/engine_")
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """What was run; tests change nothing in it."""
+
+    folder: Path
+    end: Finished
+
+    def path(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def lines(self, name: str, file: str) -> list[dict[str, Any]]:
+        return lines(self.path(name) / file)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a file that may be being written."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    except FileNotFoundError:
+        return []
+
+
+def returned(run: Path) -> int:
+    return sum(event["kind"] == "returned" for event in lines(run / "events.jsonl"))
+
+
+def hit(run: Path, process: subprocess.Popen[str], number: int) -> None:
+    """The next fault, in the middle of a step; returns once the process is back, and a step has been made with it."""
+    name, how, _ = FAULTS[number]
+    pid = json.loads((run / "logs" / f"{name.replace(' ', '-')}.pid").read_text())["pid"]
+    os.kill(pid, how)
+    wait_until(lambda: returned(run) == number + 1, process)
+    steps = len(lines(run / "metrics.jsonl"))
+    wait_until(lambda: len(lines(run / "metrics.jsonl")) > steps, process)
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
+    folder = tmp_path_factory.mktemp("faulty")
+    place = Workplace(folder)
+    base = ROOT / "configs" / "reverse.yaml"
+    (folder / "run.yaml").write_text(CONFIG.format(base=base, output=folder / "runs", steps=STEPS))
+    whole = place.finish(place.start("train", "name=whole"))
+    assert whole.code == 0, whole.stderr
+    process, run = place.start("train", "name=faulty"), folder / "runs" / "faulty"
+    try:
+        wait_until(lambda: len(lines(run / "metrics.jsonl")) > 1, process)
+        for number in range(len(FAULTS)):
+            hit(run, process, number)
+        yield Faulty(folder, place.finish(process))
+    finally:
+        end(process)
+
+
+def test_it_comes_to_the_same_bit_for_bit(faulty: Faulty) -> None:
+    assert faulty.end.code == 0, faulty.end.stderr
+    found, whole = (faulty.lines(name, "metrics.jsonl") for name in ("faulty", "whole"))
+    assert len(found) == STEPS + 1
+    for one, other in zip(found, whole, strict=True):
+        assert {key: one[key] for key in one if not key.startswith(TIMES)} == {
+            key: other[key] for key in other if not key.startswith(TIMES)
+        }
+    model = Path("checkpoints") / f"step-{STEPS}" / "hf" / "model.safetensors"
+    assert (faulty.path("faulty") / model).read_bytes() == (faulty.path("whole") / model).read_bytes()
+
+
+def test_each_loss_is_told_with_its_cause_and_the_return(faulty: Faulty) -> None:
+    events = faulty.lines("faulty", "events.jsonl")
+    told = [event["message"] for event in events if event["kind"] == "warning"]
+    assert len(told) == len(FAULTS)
+    for message, (name, _, why) in zip(told, FAULTS, strict=True):
+        assert message.startswith(name) and why in message and message.endswith(f"{name} is started again")
+    back = [event["message"] for event in events if event["kind"] == "returned"]
+    assert back == [f"{name} is ready again" for name, _, _ in FAULTS]
+
+
+def test_nothing_is_lost_or_used_twice(faulty: Faulty) -> None:
+    ledger = json.loads((faulty.path("faulty") / "summary.json").read_text())["ledger"]
+    assert "0 in flight, 0 lost, 0 used twice" in ledger
+    assert f"{STEPS * 4} consumed" in ledger
