@@ -1,4 +1,4 @@
-"""One real run that loses a process of each kind that is started again, and comes to the same as one that loses none."""
+"""A real run that loses a process of each kind that is started again, and comes to the same as one that loses none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, Finished, Workplace, end, wait_until
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
-STEPS = 10
+STEPS = 14
 CONFIG = """
 include: [{base}]
 output: {output}
