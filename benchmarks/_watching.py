@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +41,21 @@ def watching_cost(processes: int, seconds: float) -> dict[str, float]:
     from rlhf_dist.config.schema import ClusterConfig, Config
 
     config = ClusterConfig(address="local", device="cpu")
-    with tempfile.TemporaryDirectory(prefix="rlhf-bench-") as place, ray_session(config, Path(place), print):
-        with reserve([{"CPU": 0.01, "GPU": 0.0}], LIMIT_S) as group:
-            roster, inbox = Roster(group), Inbox()
-            specs = [
-                ActorSpec(f"idle {i}", Config(), "", "cpu", 1, f"{place}/idle-{i}.log", i, str(Path(__file__).parent))
-                for i in range(processes)
-            ]
-            actors = roster.start_servers(Idle, specs, 1, [0] * processes)
-            pids = [os.getpid(), *ray.get([actor.ready.remote() for actor in actors.values()], timeout=LIMIT_S)]
-            without = used(pids, inbox, seconds)
-            Supervisor(roster, inbox, {name: [] for name in actors}, start_s=LIMIT_S)
-            used(pids, inbox, 2.0)
-            watched = used(pids, inbox, seconds)
+    with ExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="rlhf-bench-"))
+        stack.enter_context(ray_session(config, Path(place), print))
+        group = stack.enter_context(reserve([{"CPU": 0.01, "GPU": 0.0}], LIMIT_S))
+        roster, inbox = Roster(group), Inbox()
+        specs = [
+            ActorSpec(f"idle {i}", Config(), "", "cpu", 1, f"{place}/idle-{i}.log", i, str(Path(__file__).parent))
+            for i in range(processes)
+        ]
+        actors = roster.start_servers(Idle, specs, 1, [0] * processes)
+        pids = [os.getpid(), *ray.get([actor.ready.remote() for actor in actors.values()], timeout=LIMIT_S)]
+        without = used(pids, inbox, seconds)
+        Supervisor(roster, inbox, {name: [] for name in actors}, start_s=LIMIT_S)
+        used(pids, inbox, 2.0)
+        watched = used(pids, inbox, seconds)
     share = (watched - without) / seconds / (os.cpu_count() or 1)
     return {
         "processes": float(processes),
