@@ -23,11 +23,16 @@ rollout: {{cpus: 1, max_response_tokens: 48}}
 learner: {{cpus: 1}}
 reference: {{replicas: 1}}
 algo: {{kl: {{coef: 0.05}}}}
+scoring: {{rewards: {{vowels: {{kind: function, function: "fault_rewards:vowels"}}}}}}
 loop: {{steps: {steps}, prompts_per_step: 4, checkpoint_every: 0}}
 eval: {{prompts: 4, every: 0, samples: 1}}
 faults: {{heartbeat_s: 5}}
 cluster: {{address: local, device: cpu}}
 telemetry: {{wandb: "off", samples_every: 0}}
+"""
+REWARDS = """
+def vowels(prompts, responses, answers):
+    return [sum(response.count(letter) for letter in "aeiou") / 10 for response in responses]
 """
 FAULTS = [
     ("rollout worker 0", signal.SIGKILL, "killed by SIGKILL"),
@@ -81,6 +86,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
     place = Workplace(folder)
     base = ROOT / "configs" / "reverse.yaml"
     (folder / "run.yaml").write_text(CONFIG.format(base=base, output=folder / "runs", steps=STEPS))
+    (folder / "fault_rewards.py").write_text(REWARDS)
     whole = place.finish(place.start("train", "name=whole"))
     assert whole.code == 0, whole.stderr
     process, run = place.start("train", "name=faulty"), folder / "runs" / "faulty"
@@ -103,11 +109,12 @@ def test_it_comes_to_the_same_bit_for_bit(faulty: Faulty) -> None:
         }
     model = Path("checkpoints") / f"step-{STEPS}" / "hf" / "model.safetensors"
     assert (faulty.path("faulty") / model).read_bytes() == (faulty.path("whole") / model).read_bytes()
+    assert sum(line["learner/grad_norm"] > 0 for line in found[1:]) == STEPS, "there was something to learn"
 
 
 def test_each_loss_is_told_with_its_cause_and_the_return(faulty: Faulty) -> None:
     events = faulty.lines("faulty", "events.jsonl")
-    told = [event["message"] for event in events if event["kind"] == "warning"]
+    told = [event["message"] for event in events if event["facts"].get("alert") == "fault"]
     assert len(told) == len(FAULTS)
     for message, (name, _, why) in zip(told, FAULTS, strict=True):
         assert message.startswith(name) and why in message and message.endswith(f"{name} is started again")
