@@ -20,7 +20,9 @@ SMALL = [
 
 
 def push(publish_s: float, *cpu_s: float) -> dict[str, Any]:
-    loads = [{"load_s": 0.3, "cpu_s": one, "copies_cpu_s": one / 2} for one in cpu_s]
+    loads = [
+        {"load_s": 0.3, "cpu_s": one, "copies_cpu_s": one / 2, "kernel_s": one / 10, "faults": 100} for one in cpu_s
+    ]
     return {"bytes": 10**9, "copy_s": 0.05, "publish_s": publish_s, "loads": loads}
 
 
@@ -30,6 +32,7 @@ def test_figures_by_hand() -> None:
     assert (found["copies"], found["cpu_alone_s"], found["cpu_together_s"]) == (8.0, 0.5, 0.6)
     assert found["reached"] == {"copies": True, "cpu": False}
     assert found["copy_cpu_ratio"] == pytest.approx(1.2)
+    assert found["kernel"]["together"] == pytest.approx({"kernel_s": 0.06, "faults": 100})
     assert "a push is 8.0 copies" in bench.table(found) and "of plain copies 1.20 times" in bench.table(found)
 
 
