@@ -89,7 +89,7 @@ class RolloutHost(Alive):
         enter(spec)
         made: Future[Any] = Future()
         threading.Thread(target=pump, args=(spec, made), daemon=True, name="pump").start()
-        self._worker = made.result()  # who starts the process has the limit
+        self._worker = made.result(spec.config.cluster.start_timeout_s)
 
     @ray.method(num_returns=0)
     def post(self, number: int, verb: Any) -> None:

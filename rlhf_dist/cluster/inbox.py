@@ -99,7 +99,7 @@ class Inbox:
     def _hand_over(self) -> None:
         """Read all calls that have become events, and hand these to the listener."""
         while not self._done.empty():
-            self._found.append(self._done.get())
+            self._found.append(self._done.get_nowait())
         while self._found:
             future = self._found.popleft()
             read = self._calls.pop(future, None)

@@ -207,9 +207,10 @@ async def _follow(cluster: Cluster, client: JobSubmissionClient, job: str, write
                     await asyncio.wait({tail}, timeout=LOG_LIMIT_S)
                     tail.cancel()
                     return 0 if found["status"] == "SUCCEEDED" else found.get("driver_exit_code") or 1
-            if tail.done() and not told and tail.exception():
+            failed = tail.exception() if tail.done() else None
+            if failed is not None and not told:
                 told = True
-                print(f"the log of {job} is not followed any more: {tail.exception()}", file=sys.stderr)
+                print(f"the log of {job} is not followed any more: {failed}", file=sys.stderr)
             await asyncio.sleep(POLL_S)
 
 
