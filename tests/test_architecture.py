@@ -104,9 +104,10 @@ def waits_without_limit(source: str) -> list[str]:
         call, given = f"{owner}.{node.func.attr}", {word.arg for word in node.keywords}
         if call in ("ray.get", "ray.wait", "subprocess.run", "subprocess.check_output") and "timeout" not in given:
             found.append(call)
-        elif node.func.attr in ("result", "join", "get", "wait", "communicate"):
-            if not node.args and not given - {"block"}:
-                found.append(node.func.attr)
+        elif node.func.attr in ("result", "join", "get", "wait", "communicate") and not (
+            node.args or given - {"block"}
+        ):
+            found.append(node.func.attr)
     return found
 
 
