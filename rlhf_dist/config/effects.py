@@ -255,6 +255,10 @@ TURNS_NEED_CHAT = says(
     lambda c, key: c.data.source == "task" and key.value == "guess" and not c.data.chat,
     "{key.name} is {key.value} with data.chat false; its second turn needs a chat template: set data.chat to true",
 )
+SEVERAL_SERVERS = only(
+    lambda c: c.scoring.replicas > 1 or c.reference.replicas > 1,
+    ", and there is no second server to ask: set scoring.replicas or reference.replicas above 1, or take it out",
+)
 IN_BFLOAT16 = where(
     "model.dtype",
     one_of("bfloat16"),

@@ -193,6 +193,9 @@ class ScoringConfig:
     before its weight (zero)."""
     replicas: int = key(1, COUNT)
     """Scoring servers; each holds every reward."""
+    hedge_s: float = key(0.0, NOT_NEGATIVE, effects.SEVERAL_SERVERS)
+    """A group that a scoring or reference server has had for so long is given to another one, too, if one has nothing
+    to do; the first answer counts. 0: off. A reward that costs money or has side effects is then called twice."""
     batch_tokens: int = key(8192, COUNT)
     """Tokens that a reward or reference model takes at once: groups that wait are put together up to it."""
     timeout_s: float = key(120.0, LIMIT_S)

@@ -83,7 +83,7 @@ class Controller:
         """`prompts`: None where nothing is trained. `step`: the version published. `healing`: None: of nobody."""
         self._rules, self._prompts, self._members = rules, prompts, members
         self._healing = unwatched() if healing is None else healing
-        self._servers = Servers(members)
+        self._servers = Servers(members, rules.hedge_s)
         self._version = step
         self._open: dict[str, OpenRequest] = {}
         """By key: all that is issued or asked for, and neither taken, answered nor dropped."""
@@ -117,7 +117,7 @@ class Controller:
         match event:
             case Tick():
                 undone = [(self._open[key].worker, since) for key, since in self._undone.items()]
-                late = self._healing.overdue(now, self._members, undone)
+                late = self._healing.overdue(now, self._members, undone) + self._servers.hedge(self._open, now)
                 return late + hand_overs(self._rules, self._open.values(), self._members)
             case Beat():
                 self._members.beat(event, now)

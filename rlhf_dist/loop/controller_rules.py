@@ -61,6 +61,8 @@ class Rules:
     """A greedy response beside each group."""
     compares: bool
     """There is a reference model."""
+    hedge_s: float = 0.0
+    """See `servers.Servers`."""
 
     @property
     def seats(self) -> int:
@@ -98,6 +100,7 @@ def rules_of(config: Config, compares: bool, masked: bool) -> Rules:
         seed=config.seed,
         greedy_baseline=METHODS[algo.name].baseline == "greedy",
         compares=compares,
+        hedge_s=config.scoring.hedge_s,
     )
 
 

@@ -216,7 +216,7 @@ class Book:
 class Tell:
     """A line in the run's event log; a warning is shown to people, too."""
 
-    kind: Literal["dropped", "handed_over", "returned", "warning"]
+    kind: Literal["dropped", "handed_over", "hedged", "returned", "warning"]
     message: str
     uid: str = ""
 

@@ -238,6 +238,10 @@ class Members:
         self._away[name] = [one.kind for one in gone]
         return had
 
+    def has_idle(self, kind: MemberKind) -> bool:
+        """Whether a server of this kind has nothing to do."""
+        return any(not one.work and not self._kinds[one.name] for one in self._of_kind[kind])
+
     def lacks(self, kinds: Iterable[MemberKind]) -> bool:
         """Whether nobody is there who does one of these kinds of work."""
         return any(not self._of_kind[kind] for kind in kinds)

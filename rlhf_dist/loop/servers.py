@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rlhf_dist.loop.events import Command, Compare, MemberKind, Score
+from rlhf_dist.loop.events import Command, Compare, MemberKind, Score, Tell
 from rlhf_dist.loop.members import SERVERS, Members
 from rlhf_dist.loop.open_groups import OpenRequest
 
 
 class Servers:
-    """Asks who has least to do. Where no server of a kind is there, groups wait for the first that comes back."""
+    """Asks who has least to do. Where no server of a kind is there, groups wait for the first that comes back.
 
-    def __init__(self, members: Members) -> None:
-        self._members = members
+    A group that a server has had for long is given to another one, too, where one has nothing to do ("hedging"): the
+    first answer counts.
+    """
+
+    def __init__(self, members: Members, hedge_s: float = 0.0) -> None:
+        """`hedge_s`: how long one server may have a group before another one is asked, too; 0: for ever."""
+        self._members, self._hedge_s = members, hedge_s
+        self._asked: dict[tuple[MemberKind, str], float] = {}
+        """(kind, request key) -> when a server was last asked, of what may not be answered; empty without hedging."""
         self._waiting: dict[MemberKind, list[str]] = {}
         """Request keys."""
 
@@ -25,9 +32,23 @@ class Servers:
         if server is None:
             self._waiting.setdefault(kind, []).append(key)
             return []
+        if self._hedge_s:
+            self._asked[kind, key] = now
         if kind == "scoring":
             return [Score(server, key, body)]
         return [Compare(server, key, body, one.request.sampling.temperature)]
+
+    def hedge(self, open_requests: Mapping[str, OpenRequest], now: float) -> list[Command]:
+        """Ask a second server about what the first has had for long."""
+        commands: list[Command] = []
+        for (kind, key), since in list(self._asked.items()):
+            one = open_requests.get(key)
+            if one is None or not one.wants(kind):
+                del self._asked[kind, key]
+            elif now - since >= self._hedge_s and self._members.has_idle(kind):
+                text = f"{key} has waited {now - since:.0f} s for a {kind} server, and another one is asked, too"
+                commands += [*self.ask(one, kind, now), Tell("hedged", text, one.request.uid)]
+        return commands
 
     def lost(
         self, had: Mapping[MemberKind, Sequence[str]], open_requests: Mapping[str, OpenRequest], now: float

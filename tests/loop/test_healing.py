@@ -6,9 +6,10 @@ import re
 from typing import get_args
 
 import pytest
-from hand_made import Rig, compared, given, of_kind, rules_with, scores_of
+from hand_made import FewPrompts, Rig, compared, given, head_of, of_kind, rules_with, scores_of
 
 from rlhf_dist.errors import ActorLost
+from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.events import (
     NOBODY,
     Command,
@@ -30,6 +31,8 @@ from rlhf_dist.loop.events import (
     Undone,
 )
 from rlhf_dist.loop.healing import RULES, Healing
+from rlhf_dist.loop.members import Members
+from rlhf_dist.types import Answered, Handle
 
 KINDS: dict[str, MemberKind] = {
     "a": "rollout",
@@ -181,3 +184,32 @@ def test_a_worker_that_makes_no_progress_is_lost_and_not_the_end() -> None:
     made = rig("a")
     made.now = 14.0
     assert late(made.hear(Tick()), "work") == [("a", False)]
+
+
+def test_what_a_server_has_had_for_long_is_given_to_an_idle_one_too() -> None:
+    limits: dict[MemberKind, float] = dict.fromkeys(get_args(MemberKind), 1000.0)
+    rules = rules_with(hedge_s=30.0, groups_per_step=2)
+    servers = Members("a", ["s", "t"], [], capacity=100, limits_s=limits, beat_s=0.0)
+    controller = Controller(rules, FewPrompts(), servers)
+    controller.handle(Serving(("a",)), 0.0)
+    for key in ("train/0/0/0", "train/0/1/0"):
+        controller.handle(Answered(key, head_of(key, (3, 4), 0), Handle(key)), 0.0)
+        controller.handle(Kept(key), 0.0)
+    assert of_kind(controller.handle(Tick(), 40.0), Score) == [], "both are busy"
+    controller.handle(Scored("t", "train/0/1/0", scores_of((0.0, 1.0))), 41.0)
+    commands = controller.handle(Tick(), 41.0)
+    assert [(one.server, one.key) for one in of_kind(commands, Score)] == [("t", "train/0/0/0")]
+    (told,) = of_kind(commands, Tell)
+    assert told.message == "train/0/0/0 has waited 41 s for a scoring server, and another one is asked, too"
+    assert of_kind(controller.handle(Tick(), 100.0), Score) == [], "no third one is there"
+    controller.handle(Scored("t", "train/0/0/0", scores_of((0.0, 1.0))), 101.0)
+    controller.handle(Scored("s", "train/0/0/0", scores_of((0.5, 0.5))), 102.0)
+    taken, _ = controller.take(103.0)
+    assert taken is not None and taken.experiences[0].scores.total.tolist() == [0.0, 1.0], "the first answer counts"
+
+
+def test_without_hedging_nobody_is_asked_twice() -> None:
+    made = rig(groups_per_step=1)
+    made.answer("train/0/0/0")
+    made.now = 14.0
+    assert of_kind(made.hear(Tick()), Score) == []
