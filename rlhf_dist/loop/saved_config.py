@@ -27,8 +27,8 @@ CHANGEABLE = (
     "weights.give_up_after",
 )
 """Keys and sections that a resume may change, besides `ENDINGS`; anything else would make it another run."""
-ENDINGS = (".timeout_s", ".retries")
-"""How long something may take, and how often it is tried."""
+ENDINGS = (".timeout_s", ".retries", ".hedge_s")
+"""How long something may take, and how often and with whom it is tried."""
 
 
 def require_same_config(saved: Path, config_text: str) -> None:
