@@ -264,6 +264,6 @@ def test_what_a_killed_worker_had_begins_again_elsewhere(runs: Runs) -> None:
     total = STEPS * PROMPTS
     assert lost > 0
     assert ledger.startswith(
-        f"{total + lost} groups issued: {total} consumed, {lost} dropped ({lost} worker_lost), 0 in flight, 0 lost, "
-        "0 used twice; "
+        f"{total + lost} groups issued: {total} trained once, {lost} dropped ({lost} worker_lost), 0 in flight, "
+        "0 lost, 0 used twice; "
     )

@@ -94,7 +94,7 @@ def test_evaluation_before_during_and_after(shared_run: SharedRun) -> None:
 
 
 def test_the_ledger_proves_that_nothing_was_lost_or_used_twice(shared_run: SharedRun) -> None:
-    sentence = "24 groups issued: 24 consumed, 0 dropped, 0 in flight, 0 lost, 0 used twice; "
+    sentence = "24 groups issued: 24 trained once, 0 dropped, 0 in flight, 0 lost, 0 used twice"
     assert json.loads((shared_run.path / "summary.json").read_text())["ledger"].startswith(sentence)
     assert sentence in shared_run.train.stdout
 
