@@ -14,6 +14,8 @@ from rlhf_dist.loop.ledger_format import ADDED_TABLES, FIRST_TABLES, FORMAT, has
 
 DAMAGE = (sqlite3.Error, OverflowError, TypeError, ValueError)
 """What reading a damaged ledger raises."""
+NOT_OURS = ("SQLITE_CANTOPEN", "SQLITE_BUSY", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_PERM")
+"""Names of errors that say nothing of the file's content."""
 
 
 def ledger_problem(path: Path, step: int, kept: LedgerTotals | None) -> str:
@@ -29,7 +31,13 @@ def ledger_problem(path: Path, step: int, kept: LedgerTotals | None) -> str:
                 return ""
             return form_problem(database, path) or mismatch(database, path, step, kept)
     except DAMAGE as error:
-        return f"{path}: is damaged: {error}"
+        return unreadable(path, error)
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """What one of `DAMAGE` says of the file."""
+    name = getattr(error, "sqlite_errorname", "")
+    return f"{path}: {'cannot be read' if name.startswith(NOT_OURS) else 'is damaged'}: {error}"
 
 
 def is_empty(database: sqlite3.Connection) -> bool:

@@ -29,12 +29,20 @@ def copy_of(path: Path) -> sqlite3.Connection:
     return _copy(path, "mode=ro")
 
 
+def _not_locked(status: int, remaining: int, total: int) -> None:
+    """Python itself would try again for ever; sqlite has waited for `LOCK_LIMIT_S` when it says so."""
+    if status in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        error = sqlite3.OperationalError("database is locked")
+        error.sqlite_errorname = "SQLITE_BUSY"
+        raise error
+
+
 def _copy(path: Path, how: str) -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?{how}"
     copy = sqlite3.connect(":memory:", isolation_level=None)
     try:
         with closing(sqlite3.connect(uri, uri=True, timeout=LOCK_LIMIT_S, isolation_level=None)) as database:
-            database.backup(copy)
+            database.backup(copy, progress=_not_locked)
     except BaseException:
         copy.close()
         raise

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_dist.errors import DataError, InputError
 from rlhf_dist.loop.ledger import LedgerTotals
-from rlhf_dist.loop.ledger_check import DAMAGE, form_problem, mismatch
+from rlhf_dist.loop.ledger_check import DAMAGE, form_problem, mismatch, unreadable
 from rlhf_dist.loop.ledger_copy import copy_of
 from rlhf_dist.loop.ledger_format import bring_up
 from rlhf_dist.loop.ledger_proof import LedgerProof, proof_of
@@ -65,7 +65,7 @@ def report_of(run: Path) -> LedgerReport:
     except DataError:
         raise
     except DAMAGE as error:
-        raise DataError(f"{path}: is damaged: {error}") from error
+        raise DataError(unreadable(path, error)) from error
     outcome, step = _end(run)
     if not problem and not proof.holds:
         problem = f"{path}: {proof.text()}"

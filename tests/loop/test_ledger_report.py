@@ -18,6 +18,7 @@ import pytest
 from damaged_runs import flip, make_run, use
 
 from rlhf_dist.cli.main import main
+from rlhf_dist.loop import ledger_copy
 from rlhf_dist.loop.ledger import Ledger, Presence
 from rlhf_dist.loop.ledger_format import FORMAT
 from rlhf_dist.loop.run_directory import write_json
@@ -229,6 +230,19 @@ def test_bad_input_is_code_2_with_one_message(run: Path, name: str, capsys: pyte
     damage(run)
     code, out, err = asked(capsys, run)
     assert (code, out) == (2, "") and err.startswith(f"rlhf-dist: {run}") and said in err and err.count("\n") == 1
+
+
+def test_a_ledger_that_cannot_be_opened_is_not_called_damaged(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another user's run was killed, whose log cannot be read without writing its index."""
+    monkeypatch.setattr(ledger_copy, "LOCK_LIMIT_S", 0.05)
+    ledger = Ledger(run / "ledger.sqlite")
+    ledger._database.execute("PRAGMA locking_mode=EXCLUSIVE")
+    use(ledger, 5)
+    code, _, err = asked(capsys, run)
+    assert code == 2 and "ledger.sqlite: cannot be read: database is locked" in err
+    ledger.close()
 
 
 # ---- the witness -----------------------------------------------------------------------------------------------------
