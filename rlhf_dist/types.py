@@ -348,6 +348,8 @@ class Batch:
 
     keys: tuple[str, ...]
     """G, of the groups' requests, in the order of the groups."""
+    uids: tuple[str, ...]
+    """G, of their prompts."""
     groups: np.ndarray
     """int64 [B]; row -> group."""
     samples: np.ndarray

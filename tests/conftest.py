@@ -314,6 +314,6 @@ def shared_run(workplace: Workplace) -> SharedRun:
     """Supervised start, then four GRPO steps: 2 vLLM workers and 2 DeepSpeed ranks with ZeRO-2."""
     sft = workplace.run("sft", "name=sft", "learner.ranks=1", "learner.zero_stage=0")
     assert sft.code == 0, sft.stderr
-    train = workplace.run("train", "name=grpo", f"model.path={workplace.output / 'sft'}")
+    train = workplace.run("train", "name=grpo", f"model.path={workplace.output / 'sft'}", "loop.witness=true")
     assert train.code == 0, train.stderr
     return SharedRun(workplace, sft, train)

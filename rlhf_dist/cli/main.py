@@ -42,6 +42,7 @@ COMMANDS = {
     "serve-reward": ("serve_reward", "serve the config's rewards over HTTP"),
     "submit": ("submit", "run train, sft, reward, pipeline or eval as a job on a Ray cluster"),
     "plan": ("plan", "show who would get which CPUs and GPUs, and the arithmetic of the batches"),
+    "ledger": ("show_ledger", "what became of every group and token of a run"),
     "dashboard": ("dashboard", "save a wandb workspace for a run's project"),
     "bench": ("bench", "run one of the benchmarks of a checkout"),
 }

@@ -46,7 +46,8 @@ from rlhf_dist.loop import rl_training as training
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import rules_of
 from rlhf_dist.loop.evaluation import evaluate as run_evaluation
-from rlhf_dist.loop.ledger import Ledger, LedgerProof
+from rlhf_dist.loop.ledger import Ledger
+from rlhf_dist.loop.ledger_proof import LedgerProof
 from rlhf_dist.loop.resume_point import ledger_gone
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.shaper import Shaper
@@ -133,7 +134,7 @@ def end_train(
     sound = proof.holds and not proof.in_flight and not gone
     step = config.loop.steps if sound else None
     summary = {"command": "train", SUMMARY_STEP: step, **asdict(outcome), "ledger": proof.text(), "forecast": planned}
-    lines = [proof.text(), *([line] if line else [])]
+    lines = [*proof.lines(), *([line] if line else [])]
     finish(run, progress, outcome.before, outcome.after, summary, seconds, lines)
     if not sound:
         why = gone or f"{run.ledger}: {proof.text()}"

@@ -16,6 +16,7 @@ from rlhf_dist.errors import ActorLost, ActorTimeout, AnswerLost, RayLost, Weigh
 from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums
+from rlhf_dist.learner.witness import Seen
 from rlhf_dist.loop.events import NOBODY, Compared, Event, Kept, Lost, MemberKind, Scored, TimedOut, Undone
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
@@ -225,6 +226,11 @@ class PolicyGroup(LearnerGroup):
             for name, rank, (batch, credit) in self._of_each(list(zip(batches, credits, strict=True)))
         }
         return MetricSums.merge(self._wait(calls, "update").values())
+
+    def witnessed(self) -> list[Seen]:
+        """See `loop.ports.Policy`."""
+        found = self.call("witnessed")
+        return [found[name] for name in self._ranks]
 
     def publish(self, version: int) -> Announcement:
         """Rank 0's announcement."""

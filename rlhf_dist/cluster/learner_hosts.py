@@ -147,6 +147,10 @@ class PolicyHost(CriticVerbs, LearnerHost):
             self._ema.update(self._engine.weights())
         return found
 
+    def witnessed(self) -> Any:
+        """See `Witness.seen`."""
+        return self._learner.witness.seen()
+
     def publish(self, version: int) -> Any:
         """See `ModelEngine.publish`."""
         return self._engine.publish(version)
@@ -197,17 +201,23 @@ class PolicyHost(CriticVerbs, LearnerHost):
 
         config = self._spec.config
         recipe, kl_in_reward = algorithm(config.algo), config.algo.kl.place == "reward"
+        witness = self._engine.witness() if config.loop.witness else None
         self._critic = None
         if shares_trunk(config):
             self._critic = SharedPolicyLearner(
-                self._engine, recipe, make_ptx(self._spec), config.critic, kl_in_reward=kl_in_reward
+                self._engine,
+                recipe,
+                make_ptx(self._spec),
+                config.critic,
+                kl_in_reward=kl_in_reward,
+                witness=witness,
             )
             return self._critic
         if recipe.needs_critic and not config.critic.side_by_side:
             self._critic = make_critic(self._spec)
         elif isinstance(recipe.credit, TokenCredit) and not recipe.needs_critic:
             self._critic = ReturnsLearner(recipe.credit, kl_in_reward=kl_in_reward)
-        return PolicyLearner(self._engine, recipe, make_ptx(self._spec))
+        return PolicyLearner(self._engine, recipe, make_ptx(self._spec), witness)
 
     def _make_mask(self) -> Any:
         lag = algorithm(self._spec.config.algo).mask

@@ -37,6 +37,9 @@ PROBLEMS: Problems = {
     "that": lambda c: c.algo.shaping.overlong_buffer > c.rollout.max_response_tokens,
     "critic.warmup_steps is {c.critic.warmup_steps} of loop.steps {c.loop.steps}; the policy would never learn: lower "
     "it": lambda c: METHODS[c.algo.name].baseline == "critic" and c.critic.warmup_steps >= c.loop.steps,
+    "loop.witness is true with critic.warmup_steps {c.critic.warmup_steps}; in these steps the policy's optimizer "
+    "takes none of the samples that the ledger counts as trained: set critic.warmup_steps to 0, or loop.witness to "
+    "false": lambda c: c.loop.witness and METHODS[c.algo.name].baseline == "critic" and c.critic.warmup_steps > 0,
 }
 
 LAG: Problems = {

@@ -254,6 +254,8 @@ class LoopConfig:
     """A group that a fault made older than `max_policy_lag`: another takes its place, or it is trained on."""
     logprob_diff_limit: float = key(1e-3, POSITIVE)
     """Largest difference between rollout and learner logprobs before a warning."""
+    witness: bool = False
+    """Ask the optimizer itself which samples it took, and compare each step with the ledger; changes no weight."""
     checkpoint_every: int = key(50, NOT_NEGATIVE)
     """Steps; 0: only at the end."""
     keep_checkpoints: int = key(2, COUNT)

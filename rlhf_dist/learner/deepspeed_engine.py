@@ -95,7 +95,12 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch; `last` tells that the optimizer step follows."""
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss * self.world_size)
+        self._engine.backward(loss * self.loss_factor)
+
+    @property
+    def loss_factor(self) -> int:
+        """What a loss is multiplied by before its backward pass: DeepSpeed averages over so many ranks."""
+        return self.world_size
 
     def step(self, lr: float) -> float:
         """One optimizer step at this learning rate; returns the global gradient norm before clipping.

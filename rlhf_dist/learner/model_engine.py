@@ -20,6 +20,7 @@ from rlhf_dist.learner.direct_publication import DirectPublication
 from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.publication import Publication
+from rlhf_dist.learner.witness import Witness
 from rlhf_dist.models.attention import choose_attention
 from rlhf_dist.models.hf import load_model, own_memory, read_companions, save_hf
 from rlhf_dist.models.packed import PackedModel
@@ -82,6 +83,10 @@ class Engine:
     def step(self, lr: float) -> float:
         """Optimizer step; the gradient norm before clipping."""
         return self._deepspeed.step(lr)
+
+    def witness(self) -> Witness:
+        """Sees which rows the optimizer takes, from now on."""
+        return Witness(self._deepspeed.optimizer, self._deepspeed.loss_factor, self.device)
 
     def weights(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Whole parameters by Hugging Face's names, all or the wanted, every rank to the end."""

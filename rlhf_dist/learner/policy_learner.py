@@ -19,6 +19,7 @@ from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.ptx import PtxMix
 from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.token_sums import Estimate, Whitening, ratio_counts, token_sums
+from rlhf_dist.learner.witness import Witness
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.names import BEHAVIOUR_RATIOS, RATIOS
@@ -41,8 +42,12 @@ class Given:
 class PolicyLearner:
     """One rank."""
 
-    def __init__(self, engine: ModelEngine, algorithm: Algorithm, ptx: PtxMix | None = None) -> None:
+    def __init__(
+        self, engine: ModelEngine, algorithm: Algorithm, ptx: PtxMix | None = None, witness: Witness | None = None
+    ) -> None:
+        """`witness`: of the engine's optimizer; None: nobody asks what it took."""
         self.engine = engine
+        self.witness = witness
         self._algorithm = algorithm
         self._ptx = ptx
 
@@ -54,13 +59,19 @@ class PolicyLearner:
         given = self._given(batch, estimate, whitening)
         found: list[MetricSums] = []
         made = 0
+        if self.witness is not None:
+            self.witness.begin(batch)
         for number, (micro_batches, rate) in enumerate(
             zip(batch.updates * batch.epochs, batch.learning_rates, strict=True)
         ):
             found += self._mix_in(batch.first_update + number)
             measured: list[MetricSums] = []
+            if self.witness is not None:
+                self.witness.begin_step()
             for index, chosen in enumerate(micro_batches):
                 loss, stats = self._loss(chosen, given, sentinel=number == 0)
+                if self.witness is not None:
+                    loss = self.witness.beside(loss, chosen)
                 self.engine.backward(loss, last=index == len(micro_batches) - 1)
                 measured.append(stats)
             norm = self.engine.step(rate)

@@ -29,6 +29,8 @@ class RankBatch(RankPlan):
     """int32 [N]; the oldest weights that each was sampled with, see `Trajectory`."""
     reference: np.ndarray
     """float32 [N]; the reference's logprobs; empty where nobody asks for them."""
+    origins: tuple[tuple[str, int], ...]
+    """b; (key of its request, sample) of each row, as its group itself says: what the plan says has no part in it."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -54,6 +56,7 @@ def rank_batch(shard: Shard, groups: Sequence[Group], references: Sequence[np.nd
         sampled=joined([sample.logprobs[sample.loss_mask] for sample in samples], np.float32),
         cache_versions=joined([sample.cache_versions[sample.loss_mask] for sample in samples], np.int32),
         reference=joined([by_sample[g][s] for g, s in rows] if references else [], np.float32),
+        origins=tuple((groups[g].request.key, int(s)) for g, s in rows),
     )
 
 

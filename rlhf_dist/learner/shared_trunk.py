@@ -17,6 +17,7 @@ from rlhf_dist.learner.ptx import PtxMix
 from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.shared_engine import SharedEngine
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums, Whitening
+from rlhf_dist.learner.witness import Witness
 from rlhf_dist.telemetry.metrics import MetricSums
 
 
@@ -33,8 +34,9 @@ class SharedPolicyLearner(PolicyLearner):
         config: CriticConfig,
         *,
         kl_in_reward: bool,
+        witness: Witness | None = None,
     ) -> None:
-        super().__init__(engine, algorithm, ptx)
+        super().__init__(engine, algorithm, ptx, witness)
         assert isinstance(algorithm.credit, TokenCredit)
         self._credit = algorithm.credit
         self._coef = config.coef

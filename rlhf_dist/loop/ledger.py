@@ -13,47 +13,31 @@ from __future__ import annotations
 
 import sqlite3
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from rlhf_dist.errors import DiskError, RunError
 from rlhf_dist.loop.events import Book
+from rlhf_dist.loop.ledger_format import BOOKED, FORMAT, IN_FLIGHT, LOCK_LIMIT_S, added, bring_up, has_table
+from rlhf_dist.loop.ledger_proof import LedgerProof, proof_of, state_counts
 
-FORMAT = 3
-"""Of the file, in its `user_version`. 1 had neither a number nor the table `about`, 2 neither attempts nor tokens; both
-are brought up when opened."""
 Attempts = Iterable[tuple[str, int]]
 """(uid, attempt)."""
-LOCK_LIMIT_S = 10.0
-"""Seconds to wait for another process that holds the database (a reader of a backup, say)."""
-IN_FLIGHT = ("issued", "finished", "scored")
-BOOKED = (*IN_FLIGHT, "dropped")
-"""What the controller writes, in the order in which an attempt comes to it."""
-STATES = (*IN_FLIGHT, "consumed", "dropped", "rewound")
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS groups (
-    uid TEXT NOT NULL,
-    attempt INTEGER NOT NULL,
-    state TEXT NOT NULL,
-    version INTEGER NOT NULL,          -- weights when it was issued
-    step INTEGER,                      -- consumed by, or dropped while this step was in the making
-    reason TEXT,                       -- of a drop
-    tokens INTEGER NOT NULL DEFAULT 0, -- sampled, once it is finished
-    PRIMARY KEY (uid, attempt)
-);
-CREATE INDEX IF NOT EXISTS groups_by_state ON groups (state, step);
--- Every use as it happens, apart from the states: what the states are checked against.
-CREATE TABLE IF NOT EXISTS uses (uid TEXT NOT NULL, step INTEGER NOT NULL, tokens INTEGER NOT NULL DEFAULT 0);
-CREATE INDEX IF NOT EXISTS uses_by_step ON uses (step);
--- One row: which ledger this is. Each checkpoint repeats it.
-CREATE TABLE IF NOT EXISTS about (id TEXT NOT NULL);
-"""
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """What the optimizer itself has shown of a group in a training step (`loop.witness`)."""
+
+    seen: int
+    """Samples that an optimizer step was taken with."""
+    left_out: int
+    """Samples that the plan of the step left out on purpose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,60 +57,6 @@ class LedgerTotals:
     """xxh3-128 of these groups with their steps and reasons."""
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerProof:
-    """What became of all groups issued, those that a resume took back not counted."""
-
-    issued: int
-    consumed: int
-    """Groups that a training step used at least once."""
-    dropped: Mapping[str, int]
-    """Reason -> groups."""
-    in_flight: int
-    """Issued, and neither consumed nor dropped; none at the end of a run."""
-    lost: int
-    """issued - consumed - dropped - in flight; 0, or the ledger contradicts itself."""
-    used_twice: int
-    """Groups that training used more than once; 0, or learning counted them twice."""
-    tokens: int = 0
-    """Sampled, in all groups that were finished."""
-    tokens_trained: int = 0
-    """As the training steps counted them."""
-    tokens_left_out: int = 0
-    """Of groups that were used, in responses that were left out for their rewards."""
-    tokens_dropped: Mapping[str, int] = field(default_factory=dict)
-    """Reason -> tokens."""
-    tokens_in_flight: int = 0
-    """Of groups that are neither consumed nor dropped."""
-
-    @property
-    def holds(self) -> bool:
-        """Nothing lost, nothing used twice; groups and tokens."""
-        return self.lost == 0 and self.used_twice == 0 and self.tokens_lost == 0
-
-    @property
-    def tokens_lost(self) -> int:
-        """Sampled, and neither trained on nor accounted for otherwise; below 0: more was trained on than sampled."""
-        known = self.tokens_trained + self.tokens_left_out + sum(self.tokens_dropped.values()) + self.tokens_in_flight
-        return self.tokens - known
-
-    def text(self) -> str:
-        """One line for a person."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
-        return (
-            f"{self.issued} groups issued: {self.consumed} consumed, {sum(self.dropped.values())} dropped"
-            f"{f' ({reasons})' if reasons else ''}, {self.in_flight} in flight, "
-            f"{self.lost} lost, {self.used_twice} used twice; {self.tokens_text()}"
-        )
-
-    def tokens_text(self) -> str:
-        """Where the tokens went."""
-        out = {"left out": self.tokens_left_out, "in flight": self.tokens_in_flight, "lost": self.tokens_lost}
-        rest = "".join(f", {count} {what}" for what, count in out.items() if count)
-        dropped = sum(self.tokens_dropped.values())
-        return f"{self.tokens} tokens sampled: {self.tokens_trained} trained on, {dropped} dropped{rest}"
-
-
 class Ledger:
     """Raises RunError on a transition that must not be, naming the group and its states; nothing of that call is kept.
 
@@ -141,7 +71,6 @@ class Ledger:
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=FULL")
             bring_up(self._database)
-            self._database.executescript(SCHEMA)
             with self._transaction():
                 self._database.execute(
                     "INSERT INTO about SELECT ? WHERE NOT EXISTS (SELECT * FROM about)", (uuid.uuid4().hex,)
@@ -191,14 +120,24 @@ class Ledger:
         with self._transaction():
             self._all_moved(sql, list(attempts), "scored", ("finished",))
 
-    def consume(self, attempts: Attempts, step: int, tokens: Iterable[int]) -> None:
-        """Training step `step` used them; `tokens`: of each, that it was trained on."""
+    def consume(
+        self, attempts: Attempts, step: int, tokens: Iterable[int], witnessed: Iterable[Presence] | None = None
+    ) -> None:
+        """Training step `step` used them; `tokens`: of each, that it was trained on.
+
+        `witnessed`: of each, what the optimizer has shown; None where it was not asked.
+        """
         listed = list(attempts)
         sql = "UPDATE groups SET state = 'consumed', step = ?3 WHERE uid = ?1 AND attempt = ?2 AND state = 'scored'"
         with self._transaction():
             self._all_moved(sql, [(*one, step) for one in listed], "consumed", ("scored",))
             uses = [(uid, step, count) for (uid, _), count in zip(listed, tokens, strict=True)]
             self._database.executemany("INSERT INTO uses VALUES (?, ?, ?)", uses)
+            if witnessed is not None:
+                shown = [
+                    (uid, step, found.seen, found.left_out) for (uid, _), found in zip(listed, witnessed, strict=True)
+                ]
+                self._database.executemany("INSERT INTO witnessed VALUES (?, ?, ?, ?)", shown)
 
     def drop(self, attempts: Attempts, reason: str) -> None:
         """They are never used, because of `reason`, one of a few fixed words. From any state in flight."""
@@ -222,33 +161,19 @@ class Ledger:
             self._database.execute(
                 f"UPDATE groups SET state = 'rewound', step = NULL, reason = NULL WHERE {condition}", (step,)
             )
-            self._database.execute("DELETE FROM uses WHERE step > ?", (step,))
+            for table in ("uses", "witnessed"):
+                self._database.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
         return uids
 
     def counts(self) -> dict[str, int]:
         """State -> groups in it, for every state."""
         with self._disk_errors():
-            found = dict(self._database.execute("SELECT state, COUNT(*) FROM groups GROUP BY state").fetchall())
-        return {state: found.get(state, 0) for state in STATES}
+            return state_counts(self._database)
 
     def proof(self) -> LedgerProof:
-        """Count the groups, and count their uses apart."""
+        """What it all adds up to."""
         with self._transaction():
-            counts = self.counts()
-            dropped = dict(
-                self._database.execute(
-                    "SELECT reason, COUNT(*) FROM groups WHERE state = 'dropped' GROUP BY reason"
-                ).fetchall()
-            )
-            (consumed,) = self._database.execute("SELECT COUNT(DISTINCT uid) FROM uses").fetchone()
-            (twice,) = self._database.execute(
-                "SELECT COUNT(*) FROM (SELECT uid FROM uses GROUP BY uid HAVING COUNT(*) > 1)"
-            ).fetchone()
-            tokens = self._tokens()
-        issued = sum(counts.values()) - counts["rewound"]
-        in_flight = sum(counts[state] for state in IN_FLIGHT)
-        lost = issued - consumed - sum(dropped.values()) - in_flight
-        return LedgerProof(issued, consumed, dropped, in_flight, lost, twice, **tokens)
+            return proof_of(self._database)
 
     def totals(self, step: int) -> LedgerTotals:
         """For the checkpoint of `step`, which is being written: what was dropped until now belongs to it.
@@ -264,24 +189,6 @@ class Ledger:
     def close(self) -> None:
         with self._disk_errors():
             self._database.close()
-
-    def _tokens(self) -> dict[str, Any]:
-        """The fields of `LedgerProof` about tokens."""
-        ask = self._database.execute
-        by_state = dict(ask("SELECT state, SUM(tokens) FROM groups WHERE state != 'rewound' GROUP BY state").fetchall())
-        dropped = ask("SELECT reason, SUM(tokens) FROM groups WHERE state = 'dropped' GROUP BY reason").fetchall()
-        (trained,) = ask("SELECT COALESCE(SUM(tokens), 0) FROM uses").fetchone()
-        left_out = ask(
-            "SELECT SUM(tokens) - (SELECT SUM(tokens) FROM uses WHERE uses.uid = groups.uid) AS rest FROM groups "
-            "WHERE state = 'consumed' GROUP BY uid HAVING rest > 0"
-        ).fetchall()
-        return {
-            "tokens": sum(by_state.values()),
-            "tokens_trained": trained,
-            "tokens_left_out": sum(rest for (rest,) in left_out),
-            "tokens_dropped": {reason: count for reason, count in dropped if count},
-            "tokens_in_flight": sum(by_state.get(state, 0) for state in IN_FLIGHT),
-        }
 
     def _all_moved(self, sql: str, rows: Sequence[tuple[object, ...]], target: str, sources: Sequence[str]) -> None:
         """Run `sql` for every row (uid and attempt first); each must change one attempt."""
@@ -360,24 +267,8 @@ def totals_of(database: sqlite3.Connection, step: int) -> LedgerTotals:
             digest.update(repr((attempt, tokens)).encode())
     for row in database.execute("SELECT uid, step FROM uses WHERE step <= ? ORDER BY uid, step", (step,)):
         digest.update(repr(row).encode())
+    if has_table(database, "witnessed"):
+        shown = "SELECT uid, step, seen, left_out FROM witnessed WHERE step <= ? ORDER BY uid, step, seen, left_out"
+        for row in database.execute(shown, (step,)):
+            digest.update(repr(row).encode())
     return LedgerTotals(str(name), counts["consumed"], counts["dropped"], digest.hexdigest())
-
-
-def added(database: sqlite3.Connection) -> str:
-    """The columns that format 3 added, as they are to be selected: 0 in a file of an earlier one."""
-    columns = {row[1] for row in database.execute("PRAGMA table_info(groups)")}
-    return "attempt, tokens" if "attempt" in columns else "0, 0"
-
-
-def bring_up(database: sqlite3.Connection) -> None:
-    """Give a file of format 1 or 2 the columns that format 3 has; nothing in any other."""
-    columns = {row[1] for row in database.execute("PRAGMA table_info(groups)")}
-    if not columns or "attempt" in columns:
-        return
-    database.executescript(
-        "BEGIN IMMEDIATE; ALTER TABLE groups RENAME TO groups_before; DROP INDEX IF EXISTS groups_by_state;"
-        "ALTER TABLE uses ADD COLUMN tokens INTEGER NOT NULL DEFAULT 0;"
-        f"{SCHEMA}"
-        "INSERT INTO groups SELECT uid, 0, state, version, step, reason, 0 FROM groups_before ORDER BY rowid;"
-        "DROP TABLE groups_before; COMMIT;"
-    )

@@ -15,6 +15,7 @@ import numpy as np
 from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import AS_THEY_ARE, Estimate, EstimateSums, Whitening
+from rlhf_dist.learner.witness import Seen
 from rlhf_dist.loop.events import Event
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Group, Handle, Request
@@ -145,6 +146,10 @@ class Policy(Protocol):
 
     def update(self, batches: Batches, estimates: Estimates) -> MetricSums:
         """Learn from a step; the ranks' metrics, merged."""
+        ...
+
+    def witnessed(self) -> Sequence[Seen]:
+        """What the optimizer took in the last update, by rank; with `loop.witness`."""
         ...
 
     def save(self, folder: Path) -> None: ...

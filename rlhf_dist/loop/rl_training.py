@@ -30,6 +30,7 @@ from rlhf_dist.loop.shell import Actors, Shell
 from rlhf_dist.loop.step import Learning, learns_policy, train_step
 from rlhf_dist.loop.train_state import State, put_back
 from rlhf_dist.loop.watch import CollapseWatch, watch_metrics
+from rlhf_dist.loop.witnessed import settled
 from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.scoring.reference_files import reference_files
 from rlhf_dist.telemetry import names
@@ -76,7 +77,8 @@ class Run:
     def learning(self) -> Learning:
         """How a step learns."""
         config = self.config
-        return Learning(self.algorithm, config.learner, config.critic, self.rules.sampling, config.loop.steps)
+        steps, witness = config.loop.steps, config.loop.witness
+        return Learning(self.algorithm, config.learner, config.critic, self.rules.sampling, steps, witness)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +200,8 @@ def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch) -> Step:
         step=step,
         watch=watch,
     )
-    run.ledger.consume(taken.attempts, step, [int(experience.head.lengths.sum()) for experience in experiences])
+    tokens = [int(experience.head.lengths.sum()) for experience in experiences]
+    run.ledger.consume(taken.attempts, step, tokens, settled(report.witnessed, run.telemetry, step))
     metrics = dict(report.metrics) | watch_metrics(experiences, run.config.scoring.gold)
     metrics |= {f"data/dropped_{reason}": float(count) for reason, count in taken.dropped.items()}
     metrics |= counted(taken.non_finite, run.config.scoring.non_finite) | watch.lap()

@@ -22,6 +22,7 @@ CHANGEABLE = (
     "loop.steps",
     "loop.checkpoint_every",
     "loop.keep_checkpoints",
+    "loop.witness",
     "eval.every",
     "scoring.non_finite",
     "weights.give_up_after",

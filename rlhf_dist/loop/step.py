@@ -20,6 +20,7 @@ from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import AS_THEY_ARE
 from rlhf_dist.loop.ports import NO_ESTIMATES, Batches, Bodies, Critic, Estimates, Policy
 from rlhf_dist.loop.shaper import Shaper
+from rlhf_dist.loop.witnessed import Witnessed, compare
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.histograms import Histogram, histogram
 from rlhf_dist.telemetry.metrics import MetricSums
@@ -38,6 +39,8 @@ class Learning:
     sampling: Sampling
     steps: int
     """Training steps of the whole run."""
+    witness: bool = False
+    """`loop.witness`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class StepReport:
     metrics: Mapping[str, float]
     """Metric name -> value, ready for the sinks."""
     histograms: Mapping[str, Histogram]
+    witnessed: Witnessed | None
+    """None where there is no witness."""
 
 
 def train_step(
@@ -78,7 +83,7 @@ def train_step(
     shares = policy.ranks // learning.learner.sequence_parallel
     shards = make_shards(batch, scores, credit, learning, shaper.kl_coef, step, shares)
     batches = bodies.batches(shards, batch.keys, batch.compared)
-    estimates, critic_stats, stats = NO_ESTIMATES, MetricSums(), MetricSums()
+    estimates, critic_stats, stats, seen = NO_ESTIMATES, MetricSums(), MetricSums(), ()
     if critic is not None:
         with watch.phase("value"):
             estimates = estimate(critic, batches, learning.algorithm)
@@ -86,6 +91,7 @@ def train_step(
         learns = None if critic is None else critic.begin_update(batches, estimates)
         if learns_policy(learning, step):
             stats = policy.update(batches, estimates)
+            seen = policy.witnessed() if learning.witness else ()
         if critic is not None and learns is not None:
             critic_stats = critic.finish_update(learns)
     kl_coef = shaper.kl_coef
@@ -107,7 +113,11 @@ def train_step(
         | ({names.KL_COEF: kl_coef} if batch.compared else {})
     )
     spread = stats.histograms() | batch_histograms(batch, experiences, step)
-    return StepReport(step, push.version, metrics, spread), push
+    made = int(learnt.get("learner/updates", 0))
+    shown = (
+        compare(seen, shards, batch, credit, learning.algorithm, learning.learner, made) if learning.witness else None
+    )
+    return StepReport(step, push.version, metrics, spread, shown), push
 
 
 def collate(experiences: Sequence[Experience]) -> Batch:
@@ -117,6 +127,7 @@ def collate(experiences: Sequence[Experience]) -> Batch:
     assert len(references) in (0, len(experiences)), "either all groups have reference logprobs or none"
     return Batch(
         keys=tuple(e.key for e in experiences),
+        uids=tuple(e.prompt.uid for e in experiences),
         groups=np.repeat(np.arange(len(experiences)), counts),
         samples=np.concatenate([e.samples for e in experiences]),
         tokens=np.concatenate([e.head.tokens for e in experiences]),

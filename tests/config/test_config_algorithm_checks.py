@@ -106,6 +106,24 @@ def test_stale_rows_need_a_ratio_to_the_sampler_or_a_correction(
     assert all(part in found[0] for part in parts), found
 
 
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [
+        (["algo.name=ppo", "critic.warmup_steps=2"], True),
+        (["algo.name=ppo"], False),
+        (["algo.name=ppo", "critic.start=shared"], False),
+        (["learner.epochs=2", "algo.kl_stop=0.1"], False),
+    ],
+)
+def test_a_witness_needs_a_policy_that_learns_in_each_step(tmp_path: Path, overrides: list[str], refused: bool) -> None:
+    witnessed = config(tmp_path, *overrides, "loop.witness=true")
+    found = problems(witnessed, "train")
+    assert len(found) == refused
+    if refused:
+        assert found[0].startswith("loop.witness is true with critic.warmup_steps 2; ") and "to 0, or" in found[0]
+    assert problems(witnessed, "sft") == problems(config(tmp_path, *overrides), "sft"), "sft does not read it"
+
+
 def test_what_stale_rows_need_is_checked(tmp_path: Path) -> None:
     found = problems(config(tmp_path, "loop.max_policy_lag=2"), "train")
     assert any("loop.max_policy_lag is 2 with algo.ratio_to proximal" in text for text in found)

@@ -126,7 +126,7 @@ def test_a_config_runs_as_a_job_on_a_cluster(cluster: Cluster, shared_run: Share
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "succeeded" in result.stderr and f"run directory: {output / 'job'}\n" in result.stderr
-    assert "4 groups issued: 4 consumed" in result.stdout, "the job's output is followed"
+    assert "4 groups issued: 4 trained once" in result.stdout, "the job's output is followed"
     summary = json.loads((output / "job" / "summary.json").read_text())
     assert summary["command"] == "train"
     assert (output / "job" / "checkpoints" / "step-1" / "hf" / "model.safetensors").is_file()

@@ -96,6 +96,7 @@ def stale(lengths: Sequence[int] = (1,) * 6, ratios: np.ndarray = RATIOS, epochs
         sampled=(math.log(0.3) - np.log(ratios)).astype(np.float32),
         cache_versions=np.zeros(int(ends[-1]), np.int32),
         reference=np.empty(0, np.float32),
+        origins=tuple(("train/0/0/0", i) for i in range(count)),
     )
 
 

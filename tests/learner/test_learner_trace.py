@@ -1,9 +1,10 @@
 """The recorded trace: three training steps of GRPO and PPO come to the numbers of `trace.json`, on one rank and on two.
 
 Fixed weights, trajectories and scores (`trace_ranks.py`) go through the real training step on real DeepSpeed, with
-several optimizer steps a batch. Compared are what each step reports, every gradient norm, and how far every parameter
-has gone. No redesign may change these numbers: if this test fails, find the change in the code. Where a metric or a
-function only gets another name, follow it in `trace_ranks.py` and, for a metric, in `trace.json` by hand.
+several optimizer steps a batch, and with the witness, of which the recorded run knew nothing. Compared are what each
+step reports, every gradient norm, and how far every parameter has gone. No redesign may change these numbers: if this
+test fails, find the change in the code. Where a metric or a function only gets another name, follow it in
+`trace_ranks.py` and, for a metric, in `trace.json` by hand.
 
 Record it again only where the maths is meant to change, and say which number changed and why in docs/decisions.md:
 

@@ -43,6 +43,7 @@ from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.scalar_engine import ScalarEngine
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums
+from rlhf_dist.learner.witness import Seen
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.step import Learning, train_step
@@ -81,11 +82,7 @@ class Method:
 
 METHODS = {
     "grpo": Method(
-        AlgoConfig(
-            clip_low=0.02,
-            clip_high=0.03,
-            correction=CorrectionConfig(level="token", high=1.5),
-        ),
+        AlgoConfig(clip_low=0.02, clip_high=0.03, correction=CorrectionConfig(level="token", high=1.5)),
         zero_stage=2,
     ),
     "grpo, KL and entropy in the loss": Method(
@@ -264,6 +261,9 @@ class PolicyRanks:
         own = estimates.handles[rank].place if estimates.handles else None
         return MetricSums.merge(everyone(self._learner.update(batches[rank].place, own, estimates.whitening)))
 
+    def witnessed(self) -> list[Seen]:
+        return everyone(self._learner.witness and self._learner.witness.seen())
+
     def publish(self, version: int) -> Announcement:
         return everyone(self._learner.engine.publish(version))[0]
 
@@ -324,7 +324,7 @@ def run(method: Method, world: int, folder: Path) -> dict[str, Any]:
         engines["critic"] = NotingCritic(folder / "critic", ModelConfig(), learner, OPTIMIZER, device="cpu")
         critics = CriticRanks(CriticLearner(engines["critic"], algorithm, critic, kl_in_reward=True))
     start = {name: weights(engine) for name, engine in engines.items()}
-    policy = PolicyRanks(PolicyLearner(policy_engine, algorithm), world)
+    policy = PolicyRanks(PolicyLearner(policy_engine, algorithm, witness=policy_engine.witness()), world)
     sync = WeightSync(policy, NoWorkers())
     shaper, metrics, bodies = Shaper(method.algo, LONGEST), [], Bodies()
     for step in range(1, STEPS + 1):
@@ -335,11 +335,11 @@ def run(method: Method, world: int, folder: Path) -> dict[str, Any]:
             bodies=bodies,
             sync=sync,
             shaper=shaper,
-            learning=Learning(algorithm, learner, critic, SAMPLING, STEPS),
+            learning=Learning(algorithm, learner, critic, SAMPLING, STEPS, witness=True),
             step=step,
             watch=Stopwatch(),
         )
-        assert not push.problems
+        assert not push.problems and report.witnessed is not None and report.witnessed.problems == ()
         metrics.append({name: float(report.metrics[name]) for name in METRICS if name in report.metrics})
     policy_engine.close()
     return {

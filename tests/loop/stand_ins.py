@@ -15,6 +15,7 @@ from rlhf_dist.errors import ActorTimeout
 from rlhf_dist.learner.checkpoint_files import checkpoint_files, critic_files
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums
+from rlhf_dist.learner.witness import Seen
 from rlhf_dist.loop.events import Compared, Event, Kept, MemberKind, Scored, TimedOut
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.ports import Batches, Estimates
@@ -313,6 +314,9 @@ class FakePolicy:
         if self.updates == self.fails_at:
             raise RuntimeError("the machine went down")
         return MetricSums({"policy/loss": (0.0, 1.0)}, {"rollout/logprob_diff_max": self.difference})
+
+    def witnessed(self) -> Sequence[Seen]:
+        raise NotImplementedError
 
     def publish(self, version: int) -> Announcement:
         self.order.append("publish")

@@ -13,6 +13,7 @@ import pytest
 from damaged_runs import flip, make_run, refused, renamed, step_2, use
 
 from rlhf_dist.loop.ledger import Ledger
+from rlhf_dist.loop.ledger_format import FORMAT
 from rlhf_dist.loop.resume_point import ledger_gone, resume_point
 from rlhf_dist.loop.run_directory import open_run_directory, write_text
 from rlhf_dist.models.checkpoints import read_sealed
@@ -140,7 +141,7 @@ def test_a_run_of_format_1_goes_on_and_is_brought_up(run: Path) -> None:
     ledger.close()
     assert totals.id and (totals.consumed, totals.dropped) == (8, 1)
     with sqlite3.connect(run / "ledger.sqlite") as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (3,)
+        assert database.execute("PRAGMA user_version").fetchone() == (FORMAT,)
     database.close()
 
 

@@ -141,8 +141,8 @@ def test_a_run_cut_before_its_first_checkpoint_begins_again_in_the_same_director
     train(again, None)
     proof = again.ledger.proof()
     close(again)
-    tokens = f"{ALL * 24} tokens sampled: {ALL * 24} trained on, 0 dropped"
-    groups = f"{ALL} groups issued: {ALL} consumed, 0 dropped, 0 in flight, 0 lost, 0 used twice"
+    tokens = f"{ALL * 24} tokens sampled: {ALL * 24} trained on, 0 dropped, 0 lost"
+    groups = f"{ALL} groups issued: {ALL} trained once, 0 dropped, 0 in flight, 0 lost, 0 used twice"
     assert proof.text() == f"{groups}; {tokens}"
     assert [line["step"] for line in lines(again.directory.metrics)] == [0, 1, 2, 3, 4]
     aside = again.directory.path / "metrics.before-resume.jsonl"

@@ -93,8 +93,8 @@ def test_they_are_trained_on_and_no_token_is_lost(run: HandedOver) -> None:
     ledger = json.loads((run.path / "summary.json").read_text())["ledger"]
     tokens = int(sum(line["rollout/response_tokens"] for line in run.steps))
     assert ledger == (
-        f"{groups} groups issued: {groups} consumed, 0 dropped, 0 in flight, 0 lost, 0 used twice; "
-        f"{tokens} tokens sampled: {tokens} trained on, 0 dropped"
+        f"{groups} groups issued: {groups} trained once, 0 dropped, 0 in flight, 0 lost, 0 used twice; "
+        f"{tokens} tokens sampled: {tokens} trained on, 0 dropped, 0 lost"
     )
     assert max(line["rollout/policy_lag_max"] for line in run.steps) == LAG
 

@@ -14,6 +14,7 @@ import torch
 from conftest import SharedRun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_dist.cli.main import main
 from rlhf_dist.config.load import from_yaml
 from rlhf_dist.data.stream import PromptStream
 
@@ -94,9 +95,26 @@ def test_evaluation_before_during_and_after(shared_run: SharedRun) -> None:
 
 
 def test_the_ledger_proves_that_nothing_was_lost_or_used_twice(shared_run: SharedRun) -> None:
-    sentence = "24 groups issued: 24 consumed, 0 dropped, 0 in flight, 0 lost, 0 used twice; "
+    sentence = "24 groups issued: 24 trained once, 0 dropped, 0 in flight, 0 lost, 0 used twice"
     assert json.loads((shared_run.path / "summary.json").read_text())["ledger"].startswith(sentence)
     assert sentence in shared_run.train.stdout
+
+
+def test_the_optimizer_itself_says_that_it_took_what_the_ledger_says(
+    shared_run: SharedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two ranks under ZeRO-2: all samples but those that the plan left out, which have no advantage."""
+    assert main(["ledger", str(shared_run.path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    trained = sum(round(line["learner/trained_share"] * PROMPTS * GROUP) for line in steps(shared_run.path))
+    assert told["outcome"] == "finished" and told["step"] == STEPS and told["adds_up"]
+    assert told["groups"]["trained_once"] == told["witness"]["groups"] == STEPS * PROMPTS
+    assert (told["witness"]["steps"], told["witness"]["agrees"]) == (STEPS, True)
+    assert told["witness"]["samples_seen"] == trained > 0
+    assert told["witness"]["samples_left_out"] == STEPS * PROMPTS * GROUP - trained
+    assert main(["ledger", str(shared_run.path)]) == 0
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert len(said) == 3 and all(line in shared_run.train.stdout.splitlines() for line in said)
 
 
 def test_the_prompts_are_the_first_of_the_stream(shared_run: SharedRun) -> None:
