@@ -250,8 +250,8 @@ class Ledger:
         lost = issued - consumed - sum(dropped.values()) - in_flight
         return LedgerProof(issued, consumed, dropped, in_flight, lost, twice, **tokens)
 
-    def totals(self, step: int) -> LedgerTotals:
-        """For the checkpoint of `step`, which is being written: what was dropped until now belongs to it.
+    def close_step(self, step: int) -> None:
+        """The state of `step`, for a checkpoint, is taken now: what was dropped until now belongs to it.
 
         A group may have been dropped since the step was done. The checkpoint does not issue it again, so a resume from
         there must not take its drop back.
@@ -259,6 +259,10 @@ class Ledger:
         with self._transaction():
             sql = "UPDATE groups SET step = ?1 WHERE state = 'dropped' AND step > ?1"
             self._database.execute(sql, (step,))
+
+    def totals(self, step: int) -> LedgerTotals:
+        """For the checkpoint of `step`, which is being written. What a later step did already does not count."""
+        with self._transaction():
             return totals_of(self._database, step)
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ CHANGEABLE = (
     "output",
     "telemetry",
     "cluster",
+    "faults",
     "loop.steps",
     "loop.checkpoint_every",
     "loop.keep_checkpoints",

@@ -199,7 +199,7 @@ def test_the_jobs_output_and_end_are_passed_on(
     environment = client.taken["runtime_env"]
     assert environment["working_dir"] == str(project) and environment["py_modules"] == [str(jobs.PACKAGE)]
     commit = code_version().get("commit")
-    assert environment["env_vars"] == ({COMMIT: commit} if commit else {})
+    assert environment["env_vars"] == {jobs.STOP_WAIT: jobs.STOP_WAIT_S} | ({COMMIT: commit} if commit else {})
     assert ".venv" in environment["excludes"] and "also-secret" not in str(client.taken)
 
 
