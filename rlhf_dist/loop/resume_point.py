@@ -100,16 +100,37 @@ def _place(run: Path) -> list[str]:
     return [] if there.absolute() == run.absolute() else [f"output={run.parent}", f"name={run.name}"]
 
 
-def _way_out(run: Path, command: str, folder: Path | None) -> str:
-    """What can be done: another checkpoint that passes every check, or a new run."""
+def other_point(run: Path, command: str) -> tuple[str, Path | None]:
+    """Why a resume from the newest checkpoint is rejected, and the nearest one that passes every check, if any.
+
+    The reason is empty where it is not rejected.
+    """
+    folder, reason = None, ""
+    try:
+        folder = latest_checkpoint(run)
+    except DataError as error:
+        reason = str(error)
+    reason = reason or next(iter(_problems(run, command, folder)), "")
+    return reason, _nearest(run, command, folder) if reason else None
+
+
+def _nearest(run: Path, command: str, folder: Path | None) -> Path | None:
+    """The nearest sound checkpoint before this one, else the nearest after it; where none is known, the newest."""
     steps = checkpoint_steps(run / "checkpoints")
-    here = step_of(folder) if folder else -1
-    # The nearest one before it, else the nearest one after it.
+    here = step_of(folder) if folder else max(steps, default=0) + 1
     for step in sorted((step for step in steps if step != here), key=lambda step: (step > here, abs(step - here))):
         other = run / "checkpoints" / f"{CHECKPOINT_PREFIX}{step}"
         if not _problems(run, command, other):
-            words = ["rlhf-dist", command, str(run / "config.yaml"), *_place(run), "--resume-from", other.name]
-            return f"Resume from {other.name} with `{shlex.join(words)}`"
+            return other
+    return None
+
+
+def _way_out(run: Path, command: str, folder: Path | None) -> str:
+    """What can be done: another checkpoint that passes every check, or a new run."""
+    steps = checkpoint_steps(run / "checkpoints")
+    if other := _nearest(run, command, folder):
+        words = ["rlhf-dist", command, str(run / "config.yaml"), *_place(run), "--resume-from", other.name]
+        return f"Resume from {other.name} with `{shlex.join(words)}`"
     if folder is None:
         return "The run has no checkpoint, so nothing is lost: start it again with another name="
     reason = f"{command} has kept this one only" if len(steps) == 1 else "no other checkpoint can be resumed from"

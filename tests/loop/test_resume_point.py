@@ -15,7 +15,7 @@ from damaged_runs import FILES, flip, make_run, refused, renamed, step_2, use
 
 from rlhf_dist.errors import DiskError
 from rlhf_dist.loop.ledger import Ledger
-from rlhf_dist.loop.resume_point import resume_point
+from rlhf_dist.loop.resume_point import other_point, resume_point
 from rlhf_dist.loop.run_directory import open_run_directory
 from rlhf_dist.models.checkpoints import FORMAT, problems, read_sealed, sealed
 
@@ -275,3 +275,19 @@ def test_the_command_for_a_run_that_was_moved_names_its_new_place(run: Path, tmp
     assert refused(run).endswith(step_2(run))
     words = f"{moved}/config.yaml output={moved.parent} name=other --resume-from step-2"
     assert refused(moved).endswith(f"`rlhf-dist train {words}`")
+
+
+def test_the_point_that_a_supervisor_goes_on_from(run: Path) -> None:
+    assert other_point(run, "train") == ("", None), "nothing is wrong with the newest"
+    folder = run / "checkpoints"
+    (folder / "LATEST").write_text("nothing\n")
+    reason, other = other_point(run, "train")
+    assert "LATEST: holds 'nothing'" in reason and other == folder / "step-4", "the newest that is sound"
+    flip(folder / "step-4" / "hf" / "model.safetensors")
+    assert other_point(run, "train")[1] == folder / "step-2"
+    (folder / "LATEST").write_text("step-4\n")
+    reason, other = other_point(run, "train")
+    assert "step-4/hf/model.safetensors" in reason and other == folder / "step-2"
+    flip(folder / "step-2" / "hf" / "model.safetensors")
+    reason, other = other_point(run, "train")
+    assert reason and other is None
