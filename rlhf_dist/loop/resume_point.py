@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_dist.errors import DataError, InputError
+from rlhf_dist.errors import ConfigError, DataError, InputError
 from rlhf_dist.loop.ledger import LedgerTotals
 from rlhf_dist.loop.ledger_check import ledger_problem
 from rlhf_dist.loop.run_directory import RunDirectory
@@ -27,6 +27,7 @@ from rlhf_dist.models.checkpoints import (
     read_sealed,
     step_of,
 )
+from rlhf_dist.telemetry.sinks import EVENTS_FILE
 
 LEDGER_FILE = "ledger.sqlite"
 
@@ -79,6 +80,35 @@ def ledger_totals(folder: Path) -> LedgerTotals | None:
     if not isinstance(kept, dict):
         raise DataError(f"{path}: is not the state of an RL run: its `ledger` is {json.dumps(kept)[:60]}")
     return state_of(LedgerTotals, kept, path)
+
+
+def require_command(folder: Path, command: str) -> None:
+    """Reject the run of another command, whose state would be rejected for its keys. Raises ConfigError."""
+    state = read_sealed(folder).state
+    measured = state.get("before")
+    kinds = {name.partition("/")[0] for name in measured} if isinstance(measured, dict) else set[str]()
+    known = {"sft": "sft", "reward_model": "reward"}
+    found = "train" if "cursor" in state else next((known[kind] for kind in sorted(kinds) if kind in known), command)
+    if found != command:
+        run = folder.parent.parent
+        raise ConfigError(
+            f"{run}: is a run of `{found}`, and this is `{command}`: resume it with `rlhf-dist {found}`, or start a "
+            f"new run with another name= and, for its weights, model.path={run}"
+        )
+
+
+def require_none_written(run: Path) -> None:
+    """Before a run without a checkpoint begins again: its events must not tell of any. Raises DataError."""
+    try:
+        lines = (run / EVENTS_FILE).read_bytes().splitlines()
+    except OSError:
+        return
+    told = [line for line in lines if b'"kind": "checkpoint"' in line]
+    if told:
+        raise DataError(
+            f"{run / 'checkpoints'}: holds no checkpoint, and by {EVENTS_FILE} {len(told)} were written: restore them "
+            "from a backup, or start a new run with another name="
+        )
 
 
 def ledger_gone(run: RunDirectory) -> str:
