@@ -141,7 +141,7 @@ def _how_to_go_on(words: Sequence[str]) -> str:
         return ""
     if words and words[0] in ("train", "sft", "reward"):
         plain = without_resume(words)
-        if not _may_have_begun(plain[1:]):
+        if not _may_have_begun([word for word in plain[1:] if not word.startswith("--")]):
             return f"; nothing of the run was written yet: start it again with `{shlex.join(['rlhf-dist', *plain])}`"
         again = shlex.join(["rlhf-dist", *plain, "--resume"])
         return f"; go on from the newest checkpoint, or from the beginning if there is none yet, with `{again}`"

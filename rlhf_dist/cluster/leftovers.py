@@ -37,7 +37,10 @@ def told_of_death() -> Callable[[], None]:
 def end_leftovers(grace_s: float) -> int:
     """Wait until no process is left below this one, and kill what is there after `grace_s`; how many were killed."""
     end, killed = time.monotonic() + grace_s, set[int]()
-    while left := _reaped():
+    while True:
+        let_go()
+        if not (left := below(os.getpid())):
+            break
         now = time.monotonic()
         if now > end + KILL_LIMIT_S:
             break  # in the kernel's hands, as a process that waits for a disk
@@ -50,10 +53,9 @@ def end_leftovers(grace_s: float) -> int:
     return len(killed)
 
 
-def _reaped() -> list[int]:
-    """Ids of all processes below this one, once those that have ended are let go."""
-    own = os.getpid()
-    for pid in children(own):
-        with suppress(OSError):
-            os.waitpid(pid, os.WNOHANG)
-    return below(own)
+def let_go(but: int = 0) -> None:
+    """Of what has ended below this process nothing stays, `but` of the child that somebody waits for."""
+    for pid in children(os.getpid()):
+        if pid != but:
+            with suppress(OSError):
+                os.waitpid(pid, os.WNOHANG)

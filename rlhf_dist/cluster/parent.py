@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rlhf_dist.cluster.leftovers import adopt_orphans, end_leftovers, told_of_death
+from rlhf_dist.cluster.leftovers import adopt_orphans, end_leftovers, let_go, told_of_death
 from rlhf_dist.cluster.memory_kills import memory_kills
 from rlhf_dist.cluster.processes import stat
 from rlhf_dist.cluster.signals import SAME_S, SIGNALS
@@ -34,7 +34,7 @@ from rlhf_dist.models.checkpoints import checkpoint_steps, latest_checkpoint
 from rlhf_dist.models.guarded_files import read_json
 from rlhf_dist.telemetry.sinks import EVENTS_FILE, METRICS_FILE, EventLog
 
-GRACE_S = 5.0
+GRACE_S = 3.0
 """For the processes of a child that has ended, to end by themselves."""
 CLOSE_S = 60.0
 """For a child to close what it has open, beyond `faults.save_on_stop_s`, once it is told to end."""
@@ -73,6 +73,7 @@ class Child:
         while True:
             with suppress(subprocess.TimeoutExpired):
                 return self.process.wait(POLL_S)
+            let_go(but=self.process.pid)
             known = stat(self.process.pid)
             self.halted_s = self.halted_s + POLL_S if known is not None and known.state == "T" else 0.0
             if self.halted_s > HALTED_LIMIT_S:

@@ -44,7 +44,7 @@ BY_ERROR: dict[str, FailureClass] = {
 """Type of the error that ended a run -> its class."""
 NO_ROOM = ("ResourceError", "TooSmall")
 """What the cluster lacks. A cluster that had room for an earlier start has lost a node since."""
-NO_MEMORY = re.compile(r"out of memory|OutOfMemory|MemoryError|cannot allocate memory", re.IGNORECASE)
+NO_MEMORY = re.compile(r"out of memory|OutOfMemory|MemoryError|cannot allocate memory|low on memory", re.IGNORECASE)
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LONGEST_WAIT_S = 60.0
 SUPERVISED = "RLHF_DIST_SUPERVISED"
@@ -90,7 +90,7 @@ def class_of(end: End, ran_before: bool) -> FailureClass:
     if end.exit_code - SIGNALLED in STOPS:
         return "preempted"
     killed = end.code == -signal.SIGKILL or "SIGKILL" in end.message
-    if NO_MEMORY.search(end.message) or (killed and end.killed_for_memory):
+    if NO_MEMORY.search(f"{end.error} {end.message}") or (killed and end.killed_for_memory):
         return "out of memory"
     if end.code < 0 and not end.error:
         return "a process lost"

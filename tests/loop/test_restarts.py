@@ -29,6 +29,8 @@ LOST = End(1, 5, "ActorLost", "learner rank 0 died during 'update': exit code 3"
         (End(1, 4, "ActorLost", "died: killed by SIGKILL (...)", killed_for_memory=True), "out of memory"),
         (End(1, 4, "ActorLost", "died: exit code 1", killed_for_memory=True), "a process lost"),
         (End(1, 4, "RunError", "rank 0 failed in 'update': OutOfMemoryError: CUDA out of memory"), "out of memory"),
+        (End(1, 4, "MemoryError", ""), "out of memory"),
+        (End(1, 4, "ActorLost", "died: Task was killed due to the node running low on memory."), "out of memory"),
         (End(1, 4, "RayLost", "Ray itself ended"), "Ray lost"),
         (End(-signal.SIGABRT, 4, "RayLost", "Ray itself ended"), "Ray lost"),
         (End(1, 4, "NodeLost", "node 10.0.0.3 has left the cluster"), "a node lost"),
