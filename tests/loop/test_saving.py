@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_ins import FakePolicy, FakeRollouts, lines
-from test_loop_rl_training import CONFIG, STEPS, close, whole, wired
+from stand_ins import FakeCritic, FakePolicy, FakeReference, FakeRollouts, lines
+from test_loop_rl_training import CONFIG, LEASHED, STEPS, close, whole, wired
 
-from rlhf_dist.config.schema import Config
+from rlhf_dist.config.schema import Config, ReferenceConfig
 from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import DiskError
 from rlhf_dist.loop.rl_training import Run, train
@@ -55,11 +55,11 @@ def after_updates(policy: FakePolicy, count: int, looks: int = 0) -> Callable[[]
     return when
 
 
-def stopped(path: Path, updates: int, looks: int = 0, config: Config = CONFIG) -> tuple[Run, Told]:
+def stopped(path: Path, updates: int, looks: int = 0, config: Config = CONFIG, **parts: Any) -> tuple[Run, Told]:
     """A run that is told to end after so many updates."""
     policy = FakePolicy()
     stop = Told(after_updates(policy, updates, looks))
-    run = wired(path, config, policy=policy, rollouts=FakeRollouts(drops=DROPS), stop=stop)
+    run = wired(path, config, policy=policy, rollouts=FakeRollouts(drops=DROPS), stop=stop, **parts)
     with pytest.raises(KeyboardInterrupt):
         train(run, None)
     close(run)
@@ -152,3 +152,19 @@ def test_the_state_is_that_of_the_steps_end(tmp_path: Path) -> None:
     assert list(written["open"]) == STREAM[8:11]
     rollouts: Any = run.actors.rollouts
     assert STREAM[11] in rollouts.served, "by the time of the signal another had taken its place"
+
+
+def test_what_was_dropped_before_the_state_was_taken_stays_dropped(tmp_path: Path) -> None:
+    """With a lag the next groups are under way while the reference, which moves before they count, is evaluated."""
+    loop = replace(LEASHED.loop, max_policy_lag=1)
+    moving = ReferenceConfig(update_every=1)
+    config = replace(LEASHED, loop=loop, reference=moving, eval=replace(LEASHED.eval, every=1))
+    for updates in (1, 2, 3):
+        path = tmp_path / str(updates)
+        run, _ = stopped(path, updates, 0, config, critic=FakeCritic(), reference=FakeReference())
+        parts: dict[str, Any] = {"critic": FakeCritic(), "reference": FakeReference()}
+        again = wired(path, config, again=True, rollouts=FakeRollouts(drops=DROPS), **parts)
+        train(again, newest(run))
+        proof = again.ledger.proof()
+        close(again)
+        assert proof.holds and dict(proof.dropped) == {"prompt_empty": len(DROPS)}, updates
