@@ -91,7 +91,8 @@ class Saving:
         return has_come()
 
     def tell(self, note: str) -> None:
-        """See `loop.ports.Stop`."""
+        """See `loop.ports.Stop`. What is told is final: the limit ends with it."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for ending in _endings():
             ending.note = note
 
