@@ -83,9 +83,11 @@ def take_step(run: RunDirectory, telemetry: Telemetry, book: Ledger, step: int) 
 
 
 def wait(stop: signals.Saving) -> None:
-    """Until the run is told to end."""
+    """Until the run is told to end, for a minute at most."""
     Path("waits").touch()
+    end = time.monotonic() + 60
     while not stop.asked():
+        assert time.monotonic() < end, "nobody told the run to end"
         time.sleep(0.02)
     stop.tell("it is saved")
     raise KeyboardInterrupt
