@@ -78,7 +78,7 @@ class Saving:
         except RlhfError as error:
             if not has_come():
                 raise
-            self.tell(f"nothing was saved: {error}")
+            self.tell(f"it failed before it could save: {error}")
             raise KeyboardInterrupt from error
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
