@@ -108,7 +108,9 @@ def test_what_fails_after_the_signal_counts_as_the_stop(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 143
-    assert last(err).startswith(f"rlhf-dist: stopped by SIGTERM (it failed before it could save: Ray itself ended){WAY_ON}")
+    assert last(err).startswith(
+        f"rlhf-dist: stopped by SIGTERM (it failed before it could save: Ray itself ended){WAY_ON}"
+    )
 
 
 def test_without_a_signal_a_failure_is_one(tmp_path: Path) -> None:
