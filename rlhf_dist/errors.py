@@ -49,12 +49,16 @@ class ActorLost(RunError):
     """Another process died; the message names it, the call and its log."""
 
 
+class NodeLost(ActorLost):
+    """A node of the cluster has left it or does not answer; the message names what it had, and the way out."""
+
+
 class AnswerLost(ActorLost):
     """What a call needs, or its answer, is gone with the process that had made it; who was called may be well."""
 
 
 class RayLost(RunError):
-    """A process of Ray's own died; the message says which, and how."""
+    """A process of Ray's own died, or did not start; the message says which, and how."""
 
 
 class RewardError(RunError):

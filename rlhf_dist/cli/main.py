@@ -31,6 +31,7 @@ from rlhf_dist.errors import (
     RlhfError,
     WeightSyncError,
 )
+from rlhf_dist.loop.restarts import SUPERVISED, without_resume
 from rlhf_dist.telemetry.streams import print_any_text
 
 COMMANDS = {
@@ -137,9 +138,11 @@ def _help() -> str:
 
 
 def _how_to_go_on(words: Sequence[str]) -> str:
+    if SUPERVISED in os.environ:
+        return ""
     if words and words[0] in ("train", "sft", "reward"):
         plain = without_resume(words)
-        if not _may_have_begun(plain[1:]):
+        if not _may_have_begun([word for word in plain[1:] if not word.startswith("--")]):
             return f"; nothing of the run was written yet: start it again with `{shlex.join(['rlhf-dist', *plain])}`"
         again = shlex.join(["rlhf-dist", *plain, "--resume"])
         return f"; go on from the newest checkpoint, or from the beginning if there is none yet, with `{again}`"
@@ -161,15 +164,6 @@ def _may_have_begun(words: Sequence[str]) -> bool:
     except (InputError, IndexError):
         return True
     return (Path(config.output) / config.name).is_dir()
-
-
-def without_resume(words: Sequence[str]) -> list[str]:
-    """The command without its options `--resume` and `--resume-from`, which would go back to the same step again."""
-    kept: list[str] = []
-    for before, word in zip(["", *words], words, strict=False):
-        if word.split("=")[0] not in ("--resume", "--resume-from") and before != "--resume-from":
-            kept.append(word)
-    return kept
 
 
 def _fail(message: str, code: int) -> int:

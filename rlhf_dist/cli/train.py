@@ -13,11 +13,20 @@ def run(argv: Sequence[str]) -> int:
         "train", "Reinforcement learning of a policy; the algorithm is the config's algo.name."
     )
     arguments.add_resume(parser)
+    parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="start the run again when it fails, with back-off and within faults.restarts",
+    )
     arguments.add_dry_run(parser)
     args = arguments.parse(parser, argv)
     config = arguments.load_checked(args.words, "train", "train")
     if args.dry_run:
         return arguments.print_dry_run(config, "train")
+    if args.supervise:
+        from rlhf_dist.cluster.parent import supervise
+
+        return supervise(config, [word for word in argv if word != "--supervise"])
     from rlhf_dist.cluster import session
 
     session.prepare(config.cluster)

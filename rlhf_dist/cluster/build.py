@@ -20,6 +20,7 @@ from rlhf_dist.cluster.preflight import check_before_start, require_shared_memor
 from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
 from rlhf_dist.cluster.run_forecast import basis, basis_before, compared, does_not_fit
 from rlhf_dist.cluster.session import ray_session
+from rlhf_dist.cluster.signals import Saving
 from rlhf_dist.cluster.sources import (
     model_source,
     reward_model_doubts,
@@ -113,6 +114,7 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
                 progress=progress,
                 shaper=shaper,
                 watch=watch,
+                stop=Saving(config.faults.save_on_stop_s),
             )
             outcome = training.train(wired, start.state)
             proof = ledger.proof()

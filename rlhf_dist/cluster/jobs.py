@@ -48,6 +48,8 @@ TOO_LARGE = ("status code 413", "exceeds the maximum size")
 RUN = "rlhf-dist-run"
 """In a job's metadata: its run directory."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+STOP_WAIT, STOP_WAIT_S = "RAY_JOB_STOP_WAIT_TIME_S", "180"
+"""How long Ray lets a job that is told to stop end by itself; without it 3 s, in which no run is saved."""
 SILENT_LIMIT_S = 300.0
 """How long the dashboard may be away while a job runs."""
 
@@ -126,7 +128,7 @@ def send(client: JobSubmissionClient, words: Sequence[str], run: str, variables:
     if PACKAGE.parent != folder:
         environment["py_modules"] = [str(PACKAGE)]
     commit = code_version().get("commit")  # .git stays here
-    environment["env_vars"] = ({COMMIT: commit} if commit else {}) | dict(variables)
+    environment["env_vars"] = {STOP_WAIT: STOP_WAIT_S} | ({COMMIT: commit} if commit else {}) | dict(variables)
     entrypoint = f"python -m rlhf_dist {shlex.join(words)}"
     call = partial(client.submit_job, entrypoint=entrypoint, runtime_env=environment, metadata={RUN: run})
     try:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-from rlhf_dist.errors import ActorLost, RayLost, ResourceError, RunError
+from rlhf_dist.errors import NodeLost, RayLost, ResourceError, RunError
 from rlhf_dist.planning.placement import Placement
 
 PROBE_S = 2.0
@@ -22,7 +22,7 @@ def blame_node(
 ) -> None:
     """On the way out of a run over several nodes: a failure that comes from a node that has left is told as that.
 
-    Raises `ActorLost`; nothing where all nodes are there, the failure has another cause, or Ray lists no nodes.
+    Raises `NodeLost`; nothing where all nodes are there, the failure has another cause, or Ray lists no nodes.
     """
     planned = dict.fromkeys((*placement.rank_nodes, *placement.worker_nodes, *placement.server_nodes))
     if not planned or not isinstance(error, RunError | ResourceError) or isinstance(error, RayLost):
@@ -34,7 +34,7 @@ def blame_node(
     except Exception:  # Ray's have no common type, and the failure that is on its way says more
         return
     if lost:
-        raise ActorLost(told(placement, lost, str(error).splitlines()[0])) from None
+        raise NodeLost(told(placement, lost, str(error).splitlines()[0])) from None
 
 
 def gone(planned: Collection[str], listed: Sequence[Mapping[str, Any]]) -> list[str]:

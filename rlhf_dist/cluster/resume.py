@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ConfigError, DataError
-from rlhf_dist.loop.resume_point import resume_point
+from rlhf_dist.loop.resume_point import require_command, require_none_written, resume_point
 from rlhf_dist.loop.run_directory import require_run
 from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.loop.run_lock import looked_at, require_place
@@ -62,8 +62,10 @@ def find_start(
     with looked_at(run):
         folder = resume_point(run, command, step)
         if folder is None:
+            require_none_written(run)
             return Start(True)
         try:
+            require_command(folder, command)
             state = read_state(folder)
         except DataError as error:
             others = [name for s in checkpoint_steps(folder.parent) if (name := f"step-{s}") != folder.name]
@@ -87,9 +89,9 @@ def nothing_left(config: Config, key: str, target: int, start: Start[S]) -> bool
             f"{key} is {target}, but {folder} is at step {step} already; give at least {step}, or another name= for "
             "a new run"
         )
+    require_same_config(run / "config.yaml", to_yaml(config))
     if step < target or summary_step(run) != step:
         return False
-    require_same_config(run / "config.yaml", to_yaml(config))
     # Where the length shapes what was learnt (the learning rate's course), only another run can be longer.
     onward = f"raise {key} to go on" if key in CHANGEABLE else f"go on in a new run with name=... model.path={run}"
     print(f"{config.name} is already at step {step} of {target}; {onward}")

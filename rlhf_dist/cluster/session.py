@@ -17,7 +17,7 @@ from rlhf_dist.cluster.compile_cache import VARIABLE, compile_cache
 from rlhf_dist.cluster.private_folder import SESSION, TEMPORARY, private_folder, temporary_parent
 from rlhf_dist.cluster.processes import lost_ray
 from rlhf_dist.config.schema import ClusterConfig
-from rlhf_dist.errors import ResourceError, RunError
+from rlhf_dist.errors import RayLost, ResourceError
 from rlhf_dist.planning.placement import NODE, Machine, local_machine
 from rlhf_dist.telemetry.timeline import Patience
 
@@ -123,14 +123,14 @@ def ray_session(config: ClusterConfig, logs: Path, tell: Callable[[str], None]) 
 
 
 def start_ray(settings: Mapping[str, Any]) -> None:
-    """`ray.init`, with its errors in one line. Raises `RunError`."""
+    """`ray.init`, with its errors in one line. Raises `RayLost`."""
     import ray
 
     try:
         with local_ray.starting():
             ray.init(**settings)
     except Exception as error:  # Ray's own errors have many types, and no common one
-        raise RunError(f"Ray did not start: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise RayLost(f"Ray did not start: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 @contextmanager

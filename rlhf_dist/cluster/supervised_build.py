@@ -9,6 +9,7 @@ from typing import Any
 from rlhf_dist.cluster.open_run import finish, opened
 from rlhf_dist.cluster.preflight import check_before_start
 from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
+from rlhf_dist.cluster.signals import Saving
 from rlhf_dist.cluster.trainer_ranks import TrainerGroup, TrainerHost, started
 from rlhf_dist.config.schema import Config, OptimizerConfig
 from rlhf_dist.loop.supervised_training import fine_tune
@@ -54,7 +55,13 @@ def sft(config: Config, resume: bool, resume_from: int | None = None) -> None:
         with started(SupervisedHost, config, "sft", start.folder, run.logs, progress) as ranks:
             learner = TrainerGroup(ranks, config.learner)
             before, after = fine_tune(
-                learner, config.sft, start.state, directory=run, telemetry=telemetry, progress=progress
+                learner,
+                config.sft,
+                start.state,
+                directory=run,
+                telemetry=telemetry,
+                progress=progress,
+                stop=Saving(config.faults.save_on_stop_s),
             )
         summary = {"command": "sft", SUMMARY_STEP: config.sft.steps, "before": before, "after": after}
         finish(run, progress, before, after, summary, time.monotonic() - begun, [])

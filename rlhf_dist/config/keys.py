@@ -36,6 +36,7 @@ NOT_NEGATIVE = Range("0 or more", lambda x: x >= 0)
 POSITIVE = Range("greater than 0", lambda x: x > 0)
 LIMIT_S = Range("greater than 0 and at most 1e9", lambda x: 0 < x <= 1e9)
 """Seconds to wait; longer than some of Python's own waits can be told."""
+LIMIT_S_OR_0 = Range("between 0 and 1e9", lambda x: 0 <= x <= 1e9)
 SHARE = Range("between 0 and 1", lambda x: 0 <= x <= 1)
 SHARE_ABOVE_0 = Range("greater than 0 and at most 1", lambda x: 0 < x <= 1)
 SHARE_BELOW_1 = Range("at least 0 and less than 1", lambda x: 0 <= x < 1)

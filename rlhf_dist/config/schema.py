@@ -13,6 +13,7 @@ from rlhf_dist.config.keys import (
     ANY,
     COUNT,
     LIMIT_S,
+    LIMIT_S_OR_0,
     NOT_NEGATIVE,
     POSITIVE,
     SHARE_ABOVE_0,
@@ -299,6 +300,14 @@ class FaultsConfig:
     """Losses further back do not count."""
     heartbeat_s: float = key(15.0, Range("at least 5", lambda x: x >= 5))
     """A process without a sign of life for so long counts as lost."""
+    save_on_stop_s: float = key(120.0, LIMIT_S_OR_0)
+    """Most seconds that a run which is told to end (Ctrl-C, SIGTERM, SIGHUP) takes to finish its step and to save; 0:
+    it ends at once and saves nothing. `train` and `sft`. Preemption gives notice of 30 to 120 s."""
+    restarts: int = key(3, NOT_NEGATIVE)
+    """With `train --supervise`: restarts in a row that bring no new step, before it gives up; 0: none."""
+    backoff_s: float = key(1.0, LIMIT_S)
+    """With `train --supervise`: seconds before a restart; twice as many with each that brought no new step, 60 at most
+    (or this, where it is more)."""
 
 
 @dataclass(frozen=True)
@@ -345,6 +354,6 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     sft: SftConfig = field(default_factory=SftConfig, metadata=used_by("sft"))
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    faults: FaultsConfig = field(default_factory=FaultsConfig, metadata=used_by("train", "eval"))
+    faults: FaultsConfig = field(default_factory=FaultsConfig, metadata=used_by("train", "eval", "sft"))
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)

@@ -175,8 +175,8 @@ class Ledger:
         with self._transaction():
             return proof_of(self._database)
 
-    def totals(self, step: int) -> LedgerTotals:
-        """For the checkpoint of `step`, which is being written: what was dropped until now belongs to it.
+    def close_step(self, step: int) -> None:
+        """The state of `step`, for a checkpoint, is taken now: what was dropped until now belongs to it.
 
         A group may have been dropped since the step was done. The checkpoint does not issue it again, so a resume from
         there must not take its drop back.
@@ -184,6 +184,10 @@ class Ledger:
         with self._transaction():
             sql = "UPDATE groups SET step = ?1 WHERE state = 'dropped' AND step > ?1"
             self._database.execute(sql, (step,))
+
+    def totals(self, step: int) -> LedgerTotals:
+        """For the checkpoint of `step`, which is being written. What a later step did already does not count."""
+        with self._transaction():
             return totals_of(self._database, step)
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ The actor side is asked and does not answer: what comes of it arrives as events.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +21,39 @@ from rlhf_dist.loop.events import Event
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Group, Handle, Request
 from rlhf_dist.weights.receipts import Announcement
+
+
+class Stop(Protocol):
+    """Who tells a run to end early. `AT_ONCE` never does: a run that cannot save is interrupted where it is."""
+
+    def deferred(self) -> AbstractContextManager[None]:
+        """In the block a signal that ends the command interrupts nothing until its limit: the run has to ask for it.
+
+        What fails after it counts as the end that was asked for: raises KeyboardInterrupt.
+        """
+        ...
+
+    def asked(self) -> bool:
+        """Whether the run is to save its last step and end."""
+        ...
+
+    def tell(self, note: str) -> None:
+        """What was saved, or why nothing was, for the last message of the command."""
+        ...
+
+
+class _AtOnce:
+    def deferred(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def asked(self) -> bool:
+        return False
+
+    def tell(self, note: str) -> None:
+        """Nobody asks."""
+
+
+AT_ONCE: Stop = _AtOnce()
 
 
 class Arrivals(Protocol):

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_dist.errors import DataError, InputError
+from rlhf_dist.errors import ConfigError, DataError, InputError
 from rlhf_dist.loop.ledger import LedgerTotals
 from rlhf_dist.loop.ledger_check import ledger_problem
 from rlhf_dist.loop.run_directory import RunDirectory
@@ -27,6 +27,7 @@ from rlhf_dist.models.checkpoints import (
     read_sealed,
     step_of,
 )
+from rlhf_dist.telemetry.sinks import EVENTS_FILE
 
 LEDGER_FILE = "ledger.sqlite"
 
@@ -81,6 +82,35 @@ def ledger_totals(folder: Path) -> LedgerTotals | None:
     return state_of(LedgerTotals, kept, path)
 
 
+def require_command(folder: Path, command: str) -> None:
+    """Reject the run of another command, whose state would be rejected for its keys. Raises ConfigError."""
+    state = read_sealed(folder).state
+    measured = state.get("before")
+    kinds = {name.partition("/")[0] for name in measured} if isinstance(measured, dict) else set[str]()
+    known = {"sft": "sft", "reward_model": "reward"}
+    found = "train" if "cursor" in state else next((known[kind] for kind in sorted(kinds) if kind in known), command)
+    if found != command:
+        run = folder.parent.parent
+        raise ConfigError(
+            f"{run}: is a run of `{found}`, and this is `{command}`: resume it with `rlhf-dist {found}`, or start a "
+            f"new run with another name= and, for its weights, model.path={run}"
+        )
+
+
+def require_none_written(run: Path) -> None:
+    """Before a run without a checkpoint begins again: its events must not tell of any. Raises DataError."""
+    try:
+        lines = (run / EVENTS_FILE).read_bytes().splitlines()
+    except OSError:
+        return
+    told = [line for line in lines if b'"kind": "checkpoint"' in line]
+    if told:
+        raise DataError(
+            f"{run / 'checkpoints'}: holds no checkpoint, and by {EVENTS_FILE} {len(told)} were written: restore them "
+            "from a backup, or start a new run with another name="
+        )
+
+
 def ledger_gone(run: RunDirectory) -> str:
     """At the end of a run: why the ledger on the disk is not the one that the run wrote; empty: it is.
 
@@ -100,16 +130,37 @@ def _place(run: Path) -> list[str]:
     return [] if there.absolute() == run.absolute() else [f"output={run.parent}", f"name={run.name}"]
 
 
-def _way_out(run: Path, command: str, folder: Path | None) -> str:
-    """What can be done: another checkpoint that passes every check, or a new run."""
+def other_point(run: Path, command: str) -> tuple[str, Path | None]:
+    """Why a resume from the newest checkpoint is rejected, and the nearest one that passes every check, if any.
+
+    The reason is empty where it is not rejected.
+    """
+    folder, reason = None, ""
+    try:
+        folder = latest_checkpoint(run)
+    except DataError as error:
+        reason = str(error)
+    reason = reason or next(iter(_problems(run, command, folder)), "")
+    return reason, _nearest(run, command, folder) if reason else None
+
+
+def _nearest(run: Path, command: str, folder: Path | None) -> Path | None:
+    """The nearest sound checkpoint before this one, else the nearest after it; where none is known, the newest."""
     steps = checkpoint_steps(run / "checkpoints")
-    here = step_of(folder) if folder else -1
-    # The nearest one before it, else the nearest one after it.
+    here = step_of(folder) if folder else max(steps, default=0) + 1
     for step in sorted((step for step in steps if step != here), key=lambda step: (step > here, abs(step - here))):
         other = run / "checkpoints" / f"{CHECKPOINT_PREFIX}{step}"
         if not _problems(run, command, other):
-            words = ["rlhf-dist", command, str(run / "config.yaml"), *_place(run), "--resume-from", other.name]
-            return f"Resume from {other.name} with `{shlex.join(words)}`"
+            return other
+    return None
+
+
+def _way_out(run: Path, command: str, folder: Path | None) -> str:
+    """What can be done: another checkpoint that passes every check, or a new run."""
+    steps = checkpoint_steps(run / "checkpoints")
+    if other := _nearest(run, command, folder):
+        words = ["rlhf-dist", command, str(run / "config.yaml"), *_place(run), "--resume-from", other.name]
+        return f"Resume from {other.name} with `{shlex.join(words)}`"
     if folder is None:
         return "The run has no checkpoint, so nothing is lost: start it again with another name="
     reason = f"{command} has kept this one only" if len(steps) == 1 else "no other checkpoint can be resumed from"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf_dist.algo.algorithm import Algorithm
 from rlhf_dist.config.reward_words import solved_by
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream
-from rlhf_dist.learner.checkpoint_files import EMA_FILES, MASK_FILES, checkpoint_files, critic_files
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import Rules, rules_of, sampling_of
 from rlhf_dist.loop.devices import Devices
@@ -22,17 +21,17 @@ from rlhf_dist.loop.healing import Healing
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.left_out import counted
 from rlhf_dist.loop.members import Members
-from rlhf_dist.loop.ports import Critic, Policy
+from rlhf_dist.loop.ports import AT_ONCE, Critic, Policy, Stop
 from rlhf_dist.loop.run_directory import RunDirectory
+from rlhf_dist.loop.saving import Saver
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.shell import Actors, Shell
-from rlhf_dist.loop.step import Learning, learns_policy, train_step
+from rlhf_dist.loop.step import Learning, train_step
 from rlhf_dist.loop.train_state import State, put_back
 from rlhf_dist.loop.watch import CollapseWatch, watch_metrics
 from rlhf_dist.loop.witnessed import settled
 from rlhf_dist.scoring.non_finite import told
-from rlhf_dist.scoring.reference_files import reference_files
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.histograms import Histogram
@@ -67,6 +66,7 @@ class Run:
     progress: Progress
     shaper: Shaper
     watch: CollapseWatch
+    stop: Stop = AT_ONCE
 
     @property
     def rules(self) -> Rules:
@@ -94,7 +94,10 @@ class Outcome:
 
 
 def train(run: Run, state: State | None) -> Outcome:
-    """Train to `loop.steps`; returns the evaluations before and after. `state`: of the checkpoint resumed from."""
+    """Train to `loop.steps`; returns the evaluations before and after. `state`: of the checkpoint resumed from.
+
+    Raises KeyboardInterrupt where the run is told to end, once its last whole step is saved.
+    """
     loop = run.config.loop
     step = resume(run, state)
     devices = Devices(run.members)
@@ -113,41 +116,27 @@ def train(run: Run, state: State | None) -> Outcome:
     watch.begin()
     shell.published(step)
     devices.goodput.lap()  # What came before belongs to no step.
-    while step < loop.steps:
-        step += 1
-        taken = take_step(run, shell, step, watch)
-        metrics = taken.metrics | devices.lap()
-        if not moves_reference(run, step):
-            shell.published(step)  # From here on the next groups are issued, beside what follows.
-        if due(run.config.eval.every, step, loop.steps):
-            found = measure(run, shell, step)
-            results, answers = found.metrics, answers | {"after": list(found.answers)}
-            metrics |= results
-        tell(run, shell, step, taken, metrics)
-        shell.forget([experience.key for experience in taken.experiences])
-        if moves_reference(run, step):
-            move_reference(run, taken.push.announcement)  # after the evaluation, whose KL is to the reference as it was
-            shell.published(step)
-        if step == loop.steps:
-            shell.finish()
-        if due(loop.checkpoint_every, step, loop.steps):
-            cursor, shaper, signs = dict(run.stream.cursor()), run.shaper.state(), run.watch.state()
-            state = State(
-                step,
-                loop.steps,
-                cursor,
-                before,
-                results,
-                answers,
-                shaper,
-                signs,
-                run.ledger.totals(step),
-                shell.open_groups(),
-                watch.elapsed,
-            )
-            checkpoint(run, state)
-        watch.lap()  # Evaluation and checkpoints are not part of a step's time.
-        devices.goodput.lap()
+    saver = Saver(run, state)
+    with run.stop.deferred():
+        while step < loop.steps:
+            step += 1
+            taken = take_step(run, shell, step, watch, saver)
+            metrics = taken.metrics | devices.lap()
+            if not moves_reference(run, step):
+                saver.published(shell, step)  # From here on the next groups are issued, beside what follows.
+            if due(run.config.eval.every, step, loop.steps):
+                found = measure(run, shell, step)
+                results, answers = found.metrics, answers | {"after": list(found.answers)}
+                metrics |= results
+            tell(run, shell, step, taken, metrics)
+            shell.forget([experience.key for experience in taken.experiences])
+            if moves_reference(run, step):
+                # After the evaluation, whose KL is to the reference as it was.
+                move_reference(run, taken.push.announcement)
+                saver.published(shell, step)
+            saver.step_done(step, (before, results), answers, watch.elapsed)
+            watch.lap()  # Evaluation and checkpoints are not part of a step's time.
+            devices.goodput.lap()
     return Outcome(before, results, answers)
 
 
@@ -180,10 +169,10 @@ class Step:
     """What was trained on."""
 
 
-def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch) -> Step:
-    """Take a step's groups, train, push."""
+def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch, saver: Saver) -> Step:
+    """Take a step's groups, train, push. Until the groups are there, the run may be told to end."""
     with watch.phase("generate"):
-        taken = shell.next_step()
+        taken = shell.next_step(saver.end_if_asked)
     warn_of_non_finite(run, f"step {step}", taken.non_finite)
     experiences = taken.experiences
     with watch.phase("sync"):
@@ -356,26 +345,3 @@ def sample_rows(run: Run, shell: Shell, experiences: Sequence[Experience]) -> li
         }
         for experience, texts in zip(shown, shell.texts([one.key for one in shown]), strict=True)
     ]
-
-
-def checkpoint(run: Run, state: State) -> None:
-    """Write a checkpoint that a resume and `from_pretrained` can use; the one before stays until this one is whole."""
-    folder = run.directory.begin_checkpoint(state.step).absolute()
-    run.policy.save(folder)
-    if run.critic is not None:
-        run.critic.save(folder)
-    if run.actors.reference is not None:
-        run.actors.reference.save(folder)
-    needed = checkpoint_files(run.policy.ranks)
-    if run.algorithm.mask is not None:
-        needed += MASK_FILES
-    if run.algorithm.needs_critic:
-        needed += critic_files(run.config.critic.start == "shared", run.policy.ranks)
-    if run.config.learner.ema_decay and learns_policy(run.learning, state.step):
-        needed += EMA_FILES
-    if run.actors.reference is not None:
-        needed += reference_files(run.config.reference, run.config.model.dtype, state.step)
-    final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints, asdict(state), needed)
-    told = f"wrote {final}"
-    run.telemetry.event("checkpoint", told, step=state.step)
-    run.progress.note(told)

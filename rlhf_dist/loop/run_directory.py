@@ -248,7 +248,10 @@ def require_run(path: Path) -> None:
     if not path.is_dir():
         raise ConfigError(f"{path}: no such run to resume; leave out --resume to start it")
     if not os.path.lexists(path / LOCK_FILE):
-        raise ConfigError(f"{path}: not a run's directory; leave out --resume and give another name=")
+        raise ConfigError(
+            f"{path}: not a run's directory, for it has no {LOCK_FILE}; leave out --resume and give another name=. "
+            f"If it is a copy of one, make an empty {LOCK_FILE} in it"
+        )
     refuse_links(path)
 
 

@@ -13,6 +13,9 @@ from rlhf_dist.errors import ConfigError
 from rlhf_dist.models.guarded_files import kind
 
 LOCK_FILE = "run.lock"
+INHERITED = "RLHF_DIST_RUN_LOCK"
+"""Environment variable of a command that `train --supervise` starts: the descriptor of a lock that its parent holds,
+and holds on to between two starts."""
 FOREIGN = "wandb"
 """A folder whose links are wandb's own. Each start of wandb makes new files in a new folder below it, and replaces the
 links beside that folder."""
@@ -116,9 +119,22 @@ def take_lock(run: Path) -> int:
     Raises ConfigError naming the process that holds the lock, or what is wrong with run.lock.
     """
     descriptor = _hold(run, os.O_RDWR | os.O_CREAT)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+    if _inherited(run / LOCK_FILE) is None:  # else the file names the parent, who is to be asked to end
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
     return descriptor
+
+
+def _inherited(path: Path) -> int | None:
+    """The descriptor of this file that the parent of this process handed down; None where there is none."""
+    number = os.environ.get(INHERITED, "")
+    try:
+        if not number.isdecimal() or not os.path.samestat(os.fstat(int(number)), path.lstat()):
+            return None
+        os.set_inheritable(int(number), False)
+    except (OSError, OverflowError):
+        return None
+    return int(number)
 
 
 @contextmanager
@@ -135,7 +151,9 @@ def _hold(run: Path, flags: int) -> int:
     path = run / LOCK_FILE
     try:
         # O_NOFOLLOW: what a link points to must not be emptied. O_NONBLOCK: a named pipe must not be waited for.
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        handed = _inherited(path)
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o644) if handed is None else os.dup(handed)
     except OSError as error:
         what = kind(path.lstat().st_mode) if os.path.lexists(path) else ""
         reason = f"is {what}, not a file" if what else f"cannot be opened: {error.strerror}"

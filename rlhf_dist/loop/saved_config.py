@@ -19,6 +19,7 @@ CHANGEABLE = (
     "output",
     "telemetry",
     "cluster",
+    "faults",
     "loop.steps",
     "loop.checkpoint_every",
     "loop.keep_checkpoints",
@@ -28,6 +29,10 @@ CHANGEABLE = (
     "weights.give_up_after",
 )
 """Keys and sections that a resume may change, besides `ENDINGS`; anything else would make it another run."""
+WAY_OUT = "restore it from a backup, or start a new run with another name="
+ABSENT = "(absent)"
+SHOWN = 8
+"""Changes that are listed; of another run there may be hundreds."""
 ENDINGS = (".timeout_s", ".retries", ".hedge_s")
 """How long something may take, and how often and with whom it is tried."""
 
@@ -35,23 +40,29 @@ ENDINGS = (".timeout_s", ".retries", ".hedge_s")
 def require_same_config(saved: Path, config_text: str) -> None:
     """Raise ConfigError when the config changed in a way that makes it another run, DataError when it is damaged."""
     changes = config_changes(saved, config_text)
+    absent = [change for change in changes if f" from {ABSENT} to " in change]
+    if len(absent) > SHOWN:
+        raise DataError(
+            f"{saved}: {len(absent)} keys of a run's config are missing, as {absent[0].split()[0]}, so it is truncated "
+            f"or another file; {WAY_OUT}"
+        )
     if changes:
+        more = f"; and {len(changes) - SHOWN} more keys" if len(changes) > SHOWN else ""
         raise ConfigError(
-            f"{saved}: a resume cannot change {'; '.join(changes)}. "
+            f"{saved}: a resume cannot change {'; '.join(changes[:SHOWN])}{more}. "
             "Give the saved values, or start a new run with another name="
         )
 
 
 def saved_config(saved: Path) -> dict[str, Any]:
     """Key -> value of a run's config.yaml. Raises DataError, with the way out, for any damage."""
-    way = "restore it from a backup, or start a new run with another name="
     try:
         found = parse(read_text(saved), str(saved), has_lines=True)
     except InputError as error:
-        raise DataError(f"{error}; {way}") from None
+        raise DataError(f"{error}; {WAY_OUT}") from None
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         what = "empty" if found is None else "not a mapping of keys"
-        raise DataError(f"{saved}: is not the config of a run: it is {what}; {way}")
+        raise DataError(f"{saved}: is not the config of a run: it is {what}; {WAY_OUT}")
     return flat(found)
 
 
@@ -69,9 +80,8 @@ def key_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str
 
     A key that the version which wrote `old` did not have, and that is at its default, is no change.
     """
-    absent = "(absent)"
     defaults = _defaults_beside(old) if new.keys() - old.keys() else {}
-    pairs = [(key, old.get(key, defaults.get(key, absent)), new.get(key, absent)) for key in sorted({*old, *new})]
+    pairs = [(key, old.get(key, defaults.get(key, ABSENT)), new.get(key, ABSENT)) for key in sorted({*old, *new})]
     return {key: f"{key} from {before} to {after}" for key, before, after in pairs if before != after}
 
 

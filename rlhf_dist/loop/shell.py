@@ -101,9 +101,13 @@ class Shell:
         self._served = self._actors.rollouts.serving()
         self.hear([Serving(self._served), Published(version)])
 
-    def next_step(self) -> Taken:
-        """Wait until a step's groups are there. Raises what ends the run."""
+    def next_step(self, meanwhile: Callable[[], None] = lambda: None) -> Taken:
+        """Wait until a step's groups are there. Raises what ends the run.
+
+        `meanwhile` is called before each look at what is there, and may end the run too.
+        """
         while True:
+            meanwhile()
             taken, commands = self._controller.take(self._actors.arrivals.now())
             self._do(commands)
             if taken is not None:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from rlhf_dist.config.schema import SftConfig
 from rlhf_dist.learner.checkpoint_files import checkpoint_files
+from rlhf_dist.loop.ports import AT_ONCE, Stop
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.trainer import Trainer, TrainerState
@@ -35,6 +36,7 @@ def fine_tune(
     directory: RunDirectory,
     telemetry: Telemetry,
     progress: Progress,
+    stop: Stop = AT_ONCE,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train to `config.steps` optimizer steps; returns the held-out results (before, after)."""
     trainer = Trainer(
@@ -47,6 +49,7 @@ def fine_tune(
         directory=directory,
         telemetry=telemetry,
         progress=progress,
+        stop=stop,
     )
     if state is None:
         progress.stage("evaluating before training")

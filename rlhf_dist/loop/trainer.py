@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from rlhf_dist.config.schema import RewardConfig, SftConfig
+from rlhf_dist.loop.ports import AT_ONCE, Stop
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.state import read_state_of
@@ -53,6 +55,8 @@ class Trainer:
     directory: RunDirectory
     telemetry: Telemetry
     progress: Progress
+    stop: Stop = AT_ONCE
+    """Whether the run is told to save its last step and end."""
 
     def begin(self, state: TrainerState | None, before: Callable[[], dict[str, float]]) -> TrainerState:
         """Put the metrics back to a checkpoint's `state`; a new run (None) begins with the results of `before`."""
@@ -67,7 +71,14 @@ class Trainer:
         return state
 
     def train(self, state: TrainerState) -> tuple[TrainerState, int]:
-        """Go on from `state` to the end; returns the state of the last checkpoint, and the last step made."""
+        """Go on from `state` to the end; returns the state of the last checkpoint, and the last step made.
+
+        Raises KeyboardInterrupt where the run is told to end, once its last step is saved.
+        """
+        with self.stop.deferred():
+            return self._train(state)
+
+    def _train(self, state: TrainerState) -> tuple[TrainerState, int]:
         config, kept = self.config, state
         if state.step < config.steps:
             self.progress.stage(f"taking the steps after {state.step}" if state.step else "taking the first steps")
@@ -94,9 +105,17 @@ class Trainer:
             if self.keeps(state, measured):
                 self.checkpoint(state)
                 kept = state
+            if self.stop.asked() and state.step < config.steps:
+                self._save_and_end(state, kept)
             if logged:
                 watch.lap()  # Evaluation and checkpoint are not part of a step's time.
         return kept, state.step
+
+    def _save_and_end(self, state: TrainerState, kept: TrainerState) -> NoReturn:
+        if kept is not state:
+            self.checkpoint(state)
+        self.stop.tell(f"step {state.step} is saved")
+        raise KeyboardInterrupt
 
     def checkpoint(self, state: TrainerState) -> None:
         """Write a checkpoint; the one before stays until this one is whole."""

@@ -190,16 +190,19 @@ def test_the_jobs_output_and_end_are_passed_on(
     expected: int,
 ) -> None:
     Dashboard.end, client = end, Client()
-    words = ["train", str(project / "run.yaml"), "name=a b", "output=/shared", "--resume"]
+    words = ["train", str(project / "run.yaml"), "name=a b", "output=/shared", "--supervise", "--resume"]
     assert sent(project, dashboard, monkeypatch, client, *words) == expected
     said = capsys.readouterr()
     assert said.out == "one\ntwo\n" and "submitted job-1" in said.err
-    assert client.taken["entrypoint"] == "python -m rlhf_dist train run.yaml 'name=a b' output=/shared --resume"
+    assert (
+        client.taken["entrypoint"]
+        == "python -m rlhf_dist train run.yaml 'name=a b' output=/shared --supervise --resume"
+    )
     assert client.taken["metadata"] == {jobs.RUN: "/shared/a b"}
     environment = client.taken["runtime_env"]
     assert environment["working_dir"] == str(project) and environment["py_modules"] == [str(jobs.PACKAGE)]
     commit = code_version().get("commit")
-    assert environment["env_vars"] == ({COMMIT: commit} if commit else {})
+    assert environment["env_vars"] == {jobs.STOP_WAIT: jobs.STOP_WAIT_S} | ({COMMIT: commit} if commit else {})
     assert ".venv" in environment["excludes"] and "also-secret" not in str(client.taken)
 
 

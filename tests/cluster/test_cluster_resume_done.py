@@ -116,9 +116,13 @@ def test_a_run_at_its_end_says_so_and_writes_nothing(
     assert contents(path) == before
 
 
+@pytest.mark.parametrize("ended", [True, False])
 @COMMANDS
-def test_a_changed_key_is_not_passed_over_at_the_end(config: Config, command: str, key: str) -> None:
-    path = at_step_3(config, command, {"command": command, "step": 3})
+def test_a_changed_key_is_named_before_what_follows_from_it(
+    config: Config, command: str, key: str, ended: bool
+) -> None:
+    """Also at the end of a run; and before the data, which another seed puts in another order."""
+    path = at_step_3(config, command, {"command": command, "step": 3} if ended else None)
     before = contents(path)
     with pytest.raises(ConfigError, match=r"config\.yaml: a resume cannot change seed from 0 to 7\."):
         RUNS[command](replace(config, seed=7), resume=True)

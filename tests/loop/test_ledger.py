@@ -269,13 +269,15 @@ def test_several_lines_are_one_transaction(ledger: Ledger) -> None:
     assert ledger.counts()["dropped"] == 0, "nothing of a refused list is kept"
 
 
-def test_what_was_dropped_before_a_checkpoint_was_written_stays_dropped(ledger: Ledger) -> None:
-    """The next step's groups are under way while a step is logged and evaluated. The checkpoint knows of those only."""
+def test_what_was_dropped_before_a_steps_state_was_taken_stays_dropped(ledger: Ledger) -> None:
+    """The next step's groups are under way while a step is logged and evaluated. The state knows of those only."""
     through(ledger, ["0/0"], 1)
     by_uid(ledger).issue(["0/1", "0/2"], 1)
     by_uid(ledger).drop(["0/1"], "prompt_too_long")
+    ledger.close_step(1)
     kept = ledger.totals(1)
     assert (kept.consumed, kept.dropped) == (1, 1)
     by_uid(ledger).drop(["0/2"], "prompt_too_long")
-    assert ledger.rewind(1) == ("0/2",), "dropped after the checkpoint, which has it among its open groups"
+    assert ledger.totals(1) == kept, "also where the checkpoint is written after that"
+    assert ledger.rewind(1) == ("0/2",), "dropped after its state was taken, which has it among its open groups"
     assert ledger.totals(1) == kept and dict(ledger.proof().dropped) == {"prompt_too_long": 1}

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 from stand_ins import Quiet, lines, write_checkpoint
+from test_saving import Told
 
 from rlhf_dist.config.schema import SftConfig, TelemetryConfig
 from rlhf_dist.errors import DiskError
+from rlhf_dist.loop.ports import AT_ONCE, Stop
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
 from rlhf_dist.loop.supervised_training import fine_tune
 from rlhf_dist.loop.trainer import TrainerState, read_state
-from rlhf_dist.models.checkpoints import read_sealed
+from rlhf_dist.models.checkpoints import checkpoint_steps, read_sealed
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.run_telemetry import open_telemetry
 
@@ -50,12 +52,13 @@ def run(
     state: TrainerState | None = None,
     again: bool = False,
     display: Quiet | None = None,
+    stop: Stop = AT_ONCE,
 ) -> tuple[RunDirectory, tuple[dict[str, float], dict[str, float]]]:
     directory = open_run_directory(str(path), "run", "name: run\n", again)
     telemetry, _ = open_telemetry(TelemetryConfig(wandb="off"), directory.path, "run", {}, None, lambda message: None)
     try:
         results = fine_tune(
-            learner, CONFIG, state, directory=directory, telemetry=telemetry, progress=display or Quiet()
+            learner, CONFIG, state, directory=directory, telemetry=telemetry, progress=display or Quiet(), stop=stop
         )
     finally:
         telemetry.close()
@@ -97,3 +100,22 @@ def test_a_checkpoint_without_a_ranks_optimizer_is_refused(tmp_path: Path) -> No
     learner.missing = "optimizer-1.safetensors"
     with pytest.raises(DiskError, match=r"step-4: optimizer-1\.safetensors did not arrive"):
         run(tmp_path, learner)
+
+
+def test_told_to_end_it_saves_the_step_and_the_resume_goes_on_after_it(tmp_path: Path) -> None:
+    learner = FakeLearner()
+    stop = Told(lambda: learner.done == 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, learner, stop=stop)
+    folder = tmp_path / "run" / "checkpoints" / "step-3"
+    state = read_state(folder)
+    assert (stop.notes, state.step, state.results) == (["step 3 is saved"], 3, {"sft/held_out_loss": 8.0})
+    directory, (before, after) = run(tmp_path, FakeLearner(done=3), state, again=True)
+    assert (before, after) == ({"sft/held_out_loss": 10.0}, {"sft/held_out_loss": 6.0})
+    assert [line["step"] for line in lines(directory.metrics)] == [0, 1, 2, 3, 4]
+
+
+def test_told_to_end_in_its_last_step_it_finishes(tmp_path: Path) -> None:
+    learner = FakeLearner()
+    directory, _ = run(tmp_path, learner, stop=Told(lambda: learner.done == 4))
+    assert checkpoint_steps(directory.checkpoints) == [4]

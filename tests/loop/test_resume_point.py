@@ -7,17 +7,19 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from damaged_runs import FILES, flip, make_run, refused, renamed, step_2, use
 
-from rlhf_dist.errors import DiskError
+from rlhf_dist.errors import ConfigError, DataError, DiskError
 from rlhf_dist.loop.ledger import Ledger
-from rlhf_dist.loop.resume_point import resume_point
+from rlhf_dist.loop.resume_point import other_point, require_command, require_none_written, resume_point
 from rlhf_dist.loop.run_directory import open_run_directory
 from rlhf_dist.models.checkpoints import FORMAT, problems, read_sealed, sealed
+from rlhf_dist.telemetry.sinks import EventLog
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +201,7 @@ def test_space_around_the_name_does_not_matter(run: Path, text: str) -> None:
 def test_a_run_without_a_checkpoint_begins_again(run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     assert resume_point(run, "train", None) is None
+    require_none_written(run)
     (run / "ledger.sqlite").write_text("no database")
     assert refused(run).endswith(
         "is damaged: file is not a database. The run has no checkpoint, so nothing is lost: "
@@ -275,3 +278,49 @@ def test_the_command_for_a_run_that_was_moved_names_its_new_place(run: Path, tmp
     assert refused(run).endswith(step_2(run))
     words = f"{moved}/config.yaml output={moved.parent} name=other --resume-from step-2"
     assert refused(moved).endswith(f"`rlhf-dist train {words}`")
+
+
+def test_the_point_that_a_supervisor_goes_on_from(run: Path) -> None:
+    assert other_point(run, "train") == ("", None), "nothing is wrong with the newest"
+    folder = run / "checkpoints"
+    (folder / "LATEST").write_text("nothing\n")
+    reason, other = other_point(run, "train")
+    assert "LATEST: holds 'nothing'" in reason and other == folder / "step-4", "the newest that is sound"
+    flip(folder / "step-4" / "hf" / "model.safetensors")
+    assert other_point(run, "train")[1] == folder / "step-2"
+    (folder / "LATEST").write_text("step-4\n")
+    reason, other = other_point(run, "train")
+    assert "step-4/hf/model.safetensors" in reason and other == folder / "step-2"
+    flip(folder / "step-2" / "hf" / "model.safetensors")
+    reason, other = other_point(run, "train")
+    assert reason and other is None
+
+
+def test_checkpoints_that_were_written_and_are_gone_are_missed(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    with closing(EventLog(run / "events.jsonl")) as log:
+        log.event("warning", "no checkpoint yet")
+        require_none_written(run)
+        for step in (2, 4):
+            log.event("checkpoint", f"wrote step-{step}", step=step)
+    with pytest.raises(DataError, match=r"run/checkpoints: holds no checkpoint, and by events\.jsonl 2 were written"):
+        require_none_written(run)
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [
+        ({"cursor": {}, "before": {"eval/greedy_accuracy": 0.0}}, "train"),
+        ({"before": {"sft/held_out_loss": 1.0}}, "sft"),
+        ({"before": {"reward_model/held_out_loss": 1.0}}, "reward"),
+    ],
+)
+def test_the_run_of_another_command_is_named(run: Path, state: dict[str, object], kind: str) -> None:
+    folder = run / "checkpoints" / "step-4"
+    (folder / "state.json").write_text(sealed(folder, {"step": 4} | state))
+    for command in ("train", "sft", "reward"):
+        if command == kind:
+            require_command(folder, command)
+            continue
+        with pytest.raises(ConfigError, match=f"run: is a run of `{kind}`, and this is `{command}`: resume it with"):
+            require_command(folder, command)

@@ -14,7 +14,7 @@ import pytest
 from rlhf_dist.data.stream import Cursor
 from rlhf_dist.errors import ConfigError, DataError, RlhfError
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory, write_text
-from rlhf_dist.loop.run_lock import looked_at, require_place, take_lock
+from rlhf_dist.loop.run_lock import INHERITED, looked_at, require_place, take_lock
 from rlhf_dist.loop.saved_config import config_changes
 from rlhf_dist.loop.state import state_of
 from rlhf_dist.loop.watch import WatchState
@@ -346,3 +346,25 @@ def test_nested_records_may_be_absent() -> None:
     assert state_of(WatchState, right, Path("x")).best is None
     with pytest.raises(DataError, match=r"x: .* it lacks gold, gold_error, last, proxy, proxy_error"):
         state_of(WatchState, right | {"best": {}}, Path("x"))
+
+
+def test_a_lock_that_was_handed_down_is_shared_with_the_parent_and_with_nobody_else(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = take_lock(run)
+    monkeypatch.setenv(INHERITED, str(held))
+    (run / "run.lock").write_text("12345\n")
+    with looked_at(run):
+        pass
+    mine = take_lock(run)
+    assert (run / "run.lock").read_text() == "12345\n", "the parent is named, not the child"
+    os.close(mine)
+    monkeypatch.delenv(INHERITED)
+    with pytest.raises(ConfigError, match="process 12345 is using this run"):
+        take_lock(run)  # the parent still has it
+    other = os.open(run.parent / "other", os.O_RDWR | os.O_CREAT)
+    for number in (str(other), "987654321", "x", ""):
+        monkeypatch.setenv(INHERITED, number)
+        with pytest.raises(ConfigError, match="is using this run"):
+            take_lock(run)
+    os.close(held)

@@ -9,7 +9,8 @@ import pytest
 
 from rlhf_dist.config.load import from_yaml, to_yaml
 from rlhf_dist.config.schema import Config
-from rlhf_dist.loop.saved_config import config_changes, key_changes
+from rlhf_dist.errors import ConfigError, DataError
+from rlhf_dist.loop.saved_config import config_changes, key_changes, require_same_config
 from rlhf_dist.loop.stages import Basis, differences
 
 NOW = to_yaml(from_yaml("scoring: {rewards: {judge: {kind: exact, weight: 2.0}}}"))
@@ -59,3 +60,18 @@ def test_a_finished_stage_of_an_earlier_version_is_not_run_anew_for_a_key_that_i
     default = Config().loop.prompts_per_step
     assert differences(basis(steps=5), basis(steps=5, prompts_per_step=default)) == []
     assert len(differences(basis(steps=5), basis(steps=5, prompts_per_step=default + 1))) == 1
+
+
+def test_a_truncated_config_and_one_of_another_run_are_told_apart_in_a_line(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(NOW[: NOW.index("data:")])
+    with pytest.raises(
+        DataError, match=r"config\.yaml: \d+ keys of a run's config are missing, as \S+, so it is trunc"
+    ):
+        require_same_config(saved, NOW)
+    saved.write_text(NOW)
+    other = re.sub(r": 1\.0$", ": 0.5", NOW, flags=re.MULTILINE)
+    with pytest.raises(
+        ConfigError, match=r"a resume cannot change (\S+ from 1\.0 to 0\.5; ){8}and \d+ more keys\. Give"
+    ):
+        require_same_config(saved, other)

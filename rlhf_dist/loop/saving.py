@@ -1,0 +1,110 @@
+"""The checkpoints of an RL run: those that are due, and that of the last step where the run is told to end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from rlhf_dist.learner.checkpoint_files import EMA_FILES, MASK_FILES, checkpoint_files, critic_files
+from rlhf_dist.loop.schedule import due
+from rlhf_dist.loop.shell import Shell
+from rlhf_dist.loop.step import learns_policy
+from rlhf_dist.loop.train_state import State
+from rlhf_dist.scoring.reference_files import reference_files
+
+if TYPE_CHECKING:  # rl_training.py saves with this file
+    from rlhf_dist.loop.rl_training import Run
+
+
+class Saver:
+    """Between two steps the weights stand still, so the last step can be saved until the next one is trained."""
+
+    def __init__(self, run: Run, state: State | None) -> None:
+        """`state`: of the checkpoint resumed from."""
+        self._run = run
+        self._last = self._saved = state
+        self._cursor: dict[str, int | str] = {}
+        self._open: dict[str, int] = {}
+
+    def published(self, shell: Shell, step: int) -> None:
+        """The workers hold the weights after `step`: the next groups are issued, or after the last step ended.
+
+        The stream's place and the open groups are taken right now. Groups may be dropped, and others issued for them,
+        before the state is written: a resume does all that again.
+        """
+        shell.published(step)
+        if step == self._run.config.loop.steps:
+            shell.finish()
+        self._run.ledger.close_step(step)
+        self._cursor, self._open = dict(self._run.stream.cursor()), shell.open_groups()
+
+    def step_done(
+        self,
+        step: int,
+        evaluations: tuple[Mapping[str, float], Mapping[str, float]],
+        answers: Mapping[str, list[str]],
+        elapsed: float,
+    ) -> None:
+        """Keep the run's state after `step`, and write its checkpoint where one is due.
+
+        `evaluations`: before the first step, and the latest. `elapsed`: seconds since the first step began.
+        """
+        run, (before, results), steps = self._run, evaluations, self._run.config.loop.steps
+        self._last = State(
+            step,
+            steps,
+            self._cursor,
+            dict(before),
+            dict(results),
+            dict(answers),
+            run.shaper.state(),
+            run.watch.state(),
+            None,
+            self._open,
+            elapsed,
+        )
+        if due(run.config.loop.checkpoint_every, step, steps):
+            self._save()
+
+    def end_if_asked(self) -> None:
+        """Where the run is told to end: save the last step, unless it is saved. Raises KeyboardInterrupt then.
+
+        What has become of the groups that were issued since then is left to the resume, which issues them again and so
+        equals the run that was not told to end.
+        """
+        stop = self._run.stop
+        if not stop.asked():
+            return
+        self._save()
+        stop.tell("no step was finished yet" if self._last is None else f"step {self._last.step} is saved")
+        raise KeyboardInterrupt
+
+    def _save(self) -> None:
+        if self._last is None or self._last is self._saved:
+            return
+        checkpoint(self._run, replace(self._last, ledger=self._run.ledger.totals(self._last.step)))
+        self._saved = self._last
+
+
+def checkpoint(run: Run, state: State) -> None:
+    """Write a checkpoint that a resume and `from_pretrained` can use; the one before stays until this one is whole."""
+    folder = run.directory.begin_checkpoint(state.step).absolute()
+    run.policy.save(folder)
+    if run.critic is not None:
+        run.critic.save(folder)
+    if run.actors.reference is not None:
+        run.actors.reference.save(folder)
+    needed = checkpoint_files(run.policy.ranks)
+    if run.algorithm.mask is not None:
+        needed += MASK_FILES
+    if run.algorithm.needs_critic:
+        needed += critic_files(run.config.critic.start == "shared", run.policy.ranks)
+    if run.config.learner.ema_decay and learns_policy(run.learning, state.step):
+        needed += EMA_FILES
+    if run.actors.reference is not None:
+        needed += reference_files(run.config.reference, run.config.model.dtype, state.step)
+    final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints, asdict(state), needed)
+    told = f"wrote {final}"
+    run.telemetry.event("checkpoint", told, step=state.step)
+    run.progress.note(told)
