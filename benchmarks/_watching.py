@@ -16,17 +16,19 @@ LIMIT_S = 120.0
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
-class Idle(Alive):
-    """A process of a run, but for its work."""
+def idle() -> type[Alive]:
+    """A process of a run, but for its work. Made in a function, so that Ray sends it: actors do not find this file."""
 
-    def __init__(self, spec: Any) -> None:
-        from rlhf_dist.cluster.spec import enter
+    class Idle(Alive):
+        def __init__(self, spec: Any) -> None:
+            from rlhf_dist.cluster.spec import enter
 
-        enter(spec)
+            enter(spec)
 
-    def ready(self) -> int:
-        """Its process id."""
-        return os.getpid()
+        def ready(self) -> int:
+            return os.getpid()
+
+    return Idle
 
 
 def watching_cost(processes: int, seconds: float) -> dict[str, float]:
@@ -50,7 +52,7 @@ def watching_cost(processes: int, seconds: float) -> dict[str, float]:
             ActorSpec(f"idle {i}", Config(), "", "cpu", 1, f"{place}/idle-{i}.log", i, str(Path(__file__).parent))
             for i in range(processes)
         ]
-        actors = roster.start_servers(Idle, specs, 1, [0] * processes)
+        actors = roster.start_servers(idle(), specs, 1, [0] * processes)
         pids = [os.getpid(), *ray.get([actor.ready.remote() for actor in actors.values()], timeout=LIMIT_S)]
         without = used(pids, inbox, seconds)
         Supervisor(roster, inbox, {name: [] for name in actors}, start_s=LIMIT_S)

@@ -67,7 +67,7 @@ class Child:
         if self.process is not None and (first or time.monotonic() - self.since > SAME_S):
             self.process.send_signal(number)
 
-    def wait(self) -> int:
+    def watch(self) -> int:
         """Its exit code, or -N. It is killed when it is stopped for too long, or told to end and does not."""
         assert self.process is not None
         while True:
@@ -159,7 +159,7 @@ class Parent:
             )
             if child.told:  # before there was anybody to pass it on to
                 child.process.send_signal(child.told)
-            return child, child.wait()
+            return child, child.watch()
 
     def _goes_around(self, end: End, words: Sequence[str]) -> bool:
         """Whether a damaged checkpoint is why a resume was rejected, and another one is resumed from instead."""

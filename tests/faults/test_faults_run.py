@@ -125,4 +125,4 @@ def test_each_loss_is_told_with_its_cause_and_the_return(faulty: Faulty) -> None
 def test_nothing_is_lost_or_used_twice(faulty: Faulty) -> None:
     ledger = json.loads((faulty.path("faulty") / "summary.json").read_text())["ledger"]
     assert "0 in flight, 0 lost, 0 used twice" in ledger
-    assert f"{STEPS * 4} consumed" in ledger
+    assert f"{STEPS * 4} trained once" in ledger

@@ -153,5 +153,5 @@ def test_the_stop_saved_the_step_that_no_checkpoint_was_due_for(healed: Healed) 
 
 
 def test_the_ledger_closes_and_nothing_is_left(healed: Healed) -> None:
-    assert "24 groups issued: 24 consumed, 0 dropped, 0 in flight, 0 lost, 0 used twice" in healed.finished.stdout
+    assert "24 groups issued: 24 trained once, 0 dropped, 0 in flight, 0 lost, 0 used twice" in healed.finished.stdout
     assert healed.left == []
