@@ -53,3 +53,12 @@ def test_lines_of_a_file_that_is_being_written(tmp_path: Path) -> None:
 def test_wrong_words_are_rejected(words: list[str]) -> None:
     with pytest.raises(InputError):
         bench.parse(words)
+
+
+@pytest.mark.engines
+@pytest.mark.timeout(120)
+def test_watching_costs_something_and_not_much(local_ray: None) -> None:
+    from _watching import watching_cost
+
+    found = watching_cost(2, 2.0)
+    assert found["processes"] == 2.0 and 0.0 < found["cpu_s"] < 2.0
