@@ -253,6 +253,8 @@ def require_run(path: Path) -> None:
             f"If it is a copy of one, make an empty {LOCK_FILE} in it"
         )
     refuse_links(path)
+    if not os.path.lexists(path / "config.yaml") and never_began(path):
+        raise ConfigError(f"{path}: this run has not begun, so there is nothing to resume; leave out --resume")
 
 
 def _come_back(path: Path, config_text: str) -> RunDirectory:

@@ -46,13 +46,15 @@ class Sealed:
 def latest_checkpoint(run: Path) -> Path | None:
     """The checkpoint that `run/checkpoints/LATEST` names; None when there is neither LATEST nor a checkpoint.
 
-    Raises DataError when LATEST is missing beside checkpoints, or does not name one that is there.
+    Without LATEST the only checkpoint there is: a run that was killed just after its first one had not named it yet.
+    Raises DataError when LATEST is missing beside several, or does not name one that is there.
     """
     pointer = run / "checkpoints" / LATEST
     if not os.path.lexists(pointer):
-        if not checkpoint_steps(pointer.parent):
-            return None
-        raise DataError(f"{pointer}: is missing, and {_choice(pointer.parent)}")
+        steps = checkpoint_steps(pointer.parent)
+        if len(steps) > 1:
+            raise DataError(f"{pointer}: is missing, and {_choice(pointer.parent)}")
+        return pointer.parent / f"{CHECKPOINT_PREFIX}{steps[0]}" if steps else None
     try:
         text = read_text(pointer, LATEST_LIMIT).strip()
     except DataError as error:

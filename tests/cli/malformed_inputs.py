@@ -62,6 +62,12 @@ def put(name: str, content: str | bytes) -> Change:
     return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def no_latest(run: Path) -> None:
+    """Nothing says which of two checkpoints is the newest."""
+    (run / "checkpoints" / "LATEST").unlink()
+    (run / "checkpoints" / "step-1").mkdir()
+
+
 def link(name: str) -> Change:
     """Put a link to a file outside in the place of a run's file."""
 
@@ -186,9 +192,7 @@ RUNS = {
     ),
     "LATEST is not text": Bad(("checkpoints/LATEST",), words=RESUME, run=put("checkpoints/LATEST", b"\xff\xfe\x00")),
     "LATEST names another place": Bad(("checkpoints/LATEST",), words=RESUME, run=put("checkpoints/LATEST", "../../..")),
-    "LATEST is gone": Bad(
-        ("checkpoints/LATEST", "is missing"), words=RESUME, run=lambda run: (run / "checkpoints" / "LATEST").unlink()
-    ),
+    "LATEST is gone": Bad(("checkpoints/LATEST", "is missing", "step-1, step-2"), words=RESUME, run=no_latest),
     "a bit of the weights is flipped": Bad(
         ("step-2/hf/model.safetensors",), words=RESUME, run=put("checkpoints/step-2/hf/model.safetensors", b"weightt")
     ),

@@ -91,6 +91,27 @@ def test_a_resume_needs_a_run(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["config.yaml"], "and nothing is put into it"
 
 
+def test_a_run_that_was_killed_before_it_had_its_config_is_started_and_not_resumed(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.close()
+    run.config.unlink()
+    with pytest.raises(ConfigError, match="this run has not begun, so there is nothing to resume; leave out --resume"):
+        make(tmp_path, resume=True)
+    assert make(tmp_path).config.read_text() == CONFIG, "the way out works"
+
+
+def test_a_run_that_was_killed_before_it_named_its_first_checkpoint_has_it(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    first = checkpoint(run, 2)
+    (run.checkpoints / "LATEST").unlink()
+    assert run.latest_checkpoint() == first
+    assert run.go_back_to(first) == [] and (run.checkpoints / "LATEST").read_text() == "step-2\n"
+    checkpoint(run, 4)
+    (run.checkpoints / "LATEST").unlink()
+    with pytest.raises(DataError, match="LATEST: is missing, and the folder holds step-2, step-4"):
+        run.latest_checkpoint()
+
+
 def test_a_run_without_a_checkpoint_is_resumed_from_its_start(tmp_path: Path) -> None:
     run = make(tmp_path)
     run.metrics.write_text('{"step": 0}\n{"step": 1}\n')
