@@ -104,6 +104,7 @@ def checkpoint(run: Run, state: State) -> None:
         needed += EMA_FILES
     if run.actors.reference is not None:
         needed += reference_files(run.config.reference, run.config.model.dtype, state.step)
+    run.telemetry.keep()  # a checkpoint must not be newer than the metrics of its step
     final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints, asdict(state), needed)
     told = f"wrote {final}"
     run.telemetry.event("checkpoint", told, step=state.step)

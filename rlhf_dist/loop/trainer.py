@@ -121,6 +121,7 @@ class Trainer:
         """Write a checkpoint; the one before stays until this one is whole."""
         folder = self.directory.begin_checkpoint(state.step).absolute()
         self.save(folder, state)
+        self.telemetry.keep()  # a checkpoint must not be newer than the metrics of its step
         final = self.directory.commit_checkpoint(state.step, 1, asdict(state), self.needed)
         self.progress.note(f"wrote {final}")
 

@@ -71,6 +71,12 @@ class Telemetry:
             for sink in self._sinks:
                 sink.samples(step, rows)
 
+    def keep(self) -> None:
+        """See `Sink.keep`."""
+        with self._timed():
+            for sink in self._sinks:
+                sink.keep()
+
     def spent(self) -> float:
         """Seconds in the sinks since the last call."""
         seconds, self._seconds = self._seconds, 0.0

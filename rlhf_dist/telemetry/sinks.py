@@ -48,6 +48,9 @@ class Sink:
     def samples(self, step: int, rows: Sequence[SampleRow]) -> None:
         """A few responses of one step."""
 
+    def keep(self) -> None:
+        """Put on the disk what a resume from the checkpoint that is about to be written relies on."""
+
     def close(self) -> None:
         """Flush and let go; may be called twice."""
 
@@ -80,6 +83,13 @@ class _LineFile:
         except OSError as error:
             raise DiskError(f"{self._path}: cannot be written: {error.strerror}") from error
 
+    def keep(self) -> None:
+        """Whatever happens to the machine."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise DiskError(f"{self._path}: cannot be written: {error.strerror}") from error
+
     def close(self) -> None:
         self._file.close()
 
@@ -107,6 +117,9 @@ class JsonlSink(Sink):
     def log(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram] = NONE) -> None:
         values = {name: json_safe(float(value)) for name, value in metrics.items() if name != "step"}
         self._lines.append({"step": int(step)} | values)
+
+    def keep(self) -> None:
+        self._lines.keep()
 
     def close(self) -> None:
         self._lines.close()

@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +60,26 @@ def test_no_disk_left_names_file_and_reason() -> None:
     with pytest.raises(DiskError, match=r"^/dev/full: cannot be written: No space left on device$"):
         sink.log(1, {"x": 1.0})
     sink.close()
+
+
+def test_metrics_are_on_the_disk_before_a_checkpoint_relies_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    files = [sinks.JsonlSink(tmp_path / "metrics.jsonl"), sinks.EventLog(tmp_path / "events.jsonl")]
+    telemetry = Telemetry(files, lambda _: None)
+    telemetry.log(1, {"a": 1.0})
+    assert flushed == [], "not at each step"
+    telemetry.keep()
+    assert flushed == [str(tmp_path / "metrics.jsonl")]
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskError, match=r"metrics\.jsonl: cannot be written: No space left on device"):
+        telemetry.keep()
 
 
 def test_a_directory_that_is_not_there_is_a_disk_error(tmp_path: Path) -> None:
