@@ -288,6 +288,7 @@ class Controller:
             return commands + self._drop(one, NO_SIGNAL, "")
         one.experience, one.ready, self._arrived = kept, now, True
         self._ready += 1
+        self._undone.pop(one.request.key, None)  # it was done after all
         return commands
 
     def _compare_with_greedy(

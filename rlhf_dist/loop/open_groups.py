@@ -93,8 +93,9 @@ class OpenRequest:
                 return self.scores is not None
             case Compared():
                 return self.reference is not None
-            case Undone():
-                return False
+            case Undone():  # somebody else may have done it by then
+                done = {"collator": self.kept or None, "scoring": self.scores, "reference": self.reference}
+                return done.get(event.kind) is not None
 
     def begin_again(self, attempt: int) -> None:
         """The next attempt: with the same seeds, so that the same samples come of it."""

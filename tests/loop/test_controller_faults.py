@@ -6,7 +6,7 @@ import pytest
 from hand_made import Rig, compared, given, held_out, of_kind, rules_with, scores_of
 
 from rlhf_dist.errors import ActorLost
-from rlhf_dist.loop.events import Asked, Book, Forget, Kept, Lost, Scored, Serving, Tell, Tick, TimedOut, Undone
+from rlhf_dist.loop.events import Asked, Book, Event, Forget, Kept, Lost, Scored, Serving, Tell, Tick, TimedOut, Undone
 
 
 def test_an_answer_that_comes_twice_changes_nothing() -> None:
@@ -75,6 +75,19 @@ def test_a_kept_group_that_no_server_can_get_at_begins_again(told_first: bool) -
     first, second = (lost, undone) if told_first else (undone, lost)
     assert given(rig.hear(first)) == []
     assert given(rig.hear(second)) == [("b", "train/0/0/1")]
+
+
+@pytest.mark.parametrize("undone_at", [0, 1, 2])
+def test_a_group_that_is_scored_is_not_begun_again_for_a_second_server_that_could_not_get_at_it(undone_at: int) -> None:
+    """Of a server that was asked before it, or is lost, an answer may still come."""
+    rig = Rig(rules_with(), workers="ab")
+    rig.answer("train/0/0/0")
+    rig.hear(Kept("train/0/0/0"))
+    said: list[Event] = [Scored("s", "train/0/0/0", scores_of((0.0, 1.0))), Lost("a", "gone")]
+    said.insert(undone_at, Undone("scoring", "t", "train/0/0/0"))
+    assert [book.state for event in said for book in of_kind(rig.hear(event), Book)] == ["scored"]
+    taken, _ = rig.controller.take(9.0)
+    assert taken is not None and taken.attempts == (("0/0", 0),)
 
 
 def test_lost_requests_come_before_those_that_wait_in_the_order_of_issue() -> None:

@@ -64,7 +64,9 @@ def test_what_was_said_before_is_known() -> None:
     ]
     assert not any(opened(compares=True).knows(event) for event in said)
     assert all(filled(compares=True).knows(event) for event in said)
-    assert not filled().knows(Undone("scoring", "s", KEY))
+    assert not opened(compares=True).knows(Undone("scoring", "s", KEY))
+    for kind in ("scoring", "reference", "collator"):
+        assert filled(compares=True).knows(Undone(kind, "s", KEY)), "another has done it"
 
 
 def test_the_next_attempt_has_the_same_seeds_and_nothing_of_the_last_answer() -> None:

@@ -160,7 +160,8 @@ class Account:
             case Compared():
                 return entry.compared
             case Undone():
-                return entry.request.purpose in ("eval", "eval_greedy") and self._whole(entry)
+                done = {"collator": entry.kept, "scoring": entry.scored, "reference": entry.compared}
+                return done[event.kind]
 
     def _whole(self, entry: Entry) -> bool:
         compared = entry.compared or not self._compares(entry.request)
