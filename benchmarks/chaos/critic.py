@@ -1,0 +1,60 @@
+"""The simulated critic: as the learner, its weights are a word; its estimates are made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from chaos.disk import Disk
+from chaos.servers import Trained
+from chaos.truth import digest, number
+from chaos.world import World
+from rlhf_dist.learner.shard import Shard
+from rlhf_dist.learner.token_sums import Estimate, EstimateSums
+from rlhf_dist.loop.ports import Batches, Estimates
+from rlhf_dist.telemetry.metrics import MetricSums
+from rlhf_dist.types import Handle
+
+WEIGHTS_FILE, OPTIMIZER_FILE = "critic/hf/config.json", "critic/optimizer-0.safetensors"
+
+
+class Critic:
+    """`ports.Critic`."""
+
+    def __init__(self, world: World, disk: Disk, folder: Path | None, told: Callable[[int, Trained], None]) -> None:
+        """As `Learner`. It learns from every step, also where the policy stands still."""
+        self._world, self._disk, self._told = world, disk, told
+        self.weights = "the policy's start"
+        if folder is not None:
+            self.weights = (folder / WEIGHTS_FILE).read_text(encoding="utf-8")
+
+    def estimate(self, batches: Batches) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
+        """See `ports.Critic`."""
+        self._world.inbox.wait(0.5)
+        found = [digest(self.weights, batch.place[1]) for batch in batches]
+        # 2 tokens with advantages 1 and 3 and returns 4 and 8, and values of which the run's metrics show the mean.
+        sums = EstimateSums(2.0, 4.0, 10.0, 12.0, 80.0, number(found), 10.0)
+        handles: list[Handle[Any]] = [Handle(one) for one in found]
+        return handles, EstimateSums.merge([sums] * len(batches))
+
+    def begin_update(self, batches: Batches, estimates: Estimates) -> Handle[MetricSums]:
+        """See `ports.Critic`."""
+        shard: Shard
+        groups: tuple[Trained, ...]
+        shard, groups = batches[0].place
+        for group in groups:
+            self._told(shard.version + 1, group)
+        told = [group.digest for group in groups], [handle.place for handle in estimates.handles], shard.critic_rates
+        self.weights = digest(self.weights, told)
+        return Handle(MetricSums({"critic/loss": (number(self.weights), 1.0)}))
+
+    def finish_update(self, pending: Handle[MetricSums]) -> MetricSums:
+        """See `ports.Critic`."""
+        self._world.inbox.wait(1.0)
+        return pending.place
+
+    def save(self, folder: Path) -> None:
+        """See `ports.Critic`."""
+        self._disk.write("write critic", folder / WEIGHTS_FILE, self.weights)
+        self._disk.write("write critic's optimizer", folder / OPTIMIZER_FILE, self.weights)

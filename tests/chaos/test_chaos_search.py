@@ -1,0 +1,103 @@
+"""Thousands of runs of the loop in virtual time. One that fails says its seed, and how to replay it."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from chaos.plan import ANY_WRITE, WRITES, Fault, Kind, Plan, Settings, plan_of
+from chaos.search import Found, search
+
+SEEDS, BLOCK = 2_000, 100
+IN_TURN = Settings(steps=2, groups=2, reference=1, moves=1, filter=2, evaluate=1, keep=1, workers=2, gather=0.1)
+AT_ONCE = Settings(steps=3, groups=2, lag=2, window=2, greedy=True, checkpoint=2, keep=1, workers=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Tiny arrays need no threads, and what was imported need not be looked through again and again."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+def holds(plan: Plan) -> Found:
+    found = search(plan)
+    assert found.broken is None, f"{found.broken}\n{plan}\nreplay: rlhf-dist bench chaos --seed {plan.seed}"
+    return found
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
+def test_every_rule_holds(first: int) -> None:
+    kinds: Counter[str] = Counter()
+    for seed in range(first, first + BLOCK):
+        kinds.update(holds(plan_of(seed)).kinds)
+    assert kinds["die"] and len(kinds) > 20, "faults strike, of many kinds"
+
+
+@pytest.mark.parametrize("settings", [IN_TURN, AT_ONCE], ids=["in turn", "at once"])
+@pytest.mark.parametrize("kind", ["crash after", "torn"])
+def test_a_run_may_be_killed_at_any_durable_write(settings: Settings, kind: Kind) -> None:
+    """After one is before the next."""
+    writes = holds(Plan(0, settings, ())).writes
+    assert writes > 50
+    for number in range(1, writes + 1):
+        found = holds(Plan(0, settings, (Fault(0, kind, ANY_WRITE, number),)))
+        assert found.kinds[f"{kind} {ANY_WRITE}"] == 1 and found.lives == 2
+
+
+def test_the_disk_may_be_full_at_any_durable_write() -> None:
+    writes = holds(Plan(0, IN_TURN, ())).writes
+    for number in range(1, writes + 1):
+        holds(Plan(0, IN_TURN, (Fault(0, "full", ANY_WRITE, number, 1000.0),)))
+
+
+def test_the_same_seed_is_the_same_run() -> None:
+    for seed in (7, 50, 7109):
+        assert search(plan_of(seed)) == search(plan_of(seed))
+
+
+def test_the_runs_have_all_that_they_are_to_show() -> None:
+    plans = [plan_of(seed) for seed in range(SEEDS)]
+    assert {fault.kind for plan in plans for fault in plan.faults} == set(get_args(Kind))
+    assert {plan.settings.lag for plan in plans} == {0, 1, 2, 3}
+    assert sum(plan.settled and bool(plan.faults) for plan in plans) > SEEDS / 5
+    assert sum(not plan.faults for plan in plans) > SEEDS / 20
+    assert any(fault.kind in WRITES and fault.life == 2 for plan in plans for fault in plan.faults)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(Plan(0, Settings(), (Fault(0, "crash after", "rename step", 1),)), id="LATEST not written"),
+        pytest.param(
+            Plan(7109, Settings(filter=2, evaluate=1, room=100), (Fault(0, "crash before", "write optimizer", 3),)),
+            id="groups dropped between a step and its checkpoint",
+        ),
+        pytest.param(
+            Plan(
+                11443,
+                Settings(groups=1, extra=1, greedy=True, filter=2, evaluate=1, checkpoint=2, room=100, prompts=27),
+                (Fault(0, "crash after", "sync weights", 2),),
+            ),
+            id="groups that a resume did not come to issue again",
+        ),
+        pytest.param(
+            Plan(53, Settings(steps=4), (Fault(0, "power", "", 60.0),)), id="metrics not on the disk at a checkpoint"
+        ),
+    ],
+)
+def test_what_has_failed_once(plan: Plan) -> None:
+    assert holds(plan).lives == 2
