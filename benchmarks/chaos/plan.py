@@ -146,6 +146,8 @@ class Settings:
     keep: int = 2
     workers: int = 1
     scorers: int = 1
+    hedge: float = 0.0
+    """Seconds after which what a server has is given to an idle one, too; 0: never."""
     room: int = 8
     """Samples that a worker is given at once."""
     prompts: int = 9
@@ -223,6 +225,7 @@ def draw_settings(random: Random) -> Settings:
         keep=random.choice((1, 2)),
         workers=random.randint(1, 4),
         scorers=random.randint(1, 2),
+        hedge=random.choice((0.0, 0.0, 1.0, 4.0)),
         room=random.choice((2, 4, 100)),
         prompts=random.randint(6, 30),
         gather=random.choice((0.0, 0.0, 0.1, 1.0)),
@@ -270,7 +273,7 @@ def config_of(plan: Plan, output: str, name: str, steps: int) -> Config:
         seed=plan.seed % 2**32,
         data=DataConfig(task=TaskConfig(train_size=settings.prompts)),
         rollout=RolloutConfig(timeout_s=40.0, max_concurrent=settings.room, max_response_tokens=LONGEST),
-        scoring=ScoringConfig(timeout_s=40.0, non_finite="mask"),
+        scoring=ScoringConfig(timeout_s=40.0, hedge_s=settings.hedge, non_finite="mask"),
         algo=AlgoConfig(
             name=name_of,
             group_size=2,
