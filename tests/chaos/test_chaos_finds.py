@@ -82,7 +82,7 @@ MISTAKES: dict[str, Mistake] = {
     "a seat too many": Mistake(a_seat_too_many, ("lag", "uncut", "lost"), 1),
     "drops are not written": Mistake(lambda p: booked_without(p, lambda e: e.reason == "no_signal"), ("ledger",), 0),
     "duplicates are accepted": Mistake(
-        lambda p: p.setattr(OpenRequest, "knows", lambda *_: False), ("unexplained", "left over"), 2
+        lambda p: p.setattr(OpenRequest, "knows", lambda *_: False), ("unexplained", "left over", "kept"), 3
     ),
     "receipts are not compared": Mistake(
         lambda p: p.setattr(chaos.fleet, "receipt_problem", lambda *_: None),
