@@ -13,6 +13,7 @@ import pytest
 import test_kept_state
 from stand_ins import WORKER, FakeBodies, FakePolicy, FakeRollouts, head_of, lines
 from test_loop_rl_training import ALL, CONFIG, PROMPTS, STEPS, close, wired
+from test_saving import Told
 
 from rlhf_dist.config.schema import Config, LearnerConfig, LoopConfig
 from rlhf_dist.errors import ActorLost, DataError, RanksLost, RanksSilent
@@ -350,6 +351,16 @@ def test_what_an_earlier_life_asked_for_is_ended_and_its_answers_change_nothing(
     proof = ran.run.ledger.proof()
     assert proof.holds and proof.tokens == proof.consumed * 8 * 3, "none of the late answers, which are longer"
     assert sum(line.get("goodput/late_events", 0) for line in lines(ran.run.directory.metrics)) > 0
+
+
+def test_one_that_is_told_to_end_right_after_it_saves_what_was_in_memory_alone(make: Callable[..., Ran]) -> None:
+    ran = make(once("update", 4), config(2, keep=1))
+    ran.run = replace(ran.run, stop=Told(lambda: bool(ran.ranks.folders)))
+    with pytest.raises(KeyboardInterrupt):
+        train_to_the_end(ran.run, None)
+    assert [folder.name for folder in ran.ranks.folders if folder] == ["step-3"]
+    saved = ran.run.directory.latest_checkpoint()
+    assert saved is not None and saved.name == "step-3"
 
 
 def test_a_damaged_checkpoint_is_not_gone_on_from(make: Callable[..., Ran]) -> None:
