@@ -102,8 +102,8 @@ def train(run: Run, state: State | None, life: int = 0, devices: Devices | None 
     """Train to `loop.steps`; returns the evaluations before and after. `state`: of the checkpoint resumed from.
 
     `life`: how often the learner was started again before; `devices` have booked the time that the last of these took.
-    Raises `RanksLost` or `RanksSilent` where it has to be again, KeyboardInterrupt where the run is told to end, once its
-    last whole step is saved.
+    Raises `RanksLost` or `RanksSilent` where it has to be again, KeyboardInterrupt where the run is told to end, once
+    its last whole step is saved.
     """
     loop = run.config.loop
     step = resume(run, state)
