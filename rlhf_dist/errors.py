@@ -57,6 +57,14 @@ class AnswerLost(ActorLost):
     """What a call needs, or its answer, is gone with the process that had made it; who was called may be well."""
 
 
+class RanksLost(ActorLost):
+    """A rank of the learner or the critic is lost: all of them have to be started again."""
+
+
+class RanksSilent(ActorTimeout):
+    """The same of ranks that do not answer."""
+
+
 class RayLost(RunError):
     """A process of Ray's own died, or did not start; the message says which, and how."""
 

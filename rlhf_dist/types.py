@@ -14,8 +14,7 @@ import numpy as np
 
 RecordT = TypeVar("RecordT")
 Purpose = Literal["train", "eval", "eval_greedy", "baseline"]
-"""What samples are for: training, an evaluation's samples or its greedy response, or a greedy response that the
-responses in training are compared with."""
+"""What samples are for: training, an evaluation, its greedy responses, or greedy ones that training compares with."""
 PROMPT_ROLE, POLICY_ROLE = "prompt", "assistant"
 """Roles of segments: everything before the first response as one, and what the policy sampled."""
 NO_VERSION = -1
@@ -89,6 +88,8 @@ class Request:
     """How often a worker has handed this attempt over to another."""
     begun: Handle[Group] | None = None
     """The samples as the last of them left them; those that are `UNFINISHED` go on from there. None in part 0."""
+    life: int = 0
+    """How often the learner was started again before, so that what is heard of an earlier life changes nothing."""
 
     @property
     def uid(self) -> str:
@@ -98,7 +99,8 @@ class Request:
     @property
     def key(self) -> str:
         """Names the request among all that are ever made in a run, but for those of different evaluations."""
-        return f"{self.purpose}/{self.uid}/{self.attempt}" + (f"+{self.part}" if self.part else "")
+        named = f"{self.purpose}/{self.uid}/{self.attempt}" + (f"@{self.life}" if self.life else "")
+        return named + (f"+{self.part}" if self.part else "")
 
     @property
     def n(self) -> int:

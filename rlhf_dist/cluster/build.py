@@ -17,6 +17,7 @@ from rlhf_dist.cluster.collator_host import CollatorHost
 from rlhf_dist.cluster.node_facts import remove_logs
 from rlhf_dist.cluster.open_run import finish, opened
 from rlhf_dist.cluster.preflight import check_before_start, require_shared_memory
+from rlhf_dist.cluster.rank_rebuild import kept_state, rebuild_of
 from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
 from rlhf_dist.cluster.run_forecast import basis, basis_before, compared, does_not_fit
 from rlhf_dist.cluster.session import ray_session
@@ -32,6 +33,7 @@ from rlhf_dist.cluster.starts import (
     are_ready,
     join_ranks,
     reserved,
+    sends_straight,
     start_ranks,
     start_relays,
     start_servers,
@@ -49,6 +51,7 @@ from rlhf_dist.loop.controller_rules import rules_of
 from rlhf_dist.loop.evaluation import evaluate as run_evaluation
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.ledger_proof import LedgerProof
+from rlhf_dist.loop.rebuilding import train_to_the_end
 from rlhf_dist.loop.resume_point import ledger_gone
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.shaper import Shaper
@@ -115,8 +118,10 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
                 shaper=shaper,
                 watch=watch,
                 stop=Saving(config.faults.save_on_stop_s),
+                ranks=rebuild_of(config, placement, source, parts),
+                kept=kept_state(config, nodes, placement, source, stack),
             )
-            outcome = training.train(wired, start.state)
+            outcome = train_to_the_end(wired, start.state)
             proof = ledger.proof()
         beside = compared(config, placement, plan, run.metrics) if plan else ("", {})
         end_train(config, run, progress, outcome, proof, beside, time.monotonic() - started)
@@ -215,9 +220,7 @@ def start_fleets(
     ranks = start_ranks(config, placement, source, logs, roster, hosts.PolicyHost, stack)
     critics = start_ranks(config, placement, source, logs, roster, hosts.CriticHost, stack, critic=True)
     ready = are_ready(workers | scorers | references | collator | relays.all())
-    apart = any(node != placement.learner_node for node in placement.worker_nodes)
-    spread = apart and config.weights.transport == "broadcast"
-    join_ranks(config, ranks, folder, placement.spread_of_ranks(), spread)
+    join_ranks(config, ranks, folder, placement.spread_of_ranks(), sends_straight(config, placement))
     join_ranks(config, critics, folder, placement.spread_of_ranks(critic=True))
     gather(ready, "start", config.cluster.start_timeout_s, START_KEY)
     shares_gpu = placement.paired and placement.device == "cuda"

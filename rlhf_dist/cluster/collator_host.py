@@ -37,6 +37,11 @@ class CollatorHost(Alive):
         """See `Collator.forget`."""
         self._collator.forget(keys)
 
+    @ray.method(num_returns=0)
+    def forget_all(self) -> None:
+        """See `Collator.forget_all`."""
+        self._collator.forget_all()
+
     def texts(self, keys: list[str]) -> Any:
         """See `Collator.texts`."""
         return self._collator.texts(keys)

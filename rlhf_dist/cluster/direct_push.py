@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_dist.cluster.standing import Standing, is_done
-from rlhf_dist.cluster.waits import Wait, fetch, gather
+from rlhf_dist.cluster.waits import Wait, fetch, gather, of_ranks
 from rlhf_dist.errors import EngineBroken, RayLost, RlhfError, WeightSyncError
 from rlhf_dist.telemetry.timeline import Patience
 from rlhf_dist.weights.receipts import Announcement, MeetingPoint, Round, Sent
@@ -40,6 +40,11 @@ class DirectPush:
         self._number = 0
         self._group: tuple[tuple[str, ...], int] = (), 0
         """The workers that are connected, and since which round."""
+
+    def admit(self, name: str, rank: Any) -> None:
+        """A rank that was started again, as all the others were: nobody is connected with it."""
+        self._ranks[name] = rank
+        self._group = (), 0
 
     def load(self, standings: Mapping[str, Standing], announcement: Announcement, waits: Wait) -> Pushed:
         """Have all that are free load the version; what they answer stays to be read.
@@ -80,7 +85,7 @@ class DirectPush:
         for index, standing in enumerate(workers.values()):
             standing.ask_to_load(replace(announcement, round=replace(made, first=1 + index * self._processes)))
         calls = {name: rank.send.remote(made) for name, rank in self._ranks.items()}
-        return next(iter(gather(calls, "send weights", limit_s(meeting), LIMIT, waits).values()))
+        return next(iter(gather(calls, "send weights", limit_s(meeting), LIMIT, waits, of_ranks).values()))
 
     def _refused(
         self, workers: Mapping[str, Standing], standings: Mapping[str, Standing], waits: Wait

@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.processes import look, silent
-from rlhf_dist.cluster.waits import Wait, fetch, gather, limit_text
+from rlhf_dist.cluster.waits import Wait, fetch, gather, limit_text, of_ranks
 from rlhf_dist.errors import ActorLost, ActorTimeout, AnswerLost, RayLost, WeightSyncError
 from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.shard import Shard
@@ -158,6 +158,10 @@ class CollatorProcess:
         """See `loop.ports.Bodies`."""
         self._actor.forget.remote(list(keys))
 
+    def forget_all(self) -> None:
+        """See `loop.ports.Bodies`. Calls to the collator are done in their order: what was handed over before goes."""
+        self._actor.forget_all.remote()
+
     def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
         """See `loop.ports.Bodies`."""
         return self._ask(self._actor.texts.remote(list(keys)), "show samples")
@@ -197,6 +201,10 @@ class LearnerGroup:
         self._timeout_s = timeout_s
         self.ranks = len(self._ranks)
 
+    def admit(self, name: str, rank: Any) -> None:
+        """One that was started again, as all the others were."""
+        self._ranks[name] = rank
+
     def save(self, folder: Path) -> None:
         """Checkpoint."""
         self.call("save", folder)
@@ -212,7 +220,7 @@ class LearnerGroup:
         return [(*rank, shares[i // parts]) for i, rank in enumerate(self._ranks.items())]
 
     def _wait(self, calls: Mapping[str, Any], what: str) -> dict[str, Any]:
-        return gather(calls, what, self._timeout_s, LEARNER_KEY, self._waits)
+        return gather(calls, what, self._timeout_s, LEARNER_KEY, self._waits, of_ranks)
 
 
 class PolicyGroup(LearnerGroup):

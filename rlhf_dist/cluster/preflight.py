@@ -13,6 +13,7 @@ from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.sources import check_critic, check_reference, check_run_models, preflight_rewards
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ModelError, ResourceError
+from rlhf_dist.loop.kept_state import COPIES
 from rlhf_dist.loop.run_lock import require_place
 from rlhf_dist.models.weight_files import read_headers
 from rlhf_dist.planning.memory import BYTES
@@ -51,9 +52,12 @@ def require_shared_memory(source: str, config: Config) -> None:
     """
     if joins_cluster(config.cluster):
         return  # the run may be on another node
+    kept = kept_bytes(source, config)
     if config.weights.transport == "shared_memory":
-        require_room(pushed_bytes(source, config))
+        require_room(pushed_bytes(source, config), kept)
         return
+    if kept:
+        require_room(0, kept)
     sweep(SHARED_MEMORY)  # what runs before this one left, which may have had another transport
     if config.weights.transport == "ipc":
         _require_bucket(source, config)
@@ -74,8 +78,18 @@ def disk_need(source: str, config: Config, command: Command) -> int:
     A critic with its own trunk takes as much again; a moving average is float32; a reference that moves and a mask
     policy are like the model.
     """
-    weights = weight_bytes(source, config)
     kept = 1 if command in ("sft", "reward") else config.loop.keep_checkpoints
+    return checkpoint_bytes(source, config, command) * (kept + 1)
+
+
+def kept_bytes(source: str, config: Config) -> int:
+    """Of what `learner.keep_state_every` holds in shared memory, at most."""
+    return COPIES * checkpoint_bytes(source, config, "train") if config.learner.keep_state_every else 0
+
+
+def checkpoint_bytes(source: str, config: Config, command: Command) -> int:
+    """Of one checkpoint, see `disk_need`."""
+    weights = weight_bytes(source, config)
     width = 1 if config.model.dtype == "float32" else 2
     parts = float(1 + 3 * width)
     if command == "train":
@@ -83,7 +97,7 @@ def disk_need(source: str, config: Config, command: Command) -> int:
         parts += width if config.learner.ema_decay else 0
         parts += 1 if config.reference.update_every else 0
         parts += 1 if hosts.algorithm(config.algo).mask is not None else 0
-    return int(weights * parts * (kept + 1))
+    return int(weights * parts)
 
 
 def weight_bytes(source: str, config: Config) -> int:

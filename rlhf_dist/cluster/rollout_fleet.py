@@ -159,6 +159,16 @@ class RolloutFleet:
         self._ask_for_events(name)
         return events
 
+    def begin_anew(self) -> list[str]:
+        """The learner is another one now; loads under way are waited for. Returns who is given up, a sentence each."""
+        calls = [one.call for one in self._standings.values() if one.call is not None and not one.silent]
+        if calls:
+            self._inbox.wait(calls, Patience(self._sync_timeout_s), count=len(calls))
+        self._serving, self._announced = [], None
+        self._copies.clear()
+        broken = {name: why for name, one in list(self._standings.items()) if (why := one.begin_anew(name))}
+        return [self._give_up(name, why) for name, why in broken.items()]
+
     def make_room(self) -> list[str]:
         """Give up workers that do not answer where they may hold all buffers; of those, the latest may stay.
 

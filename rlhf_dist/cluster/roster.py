@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlhf_dist.cluster.processes import ProcessName
+from rlhf_dist.cluster.processes import ProcessName, end_now, process_id
 from rlhf_dist.cluster.spec import ActorSpec, environment
+from rlhf_dist.config.schema import Config
 
 HEALTH = "health"
 """Ray's name for the thread of a process that answers `pulse`, whatever the others do."""
@@ -117,6 +118,21 @@ class Roster:
         ray.kill(self.actors[name])
         self.actors[name] = self.members[name].start()
         return self.actors[name]
+
+    def restart_together(self, names: Sequence[str], config: Config, source: str) -> dict[str, Any]:
+        """The same of several that work together, with another config and model; by name.
+
+        All are ended before the first is started. Those of this machine are waited for, so that what their locks held
+        is free.
+        """
+        for name in names:
+            ray.kill(self.actors[name])
+        end_now([pid for name in names if (pid := process_id(self.members[name].name)) is not None])
+        for name in names:
+            member = self.members[name]
+            self.members[name] = replace(member, spec=replace(member.spec, config=config, source=source))
+            self.actors[name] = self.members[name].start()
+        return {name: self.actors[name] for name in names}
 
     def _start(self, members: Iterable[Member]) -> dict[str, Any]:
         found: dict[str, Member] = {member.name: member for member in members}

@@ -7,6 +7,8 @@ from typing import Any
 
 import ray
 
+from rlhf_dist.cluster.waits import fetch
+from rlhf_dist.errors import ActorLost, EngineBroken, RayLost, RlhfError
 from rlhf_dist.weights.receipts import Announcement
 
 
@@ -37,6 +39,30 @@ class Standing:
         if self.call is None:
             self.call = self.worker.load_weights.remote(announcement)
             self.version, self.offset = announcement.version, announcement.offset
+
+    def begin_anew(self, name: str) -> str:
+        """Another learner will push, perhaps the same version with other weights; what was pushed before is read now.
+
+        A load that still goes on is read at the next push. Returns why the worker `name` cannot be used any more.
+        """
+        self.version, self.last_missed = -1, -1
+        if self.call is None:
+            return ""
+        self.proved = None
+        if not is_done(self.call):
+            return ""
+        call, self.call = self.call, None
+        try:
+            fetch(call, name, "load_weights", 0.0)
+        except RayLost:
+            raise
+        except ActorLost as error:
+            return str(error)
+        except EngineBroken as error:
+            return f"{name}: {error}"
+        except RlhfError:
+            pass  # It has the weights that it had.
+        return ""
 
 
 def is_done(call: Any) -> bool:

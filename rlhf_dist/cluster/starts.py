@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from rlhf_dist.cluster.roster import Alive, Roster
 from rlhf_dist.cluster.session import reserve
 from rlhf_dist.cluster.sources import mask_source
 from rlhf_dist.cluster.spec import ActorSpec
-from rlhf_dist.cluster.waits import gather
+from rlhf_dist.cluster.waits import Wait, gather, of_ranks
 from rlhf_dist.config.schema import Config
 from rlhf_dist.loop.run_directory import step_of
 from rlhf_dist.planning.placement import Placement, bundles
@@ -139,33 +139,46 @@ def start_ranks(
     first = placement.first_rank
     first += placement.learner_ranks - placement.critic_ranks if critic else 0
     ranks = roster.start_all(host, specs, first, placement.learner_num_cpus, placement.learner_num_gpus)
-    stack.push(lambda kind, *_: close_ranks(ranks, kind))
+    stack.push(
+        lambda kind, *_: close_ranks({name: roster.actors.get(name, rank) for name, rank in ranks.items()}, kind)
+    )
     return ranks
 
 
-def join_ranks(config: Config, ranks: dict[str, Any], folder: Path | None, nodes: int, spread: bool = False) -> None:
+def join_ranks(
+    config: Config,
+    ranks: Mapping[str, Any],
+    folder: Path | None,
+    nodes: int,
+    spread: bool = False,
+    waits: Wait | None = None,
+) -> None:
     """Let the ranks, which are on so many nodes, meet and load; restores the optimizer of the checkpoint `folder`.
 
-    `spread`: weights are sent straight to workers on other nodes.
+    `spread`: weights are sent straight to workers on other nodes. `waits`: what happens meanwhile; None: nothing.
     """
     if not ranks:
         return
-    limit = config.cluster.start_timeout_s
+
+    def asked(calls: dict[str, Any], what: str) -> dict[str, Any]:
+        return gather(calls, what, config.cluster.start_timeout_s, START_KEY, waits, of_ranks)
+
     first = next(iter(ranks))
-    address, port = gather({first: ranks[first].address.remote(nodes)}, "give its address", limit, START_KEY)[first]
+    address, port = asked({first: ranks[first].address.remote(nodes)}, "give its address")[first]
     resume = str(folder.absolute()) if folder else None
-    gather(
-        {name: rank.join.remote(address, port, resume, spread) for name, rank in ranks.items()},
-        "join",
-        limit,
-        START_KEY,
-    )
+    asked({name: rank.join.remote(address, port, resume, spread) for name, rank in ranks.items()}, "join")
 
 
 def close_ranks(ranks: dict[str, Any], failure: type[BaseException] | None) -> None:
     """Let the ranks remove what lies outside them; after `failure`, where there is one."""
     stopped = failure is not None and not issubclass(failure, Exception)
     actors.close_all(ranks, actors.STOP_LIMIT_S if stopped else actors.CLOSE_LIMIT_S)
+
+
+def sends_straight(config: Config, placement: Placement) -> bool:
+    """Whether weights are sent straight to workers on other nodes."""
+    apart = any(node != placement.learner_node for node in placement.worker_nodes)
+    return apart and config.weights.transport == "broadcast"
 
 
 def are_ready(members: dict[str, Any]) -> dict[str, Any]:

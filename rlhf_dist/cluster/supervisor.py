@@ -53,10 +53,14 @@ class Supervisor:
             raise
         except RlhfError as error:
             return [NotStarted(name, str(error))]
-        for admit in self._admits[name]:
-            admit(name, actor)
-        self._watch(name)
+        self.admit(name)
         return [Returned(name)]
+
+    def admit(self, name: str) -> None:
+        """A process that was started again is ready."""
+        for admit in self._admits[name]:
+            admit(name, self._roster.actors[name])
+        self._watch(name)
 
     def _watch(self, name: str) -> None:
         self._inbox.put(Pulse(name))

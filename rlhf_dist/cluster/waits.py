@@ -6,7 +6,7 @@ A time in which this process itself was stopped (Ctrl-Z, a suspended laptop) doe
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -15,7 +15,16 @@ import ray.exceptions
 from ray.exceptions import RayActorError, RayTaskError
 
 from rlhf_dist.cluster.processes import ending, lost_ray, silent
-from rlhf_dist.errors import ActorLost, ActorTimeout, AnswerLost, RayLost, RlhfError, RunError
+from rlhf_dist.errors import (
+    ActorLost,
+    ActorTimeout,
+    AnswerLost,
+    RanksLost,
+    RanksSilent,
+    RayLost,
+    RlhfError,
+    RunError,
+)
 from rlhf_dist.telemetry.timeline import Patience
 
 BLAME_LIMIT_S = 3.0
@@ -31,11 +40,17 @@ class Wait(Protocol):
 
 
 def gather(
-    calls: Mapping[str, Any], what: str, timeout_s: float, key: str = "", waits: Wait | None = None
+    calls: Mapping[str, Any],
+    what: str,
+    timeout_s: float,
+    key: str = "",
+    waits: Wait | None = None,
+    told: Callable[[RunError], RunError] = lambda error: error,
 ) -> dict[str, Any]:
     """Wait for one answer from each: name of the process -> its call. `key` is the config key of the limit.
 
-    Raises `ActorTimeout` naming those who did not answer, `ActorLost` naming one that died, or what the call raised.
+    Raises `ActorTimeout` naming those who did not answer, `ActorLost` naming one that died, or what the call raised;
+    of these what `told` makes of it.
     """
     patience = Patience(timeout_s)
     pending = {call: name for name, call in calls.items()}
@@ -43,14 +58,21 @@ def gather(
     while pending:
         done = (waits or wait)(list(pending), patience)
         if not done:
-            raise ActorTimeout(silent(list(pending.values()), what, limit_text(timeout_s, key)))
+            raise told(ActorTimeout(silent(list(pending.values()), what, limit_text(timeout_s, key))))
         for call in done:
             name = pending.pop(call)
             try:
                 answers[name] = fetch(call, name, what, timeout_s)
             except RunError as error:
-                raise cause_of(error, pending, what) from None
+                raise told(cause_of(error, pending, what)) from None
     return {name: answers[name] for name in calls}
+
+
+def of_ranks(error: RunError) -> RunError:
+    """What it means where ranks were asked: without one of them the others are of no use."""
+    if isinstance(error, ActorTimeout):
+        return RanksSilent(str(error))
+    return RanksLost(str(error)) if isinstance(error, ActorLost) else error
 
 
 def wait(calls: list[Any], patience: Patience, count: int = 1) -> list[Any]:

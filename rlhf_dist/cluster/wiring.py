@@ -36,6 +36,12 @@ class LearnerSide:
     policy: PolicyGroup
     critic: CriticGroup | None
 
+    def admits(self, ranks: Iterable[str], critics: Iterable[str]) -> dict[str, list[Admit]]:
+        """Who has to know of a rank that was started again, by name; `critics`: those of a critic beside the policy."""
+        of_critic = [] if self.critic is None else [self.critic.admit]
+        beside = dict.fromkeys(critics, of_critic)
+        return {name: [self.policy.admit, *([] if beside else of_critic)] for name in ranks} | beside
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -47,6 +53,9 @@ class Parts:
     members: Members
     healing: Healing
     learner: LearnerSide
+    roster: Roster
+    supervisor: Supervisor
+    inbox: Inbox
 
 
 def parts_of(
@@ -64,6 +73,8 @@ def parts_of(
     """The processes, which are ready, behind the ports of the loop. All hand their events to one inbox."""
     inbox, limit, (collating,) = Inbox(), config.scoring.timeout_s, collator.items()
     straight = ranks and config.weights.transport != "shared_memory"
+    direct = DirectPush(ranks, config.rollout.tensor_parallel) if straight else None
+    learner = learner_side(config, ranks, critics, inbox)
     rollouts = RolloutFleet(
         workers,
         inbox,
@@ -71,16 +82,19 @@ def parts_of(
         sync_timeout_s=config.weights.timeout_s,
         give_up_after=config.weights.give_up_after,
         relays=relays,
-        direct=DirectPush(ranks, config.rollout.tensor_parallel) if straight else None,
+        direct=direct,
         shares_gpu=shares_gpu,
     )
     moves = config.reference.update_every > 0
     scoring = ScoringFleet(scorers, inbox, timeout_s=limit)
     reference = ReferenceFleet(references, inbox, timeout_s=limit, moves=moves) if references else None
-    admits = dict[str, list[Admit]]({name: [] for name in (*collator, *ranks, *critics)})
+    admits = dict[str, list[Admit]]({name: [] for name in collator}) | learner.admits(ranks, critics)
+    if direct is not None:
+        admits |= {name: [*admits[name], direct.admit] for name in ranks}
     admits |= {name: [rollouts.admit] for name in workers} | {name: [scoring.admit] for name in scorers}
     if reference is not None:
         admits |= {name: [*admits.get(name, []), reference.admit] for name in references}
+    supervisor = Supervisor(roster, inbox, admits, start_s=config.cluster.start_timeout_s)
     return Parts(
         actors=Actors(
             rollouts=rollouts,
@@ -89,25 +103,36 @@ def parts_of(
             bodies=CollatorProcess(*collating, inbox, timeout_s=config.learner.timeout_s),
             arrivals=inbox,
             timeout=silence,
-            processes=Supervisor(roster, inbox, admits, start_s=config.cluster.start_timeout_s),
+            processes=supervisor,
         ),
         rollouts=rollouts,
         healing=healing_of(config, workers, scorers, references, collator, ranks, critics),
-        members=Members(
-            workers,
-            scorers,
-            references,
-            capacity=config.rollout.max_concurrent,
-            limits_s={
-                "rollout": config.rollout.timeout_s,
-                "scoring": limit,
-                "reference": limit,
-                "collator": config.learner.timeout_s,
-            },
-            beat_s=beat_s(len(workers)),
-            collator=collating[0],
-        ),
-        learner=learner_side(config, ranks, critics, inbox),
+        members=members_of(config, workers, scorers, references, collating[0]),
+        learner=learner,
+        roster=roster,
+        supervisor=supervisor,
+        inbox=inbox,
+    )
+
+
+def members_of(
+    config: Config, workers: dict[str, Any], scorers: Iterable[str], references: Iterable[str], collator: str
+) -> Members:
+    """The actor side as the controller sees it, by name."""
+    limits: dict[MemberKind, float] = {
+        "rollout": config.rollout.timeout_s,
+        "scoring": config.scoring.timeout_s,
+        "reference": config.scoring.timeout_s,
+        "collator": config.learner.timeout_s,
+    }
+    return Members(
+        workers,
+        scorers,
+        references,
+        capacity=config.rollout.max_concurrent,
+        limits_s=limits,
+        beat_s=beat_s(len(workers)),
+        collator=collator,
     )
 
 
@@ -135,8 +160,16 @@ def healing_of(
         window_s=config.faults.window_s,
         pulse_s=config.faults.heartbeat_s,
         start_s=config.cluster.start_timeout_s,
-        unique=list(references) if config.reference.update_every > 0 else (),
+        unique=unique_in(config, references, [*ranks, *critics]),
     )
+
+
+def unique_in(config: Config, references: Iterable[str], ranks: Iterable[str]) -> list[str]:
+    """Those that cannot be had again. Where the reference moves, its servers hold weights that belong to the step, and
+    where there is a mask on what may be drawn, the engines do: the ranks alone cannot go back."""
+    moves = config.reference.update_every > 0
+    alone = not moves and hosts.algorithm(config.algo).mask is None
+    return [*(references if moves else ()), *(() if alone else ranks)]
 
 
 def learner_side(config: Config, ranks: dict[str, Any], critics: dict[str, Any], inbox: Inbox) -> LearnerSide:

@@ -84,6 +84,16 @@ SPARES_GPUS = only(
     " with cluster.device cpu, where the optimizer is in the host's memory anyway; set it to none",
 )
 WITH_ZERO_2 = where("learner.zero_stage", one_of(2, 3), "set that to 2 or 3", ", whose optimizer stays where it is")
+RANKS_START_AGAIN = says(
+    lambda c, key: key.changed and c.algo.name in METHODS and "mask_every" in METHODS[c.algo.name].keys,
+    "{key.name} is {key.value} and has no effect with algo.name {c.algo.name}, whose lost ranks end the run; take it "
+    "out",
+)
+FIXED_REFERENCE = says(
+    lambda c, key: key.changed and c.reference.update_every,
+    "{key.name} is {key.value} and has no effect with reference.update_every {c.reference.update_every}, where lost "
+    "ranks end the run; set one of them to 0",
+)
 DIVIDES_RANKS = says(
     lambda c, key: key.value > 0 and c.learner.ranks % key.value,
     "{key.name} is {key.value}; it must divide learner.ranks, {c.learner.ranks}: set one of them to a multiple of the "

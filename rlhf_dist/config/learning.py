@@ -185,6 +185,10 @@ class LearnerConfig:
     logprob_chunk_tokens: int = key(1024, COUNT)
     """Tokens whose logits are held at once."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    keep_state_every: int = key(0, NOT_NEGATIVE, effects.RANKS_START_AGAIN, effects.FIXED_REFERENCE)
+    """Every so many training steps of `train` the ranks also write what a checkpoint has into `/dev/shm`, so that ranks
+    that are lost and started again repeat so many steps at most; 0: they go on from the newest checkpoint. All ranks
+    have to be on the command's node. Takes the memory of two checkpoints."""
     timeout_s: float = key(600.0, LIMIT_S)
     """Limit for one update."""
 

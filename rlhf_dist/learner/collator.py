@@ -34,6 +34,11 @@ class Collator:
             self._groups.pop(key, None)
             self._references.pop(key, None)
 
+    def forget_all(self) -> None:
+        """Nobody needs any of them."""
+        self._groups.clear()
+        self._references.clear()
+
     def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
         """Each group's samples, to be read by people."""
         return [tuple(readable(sample) for sample in self._groups[key].trajectories) for key in keys]

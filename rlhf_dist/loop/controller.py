@@ -53,7 +53,7 @@ from rlhf_dist.loop.events import (
     Undone,
 )
 from rlhf_dist.loop.hand_over import go_on, hand_overs
-from rlhf_dist.loop.healing import Healing, unwatched
+from rlhf_dist.loop.healing import Healing, told_of, unwatched
 from rlhf_dist.loop.left_out import dropped as without_rewards, refuse_if_hopeless, with_finite_rewards
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.open_groups import OpenRequest
@@ -194,12 +194,12 @@ class Controller:
             return []
         issued: list[tuple[str, int]] = []
         for prompt, attempt in self._prompts.take(count):
-            request = make_request(prompt, "train", rules.group_size, rules.sampling, rules.seed, attempt)
+            request = make_request(prompt, "train", rules.group_size, rules.sampling, rules.seed, attempt, rules.life)
             one = OpenRequest(request, self._issued, now, rules.compares)
             self._issued += 1
             together = (one,)
             if rules.greedy_baseline:
-                beside = make_request(prompt, "baseline", 1, greedy(rules.sampling), rules.seed, attempt)
+                beside = replace(request, purpose="baseline", sampling=greedy(rules.sampling), seeds=request.seeds[:1])
                 one.partner = OpenRequest(beside, -1, now, False, one)
                 together = (one, one.partner)
             for each in together:
@@ -215,7 +215,7 @@ class Controller:
             compares = self._rules.compares and request.purpose == "eval" and request.sampling.temperature > 0
             # Each evaluation is another attempt, so that a late answer to an earlier one is not taken for this one's.
             one = OpenRequest(request, -1, now, compares)
-            one.request = replace(request, attempt=self._evaluations)
+            one.request = replace(request, attempt=self._evaluations, life=self._rules.life)
             self._open[one.request.key] = one
             self._members.wait((one,), first=True)
         self._evaluations, self._awaited = self._evaluations + 1, self._awaited + len(event.requests)
@@ -356,9 +356,7 @@ class Controller:
         gone = [one for one in orphans if not one.kept or one.request.key in self._undone]
         for one in orphans:
             one.orphaned = True
-        again = f"{len(gone)} requests of {name} begin again" if gone else ""
-        if text := "; ".join(filter(None, [why, again, f"{name} is started again" if commands else ""])):
-            commands.append(Tell("warning", text))
+        commands += told_of(name, why, len(gone), commands)
         return commands + self._begin_again(gone) + self._servers.lost(had or {}, self._open, now)
 
     def _returned(self, event: Returned, now: float) -> list[Command]:

@@ -63,6 +63,8 @@ class Rules:
     """There is a reference model."""
     hedge_s: float = 0.0
     """See `servers.Servers`."""
+    life: int = 0
+    """How often the learner was started again before; part of the key of every request."""
 
     @property
     def seats(self) -> int:

@@ -228,6 +228,13 @@ class Respawn:
     member: str
 
 
+@dataclass(frozen=True, slots=True)
+class Rebuild:
+    """A rank is lost, and with it what the ranks hold together: all are to be started again."""
+
+    why: str
+
+
 Limit = Literal["work", "pulse", "start"]
 """What a process did not do in time: go on with its work, give a sign of life, start."""
 
@@ -245,7 +252,19 @@ class TimedOut:
 
 
 Command = (
-    Submit | Cancel | HandOver | Keep | KeepReference | Forget | Score | Compare | Book | Tell | Respawn | TimedOut
+    Submit
+    | Cancel
+    | HandOver
+    | Keep
+    | KeepReference
+    | Forget
+    | Score
+    | Compare
+    | Book
+    | Tell
+    | Respawn
+    | Rebuild
+    | TimedOut
 )
 
 

@@ -5,32 +5,35 @@
     | rollout             | groups that are not finished             | started again; they begin again elsewhere  |
     | scoring, reference  | nothing, unless the reference moves      | started again; others are asked            |
     | collator            | the tokens of all groups that are ready  | the run ends                               |
-    | learner, critic     | weights and optimizer state              | the run ends                               |
+    | learner, critic     | weights and optimizer state              | all ranks are started again, from the      |
+    |                     |                                          | newest state that was saved                |
 
-`RULES` is the table. A process that holds what nobody else has in spite of its kind (a reference that moves)
-is named in `Healing`, and ends the run.
+`RULES` is the table. A process that cannot be had again in spite of its kind (a reference that moves, a rank of a
+method whose engines hold a state of their own) is named in `Healing`, and ends the run.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from rlhf_dist.errors import ActorLost
-from rlhf_dist.loop.events import Command, Limit, MemberKind, Respawn, TimedOut
+from rlhf_dist.loop.events import Command, Limit, MemberKind, Rebuild, Respawn, Tell, TimedOut
 from rlhf_dist.loop.members import Members
 
-Rule = Literal["respawn", "end"]
+Rule = Literal["respawn", "rebuild", "end"]
 RULES: Mapping[MemberKind, Rule] = {
     "rollout": "respawn",
     "scoring": "respawn",
     "reference": "respawn",
     "collator": "end",
-    "learner": "end",
-    "critic": "end",
+    "learner": "rebuild",
+    "critic": "rebuild",
 }
+LEARNER = "the learner"
+"""All ranks together, as losses are counted."""
 
 
 class Healing:
@@ -46,7 +49,8 @@ class Healing:
         start_s: float,
         unique: Collection[str] = (),
     ) -> None:
-        """`kinds`: of each process, by name. `respawns`: how often one may be started again within `window_s`.
+        """`kinds`: of each process, by name. `respawns`: how often one may be started again within `window_s`; ranks
+        count together.
 
         `pulse_s`: the longest without a sign of life. `start_s`: the longest that a start may take. `unique`: those
         whose state nobody else has.
@@ -73,7 +77,15 @@ class Healing:
 
     def heals(self, name: str) -> bool:
         """Whether it is started again when it is lost."""
-        return name in self._kinds and RULES[self._kinds[name]] == "respawn" and name not in self._unique
+        return self._rule(name) != "end"
+
+    def _rule(self, name: str) -> Rule:
+        return RULES[self._kinds[name]] if name in self._kinds and name not in self._unique else "end"
+
+    @property
+    def ranks(self) -> list[str]:
+        """Those that are started again together."""
+        return [name for name in self._kinds if self._rule(name) == "rebuild"]
 
     def awaits(self, kind: MemberKind) -> bool:
         """Whether one of this kind starts."""
@@ -87,14 +99,26 @@ class Healing:
             return []
         if not self.heals(name):
             raise ActorLost(why)
+        if self._rule(name) == "rebuild":
+            return [Rebuild(why)]
+        self._count(name, why, now)
+        self._coming[name] = now
+        return [Respawn(name)]
+
+    def rebuild(self, why: str, now: float) -> None:
+        """All ranks are started again now. Raises `ActorLost` where that has been done too often."""
+        for name in self.ranks:
+            self._pulses.pop(name, None)
+            self._coming[name] = now
+        self._count(LEARNER, why, now)
+
+    def _count(self, name: str, why: str, now: float) -> None:
         deaths = self._deaths.setdefault(name, deque())
         deaths.append((now, why))
         while deaths[0][0] < now - self._window_s:
             deaths.popleft()
         if len(deaths) > self._respawns:
             raise ActorLost(self._report(name, now))
-        self._coming[name] = now
-        return [Respawn(name)]
 
     def not_started(self, name: str, why: str, now: float) -> list[Command]:
         """As `lost`, of one that is being started."""
@@ -135,6 +159,18 @@ class Healing:
             f"{name} was lost {len(deaths)} times within {self._window_s:g} s (faults.window_s), and is started again "
             f"at most {self._respawns} times (faults.respawns): {told}"
         )
+
+
+def told_of(name: str, why: str, requests: int, done: Sequence[Command]) -> list[Command]:
+    """What people are told of a lost process that had so many requests, and of what is done about it.
+
+    Who starts the ranks again tells from where.
+    """
+    if any(isinstance(one, Rebuild) for one in done):
+        return []
+    again = f"{requests} requests of {name} begin again" if requests else ""
+    text = "; ".join(filter(None, [why, again, f"{name} is started again" if done else ""]))
+    return [Tell("warning", text)] if text else []
 
 
 def unwatched() -> Healing:

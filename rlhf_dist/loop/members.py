@@ -10,6 +10,7 @@ from operator import attrgetter
 from rlhf_dist.loop.events import (
     NOBODY,
     About,
+    Cancel,
     Command,
     Compared,
     Kept,
@@ -253,6 +254,16 @@ class Members:
             self._members[kind, name] = member = Member(kind, name)
             self._of_kind[kind].append(member)
         self._servers += any(kind in SERVERS for kind in kinds)
+
+    def begin_anew(self) -> list[Cancel]:
+        """Nothing is wanted any more of what is under way; who is lost or coming back stays so."""
+        under_way = [Cancel(one.name, tuple(one.work)) for one in self._of_kind["rollout"] if one.work]
+        for member in self._members.values():
+            for request_key in list(member.work):
+                self._take(member, request_key)
+        self._backlog.clear()
+        self._serving, self._stuck = [], None
+        return under_way
 
     def silent(self, now: float, *, waits: bool = False) -> list[TimedOut]:
         """Members that have work and gave no sign of progress within their limit; nobody's name where no worker serves.

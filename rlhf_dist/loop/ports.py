@@ -80,6 +80,18 @@ class Processes(Protocol):
         ...
 
 
+class Ranks(Protocol):
+    """All ranks of the learner and the critic."""
+
+    def rebuild(self, folder: Path | None) -> list[str]:
+        """End them all and start them again, with what lies in a checkpoint's folder; None: as the run began.
+
+        Returns once they have met, with what was wrong with rollout workers meanwhile, a sentence each. Raises
+        `RanksLost` or `RanksSilent` where one is lost again.
+        """
+        ...
+
+
 class Rollouts(Protocol):
     """The rollout fleet."""
 
@@ -145,6 +157,10 @@ class Bodies(Protocol):
 
     def forget(self, keys: Sequence[str]) -> None:
         """These groups are not needed any more."""
+        ...
+
+    def forget_all(self) -> None:
+        """Nor is any group that was handed over before."""
         ...
 
     def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:

@@ -14,9 +14,12 @@ def make_requests(prompts: Sequence[Prompt], purpose: Purpose, n: int, sampling:
     return [make_request(prompt, purpose, n, sampling, seed) for prompt in prompts]
 
 
-def make_request(prompt: Prompt, purpose: Purpose, n: int, sampling: Sampling, seed: int, attempt: int = 0) -> Request:
+def make_request(
+    prompt: Prompt, purpose: Purpose, n: int, sampling: Sampling, seed: int, attempt: int = 0, life: int = 0
+) -> Request:
     """A request for `n` samples of a prompt; `seed` is the run's."""
-    return Request(prompt, attempt, purpose, sampling, tuple(sample_seed(seed, prompt.uid, i) for i in range(n)))
+    seeds = tuple(sample_seed(seed, prompt.uid, i) for i in range(n))
+    return Request(prompt, attempt, purpose, sampling, seeds, life=life)
 
 
 def sample_seed(seed: int, uid: str, sample: int) -> int:

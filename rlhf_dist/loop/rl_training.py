@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_dist.algo.algorithm import Algorithm
@@ -18,10 +18,11 @@ from rlhf_dist.loop.devices import Devices
 from rlhf_dist.loop.evaluation import Evaluation, evaluate
 from rlhf_dist.loop.events import Tell
 from rlhf_dist.loop.healing import Healing
+from rlhf_dist.loop.kept_state import KeptState
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.left_out import counted
 from rlhf_dist.loop.members import Members
-from rlhf_dist.loop.ports import AT_ONCE, Critic, Policy, Stop
+from rlhf_dist.loop.ports import AT_ONCE, Critic, Policy, Ranks, Stop
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.saving import Saver
 from rlhf_dist.loop.schedule import due
@@ -67,6 +68,10 @@ class Run:
     shaper: Shaper
     watch: CollapseWatch
     stop: Stop = AT_ONCE
+    ranks: Ranks | None = None
+    """None where ranks that are lost stay so."""
+    kept: KeptState | None = None
+    """None without `learner.keep_state_every`."""
 
     @property
     def rules(self) -> Rules:
@@ -93,29 +98,28 @@ class Outcome:
     """As in `State`."""
 
 
-def train(run: Run, state: State | None) -> Outcome:
+def train(run: Run, state: State | None, life: int = 0, devices: Devices | None = None) -> Outcome:
     """Train to `loop.steps`; returns the evaluations before and after. `state`: of the checkpoint resumed from.
 
-    Raises KeyboardInterrupt where the run is told to end, once its last whole step is saved.
+    `life`: how often the learner was started again before; `devices` have booked the time that the last of these took.
+    Raises `RanksLost` or `RanksSilent` where it has to be again, KeyboardInterrupt where the run is told to end, once
+    its last whole step is saved.
     """
     loop = run.config.loop
     step = resume(run, state)
-    devices = Devices(run.members)
-    shell = start_shell(run, state, devices)
+    devices = Devices(run.members) if devices is None else devices
+    shell = start_shell(run, state, devices, life)
     push_first(run, step)
     watch = Stopwatch(before=0.0 if state is None else state.elapsed, begins=devices.goodput.phase)
     before, results, answers = evaluate_first(run, shell) if state is None else known(run, state)
-    if cuts(run.rules.sampling):
-        run.telemetry.warn(
-            "rollout.top_p or top_k cuts what is sampled from: rollout/logprob_diff_* then compares two distributions, "
-            "and no difference is warned of"
-        )
+    warn_of_cuts(run)
     if step < loop.steps:
         run.progress.stage(f"taking step {step + 1}")
         run.telemetry.event("training_started", f"step {step + 1} begins", step=step + 1)
     watch.begin()
     shell.published(step)
-    devices.goodput.lap()  # What came before belongs to no step.
+    if not life:
+        devices.goodput.lap()  # What came before belongs to no step.
     saver = Saver(run, state)
     with run.stop.deferred():
         while step < loop.steps:
@@ -202,18 +206,21 @@ def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch, saver: Saver)
     return Step(metrics, report.histograms, push, experiences)
 
 
-def start_shell(run: Run, state: State | None, devices: Devices) -> Shell:
+def start_shell(run: Run, state: State | None, devices: Devices, life: int = 0) -> Shell:
     """The controller with its shell; groups that were open in `state` are issued first."""
     prompts = ResumedPrompts(run.stream, {} if state is None else state.open)
-    controller = Controller(run.rules, prompts, run.members, 0 if state is None else state.step, run.healing)
+    rules, step = replace(run.rules, life=life), 0 if state is None else state.step
+    controller = Controller(rules, prompts, run.members, step, run.healing)
+    before = devices.goodput.look
+    return Shell(controller, run.actors, ledger=run.ledger, tell=lambda line: tell_of(run, line), before=before)
 
-    def told(line: Tell) -> None:
-        if line.kind == "warning":
-            run.telemetry.warn(line.message, "fault", who(line.message))
-        else:
-            run.telemetry.event(line.kind, line.message, uid=line.uid)
 
-    return Shell(controller, run.actors, ledger=run.ledger, tell=told, before=devices.goodput.look)
+def tell_of(run: Run, line: Tell) -> None:
+    """Into the event log; a warning calls people, too."""
+    if line.kind == "warning":
+        run.telemetry.warn(line.message, "fault", who(line.message))
+    else:
+        run.telemetry.event(line.kind, line.message, uid=line.uid)
 
 
 class ResumedPrompts:
@@ -324,6 +331,15 @@ def tell(run: Run, shell: Shell, step: int, taken: Step, metrics: dict[str, floa
     every = config.telemetry.samples_every
     if every and (step == 1 or step % every == 0):
         run.telemetry.samples(step, sample_rows(run, shell, taken.experiences))
+
+
+def warn_of_cuts(run: Run) -> None:
+    """Where tokens are drawn from a part of the distribution only."""
+    if cuts(run.rules.sampling):
+        run.telemetry.warn(
+            "rollout.top_p or top_k cuts what is sampled from: rollout/logprob_diff_* then compares two distributions, "
+            "and no difference is warned of"
+        )
 
 
 def cuts(sampling: Sampling) -> bool:

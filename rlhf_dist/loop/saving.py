@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_dist.learner.checkpoint_files import EMA_FILES, MASK_FILES, checkpoint_files, critic_files
+from rlhf_dist.loop.kept_state import KeptState
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.shell import Shell
 from rlhf_dist.loop.step import learns_policy
 from rlhf_dist.loop.train_state import State
+from rlhf_dist.models.checkpoints import step_of
 from rlhf_dist.scoring.reference_files import reference_files
 
 if TYPE_CHECKING:  # rl_training.py saves with this file
@@ -21,9 +24,11 @@ class Saver:
     """Between two steps the weights stand still, so the last step can be saved until the next one is trained."""
 
     def __init__(self, run: Run, state: State | None) -> None:
-        """`state`: of the checkpoint resumed from."""
+        """`state`: what the run goes on from."""
         self._run = run
-        self._last = self._saved = state
+        self._last, saved = state, run.directory.latest_checkpoint()
+        # A state that was kept in memory alone is not saved.
+        self._saved = state if state is not None and saved is not None and step_of(saved) == state.step else None
         self._cursor: dict[str, int | str] = {}
         self._open: dict[str, int] = {}
 
@@ -66,6 +71,8 @@ class Saver:
         )
         if due(run.config.loop.checkpoint_every, step, steps):
             self._save()
+        elif run.kept is not None and run.kept.due(step, steps):
+            keep(run, run.kept, replace(self._last, ledger=run.ledger.totals(step)))
 
     def end_if_asked(self) -> None:
         """Where the run is told to end: save the last step, unless it is saved. Raises KeyboardInterrupt then.
@@ -89,7 +96,21 @@ class Saver:
 
 def checkpoint(run: Run, state: State) -> None:
     """Write a checkpoint that a resume and `from_pretrained` can use; the one before stays until this one is whole."""
-    folder = run.directory.begin_checkpoint(state.step).absolute()
+    needed = write_parts(run, state.step, run.directory.begin_checkpoint(state.step).absolute())
+    run.telemetry.keep()  # a checkpoint must not be newer than the metrics of its step
+    final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints, asdict(state), needed)
+    told = f"wrote {final}"
+    run.telemetry.event("checkpoint", told, step=state.step)
+    run.progress.note(told)
+
+
+def keep(run: Run, kept: KeptState, state: State) -> None:
+    """The same into shared memory, from where ranks that are started again go on."""
+    kept.commit(state.step, asdict(state), write_parts(run, state.step, kept.begin(state.step)))
+
+
+def write_parts(run: Run, step: int, folder: Path) -> list[str]:
+    """Have every process write its part of the state after `step`; the files that tell that all is there."""
     run.policy.save(folder)
     if run.critic is not None:
         run.critic.save(folder)
@@ -100,12 +121,8 @@ def checkpoint(run: Run, state: State) -> None:
         needed += MASK_FILES
     if run.algorithm.needs_critic:
         needed += critic_files(run.config.critic.start == "shared", run.policy.ranks)
-    if run.config.learner.ema_decay and learns_policy(run.learning, state.step):
+    if run.config.learner.ema_decay and learns_policy(run.learning, step):
         needed += EMA_FILES
     if run.actors.reference is not None:
-        needed += reference_files(run.config.reference, run.config.model.dtype, state.step)
-    run.telemetry.keep()  # a checkpoint must not be newer than the metrics of its step
-    final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints, asdict(state), needed)
-    told = f"wrote {final}"
-    run.telemetry.event("checkpoint", told, step=state.step)
-    run.progress.note(told)
+        needed += reference_files(run.config.reference, run.config.model.dtype, step)
+    return needed

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from rlhf_dist.errors import RanksLost
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.events import (
     Answer,
@@ -24,6 +25,7 @@ from rlhf_dist.loop.events import (
     KeepReference,
     Lost,
     Published,
+    Rebuild,
     Respawn,
     Score,
     Serving,
@@ -86,6 +88,8 @@ class Shell:
 
     def hear(self, events: Sequence[Event]) -> None:
         """Do what follows from the events: what can be done at once (ledger, collator), then the rest in its order.
+
+        Raises `RanksLost` where the learner has to be started again, and what ends the run.
 
         Signs of life come all the time, so that time is looked at also while the learner side waits for its ranks.
         """
@@ -164,8 +168,11 @@ class Shell:
         if bodies := {command.key: command.body for command in found if isinstance(command, Keep)}:
             self._actors.bodies.keep(bodies)
         for command in found:
-            if not isinstance(command, Book | Keep):
+            if not isinstance(command, Book | Keep | Rebuild):
                 self._carry_out(command)
+        for command in found:
+            if isinstance(command, Rebuild):  # last: the others have to be done all the same
+                raise RanksLost(command.why)
 
     def _carry_out(self, command: Command) -> None:
         actors = self._actors

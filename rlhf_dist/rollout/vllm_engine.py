@@ -139,6 +139,7 @@ class VllmEngine:
         self.kv_after_push = config.kv_after_push
         self._can_exchange = can_exchange(config, device)
         self._asleep = set[str]()  # what has no memory until it is needed
+        self._loads = 0
         self._salt = ""  # of new requests: vLLM lets them share cached keys and values with those of the same salt only
         self._weights = EngineWeights(name, self._engine, self._renew_caches)
         self.tokenizer: Any = self._engine.get_tokenizer()
@@ -231,9 +232,9 @@ class VllmEngine:
             text = text_of(self.tokenizer, begun, special=False).rstrip(HALF_CHARACTER)
             self._state(turn.key).detokenizer.output_text = text[-before:] if before else ""
 
-    def _renew_caches(self, version: int) -> str:
+    def _renew_caches(self) -> str:
         """See `EngineWeights`."""
-        return self._compute_again() if self.kv_after_push == "recompute" else self._begin_again(version)
+        return self._compute_again() if self.kv_after_push == "recompute" else self._begin_again()
 
     def _compute_again(self) -> str:
         """Requests that run are prefilled again; without them vLLM would forget nothing while there are any."""
@@ -246,12 +247,14 @@ class VllmEngine:
         what = f"vLLM did not give up the keys and values of the old weights{why}"
         return f"{what}; with rollout.kv_after_push keep it would not have to"
 
-    def _begin_again(self, version: int) -> str:
+    def _begin_again(self) -> str:
         """What is cached stays with the requests that it belongs to.
 
-        No other request may read it, so new ones get another salt, and those without a token begin again with that.
+        No other request may read it, so new ones get another salt, and those without a token begin again with that. The
+        version would not do: after a loss of the learner the same number may come again with other weights.
         """
-        self._salt = str(version)
+        self._loads += 1
+        self._salt = str(self._loads)
         waiting = [turn for turn in self._turns.values() if not self.sampled(turn.key)]
         try:
             self.abort([turn.key for turn in waiting])

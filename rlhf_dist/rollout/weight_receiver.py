@@ -57,10 +57,10 @@ class EngineWeights:
     version: int
     """Of the weights that new tokens are sampled with."""
 
-    def __init__(self, name: str, engine: Any, renew_caches: Callable[[int], str]) -> None:
+    def __init__(self, name: str, engine: Any, renew_caches: Callable[[], str]) -> None:
         """`name`: of the rollout worker, for receipts. `engine`: vLLM's, whose workers are `WeightReceiver`s.
 
-        `renew_caches` is called with each version once its weights are in. It returns why requests that begin from now
+        `renew_caches` is called once the weights of a version are in. It returns why requests that begin from now
         on may read keys and values of older weights; nothing where they do not.
         """
         self._name = name
@@ -148,7 +148,7 @@ class EngineWeights:
         )
 
     def _require_renewed(self, announcement: Announcement) -> None:
-        problem = self._renew_caches(announcement.version)
+        problem = self._renew_caches()
         if problem:
             raise self._broken(announcement, f"is done, but {problem}")
 

@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 OTHER = "wait_other"
-IDLE_WORKER = {"train": "wait_train", "value": "wait_value", "sync": "sync"}
+RECOVER = "recover"
+"""Phase in which ranks that were lost are started again: who has nothing else to do is booked to it. Steps without such
+a phase have no share of it."""
+IDLE_WORKER = {"train": "wait_train", "value": "wait_value", "sync": "sync", RECOVER: RECOVER}
 """Phase of the learner side -> what a rollout worker without requests is booked to. A push is its own business, too. In
 any other phase it waits for scores, slower workers or something else."""
 ROLLOUT_CAUSES = ("generate", "sync", "wait_train", "wait_slowest", "wait_score", OTHER)
@@ -17,7 +20,7 @@ SCORING_CAUSES = ("score", "wait_generate", "wait_learner", OTHER)
 """What every step has a share of."""
 WITH_CRITIC = {"rollout": ("wait_value",), "learner": ("value",)}
 """Side -> what it has a share of in steps with a phase `value`, too."""
-LEARNER = {"train": "train", "value": "value", "sync": "sync"}
+LEARNER = {"train": "train", "value": "value", "sync": "sync", RECOVER: RECOVER}
 """Phase of the learner side -> what its devices are booked to; in any other they wait."""
 
 
@@ -89,6 +92,8 @@ def idle_worker(phase: str, side: ActorSide) -> str:
 
 def idle_server(phase: str, side: ActorSide) -> str:
     """What a scoring or reference server without work waits for."""
+    if phase == RECOVER:
+        return RECOVER
     if side.generating:
         return "wait_generate"
     return "wait_learner" if phase in LEARNER else OTHER

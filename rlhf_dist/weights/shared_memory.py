@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import secrets
+import shutil
 import struct
 import time
 from bisect import bisect_left
@@ -35,6 +36,8 @@ if TYPE_CHECKING:  # who only sweeps, or asks for room, does not wait seconds fo
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "rlhf_dist-"
+STATE, STATE_LOCK = ".state", ".lock"
+"""Endings of a run's private folder, and of the file beside it whose lock tells that the run goes on."""
 BUFFERS = 2
 PART_BYTES = 2**22
 """Copied and then hashed at a time: it stays in a core's cache in between."""
@@ -46,17 +49,22 @@ MAKE_ROOM = (
 )
 
 
-def require_room(nbytes: int) -> None:
-    """Refuse to start where shared memory has no room for the buffers, of `nbytes` each. Raises `ResourceError`."""
+def require_room(nbytes: int, kept: int = 0) -> None:
+    """Refuse to start where shared memory has no room for the buffers, of `nbytes` each. Raises `ResourceError`.
+
+    `kept`: bytes of the states that the run keeps there besides.
+    """
     sweep(SHARED_MEMORY)
     try:
         found = os.statvfs(SHARED_MEMORY)
     except OSError as error:
         raise ResourceError(f"{SHARED_MEMORY}: shared memory cannot be used: {error.strerror}") from None
     free, needed = found.f_bavail * found.f_frsize, BUFFERS * nbytes
-    if free < needed:
+    if free < needed + kept:
+        wanted = f"pushes need {size_text(needed)} for two copies of the weights" if needed else ""
+        state = f"learner.keep_state_every needs {size_text(kept)} for two states of the learner" if kept else ""
         raise ResourceError(
-            f"{SHARED_MEMORY}: pushes need {size_text(needed)} for two copies of the weights, and "
+            f"{SHARED_MEMORY}: {', and '.join(filter(None, [wanted, state]))}, and "
             f"{size_text(free, up=False)} are free; {MAKE_ROOM}"
         )
 
@@ -361,8 +369,28 @@ def others_with_open(path: Path) -> list[int]:
     return sorted(set(found) - {os.getpid()})
 
 
+def private_folder() -> tuple[Path, IO[bytes]]:
+    """A new folder in shared memory that only this user can enter, and what tells `sweep` that it is in use.
+
+    It is removed with the next sweep once that is closed, or this process has ended. Raises `ResourceError`.
+    """
+    sweep(SHARED_MEMORY)
+    path = SHARED_MEMORY / f"{PREFIX}{os.getuid()}-{secrets.token_hex(8)}{STATE}"
+    try:
+        lock_of = locked_file(path.with_suffix(STATE_LOCK))
+        path.mkdir(mode=0o700)
+    except OSError as error:
+        raise ResourceError(f"{path}: shared memory cannot be used: {error.strerror}") from None
+    return path, lock_of
+
+
 def sweep(folder: Path) -> None:
-    """Remove this user's files of learners that were killed: nobody holds their lock."""
+    """Remove this user's files of learners that were killed, and folders of such runs: nobody holds their lock."""
+    for path in folder.glob(f"{PREFIX}{os.getuid()}-*{STATE_LOCK}"):
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.with_suffix(STATE), ignore_errors=True)
+            path.unlink()
     for path in folder.glob(f"{PREFIX}{os.getuid()}-*.weights"):
         with suppress(OSError), path.open("rb") as file:  # another process may be sweeping too, or the lock is held
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -29,7 +29,8 @@ LEASHED = AlgoConfig(name="ppo", kl=KLConfig(coef=0.1))
 """Has a critic and a reference."""
 
 
-PARTS: Any = wiring.Parts(None, None, None, None, wiring.LearnerSide(None, None))  # type: ignore[arg-type]
+NONE: Any = None
+PARTS = wiring.Parts(NONE, NONE, NONE, NONE, wiring.LearnerSide(NONE, NONE), Roster(NONE), NONE, NONE)
 
 
 def test_a_users_folder_hides_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_a_run_whose_ledger_does_not_add_up_fails(
 
     monkeypatch.setattr(build, "ray_session", session)
     monkeypatch.setattr(build, "start_fleets", lambda *_: PARTS)
-    monkeypatch.setattr(build.training, "train", trained)
+    monkeypatch.setattr(build, "train_to_the_end", trained)
     tiny = TinyConfig(hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1, max_positions=64)
     rollout = RolloutConfig(max_prompt_tokens=40, max_response_tokens=8, cpus=1)
     config = Config(name="run", output=str(tmp_path), rollout=rollout, telemetry=TelemetryConfig(wandb="off"))

@@ -39,10 +39,12 @@ def test_the_disk_for_a_directory_goes_by_its_files(tmp_path: Path) -> None:
 
 
 def test_shared_memory_is_asked_for_by_name_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = list[int]()
-    monkeypatch.setattr(preflight, "require_room", asked.append)
-    preflight.require_shared_memory(SEVEN, config(path=SEVEN, dtype="bfloat16"))
-    assert asked == [2 * 7_615_616_512]
+    asked = list[tuple[int, ...]]()
+    monkeypatch.setattr(preflight, "require_room", lambda *sizes: asked.append(sizes))
+    base = config(path=SEVEN, dtype="bfloat16")
+    preflight.require_shared_memory(SEVEN, base)
+    preflight.require_shared_memory(SEVEN, replace(base, learner=replace(base.learner, keep_state_every=5)))
+    assert asked == [(2 * 7_615_616_512, 0), (2 * 7_615_616_512, 2 * 7_615_616_512 * (2 + 12))]
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def test_the_logs_of_an_evaluation_go_unless_it_fails(
         if fails:
             raise RunError("it died")
         arrivals = SimpleNamespace(listen=lambda _: None, now=lambda: 0.0)
-        return build.Parts(SimpleNamespace(reference=None, arrivals=arrivals), None, None, None, None)  # type: ignore[arg-type]
+        return build.Parts(SimpleNamespace(reference=None, arrivals=arrivals), *[None] * 7)  # type: ignore[arg-type]
 
     monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
     for module in (build, trainer_ranks):

@@ -1,4 +1,5 @@
-"""A real run that loses a process of each kind that is started again, and comes to the same as one that loses none."""
+"""A real run that loses a process of each kind that is started again, the learner's rank among them, and comes to the
+same as one that loses none."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ CONFIG = """
 include: [{base}]
 output: {output}
 rollout: {{cpus: 1, max_response_tokens: 48}}
-learner: {{cpus: 1}}
+learner: {{cpus: 1, keep_state_every: 1}}
 reference: {{replicas: 1}}
 algo: {{kl: {{coef: 0.05}}}}
 scoring: {{rewards: {{vowels: {{kind: function, function: "fault_rewards:vowels"}}}}}}
@@ -38,9 +39,12 @@ FAULTS = [
     ("rollout worker 0", signal.SIGKILL, "killed by SIGKILL"),
     ("scoring server 0", signal.SIGSTOP, "gave no sign of life for 5 s (faults.heartbeat_s): it is stopped (state T)"),
     ("reference server 0", signal.SIGKILL, "killed by SIGKILL"),
+    ("learner rank 0", signal.SIGKILL, "killed by SIGKILL"),
     ("rollout worker 0", signal.SIGSTOP, "gave no sign of life for 5 s (faults.heartbeat_s): it is stopped (state T)"),
+    ("learner rank 0", signal.SIGSTOP, "gave no sign of life for 5 s (faults.heartbeat_s): it is stopped (state T)"),
 ]
 """(whom, how, what is said of it), one after the other."""
+RANKS = ("learner rank 0",)
 TIMES = ("time/", "goodput/", "rollout/group_s", "rollout/engine_")
 
 
@@ -67,7 +71,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def returned(run: Path) -> int:
-    return sum(event["kind"] == "returned" for event in lines(run / "events.jsonl"))
+    return sum(event["kind"] in ("returned", "rebuilt") for event in lines(run / "events.jsonl"))
+
+
+def last_step(run: Path) -> int:
+    return max((line["step"] for line in lines(run / "metrics.jsonl")), default=0)
 
 
 def hit(run: Path, process: subprocess.Popen[str], number: int) -> None:
@@ -76,8 +84,8 @@ def hit(run: Path, process: subprocess.Popen[str], number: int) -> None:
     pid = json.loads((run / "logs" / f"{name.replace(' ', '-')}.pid").read_text())["pid"]
     os.kill(pid, how)
     wait_until(lambda: returned(run) == number + 1, process)
-    steps = len(lines(run / "metrics.jsonl"))
-    wait_until(lambda: len(lines(run / "metrics.jsonl")) > steps, process)
+    step = last_step(run)
+    wait_until(lambda: last_step(run) > step, process)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +99,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
     assert whole.code == 0, whole.stderr
     process, run = place.start("train", "name=faulty"), folder / "runs" / "faulty"
     try:
-        wait_until(lambda: len(lines(run / "metrics.jsonl")) > 1, process)
+        wait_until(lambda: last_step(run) > 1, process)  # the state after the first is kept
         for number in range(len(FAULTS)):
             hit(run, process, number)
         yield Faulty(folder, place.finish(process))
@@ -117,9 +125,22 @@ def test_each_loss_is_told_with_its_cause_and_the_return(faulty: Faulty) -> None
     told = [event["message"] for event in events if event["facts"].get("alert") == "fault"]
     assert len(told) == len(FAULTS)
     for message, (name, _, why) in zip(told, FAULTS, strict=True):
-        assert message.startswith(name) and why in message and message.endswith(f"{name} is started again")
+        end = "all ranks are started again, from step" if name in RANKS else f"{name} is started again"
+        assert message.startswith(name) and why in message and end in message.split("; ")[-1]
     back = [event["message"] for event in events if event["kind"] == "returned"]
-    assert back == [f"{name} is ready again" for name, _, _ in FAULTS]
+    assert back == [f"{name} is ready again" for name, _, _ in FAULTS if name not in RANKS]
+
+
+def test_a_lost_rank_costs_one_step_at_most(faulty: Faulty) -> None:
+    """Each resume goes on from the state of the last step that was whole: no more than its groups are issued again."""
+    events = faulty.lines("faulty", "events.jsonl")
+    rebuilt = [event["facts"] for event in events if event["kind"] == "rebuilt"]
+    resumed = [event["facts"] for event in events if event["kind"] == "resume"]
+    assert len(rebuilt) == len(resumed) == sum(name in RANKS for name, _, _ in FAULTS)
+    for built, again in zip(rebuilt, resumed, strict=True):
+        assert built["kept"] and built["step"] == again["step"] > 0
+        assert again["metrics_moved"] <= 1 and again["prompts_reissued"] <= 2 * 4
+    assert not list(Path("/dev/shm").glob(f"rlhf_dist-{os.getuid()}-*.state")), "its memory is given back"
 
 
 def test_nothing_is_lost_or_used_twice(faulty: Faulty) -> None:

@@ -207,14 +207,13 @@ class Bodies:
     def batches(self, shards: Sequence[Shard], keys: Sequence[str], compared: bool) -> list[Handle[RankBatch]]:
         return [Handle(batch) for batch in self.collator.batches(shards, keys, compared)]
 
-    def keep(self, bodies: Mapping[str, Handle[Group]]) -> None:
-        raise NotImplementedError
+    def keep(self, bodies: Mapping[str, Handle[Group]]) -> None: ...
 
-    def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:
-        raise NotImplementedError
+    def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None: ...
 
-    def forget(self, keys: Sequence[str]) -> None:
-        raise NotImplementedError
+    def forget(self, keys: Sequence[str]) -> None: ...
+
+    def forget_all(self) -> None: ...
 
     def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
         raise NotImplementedError

@@ -251,6 +251,10 @@ class FakeBodies:
     def forget(self, keys: Sequence[str]) -> None:
         self.kept -= set(keys)
 
+    def forget_all(self) -> None:
+        self.kept.clear()
+        self.references.clear()
+
     def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
         assert set(keys) <= self.kept
         return [("abc",)] * len(keys)

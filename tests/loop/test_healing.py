@@ -20,6 +20,7 @@ from rlhf_dist.loop.events import (
     MemberKind,
     NotStarted,
     Pulse,
+    Rebuild,
     Respawn,
     Returned,
     Score,
@@ -106,10 +107,37 @@ def test_losses_beyond_the_window_do_not_count() -> None:
         made.now += 50.1
 
 
-@pytest.mark.parametrize("name", ["collator", "rank"])
-def test_who_holds_what_nobody_else_has_ends_the_run(name: str) -> None:
-    with pytest.raises(ActorLost, match=f"^{name} died$"):
-        rig().hear(Lost(name, f"{name} died"))
+def test_who_holds_what_nobody_else_has_ends_the_run() -> None:
+    with pytest.raises(ActorLost, match="collator died"):
+        rig().hear(Lost("collator", "collator died"))
+
+
+def test_a_lost_rank_has_all_of_them_started_again_and_who_does_it_tells() -> None:
+    assert rig().hear(Lost("rank", "rank died")) == [Rebuild("rank died")]
+
+
+def test_ranks_are_counted_together_and_each_is_waited_for() -> None:
+    found = Healing({"one": "learner", "two": "critic"}, respawns=2, window_s=100.0, pulse_s=15.0, start_s=50.0)
+    members = rig().members
+    for now in (0.0, 10.0):
+        for name in found.ranks:
+            found.pulse(name, now)
+        found.rebuild(f"{now:g}", now)
+        found.pulse("one", now)
+        assert not found.watches("one"), "a late sign of the rank before"
+        for name in found.ranks:
+            assert found.returned(name, now)
+    found.rebuild("20", 110.0)
+    assert late(found.overdue(160.1, members, []), "start") == [("one", False), ("two", False)]
+    with pytest.raises(ActorLost, match=re.escape("the learner was lost 3 times within 100 s (faults.window_s)")):
+        found.rebuild("30", 110.0)
+
+
+def test_a_rank_whose_engines_hold_a_state_of_their_own_ends_the_run() -> None:
+    made = Rig(rules_with(), healing=healing(unique=("rank",)))
+    made.hear(Pulse("rank"))
+    with pytest.raises(ActorLost, match="rank died"):
+        made.hear(Lost("rank", "rank died"))
 
 
 def test_a_reference_that_moves_cannot_begin_where_the_run_began() -> None:

@@ -119,6 +119,9 @@ class Collator:
     def forget(self, keys: Sequence[str]) -> None:
         self._ports.post("collator", self._ports.forget, tuple(keys))
 
+    def forget_all(self) -> None:
+        raise NotImplementedError
+
     def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
         raise NotImplementedError
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf_dist.errors import EngineBroken, WeightSyncError
+from rlhf_dist.rollout.vllm_engine import VllmEngine
 from rlhf_dist.rollout.weight_receiver import UNPUBLISHED, EngineWeights, Loaded
 from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement, MeetingPoint, Round, receipt_problem
@@ -47,8 +48,8 @@ class Engine:
             return [replace(one, hashes=self.hashes) for one in self.loaded]
         return [self.mask_refusal if method == "follow_mask" else ""]
 
-    def renew_caches(self, version: int) -> str:
-        self.asked.append(f"caches of version {version}")
+    def renew_caches(self) -> str:
+        self.asked.append("caches")
         return self.caches
 
     def set_weight_version(self, version: str) -> None:
@@ -68,7 +69,7 @@ def test_a_load_hashes_loads_forgets_and_takes_the_version() -> None:
         "take_weights",
         "load_taken_weights",
         "release_weights",
-        "caches of version 1",
+        "caches",
         "follow_mask",
         "version 1",
     ]
@@ -85,6 +86,17 @@ def test_weights_that_are_held_get_a_number_and_the_mask_its_turn() -> None:
     other = make_plan([("norm", (4,), "float32"), ("qkv", (2, 6), "float32")], 1)
     weights.load(replace(ANNOUNCEMENT, version=3, plan=other))
     assert "take_weights" in engine.asked, "the same bytes under another layout are other weights"
+
+
+def test_no_two_loads_share_cached_keys_and_values_though_the_version_is_the_same() -> None:
+    """As after a loss of the learner, which goes back."""
+    engine = object.__new__(VllmEngine)
+    engine._loads, engine._salt, engine._turns = 0, "", {}
+    salts = [engine._salt]
+    for _ in range(3):
+        assert engine._begin_again() == ""
+        salts.append(engine._salt)
+    assert len(set(salts)) == 4
 
 
 def test_an_engine_takes_part_in_a_transfer_whatever_it_holds() -> None:
@@ -118,7 +130,7 @@ def test_a_version_that_was_prepared_only_has_to_be_exchanged() -> None:
     assert weights.version == UNPUBLISHED, "it is not in use yet"
     engine.asked.clear()
     assert receipt_problem(ANNOUNCEMENT, weights.load(ANNOUNCEMENT)) is None
-    assert engine.asked == ["exchange_weights", "caches of version 1", "follow_mask", "version 1"]
+    assert engine.asked == ["exchange_weights", "caches", "follow_mask", "version 1"]
     engine.asked.clear()
     weights.prepare(replace(ANNOUNCEMENT, version=2))
     assert engine.asked == [], "the engine holds these weights"

@@ -12,7 +12,7 @@ import torch
 from rlhf_dist.algo.losses import clipped_policy_loss, clipped_value_loss
 from rlhf_dist.learner.token_sums import EstimateSums
 from rlhf_dist.loop.devices import EngineLoads
-from rlhf_dist.telemetry.goodput import ActorSide, Goodput
+from rlhf_dist.telemetry.goodput import RECOVER, ActorSide, Goodput
 from rlhf_dist.telemetry.timeline import Stopwatch
 from rlhf_dist.types import Beat
 
@@ -42,10 +42,10 @@ def texts(room: str) -> Iterator[str]:
 
 
 def goodput_names() -> set[str]:
-    """Of a run with a critic."""
+    """Of a run with a critic that lost a rank."""
     now = iter(range(100))
     goodput = Goodput(lambda: ActorSide(1, 1, 1, 1), lambda: float(next(now)))
-    for phase in (*PHASES, ""):
+    for phase in (*PHASES, RECOVER, ""):
         goodput.phase(phase)
     return set(goodput.lap())
 

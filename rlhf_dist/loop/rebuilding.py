@@ -1,0 +1,104 @@
+"""Ranks that are lost: they are started again inside the run, which goes on from the newest state, as a resume does.
+
+Engines, servers and the collator stay. Nothing that they still say of the time before is taken for an answer to what is
+asked from then on: every request has the number of the learner's life in its key (`types.Request.life`), requests under
+way are cancelled, and the collator forgets all that it has.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from rlhf_dist.errors import DataError, RanksLost, RanksSilent
+from rlhf_dist.loop.controller import Controller
+from rlhf_dist.loop.devices import Devices
+from rlhf_dist.loop.rl_training import Outcome, Run, tell_of, train, who
+from rlhf_dist.loop.shell import Shell
+from rlhf_dist.loop.train_state import State, put_back, read_state
+from rlhf_dist.models.checkpoints import problems, step_of
+from rlhf_dist.telemetry.goodput import RECOVER
+
+
+def train_to_the_end(run: Run, state: State | None) -> Outcome:
+    """`rl_training.train`, entered again where ranks are lost. Raises what ends the run.
+
+    Without any state that was saved the run begins again from its start.
+    """
+    began = State(
+        0, run.config.loop.steps, dict(run.stream.cursor()), {}, {}, {}, run.shaper.state(), run.watch.state()
+    )
+    life, devices = 0, Devices(run.members)
+    while True:
+        try:
+            return train(run, state, life, devices)
+        except (RanksLost, RanksSilent) as loss:
+            if run.ranks is None or not run.healing.ranks:
+                raise
+            life += 1
+            state = rebuilt(run, loss, life, devices)
+        if state is None:
+            put_back(began, run.stream, run.shaper, run.watch)
+
+
+def rebuilt(run: Run, loss: Exception, life: int, devices: Devices) -> State | None:
+    """Start the ranks again; the state that they have now, None: that of the run's start.
+
+    `devices`: where the time is booked, which counts for the next step.
+    Raises `ActorLost` where that was done too often, with a report.
+    """
+    assert run.ranks is not None
+    began, why = time.monotonic(), str(loss)
+    devices.goodput.phase(RECOVER)
+    folder, state = newest(run)
+    step = 0 if state is None else state.step
+    stand_still(run, life, devices)
+    while True:
+        run.healing.rebuild(why, run.actors.arrivals.now())
+        run.telemetry.warn(f"{why}; all ranks are started again, from step {step}", "fault", who(why))
+        run.progress.stage(f"starting the learner again, from step {step}")
+        try:
+            for problem in run.ranks.rebuild(folder):
+                run.telemetry.warn(problem, "fault", who(problem))
+            break
+        except (RanksLost, RanksSilent) as again:
+            why = str(again)
+    for name in run.healing.ranks:
+        run.healing.returned(name, run.actors.arrivals.now())
+    devices.goodput.phase("")
+    seconds = round(time.monotonic() - began, 1)
+    told = f"the learner is ready again after {seconds:g} s and goes on from step {step}"
+    run.telemetry.event("rebuilt", told, step=step, seconds=seconds, kept=folder is not None and is_kept(run, folder))
+    run.progress.note(told)
+    return state
+
+
+def stand_still(run: Run, life: int, devices: Devices) -> None:
+    """End what is under way. Until the loop is entered again, processes are watched and started again as before."""
+    actors = run.actors
+    for command in run.members.begin_anew():
+        actors.rollouts.cancel(command.worker, command.keys)
+    actors.bodies.forget_all()
+    controller = Controller(replace(run.rules, life=life), None, run.members, healing=run.healing)
+    Shell(controller, actors, tell=lambda line: tell_of(run, line), before=devices.goodput.look)
+
+
+def newest(run: Run) -> tuple[Path | None, State | None]:
+    """Folder and state of what was saved last; none before the first. Raises DataError where it is damaged."""
+    saved = run.directory.latest_checkpoint()
+    kept = None if run.kept is None else run.kept.newest()
+    if kept is not None and (saved is None or step_of(saved) < step_of(kept)):
+        if not (found := problems(kept)):
+            return kept, read_state(kept)
+        run.telemetry.warn(f"{found[0]}; the checkpoint before is used")
+    if saved is None:
+        return None, None
+    if found := problems(saved):
+        raise DataError(found[0])
+    return saved, read_state(saved)
+
+
+def is_kept(run: Run, folder: Path) -> bool:
+    """Whether this is the state in shared memory."""
+    return run.kept is not None and run.kept.newest() == folder
