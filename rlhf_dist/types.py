@@ -274,16 +274,18 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class NonFinite:
-    """A response with a reward that is NaN or infinite. What becomes of it says `scoring.non_finite`."""
+    """A response with a reward that is NaN or infinite (`scoring.non_finite`) or that failed (`scoring.on_failure`)."""
 
     uid: str
     """Of its prompt; empty for a text that came without one."""
     sample: int
     """Which of its group's."""
     rewards: Mapping[str, float]
-    """Name of each reward that is not finite -> what it was."""
+    """Name of each reward that came and is not finite -> what it was."""
     response: str
     """Its text as Python writes it, cut for a message."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Name of each reward that failed for this response alone, too -> why, in its own words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +293,7 @@ class Scores:
     """The rewards of one prompt group."""
 
     total: np.ndarray
-    """float32 [n]; weighted sum of the components; NaN for a response that is to be left out (`scoring.non_finite`)."""
+    """float32 [n]; weighted sum of the components; NaN for a response that is to be left out (see `NonFinite`)."""
     components: Mapping[str, np.ndarray]
     """Name of each reward -> float32 [n], before its weight."""
     distinct: np.ndarray
@@ -300,7 +302,9 @@ class Scores:
     hashes: np.ndarray
     """uint64 [n]; of each response's text, to tell how many of a step are different."""
     non_finite: tuple[NonFinite, ...] = ()
-    """The responses with a reward that came as NaN or infinite, also where that counts as 0."""
+    """The responses with a reward that failed, or that came as NaN or infinite, also where that counts as 0."""
+    asked_again: int = 0
+    """Responses that a reward was asked for by themselves, since it had failed for them together."""
 
 
 @dataclass(frozen=True, slots=True)

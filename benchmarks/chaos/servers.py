@@ -192,6 +192,10 @@ class Collator(Group):
             self.bodies.pop(key, None)
             self.logprobs.pop(key, None)
 
+    def forget_all(self) -> None:
+        """See `ports.Bodies`."""
+        self._world.post(COLLATOR, self._forget, tuple({**self.bodies, **self.logprobs}))
+
     def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
         """See `ports.Bodies`."""
         self._call("show samples")

@@ -23,7 +23,7 @@ CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 TAKEN_NAMES = re.compile(
     "mean|std|distribution|proxy|gold|reward|reward_std|gold_std|kl|shaped_mean|groups_without_signal|distinct_responses|greedy|"
     "response_length|greedy_reward|greedy_accuracy|sampled_accuracy|dropped|running_mean|running_std|score_clipped|"
-    "non_finite"
+    "non_finite|failed|failed_share|asked_again"
 )
 """Rewards are shown as reward/NAME and eval/NAME: these names are in use there (`gold` for the one it is)."""
 

@@ -260,6 +260,11 @@ BETTER_RESPONSE = only(
     "set it to 0",
 )
 SCORES_HAVE_A_LIMIT = where("kind", but("model"), "take it out; scoring.timeout_s is its limit")
+CAN_FAIL = only(
+    lambda c: any(spec.kind in ("number", "regex", "function", "http") for spec in c.scoring.rewards.values()),
+    " and no reward is of a kind that can fail and be left out: number, regex, function or http; take it out",
+)
+MASKED_FAILURES = where("scoring.on_failure", one_of("mask"), "set that to mask, or take it out")
 CAN_TAKE_LONG = where("kind", one_of("number", "regex", "function", "http"), "take it out; it cannot take long")
 TURNS_NEED_CHAT = says(
     lambda c, key: c.data.source == "task" and key.value == "guess" and not c.data.chat,

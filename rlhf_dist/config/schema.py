@@ -16,6 +16,7 @@ from rlhf_dist.config.keys import (
     LIMIT_S_OR_0,
     NOT_NEGATIVE,
     POSITIVE,
+    SHARE,
     SHARE_ABOVE_0,
     Range,
     key,
@@ -192,6 +193,13 @@ class ScoringConfig:
     non_finite: Literal["fail", "mask", "zero"] = "fail"
     """A reward that is NaN or infinite: ends the run; or leaves its response out of training (mask); or counts as 0
     before its weight (zero)."""
+    on_failure: Literal["fail", "mask"] = key("fail", effects.CAN_FAIL)
+    """A reward of kind regex, function, http, or number with math-verify, that fails: ends the run; or is asked for
+    each response of the group by itself, and those for which it fails again are left out of training (mask), whatever
+    `non_finite` says."""
+    max_failed_share: float = key(0.1, SHARE, effects.MASKED_FAILURES)
+    """Largest share of a step's or an evaluation's responses without a reward (`on_failure: mask`); above it the run
+    ends. 0: none."""
     replicas: int = key(1, COUNT)
     """Scoring servers; each holds every reward."""
     hedge_s: float = key(0.0, NOT_NEGATIVE, effects.SEVERAL_SERVERS)

@@ -54,7 +54,7 @@ from rlhf_dist.loop.events import (
 )
 from rlhf_dist.loop.hand_over import go_on, hand_overs
 from rlhf_dist.loop.healing import Healing, told_of, unwatched
-from rlhf_dist.loop.left_out import dropped as without_rewards, refuse_if_hopeless, with_finite_rewards
+from rlhf_dist.loop.left_out import Tally, refuse_if_hopeless, what_is_left
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.open_groups import OpenRequest
 from rlhf_dist.loop.reasons import (
@@ -71,7 +71,7 @@ from rlhf_dist.loop.reasons import (
 from rlhf_dist.loop.requests import greedy, make_request
 from rlhf_dist.loop.servers import Servers
 from rlhf_dist.loop.window import to_issue, to_take, too_old
-from rlhf_dist.types import Answered, Beat, DroppedPrompt, Experience, NonFinite, Partial, PartialLost, Unanswered
+from rlhf_dist.types import Answered, Beat, DroppedPrompt, Experience, Partial, PartialLost, Unanswered
 
 
 class Controller:
@@ -101,9 +101,10 @@ class Controller:
         """Groups so far; the number of the oldest open one when the last step was taken."""
         self._taken, self._in_step = step * rules.groups_per_step, 0
         """Groups that steps have taken; those of them whose version is not published."""
-        self._dropped, self._non_finite = Counter[str](), tuple[NonFinite, ...]()
-        self._arrived = False
-        """Whether a group has become ready since the last step was taken."""
+        self._dropped, self._arrived = Counter[str](), False
+        """By reason; whether a group has become ready since the last step was taken."""
+        self._tally = self._evaluated = Tally(rules.max_failed_share, rules.groups_per_step * rules.group_size)
+        """Of all that was scored since then; of the latest evaluation."""
         self.late = 0
         """Events since the last step was taken that were about requests not open, or about what was known of them."""
 
@@ -162,8 +163,8 @@ class Controller:
         seconds = float(np.mean([one.ready - one.since for one in chosen]))
         found = tuple(one.experience for one in chosen if one.experience is not None)
         attempts = tuple(one.attempt for one in chosen)
-        taken = Taken(found, attempts, dict(self._dropped), self._non_finite, self.late, seconds)
-        self._dropped, self._non_finite, self.late, self._arrived = Counter(), (), 0, False
+        taken = Taken(found, attempts, dict(self._dropped), self._tally, self.late, seconds)
+        self._dropped, self._tally, self.late, self._arrived = Counter(), self._tally.fresh(), 0, False
         return taken, commands + self._go_on(now)
 
     def finish(self) -> list[Command]:
@@ -219,6 +220,7 @@ class Controller:
             self._open[one.request.key] = one
             self._members.wait((one,), first=True)
         self._evaluations, self._awaited = self._evaluations + 1, self._awaited + len(event.requests)
+        self._evaluated = Tally(self._tally.most, sum(request.n for request in event.requests), "an evaluation")
 
     def _heard(self, event: About, now: float) -> list[Command]:
         """Something about a request, from the member that had it."""
@@ -272,13 +274,12 @@ class Controller:
         if experience is None or one.experience is not None:
             return []
         one.body = None
-        kept, non_finite = with_finite_rewards(experience), experience.scores.non_finite
-        lost = without_rewards(experience) if kept is None else None
+        (self._evaluated if one.evaluates else self._tally).add(experience.scores)
+        kept, lost = what_is_left(experience)
         if one.evaluates:
-            self._answers[one.request.purpose, one.request.uid] = Answer(kept, lost, non_finite)
+            self._answers[one.request.purpose, one.request.uid] = Answer(kept, lost, experience.scores.non_finite)
             # Who asked reads the texts of an answer, and has it forgotten then.
             return self._close(one) + ([Forget((one.request.key,))] if kept is None else [])
-        self._non_finite += non_finite
         if not one.trains:
             return self._compare_with_greedy(one, kept, lost, now)
         if kept is None:
@@ -322,7 +323,7 @@ class Controller:
         commands.append(Book("dropped", (one.attempt,), reason=reason))
         if reason not in UNTOLD:
             commands.append(Tell("dropped", f"prompt {uid}: {reason}: {detail}", uid))
-        refuse_if_hopeless(self._dropped[NON_FINITE], self._rules.groups_per_step, self._non_finite)
+        refuse_if_hopeless(self._dropped[NON_FINITE], self._rules.groups_per_step, self._tally.found)
         if self._prompts is not None and not self._arrived:
             refuse_whole_epoch(self._dropped, len(self._prompts), reason, detail)
         return commands

@@ -61,6 +61,8 @@ class Rules:
     """A greedy response beside each group."""
     compares: bool
     """There is a reference model."""
+    max_failed_share: float
+    """Of the responses that are scored, so many may have no reward; more end the run."""
     hedge_s: float = 0.0
     """See `servers.Servers`."""
     life: int = 0
@@ -102,6 +104,7 @@ def rules_of(config: Config, compares: bool, masked: bool) -> Rules:
         seed=config.seed,
         greedy_baseline=METHODS[algo.name].baseline == "greedy",
         compares=compares,
+        max_failed_share=config.scoring.max_failed_share,
         hedge_s=config.scoring.hedge_s,
     )
 

@@ -29,7 +29,7 @@ class Evaluation:
     answers: tuple[str, ...]
     """Greedy responses to the first prompts, in their order; why there is none, for a prompt that was dropped."""
     non_finite: tuple[NonFinite, ...]
-    """Responses with a reward that is not finite, greedy ones first."""
+    """Responses with a reward that failed or is not finite, greedy ones first."""
     version: int
     """Of the weights that sampled every token of it."""
 
@@ -39,11 +39,11 @@ class Collected:
     """What became of prompts that were sampled and scored."""
 
     experiences: Sequence[Experience]
-    """In the order of the prompts, without the samples that `scoring.non_finite: mask` leaves out."""
+    """In the order of the prompts, without the samples that `scoring.non_finite` or `scoring.on_failure` leaves out."""
     dropped: Sequence[DroppedPrompt]
     """Prompts that gave none, and why."""
     non_finite: tuple[NonFinite, ...]
-    """All responses with a reward that came as NaN or infinite."""
+    """All responses with a reward that failed, or came as NaN or infinite."""
 
 
 def evaluate(
@@ -69,8 +69,8 @@ def evaluate(
     `eval/distinct_responses`. Of the sampled ones only: `eval/kl`, nats per response, with a `reference`.
     Of the greedy ones: `eval/greedy_reward`; `eval/response_length`, tokens.
     `eval/dropped`: prompts that gave no greedy response, if any; they count as not solved. `eval/non_finite`: responses
-    with a reward that is not finite, if any; those that `scoring.non_finite` leaves out count as not solved and in no
-    mean. Raises `DataError` if all prompts are dropped, `RewardError` if that is for their rewards.
+    with a reward that is not finite, `eval/failed`: with one that failed, if any; those that are left out count as not
+    solved and in no mean. Raises `DataError` if all prompts are dropped, `RewardError` if that is for their rewards.
     """
     requests = make_requests(prompts, "eval_greedy", 1, without_chance(sampling), seed)
     if config.samples:
@@ -95,8 +95,7 @@ def evaluate(
     metrics["eval/response_length"] = float(np.mean([e.head.lengths.mean() for e in greedy]))
     if dropped:
         metrics["eval/dropped"] = float(len(dropped))
-    if non_finite:
-        metrics["eval/non_finite"] = float(len(non_finite))
+    metrics |= unusable(non_finite)
     shown = sample_answers(prompts, greedy, dropped, shell)
     shell.forget([experience.key for experience in (*greedy, *sampled)])
     return Evaluation(metrics, shown, non_finite, version_of([*greedy, *sampled]))
@@ -112,6 +111,15 @@ def collected(prompts: Sequence[Prompt], purpose: Purpose, answers: Mapping[tupl
     )
 
 
+def unusable(found: Sequence[NonFinite]) -> dict[str, float]:
+    """How many have a reward that is not finite, and that failed; nothing of what there is none of."""
+    counts = {
+        "eval/non_finite": sum(bool(bad.rewards) for bad in found),
+        "eval/failed": sum(bool(bad.failed) for bad in found),
+    }
+    return {name: float(count) for name, count in counts.items() if count}
+
+
 def version_of(found: Sequence[Experience]) -> int:
     """The one version of all their tokens: nothing is pushed while an evaluation is under way."""
     versions = {version for e in found for version in (e.head.oldest_version, e.head.newest_version)}
@@ -124,9 +132,9 @@ def require_some(found: Collected) -> None:
     if not found.experiences:
         last = found.dropped[-1]
         if last.reason == NON_FINITE:
+            way = "" if any(bad.failed for bad in found.non_finite) else ", or set scoring.non_finite to zero"
             raise RewardError(
-                f"no held-out prompt has a response with finite rewards ({last.detail}); mend the reward, or set "
-                "scoring.non_finite to zero"
+                f"no held-out prompt has a response with finite rewards ({last.detail}); mend the reward{way}"
             )
         raise DataError(f"no held-out prompt could be answered ({last.reason}: {last.detail})")
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from rlhf_dist.loop.left_out import Tally
 from rlhf_dist.types import (
     Answered,
     Beat,
@@ -278,8 +279,8 @@ class Taken:
     """(uid, attempt) of each."""
     dropped: Mapping[str, int]
     """Reason -> groups."""
-    non_finite: tuple[NonFinite, ...]
-    """Responses with a reward that came as NaN or infinite."""
+    tally: Tally
+    """Of the responses that were scored."""
     late: int
     """Events that changed nothing: they came twice, or after nobody wanted them any more."""
     seconds: float
@@ -293,4 +294,4 @@ class Answer:
     experience: Experience | None
     drop: DroppedPrompt | None
     non_finite: tuple[NonFinite, ...] = ()
-    """Responses with a reward that came as NaN or infinite."""
+    """Responses with a reward that failed, or came as NaN or infinite."""

@@ -177,7 +177,7 @@ def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch, saver: Saver)
     """Take a step's groups, train, push. Until the groups are there, the run may be told to end."""
     with watch.phase("generate"):
         taken = shell.next_step(saver.end_if_asked)
-    warn_of_non_finite(run, f"step {step}", taken.non_finite)
+    warn_of_non_finite(run, f"step {step}", taken.tally.found)
     experiences = taken.experiences
     with watch.phase("sync"):
         for problem in run.actors.rollouts.sleep():
@@ -197,7 +197,7 @@ def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch, saver: Saver)
     run.ledger.consume(taken.attempts, step, tokens, settled(report.witnessed, run.telemetry, step))
     metrics = dict(report.metrics) | watch_metrics(experiences, run.config.scoring.gold)
     metrics |= {f"data/dropped_{reason}": float(count) for reason, count in taken.dropped.items()}
-    metrics |= counted(taken.non_finite, run.config.scoring.non_finite) | watch.lap()
+    metrics |= counted(taken.tally, run.config.scoring) | watch.lap()
     metrics[names.ELAPSED] = watch.elapsed
     metrics["sync/changed_share"], metrics["sync/sent_share"] = push.changed_share, push.sent_share
     metrics["rollout/group_s"], metrics["goodput/late_events"] = taken.seconds, float(taken.late)
@@ -298,9 +298,9 @@ def push_first(run: Run, step: int) -> None:
 
 
 def warn_of_non_finite(run: Run, when: str, found: Sequence[NonFinite]) -> None:
-    """One warning for all responses of `when` whose rewards are not finite; none where there are none."""
+    """One warning for all responses of `when` whose rewards failed or are not finite; none where there are none."""
     if found:
-        facts = {"responses": len(found), "uid": found[0].uid, "rewards": list(found[0].rewards)}
+        facts = {"responses": len(found), "uid": found[0].uid, "rewards": [*found[0].failed, *found[0].rewards]}
         run.telemetry.warn(f"{when}: {told(found, run.config.scoring.non_finite)}", **facts)
 
 

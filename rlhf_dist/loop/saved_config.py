@@ -26,6 +26,8 @@ CHANGEABLE = (
     "loop.witness",
     "eval.every",
     "scoring.non_finite",
+    "scoring.on_failure",
+    "scoring.max_failed_share",
     "weights.give_up_after",
 )
 """Keys and sections that a resume may change, besides `ENDINGS`; anything else would make it another run."""

@@ -16,14 +16,12 @@ from rlhf_dist.scoring.function import FunctionReward
 from rlhf_dist.scoring.http_client import HttpReward
 from rlhf_dist.scoring.non_finite import find_non_finite, refusal, zeroed
 from rlhf_dist.scoring.number import NumberReward
+from rlhf_dist.scoring.one_by_one import Given, TextReward, one_by_one
 from rlhf_dist.scoring.pattern import PatternReward
 from rlhf_dist.scoring.rules import exact_match
 from rlhf_dist.scoring.texts import Texts, texts_of
-from rlhf_dist.scoring.time_limits import Limit
+from rlhf_dist.scoring.time_limits import Limit, Turn
 from rlhf_dist.types import Group, Scores
-
-TextReward = Callable[[Texts, Limit], np.ndarray]
-"""n responses and until when -> float32 [n]."""
 
 
 class Closable(Protocol):
@@ -46,6 +44,9 @@ MakeModel = Callable[[str, RewardSpec], TokenReward]
 CheckModel = Callable[[str, RewardSpec], object]
 """The same, without loading: raises when it could not be."""
 
+ONE_GROUP_AT_A_TIME = ("number", "regex", "function")
+"""Kinds that have one process each."""
+
 
 class Scorer:
     """Scores by the rewards of the `scoring` section. Its methods may be called from several threads."""
@@ -58,9 +59,10 @@ class Scorer:
         function that cannot be imported, and what `make_model` raises."""
         _require_some(config)
         self._specs = dict(config.rewards)
-        self.policy = config.non_finite
+        self.policy, self._masks = config.non_finite, config.on_failure == "mask"
         self._models: dict[str, TokenReward] = {}
         self._texts: dict[str, TextReward] = {}
+        self._turns = {name: Turn() for name, spec in config.rewards.items() if spec.kind in ONE_GROUP_AT_A_TIME}
         self._timeout_s = config.timeout_s
         self._owned: list[Closable] = []
         for name, spec in config.rewards.items():
@@ -74,8 +76,8 @@ class Scorer:
     def score(self, group: Group) -> Scores:
         """The group's rewards, float32 [n] each; functions see the last user turn as the prompt.
 
-        Raises RewardError, also for a reward that is not finite where `scoring.non_finite` is fail, and, where a model
-        or a server does not answer, ActorTimeout."""
+        Raises RewardError, also for a reward that is not finite where `scoring.non_finite` is fail, and ActorTimeout
+        where a model does not answer. With `scoring.on_failure: mask` a reward that failed is NaN."""
         limit = Limit.of_group(self._timeout_s)
         texts, prompt = texts_of(group), group.prompt
         for name in self._comparing() if not prompt.answer else ():
@@ -110,20 +112,33 @@ class Scorer:
         self, texts: Texts, special: Texts, limit: Limit, by_models: Mapping[str, np.ndarray], uid: str = ""
     ) -> Scores:
         """`special`: `texts` with the special tokens inside, for the rewards that ask for them."""
-        components = {
-            name: by_models[name]
+        given = {
+            name: Given(by_models[name], {})
             if name in by_models
-            else self._texts[name](special if spec.keep_special_tokens else texts, limit)
+            else self._given(name, special if spec.keep_special_tokens else texts, limit)
             for name, spec in self._specs.items()
         }
-        found = find_non_finite(components, texts.responses, uid)
-        if found and self.policy == "fail":
-            name = next(iter(found[0].rewards))
-            raise RewardError(refusal(_label(name, self._specs[name]), found[0]))
-        if found and self.policy == "zero":
-            components = zeroed(components)
-        total = self._total(components)
-        return Scores(total, components, distinct_pairs(texts.responses), text_hashes(texts.responses), found)
+        components, failed = (
+            {name: g.values for name, g in given.items()},
+            {name: g.failed for name, g in given.items()},
+        )
+        found = find_non_finite(components, texts.responses, uid, failed)
+        came = next((bad for bad in found if bad.rewards), None)
+        if came and self.policy == "fail":
+            name = next(iter(came.rewards))
+            raise RewardError(refusal(_label(name, self._specs[name]), came))
+        if came and self.policy == "zero":
+            components = zeroed(components, failed)
+        distinct, hashes = distinct_pairs(texts.responses), text_hashes(texts.responses)
+        again = max(g.again for g in given.values())
+        return Scores(self._total(components), components, distinct, hashes, found, again)
+
+    def _given(self, name: str, texts: Texts, limit: Limit) -> Given:
+        """Raises RewardError where `scoring.on_failure` is fail."""
+        reward = self._texts[name]
+        if not self._masks:
+            return Given(reward(texts, limit), {})
+        return one_by_one(reward, texts, limit, self._turns.get(name), _label(name, self._specs[name]))
 
     def _total(self, components: Mapping[str, np.ndarray]) -> np.ndarray:
         """float32 [n]; NaN where a component is not finite. Raises RewardError for a sum beyond float32."""

@@ -22,6 +22,16 @@ class Texts:
     ended: tuple[bool, ...]
     """n; false for a response that was cut before its end."""
 
+    def only(self, i: int) -> Texts:
+        """Response i by itself."""
+        return Texts(
+            self.prompts[i : i + 1],
+            self.responses[i : i + 1],
+            self.answers[i : i + 1],
+            self.conversations[i : i + 1],
+            self.ended[i : i + 1],
+        )
+
 
 def texts_of(group: Group, special: bool = False) -> Texts:
     """A group's last responses as text; `special`: with the special tokens inside them."""

@@ -24,6 +24,11 @@ class Limit:
     """That it allows, for messages."""
     key: str
 
+    @property
+    def over(self) -> bool:
+        """Whether the time has come."""
+        return time.monotonic() >= self.deadline
+
     @classmethod
     def of_group(cls, timeout_s: float) -> Limit:
         """For all rewards of a group together, from now on; `timeout_s`: `scoring.timeout_s`."""

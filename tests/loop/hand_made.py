@@ -65,6 +65,7 @@ def rules_with(**changes: Any) -> Rules:
         "seed": 1,
         "greedy_baseline": False,
         "compares": False,
+        "max_failed_share": 0.1,
     }
     return Rules(**plain | changes)
 

@@ -121,7 +121,7 @@ def test_what_was_taken_says_what_else_happened() -> None:
     rig.finish("train/0/1/0", (math.nan, 1.0, 0.0))
     taken, _ = rig.take()
     assert taken is not None and taken.dropped == {"no_signal": 1} and taken.seconds == 5.0
-    assert [one.sample for one in taken.non_finite] == [0] and taken.experiences[0].left_out == (0,)
+    assert [one.sample for one in taken.tally.found] == [0] and taken.experiences[0].left_out == (0,)
 
 
 # Over-sampling.

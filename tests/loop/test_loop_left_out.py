@@ -139,7 +139,9 @@ def configured(policy: str, algo: AlgoConfig, config: Config = CONFIG) -> Config
     return replace(config, algo=algo, scoring=scoring, eval=replace(config.eval, every=0))
 
 
-def trained(path: Path, config: Config, scoring: Scoring, **parts: Any) -> tuple[FakePolicy, list[dict[str, Any]], Any]:
+def trained(
+    path: Path, config: Config, scoring: FakeScoring, **parts: Any
+) -> tuple[FakePolicy, list[dict[str, Any]], Any]:
     """What the policy got, the lines of the steps, and the run, closed."""
     policy = FakePolicy(ranks=1)
     run = wired(path, config, policy=policy, scoring=scoring, **parts)

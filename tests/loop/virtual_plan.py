@@ -142,6 +142,7 @@ def draw_rules(random: Random) -> Rules:
         seed=random.randrange(1000),
         greedy_baseline=random.random() < 0.25,
         compares=random.random() < 0.4,
+        max_failed_share=0.0,
     )
 
 
