@@ -12,11 +12,11 @@ from rlhf_dist.cluster.direct_push import DirectPush, Pushed
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.processes import look
 from rlhf_dist.cluster.relay_hosts import OFFER, ONE_NODE, Relays
-from rlhf_dist.cluster.standing import Standing, is_done
+from rlhf_dist.cluster.standing import Standing, beat_s, is_done
 from rlhf_dist.cluster.waits import fetch, limit_text
 from rlhf_dist.errors import ActorLost, ActorTimeout, EngineBroken, RayLost, RlhfError, RunError, WeightSyncError
 from rlhf_dist.loop.events import Event, Lost
-from rlhf_dist.rollout.worker import BEAT_S, Cancel, HandOver, Submit, Verb
+from rlhf_dist.rollout.worker import Cancel, HandOver, Submit, Verb
 from rlhf_dist.telemetry.timeline import Patience
 from rlhf_dist.types import Request
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
@@ -24,13 +24,6 @@ from rlhf_dist.weights.shared_memory import BUFFERS
 
 SYNC_KEY = "weights.timeout_s"
 STILL_EARLIER = "its relay is still copying an earlier one"
-BEATS = 32
-"""Of all workers together, at most in `BEAT_S`."""
-
-
-def beat_s(workers: int) -> float:
-    """The longest that one of so many workers keeps its steps to itself."""
-    return BEAT_S * max(1.0, workers / BEATS)
 
 
 class RolloutFleet:
@@ -119,7 +112,7 @@ class RolloutFleet:
 
     def admit(self, name: str, worker: Any) -> None:
         """A worker that was started again. It serves once it has proved the published version."""
-        self._standings[name] = Standing(worker, silent=True)
+        self._standings[name] = Standing(worker, silent=True, returned=True)
         self._deaths.pop(name, None)
         self._ask_for_events(name)
         if self._announced is None:
@@ -200,7 +193,8 @@ class RolloutFleet:
     def load_weights(self, announcement: Announcement) -> list[str]:
         """Push to every worker that is left; those with a wrong or missing receipt do not serve.
 
-        Returns what was wrong, one sentence a worker. Raises `WeightSyncError` when no worker holds the version.
+        Returns what was wrong, one sentence a worker. Raises `WeightSyncError` when none of those that are left holds the
+        version. Where none is left, whoever comes back is asked to load it.
         """
         problems: list[str] = []
         before, pushed = set(self._standings), Pushed()
@@ -225,7 +219,7 @@ class RolloutFleet:
         for name, standing in asked.items():
             if name in self._standings:
                 problems += self._read_receipt(name, standing, announcement, pushed.left_out.get(name, ""))
-        if not self._serving:
+        if self._standings and not self._serving:
             deaths = [why for name, why in self._deaths.items() if name in before]
             raise WeightSyncError("; ".join([*deaths, *problems, "no rollout worker holds the published weights"]))
         return problems
@@ -299,22 +293,28 @@ class RolloutFleet:
                 standing.ask_to_load(found)
 
     def _take_back(self) -> None:
-        """Let those serve whose receipt for the present version came late; nobody is waited for."""
-        for name, standing in self._standings.items():
+        """Let those serve whose receipt for the present version came late; nobody is waited for.
+
+        One that has come back and cannot prove it is lost again: the next push may never come without it.
+        """
+        for name, standing in list(self._standings.items()):
             found = self._announced
-            if (
-                found is None
-                or standing.call is None
-                or standing.version != found.version
-                or not is_done(standing.call)
-            ):
+            late = standing.call is not None and found is not None and standing.version == found.version
+            if found is None or not late or not is_done(standing.call):
                 continue
             try:
                 problem = receipt_problem(found, fetch(standing.call, name, "load_weights", self._sync_timeout_s))
-            except RlhfError:
-                continue  # The next push looks at it again, and tells.
-            if problem is None:
+                why = "" if problem is None else problem.text
+            except RayLost:
+                raise
+            except RlhfError as error:
+                why = str(error)
+            if not why:
                 self._proved(name, standing)
+            elif standing.returned:
+                self._end(name)
+                self._inbox.put(Lost(name, why if why.startswith(name) else f"{name}: {why}"))
+            # else the next push looks at it again, and tells
 
     def _look_back(self, name: str, standing: Standing, version: int) -> list[str]:
         """Before the push of `version`: what became of an earlier call, whose answer was not waited for.
@@ -369,7 +369,7 @@ class RolloutFleet:
         return self._missed(name, standing, version, problem.text)
 
     def _proved(self, name: str, standing: Standing) -> None:
-        standing.call, standing.missed, standing.silent = None, 0, False
+        standing.call, standing.missed, standing.silent, standing.returned = None, 0, False, False
         standing.proved = self._announced
         self._serving.append(name)
 

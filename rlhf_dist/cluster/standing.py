@@ -9,7 +9,11 @@ import ray
 
 from rlhf_dist.cluster.waits import fetch
 from rlhf_dist.errors import ActorLost, EngineBroken, RayLost, RlhfError
+from rlhf_dist.rollout.worker import BEAT_S
 from rlhf_dist.weights.receipts import Announcement
+
+BEATS = 32
+"""Of all workers together, at most in `BEAT_S`."""
 
 
 @dataclass(slots=True)
@@ -29,6 +33,8 @@ class Standing:
     """The version of the last one; each counts once."""
     silent: bool = False
     """It did not answer in time, and nobody waits for it until it has proved a version."""
+    returned: bool = False
+    """It was started again, and has proved no version since."""
     posted: int = 0
     """Messages sent to it."""
     proved: Announcement | None = None
@@ -68,3 +74,8 @@ class Standing:
 def is_done(call: Any) -> bool:
     """Whether the answer is there."""
     return bool(ray.wait([call], num_returns=1, timeout=0)[0])
+
+
+def beat_s(workers: int) -> float:
+    """The longest that one of so many workers keeps its steps to itself."""
+    return BEAT_S * max(1.0, workers / BEATS)

@@ -19,8 +19,9 @@ from rlhf_dist.cluster.groups import (
 )
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.relay_hosts import Relays
-from rlhf_dist.cluster.rollout_fleet import RolloutFleet, beat_s
+from rlhf_dist.cluster.rollout_fleet import RolloutFleet
 from rlhf_dist.cluster.roster import Roster
+from rlhf_dist.cluster.standing import beat_s
 from rlhf_dist.cluster.supervisor import Admit, Supervisor
 from rlhf_dist.config.schema import Config
 from rlhf_dist.loop.events import MemberKind

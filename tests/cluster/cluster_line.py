@@ -14,7 +14,8 @@ from cluster_stand_ins import start_collator
 
 from rlhf_dist.cluster.groups import CollatorProcess, ScoringFleet, silence
 from rlhf_dist.cluster.inbox import Inbox
-from rlhf_dist.cluster.rollout_fleet import RolloutFleet, beat_s
+from rlhf_dist.cluster.rollout_fleet import RolloutFleet
+from rlhf_dist.cluster.standing import beat_s
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import AlgoConfig, Config, LoopConfig
 from rlhf_dist.learner.shard import Shard

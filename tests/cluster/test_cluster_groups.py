@@ -245,6 +245,31 @@ def test_when_no_worker_holds_the_weights_the_run_ends(workers: dict[str, Any]) 
         fleet(workers, Ears()).load_weights(ANNOUNCEMENT)
 
 
+def test_where_nobody_is_left_a_push_waits_for_whoever_comes_back(workers: dict[str, Any]) -> None:
+    doomed, ears = start("doomed"), Ears()
+    tell(doomed, "dies")
+    one = fleet({"it": doomed}, ears)
+    assert [problem.startswith("it died") for problem in one.load_weights(ANNOUNCEMENT)] in ([True], [])
+    ears.hear(Lost, 1)
+    assert one.load_weights(ANNOUNCEMENT) == [] and one.serving() == ()
+    one.admit("it", workers["one"])
+    ears.until(lambda: one.serving() == ("it",))
+    assert serve(one, ears) == {"one"}, "it has proved the version that was published while it was away"
+
+
+def test_one_that_comes_back_and_cannot_prove_the_weights_is_lost_again(workers: dict[str, Any]) -> None:
+    doomed, ears = start("doomed"), Ears()
+    tell(doomed, "dies")
+    both = fleet({"one": workers["one"], "it": doomed}, ears)
+    both.load_weights(ANNOUNCEMENT)
+    ears.hear(Lost, 1)
+    liar = start("liar")
+    tell(liar, "lies")
+    both.admit("it", liar)
+    ears.until(lambda: both.serving() == ("one",) and len(ears.of(Lost)) == 2)
+    assert ears.of(Lost)[1].member == "it" and "another hash" in ears.of(Lost)[1].why
+
+
 def test_a_reservation_that_does_not_fit_is_an_error_with_both_numbers(local_ray: None) -> None:
     needed = reserve([{"CPU": 64.0, "GPU": 0.0}] * 2, 1.0)
     with (
