@@ -155,7 +155,7 @@ def start_shell(names: Sequence[str], hosts: Sequence[Any], ledger: Ledger, step
     from rlhf_dist.cluster.groups import CollatorProcess, ScoringFleet, silence
     from rlhf_dist.cluster.inbox import Inbox
     from rlhf_dist.cluster.rollout_fleet import RolloutFleet
-from rlhf_dist.cluster.standing import beat_s
+    from rlhf_dist.cluster.standing import beat_s
 
     # `keep`: the answers name version 0 for ever.
     loop = LoopConfig(prompts_per_step=GROUPS, steps=steps, max_policy_lag=LAG, stale="keep")

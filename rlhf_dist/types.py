@@ -82,8 +82,7 @@ class Request:
     purpose: Purpose
     sampling: Sampling
     seeds: tuple[int, ...]
-    """n; of each sample, from the run's seed, the uid and the sample's number. The attempt has no part in it, so that a
-    group that was lost and is sampled again is the same group. Greedy samples do not use theirs."""
+    """n; of each sample, from the run's seed, uid and sample, not attempt: a lost group is sampled again the same."""
     part: int = 0
     """How often a worker has handed this attempt over to another."""
     begun: Handle[Group] | None = None
@@ -129,8 +128,7 @@ class Trajectory:
     loss_mask: np.ndarray
     """bool [T]; true where the policy sampled the token. The first is never sampled, one at least is."""
     logprobs: np.ndarray
-    """float32 [T]; log-probability of each sampled token under what it was drawn from (temperature and cuts included);
-    0 for the others."""
+    """float32 [T]; of each sampled token under what it was drawn from (with temperature and cuts); 0 for the others."""
     versions: np.ndarray
     """int32 [T]; the weight version that sampled each token; `NO_VERSION` for the others."""
     cache_versions: np.ndarray
@@ -144,8 +142,7 @@ class Trajectory:
     texts: tuple[str, ...]
     """Of each segment after the first: decoded, special tokens left out."""
     special_texts: tuple[str, ...] = ()
-    """The same with the special tokens inside, without the token that ended a response; none where no reward asks for
-    them (`keep_special_tokens`)."""
+    """The same with special tokens, but for the end's; none where no reward asks for them (`keep_special_tokens`)."""
 
     @property
     def length(self) -> int:
@@ -297,8 +294,7 @@ class Scores:
     components: Mapping[str, np.ndarray]
     """Name of each reward -> float32 [n], before its weight."""
     distinct: np.ndarray
-    """float32 [n]; share of a response's word pairs that are different from each other (distinct-2); 1 for a response
-    of less than two words."""
+    """float32 [n]; share of a response's word pairs that differ (distinct-2); 1 for less than two words."""
     hashes: np.ndarray
     """uint64 [n]; of each response's text, to tell how many of a step are different."""
     non_finite: tuple[NonFinite, ...] = ()

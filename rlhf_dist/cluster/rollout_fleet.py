@@ -193,7 +193,7 @@ class RolloutFleet:
     def load_weights(self, announcement: Announcement) -> list[str]:
         """Push to every worker that is left; those with a wrong or missing receipt do not serve.
 
-        Returns what was wrong, one sentence a worker. Raises `WeightSyncError` when none of those that are left holds the
+        Returns what was wrong, one sentence a worker. Raises `WeightSyncError` when no worker that is left holds the
         version. Where none is left, whoever comes back is asked to load it.
         """
         problems: list[str] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,6 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlhf_dist.cluster.processes import ProcessName, end_now, process_id
 from rlhf_dist.cluster.spec import ActorSpec, environment
 from rlhf_dist.config.schema import Config
+from rlhf_dist.models.checkpoints import latest_checkpoint
 
 HEALTH = "health"
 """Ray's name for the thread of a process that answers `pulse`, whatever the others do."""
@@ -69,6 +71,15 @@ def as_actor(host: type[Alive]) -> Any:
     return with_health(host)
 
 
+def with_a_model(spec: ActorSpec) -> ActorSpec:
+    """The same, from the newest checkpoint's model where the one that the run was resumed from is gone by now."""
+    source, run = Path(spec.source).absolute(), Path(spec.log).parents[1]
+    if source.exists() or run / "checkpoints" not in source.parents:
+        return spec
+    newest = latest_checkpoint(run)
+    return spec if newest is None else replace(spec, source=str(newest / source.name))
+
+
 class Roster:
     """All processes of a run, and those handles of them that are valid now."""
 
@@ -116,7 +127,9 @@ class Roster:
     def restart(self, name: str) -> Any:
         """End a process, if anything is left of it, and start it again; the new handle."""
         ray.kill(self.actors[name])
-        self.actors[name] = self.members[name].start()
+        member = self.members[name]
+        self.members[name] = member = replace(member, spec=with_a_model(member.spec))
+        self.actors[name] = member.start()
         return self.actors[name]
 
     def restart_together(self, names: Sequence[str], config: Config, source: str) -> dict[str, Any]:
