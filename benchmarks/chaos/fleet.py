@@ -51,6 +51,8 @@ class Standing:
     silent: bool = False
     fresh: bool = False
     """It was not asked for anything yet."""
+    returned: bool = False
+    """It has proved no version yet."""
 
 
 class Fleet:
@@ -77,7 +79,7 @@ class Fleet:
 
     def begin(self, name: str) -> None:
         """A process of this name is there; it holds no weights of the run."""
-        self._standings[name] = Standing(Worker(name, self._world), silent=True, fresh=True)
+        self._standings[name] = Standing(Worker(name, self._world), silent=True, fresh=True, returned=True)
 
     def end(self, name: str) -> None:
         """It is killed; that is told of, too."""
@@ -116,14 +118,18 @@ class Fleet:
 
     def serving(self) -> tuple[str, ...]:
         """See `ports.Rollouts`."""
-        for name, standing in self._standings.items():
+        for name, standing in list(self._standings.items()):
             if standing.fresh and self._announced is not None:
                 self._ask_to_load(name, standing, self._announced)
             call = standing.call
             if call is None or call.receipt is None or call.announcement is not self._announced:
                 continue
-            if receipt_problem(call.announcement, call.receipt) is None:
+            problem = receipt_problem(call.announcement, call.receipt)
+            if problem is None:
                 self._proved(name, standing)
+            elif standing.returned:
+                self._standings.pop(name).worker.die()
+                self._world.inbox.put(Lost(name, f"{name}: {problem.text}"))
         return tuple(name for name in self._standings if name in self._serving)
 
     # Receivers.
@@ -150,7 +156,7 @@ class Fleet:
             if standing.call is not None and standing.call.announcement is announcement:
                 problems += self._read_receipt(name, standing, standing.call)
         self._pushing = False
-        if not self._serving:
+        if self._standings and not self._serving:
             raise WeightSyncError("; ".join([*problems, "no rollout worker holds the published weights"]))
         return problems
 
@@ -187,7 +193,7 @@ class Fleet:
         return [self._give_up(name, problem.text)] if problem.broken else self._missed(name, standing, problem.text)
 
     def _proved(self, name: str, standing: Standing) -> None:
-        standing.call, standing.missed, standing.silent = None, 0, False
+        standing.call, standing.missed, standing.silent, standing.returned = None, 0, False, False
         self._serving.add(name)
 
     def _missed(self, name: str, standing: Standing, problem: str) -> list[str]:
