@@ -1,7 +1,7 @@
 """`rlhf-dist bench heal`: seconds until a lost process is noticed, is back, and the run has made its next step.
 
-One real run of `configs/reverse.yaml`'s sizes with one rollout worker, a scoring server and a reference server loses
-them one after the other, killed and stopped. Beside it: what watching costs while nothing is lost.
+One real run of `configs/reverse.yaml`'s sizes with one rollout worker, a scoring server, a reference server and a
+learner rank loses them one after the other, killed and stopped. Beside it: what watching costs while nothing is lost.
 """
 
 from __future__ import annotations
@@ -35,8 +35,17 @@ FAULTS = (
     ("scoring server 0", signal.SIGKILL),
     ("scoring server 0", signal.SIGSTOP),
     ("reference server 0", signal.SIGKILL),
+    ("learner rank 0", signal.SIGKILL),
+    ("learner rank 0", signal.SIGSTOP),
 )
-TARGETS_S = {"killed noticed": 2.0, "stopped noticed": 20.0, "rollout worker dead to tokens": 20.0}
+BACK = ("returned", "rebuilt")
+"""Events that tell of the end of a loss."""
+TARGETS_S = {
+    "killed noticed": 2.0,
+    "stopped noticed": 20.0,
+    "rollout worker dead to tokens": 20.0,
+    "learner rank dead to the next step": 40.0,
+}
 """At most."""
 COST_TARGET = 0.02
 """Of the machine, at most."""
@@ -51,6 +60,7 @@ SETTINGS = (
     "telemetry.wandb=off",
     "telemetry.samples_every=0",
     "faults.respawns=1000",
+    "learner.keep_state_every=1",
 )
 
 
@@ -84,17 +94,17 @@ def lose_all(folder: Path, rounds: int) -> list[dict[str, Any]]:
 def one_fault(run: Path, process: subprocess.Popen[bytes], log: Path, name: str, how: signal.Signals) -> dict[str, Any]:
     """Seconds from the signal on."""
     before = lines(run / "events.jsonl")
-    warned, came = kinds(before, "warning"), kinds(before, "returned")
+    warned, came = kinds(before, "warning"), kinds(before, *BACK)
     pid = json.loads((run / "logs" / f"{name.replace(' ', '-')}.pid").read_text(encoding="utf-8"))["pid"]
     began = time.time()
     os.kill(pid, how)
-    wait(lambda: kinds(lines(run / "events.jsonl"), "returned") > came, process, log)
-    steps = len(lines(run / "metrics.jsonl"))
+    wait(lambda: kinds(lines(run / "events.jsonl"), *BACK) > came, process, log)
+    steps = len(lines(run / "metrics.jsonl"))  # after a rebuild: without those that are made again
     wait(lambda: len(lines(run / "metrics.jsonl")) > steps, process, log)
     stepped = time.time() - began
     events = lines(run / "events.jsonl")
     noticed = [event for event in events if event["kind"] == "warning"][warned]
-    back = [event for event in events if event["kind"] == "returned"][came]
+    back = [event for event in events if event["kind"] in BACK][came]
     if not noticed["message"].startswith(name):
         raise RunError(f"{name} was lost, and the run told of something else: {noticed['message']}")
     return {
@@ -123,9 +133,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def kinds(events: Sequence[Mapping[str, Any]], kind: str) -> int:
-    """How many there are of it."""
-    return sum(event["kind"] == kind for event in events)
+def kinds(events: Sequence[Mapping[str, Any]], *wanted: str) -> int:
+    """How many there are of these."""
+    return sum(event["kind"] in wanted for event in events)
 
 
 def at(event: Mapping[str, Any]) -> float:
@@ -138,13 +148,17 @@ def summary(rounds: Sequence[Mapping[str, Any]], cost: Mapping[str, float]) -> d
     worst = {
         "killed noticed": max(one["noticed_s"] for one in rounds if one["how"] == "SIGKILL"),
         "stopped noticed": max(one["noticed_s"] for one in rounds if one["how"] == "SIGSTOP"),
-        "rollout worker dead to tokens": max(
-            one["step_s"] for one in rounds if one["name"] == "rollout worker 0" and one["how"] == "SIGKILL"
-        ),
+        "rollout worker dead to tokens": after_kill(rounds, "rollout worker 0"),
+        "learner rank dead to the next step": after_kill(rounds, "learner rank 0"),
     }
     reached = {name: worst[name] <= most for name, most in TARGETS_S.items()}
     reached["watching"] = cost["share_of_machine"] <= COST_TARGET
     return {"faults": list(rounds), "worst": worst, "watching": dict(cost), "reached": reached}
+
+
+def after_kill(rounds: Sequence[Mapping[str, Any]], name: str) -> float:
+    """The most seconds from its death to the next step."""
+    return max(one["step_s"] for one in rounds if (one["name"], one["how"]) == (name, "SIGKILL"))
 
 
 def table(result: Mapping[str, Any]) -> str:

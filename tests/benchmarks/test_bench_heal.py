@@ -26,15 +26,22 @@ def test_the_worst_counts() -> None:
             fault("rollout worker 0", "SIGKILL", 0.1, 9.0),
             fault("rollout worker 0", "SIGKILL", 2.5, 11.0),
             fault("rollout worker 0", "SIGSTOP", 16.0, 30.0),
-            fault("scoring server 0", "SIGKILL", 0.2, 40.0),
+            fault("scoring server 0", "SIGKILL", 0.2, 50.0),
+            fault("learner rank 0", "SIGKILL", 0.2, 12.0),
         ],
         COST,
     )
-    assert found["worst"] == {"killed noticed": 2.5, "stopped noticed": 16.0, "rollout worker dead to tokens": 11.0}
+    assert found["worst"] == {
+        "killed noticed": 2.5,
+        "stopped noticed": 16.0,
+        "rollout worker dead to tokens": 11.0,
+        "learner rank dead to the next step": 12.0,
+    }
     assert found["reached"] == {
         "killed noticed": False,
         "stopped noticed": True,
         "rollout worker dead to tokens": True,
+        "learner rank dead to the next step": True,
         "watching": False,
     }
     told = bench.table(found)
