@@ -94,7 +94,7 @@ def lose_all(folder: Path, rounds: int) -> list[dict[str, Any]]:
 def one_fault(run: Path, process: subprocess.Popen[bytes], log: Path, name: str, how: signal.Signals) -> dict[str, Any]:
     """Seconds from the signal on."""
     before = lines(run / "events.jsonl")
-    warned, came = kinds(before, "warning"), kinds(before, *BACK)
+    warned, came = len(losses(before)), kinds(before, *BACK)
     pid = json.loads((run / "logs" / f"{name.replace(' ', '-')}.pid").read_text(encoding="utf-8"))["pid"]
     began = time.time()
     os.kill(pid, how)
@@ -103,7 +103,7 @@ def one_fault(run: Path, process: subprocess.Popen[bytes], log: Path, name: str,
     wait(lambda: len(lines(run / "metrics.jsonl")) > steps, process, log)
     stepped = time.time() - began
     events = lines(run / "events.jsonl")
-    noticed = [event for event in events if event["kind"] == "warning"][warned]
+    noticed = losses(events)[warned]
     back = [event for event in events if event["kind"] in BACK][came]
     if not noticed["message"].startswith(name):
         raise RunError(f"{name} was lost, and the run told of something else: {noticed['message']}")
@@ -136,6 +136,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def kinds(events: Sequence[Mapping[str, Any]], *wanted: str) -> int:
     """How many there are of these."""
     return sum(event["kind"] in wanted for event in events)
+
+
+def losses(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that tell of a lost process; other warnings may come between them."""
+    return [event for event in events if event["facts"].get("alert") == "fault"]
 
 
 def at(event: Mapping[str, Any]) -> float:
