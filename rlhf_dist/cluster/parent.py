@@ -24,7 +24,7 @@ from rlhf_dist.cluster.memory_kills import memory_kills
 from rlhf_dist.cluster.processes import stat
 from rlhf_dist.cluster.signals import SAME_S, SIGNALS
 from rlhf_dist.config.schema import Config
-from rlhf_dist.errors import DataError, DiskError
+from rlhf_dist.errors import SIGNALLED, DataError, DiskError
 from rlhf_dist.loop.restarts import SUPERVISED, Decision, End, Restarts, without_resume
 from rlhf_dist.loop.resume_point import other_point
 from rlhf_dist.loop.run_directory import never_began, write_json
@@ -119,8 +119,10 @@ class Parent:
             self._take_lock()
             if child.told and code:
                 say(f"go on with `{self._way_on()}`")
+            if child.told and code < 0:
+                return SIGNALLED + child.told  # it was killed, since it did not end in time
             if child.told or code == 0:
-                return End(code, None).exit_code
+                return code
             end = self._end(code, before, memory_kills() > kills)
             if self._goes_around(end, words):
                 continue

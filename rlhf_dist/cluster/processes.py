@@ -22,6 +22,8 @@ from pathlib import Path
 STACK_SIGNAL = signal.SIGUSR2
 """Makes an actor's process write the stacks of its threads into its log, whatever it is doing."""
 STACK_LIMIT_S = 1.0
+END_LIMIT_S = 10.0
+"""For killed processes to be gone: the kernel frees their memory first."""
 ENDED = ("Z", "X")
 STOPPED = ("T", "t")
 RAY_PROCESSES = ("raylet", "gcs_server")
@@ -260,11 +262,11 @@ def without_secrets(text: str) -> str:
 
 
 def end_now(pids: Sequence[int]) -> None:
-    """Kill processes of this machine and wait until they are gone, so that their locks are; `STACK_LIMIT_S` at most."""
+    """Kill processes of this machine and wait until they are gone, so that their locks are; `END_LIMIT_S` at most."""
     for pid in pids:
         with suppress(OSError):
             os.kill(pid, signal.SIGKILL)
-    end = time.monotonic() + STACK_LIMIT_S
+    end = time.monotonic() + END_LIMIT_S
     while time.monotonic() < end and any((known := stat(pid)) and known.state not in ENDED for pid in pids):
         time.sleep(0.02)
 

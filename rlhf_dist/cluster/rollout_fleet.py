@@ -83,14 +83,15 @@ class RolloutFleet:
         """See `loop.ports.Rollouts`. Does nothing where workers have devices of their own, or share a CPU's memory."""
         if not self._shares_gpu:
             return []
-        calls = {name: one.worker.sleep.remote(one.posted) for name, one in self._standings.items()}
-        for standing in self._standings.values():
+        asked = dict(self._standings)
+        calls = {name: one.worker.sleep.remote(one.posted) for name, one in asked.items()}
+        for standing in asked.values():
             standing.posted += 1
         self._inbox.wait(list(calls.values()), Patience(self._sync_timeout_s), count=len(calls))
         problems: list[str] = []
         error: type[RunError] = RunError
         for name, call in calls.items():
-            if name not in self._standings:
+            if self._standings.get(name) is not asked[name]:
                 continue  # It died meanwhile, which the controller has heard of.
             try:
                 self._require_asleep(name, call)
@@ -217,9 +218,9 @@ class RolloutFleet:
         if awaited:
             self._inbox.wait(awaited, patience, count=len(awaited))
         for name, standing in asked.items():
-            if name in self._standings:
+            if self._standings.get(name) is standing:  # else it was lost, and another one may have its name by now
                 problems += self._read_receipt(name, standing, announcement, pushed.left_out.get(name, ""))
-        if self._standings and not self._serving:
+        if self._standings and not self._serving and not any(one.returned for one in self._standings.values()):
             deaths = [why for name, why in self._deaths.items() if name in before]
             raise WeightSyncError("; ".join([*deaths, *problems, "no rollout worker holds the published weights"]))
         return problems
@@ -374,8 +375,7 @@ class RolloutFleet:
         self._serving.append(name)
 
     def _silence(self, name: str, what: str) -> str:
-        words = look(name).words
-        return f"{name} {what}" + (f": it {words}" if words else "")
+        return f"{name} {what}" + (f": it {words}" if (words := look(name).words) else "")
 
     def _missed(self, name: str, standing: Standing, version: int, problem: str) -> list[str]:
         standing.proved = None

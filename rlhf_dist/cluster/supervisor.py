@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.processes import ending
@@ -74,7 +74,7 @@ class Supervisor:
             return []
         try:
             call.result(0)
-        except RayActorError as error:
+        except RayError as error:
             require_ray()
             return [Lost(name, f"{name} died: {ending(name, str(error))}")]
         self._feel(name, actor)

@@ -124,6 +124,7 @@ class Controller:
                 self._members.beat(event, now)
             case Published():
                 self._version, self._in_step = event.version, 0
+                self._healing.published(event.version)
             case Serving():
                 self._members.serve(event.workers)
                 commands = hand_overs(self._rules, self._open.values(), self._members)

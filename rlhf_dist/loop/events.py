@@ -224,7 +224,7 @@ class Tell:
 
 @dataclass(frozen=True, slots=True)
 class Respawn:
-    """End a process, if anything is left of it, and start it again. `Returned` comes of it, or `Lost`."""
+    """End a process, if anything is left of it, and start it again. `Returned` comes of it, or `NotStarted`."""
 
     member: str
 

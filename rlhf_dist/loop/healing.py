@@ -65,6 +65,10 @@ class Healing:
         """Name -> since when it starts."""
         self._deaths: dict[str, deque[tuple[float, str]]] = {}
         """Name -> (when, why) of each within the window, oldest first."""
+        self._stuck: dict[str, list[tuple[float, str]]] = {}
+        """The same since the last new step."""
+        self._version = 0
+        """The newest version that was ever published."""
 
     def pulse(self, name: str, now: float) -> None:
         """It lives."""
@@ -112,17 +116,30 @@ class Healing:
             self._coming[name] = now
         self._count(LEARNER, why, now)
 
+    def published(self, version: int) -> None:
+        """Weights of a step that none before has reached: no loss until now has kept the run from going on."""
+        if version > self._version:
+            self._version = version
+            self._stuck.clear()
+
     def _count(self, name: str, why: str, now: float) -> None:
-        deaths = self._deaths.setdefault(name, deque())
+        """Within the window, and since the last new step: losses far apart must not be healed for ever."""
+        deaths, stuck = self._deaths.setdefault(name, deque()), self._stuck.setdefault(name, [])
         deaths.append((now, why))
+        stuck.append((now, why))
         while deaths[0][0] < now - self._window_s:
             deaths.popleft()
         if len(deaths) > self._respawns:
-            raise ActorLost(self._report(name, now))
+            raise ActorLost(self._report(name, deaths, f"within {self._window_s:g} s (faults.window_s)", now))
+        if len(stuck) > self._respawns:
+            raise ActorLost(self._report(name, stuck, "since the last new step", now))
 
     def not_started(self, name: str, why: str, now: float) -> list[Command]:
-        """As `lost`, of one that is being started."""
-        return self.lost(name, why, now) if name in self._coming else []
+        """As `lost`, of one that is being started; people are told."""
+        if name not in self._coming:
+            return []
+        commands = self.lost(name, why, now)
+        return commands + told_of(name, why, 0, commands)
 
     def returned(self, name: str, now: float) -> bool:
         """It has started; false where nobody waits for it."""
@@ -151,13 +168,12 @@ class Healing:
         """(what is limited, limit, name -> since when)."""
         return ("pulse", self._pulse_s, self._pulses), ("start", self._start_s, self._coming)
 
-    def _report(self, name: str, now: float) -> str:
+    def _report(self, name: str, losses: Collection[tuple[float, str]], when: str, now: float) -> str:
         """What was tried with a process that is lost too often."""
-        deaths = self._deaths[name]
-        told = "; ".join(f"{now - when:.0f} s ago: {why}" for when, why in deaths)
+        told = "; ".join(f"{now - then:.0f} s ago: {why}" for then, why in losses)
         return (
-            f"{name} was lost {len(deaths)} times within {self._window_s:g} s (faults.window_s), and is started again "
-            f"at most {self._respawns} times (faults.respawns): {told}"
+            f"{name} was lost {len(losses)} times {when}, and is started again at most {self._respawns} times "
+            f"(faults.respawns): {told}"
         )
 
 
@@ -168,7 +184,7 @@ def told_of(name: str, why: str, requests: int, done: Sequence[Command]) -> list
     """
     if any(isinstance(one, Rebuild) for one in done):
         return []
-    again = f"{requests} requests of {name} begin again" if requests else ""
+    again = f"{requests} request{'s' if requests > 1 else ''} of {name} begin again" if requests else ""
     text = "; ".join(filter(None, [why, again, f"{name} is started again" if done else ""]))
     return [Tell("warning", text)] if text else []
 

@@ -7,11 +7,12 @@ way are cancelled, and the collator forgets all that it has.
 
 from __future__ import annotations
 
+import shutil
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from rlhf_dist.errors import DataError, RanksLost, RanksSilent
+from rlhf_dist.errors import ActorLost, RanksLost, RanksSilent, RlhfError
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.devices import Devices
 from rlhf_dist.loop.rl_training import Outcome, Run, tell_of, train, who
@@ -30,16 +31,20 @@ def train_to_the_end(run: Run, state: State | None) -> Outcome:
         0, run.config.loop.steps, dict(run.stream.cursor()), {}, {}, {}, run.shaper.state(), run.watch.state()
     )
     life, devices = 0, Devices(run.members)
-    while True:
-        try:
-            return train(run, state, life, devices)
-        except (RanksLost, RanksSilent) as loss:
-            if run.ranks is None or not run.healing.ranks:
-                raise
-            life += 1
-            state = rebuilt(run, loss, life, devices)
-        if state is None:
-            put_back(began, run.stream, run.shaper, run.watch)
+    try:
+        while True:
+            try:
+                return train(run, state, life, devices)
+            except (RanksLost, RanksSilent) as loss:
+                if run.ranks is None or not run.healing.ranks:
+                    raise
+                life += 1
+                state = rebuilt(run, loss, life, devices)
+            if state is None:
+                put_back(began, run.stream, run.shaper, run.watch)
+    except BaseException:
+        bring_to_disk(run)
+        raise
 
 
 def rebuilt(run: Run, loss: Exception, life: int, devices: Devices) -> State | None:
@@ -51,7 +56,7 @@ def rebuilt(run: Run, loss: Exception, life: int, devices: Devices) -> State | N
     assert run.ranks is not None
     began, why = time.monotonic(), str(loss)
     devices.goodput.phase(RECOVER)
-    folder, state = newest(run)
+    folder, state = newest(run, loss)
     step = 0 if state is None else state.step
     stand_still(run, life, devices)
     while True:
@@ -84,8 +89,8 @@ def stand_still(run: Run, life: int, devices: Devices) -> None:
     Shell(controller, actors, tell=lambda line: tell_of(run, line), before=devices.goodput.look)
 
 
-def newest(run: Run) -> tuple[Path | None, State | None]:
-    """Folder and state of what was saved last; none before the first. Raises DataError where it is damaged."""
+def newest(run: Run, loss: Exception) -> tuple[Path | None, State | None]:
+    """Folder and state of what was saved last; none before the first. Raises `ActorLost` where it is damaged."""
     saved = run.directory.latest_checkpoint()
     kept = None if run.kept is None else run.kept.newest()
     if kept is not None and (saved is None or step_of(saved) < step_of(kept)):
@@ -95,8 +100,29 @@ def newest(run: Run) -> tuple[Path | None, State | None]:
     if saved is None:
         return None, None
     if found := problems(saved):
-        raise DataError(found[0])
+        raise ActorLost(f"{loss}; the ranks cannot be started again: {found[0]}")
     return saved, read_state(saved)
+
+
+def bring_to_disk(run: Run) -> None:
+    """At the end of a run that failed, or was stopped: a state that only memory holds becomes a checkpoint."""
+    kept = None if run.kept is None else run.kept.newest()
+    if kept is None:
+        return
+    step = step_of(kept)
+    try:
+        saved = run.directory.latest_checkpoint()
+        if problems(kept) or (saved is not None and step_of(saved) >= step):
+            return
+        folder = run.directory.begin_checkpoint(step)
+        for path in sorted(kept.rglob("*")):  # folders before what is in them
+            copy = folder / path.relative_to(kept)
+            copy.mkdir() if path.is_dir() else shutil.copyfile(path, copy)
+        final = run.directory.commit_checkpoint(step, run.config.loop.keep_checkpoints, asdict(read_state(kept)))
+    except (RlhfError, OSError) as error:
+        run.telemetry.warn(f"the state of step {step} in memory could not be saved: {error}")
+        return
+    run.telemetry.event("checkpoint", f"wrote {final}, from memory", step=step)
 
 
 def is_kept(run: Run, folder: Path) -> bool:

@@ -35,6 +35,8 @@ BY_ERROR: dict[str, FailureClass] = {
     "NodeLost": "a node lost",
     "RayLost": "Ray lost",
     "ActorLost": "a process lost",
+    "RanksLost": "a process lost",
+    "RanksSilent": "a process lost",
     "AnswerLost": "a process lost",
     "ActorTimeout": "a process lost",
     "WeightSyncError": "a process lost",

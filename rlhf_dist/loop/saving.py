@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_dist.errors import DiskError
 from rlhf_dist.learner.checkpoint_files import EMA_FILES, MASK_FILES, checkpoint_files, critic_files
 from rlhf_dist.loop.kept_state import KeptState
 from rlhf_dist.loop.schedule import due
@@ -72,7 +73,10 @@ class Saver:
         if due(run.config.loop.checkpoint_every, step, steps):
             self._save()
         elif run.kept is not None and run.kept.due(step, steps):
-            keep(run, run.kept, replace(self._last, ledger=run.ledger.totals(step)))
+            try:
+                keep(run, run.kept, replace(self._last, ledger=run.ledger.totals(step)))
+            except DiskError as error:  # of shared memory: the state before stays, and the run needs neither
+                run.telemetry.warn(f"step {step}: its state is not kept: {error}")
 
     def end_if_asked(self) -> None:
         """Where the run is told to end: save the last step, unless it is saved. Raises KeyboardInterrupt then.

@@ -24,6 +24,7 @@ from rlhf_dist.loop.events import (
     Keep,
     KeepReference,
     Lost,
+    NotStarted,
     Published,
     Rebuild,
     Respawn,
@@ -201,4 +202,5 @@ class Shell:
                 error = actors.timeout(command)
                 if command.ends:
                     raise error
-                self.hear([Lost(command.member, str(error))])
+                lost = NotStarted if command.limit == "start" else Lost
+                self.hear([lost(command.member, str(error))])

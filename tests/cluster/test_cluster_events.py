@@ -53,7 +53,7 @@ def test_a_dead_workers_groups_begin_again_and_its_finished_ones_are_trained_on(
     assert taken.attempts == (("0/0", 0), ("0/1", 0), ("0/2", 1), ("0/3", 0), ("0/4", 0), ("0/5", 0))
     (message,) = run.told
     assert message.startswith("rollout worker 0 died during 'generate': ")
-    assert message.endswith("; 1 requests of rollout worker 0 begin again")
+    assert message.endswith("; 1 request of rollout worker 0 begin again")
     keys = [experience.key for experience in taken.experiences]
     (batch,) = run.bodies.batches([shard(6)], keys, False)
     found = gather({"batch": batch.place}, "fetch", 60)["batch"]
@@ -141,7 +141,7 @@ def test_a_group_whose_tokens_are_certainly_lost_begins_again(
     assert [type(event) for event in run.heard if isinstance(event, Undone | Lost)][-1] is last
     assert (taken.attempts, taken.late) == ((("0/0", 1), ("0/1", 0)), 2 if last is Undone else 0)
     (message,) = run.told
-    assert message.endswith("; 1 requests of rollout worker 0 begin again")
+    assert message.endswith("; 1 request of rollout worker 0 begin again")
     keys = [experience.key for experience in taken.experiences]
     assert keys == ["train/0/0/1", "train/0/1/0"]
     (batch,) = run.bodies.batches([shard(2)], keys, False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rlhf_dist.cluster.spec import ActorSpec
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import Config, RewardSpec, ScoringConfig
 from rlhf_dist.errors import ActorLost, ActorTimeout, DataError, ResourceError, RewardError, RunError, WeightSyncError
-from rlhf_dist.loop.events import Lost, Scored
+from rlhf_dist.loop.events import Event, Lost, Scored
 from rlhf_dist.types import Answered, Beat, Handle, Prompt, Unanswered
 
 workers = cluster_stand_ins.workers
@@ -268,6 +268,24 @@ def test_one_that_comes_back_and_cannot_prove_the_weights_is_lost_again(workers:
     both.admit("it", liar)
     ears.until(lambda: both.serving() == ("one",) and len(ears.of(Lost)) == 2)
     assert ears.of(Lost)[1].member == "it" and "another hash" in ears.of(Lost)[1].why
+
+
+def test_one_that_is_back_before_the_push_is_over_is_not_taken_for_the_one_that_died(workers: dict[str, Any]) -> None:
+    """Another worker keeps the push waiting until then."""
+    doomed, slow, ears = start("doomed"), start("slow"), Ears()
+    tell(doomed, "dies")
+    tell(slow, "sleeps")
+    both = fleet({"it": doomed, "slow": slow}, ears)
+
+    def back(events: Sequence[Event]) -> None:
+        ears.heard.extend(events)
+        if any(isinstance(event, Lost) for event in events) and both.serving() == ():
+            both.admit("it", workers["one"])
+
+    ears.inbox.listen(back)
+    both.load_weights(ANNOUNCEMENT)
+    ears.until(lambda: set(both.serving()) == {"it", "slow"})
+    assert len(ears.of(Lost)) == 1 and serve(both, ears) == {"one", "slow"}
 
 
 def test_a_reservation_that_does_not_fit_is_an_error_with_both_numbers(local_ray: None) -> None:

@@ -46,7 +46,7 @@ def test_what_only_a_lost_worker_had_begins_again_as_the_next_attempt_with_the_s
     (again,) = [request for command in commands for request in getattr(command, "requests", ())]
     assert again.seeds == first.seeds
     (told,) = of_kind(commands, Tell)
-    assert told.kind == "warning" and "a is gone" in told.message and "1 requests" in told.message
+    assert told.kind == "warning" and "a is gone" in told.message and "1 request" in told.message
 
 
 def test_what_the_collator_has_survives_its_worker() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hand_made import FewPrompts, Rig, compared, given, head_of, of_kind, rules_with, scores_of
 
-from rlhf_dist.errors import ActorLost
+from rlhf_dist.errors import ActorLost, ActorTimeout
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.events import (
     NOBODY,
@@ -33,6 +33,7 @@ from rlhf_dist.loop.events import (
 )
 from rlhf_dist.loop.healing import RULES, Healing
 from rlhf_dist.loop.members import Members
+from rlhf_dist.loop.shell import Actors, Shell
 from rlhf_dist.types import Answered, Handle
 
 KINDS: dict[str, MemberKind] = {
@@ -71,7 +72,7 @@ def test_a_lost_worker_is_started_again_and_serves_once_it_has_proved_the_weight
     commands = made.hear(Lost("a", "a died"))
     assert of_kind(commands, Respawn) == [Respawn("a")]
     (told,) = of_kind(commands, Tell)
-    assert told.message == "a died; 1 requests of a begin again; a is started again"
+    assert told.message == "a died; 1 request of a begin again; a is started again"
     assert given(made.hear(Serving(()))) == []
     assert given(made.hear(Returned("a"))) == [], "it has proved nothing yet"
     assert given(made.hear(Serving(("a",)))) == [("a", "train/0/0/1")]
@@ -79,11 +80,12 @@ def test_a_lost_worker_is_started_again_and_serves_once_it_has_proved_the_weight
 
 def test_a_loss_that_is_told_twice_counts_once() -> None:
     made = rig()
-    for _ in range(3):
-        assert len(of_kind(made.hear(Lost("a", "a died")), Respawn)) <= 1
+    for version in (1, 2, 3):
+        assert len(of_kind(made.hear(Lost("a", "a died")), Respawn)) == 1
         assert of_kind(made.hear(Lost("a", "its events ended")), Respawn) == []
         made.hear(Returned("a"))
         made.now += 60.0
+        made.publish(version)
 
 
 def test_one_that_is_lost_too_often_ends_the_run_with_what_was_tried() -> None:
@@ -101,10 +103,11 @@ def test_one_that_is_lost_too_often_ends_the_run_with_what_was_tried() -> None:
 
 def test_losses_beyond_the_window_do_not_count() -> None:
     made = rig()
-    for _ in range(5):
+    for version in (1, 2, 3, 4, 5):
         assert of_kind(made.hear(Lost("a", "a died")), Respawn) == [Respawn("a")]
         made.hear(Returned("a"))
         made.now += 50.1
+        made.publish(version)
 
 
 def test_who_holds_what_nobody_else_has_ends_the_run() -> None:
@@ -127,6 +130,7 @@ def test_ranks_are_counted_together_and_each_is_waited_for() -> None:
         assert not found.watches("one"), "a late sign of the rank before"
         for name in found.ranks:
             assert found.returned(name, now)
+    found.published(1)
     found.rebuild("20", 110.0)
     assert late(found.overdue(160.1, members, []), "start") == [("one", False), ("two", False)]
     with pytest.raises(ActorLost, match=re.escape("the learner was lost 3 times within 100 s (faults.window_s)")):
@@ -241,3 +245,68 @@ def test_without_hedging_nobody_is_asked_twice() -> None:
     made.answer("train/0/0/0")
     made.now = 14.0
     assert of_kind(made.hear(Tick()), Score) == []
+
+
+def test_losses_far_apart_that_no_new_step_came_between_end_the_run() -> None:
+    """Each takes as long as a start or a call may, so that the window never has many."""
+    made = rig("ab")
+    for _ in range(2):
+        made.hear(Lost("a", "a did not go on"))
+        made.hear(Returned("a"))
+        made.now += 101.0
+    with pytest.raises(ActorLost, match=re.escape("a was lost 3 times since the last new step, and is started again")):
+        made.hear(Lost("a", "a did not go on"))
+
+
+def test_a_new_step_begins_the_count_anew_and_an_old_one_again_does_not() -> None:
+    made = rig("ab")
+    made.publish(3)
+    for version in (4, 5, 6, 7):
+        made.hear(Lost("a", "a died"))
+        made.hear(Returned("a"))
+        made.now += 101.0
+        made.publish(version)
+    for _ in range(2):
+        made.hear(Lost("a", "a died"))
+        made.hear(Returned("a"))
+        made.now += 101.0
+        made.publish(7)  # after ranks were started again from step 6, say
+    with pytest.raises(ActorLost, match="since the last new step"):
+        made.hear(Lost("a", "a died"))
+
+
+class Started:
+    """Ports of a shell that do nothing, but for what they are told to start."""
+
+    def __init__(self, made: Rig) -> None:
+        self._made = made
+        self.started: list[str] = []
+
+    def now(self) -> float:
+        return self._made.now
+
+    def respawn(self, member: str) -> None:
+        self.started.append(member)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+def test_a_start_that_takes_too_long_is_tried_again_and_in_the_end_told() -> None:
+    made, told = rig("a"), list[str]()
+    ports: Any = Started(made)
+    late = lambda one: ActorTimeout(f"{one.member} was not ready in {one.limit_s:g} s")  # noqa: E731
+    actors = Actors(ports, ports, None, ports, ports, late, ports)
+    shell = Shell(made.controller, actors, tell=lambda line: told.append(line.message))
+    shell.hear([Lost("a", "a died"), Serving(())])
+    for count in (2, 3):
+        made.now += 50.1
+        for name in KINDS:
+            made.hear(Pulse(name))
+        if count == 3:
+            with pytest.raises(ActorLost, match="a was lost 3 times"):
+                shell.hear([])
+            break
+        shell.hear([])
+        assert ports.started == ["a", "a"]
+        assert told[-1] == "a was not ready in 50 s; a is started again"

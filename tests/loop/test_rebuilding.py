@@ -16,13 +16,15 @@ from test_loop_rl_training import ALL, CONFIG, PROMPTS, STEPS, close, wired
 from test_saving import Told
 
 from rlhf_dist.config.schema import Config, LearnerConfig, LoopConfig
-from rlhf_dist.errors import ActorLost, DataError, RanksLost, RanksSilent
+from rlhf_dist.errors import ActorLost, RanksLost, RanksSilent
 from rlhf_dist.loop.events import Lost, Pulse
 from rlhf_dist.loop.healing import Healing
 from rlhf_dist.loop.kept_state import KeptState
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.loop.rebuilding import train_to_the_end
 from rlhf_dist.loop.rl_training import Run
+from rlhf_dist.loop.train_state import read_state
+from rlhf_dist.models.checkpoints import problems
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Answered, Handle, Request
 from rlhf_dist.weights.receipts import Announcement
@@ -374,7 +376,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(make: Callable[..., Ran]) -> N
             raise RanksLost("gone")
 
     ran.learner.fault = damage
-    with pytest.raises(DataError, match=r"weights\.txt: "):
+    with pytest.raises(ActorLost, match=r"weights\.txt: "):
         train_to_the_end(ran.run, None)
 
 
@@ -391,3 +393,30 @@ def test_a_damaged_state_in_memory_is_passed_over(make: Callable[..., Ran]) -> N
     ran.learner.fault = damage
     train_to_the_end(ran.run, None)
     assert [found["step"] for found in ran.facts()] == [2]
+
+
+@pytest.mark.parametrize("why", [RanksLost, KeyboardInterrupt])
+def test_a_run_that_ends_brings_the_state_that_only_memory_has_to_the_disk(
+    make: Callable[..., Ran], why: type[BaseException]
+) -> None:
+    def always(call: str, count: int) -> None:
+        if call == "update" and count >= 3:
+            raise why("learner rank 0 died")
+
+    ran = make(always, config(0, 1))
+    with pytest.raises(ActorLost if why is RanksLost else why):
+        train_to_the_end(ran.run, None)
+    saved = ran.run.directory.latest_checkpoint()
+    assert saved is not None and saved.name == "step-2" and problems(saved) == []
+    assert read_state(saved).step == 2
+
+
+def test_what_the_disk_has_already_is_not_written_again(make: Callable[..., Ran]) -> None:
+    def stopped(call: str, count: int) -> None:
+        if call == "update" and count == 3:
+            raise KeyboardInterrupt
+
+    ran = make(stopped, config(1, 1))
+    with pytest.raises(KeyboardInterrupt):
+        train_to_the_end(ran.run, None)
+    assert sum("from memory" in event["message"] for event in ran.events) == 0
