@@ -7,7 +7,7 @@ import pytest
 from sample_groups import group_of, two_turns
 from test_learner_rank_batch import shard
 
-from rlhf_dist.errors import RunError
+from rlhf_dist.errors import AnswerLost
 from rlhf_dist.learner.collator import Collator
 
 GROUP, CONVERSATION = group_of([1, 2], [5, 6, 7], [1, 2], texts=("five", "six")), two_turns()
@@ -38,7 +38,7 @@ def test_reference_logprobs_that_never_came_are_told_of() -> None:
     found.keep_reference("a", np.array([-1.5, -2.5, -3.5], np.float32))
     (batch,) = found.batches([shard([(0, 1)])], ["a"], compared=True)
     assert batch.reference.tolist() == [-2.5, -3.5]
-    with pytest.raises(RunError, match="the reference's logprobs of b were lost with the server that made them"):
+    with pytest.raises(AnswerLost, match="the reference's logprobs of b were lost with the server that made them"):
         found.batches([shard([(0, 0)])], ["a", "b"], compared=True)
 
 
@@ -50,5 +50,5 @@ def test_what_nobody_needs_is_gone_and_a_late_reference_does_not_bring_it_back()
         found.texts(["a"])
     assert found.texts(["b"]) == [(CONVERSATION_TEXT,)]
     found.keep("a", GROUP)
-    with pytest.raises(RunError, match="of a were lost"):
+    with pytest.raises(AnswerLost, match="of a were lost"):
         found.batches([shard([(0, 0)])], ["a"], compared=True)
