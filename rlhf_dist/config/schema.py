@@ -302,8 +302,8 @@ class ClusterConfig:
 @dataclass(frozen=True)
 class FaultsConfig:
     respawns: int = key(3, COUNT)
-    """A rollout worker or server that is lost is started again, so many times within `window_s`. So are all ranks of
-    the learner and the critic, together, where one of them is lost. One more loss ends the run."""
+    """A rollout worker or server that is lost is started again, so many times within `window_s` and so many times until
+    a new step is made. So are all ranks of the learner and the critic together. One more loss ends the run."""
     window_s: float = key(600.0, POSITIVE)
     """Losses further back do not count."""
     heartbeat_s: float = key(15.0, Range("at least 5", lambda x: x >= 5))
