@@ -13,7 +13,6 @@ import pytest
 import test_kept_state
 from stand_ins import WORKER, FakeBodies, FakePolicy, FakeRollouts, head_of, lines
 from test_loop_rl_training import ALL, CONFIG, PROMPTS, STEPS, close, wired
-from test_saving import Told
 
 from rlhf_dist.config.schema import Config, LearnerConfig, LoopConfig
 from rlhf_dist.errors import ActorLost, RanksLost, RanksSilent
@@ -23,8 +22,6 @@ from rlhf_dist.loop.kept_state import KeptState
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.loop.rebuilding import train_to_the_end
 from rlhf_dist.loop.rl_training import Run
-from rlhf_dist.loop.train_state import read_state
-from rlhf_dist.models.checkpoints import problems
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Answered, Handle, Request
 from rlhf_dist.weights.receipts import Announcement
@@ -353,70 +350,3 @@ def test_what_an_earlier_life_asked_for_is_ended_and_its_answers_change_nothing(
     proof = ran.run.ledger.proof()
     assert proof.holds and proof.tokens == proof.consumed * 8 * 3, "none of the late answers, which are longer"
     assert sum(line.get("goodput/late_events", 0) for line in lines(ran.run.directory.metrics)) > 0
-
-
-def test_one_that_is_told_to_end_right_after_it_saves_what_was_in_memory_alone(make: Callable[..., Ran]) -> None:
-    ran = make(once("update", 4), config(2, keep=1))
-    ran.run = replace(ran.run, stop=Told(lambda: bool(ran.ranks.folders)))
-    with pytest.raises(KeyboardInterrupt):
-        train_to_the_end(ran.run, None)
-    assert [folder.name for folder in ran.ranks.folders if folder] == ["step-3"]
-    saved = ran.run.directory.latest_checkpoint()
-    assert saved is not None and saved.name == "step-3"
-
-
-def test_a_damaged_checkpoint_is_not_gone_on_from(make: Callable[..., Ran]) -> None:
-    ran = make(nothing, config(2))
-
-    def damage(call: str, count: int) -> None:
-        if (call, count) == ("update", 4):
-            folder = ran.run.directory.latest_checkpoint()
-            assert folder is not None
-            (folder / WEIGHTS).write_text("0")
-            raise RanksLost("gone")
-
-    ran.learner.fault = damage
-    with pytest.raises(ActorLost, match=r"weights\.txt: "):
-        train_to_the_end(ran.run, None)
-
-
-def test_a_damaged_state_in_memory_is_passed_over(make: Callable[..., Ran]) -> None:
-    ran = make(nothing, config(2, keep=1))
-
-    def damage(call: str, count: int) -> None:
-        if (call, count) == ("update", 4):
-            folder = ran.run.kept.newest() if ran.run.kept else None
-            assert folder is not None and folder.name == "step-3"
-            (folder / WEIGHTS).write_text("0")
-            raise RanksLost("gone")
-
-    ran.learner.fault = damage
-    train_to_the_end(ran.run, None)
-    assert [found["step"] for found in ran.facts()] == [2]
-
-
-@pytest.mark.parametrize("why", [RanksLost, KeyboardInterrupt])
-def test_a_run_that_ends_brings_the_state_that_only_memory_has_to_the_disk(
-    make: Callable[..., Ran], why: type[BaseException]
-) -> None:
-    def always(call: str, count: int) -> None:
-        if call == "update" and count >= 3:
-            raise why("learner rank 0 died")
-
-    ran = make(always, config(0, 1))
-    with pytest.raises(ActorLost if why is RanksLost else why):
-        train_to_the_end(ran.run, None)
-    saved = ran.run.directory.latest_checkpoint()
-    assert saved is not None and saved.name == "step-2" and problems(saved) == []
-    assert read_state(saved).step == 2
-
-
-def test_what_the_disk_has_already_is_not_written_again(make: Callable[..., Ran]) -> None:
-    def stopped(call: str, count: int) -> None:
-        if call == "update" and count == 3:
-            raise KeyboardInterrupt
-
-    ran = make(stopped, config(1, 1))
-    with pytest.raises(KeyboardInterrupt):
-        train_to_the_end(ran.run, None)
-    assert sum("from memory" in event["message"] for event in ran.events) == 0
