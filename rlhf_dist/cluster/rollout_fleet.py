@@ -220,7 +220,7 @@ class RolloutFleet:
         for name, standing in asked.items():
             if self._standings.get(name) is standing:  # else it was lost, and another one may have its name by now
                 problems += self._read_receipt(name, standing, announcement, pushed.left_out.get(name, ""))
-        if self._standings and not self._serving and not any(one.returned for one in self._standings.values()):
+        if self._standings and not self._serving and not any(one.is_coming for one in self._standings.values()):
             deaths = [why for name, why in self._deaths.items() if name in before]
             raise WeightSyncError("; ".join([*deaths, *problems, "no rollout worker holds the published weights"]))
         return problems

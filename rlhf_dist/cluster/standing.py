@@ -40,6 +40,11 @@ class Standing:
     proved: Announcement | None = None
     """The newest one that its receipt was right for."""
 
+    @property
+    def is_coming(self) -> bool:
+        """Whether it was started again, and has not answered to its first load yet."""
+        return self.returned and (self.call is not None or self.version < 0)
+
     def ask_to_load(self, announcement: Announcement) -> None:
         """Unless it is still busy with an earlier one."""
         if self.call is None:

@@ -270,6 +270,18 @@ def test_one_that_comes_back_and_cannot_prove_the_weights_is_lost_again(workers:
     assert ears.of(Lost)[1].member == "it" and "another hash" in ears.of(Lost)[1].why
 
 
+def test_one_that_is_back_and_lies_in_a_push_is_not_waited_for(workers: dict[str, Any]) -> None:
+    doomed, ears = start("doomed"), Ears()
+    tell(doomed, "dies")
+    one = fleet({"it": doomed}, ears)
+    one.load_weights(ANNOUNCEMENT)
+    ears.hear(Lost, 1)
+    tell(workers["one"], "lies")
+    one.admit("it", workers["one"])
+    with pytest.raises(WeightSyncError, match=r"another hash.*no rollout worker holds the published weights"):
+        one.load_weights(ANNOUNCEMENT)
+
+
 def test_one_that_is_back_before_the_push_is_over_is_not_taken_for_the_one_that_died(workers: dict[str, Any]) -> None:
     """Another worker keeps the push waiting until then."""
     doomed, slow, ears = start("doomed"), start("slow"), Ears()
