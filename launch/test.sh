@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Set-up with the test tools, then every check; all of them run, and the exit code is 1 if any failed.
-#   launch/test.sh [--quick] [pytest arguments]
+#   launch/test.sh [--quick | --faults] [pytest arguments]
 # --quick leaves out the tests that start Ray, vLLM or DeepSpeed.
+# --faults runs the tests marked `faults` and nothing else, one after the other. All other runs leave them out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-quick=false
-if [[ ${1:-} == --quick ]]; then
-  quick=true
-  shift
-fi
+quick=false faults=false
+case ${1:-} in
+--quick) quick=true && shift ;;
+--faults) faults=true && shift ;;
+esac
 launch/setup.sh --dev
 failed=()
 check() { # NAME COMMAND... ; the exit code is the command's
@@ -24,6 +25,10 @@ check() { # NAME COMMAND... ; the exit code is the command's
   fi
   return "$code"
 }
+if $faults; then
+  check 'pytest of faults' .venv/bin/python -m pytest -m faults "$@"
+  exit
+fi
 check 'ruff check' .venv/bin/ruff check . || failed+=('ruff check')
 check 'ruff format' .venv/bin/ruff format --check . || failed+=('ruff format')
 
@@ -53,4 +58,5 @@ if ((${#failed[@]})); then
   printf 'test: FAILED: %s (%s s in all)\n' "$(IFS=,; echo "${failed[*]}")" "$SECONDS"
   exit 1
 fi
+(($#)) || printf 'test: left out: the tests marked faults (launch/test.sh --faults)\n'
 printf 'test: all passed in %s s\n' "$SECONDS"

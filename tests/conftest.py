@@ -38,6 +38,8 @@ SHARED = {
 """What several files share that is expensive to start -> what the text of those files has."""
 STARTER = re.compile("|".join([r"mark\.engines", r"\bjudged: ", *SHARED.values()]))
 """What the text of each file has whose tests start engines."""
+BREAKER = re.compile(r"mark\.faults")
+"""The same of those that run with `launch/test.sh --faults` only."""
 
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("WANDB_API_KEY", None)
@@ -207,17 +209,23 @@ def make_workplace(folder: Path) -> Workplace:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m engines` only those files are read: to import the others takes longer than many a test."""
-    if config.getoption("markexpr") == "engines" and collection_path.match("test_*.py"):
-        return not STARTER.search(collection_path.read_text()) or None
+    """With `-m engines` or `-m faults` only their files are read: to import all takes longer than many a test."""
+    wanted = {"engines": STARTER, "faults": BREAKER}.get(config.getoption("markexpr"))
+    if wanted is not None and collection_path.match("test_*.py"):
+        return not wanted.search(collection_path.read_text()) or None
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what starts real engines by the fixtures that start them; other tests carry the mark themselves.
 
-    The tests of this process's Ray session come last and together, so that it is there for no other test.
+    The tests of this process's Ray session come last and together, so that it is there for no other test. Those marked
+    `faults` are left out where nobody asks for them.
     """
+    if "faults" not in config.getoption("markexpr"):
+        long = [item for item in items if item.get_closest_marker("faults")]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
     items.sort(key=lambda item: uses(item, "local_ray"))
     for item in items:
         if any(uses(item, fixture) for fixture in STARTS_ENGINES):

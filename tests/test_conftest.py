@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ TEXTS = {
     "submit": "def test_job(cluster: Cluster, shared_run: SharedRun) -> None",
     "resume": "def history(shared_run: SharedRun) -> History",
     "methods": "pytestmark = pytest.mark.engines",
+    "matrix": "pytestmark = [pytest.mark.engines, pytest.mark.faults]",
     "light": "What engines do.",
 }
 
@@ -22,16 +24,27 @@ TEXTS = {
 class Item:
     """What the order and the marks of tests are made from."""
 
-    def __init__(self, file: str, *fixtures: str, engines: bool = False) -> None:
+    def __init__(self, file: str, *fixtures: str, marks: Iterable[str] = ()) -> None:
         self.path = Path(file)
         self.fixturenames = fixtures
-        self.marks = {"engines"} if engines else set()
+        self.marks = set(marks)
 
     def add_marker(self, marker: str) -> None:
         self.marks.add(marker)
 
     def get_closest_marker(self, name: str) -> str | None:
         return name if name in self.marks else None
+
+
+class Asked:
+    """pytest's config with `-m MARKS`; notes what is left out."""
+
+    def __init__(self, marks: str = "") -> None:
+        self.marks, self.deselected = marks, []
+        self.hook = SimpleNamespace(pytest_deselected=lambda items: self.deselected.extend(items))
+
+    def getoption(self, name: str) -> str:
+        return {"markexpr": self.marks}[name]
 
 
 @pytest.fixture
@@ -45,11 +58,21 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_this_processs_ray_comes_last(here: Path) -> None:
     light, actors = Item("test_fleets.py"), Item("test_fleets.py", "workers", "local_ray")
-    reads, alone = Item("test_submit.py", "shared_run"), Item("test_methods.py", engines=True)
+    reads, alone = Item("test_submit.py", "shared_run"), Item("test_methods.py", marks=["engines"])
     items: list[Any] = [light, actors, reads, alone]
-    pytest_collection_modifyitems(items)
+    config: Any = Asked()
+    pytest_collection_modifyitems(config, items)
     assert items == [light, reads, alone, actors]
     assert [item for item in items if "engines" in item.marks] == [reads, alone, actors]
+
+
+@pytest.mark.parametrize(("marks", "kept"), [("", 1), ("engines", 1), ("faults", 2), ("faults and engines", 2)])
+def test_long_tests_of_faults_run_where_they_are_asked_for(here: Path, marks: str, kept: int) -> None:
+    items: list[Any] = [Item("test_light.py"), Item("test_matrix.py", marks=["engines", "faults"])]
+    config: Any = Asked(marks)
+    long = items[kept:]
+    pytest_collection_modifyitems(config, items)
+    assert len(items) == kept and config.deselected == long
 
 
 def test_files_that_share_a_session_or_a_run_stay_together(here: Path) -> None:
@@ -71,10 +94,11 @@ def test_the_processes_share_the_groups(here: Path) -> None:
 
 def test_files_without_engines_are_not_read_where_only_engines_are_asked_for(here: Path) -> None:
     def ignored(name: str, marks: str) -> bool | None:
-        config: Any = SimpleNamespace(getoption={"markexpr": marks}.__getitem__)
+        config: Any = Asked(marks)
         return pytest_ignore_collect(Path(name), config)
 
     assert ignored("test_light.py", "engines") is True
+    assert ignored("test_methods.py", "faults") is True and ignored("test_matrix.py", "faults") is None
     # Whether others are read is for others to say.
     assert ignored("test_methods.py", "engines") is ignored("conftest.py", "engines") is None
     assert ignored("test_light.py", "not engines") is ignored("test_light.py", "") is None
@@ -82,5 +106,6 @@ def test_files_without_engines_are_not_read_where_only_engines_are_asked_for(her
 
 def test_a_file_that_would_not_be_found_is_named(here: Path) -> None:
     hidden: Any = Item("test_light.py", "shared_run")
+    config: Any = Asked()
     with pytest.raises(AssertionError, match=r"would not find them .*: \['test_light\.py'\]"):
-        pytest_collection_modifyitems([hidden])
+        pytest_collection_modifyitems(config, [hidden])

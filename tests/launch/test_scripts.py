@@ -292,6 +292,8 @@ def test_pyright_runs_beside_the_tests_and_is_shown_after_them(repository: Path)
         (["--quick"], ["-n auto --maxprocesses 4 -m not engines"]),
         (["tests/algo"], ["tests/algo"]),
         (["--quick", "tests/algo"], ["-m not engines tests/algo"]),
+        (["--faults"], ["-m faults"]),
+        (["--faults", "-k", "node"], ["-m faults -k node"]),
     ],
 )
 def test_the_quick_test_leaves_out_engines(repository: Path, words: list[str], calls: list[str]) -> None:
