@@ -12,6 +12,7 @@ from chaos.clock import Broken
 from chaos.disk import LEDGER, Crash, Disk, Lines
 from chaos.plan import WRITES, Fault, Plan, config_of
 from chaos.servers import Trained
+from chaos.watched import all_watched
 from chaos.world import World
 from rlhf_dist.algo.recipes import ALGORITHMS
 from rlhf_dist.cluster.resume import SUMMARY_STEP, Start, find_start, summary_step
@@ -92,7 +93,7 @@ def live(plan: Plan, number: int, output: Path, witness: Witness, steps: int) ->
     faults = [fault for fault in plan.faults if fault.life == number and fault.kind in WRITES]
     life = Life(world, Disk(output / "run", faults))
     try:
-        with life.disk.armed():
+        with life.disk.armed(), all_watched(world):
             _run(config, life, witness)
     except (Crash, RlhfError) as error:
         life.failure = error

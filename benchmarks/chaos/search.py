@@ -39,6 +39,8 @@ class Found:
     """Faults that struck, by kind; of durable writes with the name."""
     endings: Counter[str] = field(default_factory=Counter)
     """How lives ended, by the name of the exception."""
+    seen: Counter[str] = field(default_factory=Counter)
+    """See `World`."""
     writes: int = 0
     steps: int = 0
     named: dict[Fault, Fault] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class Found:
         self.seconds += life.world.clock.now
         self.named |= life.disk.named
         self.writes += life.disk.counts[ANY_WRITE]
+        self.seen.update(life.world.seen)
         self.kinds.update(fault.kind for fault in life.world.fired)
         self.kinds.update(f"{fault.kind} {fault.who}" for fault in life.disk.fired)
         self.endings[type(life.failure).__name__ if life.failure is not None else "finished"] += 1

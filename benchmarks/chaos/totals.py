@@ -24,6 +24,7 @@ class Totals:
     writes: int = 0
     virtual_s: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
+    seen: Counter[str] = field(default_factory=Counter)
     endings: Counter[str] = field(default_factory=Counter)
     broken: dict[int, str] = field(default_factory=dict)
     """Seed -> the rule that does not hold."""
@@ -33,13 +34,14 @@ class Totals:
         """Of one."""
         broken = {} if found.broken is None else {found.plan.seed: str(found.broken)}
         counts = found.lives, found.steps, found.calls, found.writes, found.seconds
-        return Totals(1, *counts, found.kinds, found.endings, broken)
+        return Totals(1, *counts, found.kinds, found.seen, found.endings, broken)
 
     def merge(self, other: Totals) -> None:
         """Count another's."""
         for name in ("seeds", "lives", "steps", "calls", "writes", "virtual_s"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.faults.update(other.faults)
+        self.seen.update(other.seen)
         self.endings.update(other.endings)
         self.broken |= other.broken
 

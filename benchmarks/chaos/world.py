@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,6 +24,8 @@ class World:
         self.inbox = Inbox(self.clock, plan.settings.gather)
         self.fired: list[Fault] = []
         """What went wrong in this life."""
+        self.seen: Counter[str] = Counter()
+        """How often something was seen that runs are to show: a hand-over, a lag, a reason to drop a group."""
         self.waiting = [fault for fault in plan.faults if fault.life == life and fault.kind not in WRITES]
         """What has not yet."""
         self._reached: dict[str, float] = {}

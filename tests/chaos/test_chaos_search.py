@@ -41,10 +41,13 @@ def holds(plan: Plan) -> Found:
 
 @pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
 def test_every_rule_holds(first: int) -> None:
-    kinds: Counter[str] = Counter()
+    kinds, seen = Counter[str](), Counter[str]()
     for seed in range(first, first + BLOCK):
-        kinds.update(holds(plan_of(seed)).kinds)
+        found = holds(plan_of(seed))
+        kinds.update(found.kinds)
+        seen.update(found.seen)
     assert kinds["die"] and len(kinds) > 20, "faults strike, of many kinds"
+    assert seen["lag 1 of 1"] and seen["lag 1 of 2"] and seen["worker_lost"] and seen["handed over"], seen
 
 
 @pytest.mark.parametrize("settings", [IN_TURN, AT_ONCE], ids=["in turn", "at once"])

@@ -1,9 +1,13 @@
-"""What the second account of a run in virtual time is written in."""
+"""What the second account of a controller is written in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from chaos.clock import Broken
+from chaos.truth import Truth
 from rlhf_dist.types import GroupHead, Request
 
 Attempt = tuple[str, int]
@@ -11,8 +15,20 @@ Purpose = tuple[str, str]
 """(purpose, uid) of a request, whatever its attempt."""
 
 
-class Broken(AssertionError):
-    """A rule does not hold."""
+def wrong(text: str) -> Broken:
+    """What the controller says does not follow from what it heard."""
+    return Broken("account", text)
+
+
+def hopeless(truth: Truth) -> bool:
+    """No response has a reward."""
+    return bool(np.isnan(truth.scores.total).all())
+
+
+def flat(truth: Truth) -> bool:
+    """All responses that have a reward have the same."""
+    total = truth.scores.total
+    return len(set(total[~np.isnan(total)].tolist())) == 1
 
 
 @dataclass(slots=True)
@@ -21,6 +37,7 @@ class Entry:
 
     request: Request
     worker: str
+    truth: Truth
     head: GroupHead | None = None
     kept: bool = False
     scored: bool = False
@@ -31,17 +48,10 @@ class Entry:
     """A server could not get at it."""
     asked: bool = False
     """Its worker was asked to hand it over."""
+    orphaned: bool = False
+    """Its worker was lost; another may have the name by now."""
 
     @property
     def may_leave(self) -> bool:
+        """Whether its worker may be asked for it."""
         return self.head is None and self.request.purpose in ("train", "baseline")
-
-
-@dataclass(slots=True)
-class Line:
-    """An attempt in the ledger."""
-
-    state: str
-    reason: str = ""
-    tokens: int = 0
-    trained: int = 0
