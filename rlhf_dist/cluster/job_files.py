@@ -92,6 +92,8 @@ def unpack(log: str, target: Path) -> Arrived:
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         head, data = json.loads(parts[0]), b"".join(base64.b64decode(part, validate=True) for part in parts[1:])
+        left = tuple((str(name), int(size)) for name, size in head["left"])
+        arrived = Arrived(str(head["path"]), target, left)
         if hashlib.sha256(data).hexdigest() != ends[-1]:
             raise RunError("the files did not arrive whole: their hash is another one than on their node")
         temporary.mkdir(parents=True)
@@ -103,12 +105,12 @@ def unpack(log: str, target: Path) -> Arrived:
     except KeyboardInterrupt:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    except (OSError, tarfile.TarError, binascii.Error, ValueError, KeyError) as error:
+    except (OSError, tarfile.TarError, binascii.Error, ValueError, LookupError, TypeError, ArithmeticError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, RunError):
             raise
         raise RunError(f"{target}: the files cannot be written: {error}") from None
-    return Arrived(str(head["path"]), target, tuple((str(name), int(size)) for name, size in head["left"]))
+    return arrived
 
 
 def _extract(file: IO[bytes], folder: Path) -> None:

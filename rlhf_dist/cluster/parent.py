@@ -282,7 +282,7 @@ def last_step(metrics: Path) -> int | None:
     except OSError:
         return None
     for line in reversed(lines):
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return int(json.loads(line)["step"])
     return None
 

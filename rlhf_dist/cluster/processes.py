@@ -116,7 +116,7 @@ def process_id(name: str) -> int | None:
     try:
         signs = json.loads(name.log.with_suffix(".pid").read_text(encoding="utf-8"))
         pid, began, host = int(signs["pid"]), int(signs["began"]), str(signs["host"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     if host != socket.gethostname():
         return None

@@ -17,6 +17,10 @@ MAX_VALUES = 100_000
 """Values with every alias written out: a few lines of aliases of aliases could stand for billions."""
 
 
+LINE_ENDS = re.compile("[\x85\u2028\u2029]")
+"""Line ends in YAML 1.1 and none in 1.2: PyYAML would make a blank of the first, and drop blanks beside the others."""
+
+
 class Loader(yaml.SafeLoader):
     """YAML 1.2's plain scalars: `off`, `no` and `yes` are words, `1e-3` is a number.
 
@@ -71,6 +75,13 @@ Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 class Dumper(yaml.SafeDumper):
     """Quotes what either YAML 1.1 or `Loader` would not read back as text."""
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """In double quotes where there is a line end that only some readers take for one: there it is escaped."""
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if LINE_ENDS.search(text) else None)
+
+
+Dumper.add_representer(str, Dumper.represent_text)
+
 
 def _require_unique_keys(node: yaml.MappingNode) -> None:
     seen: set[str] = set()
@@ -103,6 +114,13 @@ for _tag, _pattern, _first in SCALARS:
 
 def parse(text: str, where: str, has_lines: bool) -> Any:
     """What `text` says. `where` opens a message, with the line behind it where the text has lines of its own."""
+    if odd := LINE_ENDS.search(text):
+        place = f"{where}:{text.count(chr(10), 0, odd.start()) + 1}" if has_lines else where
+        code = f"{ord(odd[0]):04X}"
+        raise ConfigError(
+            f"{place}: not valid YAML: it holds the character U+{code}, which some readers take for the end of a line; "
+            f'take it out, or write it as "\\u{code}" in double quotes'
+        )
     try:
         return yaml.load(text, Loader=Loader)
     except yaml.MarkedYAMLError as error:

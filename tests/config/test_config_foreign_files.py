@@ -36,6 +36,10 @@ FILES = {
     "a bool that is none": ("name: !!bool x", "a tag .* with a value that is not of its kind"),
     "a list as a key": ("? [a, b]\n: 1", "unhashable key"),
     "a merge of a number": ("loop: {<<: 3}", "expected a mapping"),
+    "a line end of YAML 1.1": (
+        "seed: 1\nname: 'a\x85b'",
+        r"a\.yaml:2: not valid YAML: .* U\+0085, .*write it as \"\\u0085",
+    ),
     "a control character": ("name: a\x00b", "special characters are not allowed"),
     "a huge whole number": (f"seed: {'9' * 5000}", r"a\.yaml:1: not valid YAML: a whole number of 5,000 digits; put"),
     "a whole number beyond floats": (
