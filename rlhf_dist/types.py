@@ -227,7 +227,7 @@ class Unanswered:
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """A rollout worker hands a request over: it has stopped to sample it, and another one is to go on."""
+    """A request that another rollout worker is to go on with: its own has stopped to sample it, or is lost."""
 
     key: str
     lengths: np.ndarray
@@ -238,9 +238,18 @@ class Partial:
 
 @dataclass(frozen=True, slots=True)
 class PartialLost:
-    """A rollout worker cannot go on with a request: what was sampled of it is lost with the worker that had it."""
+    """Nobody can go on with a request: what was sampled of it is lost with the worker that had it."""
 
     key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What a rollout worker has sampled of a request until now, for the case that it is lost. It samples on."""
+
+    key: str
+    body: Handle[Group]
+    """As that of `Partial`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,40 +351,6 @@ class Experience:
     def samples(self) -> np.ndarray:
         """int64 [n]; place in head, scores and reference -> sample of the group."""
         return np.setdiff1d(np.arange(len(self.head.lengths) + len(self.left_out)), self.left_out)
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The experiences of one training step, by rows (one row is one sample). No tokens, only references to them."""
-
-    keys: tuple[str, ...]
-    """G, of the groups' requests, in the order of the groups."""
-    uids: tuple[str, ...]
-    """G, of their prompts."""
-    groups: np.ndarray
-    """int64 [B]; row -> group."""
-    samples: np.ndarray
-    """int64 [B]; row -> sample within its group."""
-    tokens: np.ndarray
-    """int64 [B]; all tokens of the row."""
-    lengths: np.ndarray
-    """int64 [B]; the sampled ones."""
-    longest: np.ndarray
-    """int64 [B]; those of the row's longest response."""
-    ended: np.ndarray
-    """bool [B]; false for a response that was cut before its end token."""
-    scores: np.ndarray
-    """float32 [B]; total reward as scored."""
-    distinct: np.ndarray
-    """float32 [B]; as `Scores.distinct`."""
-    baselines: np.ndarray
-    """float32 [B]; as `Experience.baseline`."""
-    compared: bool
-    """Whether there is a reference, and the collator has its logprobs."""
-    kl: np.ndarray
-    """float32 [B]; nats per response to the reference; 0 in a run without one."""
-    oldest_version: int
-    """Lowest weight version among the sampled tokens."""
 
 
 @dataclass(frozen=True, slots=True)

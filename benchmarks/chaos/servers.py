@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import numpy as np
 from chaos.clock import Broken
 from chaos.disk import Disk
 from chaos.plan import COLLATOR, Fault
-from chaos.truth import Body, digest, number
+from chaos.truth import Body, Sampled, digest, number
 from chaos.world import World
 from rlhf_dist.errors import ActorLost, ActorTimeout
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.loop.events import Compared, Event, Kept, Lost, MemberKind, Scored, Undone
-from rlhf_dist.types import Group as Tokens, Handle, Referenced, ReferenceHead
+from rlhf_dist.types import Group as Tokens, Handle, Partial, PartialLost, Referenced, ReferenceHead
 from rlhf_dist.weights.receipts import Announcement
 
 REFERENCE_FILE = "reference/config.json"
@@ -157,6 +157,8 @@ class Collator(Group):
         self.bodies: dict[str, Body | None] = {}
         """What it was asked to keep and not to forget; None: not there yet."""
         self.logprobs: dict[str, str] = {}
+        self.copies: dict[str, Sampled] = {}
+        """Of groups that are being sampled."""
         self.history: dict[int, str] = {}
         """Version -> weights that were published as that."""
 
@@ -167,6 +169,7 @@ class Collator(Group):
 
     def _keep(self, key: str, body: Body) -> None:
         self.bodies[key] = None
+        self.copies.pop(key, None)
         self._world.clock.after(self._world.seconds(0.01, 1.0, "keep", key), self._kept, key, body)
 
     def _kept(self, key: str, body: Body) -> None:
@@ -183,6 +186,25 @@ class Collator(Group):
         """See `ports.Bodies`."""
         self._world.post(COLLATOR, self.logprobs.__setitem__, key, logprobs.place)
 
+    def keep_copy(self, key: str, body: Handle[Tokens]) -> None:
+        """See `ports.Bodies`."""
+        self._world.post(COLLATOR, self._keep_copy, key, body.place)
+
+    def _keep_copy(self, key: str, sampled: Sampled) -> None:
+        """Its own from now on, unless they are lost on the way."""
+        if not any(body.lost for body in sampled.bodies):
+            self.copies[key] = replace(sampled, bodies=[])
+
+    def recall(self, key: str) -> None:
+        """See `ports.Bodies`."""
+        self._world.post(COLLATOR, self._recall, key)
+
+    def _recall(self, key: str) -> None:
+        if self.server.works:
+            found = self.copies.pop(key, None)
+            told = PartialLost(key) if found is None else Partial(key, np.zeros(1, np.int64), Handle(found))
+            self._world.tell(COLLATOR, told)
+
     def forget(self, keys: Sequence[str]) -> None:
         """See `ports.Bodies`."""
         self._world.post(COLLATOR, self._forget, tuple(keys))
@@ -191,10 +213,11 @@ class Collator(Group):
         for key in keys:
             self.bodies.pop(key, None)
             self.logprobs.pop(key, None)
+            self.copies.pop(key, None)
 
     def forget_all(self) -> None:
         """See `ports.Bodies`."""
-        self._world.post(COLLATOR, self._forget, tuple({**self.bodies, **self.logprobs}))
+        self._world.post(COLLATOR, self._forget, tuple({**self.bodies, **self.logprobs, **self.copies}))
 
     def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
         """See `ports.Bodies`."""

@@ -11,6 +11,7 @@ from chaos.world import World
 from rlhf_dist.types import (
     Answered,
     Beat,
+    Copied,
     DroppedPrompt,
     Handle,
     Partial,
@@ -158,5 +159,8 @@ class Worker:
             self._beats = False
             return
         self._steps += 1
+        copied = [work for work in self.has.values() if work.request.purpose in ("train", "baseline")]
+        for work in copied if self._world.plan.settings.lag else []:
+            self._world.tell(self.name, Copied(work.request.key, Handle(self._done(work))))
         self._world.tell(self.name, Beat(self.name, self._steps))
         self._world.clock.after(BEAT_S, self._beat, background=True)

@@ -64,6 +64,7 @@ def make_rollout_worker(spec: ActorSpec) -> Any:
         keep=lambda group: Handle(ray.put(group)),
         get=lambda handles: fetched([handle.place for handle in handles], PARTIAL_LIMIT_S),
         observe=TASKS[config.data.task.name].observe if config.data.source == "task" else nothing_more,
+        copy_every_s=config.faults.copy_every_s if config.loop.max_policy_lag else 0.0,
     )
 
 

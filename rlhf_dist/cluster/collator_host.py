@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import ray
 
 from rlhf_dist.cluster.roster import Alive
@@ -31,6 +32,18 @@ class CollatorHost(Alive):
     def keep_reference(self, key: str, logprobs: Any) -> None:
         """See `Collator.keep_reference`."""
         self._collator.keep_reference(key, logprobs.copy())
+
+    @ray.method(num_returns=0)
+    def keep_copy(self, key: str, group: Group) -> None:
+        """See `Collator.keep_copy`."""
+        self._collator.keep_copy(key, copy.deepcopy(group))
+
+    def recall(self, key: str) -> Any:
+        """See `Collator.recall`: (int64 [n], tokens of each sample; a reference to the group), or None."""
+        group = self._collator.recall(key)
+        if group is None:
+            return None
+        return np.array([sample.length for sample in group.trajectories]), ray.put(group)
 
     @ray.method(num_returns=0)
     def forget(self, keys: list[str]) -> None:

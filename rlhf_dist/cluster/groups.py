@@ -20,7 +20,7 @@ from rlhf_dist.learner.witness import Seen
 from rlhf_dist.loop.events import NOBODY, Compared, Event, Kept, Lost, MemberKind, Scored, TimedOut, Undone
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
-from rlhf_dist.types import Group, Handle, Referenced
+from rlhf_dist.types import Group, Handle, Partial, PartialLost, Referenced
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
 
 T = TypeVar("T")
@@ -154,6 +154,14 @@ class CollatorProcess:
         """See `loop.ports.Bodies`. Calls to the collator are done in their order, so nobody has to wait."""
         self._actor.keep_reference.remote(key, logprobs.place)
 
+    def keep_copy(self, key: str, body: Handle[Group]) -> None:
+        """See `loop.ports.Bodies`. One whose worker has died by then is lost, and the one before stays."""
+        self._actor.keep_copy.remote(key, body.place)
+
+    def recall(self, key: str) -> None:
+        """See `loop.ports.Bodies`; the collator owns what is gone on from."""
+        self._inbox.expect(self._actor.recall.remote(key), partial(self._recalled, key))
+
     def forget(self, keys: Sequence[str]) -> None:
         """See `loop.ports.Bodies`."""
         self._actor.forget.remote(list(keys))
@@ -181,6 +189,10 @@ class CollatorProcess:
                 self.keep({key: body})
             return []
         return [Kept(key) for key in bodies]
+
+    def _recalled(self, key: str, call: Any) -> list[Event]:
+        found = fetch(call, self._name, f"recall {key}", self._timeout_s)
+        return [PartialLost(key) if found is None else Partial(key, found[0], Handle(found[1]))]
 
     def _ask(self, call: Any, what: str) -> Any:
         return gather({self._name: call}, what, self._timeout_s, LEARNER_KEY, self._inbox.wait)[self._name]

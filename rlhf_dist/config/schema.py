@@ -308,6 +308,9 @@ class FaultsConfig:
     """Losses further back do not count."""
     heartbeat_s: float = key(15.0, Range("at least 5", lambda x: x >= 5))
     """A process without a sign of life for so long counts as lost."""
+    copy_every_s: float = key(10.0, NOT_NEGATIVE, effects.LAGGING)
+    """Seconds between copies of what rollout workers have sampled so far. A group whose worker is lost goes on from its
+    last copy. 0: it begins again, as it does without a lag."""
     save_on_stop_s: float = key(120.0, LIMIT_S_OR_0)
     """Most seconds that a run which is told to end (Ctrl-C, SIGTERM, SIGHUP) takes to finish its step and to save; 0:
     it ends at once and saves nothing. `train` and `sft`. Preemption gives notice of 30 to 120 s."""

@@ -18,10 +18,21 @@ class Collator:
     def __init__(self) -> None:
         self._groups: dict[str, Group] = {}
         self._references: dict[str, np.ndarray] = {}
+        self._copies: dict[str, Group] = {}
+        """Of groups that are being sampled."""
 
     def keep(self, key: str, group: Group) -> None:
         """Take a group over."""
         self._groups[key] = group
+        self._copies.pop(key, None)
+
+    def keep_copy(self, key: str, group: Group) -> None:
+        """What there is of a group that is being sampled, in place of an earlier copy."""
+        self._copies[key] = group
+
+    def recall(self, key: str) -> Group | None:
+        """The last copy, which is not kept any more; None without one."""
+        return self._copies.pop(key, None)
 
     def keep_reference(self, key: str, logprobs: np.ndarray) -> None:
         """Take over the reference's logprobs of a group, float32 [sum of N], sample after sample."""
@@ -33,11 +44,13 @@ class Collator:
         for key in keys:
             self._groups.pop(key, None)
             self._references.pop(key, None)
+            self._copies.pop(key, None)
 
     def forget_all(self) -> None:
         """Nobody needs any of them."""
         self._groups.clear()
         self._references.clear()
+        self._copies.clear()
 
     def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
         """Each group's samples, to be read by people."""

@@ -38,6 +38,7 @@ from rlhf_dist.loop.events import (
     Event,
     Forget,
     Keep,
+    KeepCopy,
     KeepReference,
     Kept,
     Lost,
@@ -52,11 +53,11 @@ from rlhf_dist.loop.events import (
     Tick,
     Undone,
 )
-from rlhf_dist.loop.hand_over import go_on, hand_overs
+from rlhf_dist.loop.hand_over import go_on, hand_overs, recall
 from rlhf_dist.loop.healing import Healing, told_of, unwatched
 from rlhf_dist.loop.left_out import Tally, refuse_if_hopeless, what_is_left
 from rlhf_dist.loop.members import Members
-from rlhf_dist.loop.open_groups import OpenRequest
+from rlhf_dist.loop.open_groups import OpenRequest, newly_issued
 from rlhf_dist.loop.reasons import (
     END_OF_RUN,
     GREEDY_LOST,
@@ -68,10 +69,9 @@ from rlhf_dist.loop.reasons import (
     WORKER_LOST,
     refuse_whole_epoch,
 )
-from rlhf_dist.loop.requests import greedy, make_request
 from rlhf_dist.loop.servers import Servers
 from rlhf_dist.loop.window import to_issue, to_take, too_old
-from rlhf_dist.types import Answered, Beat, DroppedPrompt, Experience, Partial, PartialLost, Unanswered
+from rlhf_dist.types import Answered, Beat, Copied, DroppedPrompt, Experience, Partial, PartialLost, Unanswered
 
 
 class Controller:
@@ -196,19 +196,12 @@ class Controller:
             return []
         issued: list[tuple[str, int]] = []
         for prompt, attempt in self._prompts.take(count):
-            request = make_request(prompt, "train", rules.group_size, rules.sampling, rules.seed, attempt, rules.life)
-            one = OpenRequest(request, self._issued, now, rules.compares)
+            together = newly_issued(rules, prompt, attempt, self._issued, now)
             self._issued += 1
-            together = (one,)
-            if rules.greedy_baseline:
-                beside = replace(request, purpose="baseline", sampling=greedy(rules.sampling), seeds=request.seeds[:1])
-                one.partner = OpenRequest(beside, -1, now, False, one)
-                together = (one, one.partner)
-            for each in together:
-                self._open[each.request.key] = each
-            self._groups[one.number] = one
+            self._open |= {each.request.key: each for each in together}
+            self._groups[together[0].number] = together[0]
             self._members.wait(together)
-            issued.append(one.attempt)
+            issued.append(together[0].attempt)
         return [Book("issued", tuple(issued), version=self._version)]
 
     def _ask(self, event: Asked, now: float) -> None:
@@ -235,6 +228,9 @@ class Controller:
                 return self._handed_over(one, event)
             case PartialLost():
                 return self._begin_again([one])
+            case Copied():
+                one.copied = True
+                return [KeepCopy(event.key, event.body)]
             case Undone():
                 if one.orphaned or one.worker not in self._members.workers:
                     return self._begin_again([one])
@@ -255,10 +251,10 @@ class Controller:
 
     def _handed_over(self, one: OpenRequest, event: Partial) -> list[Command]:
         """Another worker goes on, under another key: what the one before still says of this one changes nothing."""
-        told = go_on(one, event)
+        commands = go_on(one, event)
         self._open[one.request.key] = self._open.pop(event.key)
         self._members.wait((one,), first=True)
-        return [told]
+        return commands
 
     def _answered(self, one: OpenRequest, event: Answered, now: float) -> list[Command]:
         one.head, one.body = event.head, event.body
@@ -337,13 +333,15 @@ class Controller:
             del self._groups[one.number]
             self._ready -= one.experience is not None
         self._awaited -= one.evaluates
+        forget: list[Command] = [Forget((one.request.key,))]
+        if one.head is not None:
+            return [] if one.evaluates else forget
+        commands = forget if one.copied else []
         if not one.worker:
             self._members.withdraw(one)
-            return []
-        if one.head is not None:
-            return [] if one.evaluates else [Forget((one.request.key,))]
+            return commands
         self._members.cancelled(one.worker, one.request.key)
-        return [Cancel(one.worker, (one.request.key,))]
+        return [*commands, Cancel(one.worker, (one.request.key,))]
 
     def _lost(self, event: Lost, now: float) -> list[Command]:
         """Let others do what only the lost process had, and have it started again where that is the rule."""
@@ -358,8 +356,10 @@ class Controller:
         gone = [one for one in orphans if not one.kept or one.request.key in self._undone]
         for one in orphans:
             one.orphaned = True
-        commands += told_of(name, why, len(gone), commands)
-        return commands + self._begin_again(gone) + self._servers.lost(had or {}, self._open, now)
+        lost = [one for one in gone if not one.can_go_on]
+        commands += told_of(name, why, len(lost), commands)
+        commands += recall([one for one in gone if one.can_go_on], self._members, now)
+        return commands + self._begin_again(lost) + self._servers.lost(had or {}, self._open, now)
 
     def _returned(self, event: Returned, now: float) -> list[Command]:
         if not self._healing.returned(event.member, now):

@@ -17,6 +17,7 @@ from rlhf_dist.loop.left_out import Tally
 from rlhf_dist.types import (
     Answered,
     Beat,
+    Copied,
     DroppedPrompt,
     Experience,
     Group,
@@ -128,7 +129,7 @@ class Tick:
     """Time has passed: who has been silent for too long?"""
 
 
-About = Answered | Unanswered | Partial | PartialLost | Kept | Scored | Compared | Undone
+About = Answered | Unanswered | Partial | PartialLost | Copied | Kept | Scored | Compared | Undone
 """Events about one request; `key` is its."""
 Event = About | Beat | Published | Serving | Lost | NotStarted | Returned | Pulse | Asked | Tick
 
@@ -171,6 +172,21 @@ class KeepReference:
 
     key: str
     logprobs: Handle[np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class KeepCopy:
+    """Let the collator keep what there is of a group that is being sampled."""
+
+    key: str
+    body: Handle[Group]
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """A group's worker is lost: have the collator say what it has a copy of."""
+
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +274,8 @@ Command = (
     | HandOver
     | Keep
     | KeepReference
+    | KeepCopy
+    | Recall
     | Forget
     | Score
     | Compare

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from rlhf_dist.loop.controller_rules import Rules
-from rlhf_dist.loop.events import Command, HandOver, Tell
+from rlhf_dist.loop.events import Command, Forget, HandOver, Recall, Tell
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.open_groups import OpenRequest
 from rlhf_dist.types import Partial
@@ -42,12 +42,24 @@ def hand_overs(rules: Rules, open_requests: Iterable[OpenRequest], members: Memb
     return commands
 
 
-def go_on(one: OpenRequest, event: Partial) -> Tell:
+def go_on(one: OpenRequest, event: Partial) -> list[Command]:
     """Make it the next part of the same attempt, from what its worker has left; no worker has it now."""
-    text = f"{event.key} goes on with another worker than {one.worker}, {int(event.lengths.sum())} tokens so far"
+    where = f"goes on with another worker than {one.worker}" if one.worker else "goes on from its last copy"
+    forget: list[Command] = [Forget((event.key,))] if one.copied else []
     one.request = replace(one.request, part=one.request.part + 1, begun=event.body)
-    one.worker, one.leaves = "", False
-    return Tell("handed_over", text, one.request.uid)
+    one.worker, one.leaves, one.copied = "", False, False
+    text = f"{event.key} {where}, {int(event.lengths.sum())} tokens so far"
+    return [*forget, Tell("handed_over", text, one.request.uid)]
+
+
+def recall(gone: Iterable[OpenRequest], members: Members, now: float) -> list[Command]:
+    """Those of a lost worker are to go on from their copies, which the collator has; no worker has them now."""
+    commands: list[Command] = []
+    for one in gone:
+        one.worker, one.leaves = "", False
+        members.server("collator", one.request.key, now)
+        commands.append(Recall(one.request.key))
+    return commands
 
 
 def younger_half(under_way: dict[str, list[OpenRequest]]) -> dict[str, list[OpenRequest]]:

@@ -22,7 +22,7 @@ from rlhf_dist.loop.events import (
 )
 from rlhf_dist.loop.open_groups import OpenRequest
 from rlhf_dist.telemetry.goodput import ActorSide
-from rlhf_dist.types import Beat
+from rlhf_dist.types import Beat, Copied, Partial, PartialLost
 
 SERVERS: tuple[MemberKind, ...] = ("scoring", "reference")
 MemberKey = tuple[MemberKind, str]
@@ -99,6 +99,7 @@ class Members:
         self._servers = len({name for kind, name in self._members if kind in SERVERS})
         self._serving: list[Member] = []
         """Rollout workers that may be given more: they have proved the published weights."""
+        self._collator = collator
         self._capacity = capacity
         self.limits_s = limits_s
         self._silence_s: Mapping[MemberKind, float] = {**limits_s, "rollout": limits_s["rollout"] + beat_s}
@@ -177,8 +178,11 @@ class Members:
             case Undone():
                 self.done(event.kind, event.server, event.key, now)
             case Kept():
-                (collator,) = self._of_kind["collator"]
-                self.done("collator", collator.name, event.key, now)
+                self.done("collator", self._collator, event.key, now)
+            case Copied():
+                pass
+            case Partial() | PartialLost() if worker == NOBODY:
+                self.done("collator", self._collator, event.key, now)
             case _:
                 self.done("rollout", worker, event.key, now)
 

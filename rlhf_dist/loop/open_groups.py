@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from rlhf_dist.loop.controller_rules import Rules
 from rlhf_dist.loop.events import About, Compared, Kept, MemberKind, Scored, Undone
+from rlhf_dist.loop.requests import greedy, make_request
 from rlhf_dist.types import (
     Answered,
+    Copied,
     Experience,
     Group,
     GroupHead,
     Handle,
     Partial,
     PartialLost,
+    Prompt,
     ReferenceHead,
     Request,
     Scores,
@@ -37,6 +41,8 @@ class OpenRequest:
     """Who samples it; empty in the backlog."""
     leaves: bool = False
     """That worker was asked to hand it over."""
+    copied: bool = False
+    """The collator has a copy of what that worker had sampled at some time."""
     head: GroupHead | None = None
     body: Handle[Group] | None = None
     """Once it is sampled, until all servers have answered: what they are asked about."""
@@ -51,6 +57,11 @@ class OpenRequest:
     """Once all is there, of a group in training: it is ready."""
     ready: float = 0.0
     """When it became so."""
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether another worker can go on from what this one had sampled, once it is lost."""
+        return self.copied and self.head is None
 
     @property
     def evaluates(self) -> bool:
@@ -85,7 +96,7 @@ class OpenRequest:
     def knows(self, event: About) -> bool:
         """Whether the event says what an earlier one has said."""
         match event:
-            case Answered() | Unanswered() | Partial() | PartialLost():
+            case Answered() | Unanswered() | Partial() | PartialLost() | Copied():
                 return self.head is not None
             case Kept():
                 return self.kept
@@ -100,5 +111,16 @@ class OpenRequest:
     def begin_again(self, attempt: int) -> None:
         """The next attempt: with the same seeds, so that the same samples come of it."""
         self.request = replace(self.request, attempt=attempt, part=0, begun=None)
-        self.worker, self.leaves, self.orphaned = "", False, False
+        self.worker, self.leaves, self.orphaned, self.copied = "", False, False, False
         self.head, self.body, self.kept, self.scores, self.reference = None, None, False, None, None
+
+
+def newly_issued(rules: Rules, prompt: Prompt, attempt: int, number: int, now: float) -> tuple[OpenRequest, ...]:
+    """A group in training, and the greedy response that it is compared with, where there is one."""
+    request = make_request(prompt, "train", rules.group_size, rules.sampling, rules.seed, attempt, rules.life)
+    one = OpenRequest(request, number, now, rules.compares)
+    if not rules.greedy_baseline:
+        return (one,)
+    beside = replace(request, purpose="baseline", sampling=greedy(rules.sampling), seeds=request.seeds[:1])
+    one.partner = OpenRequest(beside, -1, now, False, one)
+    return one, one.partner

@@ -155,6 +155,14 @@ class Bodies(Protocol):
         """Take a group's reference logprobs over."""
         ...
 
+    def keep_copy(self, key: str, body: Handle[Group]) -> None:
+        """Keep what there is of a group that is being sampled, in place of an earlier copy."""
+        ...
+
+    def recall(self, key: str) -> None:
+        """A group's worker is lost: give the last copy away. `Partial` comes of it, or `PartialLost`."""
+        ...
+
     def forget(self, keys: Sequence[str]) -> None:
         """These groups are not needed any more."""
         ...

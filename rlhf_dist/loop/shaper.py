@@ -19,7 +19,7 @@ from rlhf_dist.algo.rewards import (
     soft_overlong_penalty,
 )
 from rlhf_dist.config.schema import AlgoConfig, ShapingConfig
-from rlhf_dist.types import Batch
+from rlhf_dist.loop.batch import Batch
 
 
 class Shaper:

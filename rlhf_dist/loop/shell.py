@@ -22,11 +22,13 @@ from rlhf_dist.loop.events import (
     Forget,
     HandOver,
     Keep,
+    KeepCopy,
     KeepReference,
     Lost,
     NotStarted,
     Published,
     Rebuild,
+    Recall,
     Respawn,
     Score,
     Serving,
@@ -186,6 +188,10 @@ class Shell:
                 actors.rollouts.hand_over(command.worker, command.keys)
             case KeepReference():
                 actors.bodies.keep_reference(command.key, command.logprobs)
+            case KeepCopy():
+                actors.bodies.keep_copy(command.key, command.body)
+            case Recall():
+                actors.bodies.recall(command.key)
             case Forget():
                 actors.bodies.forget(command.keys)
             case Score():

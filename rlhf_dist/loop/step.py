@@ -18,6 +18,7 @@ from rlhf_dist.errors import RunError
 from rlhf_dist.learner.learning_rate import learning_rate
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import AS_THEY_ARE
+from rlhf_dist.loop.batch import Batch
 from rlhf_dist.loop.ports import NO_ESTIMATES, Batches, Bodies, Critic, Estimates, Policy
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.witnessed import Witnessed, compare
@@ -25,7 +26,7 @@ from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.histograms import Histogram, histogram
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.timeline import Stopwatch
-from rlhf_dist.types import Batch, Credit, Experience, Sampling
+from rlhf_dist.types import Credit, Experience, Sampling
 from rlhf_dist.weights.sync import PushReport, WeightSync
 
 

@@ -17,9 +17,10 @@ from rlhf_dist.config.schema import LearnerConfig
 from rlhf_dist.errors import RunError
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.witness import Seen
+from rlhf_dist.loop.batch import Batch
 from rlhf_dist.loop.ledger import Presence
 from rlhf_dist.telemetry.run_telemetry import Telemetry
-from rlhf_dist.types import Batch, Credit
+from rlhf_dist.types import Credit
 
 NAMED = 5
 """Differences that a message names at most."""

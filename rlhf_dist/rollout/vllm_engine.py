@@ -157,7 +157,11 @@ class VllmEngine:
     def step(self) -> list[Response]:
         """See `worker.Engine`."""
         self._weights.require_clean()
-        return [self._response(output) for output in self._engine.step() if output.finished]
+        ended = [output for output in self._engine.step() if output.finished]
+        found = [self._response(output) for output in ended]
+        for response in found:
+            del self._turns[response.key]
+        return found
 
     def usage(self) -> Usage:
         """See `worker.Engine`; from vLLM's scheduler, whose own statistics cost time in every step."""
@@ -173,11 +177,15 @@ class VllmEngine:
 
     def interrupt(self, keys: Sequence[str]) -> list[Response]:
         """See `worker.Engine`. vLLM's own abort tells nothing of what was sampled."""
+        found = self.so_far(keys)
+        self.abort(keys)
+        return found
+
+    def so_far(self, keys: Sequence[str]) -> list[Response]:
+        """See `worker.Engine`. What vLLM makes of an ending request does not end it."""
         from vllm.v1.engine import FinishReason
 
         outputs = [self._state(key).make_request_output([], None, FinishReason.ABORT, None) for key in keys]
-        if outputs:
-            self._engine.abort_request(list(keys))
         return [replace(self._response(output), finish_reason=UNFINISHED) for output in outputs]
 
     def sampled(self, key: str) -> int:
@@ -266,8 +274,8 @@ class VllmEngine:
         return ""
 
     def _response(self, output: Any) -> Response:
-        """With what it begins with; it is under way no more."""
-        turn, (sample,) = self._turns.pop(output.request_id), output.outputs
+        """With what it begins with."""
+        turn, (sample,) = self._turns[output.request_id], output.outputs
         versions = np.full(len(sample.token_ids), self._weights.version, dtype=np.int32)
         for span in sample.weight_versions or ():
             versions[span.start : span.end] = int(span.version)

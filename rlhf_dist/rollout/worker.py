@@ -24,6 +24,7 @@ from rlhf_dist.rollout.trajectories import Response, Turn, head_of
 from rlhf_dist.types import (
     Answered,
     Beat,
+    Copied,
     DroppedPrompt,
     EngineWork,
     Group,
@@ -36,7 +37,7 @@ from rlhf_dist.types import (
 )
 from rlhf_dist.weights.receipts import Announcement
 
-WorkerEvent = Answered | Unanswered | Partial | PartialLost | Beat
+WorkerEvent = Answered | Unanswered | Partial | PartialLost | Copied | Beat
 Result = TypeVar("Result")
 BEAT_S = 1.0
 """The longest that `events` waits before it tells of steps alone."""
@@ -113,6 +114,10 @@ class Engine(Protocol):
         """End responses that are under way, and say what there is of each, `UNFINISHED`."""
         ...
 
+    def so_far(self, keys: Sequence[str]) -> list[Response]:
+        """What there is of each, `UNFINISHED`; they go on."""
+        ...
+
     def sleep(self) -> None:
         """Give the device's memory back; `load_weights` and `submit` take theirs again. Nothing is under way."""
         ...
@@ -143,10 +148,11 @@ class RolloutWorker:
         keep: Callable[[Group], Handle[Group]] = Handle,
         get: Callable[[Sequence[Handle[Group]]], list[Group | None]] = lambda handles: [h.place for h in handles],
         observe: Observe = nothing_more,
+        copy_every_s: float = 0.0,
     ) -> None:
         """`keep` puts a group where others find it by the handle; `get` finds those that are not lost, within a limit.
 
-        `observe`: what is said to a response.
+        `observe`: what is said to a response. `copy_every_s`: how often what there is of open groups is told; 0: never.
         """
         self.name = name
         self._engine = engine
@@ -155,6 +161,7 @@ class RolloutWorker:
         self._keep = keep
         self._get = get
         self._observe = observe
+        self._copy_every_s, self._copied = copy_every_s, time.monotonic()
         self._inbox: SimpleQueue[Load | None] = SimpleQueue()
         self._posted: dict[int, Verb] = {}
         """Messages by number, until those before them have come."""
@@ -249,7 +256,8 @@ class RolloutWorker:
         busy_s, usage, before = time.perf_counter() - begun, self._engine.usage(), self._work
         tokens = before.tokens + usage.running + len(responses)
         work = EngineWork(tokens, before.busy_s + busy_s, before.kv_use + usage.kv_use)
-        self._tell([event for response in responses for event in self._ended(response)], work)
+        events = [event for response in responses for event in self._ended(response)]
+        self._tell(events + self._copies(), work)
 
     def _take(self, load: Load | None) -> None:
         while True:
@@ -292,6 +300,23 @@ class RolloutWorker:
         found = group.partial(self._engine.interrupt(group.under_way))
         lengths = np.array([sample.length for sample in found.trajectories])
         return Partial(group.request.key, lengths, self._keep(found))
+
+    def _copies(self) -> list[WorkerEvent]:
+        """What there is of each group in training that has any tokens, when it is time."""
+        now = time.monotonic()
+        if not self._copy_every_s or now - self._copied < self._copy_every_s:
+            return []
+        self._copied = now
+        found = [
+            group.partial(self._engine.so_far(group.under_way))
+            for group in self._open.values()
+            if group.request.purpose in ("train", "baseline")
+        ]
+        return [
+            Copied(group.request.key, self._keep(group))
+            for group in found
+            if any(sample.length for sample in group.trajectories)
+        ]
 
     def _submit(self, request: Request) -> None:
         """Begin to sample a request, or go on. One that is too long, or has no tokens, is told of as unanswered."""

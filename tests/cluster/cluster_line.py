@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +53,14 @@ class Line:
     told: list[str]
     inbox: Inbox
 
-    def until_kept(self, count: int) -> None:
-        while sum(isinstance(event, Kept) for event in self.heard) < count:
+    def until(self, done: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60
+        while not done():
+            assert time.monotonic() < end, "not within 60 s"
             self.inbox.pump()
+
+    def until_kept(self, count: int) -> None:
+        self.until(lambda: sum(isinstance(event, Kept) for event in self.heard) >= count)
 
 
 def line(

@@ -85,9 +85,13 @@ class LightEngine:
         self._under_way = [turn for turn in self._under_way if turn.key not in gone]
 
     def interrupt(self, keys: Sequence[str]) -> list[Response]:
+        found = self.so_far(keys)
+        self.abort(keys)
+        return found
+
+    def so_far(self, keys: Sequence[str]) -> list[Response]:
         """Each is half done."""
         found = {turn.key: self._response(turn, self._tokens // 2, UNFINISHED) for turn in self._under_way}
-        self.abort(keys)
         return [found[key] for key in keys]
 
     def usage(self) -> rollout_worker.Usage:
@@ -119,9 +123,9 @@ class LightEngine:
 class Stand:
     """Stands in for a worker, a server, a weight relay and a learner rank; does as it was last told."""
 
-    def __init__(self, name: str, tokens: int) -> None:
-        """`tokens`: of each response."""
-        self._name = name
+    def __init__(self, name: str, tokens: int, copy_every_s: float) -> None:
+        """`tokens`: of each response. `copy_every_s`: as of a rollout worker."""
+        self._name, self._copy_every_s = name, copy_every_s
         self._mode = "right"
         self._tokens = tokens
         self._path = ""
@@ -140,6 +144,7 @@ class Stand:
             max_prompt_tokens=LONG - 1,
             keep=lambda group: Handle(ray.put(group)),
             get=lambda handles: fetched([handle.place for handle in handles], 10.0),
+            copy_every_s=self._copy_every_s,
         )
         threading.Thread(target=self._worker.run, daemon=True).start()
 
@@ -280,8 +285,8 @@ def remote(host: type[Any], threads: int = 1) -> Any:
     return made.options(num_cpus=0, max_restarts=0, max_concurrency=threads, runtime_env={"env_vars": here})
 
 
-def start(name: str, tokens: int = 1) -> Any:
-    return remote(Stand, THREADS).remote(name, tokens)
+def start(name: str, tokens: int = 1, copy_every_s: float = 0.0) -> Any:
+    return remote(Stand, THREADS).remote(name, tokens, copy_every_s)
 
 
 def start_collator(folder: Path) -> Any:

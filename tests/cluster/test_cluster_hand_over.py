@@ -14,7 +14,7 @@ from cluster_line import line, shard, until_lost
 from cluster_stand_ins import ANNOUNCEMENT, REQUESTS, Ears, fleet, makers, start, tell
 
 from rlhf_dist.cluster.waits import fetched, gather
-from rlhf_dist.types import Answered, Partial, PartialLost
+from rlhf_dist.types import Answered, Copied, Partial, PartialLost
 
 workers, collator = cluster_stand_ins.workers, cluster_line.collator
 
@@ -53,6 +53,33 @@ def test_groups_of_a_worker_that_missed_a_push_go_on_with_another_and_are_traine
     sampled = row.tokens[-tokens:].tolist()
     assert sampled == list(range(sampled[0], sampled[0] + tokens)), "none is sampled again, and none is left out"
     assert row.cache_versions.tolist() == [0] * half + [1] * half
+    run.shell.forget([found.key])
+
+
+@pytest.mark.parametrize("tokens", [4, 30_000])
+def test_groups_of_a_worker_that_dies_go_on_from_copies_that_outlive_it(
+    workers: dict[str, Any], collator: Any, tokens: int
+) -> None:
+    """It has sampled half of a group when it dies, and the other worker samples the rest."""
+    doomed, other = start("doomed", tokens, copy_every_s=0.05), start("other", tokens)
+    run = line({"rollout worker 0": doomed, "rollout worker 1": other}, workers["one"], collator, 1, max_policy_lag=1)
+    assert run.rollouts.load_weights(replace(ANNOUNCEMENT, version=0)) == []
+    tell(doomed, "holds 0/0")
+    run.shell.published(0)
+    run.until(lambda: any(isinstance(event, Copied) for event in run.heard))
+    (copy, *_) = [event for event in run.heard if isinstance(event, Copied)]
+    assert copy.key == "train/0/0/0"
+    gather({"the collator": collator.texts.remote([])}, "take the copy over", 60)
+    ray.kill(doomed)
+    until_lost(copy.body)
+    step = run.shell.next_step()
+    half, (found,) = tokens // 2, step.experiences
+    assert step.attempts == (("0/0", 0),), "the attempt is not lost"
+    assert f"train/0/0/0 goes on from its last copy, {2 * half} tokens so far" in run.told
+    assert found.key == "train/0/0/0+1" and found.head.lengths.tolist() == [tokens] * 2
+    (batch,) = run.bodies.batches([shard(1)], [found.key], False)
+    sampled = gather({"batch": batch.place}, "fetch", 60)["batch"].tokens[-tokens:].tolist()
+    assert sampled == list(range(sampled[0], sampled[0] + tokens)), "none is sampled again, and none is left out"
     run.shell.forget([found.key])
 
 

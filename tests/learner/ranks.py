@@ -40,11 +40,12 @@ from rlhf_dist.learner.policy_learner import PolicyLearner
 from rlhf_dist.learner.rank_batch import rank_batch
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import AS_THEY_ARE
+from rlhf_dist.loop.batch import Batch
 from rlhf_dist.loop.step import Learning, collate, make_shards
 from rlhf_dist.models.hf import load_model
 from rlhf_dist.models.packed_policy import PackedPolicy
 from rlhf_dist.rollout.trajectories import head_of
-from rlhf_dist.types import NO_VERSION, Batch, Credit, Experience, Group, Sampling, Scores
+from rlhf_dist.types import NO_VERSION, Credit, Experience, Group, Sampling, Scores
 from rlhf_dist.weights.shared_memory import WeightReader
 
 SAMPLING = Sampling(temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, stop=())

@@ -52,3 +52,26 @@ def test_what_nobody_needs_is_gone_and_a_late_reference_does_not_bring_it_back()
     found.keep("a", GROUP)
     with pytest.raises(AnswerLost, match="of a were lost"):
         found.batches([shard([(0, 0)])], ["a"], compared=True)
+
+
+def test_a_copy_is_given_away_once_and_is_nothing_to_be_trained_on() -> None:
+    found = collator()
+    found.keep_copy("c", CONVERSATION)
+    found.keep_copy("c", GROUP)
+    with pytest.raises(KeyError):
+        found.texts(["c"])
+    assert found.recall("c") is GROUP, "the last one"
+    assert found.recall("c") is None
+
+
+def test_copies_that_nobody_needs_are_gone() -> None:
+    """The group is whole, or is not wanted any more."""
+    found = collator()
+    for key in "cde":
+        found.keep_copy(key, GROUP)
+    found.keep("c", GROUP)
+    found.forget(["d"])
+    assert (found.recall("c"), found.recall("d"), found.recall("e")) == (None, None, GROUP)
+    found.keep_copy("e", GROUP)
+    found.forget_all()
+    assert found.recall("e") is None

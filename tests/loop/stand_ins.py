@@ -248,6 +248,12 @@ class FakeBodies:
     def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:
         self.references[key] = logprobs.place
 
+    def keep_copy(self, key: str, body: Handle[Group]) -> None:
+        raise NotImplementedError
+
+    def recall(self, key: str) -> None:
+        raise NotImplementedError
+
     def forget(self, keys: Sequence[str]) -> None:
         self.kept -= set(keys)
 

@@ -13,16 +13,19 @@ from rlhf_dist.loop.events import (
     Book,
     Cancel,
     Command,
+    Forget,
     HandOver,
+    KeepCopy,
     Kept,
     Lost,
+    Recall,
     Scored,
     Serving,
     Submit,
     Tell,
     Tick,
 )
-from rlhf_dist.types import Handle, Partial, PartialLost, Request
+from rlhf_dist.types import Copied, Handle, Partial, PartialLost, Request
 
 LAGGING = {"groups_per_step": 2, "max_lag": 1, "target_lag": 1, "steps": 5}
 """Four seats: with two workers `a` has 0/0 and 0/2, `b` 0/1 and 0/3."""
@@ -212,3 +215,64 @@ def test_a_greedy_baseline_moves_with_its_group() -> None:
         rig.answer(f"baseline/0/{number}/0", lengths=(3,))
     ((worker, keys),) = asked(rig.hear(Tick()))
     assert (worker, sorted(keys)) == ("a", ["baseline/0/2/0", "train/0/2/0"])
+
+
+# A worker is lost, and the collator has copies.
+
+
+def copied(key: str) -> Copied:
+    return Copied(key, Handle(f"copy of {key}"))
+
+
+def test_a_copy_goes_to_the_collator_and_changes_nothing_else() -> None:
+    rig = lagging()
+    assert rig.hear(copied("train/0/1/0")) == [KeepCopy("train/0/1/0", Handle("copy of train/0/1/0"))]
+    assert "train/0/1/0" in rig.members.lose("b")["rollout"]  # type: ignore[index]
+    assert rig.controller.late == 0
+
+
+def test_what_the_collator_has_a_copy_of_goes_on_from_it_as_the_same_attempt() -> None:
+    rig = lagging()
+    rig.hear(copied("train/0/1/0"))
+    commands = rig.hear(Lost("b", "b died"))
+    assert of_kind(commands, Recall) == [Recall("train/0/1/0")]
+    assert issued(commands) == [("0/3", 1)], "of the other there is no copy"
+    assert "1 request of b begin again" in of_kind(commands, Tell)[0].message
+    commands = rig.hear(partial("train/0/1/0"))
+    assert given(commands) == [("a", "train/0/1/0+1")] and of_kind(commands, Book) == []
+    (told,) = of_kind(commands, Tell)
+    assert told.message == "train/0/1/0 goes on from its last copy, 3 tokens so far"
+    assert issued(rig.hear(Lost("b", "b died"))) == [] and rig.controller.open_groups()["0/1"] == 0
+
+
+def test_a_copy_that_never_came_means_that_it_begins_again() -> None:
+    rig = lagging()
+    rig.hear(copied("train/0/1/0"))
+    rig.hear(Lost("b", "b died"))
+    commands = rig.hear(PartialLost("train/0/1/0"))
+    assert issued(commands) == [("0/1", 1)] and ("a", "train/0/1/1") in given(commands)
+
+
+def test_a_collator_that_does_not_give_a_copy_away_is_silent() -> None:
+    rig = lagging()
+    rig.hear(copied("train/0/1/0"))
+    rig.hear(Lost("b", "b died"))
+    rig.now = 39.0
+    assert [one.member for one in rig.members.silent(rig.now)] == ["a"]
+    rig.now = 41.0
+    assert [one.member for one in rig.members.silent(rig.now)] == ["a", "collator"]
+    rig.hear(partial("train/0/1/0"))
+    assert [one.member for one in rig.members.silent(rig.now)] == ["a"]
+
+
+def test_a_copy_that_is_not_needed_any_more_is_forgotten() -> None:
+    """Answered, the collator knows by itself; dropped or handed over, it is told."""
+    rig = lagging()
+    for key in ("train/0/1/0", "train/0/3/0"):
+        rig.hear(copied(key))
+    rig.hear(Serving(("a",)))
+    assert Forget(("train/0/3/0",)) in rig.hear(partial("train/0/3/0"))
+    rig.hear(Lost("b", "b died"))
+    assert Forget(("train/0/1/0",)) in rig.controller.finish(), "while the collator is asked for it"
+    assert "train/0/1/0+1" not in [key for _, key in given(rig.hear(partial("train/0/1/0")))]
+    assert rig.controller.late == 1

@@ -18,7 +18,7 @@ from sample_groups import flat_logprobs
 from rlhf_dist.rollout.conversation import Observe, nothing_more
 from rlhf_dist.rollout.vllm_engine import VllmEngine
 from rlhf_dist.rollout.worker import HandOver, RolloutWorker, Submit
-from rlhf_dist.types import Group, Partial, Request, Trajectory
+from rlhf_dist.types import Copied, Group, Partial, Request, Trajectory
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 learner, engine = real_engine.learner, real_engine.engine
@@ -93,6 +93,26 @@ def test_a_greedy_response_is_the_same_whoever_ends_it(engine: VllmEngine, steps
     assert close(found, whole)
     for one, other in zip(samples(found), samples(whole), strict=True):
         assert (one.texts, one.finish_reason, one.segments) == (other.texts, other.finish_reason, other.segments)
+
+
+def test_a_copy_can_be_gone_on_from_and_disturbs_nothing(engine: VllmEngine) -> None:
+    """Copies are made after each step; another worker goes on from those after the fifth."""
+    asked = requests(replace(GREEDY, max_tokens=20), n=1)
+    whole = groups(worker_of(engine), asked)
+    one = RolloutWorker("w", engine, chat=True, max_prompt_tokens=PROMPT_TOKENS, copy_every_s=1e-9)
+    one.post(0, Submit(tuple(asked)))
+    for _ in range(5):
+        one.turn()
+    early = one.events(0)
+    copies = {event.key: event.body for event in early if isinstance(event, Copied)}
+    assert len(copies) == len(asked)
+    assert close(in_order([*groups_of(early), *groups_of(pumped(one))]), whole)
+    open_then = {event.key: event.body for event in early[-len(asked) - 1 :] if isinstance(event, Copied)}
+    going_on = [replace(each, part=1, begun=open_then[each.key]) for each in asked if each.key in open_then]
+    assert going_on
+    found = groups_of(pumped(worker_of(engine), Submit(tuple(going_on))))
+    known = {group.prompt.uid: group for group in whole}
+    assert close(in_order(found), in_order([known[group.prompt.uid] for group in found]))
 
 
 def test_what_has_no_token_yet_begins_as_if_for_the_first_time(engine: VllmEngine) -> None:

@@ -13,7 +13,7 @@ from stand_in_engine import Engine, asked, submit, talking, uids
 
 from rlhf_dist.models.hf import load_tokenizer
 from rlhf_dist.rollout.worker import HandOver, RolloutWorker
-from rlhf_dist.types import Handle, Partial, PartialLost, Request
+from rlhf_dist.types import Copied, Handle, Partial, PartialLost, Request
 
 
 @pytest.fixture
@@ -96,3 +96,44 @@ def test_a_conversation_is_handed_over_in_its_second_turn(engine: Engine) -> Non
     (turn,), (sample,) = other.turns, group.trajectories
     assert list(turn.context) == list(engine.turns[-1].context) and turn.begun is not None
     assert sample.texts == ("a", "no", "a") and sample.length == 3 and len(sample.segments) == 4
+
+
+# Copies, for the case that the worker is lost.
+
+
+def copies(worker: RolloutWorker) -> list[Copied]:
+    return [event for event in worker.events(0) if isinstance(event, Copied)]
+
+
+def test_copies_of_what_there_is_are_told_while_it_is_sampled_on(engine: Engine) -> None:
+    worker = RolloutWorker("w", engine, chat=False, max_prompt_tokens=4, copy_every_s=1e-9)
+    (request,) = asked("abc", n=4)
+    worker.post(0, submit(request))
+    worker.turn()
+    (copy,) = copies(worker)
+    assert copy.key == request.key and len(engine.under_way) == 2
+    assert [sample.finish_reason for sample in copy.body.place.trajectories] == ["unfinished"] * 2 + ["stop"] * 2
+    (whole,) = groups_of(pumped(worker))
+    second = RolloutWorker("v", Engine(engine.tokenizer), chat=False, max_prompt_tokens=4)
+    (group,) = groups_of(pumped(second, submit(replace(request, part=1, begun=copy.body))))
+    for one, other in zip(group.trajectories[2:], whole.trajectories[2:], strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist(), "what was whole is not sampled again"
+
+
+def test_copies_are_told_so_often_and_of_groups_in_training_only(engine: Engine) -> None:
+    worker = RolloutWorker("w", engine, chat=False, max_prompt_tokens=4, copy_every_s=3600)
+    (first,) = asked("abc", n=8)
+    worker.post(0, submit(first, replace(first, purpose="eval", prompt=replace(first.prompt, uid="held/0"))))
+    worker.turn()
+    assert copies(worker) == []
+    worker._copied -= 3600
+    worker.turn()
+    worker.turn()
+    assert [copy.key for copy in copies(worker)] == [first.key]
+
+
+def test_without_a_time_there_are_none(worker: RolloutWorker) -> None:
+    worker.post(0, submit(*asked("abc", n=8)))
+    worker._copied -= 3600
+    worker.turn()
+    assert copies(worker) == []
