@@ -5,218 +5,34 @@ It hears the same events and sees the same commands. `Broken` is raised where a 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from chaos.entries import Attempt, Entry, Purpose, flat, hopeless, wrong
+from chaos.entries import Attempt, Entry, flat, hopeless, wrong
+from chaos.heard import Heard
 from chaos.plan import LONGEST
-from chaos.truth import Truth, truth_of
-from chaos.world import World
+from chaos.truth import truth_of
 from rlhf_dist.loop import reasons
-from rlhf_dist.loop.controller_rules import Rules
 from rlhf_dist.loop.events import (
-    About,
-    Asked,
     Book,
     Cancel,
     Command,
     Compare,
-    Compared,
-    Event,
     Forget,
     HandOver,
     Keep,
+    KeepCopy,
     KeepReference,
-    Kept,
-    Lost,
-    NotStarted,
-    Published,
-    Pulse,
-    Returned,
+    Recall,
     Score,
-    Scored,
-    Serving,
     Submit,
-    Tick,
     TimedOut,
-    Undone,
-)
-from rlhf_dist.types import (
-    Answered,
-    Beat,
-    Group,
-    GroupHead,
-    Handle,
-    Partial,
-    PartialLost,
-    Request,
-    Unanswered,
 )
 
 
 @dataclass(slots=True)
-class Account:
+class Account(Heard):
     """Of one controller, from its first event to its last."""
-
-    world: World
-    rules: Rules
-    capacity: int
-    """Samples that a worker is given at a time."""
-    version: int
-    lost: set[str]
-    """Workers that are not there."""
-    again: list[Attempt]
-    """What a resume has to issue first."""
-    taken: int
-    """Groups that steps took."""
-    serving: tuple[str, ...] = ()
-    ledger: dict[Attempt, tuple[str, str]] = field(default_factory=dict)
-    """(state, reason)"""
-    used: set[str] = field(default_factory=set)
-    """uids of groups that were taken."""
-    groups: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Open ones, in the order in which they were issued: uid -> (number, attempt)."""
-    base: int = 0
-    """Number of the oldest open group when the last step was taken."""
-    owed: set[str] = field(default_factory=set)
-    """Groups whose attempt is lost, and that are not issued again."""
-    issued: int = 0
-    in_step: tuple[Attempt, ...] = ()
-    waiting: dict[Purpose, Handle[Group] | None] = field(default_factory=dict)
-    """Requests that no worker has, with what there is of them."""
-    moved: set[str] = field(default_factory=set)
-    """uids whose group or greedy response was handed over."""
-    entries: dict[str, Entry] = field(default_factory=dict)
-    truths: dict[Purpose, Truth] = field(default_factory=dict)
-    keys: set[str] = field(default_factory=set)
-    """All that were ever given to a worker."""
-    load: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Worker -> key -> samples that it was asked for and has not answered."""
-    held: set[str] = field(default_factory=set)
-    """Keys of groups that the collator was asked to keep, and not yet to forget."""
-    baselines: dict[str, tuple[float, GroupHead]] = field(default_factory=dict)
-    """uid -> score and head of the greedy response."""
-    asked: set[Purpose] = field(default_factory=set)
-    """By an evaluation."""
-    heads: dict[str, GroupHead] = field(default_factory=dict)
-    """uid -> the last answer, of groups in training."""
-    late: int = 0
-    """Events since the last step that change nothing."""
-
-    @property
-    def harmed(self) -> bool:
-        """Whether a group may come late."""
-        return bool(self.world.fired)
-
-    @property
-    def seen(self) -> Counter[str]:
-        """What was seen of all that runs are to show."""
-        return self.world.seen
-
-    def _hear(self, event: Event) -> dict[str, int]:
-        """Returns the commands that an answer asks for, by the names of their types."""
-        match event:
-            case Published():
-                self.version, self.in_step = event.version, ()
-            case Serving():
-                self.serving = tuple(worker for worker in event.workers if worker not in self.lost)
-            case Lost():
-                self._lose(event.member)
-            case Returned():
-                self.lost.discard(event.member)
-            case Beat() | Tick() | Asked() | NotStarted() | Pulse():
-                pass
-            case _:
-                return self._hear_about(event)
-        return {}
-
-    def _lose(self, member: str) -> None:
-        if member in self.lost:
-            return
-        self.lost.add(member)
-        self.serving = tuple(worker for worker in self.serving if worker != member)
-        self.load.pop(member, None)
-        for key, entry in list(self.entries.items()):
-            if entry.worker == member:
-                entry.orphaned = True
-                if not entry.kept or (entry.undone and not self._ready(entry)):
-                    self._give_up(key, entry)
-
-    def _hear_about(self, event: About) -> dict[str, int]:
-        entry = self.entries.get(event.key)
-        if entry is None or self._known(event, entry):
-            self.late += 1
-            return {}
-        match event:
-            case Undone():
-                entry.undone = True
-                if entry.orphaned:
-                    self._give_up(event.key, entry)
-            case Partial() | PartialLost():
-                self._leave(event, entry)
-            case Kept():
-                entry.kept = True
-            case Scored():
-                entry.scored = True
-            case Compared():
-                entry.compared = True
-                return {"KeepReference": 1}
-            case _:
-                return self._answer(event, entry)
-        return {}
-
-    def _known(self, event: About, entry: Entry) -> bool:
-        """Whether an earlier event said the same, or nothing more is waited for."""
-        match event:
-            case Answered() | Unanswered() | Partial() | PartialLost():
-                return entry.head is not None
-            case Kept():
-                return entry.kept
-            case Scored():
-                return entry.scored
-            case Compared():
-                return entry.compared
-            case Undone():
-                done = {"collator": entry.kept, "scoring": entry.scored, "reference": entry.compared}
-                return done[event.kind]
-
-    def _whole(self, entry: Entry) -> bool:
-        compared = entry.compared or not self._compares(entry.request)
-        return entry.head is not None and entry.kept and entry.scored and compared
-
-    def _answer(self, event: Answered | Unanswered, entry: Entry) -> dict[str, int]:
-        self.load.get(entry.worker, {}).pop(event.key, None)
-        if isinstance(event, Unanswered):
-            return {}
-        entry.head = event.head
-        if entry.request.purpose == "train":
-            self.heads[entry.request.uid] = event.head
-        return {"Keep": 1}
-
-    def _leave(self, event: Partial | PartialLost, entry: Entry) -> None:
-        """Its worker does not have it any more, or could not begin."""
-        uid, purpose = entry.request.uid, entry.request.purpose
-        del self.entries[event.key], self.load[entry.worker][event.key]
-        if isinstance(event, PartialLost):
-            self.seen["lost on its way"] += 1
-            if purpose != "train":  # of groups the ledger tells
-                self.waiting[purpose, uid] = None
-            return
-        if not entry.asked:
-            raise wrong(f"nobody asked for it: {event}")
-        self.seen["handed over again" if uid in self.moved else "handed over"] += 1
-        self.waiting[purpose, uid] = event.body
-        self.moved.add(uid)
-
-    def _give_up(self, key: str, entry: Entry) -> None:
-        """Its worker is lost, and so is what nobody else can get at."""
-        del self.entries[key]
-        if entry.request.purpose != "train":  # of groups the ledger tells
-            self.waiting[entry.request.purpose, entry.request.uid] = None
-
-    def _ready(self, entry: Entry) -> bool:
-        return entry.request.purpose == "train" and self._state(entry.request.uid) == "scored"
 
     def _obey(self, commands: Sequence[Command], wanted: dict[str, int]) -> None:
         for command in commands:
@@ -235,6 +51,9 @@ class Account:
                         raise wrong(f"not asked for: {command}")
                     if isinstance(command, Keep):
                         self.held.add(command.key)
+                        self.copies.discard(command.key)
+                case KeepCopy() | Recall():
+                    self._copy(command, wanted)
                 case Score() | Compare():
                     self._serve(command)
                 case TimedOut():
@@ -242,6 +61,15 @@ class Account:
                         raise wrong(f"nothing is wrong with {command.member}: {command}")
                 case _:
                     pass
+
+    def _copy(self, command: KeepCopy | Recall, wanted: dict[str, int]) -> None:
+        name, key = type(command).__name__, command.key
+        left, entry = wanted.pop(name, 0) - 1, self.entries.get(key)
+        if left < 0 or entry is None or entry.recalled != isinstance(command, Recall):
+            raise wrong(f"not asked for: {command}")
+        if left:
+            wanted[name] = left
+        (self.copies.discard if entry.recalled else self.copies.add)(key)
 
     def _serve(self, command: Score | Compare) -> None:
         """One server after the other may be asked, until the first answers."""
@@ -316,6 +144,8 @@ class Account:
             del self.groups[uid]
             for purpose in ("train", "baseline"):
                 self.waiting.pop((purpose, uid), None)
+            for key in [key for key, entry in self.entries.items() if entry.recalled and entry.request.uid == uid]:
+                del self.entries[key]
 
     def _submit(self, submit: Submit) -> None:
         worker, load = submit.worker, self.load.setdefault(submit.worker, {})
@@ -349,6 +179,9 @@ class Account:
                     raise wrong(f"{entry} has it: {command}")
                 self.load[entry.worker].pop(key, None)
                 continue
+            if key in self.copies:
+                self.copies.remove(key)
+                continue
             if key not in self.held:
                 raise wrong(f"not kept: {command}")
             self.held.remove(key)
@@ -376,12 +209,6 @@ class Account:
         """Groups that it goes on with."""
         found = (one for one in self.entries.values() if one.worker == worker and one.may_leave and not one.asked)
         return len({one.request.uid for one in found})
-
-    def _compares(self, request: Request) -> bool:
-        return self.rules.compares and request.purpose in ("train", "eval")
-
-    def _state(self, uid: str) -> str:
-        return self.ledger[uid, self.groups[uid][1]][0]
 
     def _age(self, uid: str) -> float:
         """By the rules' way to count; of a group that is answered."""

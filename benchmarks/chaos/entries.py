@@ -48,10 +48,14 @@ class Entry:
     """A server could not get at it."""
     asked: bool = False
     """Its worker was asked to hand it over."""
+    copied: bool = False
+    """The collator has a copy of what there is."""
+    recalled: bool = False
+    """Its worker is lost, and the collator is to give the copy away."""
     orphaned: bool = False
     """Its worker was lost; another may have the name by now."""
 
     @property
     def may_leave(self) -> bool:
         """Whether its worker may be asked for it."""
-        return self.head is None and self.request.purpose in ("train", "baseline")
+        return self.head is None and not self.recalled and self.request.purpose in ("train", "baseline")

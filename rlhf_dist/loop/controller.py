@@ -336,12 +336,11 @@ class Controller:
         forget: list[Command] = [Forget((one.request.key,))]
         if one.head is not None:
             return [] if one.evaluates else forget
-        commands = forget if one.copied else []
         if not one.worker:
             self._members.withdraw(one)
-            return commands
+            return forget if one.copied else []
         self._members.cancelled(one.worker, one.request.key)
-        return [*commands, Cancel(one.worker, (one.request.key,))]
+        return [Cancel(one.worker, (one.request.key,)), *(forget if one.copied else [])]
 
     def _lost(self, event: Lost, now: float) -> list[Command]:
         """Let others do what only the lost process had, and have it started again where that is the rule."""

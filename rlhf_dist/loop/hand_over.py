@@ -56,7 +56,7 @@ def recall(gone: Iterable[OpenRequest], members: Members, now: float) -> list[Co
     """Those of a lost worker are to go on from their copies, which the collator has; no worker has them now."""
     commands: list[Command] = []
     for one in gone:
-        one.worker, one.leaves = "", False
+        one.worker, one.leaves, one.copied = "", False, False
         members.server("collator", one.request.key, now)
         commands.append(Recall(one.request.key))
     return commands

@@ -47,7 +47,8 @@ def test_every_rule_holds(first: int) -> None:
         kinds.update(found.kinds)
         seen.update(found.seen)
     assert kinds["die"] and len(kinds) > 20, "faults strike, of many kinds"
-    assert seen["lag 1 of 1"] and seen["lag 1 of 2"] and seen["worker_lost"] and seen["handed over"], seen
+    assert seen["lag 1 of 1"] and seen["lag 1 of 2"] and seen["worker_lost"], seen
+    assert seen["handed over"] and seen["gone on from a copy"], seen
 
 
 @pytest.mark.parametrize("settings", [IN_TURN, AT_ONCE], ids=["in turn", "at once"])
