@@ -237,7 +237,12 @@ def _fill(path: Path, config_text: str) -> RunDirectory:
 
 
 def never_began(path: Path) -> bool:
-    """A run that failed while its engines started: its directory holds nothing but logs, and may be taken again."""
+    """A run that failed while its engines started: its directory holds nothing but logs, and may be taken again.
+
+    So may an empty one, of a run that was killed before it had its lock.
+    """
+    if path.is_dir() and not any(path.iterdir()):
+        return True
     metrics, folder = path / METRICS_FILE, path / "checkpoints"
     written = metrics.exists() and metrics.stat().st_size > 0
     return (path / LOCK_FILE).exists() and not written and not checkpoint_steps(folder)
@@ -247,6 +252,9 @@ def require_run(path: Path) -> None:
     """Raise ConfigError when `path` is not a run directory that could be resumed."""
     if not path.is_dir():
         raise ConfigError(f"{path}: no such run to resume; leave out --resume to start it")
+    not_begun = ConfigError(f"{path}: this run has not begun, so there is nothing to resume; leave out --resume")
+    if not any(path.iterdir()):
+        raise not_begun
     if not os.path.lexists(path / LOCK_FILE):
         raise ConfigError(
             f"{path}: not a run's directory, for it has no {LOCK_FILE}; leave out --resume and give another name=. "
@@ -254,7 +262,7 @@ def require_run(path: Path) -> None:
         )
     refuse_links(path)
     if not os.path.lexists(path / "config.yaml") and never_began(path):
-        raise ConfigError(f"{path}: this run has not begun, so there is nothing to resume; leave out --resume")
+        raise not_begun
 
 
 def _come_back(path: Path, config_text: str) -> RunDirectory:

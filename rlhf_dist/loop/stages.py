@@ -109,7 +109,7 @@ def decide(stage: Stage, basis: Basis) -> Decision:
     path = stage.path
     if not path.exists() and not path.is_symlink():
         return Decision("run", "")
-    if not (path / LOCK_FILE).exists():
+    if not (path / LOCK_FILE).exists() and has_begun(path):
         raise ConfigError(
             f"{path}: is in the way of stage {stage.name}, and no run's directory; move it away, or give another name="
         )
@@ -146,7 +146,7 @@ def _decide_cut(stage: Stage, basis: Basis) -> Decision:
 
 
 def has_begun(path: Path) -> bool:
-    """False for a directory that holds nothing but logs: its run failed while its engines started."""
+    """False for a directory that holds nothing, or nothing but logs: its run failed while its engines started."""
     return not never_began(path)
 
 

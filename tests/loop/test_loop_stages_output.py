@@ -171,5 +171,12 @@ def test_something_else_in_the_way(file: Path, kind: str) -> None:
         sft.path.write_text("precious")
     else:
         sft.path.mkdir()
+        (sft.path / "thesis.txt").write_text("precious")
     with pytest.raises(ConfigError, match=r"/sft: is in the way of stage sft, and no run's directory"):
         decide(sft, basis_of(sft, {}))
+
+
+def test_an_empty_directory_is_of_a_run_that_was_killed_at_its_very_start(file: Path) -> None:
+    sft = stage(file, "sft")
+    sft.path.mkdir(parents=True)
+    assert decide(sft, basis_of(sft, {})).kind == "run"

@@ -65,9 +65,18 @@ def test_a_run_that_is_under_way_is_not_said_to_be_continued(tmp_path: Path) -> 
 
 
 def test_a_directory_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "runs" / "my" / "run").mkdir(parents=True)
+    folder = tmp_path / "runs" / "my" / "run"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("")
     with pytest.raises(ConfigError, match="this run exists"):
         make(tmp_path)
+
+
+def test_a_run_that_was_killed_before_it_had_its_lock_is_started_and_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "my" / "run").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="this run has not begun, so there is nothing to resume; leave out --resume"):
+        make(tmp_path, resume=True)
+    assert make(tmp_path).config.read_text() == CONFIG, "the way out works"
 
 
 def test_a_run_that_never_began_may_be_started_again_under_its_name(tmp_path: Path) -> None:
