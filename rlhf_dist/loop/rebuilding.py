@@ -18,7 +18,7 @@ from rlhf_dist.loop.devices import Devices
 from rlhf_dist.loop.rl_training import Outcome, Run, tell_of, train, who
 from rlhf_dist.loop.shell import Shell
 from rlhf_dist.loop.train_state import State, put_back, read_state
-from rlhf_dist.models.checkpoints import problems, step_of
+from rlhf_dist.models.checkpoints import CHECKPOINT_PREFIX, checkpoint_steps, problems, step_of
 from rlhf_dist.telemetry.goodput import RECOVER
 
 
@@ -90,7 +90,10 @@ def stand_still(run: Run, life: int, devices: Devices) -> None:
 
 
 def newest(run: Run, loss: Exception) -> tuple[Path | None, State | None]:
-    """Folder and state of what was saved last; none before the first. Raises `ActorLost` where it is damaged."""
+    """Folder and state of what was saved last and is whole; none before the first.
+
+    Raises `ActorLost` where all that is on the disk is damaged.
+    """
     saved = run.directory.latest_checkpoint()
     kept = None if run.kept is None else run.kept.newest()
     if kept is not None and (saved is None or step_of(saved) < step_of(kept)):
@@ -100,8 +103,20 @@ def newest(run: Run, loss: Exception) -> tuple[Path | None, State | None]:
     if saved is None:
         return None, None
     if found := problems(saved):
-        raise ActorLost(f"{loss}; the ranks cannot be started again: {found[0]}")
+        sound = sound_before(saved)
+        if sound is None:
+            raise ActorLost(f"{loss}; the ranks cannot be started again: {found[0]}")
+        run.directory.go_back_to(sound)
+        run.telemetry.warn(f"{found[0]}; {sound.name} is used, and {saved.name} is set aside")
+        saved = sound
     return saved, read_state(saved)
+
+
+def sound_before(checkpoint: Path) -> Path | None:
+    """The nearest one before it that passes every check."""
+    earlier = [step for step in checkpoint_steps(checkpoint.parent) if step < step_of(checkpoint)]
+    others = (checkpoint.with_name(f"{CHECKPOINT_PREFIX}{step}") for step in sorted(earlier, reverse=True))
+    return next((other for other in others if not problems(other)), None)
 
 
 def bring_to_disk(run: Run) -> None:

@@ -247,6 +247,38 @@ def test_one_that_is_lost_while_it_starts_is_started_again_within_the_budget(mak
     assert len(starts) == 3 and len(ran.facts()) == 1
 
 
+def damaged(make: Callable[..., Ran], *steps: int) -> Ran:
+    """A run with a checkpoint after each step, of which these are damaged when a rank is lost in step 4."""
+
+    def fault(call: str, count: int) -> None:
+        if (call, count) == ("update", 4):
+            for step in steps:
+                (ran.run.directory.checkpoints / f"step-{step}" / WEIGHTS).write_text("1")
+            raise RanksLost(f"{RANK} died during 'update'")
+
+    ran = make(fault, config(1))
+    return ran
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(make: Callable[..., Ran]) -> None:
+    expected = whole(make, nothing, config()).learner.weights
+    ran = damaged(make, 3)
+    train_to_the_end(ran.run, None)
+    assert ran.learner.weights == expected and ran.run.ledger.proof().holds
+    (told,) = [event["message"] for event in ran.events if "set aside" in event["message"]]
+    assert f"step-3/{WEIGHTS}" in told and told.endswith("; step-2 is used, and step-3 is set aside")
+    assert [facts["step"] for facts in ran.facts()] == [2]
+    assert (ran.run.directory.checkpoints / "step-3.set-aside").exists()
+
+
+def test_where_all_checkpoints_are_damaged_the_run_ends(make: Callable[..., Ran]) -> None:
+    ran = damaged(make, 2, 3)
+    with pytest.raises(
+        ActorLost, match=rf"died during 'update'; the ranks cannot be started again: .*step-3/{WEIGHTS}"
+    ):
+        train_to_the_end(ran.run, None)
+
+
 def test_one_that_is_lost_too_often_ends_the_run_with_a_report(make: Callable[..., Ran]) -> None:
     def always(call: str, count: int) -> None:
         if call == "update" and count > 1:
