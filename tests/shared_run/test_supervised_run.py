@@ -1,16 +1,19 @@
 """`train --supervise` heals: the shared run again, which is told to stop, then loses Ray's raylet, then its controller.
 
-The first two ends come while a step's groups are sampled and not scored, the third while engines start (a controller
-that is killed in the middle of a step: `test_exact_run.py`). What it comes to is the shared run.
+The first two ends come while a step's groups are sampled and not scored, the third while engines start, and two more
+at random moments of the next starts (a controller that is killed in the middle of a step: `test_exact_run.py`; at 20
+random moments: `tests/faults/test_random_ends.py`). What it comes to is the shared run.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sqlite3
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,8 @@ from test_exact_run import files, metrics
 
 pytestmark = pytest.mark.timeout(900)
 NAME, STEPS = "healed", 4
+RANDOM_KILLS, LATEST_S = 2, 3.0
+"""How many there are, and how long after a start at most."""
 REWARDS = """
 import os, sqlite3, time
 from run_rewards import letters as scores
@@ -77,9 +82,9 @@ def in_the_middle(run: Path, step: int) -> bool:
     return last == step and "finished" in found and "scored" not in found
 
 
-def controller(parent: subprocess.Popen[str]) -> psutil.Process:
-    (found,) = [child for child in psutil.Process(parent.pid).children() if "train" in child.cmdline()]
-    return found
+def controllers(parent: subprocess.Popen[str]) -> list[psutil.Process]:
+    """One, or none between two starts."""
+    return [child for child in psutil.Process(parent.pid).children() if "train" in child.cmdline()]
 
 
 def raylets(parent: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -87,14 +92,14 @@ def raylets(parent: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def disturb(place: Workplace, parent: subprocess.Popen[str]) -> None:
-    """In step 2, in step 4, and before it. The next one begins when the parent has told of the one before."""
+    """In step 2, in step 4, and three times before it; each once the parent has told of the one before."""
     run, hold = place.output / NAME, place.folder / "hold"
 
     def restarted(times: int) -> Callable[[], bool]:
         return lambda: len(events(run, "restart")) == times
 
     wait_until(lambda: in_the_middle(run, 1), parent)
-    os.kill(controller(parent).pid, signal.SIGTERM)
+    os.kill(controllers(parent)[0].pid, signal.SIGTERM)
     wait_until(restarted(1), parent)
     hold.write_text(f"{run / 'ledger.sqlite'} 3")
     wait_until(lambda: in_the_middle(run, 3), parent)
@@ -102,8 +107,13 @@ def disturb(place: Workplace, parent: subprocess.Popen[str]) -> None:
     wait_until(restarted(2), parent)
     hold.unlink()
     wait_until(lambda: bool(raylets(parent)), parent)
-    controller(parent).kill()
+    controllers(parent)[0].kill()
     wait_until(restarted(3), parent)
+    for number in range(RANDOM_KILLS):
+        wait_until(lambda: bool(controllers(parent)), parent)
+        time.sleep(random.uniform(0.0, LATEST_S))
+        controllers(parent)[0].kill()
+        wait_until(restarted(4 + number), parent)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +124,7 @@ def healed(shared_run: SharedRun) -> Healed:
     (place.folder / "hold").write_text(f"{run / 'ledger.sqlite'} 1")
     rewards = ["scoring.rewards.letters.function=held_rewards:letters", "scoring.rewards.letters.timeout_s=200"]
     words = [f"name={NAME}", f"model.path={place.output / 'sft'}", "rollout.workers=1", *rewards]
-    parent = place.start("train", *words, "--supervise", "faults.backoff_s=0.2")
+    parent = place.start("train", *words, "--supervise", "faults.backoff_s=0.2", "faults.restarts=5")
     try:
         disturb(place, parent)
         finished = place.finish(parent)
@@ -140,7 +150,8 @@ def test_it_comes_to_the_same_weights_and_metrics_bit_for_bit(healed: Healed, sh
 
 def test_each_end_has_its_class_and_goes_on_from_the_newest_step(healed: Healed) -> None:
     told = [(event["facts"]["class"], event["facts"]["exit_code"]) for event in healed.events("restart")]
-    assert told == [("preempted", 143), ("Ray lost", 1), ("a process lost", 137)]
+    killed = [("a process lost", 137)] * (1 + RANDOM_KILLS)
+    assert told == [("preempted", 143), ("Ray lost", 1), *killed]
     assert [event["facts"]["step"] for event in healed.events("resume")] == [1, 2]
     restarts = [event["message"] for event in healed.events("restart")]
     assert "stopped by SIGTERM (step 1 is saved)" in restarts[0] and restarts[0].endswith("from step-1")
