@@ -41,6 +41,10 @@ class RunError(RlhfError):
     """A run that had started failed. Exit code 1; what was saved can be resumed."""
 
 
+class NumbersError(RunError):
+    """A loss, a gradient or another number of a training step went wrong."""
+
+
 class ActorTimeout(RunError):
     """Another process did not answer in time; the message names it, the call and the limit."""
 

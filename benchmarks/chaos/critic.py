@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from chaos.disk import Disk
 from chaos.servers import Trained
 from chaos.truth import digest, number
 from chaos.world import World
+from rlhf_dist.learner.numbers_check import RankFault
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums
 from rlhf_dist.loop.ports import Batches, Estimates
@@ -53,6 +54,10 @@ class Critic:
         """See `ports.Critic`."""
         self._world.inbox.wait(1.0)
         return pending.place
+
+    def faults(self) -> Mapping[str, RankFault]:
+        """See `ports`: its numbers are always right."""
+        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """See `ports.Critic`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from chaos.disk import Disk
@@ -11,6 +11,7 @@ from chaos.servers import Trained
 from chaos.truth import digest
 from chaos.world import World
 from rlhf_dist.errors import ActorLost
+from rlhf_dist.learner.numbers_check import RankFault
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.witness import Seen
 from rlhf_dist.loop.ports import Batches, Estimates
@@ -69,6 +70,10 @@ class Learner:
         self._work(0.1)
         self._history[version] = self.weights
         return Announcement(version, "", 0, LAYOUT, (self.weights,))
+
+    def faults(self) -> Mapping[str, RankFault]:
+        """See `ports`: its numbers are always right."""
+        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """See `ports.Policy`."""

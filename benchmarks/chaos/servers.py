@@ -17,6 +17,7 @@ from chaos.world import World
 from rlhf_dist.errors import ActorLost, ActorTimeout
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.loop.events import Compared, Event, Kept, Lost, MemberKind, Scored, Undone
+from rlhf_dist.loop.ports import Estimates
 from rlhf_dist.types import Group as Tokens, Handle, Partial, PartialLost, Referenced, ReferenceHead
 from rlhf_dist.weights.receipts import Announcement
 
@@ -223,6 +224,18 @@ class Collator(Group):
         """See `ports.Bodies`."""
         self._call("show samples")
         return [(self._found(key).truth.digest,) for key in keys]
+
+    def save_step(
+        self,
+        path: Path,
+        shards: Sequence[Shard],
+        keys: Sequence[str],
+        compared: bool,
+        estimates: Estimates,
+        facts: Mapping[str, Any],
+    ) -> None:
+        """See `ports.Bodies`: no number here is wrong."""
+        raise NotImplementedError
 
     def batches(self, shards: Sequence[Shard], keys: Sequence[str], compared: bool) -> Sequence[Handle[Any]]:
         """See `ports.Bodies`; a rank gets its shard, and its groups as `Trained`."""

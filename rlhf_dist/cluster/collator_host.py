@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import ray
 from rlhf_dist.cluster.roster import Alive
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.learner.collator import Collator
+from rlhf_dist.learner.step_file import write_step
 from rlhf_dist.types import Group
 
 
@@ -62,6 +64,10 @@ class CollatorHost(Alive):
     def batches(self, shards: Any, keys: list[str], compared: bool) -> Any:
         """See `Collator.batches`; references to them, since a small answer would travel through who asks."""
         return [ray.put(batch) for batch in self._collator.batches(shards, keys, compared)]
+
+    def save_step(self, path: Path, shards: Any, keys: list[str], compared: bool, facts: Any, *estimates: Any) -> None:
+        """See `loop.ports.Bodies`; `estimates`: by rank, none where credit is by response."""
+        write_step(path, self._collator.batches(shards, keys, compared), estimates, facts)
 
     def ready(self) -> str:
         """Answers once it can be used."""

@@ -13,6 +13,7 @@ from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.processes import look, silent
 from rlhf_dist.cluster.waits import Wait, fetch, gather, limit_text, of_ranks
 from rlhf_dist.errors import ActorLost, ActorTimeout, AnswerLost, RayLost, WeightSyncError
+from rlhf_dist.learner.numbers_check import RankFault
 from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums
@@ -179,6 +180,21 @@ class CollatorProcess:
         found = self._ask(self._actor.batches.remote(list(shards), list(keys), compared), "lay out the batch")
         return [Handle(place) for place in found]
 
+    def save_step(
+        self,
+        path: Path,
+        shards: Sequence[Shard],
+        keys: Sequence[str],
+        compared: bool,
+        estimates: Estimates,
+        facts: Mapping[str, Any],
+    ) -> None:
+        """See `loop.ports.Bodies`; the tokens go from the collator to the disk."""
+        whitening = {"mean": estimates.whitening.mean, "deviation": estimates.whitening.deviation}
+        told, credits = {**facts, "whitening": whitening}, places(estimates.handles)
+        call = self._actor.save_step.remote(path, list(shards), list(keys), compared, told, *credits)
+        self._ask(call, "save the batch")
+
     def _read(self, bodies: Mapping[str, Handle[Group]], call: Any) -> list[Event]:
         try:
             fetch(call, self._name, f"keep {', '.join(bodies)}", self._timeout_s)
@@ -252,6 +268,10 @@ class PolicyGroup(LearnerGroup):
         found = self.call("witnessed")
         return [found[name] for name in self._ranks]
 
+    def faults(self) -> dict[str, RankFault]:
+        """See `loop.ports.Policy`."""
+        return {name: found for name, found in self.call("fault").items() if found is not None}
+
     def publish(self, version: int) -> Announcement:
         """Rank 0's announcement."""
         found = self.call("publish", version)
@@ -286,6 +306,10 @@ class CriticGroup(LearnerGroup):
         """The ranks' metrics, merged."""
         found = pending.place if self._in_turn else self._wait(pending.place, "update_critic")
         return MetricSums.merge(found.values())
+
+    def faults(self) -> dict[str, RankFault]:
+        """See `loop.ports.Critic`."""
+        return {name: found for name, found in self.call("critic_fault").items() if found is not None}
 
     def save(self, folder: Path) -> None:
         """The critic's part of a checkpoint."""

@@ -131,6 +131,10 @@ class CriticVerbs:
         """See `CriticLearner.update`."""
         return self._critic.update(batch, estimate)
 
+    def critic_fault(self) -> Any:
+        """What the last optimizer step of the critic was refused for, where this rank knows; None."""
+        return self._critic.check.fault
+
     def save_critic(self, folder: Path) -> None:
         """Into the checkpoint's own folder for the critic."""
         (folder / CRITIC_FOLDER).mkdir(exist_ok=True)
@@ -150,6 +154,10 @@ class PolicyHost(CriticVerbs, LearnerHost):
     def witnessed(self) -> Any:
         """See `Witness.seen`."""
         return self._learner.witness.seen()
+
+    def fault(self) -> Any:
+        """What the last optimizer step was refused for, where this rank knows; None."""
+        return self._learner.check.fault
 
     def publish(self, version: int) -> Any:
         """See `ModelEngine.publish`."""
@@ -202,6 +210,7 @@ class PolicyHost(CriticVerbs, LearnerHost):
         config = self._spec.config
         recipe, kl_in_reward = algorithm(config.algo), config.algo.kl.place == "reward"
         witness = self._engine.witness() if config.loop.witness else None
+        check = self._engine.numbers_check(config.numbers.max_logprob_diff)
         self._critic = None
         if shares_trunk(config):
             self._critic = SharedPolicyLearner(
@@ -211,13 +220,14 @@ class PolicyHost(CriticVerbs, LearnerHost):
                 config.critic,
                 kl_in_reward=kl_in_reward,
                 witness=witness,
+                check=check,
             )
             return self._critic
         if recipe.needs_critic and not config.critic.side_by_side:
             self._critic = make_critic(self._spec)
         elif isinstance(recipe.credit, TokenCredit) and not recipe.needs_critic:
             self._critic = ReturnsLearner(recipe.credit, kl_in_reward=kl_in_reward)
-        return PolicyLearner(self._engine, recipe, make_ptx(self._spec), witness)
+        return PolicyLearner(self._engine, recipe, make_ptx(self._spec), witness, check)
 
     def _make_mask(self) -> Any:
         lag = algorithm(self._spec.config.algo).mask
@@ -258,7 +268,9 @@ def make_critic(spec: ActorSpec) -> Any:
     engine = ScalarEngine(
         Path(config.critic.start), config.model, config.learner, config.critic.optimizer, device=spec.device
     )
-    return CriticLearner(engine, algorithm(config.algo), config.critic, kl_in_reward=config.algo.kl.place == "reward")
+    in_reward = config.algo.kl.place == "reward"
+    check = engine.numbers_check()
+    return CriticLearner(engine, algorithm(config.algo), config.critic, kl_in_reward=in_reward, check=check)
 
 
 def make_ptx(spec: ActorSpec) -> Any:

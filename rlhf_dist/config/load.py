@@ -60,9 +60,9 @@ def as_written(path: Path, overrides: Sequence[str] = ()) -> Config:
     return _build(layers)
 
 
-def from_yaml(text: str, where: str = "config") -> Config:
-    """The inverse of `to_yaml`; `where` names the text in messages."""
-    return _build([Layer(where, _parse_mapping(text, where))])
+def from_yaml(text: str, where: str = "config", overrides: Sequence[str] = ()) -> Config:
+    """The inverse of `to_yaml`; `where` names the text in messages. `overrides`: as for `load`."""
+    return _build([Layer(where, _parse_mapping(text, where)), *map(_override_layer, overrides)])
 
 
 def to_yaml(config: Config) -> str:

@@ -37,6 +37,7 @@ from rlhf_dist.config.learning import (
     SftConfig as SftConfig,
     ShapingConfig as ShapingConfig,
 )
+from rlhf_dist.config.numbers_keys import NumbersConfig as NumbersConfig
 
 
 @dataclass(frozen=True)
@@ -366,5 +367,6 @@ class Config:
     sft: SftConfig = field(default_factory=SftConfig, metadata=used_by("sft"))
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig, metadata=used_by("train", "eval", "sft"))
+    numbers: NumbersConfig = field(default_factory=NumbersConfig, metadata=used_by("train"))
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)

@@ -7,9 +7,10 @@ undone here.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from rlhf_dist.config.schema import OptimizerConfig
-from rlhf_dist.errors import ConfigError, RunError
+from rlhf_dist.errors import ConfigError, NumbersError
 from rlhf_dist.learner.changed_words import Part, Run
+from rlhf_dist.learner.numbers_gate import ask_before_step
 from rlhf_dist.models.by_parameter import Scatter
 from rlhf_dist.planning.memory import REDUCE_BUCKET
 from rlhf_dist.weights.own_address import interface_of
@@ -75,6 +77,14 @@ class DeepSpeedEngine:
         self.rank = torch.distributed.get_rank()
         if zero_stage == 0 and self.world_size == 1:
             engine.enable_backward_allreduce = False  # it would copy all gradients twice to add up one rank's
+        self.refuses: Callable[[float], bool] | None = None
+        """Asked with the global gradient norm before each optimizer step; it answers alike on all ranks. None: a norm
+        that is not finite is an error."""
+        self.refused = False
+        """Whether the last optimizer step was not taken."""
+        self._norm = 0.0
+        if zero_stage:
+            ask_before_step(engine.optimizer, zero_stage, self._ask)
 
     def forward(self, *args: Any) -> Any:
         """The module's forward, with ZeRO's hooks."""
@@ -105,23 +115,29 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> float:
         """One optimizer step at this learning rate; returns the global gradient norm before clipping.
 
-        Raises `RunError` when the norm is not finite: the weights are then left as they were.
+        Where `refuses` says so, the gradients are forgotten and nothing else is changed. Without it raises
+        `NumbersError` for a norm that is not finite, the weights as they were.
         """
         for group in self._base_optimizer.param_groups:
             group["lr"] = lr
         if self.zero_stage == 0:
             # Gradients are whole on every rank here, and DeepSpeed would clip them without telling their norm.
             parameters = [p for p in self._engine.module.parameters() if p.grad is not None]
-            norm = float(nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
-            require_finite(norm)
+            if self._ask(nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)):
+                self._engine.zero_grad()
+            else:
+                self._engine.step()
+        else:
             self._engine.step()
-            return norm
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        if norm is None:
-            raise RunError("DeepSpeed gave no gradient norm after the optimizer step")
-        require_finite(float(norm))
-        return float(norm)
+        if self.refused and self.refuses is None:
+            raise NumbersError(f"the gradient norm is {self._norm}: a loss or an input is not finite")
+        return self._norm
+
+    def _ask(self, norm: Tensor) -> bool:
+        """Whether the step with gradients of this norm is refused."""
+        self._norm = float(norm)
+        self.refused = not math.isfinite(self._norm) if self.refuses is None else self.refuses(self._norm)
+        return self.refused
 
     def named_weights(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Whole parameters in the module's order, all or the wanted; under ZeRO 3 gathered one by one, by every rank,
@@ -307,12 +323,6 @@ def engine_config(
         # Micro-batches are added up in float32: bf16 has 8 bits and loses the small ones.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
-
-
-def require_finite(norm: float) -> None:
-    """A gradient that is not finite ends the run rather than the policy."""
-    if not norm < float("inf"):
-        raise RunError(f"the gradient norm is {norm}: a loss or an input is not finite; the last checkpoint is intact")
 
 
 def init_process_group(

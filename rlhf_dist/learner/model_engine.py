@@ -19,6 +19,7 @@ from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine, zero_scatter
 from rlhf_dist.learner.direct_publication import DirectPublication
 from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.micro_batch_rows import Packed
+from rlhf_dist.learner.numbers_check import NumbersCheck
 from rlhf_dist.learner.publication import Publication
 from rlhf_dist.learner.witness import Witness
 from rlhf_dist.models.attention import choose_attention
@@ -83,6 +84,12 @@ class Engine:
     def step(self, lr: float) -> float:
         """Optimizer step; the gradient norm before clipping."""
         return self._deepspeed.step(lr)
+
+    def numbers_check(self, max_logprob_diff: float = 0.0) -> NumbersCheck:
+        """Judges each optimizer step from now on: one that it refuses is not taken."""
+        check = NumbersCheck(max_logprob_diff, self.device)
+        self._deepspeed.refuses = check.refuses
+        return check
 
     def witness(self) -> Witness:
         """Sees which rows the optimizer takes, from now on."""
@@ -231,9 +238,10 @@ class ModelEngine(Engine):
         return PackedPolicy(model, gradient_checkpointing)
 
     def step(self, lr: float) -> float:
-        """As `Engine.step`; the next publication has new weights."""
-        self._publication.moved = True
-        return super().step(lr)
+        """As `Engine.step`; where it was taken, the next publication has new weights."""
+        norm = super().step(lr)
+        self._publication.moved = self._publication.moved or not self._deepspeed.refused
+        return norm
 
     def publish(self, version: int) -> Announcement | None:
         """Write the weights where rollout workers read them, or hash what `send` will send them.

@@ -16,6 +16,7 @@ from rlhf_dist.algo.kl import kl_estimate
 from rlhf_dist.learner.credit import measure
 from rlhf_dist.learner.micro_batch_rows import Packed, on, pack_batch, pack_rows
 from rlhf_dist.learner.model_engine import ModelEngine
+from rlhf_dist.learner.numbers_check import NumbersCheck
 from rlhf_dist.learner.ptx import PtxMix
 from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.token_sums import Estimate, Whitening, ratio_counts, token_sums
@@ -43,18 +44,26 @@ class PolicyLearner:
     """One rank."""
 
     def __init__(
-        self, engine: ModelEngine, algorithm: Algorithm, ptx: PtxMix | None = None, witness: Witness | None = None
+        self,
+        engine: ModelEngine,
+        algorithm: Algorithm,
+        ptx: PtxMix | None = None,
+        witness: Witness | None = None,
+        check: NumbersCheck | None = None,
     ) -> None:
-        """`witness`: of the engine's optimizer; None: nobody asks what it took."""
+        """`witness`: of the engine's optimizer; None: nobody asks what it took. `check`: of the engine's steps; None: a
+        gradient that is not finite is an error."""
         self.engine = engine
         self.witness = witness
+        self.check = check
         self._algorithm = algorithm
         self._ptx = ptx
 
     def update(self, batch: RankBatch, estimate: Estimate | None, whitening: Whitening) -> MetricSums:
         """`batch.epochs` passes over the batch in optimizer steps; metrics as sums and counts.
 
-        Ends early, on all ranks alike, when an optimizer step found more than `kl_stop` of KL to the sampling policy.
+        Ends early, on all ranks alike, when an optimizer step found more than `kl_stop` of KL to the sampling policy,
+        and before one that the check refuses: `names.FAULT` is then among the metrics, which are of the steps taken.
         """
         given = self._given(batch, estimate, whitening)
         found: list[MetricSums] = []
@@ -68,6 +77,8 @@ class PolicyLearner:
             measured: list[MetricSums] = []
             if self.witness is not None:
                 self.witness.begin_step()
+            if self.check is not None:
+                self.check.begin_step(number)
             for index, chosen in enumerate(micro_batches):
                 loss, stats = self._loss(chosen, given, sentinel=number == 0)
                 if self.witness is not None:
@@ -75,6 +86,9 @@ class PolicyLearner:
                 self.engine.backward(loss, last=index == len(micro_batches) - 1)
                 measured.append(stats)
             norm = self.engine.step(rate)
+            if self.check is not None and self.check.refused:
+                found.append(MetricSums({}, {names.FAULT: 1.0}))
+                break
             found += [*measured, MetricSums({"learner/grad_norm": (norm, 1.0), "learner/lr": (rate, 1.0)}, {})]
             made = number + 1
             if self._too_far(measured):
@@ -137,11 +151,20 @@ class PolicyLearner:
             losses = losses - algorithm.entropy_coef * entropy
         losses = losses + beside
         loss = (losses * packed.spread(batch.weights[chosen])).sum()
+        if self.check is not None:
+            parts = {"rollout logprobs": sampled, "advantage": advantages, "learner's logprobs": logprobs}
+            if algorithm.kl_estimator is not None:
+                parts["reference logprobs"] = on(device, batch.reference, places)
+            self.check.look(loss, batch, chosen, packed, parts | {"entropy": entropy, "loss": losses})
         sums = token_sums(found | {"policy/entropy": entropy})
         if not sentinel:
             return loss, MetricSums.merge([sums, beside_sums])
-        found = compare((logprobs.detach() - sampled).abs(), on(device, batch.version - batch.cache_versions, places))
-        return loss, MetricSums.merge([sums, found, beside_sums])
+        difference, lag = (logprobs.detach() - sampled).abs(), on(device, batch.version - batch.cache_versions, places)
+        compared = compare(difference, lag)
+        if self.check is not None:
+            largest = compared.maxima.get(names.LOGPROB_DIFF_MAX, 0.0)
+            self.check.compare(difference, largest, batch, chosen, packed)
+        return loss, MetricSums.merge([sums, compared, beside_sums])
 
     def _forward(
         self, packed: Packed, temperature: float, places: np.ndarray

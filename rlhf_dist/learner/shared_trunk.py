@@ -12,6 +12,7 @@ from rlhf_dist.algo.losses import clipped_value_loss
 from rlhf_dist.config.schema import CriticConfig
 from rlhf_dist.learner.credit import estimate, measure
 from rlhf_dist.learner.micro_batch_rows import Packed, on
+from rlhf_dist.learner.numbers_check import NumbersCheck
 from rlhf_dist.learner.policy_learner import PolicyLearner
 from rlhf_dist.learner.ptx import PtxMix
 from rlhf_dist.learner.rank_batch import RankBatch
@@ -35,8 +36,9 @@ class SharedPolicyLearner(PolicyLearner):
         *,
         kl_in_reward: bool,
         witness: Witness | None = None,
+        check: NumbersCheck | None = None,
     ) -> None:
-        super().__init__(engine, algorithm, ptx, witness)
+        super().__init__(engine, algorithm, ptx, witness, check)
         assert isinstance(algorithm.credit, TokenCredit)
         self._credit = algorithm.credit
         self._coef = config.coef

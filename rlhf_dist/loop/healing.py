@@ -109,12 +109,16 @@ class Healing:
         self._coming[name] = now
         return [Respawn(name)]
 
-    def rebuild(self, why: str, now: float) -> None:
-        """All ranks are started again now. Raises `ActorLost` where that has been done too often."""
+    def rebuild(self, why: str, now: float, lost: bool = True) -> None:
+        """All ranks are started again now; `lost`: because one is lost, which counts.
+
+        Raises `ActorLost` where that has been done too often.
+        """
         for name in self.ranks:
             self._pulses.pop(name, None)
             self._coming[name] = now
-        self._count(LEARNER, why, now)
+        if lost:
+            self._count(LEARNER, why, now)
 
     def published(self, version: int) -> None:
         """Weights of a step that none before has reached: no loss until now has kept the run from going on."""

@@ -25,6 +25,7 @@ from rlhf_dist.errors import DiskError, RunError
 from rlhf_dist.loop.events import Book
 from rlhf_dist.loop.ledger_format import BOOKED, FORMAT, IN_FLIGHT, LOCK_LIMIT_S, added, bring_up, has_table
 from rlhf_dist.loop.ledger_proof import LedgerProof, proof_of, state_counts
+from rlhf_dist.loop.reasons import STEP_SKIPPED
 
 Attempts = Iterable[tuple[str, int]]
 """(uid, attempt)."""
@@ -72,6 +73,7 @@ class Ledger:
             self._database.execute("PRAGMA synchronous=FULL")
             bring_up(self._database)
             with self._transaction():
+                (self._step,) = self._database.execute("SELECT COALESCE(MAX(step), 0) FROM uses").fetchone()
                 self._database.execute(
                     "INSERT INTO about SELECT ? WHERE NOT EXISTS (SELECT * FROM about)", (uuid.uuid4().hex,)
                 )
@@ -129,6 +131,7 @@ class Ledger:
         """
         listed = list(attempts)
         sql = "UPDATE groups SET state = 'consumed', step = ?3 WHERE uid = ?1 AND attempt = ?2 AND state = 'scored'"
+        self._step = step
         with self._transaction():
             self._all_moved(sql, [(*one, step) for one in listed], "consumed", ("scored",))
             uses = [(uid, step, count) for (uid, _), count in zip(listed, tokens, strict=True)]
@@ -140,20 +143,29 @@ class Ledger:
                 self._database.executemany("INSERT INTO witnessed VALUES (?, ?, ?, ?)", shown)
 
     def drop(self, attempts: Attempts, reason: str) -> None:
-        """They are never used, because of `reason`, one of a few fixed words. From any state in flight."""
+        """They are never used, because of `reason`, one of a few fixed words. From any state in flight.
+
+        They belong to the step in the making: the one after the last that used or skipped groups.
+        """
         sql = (
             "UPDATE groups SET state = 'dropped', reason = ?3, step = ?4 "
             "WHERE uid = ?1 AND attempt = ?2 AND state IN ('issued', 'finished', 'scored')"
         )
         with self._transaction():
-            (last,) = self._database.execute("SELECT COALESCE(MAX(step), 0) FROM uses").fetchone()
-            self._all_moved(sql, [(*one, reason, last + 1) for one in attempts], "dropped", IN_FLIGHT)
+            self._all_moved(sql, [(*one, reason, self._step + 1) for one in attempts], "dropped", IN_FLIGHT)
+
+    def skip(self, attempts: Attempts, step: int) -> None:
+        """Training step `step` took them, and was skipped, or the rest of it, before they were learnt from."""
+        self._step = step - 1
+        self.drop(attempts, STEP_SKIPPED)
+        self._step = step
 
     def rewind(self, step: int) -> tuple[str, ...]:
         """Go back to the checkpoint of `step`: groups used or dropped after it, or in flight, are taken back.
 
         Returns the uids in the order of their first issue; each may, and to keep the proof must, be issued again.
         """
+        self._step = step
         with self._transaction():
             condition = "state IN ('issued', 'finished', 'scored') OR (state IN ('consumed', 'dropped') AND step > ?)"
             rows = self._database.execute(f"SELECT uid FROM groups WHERE {condition} ORDER BY rowid", (step,))

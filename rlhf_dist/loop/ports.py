@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from rlhf_dist.learner.numbers_check import RankFault
 from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import AS_THEY_ARE, Estimate, EstimateSums, Whitening
@@ -179,6 +180,18 @@ class Bodies(Protocol):
         """What each rank trains on in a step of these groups; `compared`: with the reference's logprobs."""
         ...
 
+    def save_step(
+        self,
+        path: Path,
+        shards: Sequence[Shard],
+        keys: Sequence[str],
+        compared: bool,
+        estimates: Estimates,
+        facts: Mapping[str, Any],
+    ) -> None:
+        """Write the same, with the credit by token and facts about the step, into a file. Raises DiskError."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Estimates:
@@ -210,6 +223,10 @@ class Policy(Protocol):
         """What the optimizer took in the last update, by rank; with `loop.witness`."""
         ...
 
+    def faults(self) -> Mapping[str, RankFault]:
+        """Why the last update ended with `names.FAULT`: what each rank found, by name, of those that know."""
+        ...
+
     def save(self, folder: Path) -> None: ...
 
 
@@ -226,6 +243,10 @@ class Critic(Protocol):
 
     def finish_update(self, pending: Handle[MetricSums]) -> MetricSums:
         """Wait for `begin_update`; the ranks' metrics, merged."""
+        ...
+
+    def faults(self) -> Mapping[str, RankFault]:
+        """As `Policy.faults`, of an update that ended with `names.CRITIC_FAULT`."""
         ...
 
     def save(self, folder: Path) -> None: ...

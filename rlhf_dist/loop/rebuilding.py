@@ -15,6 +15,7 @@ from pathlib import Path
 from rlhf_dist.errors import ActorLost, RanksLost, RanksSilent, RlhfError
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.devices import Devices
+from rlhf_dist.loop.numbers_faults import Numbers, RolledBack
 from rlhf_dist.loop.rl_training import Outcome, Run, tell_of, train, who
 from rlhf_dist.loop.shell import Shell
 from rlhf_dist.loop.train_state import State, put_back, read_state
@@ -23,19 +24,21 @@ from rlhf_dist.telemetry.goodput import RECOVER
 
 
 def train_to_the_end(run: Run, state: State | None) -> Outcome:
-    """`rl_training.train`, entered again where ranks are lost. Raises what ends the run.
+    """`rl_training.train`, entered again where ranks are lost, or go back for a step's numbers.
 
+    Raises what ends the run.
     Without any state that was saved the run begins again from its start.
     """
     began = State(
         0, run.config.loop.steps, dict(run.stream.cursor()), {}, {}, {}, run.shaper.state(), run.watch.state()
     )
     life, devices = 0, Devices(run.members)
+    numbers = Numbers(run.config, run.directory, run.telemetry)
     try:
         while True:
             try:
-                return train(run, state, life, devices)
-            except (RanksLost, RanksSilent) as loss:
+                return train(run, state, life, devices, numbers)
+            except (RanksLost, RanksSilent, RolledBack) as loss:
                 if run.ranks is None or not run.healing.ranks:
                     raise
                 life += 1
@@ -59,16 +62,18 @@ def rebuilt(run: Run, loss: Exception, life: int, devices: Devices) -> State | N
     folder, state = newest(run, loss)
     step = 0 if state is None else state.step
     stand_still(run, life, devices)
+    lost = not isinstance(loss, RolledBack)
     while True:
-        run.healing.rebuild(why, run.actors.arrivals.now())
-        run.telemetry.warn(f"{why}; all ranks are started again, from step {step}", "fault", who(why))
+        run.healing.rebuild(why, run.actors.arrivals.now(), lost)
+        if lost:
+            run.telemetry.warn(f"{why}; all ranks are started again, from step {step}", "fault", who(why))
         run.progress.stage(f"starting the learner again, from step {step}")
         try:
             for problem in run.ranks.rebuild(folder):
                 run.telemetry.warn(problem, "fault", who(problem))
             break
         except (RanksLost, RanksSilent) as again:
-            why = str(again)
+            why, lost = str(again), True
     for name in run.healing.ranks:
         run.healing.returned(name, run.actors.arrivals.now())
     devices.goodput.phase("")

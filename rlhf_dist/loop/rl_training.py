@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from rlhf_dist.algo.algorithm import Algorithm
@@ -16,19 +16,22 @@ from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import Rules, rules_of, sampling_of
 from rlhf_dist.loop.devices import Devices
 from rlhf_dist.loop.evaluation import Evaluation, evaluate
-from rlhf_dist.loop.events import Tell
+from rlhf_dist.loop.events import Taken, Tell
 from rlhf_dist.loop.healing import Healing
 from rlhf_dist.loop.kept_state import KeptState
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.left_out import counted
 from rlhf_dist.loop.members import Members
+from rlhf_dist.loop.numbers_faults import Numbers, skipped
 from rlhf_dist.loop.ports import AT_ONCE, Critic, Policy, Ranks, Stop
+from rlhf_dist.loop.reasons import ROLLED_BACK
+from rlhf_dist.loop.resumed_prompts import ResumedPrompts
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.saving import Saver
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.shell import Actors, Shell
-from rlhf_dist.loop.step import Learning, train_step
+from rlhf_dist.loop.step import Learning, StepReport, train_step
 from rlhf_dist.loop.train_state import State, put_back
 from rlhf_dist.loop.watch import CollapseWatch, watch_metrics
 from rlhf_dist.loop.witnessed import settled
@@ -82,8 +85,8 @@ class Run:
     def learning(self) -> Learning:
         """How a step learns."""
         config = self.config
-        steps, witness = config.loop.steps, config.loop.witness
-        return Learning(self.algorithm, config.learner, config.critic, self.rules.sampling, steps, witness)
+        steps, witness, numbers = config.loop.steps, config.loop.witness, config.numbers
+        return Learning(self.algorithm, config.learner, config.critic, self.rules.sampling, steps, witness, numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +101,20 @@ class Outcome:
     """As in `State`."""
 
 
-def train(run: Run, state: State | None, life: int = 0, devices: Devices | None = None) -> Outcome:
+def train(
+    run: Run, state: State | None, life: int = 0, devices: Devices | None = None, numbers: Numbers | None = None
+) -> Outcome:
     """Train to `loop.steps`; returns the evaluations before and after. `state`: of the checkpoint resumed from.
 
-    `life`: how often the learner was started again before; `devices` have booked the time that the last of these took.
-    Raises `RanksLost` or `RanksSilent` where it has to be again, KeyboardInterrupt where the run is told to end, once
-    its last whole step is saved.
+    `life`: how often the learner was started again before; `devices` have booked the time that the last of these took,
+    `numbers` know what went wrong in them. Raises `RanksLost`, `RanksSilent` or `RolledBack` where it has to be again,
+    KeyboardInterrupt where the run is told to end, once its last whole step is saved.
     """
     loop = run.config.loop
     step = resume(run, state)
     devices = Devices(run.members) if devices is None else devices
-    shell = start_shell(run, state, devices, life)
+    numbers = Numbers(run.config, run.directory, run.telemetry) if numbers is None else numbers
+    shell = start_shell(run, state, devices, life, numbers.left_out)
     push_first(run, step)
     watch = Stopwatch(before=0.0 if state is None else state.elapsed, begins=devices.goodput.phase)
     before, results, answers = evaluate_first(run, shell) if state is None else known(run, state)
@@ -124,7 +130,7 @@ def train(run: Run, state: State | None, life: int = 0, devices: Devices | None 
     with run.stop.deferred():
         while step < loop.steps:
             step += 1
-            taken = take_step(run, shell, step, watch, saver)
+            taken = take_step(run, shell, step, watch, saver, numbers)
             metrics = taken.metrics | devices.lap()
             if not moves_reference(run, step):
                 saver.published(shell, step)  # From here on the next groups are issued, beside what follows.
@@ -173,7 +179,7 @@ class Step:
     """What was trained on."""
 
 
-def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch, saver: Saver) -> Step:
+def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch, saver: Saver, numbers: Numbers) -> Step:
     """Take a step's groups, train, push. Until the groups are there, the run may be told to end."""
     with watch.phase("generate"):
         taken = shell.next_step(saver.end_if_asked)
@@ -192,9 +198,11 @@ def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch, saver: Saver)
         learning=run.learning,
         step=step,
         watch=watch,
+        faulted=partial(numbers.faulted, step),
     )
-    tokens = [int(experience.head.lengths.sum()) for experience in experiences]
-    run.ledger.consume(taken.attempts, step, tokens, settled(report.witnessed, run.telemetry, step))
+    if not skipped(report.metrics):
+        numbers.learnt(step)
+    book(run, taken, step, report)
     metrics = dict(report.metrics) | watch_metrics(experiences, run.config.scoring.gold)
     metrics |= {f"data/dropped_{reason}": float(count) for reason, count in taken.dropped.items()}
     metrics |= counted(taken.tally, run.config.scoring) | watch.lap()
@@ -206,10 +214,24 @@ def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch, saver: Saver)
     return Step(metrics, report.histograms, push, experiences)
 
 
-def start_shell(run: Run, state: State | None, devices: Devices, life: int = 0) -> Shell:
-    """The controller with its shell; groups that were open in `state` are issued first."""
-    prompts = ResumedPrompts(run.stream, {} if state is None else state.open)
-    rules, step = replace(run.rules, life=life), 0 if state is None else state.step
+def book(run: Run, taken: Taken, step: int, report: StepReport) -> None:
+    """Tell the ledger which of a step's groups were learnt from, and which were skipped."""
+    shown = settled(report.witnessed, run.telemetry, step)
+    learnt = [i for i, one in enumerate(report.learnt) if one]
+    if len(learnt) < len(taken.attempts):
+        run.ledger.skip([attempt for i, attempt in enumerate(taken.attempts) if i not in learnt], step)
+    tokens = [int(taken.experiences[i].head.lengths.sum()) for i in learnt]
+    presence = None if shown is None else [shown[i] for i in learnt]
+    run.ledger.consume([taken.attempts[i] for i in learnt], step, tokens, presence)
+
+
+def start_shell(
+    run: Run, state: State | None, devices: Devices, life: int = 0, left_out: Collection[str] = ()
+) -> Shell:
+    """The controller with its shell; groups that were open in `state` are issued first, but for those left out."""
+    step = 0 if state is None else state.step
+    prompts = ResumedPrompts(run.stream, {} if state is None else state.open, left_out, partial(leave_out, run, step))
+    rules = replace(run.rules, life=life)
     controller = Controller(rules, prompts, run.members, step, run.healing)
     before = devices.goodput.look
     return Shell(controller, run.actors, ledger=run.ledger, tell=lambda line: tell_of(run, line), before=before)
@@ -223,21 +245,10 @@ def tell_of(run: Run, line: Tell) -> None:
         run.telemetry.event(line.kind, line.message, uid=line.uid)
 
 
-class ResumedPrompts:
-    """The stream, and before it the groups that were open when the checkpoint was written."""
-
-    def __init__(self, stream: PromptStream, open_groups: Mapping[str, int]) -> None:
-        """`open_groups`: uid -> attempt. Raises ConfigError for a uid that the data does not have."""
-        self._stream = stream
-        self._first = deque((stream.find(uid), attempt) for uid, attempt in open_groups.items())
-
-    def __len__(self) -> int:
-        return len(self._stream)
-
-    def take(self, n: int) -> list[tuple[Prompt, int]]:
-        """See `rules.Prompts`."""
-        again = [self._first.popleft() for _ in range(min(n, len(self._first)))]
-        return again + [(prompt, 0) for prompt in self._stream.take(n - len(again))]
+def leave_out(run: Run, version: int, attempt: tuple[str, int]) -> None:
+    """A group that the run went back from is not sampled again: where it would be issued, it is dropped at once."""
+    run.ledger.issue([attempt], version)
+    run.ledger.drop([attempt], ROLLED_BACK)
 
 
 def measure(run: Run, shell: Shell, step: int) -> Evaluation:
@@ -324,7 +335,7 @@ def tell(run: Run, shell: Shell, step: int, taken: Step, metrics: dict[str, floa
             f"loop.logprob_diff_limit is {config.loop.logprob_diff_limit:g}",
             "mismatch",
         )
-    for sign in run.watch.step(metrics):
+    for sign in [] if skipped(metrics) else run.watch.step(metrics):
         run.telemetry.warn(f"step {step}: {sign.sentence}", sign.kind)
     run.telemetry.log(step, metrics, taken.histograms)
     run.progress.step(step, config.loop.steps, metrics)

@@ -1,7 +1,7 @@
 """The directory of one run: its files, its lock, its checkpoints, and the rules of coming back to it.
 
 OUTPUT/NAME/  config.yaml  metrics.jsonl  events.jsonl  summary.json  ledger.sqlite  curves.png  wandb_id  run.lock
-              rollouts/  checkpoints/step-N/ + LATEST  logs/  wandb/
+              rollouts/  faults/  checkpoints/step-N/ + LATEST  logs/  wandb/
 """
 
 from __future__ import annotations

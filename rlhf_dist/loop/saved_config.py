@@ -20,6 +20,7 @@ CHANGEABLE = (
     "telemetry",
     "cluster",
     "faults",
+    "numbers",
     "loop.steps",
     "loop.checkpoint_every",
     "loop.keep_checkpoints",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +14,23 @@ from rlhf_dist.algo.algorithm import Algorithm, GroupCredit
 from rlhf_dist.algo.corrections import effective_sample_share
 from rlhf_dist.algo.masking import all_equal
 from rlhf_dist.config.methods import METHODS
-from rlhf_dist.config.schema import CriticConfig, LearnerConfig, OptimizerConfig
+from rlhf_dist.config.schema import CriticConfig, LearnerConfig, NumbersConfig, OptimizerConfig
 from rlhf_dist.data.packing import plan
 from rlhf_dist.errors import RunError
 from rlhf_dist.learner.learning_rate import learning_rate
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import AS_THEY_ARE
+from rlhf_dist.learner.witness import Seen
 from rlhf_dist.loop.batch import Batch
+from rlhf_dist.loop.numbers_faults import (
+    Fault,
+    Faulted,
+    fault_of_estimates,
+    fault_of_inputs,
+    fault_of_ranks,
+    fault_of_still_weights,
+    stopped,
+)
 from rlhf_dist.loop.ports import NO_ESTIMATES, Batches, Bodies, Critic, Estimates, Policy
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.witnessed import Witnessed, compare
@@ -42,6 +54,7 @@ class Learning:
     """Training steps of the whole run."""
     witness: bool = False
     """`loop.witness`."""
+    numbers: NumbersConfig = field(default_factory=NumbersConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +70,8 @@ class StepReport:
     histograms: Mapping[str, Histogram]
     witnessed: Witnessed | None
     """None where there is no witness."""
+    learnt: tuple[bool, ...] = ()
+    """Of each group: whether its optimizer steps were taken, at least once; false where they were skipped."""
 
 
 def train_step(
@@ -70,42 +85,42 @@ def train_step(
     learning: Learning,
     step: int,
     watch: Stopwatch,
+    faulted: Faulted = stopped,
 ) -> tuple[StepReport, PushReport]:
     """Turn scored rollouts into one update of policy and critic, and push the new weights.
 
-    The collator has their tokens, and hands each rank its own.
+    The collator has their tokens, and hands each rank its own. `faulted` is told of numbers that went wrong; where it
+    returns, nothing more is learnt in this step.
 
     `step` is this training step, from 1; the weights before it are version step - 1, after it version step, also where
     they did not move.
     """
-    batch = collate(experiences)
+    batch, before = collate(experiences), shaper.state()
     scores = shaper.shape(batch)
     credit = assign_credit(batch, scores, learning.algorithm, shaper.kl_coef_by_response)
     shares = policy.ranks // learning.learner.sequence_parallel
     shards = make_shards(batch, scores, credit, learning, shaper.kl_coef, step, shares)
-    batches = bodies.batches(shards, batch.keys, batch.compared)
-    estimates, critic_stats, stats, seen = NO_ESTIMATES, MetricSums(), MetricSums(), ()
-    if critic is not None:
-        with watch.phase("value"):
-            estimates = estimate(critic, batches, learning.algorithm)
-    with watch.phase("train"):
-        learns = None if critic is None else critic.begin_update(batches, estimates)
-        if learns_policy(learning, step):
-            stats = policy.update(batches, estimates)
-            seen = policy.witnessed() if learning.witness else ()
-        if critic is not None and learns is not None:
-            critic_stats = critic.finish_update(learns)
+    done = Learnt(fault_of_inputs(batch, scores, credit, learning.numbers.max_kl))
+    if done.fault is None:
+        done = learn(batch, shards, policy, critic, bodies, learning, step, watch)
     kl_coef = shaper.kl_coef
-    if learns_policy(learning, step):  # a policy that stands still has no KL to steer
+
+    def save(path: Path, facts: Mapping[str, Any]) -> None:
+        more = {"updates": done.updates, "uids": dict(zip(batch.keys, batch.uids, strict=True))}
+        bodies.save_step(path, shards, batch.keys, batch.compared, done.estimates, {**facts, **more})
+
+    if done.fault is not None:
+        faulted(done.fault, save)
+    if not done.updates and done.fault is not None:
+        shaper.restore(before)
+    elif learns_policy(learning, step):  # a policy that stands still has no KL to steer
         shaper.observe(batch)
     with watch.phase("sync"):
         push = sync.push(version=step)
-    learnt = stats.values()
+    if learning.numbers.still_weights and (still := fault_of_still_weights(batch, done.policy, push.changed_share)):
+        faulted(still, save)
     metrics = (
-        learnt
-        | correction_metrics(learnt)
-        | critic_stats.values()
-        | dict(estimates.metrics)
+        metrics_of(done)
         | {"learner/trained_share": sum(len(shard.groups) for shard in shards) / len(batch.groups)}
         | credit_metrics(credit, learning.algorithm)
         | batch_metrics(batch, scores, learning, step)
@@ -113,12 +128,92 @@ def train_step(
         | reward_metrics(experiences)
         | ({names.KL_COEF: kl_coef} if batch.compared else {})
     )
-    spread = stats.histograms() | batch_histograms(batch, experiences, step)
-    made = int(learnt.get("learner/updates", 0))
-    shown = (
-        compare(seen, shards, batch, credit, learning.algorithm, learning.learner, made) if learning.witness else None
-    )
-    return StepReport(step, push.version, metrics, spread, shown), push
+    spread = done.policy.histograms() | batch_histograms(batch, experiences, step)
+    shown = witnessed(done, shards, batch, credit, learning) if learning.witness else None
+    taken = groups_learnt(len(batch.keys), learning.learner, done)
+    return StepReport(step, push.version, metrics, spread, shown, taken), push
+
+
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """What policy and critic made of a step."""
+
+    fault: Fault | None
+    """Why nothing more was learnt."""
+    estimates: Estimates = NO_ESTIMATES
+    policy: MetricSums = field(default_factory=MetricSums)
+    critic: MetricSums = field(default_factory=MetricSums)
+    seen: Sequence[Seen] = ()
+    """What the optimizer took, by rank; with a witness."""
+    updates: int = 0
+    """Optimizer steps that were taken: the policy's, or the critic's in its warm-up."""
+
+
+def metrics_of(done: Learnt) -> dict[str, float]:
+    """Of what was learnt, and whether it was all that there was to learn."""
+    learnt, skipped = done.policy.values(), {names.SKIPPED: float(done.fault is not None)}
+    return learnt | correction_metrics(learnt) | done.critic.values() | dict(done.estimates.metrics) | skipped
+
+
+def learn(
+    batch: Batch,
+    shards: Sequence[Shard],
+    policy: Policy,
+    critic: Critic | None,
+    bodies: Bodies,
+    learning: Learning,
+    step: int,
+    watch: Stopwatch,
+) -> Learnt:
+    """Credit by token where there is one, then the updates, on all ranks."""
+    batches = bodies.batches(shards, batch.keys, batch.compared)
+    estimates, critic_stats, stats, seen = NO_ESTIMATES, MetricSums(), MetricSums(), ()
+    if critic is not None:
+        with watch.phase("value"):
+            estimates = estimate(critic, batches, learning.algorithm)
+        if (fault := fault_of_estimates(batch, estimates)) is not None:
+            return Learnt(fault, estimates)
+    fault, learns = None, learns_policy(learning, step)
+    with watch.phase("train"):
+        pending = None if critic is None else critic.begin_update(batches, estimates)
+        if learns:
+            stats = policy.update(batches, estimates)
+            seen = policy.witnessed() if learning.witness else ()
+            if stats.maxima.get(names.FAULT):
+                fault = fault_of_ranks(batch, policy.faults(), "policy", learning.numbers.max_logprob_diff)
+        if critic is not None and pending is not None:
+            critic_stats = critic.finish_update(pending)
+            if fault is None and critic_stats.maxima.get(names.CRITIC_FAULT):
+                fault = fault_of_ranks(batch, critic.faults(), "critic")
+    made = updates_of(stats if learns else critic_stats, "learner/updates" if learns else "critic/updates")
+    return Learnt(fault, estimates, without_faults(stats), without_faults(critic_stats), seen, made)
+
+
+def updates_of(stats: MetricSums, name: str) -> int:
+    """How many optimizer steps all ranks made."""
+    total, count = stats.sums.get(name, (0.0, 0.0))
+    return round(total / count) if count else 0
+
+
+def without_faults(stats: MetricSums) -> MetricSums:
+    """Without what is for the loop alone."""
+    told = (names.FAULT, names.CRITIC_FAULT)
+    return replace(stats, maxima={name: value for name, value in stats.maxima.items() if name not in told})
+
+
+def groups_learnt(groups: int, learner: LearnerConfig, done: Learnt) -> tuple[bool, ...]:
+    """Of each of a step's groups, whether it was in an optimizer step that was taken."""
+    if done.fault is None:
+        return (True,) * groups
+    cut = np.array_split(np.arange(groups), learner.updates_per_batch)
+    taken = np.concatenate([np.array([], np.int64), *cut[: done.updates]])
+    return tuple(bool(x) for x in np.isin(np.arange(groups), taken))
+
+
+def witnessed(done: Learnt, shards: Sequence[Shard], batch: Batch, credit: Credit, learning: Learning) -> Witnessed:
+    """What the optimizer has shown, compared with the plan of the step."""
+    cut = done.fault is not None or learning.algorithm.kl_stop > 0
+    return compare(done.seen, shards, batch, credit, learning.algorithm, learning.learner, done.updates, cut=cut)
 
 
 def collate(experiences: Sequence[Experience]) -> Batch:
@@ -154,16 +249,17 @@ def assign_credit(batch: Batch, scores: np.ndarray, algorithm: Algorithm, kl_coe
 
     `kl_coef` x (the response's KL, compared as the scores are) is taken off after the scores were normalised: before,
     in a group whose scores are equal, the deviation would be that of the KL, and the coefficient would cancel.
+    Raises RunError where the method gives something else than a number for each response.
     """
     if not isinstance(algorithm.credit, GroupCredit):
         return Credit(np.zeros(len(scores), np.float32))
     groups, lengths = torch.from_numpy(batch.groups), torch.from_numpy(batch.lengths)
     advantages = algorithm.credit.advantages(torch.from_numpy(scores), groups, lengths)
-    if not isinstance(advantages, torch.Tensor) or advantages.shape != groups.shape or not advantages.isfinite().all():
+    if not isinstance(advantages, torch.Tensor) or advantages.shape != groups.shape:
         found = tuple(advantages.shape) if isinstance(advantages, torch.Tensor) else type(advantages).__name__
         raise RunError(
-            f"the method {algorithm.name}: its advantages must be finite numbers of shape ({len(scores)},), one for "
-            f"each response; they are {found}, for scores from {scores.min():g} to {scores.max():g}"
+            f"the method {algorithm.name}: its advantages must be numbers of shape ({len(scores)},), one for each "
+            f"response; they are {found}, for scores from {scores.min():g} to {scores.max():g}"
         )
     if kl_coef:
         advantages = advantages - kl_coef * algorithm.credit.centered(torch.from_numpy(batch.kl), groups, lengths)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rlhf_dist.config.schema import RewardConfig, SftConfig
+from rlhf_dist.errors import NumbersError
 from rlhf_dist.loop.ports import AT_ONCE, Stop
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.schedule import due
@@ -86,7 +87,7 @@ class Trainer:
         parts: list[MetricSums] = []
         while state.step < config.steps and not self.stops():
             step, results = state.step + 1, state.results
-            parts.append(self.train_step(step))
+            parts.append(self._sound(step))
             metrics = MetricSums.merge(parts).values()
             measured = due(config.eval_every, step, config.steps)
             logged = measured or due(config.log_every, step, config.steps)
@@ -110,6 +111,15 @@ class Trainer:
             if logged:
                 watch.lap()  # Evaluation and checkpoint are not part of a step's time.
         return kept, state.step
+
+    def _sound(self, step: int) -> MetricSums:
+        """A step. Raises NumbersError, naming it, where its numbers go wrong; the weights are then as before it."""
+        try:
+            return self.train_step(step)
+        except NumbersError as error:
+            text = f"step {step}: {error}"
+            self.telemetry.warn(text, "numbers", step=step)
+            raise NumbersError(f"{text}; what was saved before is intact") from None
 
     def _save_and_end(self, state: TrainerState, kept: TrainerState) -> NoReturn:
         if kept is not state:

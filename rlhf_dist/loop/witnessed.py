@@ -44,12 +44,15 @@ def compare(
     algorithm: Algorithm,
     learner: LearnerConfig,
     updates: int,
+    *,
+    cut: bool,
 ) -> Witnessed:
-    """`seen`: by rank; ranks that share rows have to say the same of them. `updates`: optimizer steps made."""
+    """`seen`: by rank; ranks that share rows have to say the same of them. `updates`: optimizer steps made; `cut`: the
+    learner may have left out the last ones (`algo.kl_stop`, or numbers that went wrong)."""
     rows = {(batch.keys[g], int(s)): i for i, (g, s) in enumerate(zip(batch.groups, batch.samples, strict=True))}
     whole = learner.epochs * learner.updates_per_batch
     problems = []
-    if updates != whole and not 0 < updates < whole * bool(algorithm.kl_stop):
+    if updates != whole and not (cut and updates < whole):
         problems.append(f"the learner made {updates} optimizer steps of {whole}")
     plan, expected = planned(batch, shards, whole), planned(batch, shards, updates)
     idle = (credit.advantages == 0) & algorithm.idle_without_credit

@@ -18,6 +18,8 @@ AlertKind = Literal[
     "push",
     "wait",
     "fault",
+    "numbers",
+    "still",
 ]
 AlertLevel = Literal["WARN", "ERROR"]
 
@@ -33,6 +35,8 @@ TITLES: dict[AlertKind, str] = {
     "push": "A worker missed a weight push",
     "wait": "A wait beyond its limit",
     "fault": "A fault",
+    "numbers": "A number that is not finite",
+    "still": "Weights that did not move",
 }
 """Kind -> title, before whom it is about."""
 TITLE_CHARACTERS = 63
@@ -67,4 +71,4 @@ def title_of(kind: AlertKind, subject: str) -> str:
 
 def level_of(kind: AlertKind) -> AlertLevel:
     """`ERROR` for what stops processes, `WARN` for signs in the numbers."""
-    return "ERROR" if kind in ("push", "wait", "fault") else "WARN"
+    return "ERROR" if kind in ("push", "wait", "fault", "numbers", "still") else "WARN"

@@ -34,7 +34,7 @@ def settled(world: int, case: str, seen: list[Seen]) -> Witnessed:
     """As the controller compares it."""
     learner = learner_of(world, case)
     batch, credit, shards = cut(learner)
-    return compare(seen, shards, batch, credit, METHOD, learner, UPDATES)
+    return compare(seen, shards, batch, credit, METHOD, learner, UPDATES, cut=False)
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -110,3 +110,45 @@ def test_an_optimizer_step_or_a_backward_pass_that_did_not_happen_is_seen(result
     assert len(shard.updates[0]) > 1 and set(shard.groups[np.concatenate(shard.updates[1])]) == {3}
     assert seen.times.tolist() == expected.tolist()
     assert len(settled(1, "zero 0", [seen]).problems) == int((expected == 1).sum())
+
+
+@pytest.mark.parametrize(("world", "case"), ALL)
+def test_an_infinite_loss_on_one_rank_is_refused_by_all_and_leaves_nothing_behind(
+    results: dict, world: int, case: str
+) -> None:
+    """The second of four optimizer steps is left out with the two behind it, the first was taken. What follows leads to
+    the same weights and optimizer, bit for bit, as if they had never been planned."""
+    shares = learner_of(world, case).shares
+    for rank in range(world):
+        found = results[world, rank]["numbers"][case]
+        bad, without = found["infinite"], found["without"]
+        assert bad["refused"] and not without["refused"]
+        assert bad["metrics"].values()["learner/updates"] == 1 and bad["metrics"].maxima["learner/fault_max"] == 1.0
+        assert "learner/fault_max" not in without["metrics"].maxima
+        assert equal(bad["weights"], without["weights"]) and equal(bad["optimizer"], without["optimizer"])
+        assert bad["metrics"].values()["policy/loss"] == without["metrics"].values()["policy/loss"]
+        assert sum(bad["seen"].times) == sum(without["seen"].times) > 0
+        if rank < world // shares:
+            assert (bad["fault"].what, bad["fault"].value) == ("advantage", np.inf)
+            assert (bad["fault"].update, bad["fault"].origin, bad["fault"].token) == (1, bad["row"], 0)
+        else:
+            assert bad["fault"] is None
+
+
+@pytest.mark.parametrize("case", ["zero 0", "zero 3", "zero 2, bfloat16"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_gradient_beyond_all_numbers_under_a_finite_loss_is_refused(results: dict, world: int, case: str) -> None:
+    for rank in range(world):
+        found = results[world, rank]["numbers"][case]
+        assert found["too large"]["fault"].what == "gradient"
+        assert equal(found["too large"]["weights"], found["without"]["weights"])
+
+
+@pytest.mark.parametrize("case", ["zero 0", "zero 2", "zero 3"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_critics_return_that_is_no_number_is_refused(results: dict, world: int, case: str) -> None:
+    found = [results[world, rank]["numbers"][case]["critic"] for rank in range(world)]
+    assert [one["metrics"].maxima["critic/fault_max"] for one in found] == [1.0] * world
+    assert [one["metrics"].values()["critic/updates"] for one in found] == [1.0] * world
+    assert (found[0]["fault"].what, found[0]["fault"].origin) == ("returns", found[0]["row"])
+    assert all(one["fault"] is None for one in found[1:])

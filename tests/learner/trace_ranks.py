@@ -198,7 +198,16 @@ def experiences(step: int, bodies: Bodies) -> list[Experience]:
     return made
 
 
-class Bodies:
+class Unasked:
+    """What no trace asks for."""
+
+    def _never(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    faults = save = save_step = texts = _never
+
+
+class Bodies(Unasked):
     """`loop.ports.Bodies` of a process alone: a collator, and handles that hold what they stand for."""
 
     def __init__(self) -> None:
@@ -218,9 +227,6 @@ class Bodies:
     def forget(self, keys: Sequence[str]) -> None: ...
 
     def forget_all(self) -> None: ...
-
-    def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
-        raise NotImplementedError
 
 
 def everyone(mine: Any) -> list[Any]:
@@ -248,7 +254,7 @@ class NotingCritic(Noting, ScalarEngine):
     pass
 
 
-class PolicyRanks:
+class PolicyRanks(Unasked):
     """`loop.ports.Policy`, as each of the ranks sees it."""
 
     def __init__(self, learner: PolicyLearner, ranks: int) -> None:
@@ -270,11 +276,8 @@ class PolicyRanks:
     def publish(self, version: int) -> Announcement:
         return everyone(self._learner.engine.publish(version))[0]
 
-    def save(self, folder: Path) -> None:
-        raise NotImplementedError
 
-
-class CriticRanks:
+class CriticRanks(Unasked):
     """`loop.ports.Critic`, likewise."""
 
     def __init__(self, learner: CriticLearner) -> None:
@@ -291,9 +294,6 @@ class CriticRanks:
 
     def finish_update(self, pending: Handle[MetricSums]) -> MetricSums:
         return MetricSums.merge(everyone(pending.place))
-
-    def save(self, folder: Path) -> None:
-        raise NotImplementedError
 
 
 class NoWorkers:

@@ -37,7 +37,9 @@ CASES = {
     "zero 2": (2, "float32", 1, False),
     "zero 3": (3, "float32", 1, False),
     "zero 3, offloaded": (3, "float32", 1, True),
+    "zero 1, bfloat16": (1, "bfloat16", 1, False),
     "zero 2, bfloat16": (2, "bfloat16", 1, False),
+    "zero 3, bfloat16": (3, "bfloat16", 1, False),
     "zero 2, two ranks a row": (2, "float32", 2, False),
 }
 """ZeRO stage, dtype, ranks that share a row, offloaded optimizer."""
@@ -153,6 +155,9 @@ def main() -> None:
     for case in (case for case in ("zero 2", "zero 2, two ranks a row") if case in cases(world)):
         for name, change in TAMPERED.items():
             found[case, name] = train(model, learner_of(world, case), case, True, change)["seen"]
+    import numbers_ranks  # which imports this file
+
+    found["numbers"] = {case: numbers_ranks.run(model, case, learner_of(world, case)) for case in cases(world)}
     if world == 1:
         found["skipped"] = without_a_step(model, learner_of(world, "zero 0"), "zero 0")
     torch.save(found, folder / f"{world}-{rank}.pt")

@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, get_args
 
 import numpy as np
+from quiet_display import Quiet as Quiet
 
 from rlhf_dist.errors import ActorTimeout
 from rlhf_dist.learner.checkpoint_files import checkpoint_files, critic_files
+from rlhf_dist.learner.numbers_check import RankFault
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums
 from rlhf_dist.learner.witness import Seen
@@ -265,6 +266,10 @@ class FakeBodies:
         assert set(keys) <= self.kept
         return [("abc",)] * len(keys)
 
+    def save_step(self, path: Path, shards: Any, keys: Any, compared: bool, estimates: Any, facts: Any) -> None:
+        assert set(keys) <= self.kept or not self.kept
+        path.write_text(json.dumps(dict(facts)))
+
     def batches(self, shards: Sequence[Shard], keys: Sequence[str], compared: bool) -> list[Handle[Any]]:
         assert set(keys) <= self.kept or not self.kept
         self.given.append((keys, compared))
@@ -328,6 +333,9 @@ class FakePolicy:
     def witnessed(self) -> Sequence[Seen]:
         raise NotImplementedError
 
+    def faults(self) -> Mapping[str, RankFault]:
+        raise NotImplementedError
+
     def publish(self, version: int) -> Announcement:
         self.order.append("publish")
         if self.updates != self.published:
@@ -366,6 +374,9 @@ class FakeCritic:
         self.order.append("critic ends")
         return MetricSums({"critic/loss": (3.0, 2.0)})
 
+    def faults(self) -> Mapping[str, RankFault]:
+        raise NotImplementedError
+
     def save(self, folder: Path) -> None:
         self.saved.append(folder.name)
         write_files(folder, self.leaves)
@@ -374,27 +385,6 @@ class FakeCritic:
 def shards_of(batches: Batches) -> list[Any]:
     """What `FakeBodies` made batches of."""
     return [batch.place for batch in batches]
-
-
-class Quiet:
-    """A display that nobody looks at."""
-
-    remembered: Mapping[str, float] = MappingProxyType({})
-
-    def stage(self, message: str) -> None: ...
-
-    def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None: ...
-
-    def eval(self, step: int, results: Mapping[str, float]) -> None: ...
-
-    def remember(self, results: Mapping[str, float]) -> None:
-        self.remembered = dict(results)
-
-    def warn(self, message: str) -> None: ...
-
-    def note(self, message: str) -> None: ...
-
-    def close(self, stopped: bool = False) -> None: ...
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from stand_ins import Quiet, lines, write_checkpoint
 from test_saving import Told
 
 from rlhf_dist.config.schema import SftConfig, TelemetryConfig
-from rlhf_dist.errors import DiskError
+from rlhf_dist.errors import DiskError, NumbersError
 from rlhf_dist.loop.ports import AT_ONCE, Stop
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
 from rlhf_dist.loop.supervised_training import fine_tune
@@ -83,6 +83,23 @@ def test_a_run_cut_before_its_first_checkpoint_begins_again_in_the_same_director
     directory, _ = run(tmp_path, FakeLearner(), again=True)
     assert [line["step"] for line in lines(directory.metrics)] == [0, 1, 2, 3, 4]
     assert [line["step"] for line in lines(directory.path / "metrics.before-resume.jsonl")] == [0, 1, 2]
+
+
+class NumbersLearner(FakeLearner):
+    """Its third step is one of `NumbersError`, as `DeepSpeedEngine.step` raises it on a rank."""
+
+    def train_step(self, step: int) -> MetricSums:
+        if step == 3:
+            raise NumbersError("the gradient norm is nan: a loss or an input is not finite")
+        return super().train_step(step)
+
+
+def test_numbers_that_go_wrong_end_the_run_with_the_step_and_an_alert(tmp_path: Path) -> None:
+    said = "step 3: the gradient norm is nan: a loss or an input is not finite"
+    with pytest.raises(NumbersError, match=f"^{said}; what was saved before is intact$"):
+        run(tmp_path, NumbersLearner())
+    (warning,) = [one for one in lines(tmp_path / "run" / "events.jsonl") if one["kind"] == "warning"]
+    assert (warning["message"], warning["facts"]["alert"]) == (said, "numbers")
 
 
 def test_a_resume_keeps_what_was_measured_before(tmp_path: Path) -> None:

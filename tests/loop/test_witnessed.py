@@ -63,7 +63,7 @@ def found(
     learner: LearnerConfig = LEARNER,
     updates: int = 4,
 ) -> Witnessed:
-    return compare(seen, shards, BATCH, CREDIT, algorithm, learner, updates)
+    return compare(seen, shards, BATCH, CREDIT, algorithm, learner, updates, cut=algorithm.kl_stop > 0)
 
 
 def test_samples_that_cannot_have_a_gradient_are_left_out_by_the_plan() -> None:
