@@ -14,13 +14,14 @@ from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import DiskError, NumbersError
 from rlhf_dist.learner.numbers_check import GRADIENT, RankFault
+from rlhf_dist.loop.batch import Batch
 from rlhf_dist.loop.ports import Estimates
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.alerts import AlertKind
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.run_telemetry import Telemetry
-from rlhf_dist.types import Batch, Credit
+from rlhf_dist.types import Credit
 
 NOTICEABLE = 1e-3
 """Gradient norm from which on weights have to move: by Adam's eps a smaller one need not move any."""

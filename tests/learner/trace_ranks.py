@@ -51,7 +51,7 @@ from rlhf_dist.models.tokenizer import character_tokenizer
 from rlhf_dist.rollout.trajectories import head_of
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.timeline import Stopwatch
-from rlhf_dist.types import Experience, Group, Handle, Message, Prompt, ReferenceHead, Sampling, Scores
+from rlhf_dist.types import Experience, Handle, Message, Prompt, ReferenceHead, Sampling, Scores
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.sync import WeightSync
 
@@ -204,7 +204,7 @@ class Unasked:
     def _never(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError
 
-    faults = save = save_step = texts = _never
+    faults = keep = keep_copy = keep_reference = recall = forget = forget_all = save = save_step = texts = _never
 
 
 class Bodies(Unasked):
@@ -215,18 +215,6 @@ class Bodies(Unasked):
 
     def batches(self, shards: Sequence[Shard], keys: Sequence[str], compared: bool) -> list[Handle[RankBatch]]:
         return [Handle(batch) for batch in self.collator.batches(shards, keys, compared)]
-
-    def keep(self, bodies: Mapping[str, Handle[Group]]) -> None: ...
-
-    def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None: ...
-
-    def keep_copy(self, key: str, body: Handle[Group]) -> None: ...
-
-    def recall(self, key: str) -> None: ...
-
-    def forget(self, keys: Sequence[str]) -> None: ...
-
-    def forget_all(self) -> None: ...
 
 
 def everyone(mine: Any) -> list[Any]:

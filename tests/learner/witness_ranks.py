@@ -24,8 +24,9 @@ from rlhf_dist.learner.policy_learner import PolicyLearner
 from rlhf_dist.learner.rank_batch import RankBatch, rank_batch
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import AS_THEY_ARE
+from rlhf_dist.loop.batch import Batch
 from rlhf_dist.loop.step import Learning, make_shards
-from rlhf_dist.types import Batch, Credit
+from rlhf_dist.types import Credit
 
 METHOD = grpo(AlgoConfig(clip_low=1e-4, clip_high=1e-4, kl=KLConfig(coef=0.0)))
 """Clips nearly every token after the first optimizer step."""
