@@ -32,6 +32,7 @@ from rlhf_dist.config.schema import (
 from rlhf_dist.errors import RunError
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import AS_THEY_ARE
+from rlhf_dist.loop.batch import Batch
 from rlhf_dist.loop.ports import NO_ESTIMATES
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.step import (
@@ -46,7 +47,6 @@ from rlhf_dist.loop.step import (
 )
 from rlhf_dist.telemetry.timeline import Stopwatch
 from rlhf_dist.types import (
-    Batch,
     Credit,
     Experience,
     Sampling,
