@@ -5,6 +5,10 @@ Exceptions take plain strings only, so that they pickle across Ray processes.
 code 1).
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 SIGNALLED = 128
 """Exit codes above it are those of a command that a signal ended: 128 + its number."""
 
@@ -47,6 +51,11 @@ class NumbersError(RunError):
 
 class ActorTimeout(RunError):
     """Another process did not answer in time; the message names it, the call and the limit."""
+
+    def __init__(self, message: str, silent: Iterable[str] = ()) -> None:
+        """`silent`: names of the processes that did not; empty: it may be any."""
+        super().__init__(message)
+        self.silent = tuple(silent)
 
 
 class ActorLost(RunError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import ray
 
 from rlhf_dist.cluster.importing import importing
 from rlhf_dist.cluster.processes import end_now, lost_ray, process_id
-from rlhf_dist.cluster.roster import Alive
+from rlhf_dist.cluster.roster import Alive, work
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.cluster.waits import fetched
 from rlhf_dist.config.schema import Config, RewardSpec
@@ -101,13 +102,24 @@ class RolloutHost(Alive):
         """See `RolloutWorker.events`."""
         return self._worker.events(wait_s)
 
+    @work
     def load_weights(self, announcement: Any) -> Any:
         """See `RolloutWorker.load_weights`."""
         return self._worker.load_weights(announcement)
 
+    @work
     def sleep(self, number: int) -> None:
         """See `RolloutWorker.sleep`."""
         self._worker.sleep(number)
+
+    def between_calls(self) -> tuple[str, float]:
+        """It samples; see `Alive`."""
+        busy = self._worker.busy_since
+        return super().between_calls() if busy is None else ("generate", busy)
+
+    def counts(self) -> Mapping[str, int]:
+        """See `RolloutWorker.counts`."""
+        return self._worker.counts()
 
     def ready(self) -> str:
         """Answers once the engine is up."""
@@ -120,20 +132,28 @@ class ReferenceHost(Alive):
     def __init__(self, spec: ActorSpec) -> None:
         enter(spec)
         self._reference = make_reference(spec)
-        self._name = spec.name
+        self._name, self._groups = spec.name, 0
 
+    @work
     def reference(self, group: Group, temperature: float) -> Any:
         """See `ReferenceServer.logprobs`; the head, and a reference to the logprobs."""
         head, logprobs = self._reference.logprobs(group, temperature)
+        self._groups += 1
         return head, (ray.put(logprobs),)
 
+    @work
     def move(self, announcement: Any, keep: float) -> Any:
         """See `ReferenceServer.update`."""
         return self._reference.update(announcement, keep)
 
+    @work
     def save_reference(self, folder: Path) -> None:
         """See `ReferenceServer.save`."""
         self._reference.save(folder / REFERENCE_FOLDER)
+
+    def counts(self) -> Mapping[str, int]:
+        """Groups that it has scored or compared; see `Alive`."""
+        return {"groups": self._groups}
 
     def ready(self) -> str:
         """Answers once everything is loaded."""
@@ -150,11 +170,14 @@ class ScoringHost(ReferenceHost):
         self._scorer = Scorer(spec.config.scoring, partial(make_reward_model, spec))
         with_reference = needs_reference(spec.config) and spec.config.reference.replicas == 0
         self._reference = make_reference(spec) if with_reference else None
-        self._name = spec.name
+        self._name, self._groups = spec.name, 0
 
+    @work
     def score(self, group: Group) -> Scores:
         """See `Scorer.score`."""
-        return self._scorer.score(group)
+        found = self._scorer.score(group)
+        self._groups += 1
+        return found
 
 
 def set_threads(spec: ActorSpec) -> None:

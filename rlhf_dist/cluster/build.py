@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from rlhf_dist.cluster.sources import (
     reward_model_doubts,
     with_sources,
 )
+from rlhf_dist.cluster.stacks import stacks_of
 from rlhf_dist.cluster.starts import (
     COLLATOR,
     START_KEY,
@@ -49,6 +50,7 @@ from rlhf_dist.loop import rl_training as training
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import rules_of
 from rlhf_dist.loop.evaluation import evaluate as run_evaluation
+from rlhf_dist.loop.late_report import LateReports
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.ledger_proof import LedgerProof
 from rlhf_dist.loop.rebuilding import train_to_the_end
@@ -84,22 +86,22 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
     with opened(config, "train", start) as (run, telemetry, progress):
         for text in warnings:
             telemetry.warn(text)
-        folder = start.folder
-        source = model_source(config, folder)
+        source = model_source(config, start.folder)
         if resume:
             require_shared_memory(source, config)
         plan = basis_before(config, source)
+        late = LateReports(telemetry, run.path, stacks_of)
         progress.stage("starting Ray")
-        with ray_session(config.cluster, run.logs / "ray", progress.note) as nodes, ExitStack() as stack:
+        session = ray_session(config.cluster, run.logs / "ray", progress.note)
+        with session as nodes, ExitStack() as stack, late.at_the_end():
             placement = place_in(config, nodes, "train")
             plan = plan or basis(config, placement, source)
             if problem := does_not_fit(config, placement, plan):
                 telemetry.warn(f"by the plan memory may not suffice: {problem}")
-            workers = f"{placement.rollout_workers} vLLM worker(s)"
-            progress.stage(f"starting {workers} and {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
-            parts = start_fleets(config, placement, source, run.logs, folder, stack)
-            ledger = Ledger(run.ledger)
-            stack.callback(ledger.close)
+            progress.stage(placement_line(placement))
+            parts = start_fleets(config, placement, source, run.logs, start.folder, stack)
+            late.watch(parts.healing, parts.inbox)
+            ledger = stack.enter_context(closing(Ledger(run.ledger)))
             wired = training.Run(
                 config=config,
                 algorithm=hosts.algorithm(config.algo),
@@ -120,11 +122,18 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
                 stop=Saving(config.faults.save_on_stop_s),
                 ranks=rebuild_of(config, placement, source, parts),
                 kept=kept_state(config, nodes, placement, source, stack),
+                report=late.report,
             )
             outcome = train_to_the_end(wired, start.state)
             proof = ledger.proof()
         beside = compared(config, placement, plan, run.metrics) if plan else ("", {})
         end_train(config, run, progress, outcome, proof, beside, time.monotonic() - started)
+
+
+def placement_line(placement: Placement) -> str:
+    """What starts."""
+    workers = f"{placement.rollout_workers} vLLM worker(s)"
+    return f"starting {workers} and {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}"
 
 
 def end_train(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
-from rlhf_dist.cluster.roster import Alive
+from rlhf_dist.cluster.roster import Alive, work
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.learner.collator import Collator
 from rlhf_dist.learner.step_file import write_step
@@ -23,12 +23,14 @@ class CollatorHost(Alive):
     def __init__(self, spec: ActorSpec) -> None:
         enter(spec)
         self._collator = Collator()
-        self._name = spec.name
+        self._name, self._groups = spec.name, 0
 
+    @work
     def keep(self, keys: Sequence[str], *groups: Group) -> None:
         """See `Collator.keep`. Copies: what Ray hands over is memory that its maker owns."""
         for key, group in zip(keys, groups, strict=True):
             self._collator.keep(key, copy.deepcopy(group))
+            self._groups += 1
 
     @ray.method(num_returns=0)
     def keep_reference(self, key: str, logprobs: Any) -> None:
@@ -57,17 +59,24 @@ class CollatorHost(Alive):
         """See `Collator.forget_all`."""
         self._collator.forget_all()
 
+    @work
     def texts(self, keys: list[str]) -> Any:
         """See `Collator.texts`."""
         return self._collator.texts(keys)
 
+    @work
     def batches(self, shards: Any, keys: list[str], compared: bool) -> Any:
         """See `Collator.batches`; references to them, since a small answer would travel through who asks."""
         return [ray.put(batch) for batch in self._collator.batches(shards, keys, compared)]
 
+    @work
     def save_step(self, path: Path, shards: Any, keys: list[str], compared: bool, facts: Any, *estimates: Any) -> None:
         """See `loop.ports.Bodies`; `estimates`: by rank, none where credit is by response."""
         write_step(path, self._collator.batches(shards, keys, compared), estimates, facts)
+
+    def counts(self) -> Mapping[str, int]:
+        """Groups that it has taken over; see `Alive`."""
+        return {"groups": self._groups}
 
     def ready(self) -> str:
         """Answers once it can be used."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.processes import look, silent
-from rlhf_dist.cluster.waits import Wait, fetch, gather, limit_text, of_ranks
+from rlhf_dist.cluster.waits import Quiet, Wait, fetch, gather, limit_text, of_ranks, unseen_s
 from rlhf_dist.errors import ActorLost, ActorTimeout, AnswerLost, RayLost, WeightSyncError
 from rlhf_dist.learner.numbers_check import RankFault
 from rlhf_dist.learner.rank_batch import RankBatch
@@ -30,6 +30,7 @@ SCORING_KEY = "scoring.timeout_s"
 LEARNER_KEY = "learner.timeout_s"
 START_KEY = "cluster.start_timeout_s"
 PULSE_KEY = "faults.heartbeat_s"
+STEP_KEY = "faults.step_s"
 LIMIT_KEYS: dict[MemberKind, tuple[str, str]] = {
     "rollout": ("generate", "rollout.timeout_s"),
     "scoring": ("score", SCORING_KEY),
@@ -42,9 +43,12 @@ LIMIT_KEYS: dict[MemberKind, tuple[str, str]] = {
 
 
 def silence(late: TimedOut) -> ActorTimeout:
-    """What to raise for a process that did not do something in time."""
+    """What to raise for a process that did not do something in time; for a step that took too long it may be any."""
     name, limit_s = late.member, late.limit_s
-    what, key = LIMIT_KEYS[late.kind]
+    who, (what, key) = [name], LIMIT_KEYS[late.kind]
+    if late.limit == "step":
+        limit = limit_text(limit_s, STEP_KEY)
+        return ActorTimeout(f"no step or evaluation was done in {limit}: {late.detail}{seen(name)}")
     if name == NOBODY:
         return ActorTimeout(
             f"no rollout worker holds the published weights, and requests have waited {limit_text(limit_s, key)} for "
@@ -52,10 +56,10 @@ def silence(late: TimedOut) -> ActorTimeout:
         )
     if late.limit == "start":
         limit = limit_text(limit_s, START_KEY)
-        return ActorTimeout(f"{name} was started again and was not ready in {limit}{seen(name)}")
+        return ActorTimeout(f"{name} was started again and was not ready in {limit}{seen(name)}", who)
     if late.limit == "pulse":
-        return ActorTimeout(f"{name} gave no sign of life for {limit_text(limit_s, PULSE_KEY)}{seen(name)}")
-    return ActorTimeout(silent([name], what, limit_text(limit_s, key)))
+        return ActorTimeout(f"{name} gave no sign of life for {limit_text(limit_s, PULSE_KEY)}{seen(name)}", who)
+    return ActorTimeout(silent(who, what, limit_text(limit_s, key)), who)
 
 
 def seen(name: str) -> str:
@@ -222,10 +226,13 @@ def places(handles: Iterable[Handle[Any]]) -> list[Any]:
 class LearnerGroup:
     """All ranks of a learner; every call goes to all of them."""
 
-    def __init__(self, ranks: Mapping[str, Any], *, timeout_s: float, waits: Wait | None = None) -> None:
-        """`waits`: what happens while an answer is waited for; None: nothing."""
+    def __init__(
+        self, ranks: Mapping[str, Any], *, timeout_s: float, waits: Wait | None = None, quiet_s: Quiet = unseen_s
+    ) -> None:
+        """`waits`: what happens while an answer is waited for; None: nothing. `timeout_s` is a limit for one call, or,
+        where `quiet_s` says when ranks went on with it, for a time without progress."""
         self._ranks = dict(ranks)
-        self._waits = waits
+        self._waits, self._quiet_s = waits, quiet_s
         self._timeout_s = timeout_s
         self.ranks = len(self._ranks)
 
@@ -248,7 +255,7 @@ class LearnerGroup:
         return [(*rank, shares[i // parts]) for i, rank in enumerate(self._ranks.items())]
 
     def _wait(self, calls: Mapping[str, Any], what: str) -> dict[str, Any]:
-        return gather(calls, what, self._timeout_s, LEARNER_KEY, self._waits, of_ranks)
+        return gather(calls, what, self._timeout_s, LEARNER_KEY, self._waits, of_ranks, self._quiet_s)
 
 
 class PolicyGroup(LearnerGroup):
@@ -282,10 +289,16 @@ class CriticGroup(LearnerGroup):
     """All ranks that hold the critic: processes of their own, or the policy's."""
 
     def __init__(
-        self, ranks: Mapping[str, Any], *, timeout_s: float, waits: Wait | None = None, in_turn: bool = False
+        self,
+        ranks: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        waits: Wait | None = None,
+        quiet_s: Quiet = unseen_s,
+        in_turn: bool = False,
     ) -> None:
         """`in_turn`: the ranks are the policy's too, so that each side's limit has to begin with its own work."""
-        super().__init__(ranks, timeout_s=timeout_s, waits=waits)
+        super().__init__(ranks, timeout_s=timeout_s, waits=waits, quiet_s=quiet_s)
         self._in_turn = in_turn
 
     def estimate(self, batches: Batches) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:

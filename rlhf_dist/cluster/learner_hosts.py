@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import ray
 from rlhf_dist.algo.algorithm import Algorithm, TokenCredit
 from rlhf_dist.algo.recipes import ALGORITHMS
 from rlhf_dist.cluster.importing import importing
-from rlhf_dist.cluster.roster import Alive
+from rlhf_dist.cluster.roster import Alive, work
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.config.schema import AlgoConfig, OptimizerConfig
 from rlhf_dist.learner.checkpoint_files import CRITIC_FOLDER
@@ -44,6 +46,7 @@ class LearnerHost(Alive):
             probe.bind((host, 0))
             return host, probe.getsockname()[1]
 
+    @work
     @importing()
     def join(self, address: str, port: int, resume: str | None, spread: bool = False) -> str:
         """Meet the other ranks, load the model, restore the optimizer of the checkpoint folder `resume`.
@@ -71,9 +74,18 @@ class LearnerHost(Alive):
             self._restore(self._folder)
         return spec.name
 
+    @work
     def save(self, folder: Path) -> None:
         """See `ModelEngine.save`."""
         self._engine.save(folder)
+
+    def counts(self) -> Mapping[str, int]:
+        """See `model_engine.Engine.counts`; the sums where this rank has the critic's engine, too."""
+        beside = getattr(getattr(self, "_critic", None), "engine", self._engine)
+        made = Counter[str]()
+        for engine in (self._engine, *([] if beside is self._engine else [beside])):
+            made.update({} if engine is None else engine.counts())
+        return made
 
     def close(self) -> None:
         """Remove what lies outside the process."""
@@ -117,16 +129,18 @@ class LearnerHost(Alive):
         raise AssertionError("a learner host is a policy's, a critic's, a supervised or a reward model's one")
 
 
-class CriticVerbs:
+class CriticVerbs(Alive):
     """What a process that gives credit by token can be asked for."""
 
     _critic: Any
 
+    @work
     def estimate(self, batch: Any) -> Any:
         """See `CriticLearner.estimate`; the sums, and a reference to the estimate."""
         sums, estimate = self._critic.estimate(batch)
         return sums, (ray.put(estimate),)
 
+    @work
     def update_critic(self, batch: Any, estimate: Any) -> Any:
         """See `CriticLearner.update`."""
         return self._critic.update(batch, estimate)
@@ -135,6 +149,7 @@ class CriticVerbs:
         """What the last optimizer step of the critic was refused for, where this rank knows; None."""
         return self._critic.check.fault
 
+    @work
     def save_critic(self, folder: Path) -> None:
         """Into the checkpoint's own folder for the critic."""
         (folder / CRITIC_FOLDER).mkdir(exist_ok=True)
@@ -144,6 +159,7 @@ class CriticVerbs:
 class PolicyHost(CriticVerbs, LearnerHost):
     """A rank of the policy's learner; the critic's too where they take turns or share the trunk."""
 
+    @work
     def update(self, batch: Any, estimate: Any, whitening: Any) -> Any:
         """See `PolicyLearner.update`."""
         found = self._learner.update(batch, estimate, whitening)
@@ -159,14 +175,17 @@ class PolicyHost(CriticVerbs, LearnerHost):
         """What the last optimizer step was refused for, where this rank knows; None."""
         return self._learner.check.fault
 
+    @work
     def publish(self, version: int) -> Any:
         """See `ModelEngine.publish`."""
         return self._engine.publish(version)
 
+    @work
     def send(self, made: Round) -> Any:
         """See `ModelEngine.send`."""
         return self._engine.send(made)
 
+    @work
     def save(self, folder: Path) -> None:
         """The policy's part of a checkpoint."""
         self._engine.save(folder)

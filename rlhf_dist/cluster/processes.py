@@ -111,17 +111,25 @@ def stat(pid: int) -> Stat | None:
 
 def process_id(name: str) -> int | None:
     """Of a process of this machine that has begun, and may have ended; None for any other."""
-    if not isinstance(name, ProcessName):
-        return None
-    try:
-        signs = json.loads(name.log.with_suffix(".pid").read_text(encoding="utf-8"))
-        pid, began, host = int(signs["pid"]), int(signs["began"]), str(signs["host"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
+    pid, began, host = _signs(name)
     if host != socket.gethostname():
         return None
     known = stat(pid)
     return pid if known is None or known.began == began else None
+
+
+def host_of(name: str) -> str:
+    """The machine of a process that has begun; empty where it is not known."""
+    return _signs(name)[2]
+
+
+def _signs(name: str) -> tuple[int, int, str]:
+    """(process id, when it began, machine) of a process that has begun; an empty machine where they cannot be read."""
+    if isinstance(name, ProcessName):
+        with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            signs = json.loads(name.log.with_suffix(".pid").read_text(encoding="utf-8"))
+            return int(signs["pid"]), int(signs["began"]), str(signs["host"])
+    return 0, 0, ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +157,10 @@ def look(name: str) -> Sight:
         return Sight(f"is stopped (state {known.state}): something outside the run stopped it")
     if known.state == "D":
         return Sight("is blocked in the kernel (state D), most likely by a disk")
-    return _from_stacks(_stacks(pid, name.log))
+    return _from_stacks(own_stacks(pid, name.log))
 
 
-def _stacks(pid: int, log: Path) -> str:
+def own_stacks(pid: int, log: Path) -> str:
     """What the process writes when it is asked for its stacks; empty when it does not answer."""
     try:
         before = log.stat().st_size
@@ -189,12 +197,16 @@ def _from_stacks(text: str) -> Sight:
     return Sight(f"is busy in {own[0]['function']} (rlhf_dist/{file}:{own[0]['line']})")
 
 
-def silent(names: list[str], what: str, limit: str) -> str:
-    """Message for processes that did not answer; those that only wait for another one of them are named after it."""
+def silent(names: list[str], what: str, limit: str, moved: bool = False) -> str:
+    """Message for processes that did not answer; those that only wait for another one of them are named after it.
+
+    `moved`: they went on with it at first.
+    """
     sights = {name: look(name) for name in names}
     culprits = [name for name in names if not sights[name].waits] or names
     waiting = [name for name in names if name not in culprits]
-    message = f"{', '.join(culprits)} did not finish '{what}' in {limit}"
+    did = f"made no progress in '{what}' for" if moved else f"did not finish '{what}' in"
+    message = f"{', '.join(culprits)} {did} {limit}"
     if len(culprits) == 1 and sights[culprits[0]].words:
         message += f": it {sights[culprits[0]].words}"
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from rlhf_dist.cluster.roster import Alive
+from rlhf_dist.cluster.roster import Alive, work
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.weights.receipts import Announcement
 from rlhf_dist.weights.relay import Address, Fetch, Offer
@@ -26,6 +26,7 @@ class OfferHost(Alive):
         self._name = spec.name
         self._offer = Offer(ray.util.get_node_ip_address(), secret, timeout_s=spec.config.weights.timeout_s)
 
+    @work
     def offer(self, announcement: Announcement) -> Address:
         """See `Offer.offer`; returns where."""
         self._offer.offer(announcement)
@@ -44,6 +45,7 @@ class FetchHost(Alive):
         self._name = spec.name
         self._fetch = Fetch(secret, timeout_s=spec.config.weights.timeout_s)
 
+    @work
     def fetch(self, announcement: Announcement, address: Address) -> Announcement:
         """See `Fetch.fetch`."""
         return self._fetch.fetch(announcement, address)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -14,19 +15,68 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlhf_dist.cluster.processes import ProcessName, end_now, process_id
 from rlhf_dist.cluster.spec import ActorSpec, environment
 from rlhf_dist.config.schema import Config
+from rlhf_dist.loop.activity import Activity
 from rlhf_dist.models.checkpoints import latest_checkpoint
 
 HEALTH = "health"
 """Ray's name for the thread of a process that answers `pulse`, whatever the others do."""
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+HostT = TypeVar("HostT", bound="Alive")
+
+
 class Alive:
-    """What every process can be asked."""
+    """What every process can be asked.
+
+    Its other threads leave signs of what they do in plain attributes, and the thread that answers `pulse` reads them.
+    """
+
+    _calls: dict[object, tuple[str, float]]
+    """Of those under way that are `work`: any key -> (name, when it began)."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        made = super().__new__(cls)
+        made._calls = {}
+        return made
 
     @ray.method(concurrency_group=HEALTH)
-    def pulse(self, after_s: float) -> None:
-        """Answers after so many seconds: who asks then knows that it lives."""
+    def pulse(self, after_s: float) -> Activity:
+        """Answers after so many seconds: who asks then knows that it lives, and what it does."""
         time.sleep(after_s)
+        return self.activity()
+
+    def activity(self) -> Activity:
+        """What it does now."""
+        calls = list(self._calls.values())  # In one go: other threads change it.
+        name, began = min(calls, key=lambda call: call[1]) if calls else self.between_calls()
+        return Activity(name, self.counts(), time.monotonic() - began)
+
+    def between_calls(self) -> tuple[str, float]:
+        """What it does while no call is under way, and since when."""
+        return "", time.monotonic()
+
+    def counts(self) -> Mapping[str, int]:
+        """What it has done so far, in numbers that grow."""
+        return {}
+
+
+def work(
+    method: Callable[Concatenate[HostT, P], T],
+) -> Callable[Concatenate[HostT, P], T]:
+    """Decorator of a method of `Alive`: while it runs, the process is in a phase of its name."""
+
+    @wraps(method)
+    def call(self: HostT, *args: P.args, **kwargs: P.kwargs) -> T:
+        key = object()
+        self._calls[key] = (method.__name__, time.monotonic())
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            del self._calls[key]
+
+    return call
 
 
 @dataclass(frozen=True, slots=True)

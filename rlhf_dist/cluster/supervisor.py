@@ -17,6 +17,7 @@ from rlhf_dist.cluster.processes import ending
 from rlhf_dist.cluster.roster import Roster
 from rlhf_dist.cluster.waits import fetch, require_ray
 from rlhf_dist.errors import RayLost, RlhfError
+from rlhf_dist.loop.activity import Activity
 from rlhf_dist.loop.events import Event, Lost, NotStarted, Pulse, Returned
 
 Admit = Callable[[str, Any], None]
@@ -73,9 +74,9 @@ class Supervisor:
         if self._roster.actors[name] is not actor:
             return []
         try:
-            call.result(0)
+            activity: Activity = call.result(0)
         except RayError as error:
             require_ray()
             return [Lost(name, f"{name} died: {ending(name, str(error))}")]
         self._feel(name, actor)
-        return [Pulse(name)]
+        return [Pulse(name, activity)]

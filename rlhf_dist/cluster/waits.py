@@ -6,6 +6,7 @@ A time in which this process itself was stopped (Ctrl-Z, a suspended laptop) doe
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -33,6 +34,15 @@ COPY_LIMIT_S = 1.0
 """To read an object that is already on this node."""
 
 
+Quiet = Callable[[Sequence[str]], float]
+"""Seconds since one of these processes was last seen to go on with its work."""
+
+
+def unseen_s(names: Sequence[str]) -> float:
+    """Nobody looks."""
+    return math.inf
+
+
 class Wait(Protocol):
     """How to wait: see `wait`, and `inbox.Inbox.wait`, which hands events over meanwhile."""
 
@@ -46,19 +56,25 @@ def gather(
     key: str = "",
     waits: Wait | None = None,
     told: Callable[[RunError], RunError] = lambda error: error,
+    quiet_s: Quiet = unseen_s,
 ) -> dict[str, Any]:
     """Wait for one answer from each: name of the process -> its call. `key` is the config key of the limit.
 
     Raises `ActorTimeout` naming those who did not answer, `ActorLost` naming one that died, or what the call raised;
-    of these what `told` makes of it.
+    of these what `told` makes of it. While one of them goes on with its work, as `quiet_s` says, all have more time:
+    the limit is then one without progress.
     """
-    patience = Patience(timeout_s)
+    patience, moved = Patience(timeout_s), False
     pending = {call: name for name, call in calls.items()}
     answers: dict[str, Any] = {}
     while pending:
         done = (waits or wait)(list(pending), patience)
         if not done:
-            raise told(ActorTimeout(silent(list(pending.values()), what, limit_text(timeout_s, key))))
+            late = list(pending.values())
+            if (quiet := quiet_s(late)) < timeout_s:
+                patience, moved = Patience(timeout_s - quiet), True
+                continue
+            raise told(ActorTimeout(silent(late, what, limit_text(timeout_s, key), moved), late))
         for call in done:
             name = pending.pop(call)
             try:
@@ -71,7 +87,7 @@ def gather(
 def of_ranks(error: RunError) -> RunError:
     """What it means where ranks were asked: without one of them the others are of no use."""
     if isinstance(error, ActorTimeout):
-        return RanksSilent(str(error))
+        return RanksSilent(str(error), error.silent)
     return RanksLost(str(error)) if isinstance(error, ActorLost) else error
 
 
@@ -101,7 +117,7 @@ def fetch(call: Any, name: str, what: str, timeout_s: float) -> Any:
     try:
         return call.result(timeout_s) if isinstance(call, Future) else ray.get(call, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError:
-        raise ActorTimeout(f"{name} did not hand over the answer of '{what}' in {timeout_s:g} s") from None
+        raise ActorTimeout(f"{name} did not hand over the answer of '{what}' in {timeout_s:g} s", [name]) from None
     except RayTaskError as error:
         if isinstance(error.cause, RlhfError):
             raise error.cause from None

@@ -23,6 +23,7 @@ from rlhf_dist.cluster.rollout_fleet import RolloutFleet
 from rlhf_dist.cluster.roster import Roster
 from rlhf_dist.cluster.standing import beat_s
 from rlhf_dist.cluster.supervisor import Admit, Supervisor
+from rlhf_dist.cluster.waits import Quiet
 from rlhf_dist.config.schema import Config
 from rlhf_dist.loop.events import MemberKind
 from rlhf_dist.loop.healing import Healing
@@ -75,7 +76,8 @@ def parts_of(
     inbox, limit, (collating,) = Inbox(), config.scoring.timeout_s, collator.items()
     straight = ranks and config.weights.transport != "shared_memory"
     direct = DirectPush(ranks, config.rollout.tensor_parallel) if straight else None
-    learner = learner_side(config, ranks, critics, inbox)
+    healing = healing_of(config, workers, scorers, references, collator, ranks, critics)
+    learner = learner_side(config, ranks, critics, inbox, lambda names: healing.quiet_s(names, inbox.now()))
     rollouts = RolloutFleet(
         workers,
         inbox,
@@ -107,7 +109,7 @@ def parts_of(
             processes=supervisor,
         ),
         rollouts=rollouts,
-        healing=healing_of(config, workers, scorers, references, collator, ranks, critics),
+        healing=healing,
         members=members_of(config, workers, scorers, references, collating[0]),
         learner=learner,
         roster=roster,
@@ -161,6 +163,7 @@ def healing_of(
         window_s=config.faults.window_s,
         pulse_s=config.faults.heartbeat_s,
         start_s=config.cluster.start_timeout_s,
+        step_s=config.faults.step_s,
         unique=unique_in(config, references, [*ranks, *critics]),
     )
 
@@ -173,11 +176,13 @@ def unique_in(config: Config, references: Iterable[str], ranks: Iterable[str]) -
     return [*(references if moves else ()), *(() if alone else ranks)]
 
 
-def learner_side(config: Config, ranks: dict[str, Any], critics: dict[str, Any], inbox: Inbox) -> LearnerSide:
+def learner_side(
+    config: Config, ranks: dict[str, Any], critics: dict[str, Any], inbox: Inbox, quiet_s: Quiet
+) -> LearnerSide:
     """The groups of policy and critic; while their answers are waited for, events are handed over."""
     limit, recipe, critic = config.learner.timeout_s, hosts.algorithm(config.algo), None
     if ranks and recipe.credit_by_token:
         own = recipe.needs_critic and not hosts.shares_trunk(config)
         kind = CriticGroup if own else PolicyCreditGroup
-        critic = kind(critics or ranks, timeout_s=limit, waits=inbox.wait, in_turn=not critics)
-    return LearnerSide(PolicyGroup(ranks, timeout_s=limit, waits=inbox.wait), critic)
+        critic = kind(critics or ranks, timeout_s=limit, waits=inbox.wait, quiet_s=quiet_s, in_turn=not critics)
+    return LearnerSide(PolicyGroup(ranks, timeout_s=limit, waits=inbox.wait, quiet_s=quiet_s), critic)

@@ -103,7 +103,7 @@ def problems(config: Config, command: Command, files: bool = True) -> list[str]:
     rules += [told(own, config) for commands, own in PROBLEMS.items() if command in commands]
     if not found:  # sizes say nothing about each other while one of them is out of range
         rules += [_model(config)]
-        rules += [_batches(config)] if command == "train" else []
+        rules += [_batches(config), _step_limit(config)] if command == "train" else []
     if command == "train":
         rules += [algorithm_problems(config)]
     if command in ("train", "eval"):
@@ -111,6 +111,24 @@ def problems(config: Config, command: Command, files: bool = True) -> list[str]:
     if command == "reward":
         rules += [preference_problems(config)]
     return [*found, *chain(*rules)]
+
+
+def _step_limit(config: Config) -> Iterator[str]:
+    """It is for what the limits of single waits do not see, so these have to come first."""
+    within = {
+        "cluster.start_timeout_s": config.cluster.start_timeout_s,
+        "rollout.timeout_s": config.rollout.timeout_s,
+        "scoring.timeout_s": config.scoring.timeout_s,
+        "learner.timeout_s": config.learner.timeout_s,
+        "weights.timeout_s": config.weights.timeout_s,
+        "faults.heartbeat_s": config.faults.heartbeat_s,
+    }
+    longest = max(within, key=within.__getitem__)
+    if 0 < config.faults.step_s <= within[longest]:
+        yield (
+            f"faults.step_s is {config.faults.step_s:g} and is the limit for a whole step; it must be greater than "
+            f"{longest}, {within[longest]:g}, which is one for a part of it, or 0 for none"
+        )
 
 
 def _name(config: Config) -> Iterator[str]:

@@ -190,7 +190,8 @@ class LearnerConfig:
     that are lost and started again repeat so many steps at most; 0: they go on from the newest checkpoint. All ranks
     have to be on the command's node. Takes the memory of two checkpoints."""
     timeout_s: float = key(600.0, LIMIT_S)
-    """Limit for one update."""
+    """`train`: longest time without a micro-batch of any rank in an update, and limit for whatever else ranks are asked
+    for. `sft` and `reward`: limit for one update."""
 
     @property
     def shares(self) -> int:

@@ -312,6 +312,10 @@ class FaultsConfig:
     copy_every_s: float = key(10.0, NOT_NEGATIVE, effects.LAGGING)
     """Seconds between copies of what rollout workers have sampled so far. A group whose worker is lost goes on from its
     last copy. 0: it begins again, as it does without a lag."""
+    step_s: float = key(14400.0, LIMIT_S_OR_0)
+    """`train`: most seconds without the end of a step, an evaluation or a start of training, whatever the other limits
+    say; 0: no limit. The process that has made no progress for longest then counts as lost; where all go on, or none
+    has work, the run ends."""
     save_on_stop_s: float = key(120.0, LIMIT_S_OR_0)
     """Most seconds that a run which is told to end (Ctrl-C, SIGTERM, SIGHUP) takes to finish its step and to save; 0:
     it ends at once and saves nothing. `train` and `sft`. Preemption gives notice of 30 to 120 s."""

@@ -75,6 +75,8 @@ class DeepSpeedEngine:
         self._engine: Any = engine
         self.world_size = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
+        self.passes = self.micro_batches = self.steps = 0
+        """Forward passes, backward passes and optimizer steps so far: read by another thread."""
         if zero_stage == 0 and self.world_size == 1:
             engine.enable_backward_allreduce = False  # it would copy all gradients twice to add up one rank's
         self.refuses: Callable[[float], bool] | None = None
@@ -88,6 +90,7 @@ class DeepSpeedEngine:
 
     def forward(self, *args: Any) -> Any:
         """The module's forward, with ZeRO's hooks."""
+        self.passes += 1
         return self._engine(*args)
 
     def equally_often(self, count: int, usual: int) -> int:
@@ -106,6 +109,7 @@ class DeepSpeedEngine:
         """Add the gradient of a micro-batch; `last` tells that the optimizer step follows."""
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.loss_factor)
+        self.micro_batches += 1
 
     @property
     def loss_factor(self) -> int:
@@ -118,6 +122,7 @@ class DeepSpeedEngine:
         Where `refuses` says so, the gradients are forgotten and nothing else is changed. Without it raises
         `NumbersError` for a norm that is not finite, the weights as they were.
         """
+        self.steps += 1
         for group in self._base_optimizer.param_groups:
             group["lr"] = lr
         if self.zero_stage == 0:

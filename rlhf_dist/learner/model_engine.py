@@ -91,6 +91,11 @@ class Engine:
         self._deepspeed.refuses = check.refuses
         return check
 
+    def counts(self) -> dict[str, int]:
+        """How far it has come since it was made; may be asked by any thread."""
+        made = self._deepspeed
+        return {"passes": made.passes, "micro_batches": made.micro_batches, "optimizer_steps": made.steps}
+
     def witness(self) -> Witness:
         """Sees which rows the optimizer takes, from now on."""
         return Witness(self._deepspeed.optimizer, self._deepspeed.loss_factor, self.device)

@@ -135,7 +135,7 @@ class Controller:
             case Returned():
                 commands = self._returned(event, now)
             case Pulse():
-                self._healing.pulse(event.member, now)
+                self._healing.pulse(event.member, now, event.activity)
                 return []
             case Asked():
                 self._ask(event, now)

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from rlhf_dist.loop.activity import NOTHING, Activity
 from rlhf_dist.loop.left_out import Tally
 from rlhf_dist.types import (
     Answered,
@@ -115,6 +116,7 @@ class Pulse:
     """A process lives, whatever it is busy with."""
 
     member: str
+    activity: Activity = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +254,8 @@ class Rebuild:
     why: str
 
 
-Limit = Literal["work", "pulse", "start"]
-"""What a process did not do in time: go on with its work, give a sign of life, start."""
+Limit = Literal["work", "pulse", "start", "step"]
+"""What a process did not do in time: go on with its work, give a sign of life, start; or the run did not: a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +268,8 @@ class TimedOut:
     limit: Limit = "work"
     ends: bool = True
     """Whether the run ends; else the process counts as lost."""
+    detail: str = ""
+    """step: who is to blame, and for what."""
 
 
 Command = (

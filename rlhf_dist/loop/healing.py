@@ -14,13 +14,15 @@ method whose engines hold a state of their own) is named in `Healing`, and ends 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_dist.errors import ActorLost
-from rlhf_dist.loop.events import Command, Limit, MemberKind, Rebuild, Respawn, Tell, TimedOut
+from rlhf_dist.loop.activity import NOTHING, Activity, Seen, starting
+from rlhf_dist.loop.events import NOBODY, Command, Limit, MemberKind, Rebuild, Respawn, Tell, TimedOut
 from rlhf_dist.loop.members import Members
 
 Rule = Literal["respawn", "rebuild", "end"]
@@ -47,22 +49,27 @@ class Healing:
         window_s: float,
         pulse_s: float,
         start_s: float,
+        step_s: float = 0.0,
         unique: Collection[str] = (),
     ) -> None:
         """`kinds`: of each process, by name. `respawns`: how often one may be started again within `window_s`; ranks
         count together.
 
-        `pulse_s`: the longest without a sign of life. `start_s`: the longest that a start may take. `unique`: those
-        whose state nobody else has.
+        `pulse_s`: the longest without a sign of life. `start_s`: the longest that a start may take. `step_s`: the
+        longest between two calls of `reached`; 0: any time. `unique`: those whose state nobody else has.
         """
         self._kinds = kinds
         self._respawns, self._window_s = respawns, window_s
-        self._pulse_s, self._start_s = pulse_s, start_s
+        self._pulse_s, self._start_s, self._step_s = pulse_s, start_s, step_s
+        self._reached = math.inf
+        """When the last step was done, or something else that a run waits for."""
         self._unique = frozenset(unique)
         self._pulses: dict[str, float] = {}
         """Name -> when it was last known to live; of those that have given a sign."""
         self._coming: dict[str, float] = {}
         """Name -> since when it starts."""
+        self._seen: dict[str, Seen] = {}
+        """Name -> what it last said that it does; of those that have given a sign."""
         self._deaths: dict[str, deque[tuple[float, str]]] = {}
         """Name -> (when, why) of each within the window, oldest first."""
         self._stuck: dict[str, list[tuple[float, str]]] = {}
@@ -70,10 +77,23 @@ class Healing:
         self._version = 0
         """The newest version that was ever published."""
 
-    def pulse(self, name: str, now: float) -> None:
-        """It lives."""
-        if name not in self._coming:
-            self._pulses[name] = now
+    def pulse(self, name: str, now: float, activity: Activity = NOTHING) -> None:
+        """It lives, and does this."""
+        if name in self._coming:
+            return
+        self._pulses[name] = now
+        if name not in self._seen:
+            self._seen[name] = Seen(activity, now)
+        self._seen[name].look(activity, now)
+
+    def quiet_s(self, names: Iterable[str], now: float) -> float:
+        """Since one of these was last seen to go on with its work; infinite where none ever was."""
+        return min((now - self._seen[name].moved for name in names if name in self._seen), default=math.inf)
+
+    def progress(self, now: float) -> dict[str, dict[str, Any]]:
+        """The last that is known of each process, by name, as facts for the event log."""
+        there = {name: seen.facts(now, self._pulses.get(name, now)) for name, seen in self._seen.items()}
+        return there | {name: starting(now - since) for name, since in self._coming.items()}
 
     def watches(self, name: str) -> bool:
         """Whether it is there, and has given a sign of life."""
@@ -87,6 +107,11 @@ class Healing:
         return RULES[self._kinds[name]] if name in self._kinds and name not in self._unique else "end"
 
     @property
+    def names(self) -> list[str]:
+        """All processes that are watched, or are coming back."""
+        return list(self._kinds)
+
+    @property
     def ranks(self) -> list[str]:
         """Those that are started again together."""
         return [name for name in self._kinds if self._rule(name) == "rebuild"]
@@ -97,7 +122,7 @@ class Healing:
 
     def lost(self, name: str, why: str, now: float) -> list[Command]:
         """What is to be done; nothing for a process that nobody watches. Raises `ActorLost` where the run ends."""
-        self._pulses.pop(name, None)
+        self._gone(name)
         self._coming.pop(name, None)
         if name not in self._kinds:
             return []
@@ -115,10 +140,19 @@ class Healing:
         Raises `ActorLost` where that has been done too often.
         """
         for name in self.ranks:
-            self._pulses.pop(name, None)
+            self._gone(name)
             self._coming[name] = now
         if lost:
             self._count(LEARNER, why, now)
+        self.reached(now)
+
+    def reached(self, now: float) -> None:
+        """A step is done, an evaluation, or a start of training."""
+        self._reached = now
+
+    def _gone(self, name: str) -> None:
+        self._pulses.pop(name, None)
+        self._seen.pop(name, None)
 
     def published(self, version: int) -> None:
         """Weights of a step that none before has reached: no loss until now has kept the run from going on."""
@@ -166,7 +200,29 @@ class Healing:
         ]
         found += members.silent(now, waits=self.awaits("rollout"))
         found += [TimedOut("rollout", worker, limit) for worker, since in undone if now - since > limit]
+        if now - self._reached > self._step_s > 0:
+            found.append(self._too_long(now))
+            self.reached(now)
         return [replace(one, ends=not self.heals(one.member)) for one in found]
+
+    def _too_long(self, now: float) -> TimedOut:
+        """No step was done in time: of those that have work, who has made no progress for longest, and half of the
+        limit at least, is to blame."""
+        busy = {name: seen for name, seen in self._seen.items() if seen.activity.phase}
+        last = min(busy, key=lambda name: busy[name].moved, default=NOBODY)
+        if not busy:
+            return TimedOut("rollout", NOBODY, self._step_s, "step", detail="no process has any work")
+        quiet, phase = now - busy[last].moved, busy[last].activity.phase
+        if quiet < self._step_s / 2:
+            detail = f"all that have work ({', '.join(busy)}) go on with it, so a step takes longer: raise the limit"
+            return TimedOut("rollout", NOBODY, self._step_s, "step", detail=detail)
+        return TimedOut(
+            self._kinds[last],
+            last,
+            self._step_s,
+            "step",
+            detail=f"{last} has made no progress in '{phase}' for {quiet:.0f} s",
+        )
 
     def _clocks(self) -> tuple[tuple[Limit, float, Mapping[str, float]], ...]:
         """(what is limited, limit, name -> since when)."""

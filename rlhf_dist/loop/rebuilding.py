@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from rlhf_dist.errors import ActorLost, RanksLost, RanksSilent, RlhfError
@@ -57,7 +58,7 @@ def rebuilt(run: Run, loss: Exception, life: int, devices: Devices) -> State | N
     Raises `ActorLost` where that was done too often, with a report.
     """
     assert run.ranks is not None
-    began, why = time.monotonic(), str(loss)
+    began, why = time.monotonic(), told_of(run, loss)
     devices.goodput.phase(RECOVER)
     folder, state = newest(run, loss)
     step = 0 if state is None else state.step
@@ -73,7 +74,7 @@ def rebuilt(run: Run, loss: Exception, life: int, devices: Devices) -> State | N
                 run.telemetry.warn(problem, "fault", who(problem))
             break
         except (RanksLost, RanksSilent) as again:
-            why, lost = str(again), True
+            why, lost = told_of(run, again), True
     for name in run.healing.ranks:
         run.healing.returned(name, run.actors.arrivals.now())
     devices.goodput.phase("")
@@ -84,6 +85,12 @@ def rebuilt(run: Run, loss: Exception, life: int, devices: Devices) -> State | N
     return state
 
 
+def told_of(run: Run, loss: Exception) -> str:
+    """What happened, in words; of ranks that do not answer more is written while they are there."""
+    why = str(loss)
+    return why + run.report(why, loss.silent) if isinstance(loss, RanksSilent) else why
+
+
 def stand_still(run: Run, life: int, devices: Devices) -> None:
     """End what is under way. Until the loop is entered again, processes are watched and started again as before."""
     actors = run.actors
@@ -91,7 +98,8 @@ def stand_still(run: Run, life: int, devices: Devices) -> None:
         actors.rollouts.cancel(command.worker, command.keys)
     actors.bodies.forget_all()
     controller = Controller(replace(run.rules, life=life), None, run.members, healing=run.healing)
-    Shell(controller, actors, tell=lambda line: tell_of(run, line), before=devices.goodput.look)
+    tell = partial(tell_of, run)
+    Shell(controller, actors, tell=tell, before=devices.goodput.look, report=run.report)
 
 
 def newest(run: Run, loss: Exception) -> tuple[Path | None, State | None]:

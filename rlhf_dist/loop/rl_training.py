@@ -19,6 +19,7 @@ from rlhf_dist.loop.evaluation import Evaluation, evaluate
 from rlhf_dist.loop.events import Taken, Tell
 from rlhf_dist.loop.healing import Healing
 from rlhf_dist.loop.kept_state import KeptState
+from rlhf_dist.loop.late_report import Report, no_report
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.left_out import counted
 from rlhf_dist.loop.members import Members
@@ -75,6 +76,8 @@ class Run:
     """None where ranks that are lost stay so."""
     kept: KeptState | None = None
     """None without `learner.keep_state_every`."""
+    report: Report = no_report
+    """Writes down where everybody was when somebody is late."""
 
     @property
     def rules(self) -> Rules:
@@ -112,6 +115,7 @@ def train(
     """
     loop = run.config.loop
     step = resume(run, state)
+    reached(run)
     devices = Devices(run.members) if devices is None else devices
     numbers = Numbers(run.config, run.directory, run.telemetry) if numbers is None else numbers
     shell = start_shell(run, state, devices, life, numbers.left_out)
@@ -145,6 +149,7 @@ def train(
                 move_reference(run, taken.push.announcement)
                 saver.published(shell, step)
             saver.step_done(step, (before, results), answers, watch.elapsed)
+            reached(run)
             watch.lap()  # Evaluation and checkpoints are not part of a step's time.
             devices.goodput.lap()
     return Outcome(before, results, answers)
@@ -234,7 +239,8 @@ def start_shell(
     rules = replace(run.rules, life=life)
     controller = Controller(rules, prompts, run.members, step, run.healing)
     before = devices.goodput.look
-    return Shell(controller, run.actors, ledger=run.ledger, tell=lambda line: tell_of(run, line), before=before)
+    tell = partial(tell_of, run)
+    return Shell(controller, run.actors, ledger=run.ledger, tell=tell, before=before, report=run.report)
 
 
 def tell_of(run: Run, line: Tell) -> None:
@@ -264,9 +270,15 @@ def measure(run: Run, shell: Shell, step: int) -> Evaluation:
         solved_by=solved_by(run.config),
     )
     assert found.version == step, f"the evaluation at step {step} is of version {found.version}"
+    reached(run)
     warn_of_non_finite(run, f"evaluation at step {step}", found.non_finite)
     run.progress.eval(step, found.metrics)
     return found
+
+
+def reached(run: Run) -> None:
+    """A whole step, an evaluation or a start of training takes no longer than `faults.step_s`."""
+    run.healing.reached(run.actors.arrivals.now())
 
 
 def moves_reference(run: Run, step: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from rlhf_dist.errors import RanksLost
+from rlhf_dist.errors import ActorTimeout, RanksLost
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.events import (
     Answer,
@@ -38,11 +38,12 @@ from rlhf_dist.loop.events import (
     Tick,
     TimedOut,
 )
+from rlhf_dist.loop.late_report import Report, no_report
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.ports import Arrivals, Bodies, Processes, References, Rollouts, Scoring
 from rlhf_dist.types import Request
 
-Timeout = Callable[[TimedOut], Exception]
+Timeout = Callable[[TimedOut], ActorTimeout]
 """What to raise for a process that did not do something in time; its words are also those of a loss."""
 
 TICK_S = 1.0
@@ -75,8 +76,9 @@ class Shell:
         ledger: Ledger | None = None,
         tell: Callable[[Tell], None] = lambda _: None,
         before: Callable[[], None] = lambda: None,
+        report: Report = no_report,
     ) -> None:
-        """`ledger`: None where nothing is trained. `tell` writes to the event log.
+        """`ledger`: None where nothing is trained. `tell` writes to the event log, `report` more of who is late.
 
         `before` is called before anything changes.
         """
@@ -85,6 +87,7 @@ class Shell:
         self._ledger = ledger
         self._tell = tell
         self._before = before
+        self._report = report
         self._served: tuple[str, ...] | None = None
         self._ticked = self._looked = actors.arrivals.now()
         actors.arrivals.listen(self.hear)
@@ -209,4 +212,4 @@ class Shell:
                 if command.ends:
                     raise error
                 lost = NotStarted if command.limit == "start" else Lost
-                self.hear([lost(command.member, str(error))])
+                self.hear([lost(command.member, f"{error}{self._report(str(error), error.silent)}")])

@@ -173,7 +173,10 @@ class RolloutWorker:
         self._changed = threading.Condition()
         self._steps = 0
         self._work = EngineWork()
+        self._answered = 0
         self._failure: BaseException | None = None
+        self.busy_since: float | None = None
+        """When it began to sample without a pause; None: it has nothing to sample."""
 
     def post(self, number: int, verb: Verb) -> None:
         """Ask for something, and do not wait for it. `number`: 0 for the first, then one more each time.
@@ -226,6 +229,10 @@ class RolloutWorker:
             found, self._out = self._out, []
             return [*found, Beat(self.name, self._steps, self._work)]
 
+    def counts(self) -> dict[str, int]:
+        """What it has done since it was made."""
+        return {"steps": self._steps, "tokens": self._work.tokens, "requests": self._answered}
+
     def ready(self) -> str:
         """Answers once the engine is up: the caller's sign that it can be used."""
         return self.name
@@ -250,7 +257,10 @@ class RolloutWorker:
         except Empty:
             pass
         if not self._open:
+            self.busy_since = None
             return
+        if self.busy_since is None:
+            self.busy_since = time.monotonic()
         begun = time.perf_counter()
         responses = self._engine.step()
         busy_s, usage, before = time.perf_counter() - begun, self._engine.usage(), self._work
@@ -358,6 +368,7 @@ class RolloutWorker:
         done = group.whole()
         if done is None or self._open.pop(done.request.key, None) is None:
             return []
+        self._answered += 1
         return [Answered(done.request.key, head_of(done), self._keep(done))]
 
     def _tell(self, events: Sequence[WorkerEvent], stepped: EngineWork | None = None) -> None:

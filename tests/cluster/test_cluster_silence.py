@@ -25,6 +25,10 @@ def test_where_no_worker_serves_nobody_is_blamed() -> None:
             TimedOut("rollout", "rollout worker 1", 300.0, "start"),
             "rollout worker 1 was started again and was not ready in 300 s (cluster.start_timeout_s)",
         ),
+        (
+            TimedOut("learner", "learner rank 0", 60.0, "step", detail="learner rank 0 has made no progress"),
+            "no step or evaluation was done in 60 s (faults.step_s): learner rank 0 has made no progress",
+        ),
     ],
 )
 def test_what_was_not_done_is_told_with_the_key_of_its_limit(late: TimedOut, message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ import pytest
 import ray
 
 from rlhf_dist.cluster import roster as rosters
+from rlhf_dist.cluster.groups import LearnerGroup
 from rlhf_dist.cluster.inbox import Inbox
-from rlhf_dist.cluster.roster import Alive, Roster
+from rlhf_dist.cluster.roster import Alive, Roster, work
 from rlhf_dist.cluster.session import reserve
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.cluster.supervisor import Supervisor
 from rlhf_dist.config.schema import Config
+from rlhf_dist.errors import RanksSilent
 from rlhf_dist.loop.events import Event, Lost, NotStarted, Pulse, Returned
+from rlhf_dist.loop.healing import Healing
 
 LIMIT_S = 60.0
 
@@ -38,6 +41,15 @@ def light() -> type[Alive]:
 
         def busy(self, seconds: float) -> None:
             time.sleep(seconds)
+
+        @work
+        def update(self, micro_batches: int, seconds: float) -> None:
+            for self.done in range(1, micro_batches + 1):
+                time.sleep(0.5)
+            time.sleep(seconds)
+
+        def counts(self) -> dict[str, int]:
+            return {"micro_batches": getattr(self, "done", 0)}
 
     return Light
 
@@ -107,6 +119,33 @@ def test_one_that_is_stopped_gives_no_sign_and_is_ended_when_it_is_replaced(watc
     while Path(f"/proc/{watched.pid}").exists() and time.monotonic() < end:
         time.sleep(0.05)
     assert not Path(f"/proc/{watched.pid}").exists()
+
+
+def test_one_that_lives_has_more_time_while_it_goes_on_and_is_found_when_it_does_not(watched: Watched) -> None:
+    """It works for longer than its limit, and then does nothing any more."""
+    name, now = watched.name, watched.inbox.now
+    healing = Healing({name: "learner"}, respawns=1, window_s=1e9, pulse_s=1e9, start_s=1e9)
+
+    def listen(events: Sequence[Event]) -> None:
+        for one in events:
+            assert isinstance(one, Pulse)
+            healing.pulse(name, now(), one.activity)
+
+    watched.inbox.listen(listen)
+    ranks = LearnerGroup(
+        watched.roster.actors,
+        timeout_s=2.0,
+        waits=watched.inbox.wait,
+        quiet_s=lambda names: healing.quiet_s(names, now()),
+    )
+    began = time.monotonic()
+    with pytest.raises(RanksSilent, match=r"^it 0 made no progress in 'update' for 2 s \(learner.timeout_s\)") as found:
+        ranks.call("update", 6, LIMIT_S)
+    assert 3.0 + 2.0 - 1.1 < time.monotonic() - began < LIMIT_S
+    assert found.value.silent == (name,)
+    facts = healing.progress(now())[name]
+    assert (facts["phase"], facts["counts"]) == ("update", {"micro_batches": 6})
+    assert facts["phase_s"] > facts["without_progress_s"] > 1.0 and facts["without_sign_s"] < LIMIT_S
 
 
 def test_one_that_cannot_start_says_why(watched: Watched) -> None:

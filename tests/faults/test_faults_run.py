@@ -131,6 +131,23 @@ def test_each_loss_is_told_with_its_cause_and_the_return(faulty: Faulty) -> None
     assert back == [f"{name} is ready again" for name, _, _ in FAULTS if name not in RANKS]
 
 
+def test_of_each_that_was_stopped_it_is_written_where_it_was_and_how_far_all_were(faulty: Faulty) -> None:
+    late = [event for event in faulty.lines("faulty", "events.jsonl") if event["kind"] == "late"]
+    stopped = [name for name, how, _ in FAULTS if how == signal.SIGSTOP]
+    assert [event["facts"]["silent"] for event in late] == [[name] for name in stopped]
+    for event, name in zip(late, stopped, strict=True):
+        members = event["facts"]["members"]
+        assert set(members) == {name for name, _, _ in FAULTS} | {"collator"}
+        assert members[name]["without_sign_s"] > 5 >= members["collator"]["without_sign_s"]
+        counts = {kind: value for facts in members.values() for kind, value in facts["counts"].items()}
+        assert counts["tokens"] > counts["steps"] > 0 and counts["optimizer_steps"] > 0 and counts["groups"] > 0
+        text = Path(event["facts"]["stacks"]).read_text()
+        assert text.startswith(event["message"]) and f"==== {name} ====" in text
+        assert "pulse (rlhf_dist/cluster/roster.py" in text, "its threads, of which one was to answer"
+    told = [event["message"] for event in faulty.lines("faulty", "events.jsonl") if event["kind"] == "warning"]
+    assert all(any(event["facts"]["stacks"] in line for line in told) for event in late)
+
+
 def test_a_lost_rank_costs_one_step_at_most(faulty: Faulty) -> None:
     """Each resume goes on from the state of the last step that was whole: no more than its groups are issued again."""
     events = faulty.lines("faulty", "events.jsonl")

@@ -1,0 +1,69 @@
+"""What is written when a process did not do something in time: how far everybody was, and where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf_dist.errors import ActorTimeout
+from rlhf_dist.loop.healing import Healing, unwatched
+from rlhf_dist.loop.ports import Arrivals
+from rlhf_dist.telemetry.run_telemetry import Telemetry
+
+FOLDER = "faults"
+"""In the run directory."""
+EVENT = "late"
+Stacks = Callable[[Sequence[str]], Mapping[str, str]]
+"""Names of processes -> where each is, in text; takes some seconds at most."""
+Report = Callable[[str, Sequence[str]], str]
+"""(what was not done in time, by whom; nobody: it may be any) -> where more is written, to be added to that."""
+
+
+def no_report(why: str, silent: Sequence[str]) -> str:
+    """Of a run that writes none."""
+    return ""
+
+
+class LateReports:
+    """Of one run: an event for each, with the progress of all, and a file with stacks."""
+
+    def __init__(self, telemetry: Telemetry, directory: Path, stacks: Stacks) -> None:
+        self._telemetry, self._directory, self._stacks = telemetry, directory, stacks
+        self._healing = unwatched()
+        self._clock: Arrivals | None = None
+
+    def watch(self, healing: Healing, clock: Arrivals) -> None:
+        """These are the processes of the run, on this clock."""
+        self._healing, self._clock = healing, clock
+
+    def report(self, why: str, silent: Sequence[str]) -> str:
+        """See `Report`. Takes the stacks of those that are silent, or of all."""
+        stacks = self._stacks(silent or self._healing.names)
+        place, problem = self._write(why, stacks)
+        members = {} if self._clock is None else self._healing.progress(self._clock.now())
+        facts = {"silent": list(silent), "members": members, "stacks": place}
+        self._telemetry.event(EVENT, why, **facts, **({"problem": problem} if problem else {}))
+        return f"; stacks: {place}" if place else ""
+
+    @contextmanager
+    def at_the_end(self) -> Iterator[None]:
+        """Around the whole run: one that ends because somebody did not answer has a report, too."""
+        try:
+            yield
+        except ActorTimeout as error:
+            error.args = (f"{error}{self.report(str(error), error.silent)}",)
+            raise
+
+    def _write(self, why: str, stacks: Mapping[str, str]) -> tuple[str, str]:
+        """(the file, why there is none); the first that is not there yet."""
+        text = "\n\n".join([why, *(f"==== {name} ====\n{found}" for name, found in stacks.items())])
+        folder = self._directory / FOLDER
+        try:
+            folder.mkdir(exist_ok=True)
+            path = folder / f"stacks-{len(list(folder.glob('stacks-*.txt'))) + 1}.txt"
+            with path.open("x", encoding="utf-8", errors="replace") as file:
+                file.write(text + "\n")
+        except OSError as error:  # A full disk is told of by what the run needs it for.
+            return "", f"{folder}: {error.strerror or error}"
+        return str(path), ""
