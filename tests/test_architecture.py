@@ -87,30 +87,6 @@ def long_functions(source: str, limit: int) -> list[str]:
     return [f.name for f in functions if (f.end_lineno or f.lineno) - f.lineno + 1 > limit]
 
 
-LIMITED_ELSEWHERE = {
-    ("rollout/vllm_engine.py", "result"): "a plain call in a thread of its own; who asked for the load has the limit",
-    ("scoring/child.py", "wait"): "a thread that lives as long as the child, whose calls have limits",
-}
-"""(file, call) -> why a wait in it has no limit of its own."""
-
-
-def waits_without_limit(source: str) -> list[str]:
-    """Calls that wait for another thread or process as long as it takes."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-            continue
-        owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
-        call, given = f"{owner}.{node.func.attr}", {word.arg for word in node.keywords}
-        if call in ("ray.get", "ray.wait", "subprocess.run", "subprocess.check_output") and "timeout" not in given:
-            found.append(call)
-        elif node.func.attr in ("result", "join", "get", "wait", "communicate") and not (
-            node.args or given - {"block"}
-        ):
-            found.append(node.func.attr)
-    return found
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=inside)
 def test_imports(path: Path) -> None:
     assert wrong_imports(path.read_text(encoding="utf-8"), inside(path)) == []
@@ -192,35 +168,6 @@ def test_sizes(path: Path) -> None:
 def test_a_long_function_is_seen() -> None:
     assert long_functions("def f():\n" + "    x = 1\n" * 60, 60) == ["f"]
     assert long_functions("def f():\n" + "    x = 1\n" * 59, 60) == []
-
-
-def test_every_wait_has_a_limit() -> None:
-    """A wait without one hangs for as long as whom it waits for."""
-    found = {
-        (path.relative_to(PACKAGE).as_posix(), name)
-        for path in SOURCES
-        for name in waits_without_limit(path.read_text(encoding="utf-8"))
-    }
-    assert found == set(LIMITED_ELSEWHERE)
-
-
-@pytest.mark.parametrize(
-    ("source", "found"),
-    [
-        ("ray.get(call)", ["ray.get"]),
-        ("ray.wait(calls, num_returns=1)", ["ray.wait"]),
-        ("subprocess.run(words, check=False)", ["subprocess.run"]),
-        ("future.result()", ["result"]),
-        ("thread.join()", ["join"]),
-        ("queue.get()", ["get"]),
-        ("queue.get(block=True)", ["get"]),
-        ("process.wait()", ["wait"]),
-        ("ray.get(call, timeout=3)\nfuture.result(0)\nthread.join(3)\n', '.join(names)\nfacts.get('a')", []),
-        ("process.wait(timeout=3)\nray.wait(calls, timeout=0)\nqueue.get(timeout=2)", []),
-    ],
-)
-def test_a_wait_without_a_limit_is_seen(source: str, found: list[str]) -> None:
-    assert waits_without_limit(source) == found
 
 
 def test_no_utils() -> None:

@@ -42,6 +42,9 @@ Result = TypeVar("Result")
 BEAT_S = 1.0
 """The longest that `events` waits before it tells of steps alone."""
 
+IDLE_S = 60.0
+"""The longest that the pump waits for work before it looks again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Submit:
@@ -250,7 +253,7 @@ class RolloutWorker:
     def turn(self, idle: bool = False) -> None:
         """Do what was asked for, in its order, then one decoding step; `idle`: wait for something to be asked for."""
         try:
-            load = self._inbox.get(idle)
+            load = self._inbox.get(idle, IDLE_S)
             while True:
                 self._take(load)
                 load = self._inbox.get_nowait()

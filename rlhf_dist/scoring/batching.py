@@ -16,6 +16,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CLOSE_LIMIT_S = 10.0
+IDLE_S = 60.0
+"""The longest that the thread waits for work before it looks again."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,7 +102,7 @@ class TokenBatcher(Generic[Item, Result]):
         batch: list[_Waiting[Item, Result]] = []
         while not batch:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
+                self._changed.wait_for(lambda: self._waiting or self._closed, IDLE_S)
                 if self._closed:
                     return []
                 tokens = 0
