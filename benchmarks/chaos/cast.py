@@ -99,6 +99,6 @@ def healing(config: Config, names: Iterable[str], moves: bool) -> Healing:
     )
 
 
-def timed_out(late: TimedOut) -> Exception:
+def timed_out(late: TimedOut) -> ActorTimeout:
     """As `cluster.groups.silence` says it."""
     return ActorTimeout(f"{late.member or 'no rollout worker'}: no {late.limit} for {late.limit_s:g} s")

@@ -26,6 +26,7 @@ from rlhf_dist.weights.receipts import Announcement, receipt_problem
 
 T = TypeVar("T")
 
+SYNC_KEY = "weights.timeout_s"
 SCORING_KEY = "scoring.timeout_s"
 LEARNER_KEY = "learner.timeout_s"
 START_KEY = "cluster.start_timeout_s"
@@ -38,6 +39,7 @@ LIMIT_KEYS: dict[MemberKind, tuple[str, str]] = {
     "collator": ("keep", LEARNER_KEY),
     "learner": ("update", LEARNER_KEY),
     "critic": ("update", LEARNER_KEY),
+    "relay": ("copy the weights", SYNC_KEY),
 }
 """What a member is asked for, and the config key of its limit."""
 

@@ -64,7 +64,7 @@ def new_secret() -> bytes:
     return secrets.token_bytes(SECRET_BYTES)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Relays:
     """Which relay brings the weights to which rollout worker; workers on the learner's node need none."""
 
@@ -74,6 +74,13 @@ class Relays:
     """Name -> handle of the others."""
     of_worker: Mapping[str, str]
     """Rollout worker -> the name of its node's relay."""
+
+    def admit(self, name: str, relay: Any) -> None:
+        """One that was started again. What it had copied lies where it was, until it is asked for a version."""
+        if name == OFFER:
+            self.offer = relay
+        else:
+            self.fetch = {**self.fetch, name: relay}
 
     def send(self, announcement: Announcement, address: Address, busy: Collection[str]) -> dict[str, Any]:
         """Let the nodes copy the version that is offered there, but for those whose relay is still `busy` with another.

@@ -76,7 +76,7 @@ def parts_of(
     inbox, limit, (collating,) = Inbox(), config.scoring.timeout_s, collator.items()
     straight = ranks and config.weights.transport != "shared_memory"
     direct = DirectPush(ranks, config.rollout.tensor_parallel) if straight else None
-    healing = healing_of(config, workers, scorers, references, collator, ranks, critics)
+    healing = healing_of(config, workers, scorers, references, collator, ranks, critics, relays.all())
     learner = learner_side(config, ranks, critics, inbox, lambda names: healing.quiet_s(names, inbox.now()))
     rollouts = RolloutFleet(
         workers,
@@ -97,6 +97,7 @@ def parts_of(
     admits |= {name: [rollouts.admit] for name in workers} | {name: [scoring.admit] for name in scorers}
     if reference is not None:
         admits |= {name: [*admits.get(name, []), reference.admit] for name in references}
+    admits |= {name: [relays.admit] for name in relays.all()}
     supervisor = Supervisor(roster, inbox, admits, start_s=config.cluster.start_timeout_s)
     return Parts(
         actors=Actors(
@@ -147,6 +148,7 @@ def healing_of(
     collator: Iterable[str],
     ranks: Iterable[str],
     critics: Iterable[str],
+    relays: Iterable[str] = (),
 ) -> Healing:
     """What is done about the loss of each of these, by name; a server of scores and the reference is one of scores."""
     kinds: dict[MemberKind, Iterable[str]] = {
@@ -156,6 +158,7 @@ def healing_of(
         "collator": collator,
         "learner": ranks,
         "critic": critics,
+        "relay": relays,
     }
     return Healing(
         {name: kind for kind, names in kinds.items() for name in names},

@@ -32,7 +32,7 @@ from rlhf_dist.types import (
     Unanswered,
 )
 
-MemberKind = Literal["rollout", "scoring", "reference", "collator", "learner", "critic"]
+MemberKind = Literal["rollout", "scoring", "reference", "collator", "learner", "critic", "relay"]
 """What a process does for the loop."""
 NOBODY = ""
 """In place of a member's name: of a request that waits for a worker."""

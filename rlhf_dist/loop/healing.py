@@ -1,15 +1,25 @@
 """What follows from the loss of a process: started again, the end of the run, or the learner rebuilt. Pure.
 
-    | kind                | what it holds that nobody else has       | what is done                               |
-    |---------------------|------------------------------------------|--------------------------------------------|
-    | rollout             | groups that are not finished             | started again; they begin again elsewhere  |
-    | scoring, reference  | nothing, unless the reference moves      | started again; others are asked            |
-    | collator            | the tokens of all groups that are ready  | the run ends                               |
-    | learner, critic     | weights and optimizer state              | all ranks are started again, from the      |
-    |                     |                                          | newest state that was saved                |
+    | kind               | phase      | rule    | what it held, and what becomes of that                              |
+    |--------------------|------------|---------|---------------------------------------------------------------------|
+    | rollout            | any        | respawn | groups that are not finished: resubmitted, from their first token   |
+    | scoring, reference | any        | respawn | groups that it was asked about: others are asked, or it once more   |
+    | relay              | any        | respawn | a copy of the weights: the next push brings another                 |
+    | collator           | any        | end     | the tokens of all groups that are ready                             |
+    | learner, critic    | any        | rebuild | weights and optimizer state: all ranks start from the newest saved  |
+    | reference, learner,| with state | end     | a state that belongs to the step and that nothing has saved apart   |
+    | critic             | of its own |         |                                                                     |
 
-`RULES` is the table. A process that cannot be had again in spite of its kind (a reference that moves, a rank of a
-method whose engines hold a state of their own) is named in `Healing`, and ends the run.
+`RULES` is the table. It does not matter whether a process was idle, generating, scoring, in an update, in a push or in
+a checkpoint, nor whether it died, stood still, made no progress or did not start again: so these are one phase. What
+differs is decided before a process counts as lost:
+
+- The first start of a run has no rule: who does not start ends it, since that would fail again.
+- A worker that misses a push lives. It is left out, its groups are resubmitted from where they are (with a policy lag),
+  and it is lost after `weights.give_up_after` of them (`cluster.rollout_fleet`).
+- Tokens that were lost on their way are resubmitted, while their worker goes on (`Undone`, in `controller`).
+- A reference that moves, and the ranks beside it or beside engines with a mask, have a state of their own
+  (`cluster.wiring.unique_in`).
 """
 
 from __future__ import annotations
@@ -26,13 +36,20 @@ from rlhf_dist.loop.events import NOBODY, Command, Limit, MemberKind, Rebuild, R
 from rlhf_dist.loop.members import Members
 
 Rule = Literal["respawn", "rebuild", "end"]
-RULES: Mapping[MemberKind, Rule] = {
-    "rollout": "respawn",
-    "scoring": "respawn",
-    "reference": "respawn",
-    "collator": "end",
-    "learner": "rebuild",
-    "critic": "rebuild",
+Phase = Literal["any", "unique"]
+"""unique: it has a state that nobody else has, and that a start does not bring back."""
+RULES: Mapping[tuple[MemberKind, Phase], Rule] = {
+    ("rollout", "any"): "respawn",
+    ("scoring", "any"): "respawn",
+    ("reference", "any"): "respawn",
+    ("relay", "any"): "respawn",
+    ("collator", "any"): "end",
+    ("learner", "any"): "rebuild",
+    ("critic", "any"): "rebuild",
+    ("reference", "unique"): "end",
+    ("scoring", "unique"): "end",
+    ("learner", "unique"): "end",
+    ("critic", "unique"): "end",
 }
 LEARNER = "the learner"
 """All ranks together, as losses are counted."""
@@ -104,7 +121,9 @@ class Healing:
         return self._rule(name) != "end"
 
     def _rule(self, name: str) -> Rule:
-        return RULES[self._kinds[name]] if name in self._kinds and name not in self._unique else "end"
+        if name not in self._kinds:
+            return "end"
+        return RULES[self._kinds[name], "unique" if name in self._unique else "any"]
 
     @property
     def names(self) -> list[str]:

@@ -30,8 +30,8 @@ MemberKey = tuple[MemberKind, str]
 
 
 @dataclass(slots=True)
-class Member:
-    """One process."""
+class Workload:
+    """What a process has to do of one kind."""
 
     kind: MemberKind
     name: str
@@ -83,8 +83,8 @@ class Members:
             "reference": references,
             "collator": (collator,),
         }
-        self._members: dict[MemberKey, Member] = {
-            (kind, name): Member(kind, name) for kind, names in named.items() for name in names
+        self._members: dict[MemberKey, Workload] = {
+            (kind, name): Workload(kind, name) for kind, names in named.items() for name in names
         }
         self._of_kind = {kind: [one for one in self._members.values() if one.kind == kind] for kind in named}
         """Those that are there."""
@@ -97,7 +97,7 @@ class Members:
         self._scoring = 0
         """Servers that have any."""
         self._servers = len({name for kind, name in self._members if kind in SERVERS})
-        self._serving: list[Member] = []
+        self._serving: list[Workload] = []
         """Rollout workers that may be given more: they have proved the published weights."""
         self._collator = collator
         self._capacity = capacity
@@ -199,7 +199,7 @@ class Members:
         if member is not None:
             self._take(member, request_key)
 
-    def _give(self, member: Member, request_key: str, size: int, now: float) -> None:
+    def _give(self, member: Workload, request_key: str, size: int, now: float) -> None:
         if not member.work:
             self._busy[member.kind] += 1
             if member.kind in SERVERS:
@@ -207,7 +207,7 @@ class Members:
                 self._kinds[member.name] += 1
         member.give(request_key, size, now)
 
-    def _take(self, member: Member, request_key: str) -> None:
+    def _take(self, member: Workload, request_key: str) -> None:
         if request_key in member.work:
             member.load -= member.work.pop(request_key)
             if not member.work:
@@ -252,10 +252,13 @@ class Members:
         return any(not self._of_kind[kind] for kind in kinds)
 
     def returned(self, name: str) -> None:
-        """A lost process is there again, without work; a rollout worker is not given any before it serves."""
-        kinds = self._away.pop(name)
+        """A lost process is there again, without work; a rollout worker is not given any before it serves.
+
+        Nothing changes for one that is never given any.
+        """
+        kinds = self._away.pop(name, [])
         for kind in kinds:
-            self._members[kind, name] = member = Member(kind, name)
+            self._members[kind, name] = member = Workload(kind, name)
             self._of_kind[kind].append(member)
         self._servers += any(kind in SERVERS for kind in kinds)
 

@@ -12,7 +12,7 @@ import pytest
 import ray
 from cluster_stand_ins import ANNOUNCEMENT, Ears, remote, serve, start, tell
 
-from rlhf_dist.cluster.relay_hosts import FetchHost, OfferHost, Relays
+from rlhf_dist.cluster.relay_hosts import OFFER, FetchHost, OfferHost, Relays
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet
 from rlhf_dist.cluster.spec import ActorSpec
 from rlhf_dist.cluster.waits import gather
@@ -105,6 +105,21 @@ def test_the_learners_relay_is_named_where_it_is_the_one_that_died(local_ray: No
     (problem,) = rollouts.load_weights(version(5))
     assert "two did not get version 5: weight relay of the learner died during 'offer'" in problem
     assert serve(rollouts, ears) == {"one"}
+
+
+def test_a_relay_that_was_started_again_is_used_from_then_on(local_ray: None) -> None:
+    offer, relay, pair = start("offer"), start("relay"), {"one": start("one"), "two": start("two")}
+    relays = Relays(offer, {RELAY: relay}, {"two": RELAY})
+    rollouts = RolloutFleet(pair, (ears := Ears()).inbox, timeout_s=30.0, sync_timeout_s=30.0, relays=relays)
+    assert rollouts.load_weights(version(4)) == []
+    for dies in (offer, relay):
+        tell(dies, "dies")
+        (problem,) = rollouts.load_weights(version(5))
+        assert "two did not get version 5" in problem
+    relays.admit(OFFER, start("offer"))
+    relays.admit(RELAY, start("relay"))
+    assert rollouts.load_weights(version(6)) == []
+    assert serve(rollouts, ears) == {"one", "two"} and set(relays.all()) == {OFFER, RELAY}
 
 
 def test_a_slow_node_does_not_hold_back_another(local_ray: None) -> None:

@@ -276,7 +276,7 @@ class FakeBodies:
         return [Handle(shard) for shard in shards]
 
 
-def silence(late: TimedOut) -> Exception:
+def silence(late: TimedOut) -> ActorTimeout:
     return ActorTimeout(f"{late.member} was silent for {late.limit_s:g} s")
 
 

@@ -43,6 +43,7 @@ KINDS: dict[str, MemberKind] = {
     "r": "reference",
     "collator": "collator",
     "rank": "learner",
+    "copier": "relay",
 }
 
 
@@ -64,7 +65,20 @@ def late(commands: list[Command], limit: Limit) -> list[tuple[str, bool]]:
 
 
 def test_there_is_a_rule_for_every_kind() -> None:
-    assert set(RULES) == set(get_args(MemberKind))
+    assert {kind for kind, phase in RULES if phase == "any"} == set(get_args(MemberKind))
+
+
+def test_one_whose_state_nobody_else_has_ends_the_run_whatever_its_kind_allows() -> None:
+    for name in ("r", "s", "rank"):
+        assert healing().heals(name) and not healing(unique=(name,)).heals(name)
+
+
+def test_a_process_that_is_never_given_work_is_started_again_and_nothing_else_follows() -> None:
+    made = rig()
+    commands = made.hear(Lost("copier", "copier died"))
+    assert commands == [Respawn("copier"), Tell("warning", "copier died; copier is started again")]
+    assert made.hear(Returned("copier")) == [Tell("returned", "copier is ready again")]
+    assert made.hear(Returned("copier")) == [] == made.hear(Tick())
 
 
 def test_a_lost_worker_is_started_again_and_serves_once_it_has_proved_the_weights() -> None:
@@ -194,7 +208,7 @@ def test_no_sign_of_life_is_found_whatever_a_process_does() -> None:
     made.hear(Pulse("a"))
     assert late(made.hear(Tick()), "pulse") == []
     made.now = 15.1
-    expected = [(name, RULES[kind] == "end") for name, kind in KINDS.items() if name != "a"]
+    expected = [(name, RULES[kind, "any"] == "end") for name, kind in KINDS.items() if name != "a"]
     assert late(made.hear(Tick()), "pulse") == expected
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hand_made import Rig, head_of, rules_with, scores_of
 
+from rlhf_dist.errors import ActorTimeout
 from rlhf_dist.loop.events import Answered, Kept, Scored
 from rlhf_dist.loop.shell import Actors, Shell
 from rlhf_dist.telemetry.goodput import Goodput
@@ -35,7 +36,7 @@ def test_what_ends_with_an_event_has_the_time_until_then() -> None:
     rig = Rig(rules_with())
     ports: Any = Ports(rig)
     goodput = Goodput(lambda: rig.members.side, lambda: rig.now)
-    actors = Actors(ports, ports, None, ports, ports, lambda *_: AssertionError("nobody is late"))
+    actors = Actors(ports, ports, None, ports, ports, lambda *_: ActorTimeout("nobody is late"))
     shell = Shell(rig.controller, actors, before=goodput.look)
     key = "train/0/0/0"  # The worker has it from the start.
     goodput.phase("generate")
