@@ -2,7 +2,8 @@
 
     | kind               | phase      | rule    | what it held, and what becomes of that                              |
     |--------------------|------------|---------|---------------------------------------------------------------------|
-    | rollout            | any        | respawn | groups that are not finished: resubmitted, from their first token   |
+    | rollout            | any        | respawn | groups that are not finished: resubmitted, from their first token,  |
+    |                    |            |         | or with a policy lag from their last copy                           |
     | scoring, reference | any        | respawn | groups that it was asked about: others are asked, or it once more   |
     | relay              | any        | respawn | a copy of the weights: the next push brings another                 |
     | collator           | any        | end     | the tokens of all groups that are ready                             |
