@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from rlhf_dist.cluster.processes import below, children
+from rlhf_dist.scoring.process_tree import below, children
 
 SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36
 """Of prctl(2)."""

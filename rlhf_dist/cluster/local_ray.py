@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.cluster import signals
-from rlhf_dist.cluster.processes import below, children, end_now, lost_ray, ray_children
+from rlhf_dist.cluster.processes import end_now, lost_ray, ray_children
+from rlhf_dist.scoring.process_tree import below, children
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ import xxhash
 
 from rlhf_dist.errors import ResourceError, RunError
 from rlhf_dist.planning.placement import NODE, PIN
+from rlhf_dist.scoring.sandbox import sandbox_problem
 from rlhf_dist.weights.shared_memory import require_room
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -37,6 +38,8 @@ class NodeFacts:
     """Whether the command's own folder of logs is seen."""
     no_room: str = ""
     """Why its shared memory cannot take the weights of pushes; empty where it can, or where none come."""
+    no_sandbox: str = ""
+    """Why no sandbox can be made there; empty where one can, or where no reward needs one."""
 
 
 def installed() -> dict[str, str]:
@@ -50,11 +53,12 @@ def installed() -> dict[str, str]:
     return versions
 
 
-def facts(source: str, logs: str, mark: str, pushed: int = 0) -> NodeFacts:
+def facts(source: str, logs: str, mark: str, pushed: int = 0, sandboxed: bool = False) -> NodeFacts:
     """Of the node that this runs on.
 
     `source`: the model's directory or hub name; `logs`: made if it is not there; `mark`: a file that the command has
-    put into it; `pushed`: bytes of the weights that shared memory has to hold twice, 0: none.
+    put into it; `pushed`: bytes of the weights that shared memory has to hold twice, 0: none; `sandboxed`: whether a
+    reward's process is to be in a sandbox there.
     """
     versions = {"Python": platform.python_version()} | installed()
     code = xxhash.xxh3_128()
@@ -72,7 +76,8 @@ def facts(source: str, logs: str, mark: str, pushed: int = 0) -> NodeFacts:
             require_room(pushed)
     except ResourceError as error:
         no_room = str(error)
-    return NodeFacts(versions, code.hexdigest(), has_model, no_logs, (Path(logs) / mark).exists(), no_room)
+    shares, no_sandbox = (Path(logs) / mark).exists(), sandbox_problem() if sandboxed else ""
+    return NodeFacts(versions, code.hexdigest(), has_model, no_logs, shares, no_room, no_sandbox)
 
 
 def difference(here: NodeFacts, there: NodeFacts, source: str, logs: str, writes: bool) -> str:
@@ -97,6 +102,8 @@ def difference(here: NodeFacts, there: NodeFacts, source: str, logs: str, writes
             f"a rank of the learner is there, whose checkpoints would not be found, because {logs} is another folder "
             "there: give an output= on a disk that the nodes share"
         )
+    if there.no_sandbox:
+        found.append(f"a reward has sandbox true, and {there.no_sandbox}")
     return "; ".join([*found, *filter(None, [there.no_room])])
 
 
@@ -108,11 +115,12 @@ def check_nodes(
     timeout_s: float,
     key: str,
     pushed: Mapping[str, int] | None = None,
+    sandboxed: Collection[str] = (),
 ) -> None:
     """Compare all `nodes` with this one; nothing for a run on one node. Raises `ResourceError` by node.
 
     `of_ranks`: those of the learner's ranks; `pushed`: node -> bytes of the weights that are pushed by its shared
-    memory, of those that have them there.
+    memory, of those that have them there; `sandboxed`: nodes where a reward's process is to be in a sandbox.
     """
     if not nodes:
         return
@@ -125,7 +133,7 @@ def check_nodes(
         receive = pushed or {}
         calls: dict[str, Any] = {}
         for node in dict.fromkeys(nodes):
-            calls |= on_each([node], facts, source, place, mark, receive.get(node, 0))
+            calls |= on_each([node], facts, source, place, mark, receive.get(node, 0), node in sandboxed)
         here, problems = facts(source, place, mark), []
         found = gather(calls, "say what it has", timeout_s, key)
     except RunError as error:

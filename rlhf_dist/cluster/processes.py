@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_dist.scoring.process_tree import children
+
 STACK_SIGNAL = signal.SIGUSR2
 """Makes an actor's process write the stacks of its threads into its log, whatever it is doing."""
 STACK_LIMIT_S = 1.0
@@ -298,20 +300,3 @@ def ray_children() -> list[int]:
     """Ids of the processes of Ray's own that this process started, also of those that have ended."""
     known = {pid: stat(pid) for pid in children(os.getpid())}
     return [pid for pid, each in known.items() if each is not None and each.name in RAY_PROCESSES]
-
-
-def children(pid: int) -> list[int]:
-    """Ids of the processes that a process started, also of those that have ended and that it has not waited for."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            found += [int(child) for child in task.read_text(encoding="ascii").split()]
-    return found
-
-
-def below(pid: int) -> list[int]:
-    """Ids of all processes that come from a process, nearest first."""
-    found = children(pid)
-    for child in found:  # which grows
-        found += children(child)
-    return found

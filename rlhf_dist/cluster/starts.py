@@ -41,7 +41,8 @@ def reserved(config: Config, placement: Placement, source: str, logs: Path, stac
     pushed = dict[str, int]()
     if placement.worker_nodes and placement.rank_nodes and config.weights.transport == "shared_memory":
         pushed = dict.fromkeys((placement.learner_node, *placement.worker_nodes), pushed_bytes(source, config))
-    check_nodes(nodes, placement.rank_nodes, source, logs, limit, START_KEY, pushed)
+    sandboxed = placement.server_nodes if any(one.sandbox for one in config.scoring.rewards.values()) else ()
+    check_nodes(nodes, placement.rank_nodes, source, logs, limit, START_KEY, pushed, sandboxed)
     return Roster(group)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_dist.config.addresses import address_problem
 from rlhf_dist.config.admission import target_lag
+from rlhf_dist.config.bubblewrap import MISSING, bubblewrap_problem
 from rlhf_dist.config.keys import Given, Rule, plain
 from rlhf_dist.config.methods import METHODS, Method
 from rlhf_dist.config.paths import is_missing
@@ -241,8 +242,15 @@ PTX_WEIGHT = where("ptx.coef", bool, "take it out, or give ptx.coef a weight")
 PTX_PATH = needed(
     "ptx.source {c.ptx.source} needs the path of its data", lambda c: c.ptx.coef and c.ptx.source != "task"
 )
-OF_FILES: frozenset[Rule] = frozenset({a_file, a_variable, DATA_PATH, PTX_PATH, NEEDS_MODEL})
-"""Rules about what a training run reads or is told by its environment, and a plan does without."""
+PROCESSES = ("number", "regex", "function")
+"""Kinds of rewards that have a process of their own."""
+NEEDS_BUBBLEWRAP = says(
+    lambda spec, key: key.value and bubblewrap_problem(),
+    "{key.name} is true, and " + MISSING + "; or set it to false to run the reward without a sandbox",
+)
+SANDBOXED = where("sandbox", bool, "set that to true, or take it out")
+OF_FILES: frozenset[Rule] = frozenset({a_file, a_variable, DATA_PATH, PTX_PATH, NEEDS_MODEL, NEEDS_BUBBLEWRAP})
+"""Rules about what a training run reads, is told by its environment or has on its machine; a plan does without."""
 A_FILES_TEXT = only(
     lambda c: c.ptx.coef == 0 or c.ptx.source != "task",
     ", which needs a file; with ptx.source task it must be response",

@@ -181,6 +181,11 @@ class RewardSpec:
     timeout_s: float = key(30.0, LIMIT_S, effects.SCORES_HAVE_A_LIMIT, effects.CAN_TAKE_LONG)
     """kind regex, function, http, and number with math-verify: limit for the responses of one prompt group.
     `scoring.timeout_s` is the limit for all rewards together, kind model included."""
+    sandbox: bool = key(False, effects.of_kind(*effects.PROCESSES), effects.NEEDS_BUBBLEWRAP)
+    """kind function, regex, and number with math-verify: its process sees this Python and the current directory, to
+    read, and nothing else: no network, no environment, no other process. Needs bubblewrap (docs/security.md)."""
+    memory_mib: int = key(2048, COUNT, effects.SANDBOXED)
+    """With `sandbox`: memory of the reward's process and all that it starts; one that uses more is killed."""
     keep_special_tokens: bool = key(False, effects.of_kind("exact", "number", "regex", "function", "http"), shown=repr)
     """Show the special tokens inside a response, as in <think>, to a reward that reads text; never its end token."""
 

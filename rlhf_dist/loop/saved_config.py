@@ -36,8 +36,8 @@ WAY_OUT = "restore it from a backup, or start a new run with another name="
 ABSENT = "(absent)"
 SHOWN = 8
 """Changes that are listed; of another run there may be hundreds."""
-ENDINGS = (".timeout_s", ".retries", ".hedge_s")
-"""How long something may take, and how often and with whom it is tried."""
+ENDINGS = (".timeout_s", ".retries", ".hedge_s", ".sandbox", ".memory_mib")
+"""How long something may take, how often and with whom it is tried, and what a reward's process may use."""
 
 
 def require_same_config(saved: Path, config_text: str) -> None:

@@ -15,8 +15,12 @@ import threading
 import time
 from typing import Any
 
+from rlhf_dist.errors import SIGNALLED, ConfigError
 from rlhf_dist.scoring import child_main
+from rlhf_dist.scoring.sandbox import Sandbox
 
+ANSWER_BYTES = 16 << 20
+"""What comes from the process is not ours: more is no answer."""
 START_LIMIT_S = 60.0
 """For the system to start a process, which takes milliseconds."""
 END_LIMIT_S = 5.0
@@ -34,11 +38,15 @@ class ChildEnded(Exception):
 class Child:
     """One process with one task. Not for several threads at once."""
 
-    def __init__(self, task: dict[str, str]) -> None:
-        """`task`: {"function": "module:name"}, {"pattern": text} or {"verifier": library}. The process starts here."""
+    def __init__(self, task: dict[str, str], sandbox: Sandbox | None = None) -> None:
+        """`task`: {"function": "module:name"}, {"pattern": text} or {"verifier": library}. The process starts here.
+
+        `sandbox`: what it is enclosed in, which is for this process alone. Raises OSError, and ConfigError as it does.
+        """
+        self._sandbox = sandbox
         self._channel, theirs = socket.socketpair()
         self._started = threading.Event()
-        self._failed: OSError | None = None
+        self._failed: OSError | ConfigError | None = None
         # The system ends the process with the thread that started it, so this thread lives as long as the process.
         self._keeper = threading.Thread(target=self._keep, args=(theirs,), daemon=True, name="keeper of a child")
         self._keeper.start()
@@ -47,7 +55,9 @@ class Child:
         if self._failed is not None:
             self._channel.close()
             raise self._failed
-        child_main.send(self._channel, {**task, "path": sys.path, "parent": os.getpid()})
+        # In a sandbox it has another parent, and process ids of its own.
+        about = {"parent": os.getpid()} if sandbox is None else {"limits": sandbox.limits()}
+        child_main.send(self._channel, {**task, "path": sys.path, **about})
 
     def ask(self, request: Any, deadline: float) -> Any:
         """Its answer. Raises ChildLate after `deadline` (monotonic), ChildEnded; either way the process is gone."""
@@ -70,17 +80,20 @@ class Child:
             for request in requests:
                 self._wait_until(deadline)
                 child_main.send(self._channel, request)
-            answer = child_main.receive(self._channel, lambda: self._wait_until(deadline))
+            answer = child_main.receive(self._channel, lambda: self._wait_until(deadline), ANSWER_BYTES)
         except TimeoutError:
             self.close()
             raise ChildLate from None
+        except (ValueError, RecursionError):
+            self.close()
+            raise ChildEnded("it wrote something else than an answer to the run, and was killed") from None
         except OSError:  # a broken pipe
             answer = None
         if answer is None:
             self._keeper.join(END_LIMIT_S)
             code = self._process.poll()
             self.close()
-            raise ChildEnded(_how(code))
+            raise ChildEnded(self._how(code))
         return answer
 
     def _wait_until(self, deadline: float) -> None:
@@ -93,16 +106,25 @@ class Child:
         command = [sys.executable, "-P", child_main.__file__, str(theirs.fileno())]
         try:
             # A session of its own: Ctrl-C is for us, and what the user's code starts ends with it.
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), start_new_session=True
-            )
-        except OSError as error:
+            if self._sandbox is not None:
+                self._process = self._sandbox.start(command, theirs.fileno())
+            else:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), start_new_session=True
+                )
+        except (OSError, ConfigError) as error:
             self._failed = error
         finally:
             theirs.close()
             self._started.set()
         if self._failed is None:
             self._process.wait()
+
+    def _how(self, code: int | None) -> str:
+        if self._sandbox is None:
+            return _how(code)
+        # Bubblewrap says by which signal the process inside has ended as a shell does.
+        return self._sandbox.broken or _how(SIGNALLED - code if code is not None and code > SIGNALLED else code)
 
 
 def _how(code: int | None) -> str:

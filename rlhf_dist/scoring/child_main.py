@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -34,10 +35,15 @@ class Refused(Exception):
     """The user's function cannot be used; the message says why."""
 
 
-def receive(channel: socket.socket, before: Callable[[], None] | None = None) -> Any | None:
-    """The next message; None when the other end has closed. `before` is called before each wait for a part of it."""
+def receive(channel: socket.socket, before: Callable[[], None] | None = None, most: int = 1 << 40) -> Any | None:
+    """The next message; None when the other end has closed. `before` is called before each wait for a part of it.
+
+    `most`: bytes that it may have. Raises ValueError or RecursionError for what is no message."""
     header = _exactly(channel, HEADER, before)
-    body = None if header is None else _exactly(channel, int.from_bytes(header, "big"), before)
+    size = 0 if header is None else int.from_bytes(header, "big")
+    if size > most:
+        raise ValueError(f"a message of {size} bytes")
+    body = None if header is None else _exactly(channel, size, before)
     return None if body is None else json.loads(body)
 
 
@@ -66,8 +72,10 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a pattern that hangs would outlive the run
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # what the parent's thread blocked is no business of the user's
     start = receive(channel)
-    if start is None or os.getppid() != start["parent"]:
+    if start is None or os.getppid() != start.get("parent", os.getppid()):
         return
+    for name, most in start.get("limits", {}).items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
     for stream in (sys.stdout, sys.stderr):  # the process is killed at its end, so nothing may wait in a buffer
         stream.reconfigure(errors="backslashreplace", line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = [""]

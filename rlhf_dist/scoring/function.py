@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from rlhf_dist.config.schema import RewardSpec
 from rlhf_dist.errors import ConfigError, RewardError
 from rlhf_dist.scoring.child import Child, ChildEnded, ChildLate
+from rlhf_dist.scoring.sandbox import sandbox_of
 from rlhf_dist.scoring.time_limits import Limit, Turn
 from rlhf_dist.scoring.values import as_float32
 
@@ -28,6 +30,7 @@ class FunctionReward:
         self._path, self._timeout_s = spec.function, spec.timeout_s
         self._label = f"the reward {name} ({spec.function})"
         self._limit_key = f"scoring.rewards.{name}.timeout_s"
+        self._sandbox = partial(sandbox_of, spec)
         self._turn = Turn()
         self._child: Child | None = self._load()
 
@@ -67,6 +70,11 @@ class FunctionReward:
             ) from None
         except ChildEnded as ended:
             raise RewardError(f"{self._label} ended its process ({ended}) in a call for {n} responses") from None
+        if not _is_answer(answer, n):
+            child.close()
+            raise RewardError(
+                f"{self._label} wrote something else than an answer to the run, in a call for {n} responses"
+            )
         self._child = child
         return answer
 
@@ -74,7 +82,7 @@ class FunctionReward:
         module, colon, attribute = self._path.partition(":")
         if not (colon and module and attribute):
             raise ConfigError(f"{self._key}={self._path!r} has to look like package.module:function")
-        child = Child({"function": self._path})
+        child = Child({"function": self._path}, self._sandbox())
         try:
             said = child.first_word(time.monotonic() + IMPORT_LIMIT_S)
         except ChildLate:
@@ -84,7 +92,18 @@ class FunctionReward:
             ) from None
         except ChildEnded as ended:
             raise ConfigError(f"{self._key}={self._path}: importing {module} ended the process ({ended})") from None
-        if "refused" in said:
+        if said != {"loaded": self._path}:
             child.close()
-            raise ConfigError(f"{self._key}={self._path}: {said['refused']}")
+            why = said.get("refused") if isinstance(said, dict) else None
+            raise ConfigError(f"{self._key}={self._path}: {why or 'importing it wrote something to the run'}")
         return child
+
+
+def _is_answer(answer: Any, n: int) -> bool:
+    """Whether it is one that `child_main` gives for n responses: the function could write what it likes."""
+    if not isinstance(answer, dict) or len(answer) != 1:
+        return False
+    values = answer.get("values")
+    if values is None:
+        return all(key in ("wrong", "raised") and isinstance(text, str) for key, text in answer.items())
+    return isinstance(values, list) and len(values) == n and all(type(value) is float for value in values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from rlhf_dist.scoring.answers import unreadable_answer
 from rlhf_dist.scoring.child import ChildEnded, ChildLate
 from rlhf_dist.scoring.expressions import expression, given
 from rlhf_dist.scoring.rules import number_match
+from rlhf_dist.scoring.sandbox import sandbox_of
 from rlhf_dist.scoring.score_list import short
 from rlhf_dist.scoring.time_limits import Limit, Turn
 from rlhf_dist.scoring.verifier import Verifier
@@ -25,7 +27,7 @@ class NumberReward:
         self._label, self._timeout_s = f"the reward {name}", spec.timeout_s
         self._limit_key = f"scoring.rewards.{name}.timeout_s"
         self._turn = Turn()
-        self._verifier = Verifier()
+        self._verifier = Verifier(partial(sandbox_of, spec))
 
     def __call__(self, responses: Sequence[str], answers: Sequence[str], limit: Limit | None = None) -> np.ndarray:
         """float32 [n]. Raises RewardError for an answer that cannot be compared with, and when comparing takes too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from rlhf_dist.config.patterns import pattern_problem
 from rlhf_dist.config.schema import RewardSpec
 from rlhf_dist.errors import ConfigError, RewardError
 from rlhf_dist.scoring.child import Child, ChildEnded, ChildLate
+from rlhf_dist.scoring.sandbox import sandbox_of
 from rlhf_dist.scoring.score_list import short
 from rlhf_dist.scoring.time_limits import Limit, Turn
 
@@ -32,6 +34,7 @@ class PatternReward:
         shown = short(spec.pattern).replace("\\\\", "\\")  # as it is written, for a search
         self._label = f"the reward {name} (pattern {shown})"
         self._limit_key = f"scoring.rewards.{name}.timeout_s"
+        self._sandbox = partial(sandbox_of, spec)
         self._turn = Turn()
         self._child: Child | None = None
 
@@ -50,7 +53,7 @@ class PatternReward:
             self._child.close()
 
     def _start(self) -> Child:
-        child = Child({"pattern": self._pattern})
+        child = Child({"pattern": self._pattern}, self._sandbox())
         try:
             child.first_word(time.monotonic() + START_LIMIT_S)
         except (ChildLate, ChildEnded) as error:

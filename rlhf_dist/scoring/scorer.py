@@ -19,6 +19,7 @@ from rlhf_dist.scoring.number import NumberReward
 from rlhf_dist.scoring.one_by_one import Given, TextReward, one_by_one
 from rlhf_dist.scoring.pattern import PatternReward
 from rlhf_dist.scoring.rules import exact_match
+from rlhf_dist.scoring.sandbox import require_sandbox
 from rlhf_dist.scoring.texts import Texts, texts_of
 from rlhf_dist.scoring.time_limits import Limit, Turn
 from rlhf_dist.types import Group, Scores
@@ -158,8 +159,10 @@ class Scorer:
 
 def preflight(config: ScoringConfig, check_model: CheckModel | None = None) -> None:
     """Try every reward cheaply, so that a bad one is told before anything starts: models are looked at and not loaded,
-    servers asked for a sign of life. Raises ConfigError, ModelError, ResourceError."""
+    servers asked for a sign of life, and a sandbox is made where one is needed. Raises ConfigError, ModelError,
+    ResourceError."""
     _require_some(config)
+    require_sandbox(config.rewards)
     for name, spec in config.rewards.items():
         if spec.kind == "model":
             assert check_model is not None, f"the reward {name} is a model, and nobody looks at models here"

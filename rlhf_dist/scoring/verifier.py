@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from rlhf_dist.config.reward_words import has_math_verify
 from rlhf_dist.errors import ConfigError, RewardError
 from rlhf_dist.scoring.answers import unreadable_answer
 from rlhf_dist.scoring.child import Child, ChildEnded, ChildLate
 from rlhf_dist.scoring.expressions import expression
+from rlhf_dist.scoring.sandbox import Sandbox
 
 START_LIMIT_S = 60.0
 """For importing math-verify and sympy."""
@@ -21,7 +23,9 @@ MOST_LATE = 3
 class Verifier:
     """The process, which starts with the first request. Not for several threads at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, sandbox: Callable[[], Sandbox | None] = lambda: None) -> None:
+        """`sandbox`: makes what each process is enclosed in."""
+        self._sandbox = sandbox
         self._child: Child | None = None
 
     def reads(self, latex: str) -> bool:
@@ -39,7 +43,7 @@ class Verifier:
         """Have the process, so that its start counts against no limit."""
         if self._child is not None:
             return
-        child = Child({"verifier": "math_verify"})
+        child = Child({"verifier": "math_verify"}, self._sandbox())
         try:
             said = child.first_word(time.monotonic() + START_LIMIT_S)
         except (ChildLate, ChildEnded) as error:

@@ -31,6 +31,7 @@ HERE = NodeFacts({"Python": "3.11.7", "ray": "2.60.0"}, "code", True, "", True)
             "/logs cannot be made there (Permission denied): give an output= that each node can write to",
         ),
         (replace(HERE, no_room="/dev/shm: pushes need 9 MiB"), "/dev/shm: pushes need 9 MiB"),
+        (replace(HERE, no_sandbox="bwrap is missing"), "a reward has sandbox true, and bwrap is missing"),
     ],
 )
 def test_a_node_that_differs_is_told_with_the_way_out(there: NodeFacts, said: str) -> None:
@@ -57,6 +58,13 @@ def test_facts_of_this_machine(tmp_path: Path) -> None:
     assert facts("a/model", str(tmp_path), "mark", pushed=10**18).no_room.startswith("/dev/shm: pushes need ")
 
 
+def test_a_node_of_servers_is_asked_for_a_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert facts("a/model", str(tmp_path), "mark").no_sandbox == ""
+    there = facts("a/model", str(tmp_path), "mark", sandboxed=True)
+    assert there.no_sandbox.startswith("bubblewrap (bwrap) is not installed here: install the package")
+
+
 @pytest.mark.engines
 @pytest.mark.timeout(300)
 def test_each_node_is_asked_once(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +77,7 @@ def test_each_node_is_asked_once(local_ray: None, tmp_path: Path, monkeypatch: p
     assert list((tmp_path / "logs").iterdir()) == []
     with pytest.raises(ResourceError, match=f"node {node}: /dev/shm: pushes need "):
         check_nodes((node,), (), str(tmp_path), tmp_path / "logs", 60, "key", {node: 10**18})
-    check_nodes((node,), (), str(tmp_path), tmp_path / "logs", 60, "key", {"10.0.0.9": 10**18})
+    check_nodes((node,), (), str(tmp_path), tmp_path / "logs", 60, "key", {"10.0.0.9": 10**18}, ("10.0.0.9",))
     # Only here, so that the node's code is another one.
     monkeypatch.setattr(node_facts, "PACKAGE", tmp_path)
     with pytest.raises(ResourceError, match="the code of rlhf_dist is another one there"):

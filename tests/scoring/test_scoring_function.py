@@ -14,7 +14,7 @@ from rlhf_dist.scoring.scorer import preflight
 from rlhf_dist.scoring.time_limits import Limit
 
 MODULE = """
-import asyncio, functools, os, re, signal
+import asyncio, functools, os, re, signal, stat
 
 def catastrophic(prompts, responses, answers):
     return [float(bool(re.match("(a+)+$", "a" * 40 + "b"))) for _ in responses]
@@ -77,6 +77,15 @@ def named_only(prompts, *, responses, answers):
 
 def process(prompts, responses, answers):
     return [os.getpid() for _ in responses]
+
+def writes(prompts, responses, answers):
+    for number in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                os.write(number, bytes.fromhex(answers[0]))
+        except OSError:
+            pass
+    return [1.0 for _ in responses]
 """
 
 IMPORTS = {
@@ -194,3 +203,26 @@ def test_the_limit_of_the_group_holds_and_is_named(here):
     )
     with made._turn.take(None, "the test"), pytest.raises(RewardError, match=busy):
         made(["p"], ["r"], [""], Limit(time.monotonic() + 0.1, 0.1, "scoring.timeout_s"))
+
+
+def message(body: str) -> str:
+    return (len(body).to_bytes(8, "big") + body.encode()).hex()
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "ff" * 8,
+        ((1 << 30).to_bytes(8, "big") + b"x").hex(),
+        *map(message, ["{", "[" * 100_000, "7", "{}", '{"values": [1.0]}', '{"values": ["1", 2.0]}', '{"raised": 7}']),
+        *map(message, ['{"values": [1e400, 9' + "9" * 400 + "]}", '{"values": [1.0, 2.0], "more": 1}']),
+    ],
+)
+def test_what_a_function_writes_to_the_run_is_no_answer(here, written):
+    made = reward("my_rewards:writes", 5.0)
+    try:
+        with pytest.raises(RewardError, match=r"wrote something else than an answer to the run"):
+            made(["p", "p"], ["a", "bc"], [written, ""])
+        assert made(["p"], ["a"], [""]).tolist() == [1.0]
+    finally:
+        made.close()
