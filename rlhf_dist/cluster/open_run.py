@@ -20,6 +20,7 @@ from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory, requi
 from rlhf_dist.loop.run_end import FINISHED, OUTCOME, end_recorded
 from rlhf_dist.planning.placement import Command
 from rlhf_dist.telemetry.display import Progress, make_progress
+from rlhf_dist.telemetry.fault_tally import FaultTally
 from rlhf_dist.telemetry.report import before_after_text, curves
 from rlhf_dist.telemetry.run_telemetry import Telemetry, open_telemetry, require_sinks
 
@@ -83,12 +84,15 @@ def finish(
     seconds: float,
     lines: list[str],
 ) -> None:
-    """Table, curves and summary."""
+    """Table, curves and summary, with the faults of a run that had any."""
     progress.stage("drawing curves")
     curves(run.metrics, run.curves)
-    write_json(run.summary, {OUTCOME: FINISHED} | summary | {"seconds": round(seconds, 1)})
+    tally = FaultTally.of(run.events)
+    faults = {name.removeprefix("faults/"): round(value, 1) for name, value in tally.metrics().items()}
+    told = {"faults": faults} if faults else {}
+    write_json(run.summary, {OUTCOME: FINISHED} | summary | told | {"seconds": round(seconds, 1)})
     progress.close()
     print(before_after_text(before, after))
-    for line in lines:
+    for line in filter(None, [*lines, tally.line()]):
         print(line)
     print(f"run directory: {run.path}  curves: {run.curves}  model: {run.latest_checkpoint()}/hf  ({seconds:.0f} s)")

@@ -20,8 +20,10 @@ AlertKind = Literal[
     "fault",
     "numbers",
     "still",
+    "restart",
+    "healed",
 ]
-AlertLevel = Literal["WARN", "ERROR"]
+AlertLevel = Literal["INFO", "WARN", "ERROR"]
 
 TITLES: dict[AlertKind, str] = {
     "kl": "KL explosion",
@@ -37,6 +39,8 @@ TITLES: dict[AlertKind, str] = {
     "fault": "A fault",
     "numbers": "A number that is not finite",
     "still": "Weights that did not move",
+    "restart": "The run was started again",
+    "healed": "Ready again",
 }
 """Kind -> title, before whom it is about."""
 TITLE_CHARACTERS = 63
@@ -70,5 +74,7 @@ def title_of(kind: AlertKind, subject: str) -> str:
 
 
 def level_of(kind: AlertKind) -> AlertLevel:
-    """`ERROR` for what stops processes, `WARN` for signs in the numbers."""
-    return "ERROR" if kind in ("push", "wait", "fault", "numbers", "still") else "WARN"
+    """`ERROR` for what stops processes, `WARN` for signs in the numbers, `INFO` for what has healed."""
+    if kind == "healed":
+        return "INFO"
+    return "ERROR" if kind in ("push", "wait", "fault", "numbers", "still", "restart") else "WARN"

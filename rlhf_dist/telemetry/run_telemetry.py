@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf_dist.config.schema import TelemetryConfig
 from rlhf_dist.telemetry.alerts import AlertKind, AlertLimit
+from rlhf_dist.telemetry.fault_tally import HEALED, FaultTally
 from rlhf_dist.telemetry.histograms import Histogram
 from rlhf_dist.telemetry.prometheus_sink import PrometheusSink, require_port
 from rlhf_dist.telemetry.sinks import (
@@ -32,24 +33,33 @@ from rlhf_dist.telemetry.wandb_sink import WandbSink
 class Telemetry:
     """All sinks as one. A warning is an event of kind `warning` that is also shown at once, through `on_warning`."""
 
-    def __init__(self, sinks: Sequence[Sink], on_warning: Callable[[str], None]) -> None:
+    def __init__(
+        self, sinks: Sequence[Sink], on_warning: Callable[[str], None], tally: FaultTally | None = None
+    ) -> None:
+        """`tally`: of the events of earlier starts, if there were any."""
         self._sinks = tuple(sinks)
         self._on_warning = on_warning
+        self._tally = FaultTally() if tally is None else tally
         self._alerts = AlertLimit()
         self._seconds = 0.0
         self.last_step: int | None = None
         """The last step that was logged."""
 
     def log(self, step: int, metrics: Mapping[str, float], histograms: Mapping[str, Histogram] = NONE) -> None:
+        """The metrics, and with them how often the run has lost processes and healed."""
         self.last_step = step
         with self._timed():
             for sink in self._sinks:
-                sink.log(step, metrics, histograms)
+                sink.log(step, {**metrics, **self._tally.metrics()}, histograms)
 
     def event(self, kind: str, message: str, **facts: Any) -> None:
+        """A process that is ready again is told to people, too."""
+        self._tally.add(kind, message, facts)
         with self._timed():
             for sink in self._sinks:
                 sink.event(kind, message, **facts)
+        if kind in HEALED:
+            self.alert("healed", message, message.partition(" is ready again")[0])
 
     def warn(self, message: str, alert: AlertKind | None = None, subject: str = "", **facts: Any) -> None:
         """`alert`: the kind of what people are to be called for, too; `subject`: whom it is about."""
@@ -135,4 +145,8 @@ def open_telemetry(
         sinks.append(TensorBoardSink(run_directory / FOLDER, local.warn))
     if config.prometheus_port:
         sinks.append(PrometheusSink(config.prometheus_port, name))
-    return Telemetry(sinks, on_warning), wandb_sink.run_id
+    tally = FaultTally.of(run_directory / EVENTS_FILE)
+    telemetry = Telemetry(sinks, on_warning, tally)
+    if tally.started_again:
+        telemetry.alert("restart", tally.started_again)
+    return telemetry, wandb_sink.run_id

@@ -10,7 +10,14 @@ from typing import Any
 
 from rlhf_dist.errors import InputError, RunError
 from rlhf_dist.telemetry import names
-from rlhf_dist.telemetry.goodput import LEARNER_CAUSES, ROLLOUT_CAUSES, SCORING_CAUSES, WITH_CRITIC
+from rlhf_dist.telemetry.fault_tally import LOSSES, REBUILDS, RECOVER, RESPAWNS, RESTARTS
+from rlhf_dist.telemetry.goodput import (
+    LEARNER_CAUSES,
+    RECOVER as RECOVERING,
+    ROLLOUT_CAUSES,
+    SCORING_CAUSES,
+    WITH_CRITIC,
+)
 from rlhf_dist.telemetry.sinks import one_line
 from rlhf_dist.telemetry.wandb_key import has_wandb_key, unreachable
 
@@ -44,7 +51,7 @@ def spread(kind: str) -> tuple[str, ...]:
 
 def shares_of(side: str, causes: Collection[str]) -> tuple[str, ...]:
     """All that a side's seconds are booked to."""
-    return tuple(f"goodput/{side}_{cause}" for cause in (*causes, *WITH_CRITIC.get(side, ())))
+    return tuple(f"goodput/{side}_{cause}" for cause in (*causes, *WITH_CRITIC.get(side, ()), RECOVERING))
 
 
 SECTIONS = (
@@ -80,6 +87,13 @@ SECTIONS = (
             Plot("Scoring servers", shares_of("scoring", SCORING_CAUSES), stacked=True),
             Plot("Speed", (names.TOKENS_PER_S,)),
             Plot("Step", (names.STEP_TIME, "time/generate", "time/train", "time/sync")),
+        ),
+    ),
+    Section(
+        "Faults",
+        (
+            Plot("Lost, and started again", (LOSSES, RESPAWNS, REBUILDS, RESTARTS)),
+            Plot("Seconds without training", (RECOVER,)),
         ),
     ),
     Section(

@@ -14,7 +14,7 @@ from rlhf_dist.cli.main import main
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.schema import Config, TelemetryConfig
 from rlhf_dist.telemetry import workspace
-from rlhf_dist.telemetry.goodput import ActorSide, Goodput
+from rlhf_dist.telemetry.goodput import RECOVER, ActorSide, Goodput
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 
@@ -41,7 +41,7 @@ def test_the_stacked_panels_have_every_cause_that_time_is_booked_to() -> None:
     sides = [ActorSide(1, 1, 1, 1), ActorSide(0, 1, 1, 1), ActorSide(0, 1, 0, 1)]
     now = count(0.0)
     goodput = Goodput(lambda: sides[-1], lambda: next(now))
-    for phase in ("", "generate", "value", "train", "sync"):
+    for phase in ("", "generate", "value", "train", "sync", RECOVER):
         goodput.phase(phase)
         for _ in range(3):
             sides.append(sides.pop(0))

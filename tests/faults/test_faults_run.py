@@ -45,7 +45,7 @@ FAULTS = [
 ]
 """(whom, how, what is said of it), one after the other."""
 RANKS = ("learner rank 0",)
-TIMES = ("time/", "goodput/", "rollout/group_s", "rollout/engine_")
+TIMES = ("time/", "goodput/", "rollout/group_s", "rollout/engine_", "faults/")
 
 
 @dataclass(frozen=True)
@@ -164,3 +164,14 @@ def test_nothing_is_lost_or_used_twice(faulty: Faulty) -> None:
     ledger = json.loads((faulty.path("faulty") / "summary.json").read_text())["ledger"]
     assert "0 in flight, 0 lost, 0 used twice" in ledger
     assert f"{STEPS * 4} trained once" in ledger
+
+
+def test_each_is_counted(faulty: Faulty) -> None:
+    summary = json.loads((faulty.path("faulty") / "summary.json").read_text())["faults"]
+    last = faulty.lines("faulty", "metrics.jsonl")[-1]
+    ranks = sum(name in RANKS for name, _, _ in FAULTS)
+    assert (last["faults/losses"], last["faults/rebuilds"]) == (summary["losses"], summary["rebuilds"])
+    assert (summary["losses"], summary["rebuilds"]) == (len(FAULTS), ranks)
+    assert summary["respawns"] == len(FAULTS) - ranks and summary["recover_s"] > 0
+    assert f"faults: {len(FAULTS)} told; " in faulty.end.stdout
+    assert "faults" not in json.loads((faulty.path("whole") / "summary.json").read_text())

@@ -199,7 +199,7 @@ def on_one_node(shared_run: SharedRun, folder: Path, words: list[str]) -> list[d
 def metrics(run: Path) -> list[dict[str, Any]]:
     """Of every step, without times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    times = ("time/", "goodput/", "rollout/group_s", "rollout/engine_")
+    times = ("time/", "goodput/", "rollout/group_s", "rollout/engine_", "faults/")
     return [{name: value for name, value in line.items() if not name.startswith(times)} for line in lines]
 
 

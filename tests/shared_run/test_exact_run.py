@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 STEPS, PROMPTS, KEPT = 3, 4, 1
 """Steps of each run, groups of each step, and the step of the checkpoint that the killed run is resumed from."""
 GONE_LIMIT_S = 30.0
-TIMES = ("time/", "goodput/", "rollout/group_s", "rollout/engine_")
+TIMES = ("time/", "goodput/", "rollout/group_s", "rollout/engine_", "faults/")
 
 CONFIG = """
 include: [{base}]

@@ -19,7 +19,7 @@ from rlhf_dist.types import Beat
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 NAME = re.compile(
-    r"(reward|policy|rollout|learner|sync|time|goodput|data|eval|kl|critic|watch|sft|reward_model|ptx)/\w+"
+    r"(reward|policy|rollout|learner|sync|time|goodput|data|eval|kl|critic|watch|sft|reward_model|ptx|faults)/\w+"
 )
 ROOMS = ("telemetry", "loop", "learner")
 PHASES = ("generate", "value", "train", "sync")

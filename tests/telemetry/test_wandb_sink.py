@@ -16,8 +16,10 @@ from wandb_records import config, history, of_kind, records
 import rlhf_dist
 from rlhf_dist.config.schema import Config, RewardSpec, ScoringConfig, TelemetryConfig
 from rlhf_dist.telemetry import wandb_key, wandb_sink
+from rlhf_dist.telemetry.fault_tally import LOSSES, REBUILDS, RECOVER, RESPAWNS, RESTARTS
 from rlhf_dist.telemetry.histograms import histogram
 from rlhf_dist.telemetry.run_telemetry import Telemetry, open_telemetry
+from rlhf_dist.telemetry.sinks import EventLog
 from rlhf_dist.telemetry.wandb_key import unreachable
 
 SECRET = "hunter2"
@@ -54,7 +56,13 @@ def test_an_offline_run_read_back(tmp_path: Path, capfd: pytest.CaptureFixture[s
         telemetry.warn("step 2: the KL explodes", "kl")
     for name in ("rollout worker 0", "rollout worker 1"):
         telemetry.alert("push", f"{name} did not load version 2 in 5 s", name)
+    telemetry.warn("rollout worker 0 was killed; it is started again", "fault", "rollout worker 0")
+    telemetry.event("returned", "rollout worker 0 is ready again")
+    telemetry.event("rebuilt", "the learner is ready again after 7 s", seconds=7.0)
     telemetry.close()
+    parent = EventLog(run / "events.jsonl")
+    parent.event("restart", "a node lost at step 2")
+    parent.close()
     again, same = opened(run, wandb_id, notes)
     again.log(3, {"reward/mean": 0.75})
     again.close()
@@ -63,12 +71,17 @@ def test_an_offline_run_read_back(tmp_path: Path, capfd: pytest.CaptureFixture[s
     first, second = sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
     assert same == wandb_id and first.stem == second.stem == f"run-{wandb_id}"
     check(records(first))
-    assert [(row["step"], row["reward/mean"]) for row in history(records(second))] == [(3, 0.75)]
+    (row,) = history(records(second))
+    faults = {LOSSES: 1.0, RESPAWNS: 1.0, REBUILDS: 1.0, RESTARTS: 1.0, RECOVER: 7.0}
+    assert (row["step"], row["reward/mean"]) == (3, 0.75) and faults.items() <= row.items()
+    told = [(alert.title, alert.text, alert.level) for alert in of_kind(records(second), "alert")]
+    assert told == [("The run was started again", "a node lost at step 2", "ERROR")]
     assert SECRET.encode() not in first.read_bytes()
     staged = [path for path in (run / "wandb" / "artifacts").rglob("*") if path.is_file()]
     assert staged, "tables that wait for an upload are in the run directory"
     alerts = [json.loads(line)["facts"].get("alert") for line in (run / "events.jsonl").read_text().splitlines()]
     assert alerts.count("kl") == 3, "the event log has every warning"
+    assert not any(name.startswith("faults/") for row in history(records(first)) for name in row), "there were none yet"
 
 
 def check(found: list[Any]) -> None:
@@ -93,6 +106,9 @@ def check(found: list[Any]) -> None:
             (f"A worker missed a weight push: {name}", f"{name} did not load version 2 in 5 s", "ERROR")
             for name in ("rollout worker 0", "rollout worker 1")
         ),
+        ("A fault: rollout worker 0", "rollout worker 0 was killed; it is started again", "ERROR"),
+        ("Ready again: rollout worker 0", "rollout worker 0 is ready again", "INFO"),
+        ("Ready again: the learner", "the learner is ready again after 7 s", "INFO"),
     ]
     given = config(found)
     assert given["code"]["version"] == rlhf_dist.__version__ and given["algo"]["name"] == "grpo"
