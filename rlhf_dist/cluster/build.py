@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf_dist.cluster import actors, learner_hosts as hosts
 from rlhf_dist.cluster.collator_host import CollatorHost
+from rlhf_dist.cluster.hang_alarm import hang_alarm
 from rlhf_dist.cluster.node_facts import remove_logs
 from rlhf_dist.cluster.open_run import finish, opened
 from rlhf_dist.cluster.preflight import check_before_start, require_shared_memory
@@ -50,7 +51,7 @@ from rlhf_dist.loop import rl_training as training
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import rules_of
 from rlhf_dist.loop.evaluation import evaluate as run_evaluation
-from rlhf_dist.loop.late_report import LateReports
+from rlhf_dist.loop.late_report import FOLDER, LateReports
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.ledger_proof import LedgerProof
 from rlhf_dist.loop.rebuilding import train_to_the_end
@@ -64,6 +65,7 @@ from rlhf_dist.planning.nodes import place_in
 from rlhf_dist.planning.placement import Placement, needs_reference
 from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.telemetry.display import Progress, make_progress, spoken
+from rlhf_dist.telemetry.run_telemetry import Telemetry
 from rlhf_dist.types import Prompt
 from rlhf_dist.weights.sync import WeightSync
 
@@ -96,8 +98,7 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
         with session as nodes, ExitStack() as stack, late.at_the_end():
             placement = place_in(config, nodes, "train")
             plan = plan or basis(config, placement, source)
-            if problem := does_not_fit(config, placement, plan):
-                telemetry.warn(f"by the plan memory may not suffice: {problem}")
+            warn_of_memory(does_not_fit(config, placement, plan), telemetry)
             progress.stage(placement_line(placement))
             parts = start_fleets(config, placement, source, run.logs, start.folder, stack)
             late.watch(parts.healing, parts.inbox)
@@ -124,10 +125,17 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
                 kept=kept_state(config, nodes, placement, source, stack),
                 report=late.report,
             )
-            outcome = train_to_the_end(wired, start.state)
+            with hang_alarm(config.faults.step_s, lambda: parts.inbox.turns, run.path / FOLDER):
+                outcome = train_to_the_end(wired, start.state)
             proof = ledger.proof()
         beside = compared(config, placement, plan, run.metrics) if plan else ("", {})
         end_train(config, run, progress, outcome, proof, beside, time.monotonic() - started)
+
+
+def warn_of_memory(problem: str, telemetry: Telemetry) -> None:
+    """`problem`: what does not fit by the plan; empty: everything does."""
+    if problem:
+        telemetry.warn(f"by the plan memory may not suffice: {problem}")
 
 
 def placement_line(placement: Placement) -> str:

@@ -17,6 +17,7 @@ import ray
 
 from rlhf_dist.cluster.waits import require_ray
 from rlhf_dist.loop.events import Event
+from rlhf_dist.loop.late_report import Report, no_report
 from rlhf_dist.telemetry.timeline import SLICE_S, Patience
 
 Read = Callable[[Any], Sequence[Event]]
@@ -35,6 +36,10 @@ class Inbox:
         self._events: list[Event] = []
         self._listener: Callable[[Sequence[Event]], None] | None = None
         self._clock = clock
+        self.turns = 0
+        """Waits so far, of a second at most: who uses it is alive while there are more. Read by another thread."""
+        self.report: Report = no_report
+        """Writes down where everybody is when somebody is late."""
         self._now, self._looked = 0.0, clock()
 
     def expect(self, call: Any, read: Read) -> None:
@@ -46,6 +51,10 @@ class Inbox:
     def put(self, event: Event) -> None:
         """Something happened in this process; it is handed over with what comes next."""
         self._events.append(event)
+
+    def told(self, why: str, silent: Sequence[str]) -> str:
+        """What these did not do in time, with where more is written of it."""
+        return f"{why}{self.report(why, silent)}"
 
     def listen(self, listener: Callable[[Sequence[Event]], None]) -> None:
         """See `loop.ports.Arrivals`."""
@@ -90,6 +99,7 @@ class Inbox:
 
     def _wait_for_one(self, seconds: float) -> bool:
         """Wait until a call is done; whether one is."""
+        self.turns += 1
         try:
             self._found.append(self._done.get(timeout=seconds))
         except Empty:

@@ -9,8 +9,8 @@ from typing import Any
 import ray
 
 from rlhf_dist.cluster.direct_push import DirectPush, Pushed
+from rlhf_dist.cluster.groups import seen
 from rlhf_dist.cluster.inbox import Inbox
-from rlhf_dist.cluster.processes import look
 from rlhf_dist.cluster.relay_hosts import OFFER, ONE_NODE, Relays
 from rlhf_dist.cluster.standing import Standing, beat_s, is_done
 from rlhf_dist.cluster.waits import fetch, limit_text
@@ -375,7 +375,7 @@ class RolloutFleet:
         self._serving.append(name)
 
     def _silence(self, name: str, what: str) -> str:
-        return f"{name} {what}" + (f": it {words}" if (words := look(name).words) else "")
+        return self._inbox.told(f"{name} {what}{seen(name)}", [name])
 
     def _missed(self, name: str, standing: Standing, version: int, problem: str) -> list[str]:
         standing.proved = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from rlhf_dist.errors import ActorTimeout
 from rlhf_dist.loop.healing import Healing, unwatched
@@ -25,6 +26,12 @@ def no_report(why: str, silent: Sequence[str]) -> str:
     return ""
 
 
+class Waiting(Arrivals, Protocol):
+    """Where processes are waited for."""
+
+    report: Report
+
+
 class LateReports:
     """Of one run: an event for each, with the progress of all, and a file with stacks."""
 
@@ -33,9 +40,10 @@ class LateReports:
         self._healing = unwatched()
         self._clock: Arrivals | None = None
 
-    def watch(self, healing: Healing, clock: Arrivals) -> None:
-        """These are the processes of the run, on this clock."""
-        self._healing, self._clock = healing, clock
+    def watch(self, healing: Healing, arrivals: Waiting) -> None:
+        """These are the processes of the run, and where others wait for them: who is late there is reported, too."""
+        self._healing, self._clock = healing, arrivals
+        arrivals.report = self.report
 
     def report(self, why: str, silent: Sequence[str]) -> str:
         """See `Report`. Takes the stacks of those that are silent, or of all."""

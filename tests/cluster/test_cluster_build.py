@@ -17,6 +17,7 @@ import pytest
 import ray
 
 from rlhf_dist.cluster import build, learner_hosts, starts, wiring
+from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.roster import Roster
 from rlhf_dist.cluster.sources import require_rows, with_sources
 from rlhf_dist.cluster.spec import ActorSpec, enter
@@ -30,7 +31,7 @@ LEASHED = AlgoConfig(name="ppo", kl=KLConfig(coef=0.1))
 
 
 NONE: Any = None
-PARTS = wiring.Parts(NONE, NONE, NONE, NONE, wiring.LearnerSide(NONE, NONE), Roster(NONE), NONE, NONE)
+PARTS = wiring.Parts(NONE, NONE, NONE, NONE, wiring.LearnerSide(NONE, NONE), Roster(NONE), NONE, Inbox())
 
 
 def test_a_users_folder_hides_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

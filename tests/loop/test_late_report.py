@@ -13,7 +13,7 @@ from rlhf_dist.errors import ActorTimeout, RanksSilent
 from rlhf_dist.loop.activity import Activity, Seen
 from rlhf_dist.loop.events import NOBODY, MemberKind, TimedOut
 from rlhf_dist.loop.healing import Healing
-from rlhf_dist.loop.late_report import LateReports
+from rlhf_dist.loop.late_report import LateReports, Report, no_report
 from rlhf_dist.loop.members import Members
 from rlhf_dist.telemetry.run_telemetry import Telemetry
 from rlhf_dist.telemetry.sinks import EventLog
@@ -63,6 +63,8 @@ def test_the_time_in_a_phase_is_no_progress() -> None:
 class AtTen:
     """An inbox whose clock stands still."""
 
+    report: Report = no_report
+
     def listen(self, listener: Any) -> None: ...
 
     def pump(self) -> None: ...
@@ -77,7 +79,8 @@ def reports(folder: Path, asked: list[list[str]]) -> LateReports:
         return {name: f"frames of {name}" for name in names}
 
     made = LateReports(Telemetry([EventLog(folder / "events.jsonl")], lambda _: None), folder, stacks)
-    made.watch(watched(), AtTen())
+    made.watch(watched(), where := AtTen())
+    assert where.report == made.report, "who waits for processes there reports, too"
     return made
 
 

@@ -1,0 +1,76 @@
+"""Ends a command that hangs itself: none of its own limits can be noticed then, for one thread looks at them all.
+
+A second thread looks at when the first was last at its inbox. It says where that is, makes it raise, and where it
+cannot (it is blocked in the kernel, or in code that is not Python's) ends the process.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf_dist.errors import ActorTimeout
+
+KEY = "faults.step_s"
+LOOKS = 20
+"""In the limit."""
+GRACE_S = 60.0
+"""For the first thread to end in order."""
+FILE = "command.txt"
+HANGS = signal.SIGUSR1
+
+
+@contextmanager
+def hang_alarm(limit_s: float, looked: Callable[[], float], folder: Path, grace_s: float = GRACE_S) -> Iterator[None]:
+    """In the block the main thread raises `ActorTimeout` once `looked` has given the same for `limit_s`; 0: never.
+
+    The stacks of the command are written into `folder`. A time in which the process was stopped counts as one look.
+    """
+    if not limit_s or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    over, place = threading.Event(), folder / FILE
+    before = signal.signal(HANGS, lambda *_: _raise(limit_s, place))
+    watching = threading.Thread(
+        target=_watch, args=(limit_s, looked, place, over, grace_s), daemon=True, name="hang alarm"
+    )
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join(limit_s / LOOKS)
+        signal.signal(HANGS, before)
+
+
+def _raise(limit_s: float, place: Path) -> None:
+    raise ActorTimeout(f"the command itself has hung for {limit_s:g} s ({KEY}); where it was is in {place}")
+
+
+def _watch(limit_s: float, looked: Callable[[], float], place: Path, over: threading.Event, grace_s: float) -> None:
+    last, looks = looked(), 0
+    while not over.wait(limit_s / LOOKS):
+        now = looked()
+        last, looks = now, looks + 1 if now == last else 0
+        if looks == LOOKS:
+            _write(place)
+            os.kill(os.getpid(), HANGS)
+            if not over.wait(grace_s):
+                print(f"the command hangs and cannot end in order; where it is is in {place}", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(1)
+
+
+def _write(place: Path) -> None:
+    try:
+        place.parent.mkdir(exist_ok=True)
+        with place.open("w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+    except OSError as error:
+        print(f"{place}: {error.strerror}", file=sys.stderr)
