@@ -48,7 +48,9 @@ class NumbersCheck:
         """Micro-batches of the batch's optimizer step `update`, from 0, follow."""
         self._update, self.refused, self.fault = update, False, None
 
-    def look(self, loss: Tensor, batch: RankBatch, chosen: np.ndarray, packed: Packed, by_token: Mapping[str, Tensor]):
+    def look(
+        self, loss: Tensor, batch: RankBatch, chosen: np.ndarray, packed: Packed, by_token: Mapping[str, Tensor]
+    ) -> None:
         """At the loss of a micro-batch; `by_token`: what it is made of [N] by name, causes before what follows."""
         if self.fault is None and not math.isfinite(value := float(loss.detach())):
             self.fault = self._first(batch, chosen, packed, by_token) or RankFault("loss", value, self._update)

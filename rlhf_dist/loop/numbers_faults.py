@@ -94,7 +94,8 @@ def fault_of_ranks(batch: Batch, found: Mapping[str, RankFault], what: str, limi
         return Fault("numbers", f"an optimizer step of the {what} was refused by a rank that is gone", batch.uids)
     # A gradient is of all ranks' rows: whoever has found more knows better.
     rank, first = min(found.items(), key=lambda one: one[1].what == GRADIENT)
-    others = f" (and {len(found) - 1} more of its ranks found something)" if len(found) > 1 else ""
+    more = sum(one.what != GRADIENT for one in found.values()) - 1
+    others = f" (and {more} more of its ranks found something)" if more > 0 else ""
     when = f" in optimizer step {first.update + 1} of the batch" if first.update else ""
     if first.what == GRADIENT:
         return Fault("numbers", f"the gradient of the {what} is not finite: norm {first.value}{when}", batch.uids)
@@ -136,6 +137,8 @@ class Numbers:
         self._config, self._directory, self._telemetry = config, directory, telemetry
         self._recent: list[tuple[int, str]] = []
         """(step, what) of the faults since the last new step that was learnt from."""
+        self._passed = 0
+        """The last step that the run went on from with a fault."""
         self.left_out: set[str] = set()
         """Groups of steps that were rolled back."""
 
@@ -146,24 +149,27 @@ class Numbers:
         """
         config = self._config.numbers
         self._recent.append((step, fault.sentence))
-        kept = self._saved(step, fault, save)
+        path = self._free(step)
+        kept = self._saved(step, fault, save, path)
         way = config.on_fault if len(self._recent) <= config.max_faults else "stop"
         done = {
             "stop": "the run ends",
-            "skip": "the step is skipped",
+            "skip": "the run goes on" if fault.kind == "still" else "the step is skipped",
             "roll_back": "the learner goes back to the newest state, and its groups are left out from then on",
         }[way]
         text = f"step {step}: {fault.sentence}; {done} (numbers.on_fault {config.on_fault}); {kept}"
-        self._telemetry.warn(text, fault.kind, step=step, policy=way)
+        self._telemetry.warn(text, fault.kind, step=step, policy=way, file=str(path))
         if way == "roll_back":
             self.left_out |= set(fault.uids)
             raise RolledBack(f"step {step}: {fault.sentence}")
         if way == "stop":
-            raise NumbersError(text + self._tried() + "; the last checkpoint is intact")
+            ways = "" if config.on_fault != "stop" else ", and a resume may set numbers.on_fault to skip or roll_back"
+            raise NumbersError(f"{text}{self._tried()}; the last checkpoint is intact{ways}")
+        self._passed = step
 
-    def learnt(self, step: int) -> None:
-        """A step without a fault: no fault until now has kept the run from going on, unless it was in a later one."""
-        if self._recent and step >= self._recent[-1][0]:
+    def done(self, step: int) -> None:
+        """A step is done. One without a fault, and beyond those with one, begins the count anew."""
+        if self._recent and self._passed != step >= self._recent[-1][0]:
             self._recent.clear()
 
     def _tried(self) -> str:
@@ -176,7 +182,7 @@ class Numbers:
             f"numbers.max_faults is {self._config.numbers.max_faults}; those before it: {told}"
         )
 
-    def _saved(self, step: int, fault: Fault, save: Save) -> str:
+    def _saved(self, step: int, fault: Fault, save: Save, path: Path) -> str:
         """Where the batch is, in words."""
         newest = self._directory.latest_checkpoint()
         facts = {
@@ -186,7 +192,6 @@ class Numbers:
             "checkpoint": "" if newest is None else newest.name,
             "config": to_yaml(self._config),
         }
-        path = self._free(step)
         try:
             path.parent.mkdir(exist_ok=True)
             save(path, facts)

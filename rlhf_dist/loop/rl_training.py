@@ -205,8 +205,7 @@ def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch, saver: Saver,
         watch=watch,
         faulted=partial(numbers.faulted, step),
     )
-    if not skipped(report.metrics):
-        numbers.learnt(step)
+    numbers.done(step)
     book(run, taken, step, report)
     metrics = dict(report.metrics) | watch_metrics(experiences, run.config.scoring.gold)
     metrics |= {f"data/dropped_{reason}": float(count) for reason, count in taken.dropped.items()}

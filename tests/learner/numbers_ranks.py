@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ranks import OPTIMIZER, rollouts
-from witness_ranks import CASES, METHOD, cut
+from witness_ranks import CASES, METHOD, OF_NUMBERS, cases, cut, learner_of
 
 from rlhf_dist.algo.recipes import ppo
 from rlhf_dist.config.schema import AlgoConfig, CriticConfig, LearnerConfig, ModelConfig
 from rlhf_dist.learner.critic import CriticLearner
+from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.policy_learner import PolicyLearner
 from rlhf_dist.learner.rank_batch import RankBatch, rank_batch
 from rlhf_dist.learner.scalar_engine import ScalarEngine
 from rlhf_dist.learner.token_sums import AS_THEY_ARE, Estimate
 
+FEW = ("zero 0", "zero 3", "zero 1, bfloat16")
+"""Cases of two ranks that every run of the tests has: DeepSpeed's optimizers differ most in these."""
 INFINITE, TOO_LARGE = np.inf, 1e37
 """Advantages: of the first the loss is infinite, of the second the norm of the gradient alone."""
 
@@ -49,7 +54,7 @@ def train(model: Path, learner: LearnerConfig, case: str, advantage: float | Non
 
     `advantage`: None: in place of the spoilt one what should be left of it.
     """
-    dtype = CASES[case][1]
+    dtype = (CASES | OF_NUMBERS)[case][1]
     engine = ModelEngine(model, ModelConfig(dtype=dtype), learner, OPTIMIZER, device="cpu", bucket_mib=1)  # type: ignore[arg-type]
     check = engine.numbers_check()
     policy = PolicyLearner(engine, METHOD, witness=engine.witness(), check=check)
@@ -80,11 +85,21 @@ def critic(model: Path, learner: LearnerConfig) -> dict[str, Any]:
     return {"metrics": metrics, "fault": check.fault, "row": batch.origins[bad_row(batch)]}
 
 
-def run(model: Path, case: str, learner: LearnerConfig) -> dict[str, Any]:
+def run(model: Path, case: str, world: int = 2) -> dict[str, Any]:
     """All of it."""
+    learner = learner_of(world, case)
     found = {"infinite": train(model, learner, case, INFINITE), "without": train(model, learner, case, None)}
-    if case in ("zero 0", "zero 3", "zero 2, bfloat16"):
-        found["too large"] = train(model, learner, case, TOO_LARGE)
-    if case in ("zero 0", "zero 2", "zero 3"):
-        found["critic"] = critic(model, learner)
-    return found
+    found["too large"] = train(model, learner, case, TOO_LARGE)
+    return found | ({"critic": critic(model, learner)} if "float16" not in case else {})
+
+
+def main() -> None:
+    """Every case: `python numbers_ranks.py RANK WORLD PORT MODEL FOLDER`."""
+    rank, world, port = (int(word) for word in sys.argv[1:4])
+    init_process_group(rank, world, "127.0.0.1", port, device="cpu", threads=1, timeout_s=120.0)
+    chosen = [*cases(world), *OF_NUMBERS]
+    torch.save({case: run(Path(sys.argv[4]), case, world) for case in chosen}, f"{sys.argv[5]}/{world}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stand_ins import FakeBodies, FakePolicy, FakeReference, FakeScoring, asked_for, lines, scores_of
+from stand_ins import FakeBodies, FakeCritic, FakePolicy, FakeReference, FakeScoring, asked_for, lines, scores_of
 from test_loop_rl_training import ALL, CONFIG, PROMPTS, STEPS, close, warnings, wired
 from test_rebuilding import Learner, Ranks, healing
 
@@ -28,6 +28,7 @@ from rlhf_dist.config.schema import (
 from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.errors import NumbersError
 from rlhf_dist.learner.numbers_check import RankFault
+from rlhf_dist.learner.token_sums import Estimate, EstimateSums
 from rlhf_dist.learner.witness import Seen
 from rlhf_dist.loop.ledger_proof import LedgerProof
 from rlhf_dist.loop.ports import Batches, Estimates
@@ -94,7 +95,7 @@ class TestHugeRewards:
             train_to_the_end(run, None)
         close(run)
         (warning,) = told(run)
-        assert str(raised.value) == f"{warning}; the last checkpoint is intact"
+        assert str(raised.value).startswith(f"{warning}; the last checkpoint is intact, and a resume may set ")
         file = run.directory.path.absolute() / "faults" / "step-3.safetensors"
         assert warning.startswith(f"step 3: the advantage of sample 0 of group {ORDER[7]} is ")
         assert warning.endswith(
@@ -244,7 +245,7 @@ def test_groups_of_optimizer_steps_that_were_taken_before_count_as_trained(tmp_p
     assert names.FAULT not in metrics[3]
     assert told(run)[0].startswith(
         f"step 3: the rollout logprobs of token 4 of sample 2 of group {ORDER[7]} on learner rank 1 is -inf in "
-        "optimizer step 2 of the batch (and 1 more of its ranks found something); the step is skipped"
+        "optimizer step 2 of the batch; the step is skipped"
     )
 
 
@@ -275,6 +276,24 @@ def test_a_kl_beyond_its_limit_is_found_before_anything_is_learnt(tmp_path: Path
 
 
 @dataclass
+class NoNumbersCritic(FakeCritic):
+    """Its values are none."""
+
+    def estimate(self, batches: Batches) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
+        handles, sums = super().estimate(batches)
+        return handles, replace(sums, values=math.nan)
+
+
+def test_credit_by_token_that_is_none_is_found_before_critic_and_policy_learn(tmp_path: Path) -> None:
+    policy, critic = FakePolicy(), NoNumbersCritic()
+    run = wired(tmp_path, replace(config_of("stop"), algo=AlgoConfig(name="ppo")), policy=policy, critic=critic)
+    with pytest.raises(NumbersError, match="step 1: the credit by token is not finite: critic/value_mean is nan"):
+        train(run, None)
+    close(run)
+    assert policy.updates == 0 and critic.given == []
+
+
+@dataclass
 class StillPolicy(FakePolicy):
     """Its weights do not move, whatever it says of gradients."""
 
@@ -302,3 +321,18 @@ def test_weights_that_did_not_move_are_found(tmp_path: Path, norm: float, watche
     else:
         train(run, None)
     close(run)
+
+
+def test_weights_that_never_move_end_a_run_that_skips(tmp_path: Path) -> None:
+    """The third step in a row is one too many."""
+    run = wired(tmp_path, config_of("skip", max_faults=2), policy=StillPolicy())
+    with pytest.raises(NumbersError, match="There were 3 faults in a row"):
+        train(run, None)
+    proof = run.ledger.proof()
+    close(run)
+    assert proof.consumed == 2 * PROMPTS, "they were trained on"
+    assert [text.split(";")[1] for text in told(run)] == [
+        " the run goes on (numbers.on_fault skip)",
+        " the run goes on (numbers.on_fault skip)",
+        " the run ends (numbers.on_fault skip)",
+    ]
