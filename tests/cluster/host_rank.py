@@ -2,7 +2,7 @@
 
 KIND: `turns` (policy and critic in one host), `shared` (one trunk) or `beside` (the critic's own host). Makes two
 steps, a checkpoint and a third step; hosts that resume publish what they have, as a run does, save at once and make the
-third step again. Leaves KIND.pt.
+third step again. Then a weight of the policy is made NaN. Leaves KIND.pt.
 """
 
 from __future__ import annotations
@@ -132,6 +132,8 @@ def main() -> None:
     again.save(folder / f"{kind}-restored")
     found["again"] = again.step(3)
     again.save(folder / f"{kind}-again")
+    again.policy._engine._deepspeed._engine.module.model.model.norm.weight.data[3] = torch.nan
+    found["spoilt"] = again.step(4), again.policy.fault()
     again.policy.close()
     torch.save(found, folder / f"{kind}.pt")
 

@@ -21,7 +21,8 @@ def results(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, forks: F
     for kind in KINDS:
         (folder / kind).mkdir()
     forks.run(Path(__file__).with_name("host_rank.py"), folder, {k: (tiny_model, folder / k, k) for k in KINDS})
-    return {kind: torch.load(folder / kind / f"{kind}.pt") for kind in KINDS} | {"folder": folder}
+    found = {kind: torch.load(folder / kind / f"{kind}.pt", weights_only=False) for kind in KINDS}
+    return found | {"folder": folder}
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -70,3 +71,13 @@ def test_a_checkpoint_holds_policy_average_and_critic(results: dict[str, Any], k
 
 def test_side_by_side_is_the_same_as_in_turn(results: dict[str, Any]) -> None:
     assert results["beside"]["third"] == pytest.approx(results["turns"]["third"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_is_no_number_is_found_in_the_next_step(results: dict[str, Any], kind: str) -> None:
+    """No optimizer step of the policy is taken."""
+    metrics, fault = results[kind]["spoilt"]
+    assert metrics["learner/fault_max"] == 1.0 and metrics["learner/updates"] == 0
+    # On one trunk the values are spoilt before, and with them the credit.
+    assert (fault.what, fault.update) == ("advantage" if kind == "shared" else "learner's logprobs", 0)
+    assert fault.origin is not None and fault.value != fault.value
