@@ -16,12 +16,9 @@ SHOWN_DIGITS = 8
 class Held:
     """What one rank is about to go on with."""
 
-    file: str
-    """Its optimizer file."""
-    foreign: int
-    """Float32 weights in that file which, rounded to the model's dtype, are not the model's."""
-    weights: int
-    """How many it has."""
+    compared: Mapping[str, tuple[int, int]]
+    """Optimizer file -> (float32 weights in it which, rounded to the model's dtype, are not the model's, how many were
+    compared)."""
     digests: Mapping[str, str]
     """What every rank holds whole, in words -> its hash."""
 
@@ -31,9 +28,14 @@ def require_agreement(folder: Path, ranks: Sequence[Held]) -> None:
 
     Raises DataError for an optimizer file that is not of the weights beside it, RunError where ranks differ.
     """
-    foreign = [held for held in ranks if held.foreign]
-    if foreign:
-        which = " and ".join(f"{h.file} ({h.foreign:,} of {h.weights:,} differ)" for h in foreign)
+    foreign: dict[str, tuple[int, int]] = {}
+    for held in ranks:
+        for file, (differ, count) in held.compared.items():
+            before = foreign.get(file, (0, 0))
+            foreign[file] = (before[0] + differ, before[1] + count)
+    wrong = [f"{file} ({differ:,} of {count:,} differ)" for file, (differ, count) in sorted(foreign.items()) if differ]
+    if wrong:
+        which = " and ".join(wrong)
         raise DataError(
             f"{folder}: the float32 weights in {which} are not those in hf; the files are damaged or of different "
             f"steps; {WAY_OUT}"

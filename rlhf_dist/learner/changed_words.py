@@ -37,12 +37,12 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Words of a rank that are rounded as one."""
+    """Words of a rank that the optimizer steps as one."""
 
     master: Tensor
-    """Float32, flat: what the optimizer steps."""
+    """Float32: what the optimizer steps; flat from ZeRO 1 on."""
     words: Tensor
-    """Bfloat16, flat and as long: where it is rounded to after the step."""
+    """In the model's dtype, flat and as long: where it is rounded to after the step."""
     runs: tuple[Run, ...]
 
 

@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO behind a few verbs; the only importer of deepspeed.
 
-`forward`, `backward`, `step`, `named_weights`, and the optimizer's state as plain tensors. The loss given to `backward`
-is already divided by *global* counts, so the gradients of the ranks are to be added; DeepSpeed averages them, which is
-undone here.
+`forward`, `backward`, `step`, `named_weights`, and which part of the optimizer this rank has. The loss given to
+`backward` is already divided by *global* counts, so the gradients of the ranks are to be added; DeepSpeed averages
+them, which is undone here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from rlhf_dist.config.schema import OptimizerConfig
-from rlhf_dist.errors import ConfigError, NumbersError
+from rlhf_dist.errors import NumbersError
 from rlhf_dist.learner.changed_words import Part, Run
 from rlhf_dist.learner.numbers_gate import ask_before_step
 from rlhf_dist.models.by_parameter import Scatter
@@ -52,7 +52,7 @@ class DeepSpeedEngine:
         import deepspeed
 
         self._zero = deepspeed.zero
-        self._dtype: torch.dtype = getattr(torch, dtype)
+        self.dtype: torch.dtype = getattr(torch, dtype)
         self.zero_stage = zero_stage
         self.device = torch.device(device)
         self._max_grad_norm = optimizer.max_grad_norm
@@ -179,8 +179,11 @@ class DeepSpeedEngine:
         return self._base_optimizer
 
     def parts(self) -> list[Part]:
-        """This rank's words, as they are rounded after a step; of a model in bfloat16."""
+        """What this rank's optimizer steps, and the model's words that it becomes: the parameters themselves under
+        ZeRO 0."""
         optimizer, named = self._engine.optimizer, list(self._engine.module.named_parameters())
+        if self.zero_stage == 0:
+            return [Part(held, held.detach().view(-1), (Run(name, 0, 0, held.numel()),)) for name, held in named]
         if self.zero_stage == 3:
             words = list(optimizer.fp16_partitioned_groups_flat)
             # (name, this rank's words of it, the first of them in the parameter, how many are no filling)
@@ -199,66 +202,8 @@ class DeepSpeedEngine:
             for master, part in zip(self._masters(), words, strict=True)
         ]
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """This rank's part of the optimizer: float32 weights and Adam's moments, flat, by stable names."""
-        tensors: dict[str, Tensor] = {}
-        for index, master in enumerate(self._masters()):
-            tensors[f"{index}.weights"] = master.detach()
-            for key, value in self._base_optimizer.state[master].items():
-                tensors[f"{index}.{key}"] = torch.as_tensor(value)
-        return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-    def foreign_weights(self, tensors: dict[str, Tensor]) -> tuple[int, int]:
-        """(float32 weights in what `optimizer_tensors` gave that are not the model's, how many there are).
-
-        Ask before anything is loaded or trained: the masters are then the model's weights. Where the model is bfloat16
-        its weights are the masters rounded, whatever ZeRO's stage. Raises ConfigError where shapes differ.
-        """
-        foreign = count = 0
-        for index, master in enumerate(self._masters()):
-            saved = self._saved(tensors, index, master).to(master.device)
-            differs = saved.to(self._dtype) != master.detach().to(self._dtype)
-            real = self._real(index, differs)
-            foreign, count = foreign + int((differs & real).sum()), count + int(real.sum())
-        return foreign, count
-
-    @torch.no_grad()
-    def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `optimizer_tensors` gave, on the same rank of as many ranks with the same ZeRO stage."""
-        for index, master in enumerate(self._masters()):
-            master.copy_(self._saved(tensors, index, master))
-            prefix = f"{index}."
-            self._base_optimizer.state[master] = {
-                name.removeprefix(prefix): value.to("cpu" if value.dim() == 0 else master.device)
-                for name, value in tensors.items()
-                if name.startswith(prefix) and name != f"{index}.weights"
-            }
-
-    def _saved(self, tensors: dict[str, Tensor], index: int, master: Tensor) -> Tensor:
-        """The float32 weights that belong to `master`. Raises ConfigError."""
-        saved = tensors.get(f"{index}.weights")
-        if saved is None or saved.shape != master.shape:
-            found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
-            raise ConfigError(
-                f"optimizer state {index}.weights: expected shape {tuple(master.shape)}, found {found}; "
-                "resume with the same learner.ranks, learner.zero_stage and model as the checkpoint"
-            )
-        return saved
-
-    def _real(self, index: int, like: Tensor) -> Tensor:
-        """bool, as `like`: false where ZeRO 3 has filled up this rank's part, with whatever was in memory."""
-        real = torch.ones_like(like)
-        if self.zero_stage == 3:
-            start = 0
-            for parameter in self._engine.optimizer.fp16_groups[index]:
-                size = int(parameter.ds_tensor.ds_numel)
-                own = min(max(int(parameter.ds_numel) - self.rank * size, 0), size)
-                real[start + own : start + size] = False
-                start += size
-        return real
-
     def _masters(self) -> list[Tensor]:
-        """The float32 tensors that the optimizer steps, whatever ZeRO's stage calls them."""
+        """The float32 tensors that the optimizer steps, whatever ZeRO's stage calls them; from stage 1 on."""
         optimizer = self._engine.optimizer
         for attribute in (
             "fp32_partitioned_groups_flat",  # ZeRO 3
@@ -267,7 +212,7 @@ class DeepSpeedEngine:
         ):
             if hasattr(optimizer, attribute):
                 return list(getattr(optimizer, attribute))
-        return [p for group in self._base_optimizer.param_groups for p in group["params"]]
+        raise AssertionError(f"{type(optimizer).__name__}: no float32 tensors under ZeRO {self.zero_stage}")
 
 
 def run_in(part: Tensor, name: str, held: Tensor, begin: int, count: int) -> Run | None:

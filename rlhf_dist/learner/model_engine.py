@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from transformers import PreTrainedModel
 
 from rlhf_dist.algo.logprobs import Entropy, chunk_count
 from rlhf_dist.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
-from rlhf_dist.errors import ConfigError, RlhfError
+from rlhf_dist.errors import RlhfError
 from rlhf_dist.learner.agreement import Held, require_agreement
+from rlhf_dist.learner.changed_words import Part
 from rlhf_dist.learner.checkpoint_files import optimizer_file
 from rlhf_dist.learner.deepspeed_engine import DeepSpeedEngine, zero_scatter
 from rlhf_dist.learner.direct_publication import DirectPublication
 from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.numbers_check import NumbersCheck
+from rlhf_dist.learner.optimizer_state import SavedState, contents, foreign_weights, load_state, steps, write_state
 from rlhf_dist.learner.publication import Publication
 from rlhf_dist.learner.witness import Witness
 from rlhf_dist.models.attention import choose_attention
@@ -27,7 +30,7 @@ from rlhf_dist.models.hf import load_model, own_memory, read_companions, save_hf
 from rlhf_dist.models.packed import PackedModel
 from rlhf_dist.models.packed_policy import PackedPolicy, check_head
 from rlhf_dist.models.sequence_parallel import sequence_group
-from rlhf_dist.models.tensors import digest, read_tensors, write_tensors
+from rlhf_dist.models.tensors import digest
 from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement, MeetingPoint, Round, Sent
 
@@ -109,46 +112,43 @@ class Engine:
 
     def save_optimizer(self, folder: Path) -> None:
         """Write this rank's `optimizer-RANK.safetensors` into `folder`."""
-        write_tensors(self._deepspeed.optimizer_tensors(), folder / optimizer_file(self.rank))
+        deepspeed = self._deepspeed
+        write_state(deepspeed.parts(), deepspeed.optimizer, folder / optimizer_file(self.rank), deepspeed.world_size)
 
     def restore(self, folder: Path) -> None:
-        """Restore the optimizer from what `save` wrote; the weights came with `source`. Every rank calls it.
+        """Restore the optimizer from what `save` wrote; the weights came with `source`. Every rank calls it, of as many
+        ranks and under whatever ZeRO stage.
 
-        Before anything is taken, the ranks compare what they hold. Raises ConfigError for another number of ranks or
-        another ZeRO stage, DataError for a file that is damaged or of other weights, RunError for ranks that differ.
+        Before anything is taken, the ranks compare what they hold. Raises ConfigError for another model or an older
+        version's file, DataError for one that is damaged or of other weights, RunError for ranks that differ.
         """
-        tensors: dict[str, Tensor] = {}
+        deepspeed, parts = self._deepspeed, self._deepspeed.parts()
         mine: Held | RlhfError
-        try:
-            tensors = self._read_optimizer(folder)
-            foreign, count = self._deepspeed.foreign_weights(tensors)
-            mine = Held(optimizer_file(self.rank), foreign, count, self._whole(tensors))
-        except RlhfError as error:  # told to the others, who would wait for this rank
-            mine = error
-        everyone = self._deepspeed.of_all_ranks(mine)
-        for found in everyone:
-            if isinstance(found, RlhfError):
-                raise found
-        require_agreement(folder, everyone)
-        self._deepspeed.load_optimizer_tensors(tensors)
+        saved: SavedState | None = None
+        with ExitStack() as opened:
+            try:
+                saved = opened.enter_context(SavedState(folder, self.rank))
+                mine = Held(foreign_weights(parts, saved, deepspeed.dtype), self._whole(parts, saved))
+            except RlhfError as error:  # told to the others, who would wait for this rank
+                mine = error
+            everyone = deepspeed.of_all_ranks(mine)
+            for found in everyone:
+                if isinstance(found, RlhfError):
+                    raise found
+            require_agreement(folder, everyone)
+            assert saved is not None
+            load_state(parts, deepspeed.optimizer, saved)
 
-    def _read_optimizer(self, folder: Path) -> dict[str, Tensor]:
-        path = folder / optimizer_file(self.rank)
-        if not path.exists():
-            raise ConfigError(f"{path} is missing: resume with the learner.ranks that wrote the checkpoint")
-        return read_tensors(path)
-
-    def _whole(self, optimizer: dict[str, Tensor]) -> dict[str, str]:
-        """Hashes of what every rank has to hold alike, in words; `optimizer` is from this rank's file.
+    def _whole(self, parts: Sequence[Part], saved: SavedState) -> dict[str, str]:
+        """Hashes of what every rank has to hold alike, in words.
 
         Under ZeRO 3 a rank has a part of the weights that no other has, from ZeRO 1 on a part of Adam's moments.
         """
-        steps = {name: tensor for name, tensor in optimizer.items() if name.endswith(".step")}
-        found = {"optimizer steps": digest(sorted(steps.items()))}
+        found = {"optimizer steps": digest([("steps", torch.tensor(steps(parts, saved)))])}
         if self._deepspeed.zero_stage < 3:
             found["weights"] = digest(self._deepspeed.named_weights())
         if self._deepspeed.zero_stage == 0:
-            found["optimizer state"] = digest(sorted(optimizer.items()))
+            found["optimizer state"] = digest(contents(parts, saved))
         return found
 
     def close(self) -> None:
@@ -232,8 +232,8 @@ class ModelEngine(Engine):
             ),
         )
 
-    def _whole(self, optimizer: dict[str, Tensor]) -> dict[str, str]:
-        found = super()._whole(optimizer)
+    def _whole(self, parts: Sequence[Part], saved: SavedState) -> dict[str, str]:
+        found = super()._whole(parts, saved)
         return found if self._mask is None else found | {"mask": digest(self._mask.weights())}
 
     def _check(self, module: Any) -> None:

@@ -35,13 +35,10 @@ T = TypeVar("T")
 
 RECORD_FILE = "stage.json"
 
-RANKS = (
-    *("learner.ranks", "learner.sequence_parallel", "learner.zero_stage"),
-    *("learner.micro_batch_tokens", "learner.logprob_chunk_tokens"),
-)
+CUTS = ("learner.micro_batch_tokens", "learner.logprob_chunk_tokens")
 READ = {
-    "sft": ("seed", "model", "data", "sft", "eval.prompts", *RANKS),
-    "reward": ("seed", "model", "data.task", "data.system", "data.chat", "preferences", "reward", *RANKS),
+    "sft": ("seed", "model", "data", "sft", "eval.prompts", *CUTS),
+    "reward": ("seed", "model", "data.task", "data.system", "data.chat", "preferences", "reward", *CUTS),
     "train": (
         *("seed", "model", "data", "rollout", "scoring", "algo", "learner", "critic", "reference", "ptx"),
         *("weights", "loop", "eval", "sft.wrong_share"),
@@ -49,7 +46,7 @@ READ = {
 }
 """Command -> the keys and sections that it reads; other keys may change without making its result another one."""
 UNRECORDED = tuple(key for key in CHANGEABLE if key != "loop.steps")
-"""Keys that are read and change nothing in the result; so does every `timeout_s`."""
+"""Keys that are read and change nothing in the result but its rounding; so does every `timeout_s`."""
 PATH_KEYS = ("path", "eval_path", "start")
 """Last parts of the keys that may name a file or directory whose content is an input."""
 NO_PATHS = ("tiny", "policy", "shared")

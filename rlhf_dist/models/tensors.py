@@ -16,10 +16,10 @@ from rlhf_dist.errors import DataError, DiskError
 WAY_OUT = "resume from another checkpoint with --resume-from step-N"
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a file of a checkpoint. Raises DiskError."""
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
     except (OSError, SafetensorError) as error:
         raise DiskError(f"{path}: cannot be written: {error}; the checkpoint before it is intact") from None
 

@@ -237,15 +237,13 @@ def test_a_run_that_exists_is_not_overwritten(shared_run: SharedRun) -> None:
     assert (shared_run.path / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_resume_with_another_number_of_ranks_is_refused(shared_run: SharedRun) -> None:
-    """The optimizer's parts were cut for 2 ranks."""
+def test_a_resume_with_another_budget_of_tokens_is_refused(shared_run: SharedRun) -> None:
     words = ["train", "--resume", "name=grpo", f"model.path={shared_run.workplace.output / 'sft'}"]
-    result = shared_run.workplace.run(*words, "learner.ranks=1", "loop.steps=9")
+    result = shared_run.workplace.run(*words, "learner.micro_batch_tokens=77", "loop.steps=9")
     assert (result.code, result.stdout) == (2, "")
-    assert (
-        "a resume cannot change learner.ranks from 2 to 1" in result.stderr and result.stderr.count("rlhf-dist:") == 1
-    )
-    assert "ranks: 2" in (shared_run.path / "config.yaml").read_text(), "and it is not written over"
+    assert "a resume cannot change learner.micro_batch_tokens from" in result.stderr
+    assert result.stderr.count("rlhf-dist:") == 1
+    assert "micro_batch_tokens: 77" not in (shared_run.path / "config.yaml").read_text(), "and it is not written over"
 
 
 POSITIONS = TinyConfig(hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1, max_positions=40)

@@ -7,7 +7,6 @@ process that is alone runs them in plain torch, before it has seen DeepSpeed.
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -16,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from altered_checkpoint import ALTERED, altered
 from method_ranks import CHUNK_TOKENS, run_methods
 from plain_methods import METHODS, run_plain
-from safetensors.torch import load_file, save_file
 from sample_groups import PROMPT, group_of, rows_of
 
 from rlhf_dist.algo.algorithm import LaggingMask
@@ -30,12 +29,12 @@ from rlhf_dist.config.schema import (
     ModelConfig,
     OptimizerConfig,
 )
-from rlhf_dist.errors import DataError, RunError
-from rlhf_dist.learner.checkpoint_files import MASK_FOLDER, optimizer_file
+from rlhf_dist.learner.checkpoint_files import MASK_FOLDER
 from rlhf_dist.learner.deepspeed_engine import init_process_group
 from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.micro_batch_rows import pack_rows
 from rlhf_dist.learner.model_engine import ModelEngine
+from rlhf_dist.learner.optimizer_state import held
 from rlhf_dist.learner.policy_learner import PolicyLearner
 from rlhf_dist.learner.rank_batch import rank_batch
 from rlhf_dist.learner.shard import Shard
@@ -53,8 +52,6 @@ SAMPLING = Sampling(temperature=0.9, top_p=1.0, top_k=0, max_tokens=40, stop=())
 OPTIMIZER = OptimizerConfig(lr=0.5, eps=1.0, warmup_steps=0, weight_decay=0.01, max_grad_norm=0.05)
 LEARNER = LearnerConfig(optimizer=OPTIMIZER)
 STEPS = 9
-ALTERED = ("weights", "exp_avg", "step", "memory", "length")
-"""A tensor in the optimizer's file, a weight of the model itself, the end of the file."""
 LAG = LaggingMask(top_p=0.5, every=2)
 GRPO = grpo(AlgoConfig())
 
@@ -133,6 +130,16 @@ class Trainer:
         return {name: tensor.clone() for name, tensor in self.engine.weights()}
 
 
+def stepped(engine: ModelEngine) -> dict[str, torch.Tensor]:
+    """What the optimizer holds on this rank, by name."""
+    return {
+        f"{run.name}.{key}": (value.view(-1)[run.start : run.start + run.count] if value.dim() else value).clone()
+        for part in engine._deepspeed.parts()
+        for key, value in held(part, engine._deepspeed.optimizer).items()
+        for run in part.runs
+    }
+
+
 def chunks(shard: Shard, made: list[Group]) -> list[int]:
     """How many parts of `CHUNK_TOKENS` or less the sampled tokens of each micro-batch make."""
     batch = rank_batch(shard, made, ())
@@ -176,30 +183,6 @@ def run_stage(stage: int, world: int, model: Path, folder: Path) -> dict[str, An
     fresh.step(3)
     found["three_without_restore"] = fresh.weights()
     return found
-
-
-def altered(engine: ModelEngine, kind: str, checkpoint: Path, folder: Path) -> str:
-    """What a restore says on this rank where rank 1 has something else than the checkpoint had."""
-    name, target = optimizer_file(engine.rank), folder / f"{kind}-{checkpoint.name}"
-    target.mkdir(exist_ok=True)
-    tensors = load_file(checkpoint / name)
-    parameter = next(engine._deepspeed._engine.module.parameters())
-    kept = parameter.data.clone()
-    if engine.rank == 1:
-        if kind == "memory":
-            parameter.data.view(-1)[7:8].add_(1e-3)
-        elif kind != "length":
-            tensors[f"0.{kind}"].view(-1)[:1] += 1e-3 if kind == "weights" else 1.0
-    save_file(tensors, target / name)
-    if engine.rank == 1 and kind == "length":
-        os.truncate(target / name, 5000)
-    try:
-        engine.restore(target)
-        return ""
-    except (DataError, RunError) as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        parameter.data.copy_(kept)
 
 
 def run_masked(stage: int, world: int, model: Path, folder: Path) -> dict[str, Any]:
@@ -283,7 +266,7 @@ def run_bfloat16(stage: int, world: int, model: Path, folder: Path) -> dict[str,
     trainer = Trainer(model, learner, "bfloat16", world)
     before = trainer.weights()
     metrics = [trainer.step(1), trainer.step(2)]
-    tensors = trainer.engine._deepspeed.optimizer_tensors()
+    tensors = stepped(trainer.engine)
     checkpoint = folder / f"bfloat16-{world}-{stage}"
     checkpoint.mkdir(exist_ok=True)
     trainer.engine.save(checkpoint)
@@ -291,7 +274,7 @@ def run_bfloat16(stage: int, world: int, model: Path, folder: Path) -> dict[str,
     again = Trainer(checkpoint / "hf", learner, "bfloat16", world)
     refused = altered(again.engine, "weights", checkpoint, folder)
     again.engine.restore(checkpoint)
-    masters = again.engine._deepspeed.optimizer_tensors()
+    masters = stepped(again.engine)
     return {
         "altered": refused,
         "restored": all(torch.equal(masters[name], tensor) for name, tensor in tensors.items()),

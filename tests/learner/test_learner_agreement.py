@@ -15,7 +15,7 @@ WAY_OUT = "resume from another checkpoint with --resume-from step-N"
 
 
 def held(rank: int, weights: str = "a" * 32, foreign: int = 0) -> Held:
-    return Held(f"optimizer-{rank}.safetensors", foreign, 12_000, {"optimizer steps": "0" * 32, "weights": weights})
+    return Held({f"optimizer-{rank}.safetensors": (foreign, 12_000)}, {"optimizer steps": "0" * 32, "weights": weights})
 
 
 @pytest.mark.parametrize(

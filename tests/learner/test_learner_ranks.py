@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import pytest
 import torch
 from forks import ForkServer
 from plain_methods import METHODS, OPTIMIZER, Seen
-from rank_processes import distance, run_ranks
+from rank_processes import Weights, distance, run_ranks
 from ranks import LAG, rollouts
+from safetensors import safe_open
+from safetensors.torch import load_file
 from sample_groups import rows_of
 
 from rlhf_dist.config.schema import TinyConfig
@@ -29,9 +33,13 @@ MODEL = TinyConfig(hidden_size=192, intermediate_size=640, layers=2, heads=2, kv
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, forks: ForkServer) -> dict[tuple[int, int], dict[Any, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, forks: ForkServer) -> dict[tuple[int, int], dict[Any, Any]]:
     """(world size, rank) -> what `ranks.py` found; one process alone and two together, side by side."""
-    folder = tmp_path_factory.mktemp("ranks")
     model = make_tiny(MODEL, folder)
     return run_ranks(forks, "ranks.py", folder, model, folder)
 
@@ -190,6 +198,84 @@ def test_a_restored_checkpoint_goes_on_exactly(results: dict, stage: int, world:
             assert torch.equal(found["three_restored"][name], tensor), name
         # Adam's moments are a part of it: without them the third step is another one.
         assert distance(found["three_without_restore"], found["three"], found["two"]) > 1e-2
+
+
+Layout = tuple[int, int]
+"""Ranks, and ZeRO stage."""
+Pair = tuple[Layout, Layout, str]
+"""Of the checkpoint, of what it is restored in, and the dtype."""
+PAIRS: list[Pair] = [
+    ((2, 3), (1, 0), "float32"),
+    ((1, 0), (2, 3), "float32"),
+    ((1, 3), (2, 2), "float32"),
+    ((2, 2), (2, 0), "float32"),
+    ((2, 1), (1, 3), "bfloat16"),
+]
+LAYOUTS: list[Layout] = [(ranks, stage) for ranks in (1, 2) for stage in STAGES]
+ALL_PAIRS: list[Pair] = [(before, after, "float32") for before in LAYOUTS for after in LAYOUTS if before != after] + [
+    ((2, before), after, "bfloat16") for before in STAGES[1:] for after in LAYOUTS if after[1] and after != (2, before)
+]
+
+
+def restored(forks: ForkServer, folder: Path, pairs: Sequence[Pair]) -> dict[tuple[int, int], dict[str, Weights]]:
+    """(world size, rank) -> the weights after one more step, by `in_layout`."""
+    place = folder / f"layouts-{len(pairs)}"
+    place.mkdir()
+    return run_ranks(forks, "layout_ranks.py", place, folder, place, json.dumps(pairs))
+
+
+def in_layout(pair: Pair) -> str:
+    (ranks, before), (world, stage), dtype = pair
+    return f"{'checkpoint' if dtype == 'float32' else dtype}-{ranks}-{before}-in-{world}-{stage}"
+
+
+def saved_state(checkpoint: Path) -> Weights:
+    """The optimizer's files put together: `PARAMETER.KEY` -> all of it, flat."""
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    for file in checkpoint.glob("optimizer-*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            begins = json.loads(opened.metadata()["optimizer"])["parts"]
+        for key, tensor in load_file(file).items():
+            begin = begins[key.rpartition(".")[0]] if tensor.dim() else 0
+            assert torch.equal(parts.setdefault(key, {}).setdefault(begin, tensor), tensor)
+    for pieces in parts.values():
+        ends = [begin + len(piece) for begin, piece in sorted(pieces.items()) if piece.dim()]
+        assert sorted(pieces) == [0, *ends[:-1]], "one after the other, none twice"
+    return {key: torch.cat([p.reshape(-1) for _, p in sorted(pieces.items())]) for key, pieces in parts.items()}
+
+
+def check_layouts(results: dict, found: dict[tuple[int, int], dict[str, Weights]], folder: Path, pair: Pair) -> None:
+    """What is saved again is what was saved, by name, and the next step is the same."""
+    (ranks, before), (world, _), dtype = pair
+    name = in_layout(pair)
+    state, again = saved_state(folder / name.partition("-in-")[0]), saved_state(folder / name)
+    assert state.keys() == again.keys() and all(torch.equal(again[key], state[key]) for key in state)
+    trained = results[ranks, 0][before] if dtype == "float32" else results[ranks, 0][dtype][before]
+    assert len(state) == 4 * len(trained["two"])
+    for key, weights in trained["two"].items():
+        assert torch.equal(state[f"model.{key}.weights"].to(weights.dtype), weights.reshape(-1)), key
+        assert float(state[f"model.{key}.exp_avg"].abs().max()) > 0 and float(state[f"model.{key}.step"]) == 2
+    for rank in range(world):
+        if dtype == "float32":
+            assert distance(found[world, rank][name], trained["three"], trained["start"]) <= 1e-6
+        assert distance(found[world, rank][name], found[world, 0][name], trained["start"]) == 0
+
+
+@pytest.fixture(scope="module")
+def some(results: dict, forks: ForkServer, folder: Path) -> dict[tuple[int, int], dict[str, Weights]]:
+    return restored(forks, folder, PAIRS)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=in_layout)
+def test_another_layout_goes_on_with_the_same_state(results: dict, some: dict, folder: Path, pair: Pair) -> None:
+    check_layouts(results, some, folder, pair)
+
+
+@pytest.mark.faults
+def test_every_layout_goes_on_from_every_other(results: dict, forks: ForkServer, folder: Path) -> None:
+    found = restored(forks, folder, ALL_PAIRS)
+    for pair in ALL_PAIRS:
+        check_layouts(results, found, folder, pair)
 
 
 FOREIGN = r"DataError: .*checkpoint-2-\d: the float32 weights in optimizer-1\.safetensors \(1 of [\d,]+ differ\)"

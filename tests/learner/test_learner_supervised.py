@@ -11,11 +11,13 @@ import torch
 
 from rlhf_dist.config.schema import SftConfig
 from rlhf_dist.data.rows import Demonstration
-from rlhf_dist.errors import DataError, DiskError
+from rlhf_dist.errors import ConfigError, DataError, DiskError
+from rlhf_dist.learner.changed_words import Part, Run
 from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.supervised import SupervisedLearner
 from rlhf_dist.models.hf import load_tokenizer
+from rlhf_dist.models.tensors import write_tensors
 
 
 class Engine:
@@ -65,37 +67,55 @@ def test_a_batch_without_anything_to_learn_is_an_error(tiny_model: Path, texts: 
 
 @pytest.fixture
 def engine() -> ModelEngine:
-    """Rank 1 of an engine, with nothing behind it but optimizer tensors."""
+    """Rank 0 of an engine, with nothing behind it but an optimizer."""
     made = object.__new__(ModelEngine)
-    made.rank, made._mask = 1, None
-    tensors = {"exp_avg": torch.ones(4)}
-    loaded: dict[str, torch.Tensor] = {}
+    made.rank, made._mask = 0, None
+    master = torch.ones(4, requires_grad=True)
+    optimizer = torch.optim.AdamW([master])
+    optimizer.state[master] = {"exp_avg": torch.full((4,), 2.0), "step": torch.tensor(3.0)}
     made._deepspeed = SimpleNamespace(  # type: ignore[assignment]
         zero_stage=2,
-        optimizer_tensors=lambda: tensors,
-        foreign_weights=lambda found: (0, len(found)),
+        world_size=1,
+        dtype=torch.float32,
+        optimizer=optimizer,
+        parts=lambda: [Part(master, master.detach(), (Run("w", 0, 0, 4),))],
         named_weights=lambda: iter([]),
-        of_all_ranks=lambda held: [held, held],
-        load_optimizer_tensors=loaded.update,
-        loaded=loaded,
+        of_all_ranks=lambda held: [held],
+        master=master,
     )
     return made
 
 
 def test_an_optimizer_that_cannot_be_written_is_a_disk_error(engine: ModelEngine, tmp_path: Path) -> None:
-    with pytest.raises(DiskError, match=r"optimizer-1\.safetensors: cannot be written: .*No such file"):
-        engine.save(tmp_path / "gone")
+    with pytest.raises(DiskError, match=r"optimizer-0\.safetensors: cannot be written: .*No such file"):
+        engine.save_optimizer(tmp_path / "gone")
 
 
 def test_an_optimizer_that_cannot_be_read_is_a_data_error(engine: ModelEngine, tmp_path: Path) -> None:
-    engine.save(tmp_path)
+    engine.save_optimizer(tmp_path)
+    engine._deepspeed.optimizer.state.clear()
     engine.restore(tmp_path)
-    assert engine._deepspeed.loaded["exp_avg"].tolist() == [1.0] * 4  # type: ignore[attr-defined]
-    path = tmp_path / "optimizer-1.safetensors"
+    assert engine._deepspeed.optimizer.state[engine._deepspeed.master]["exp_avg"].tolist() == [2.0] * 4  # type: ignore[attr-defined]
+    path = tmp_path / "optimizer-0.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(
-        DataError, match=r"optimizer-1\.safetensors: cannot be read: .*; resume from another checkpoint"
+        DataError, match=r"optimizer-0\.safetensors: cannot be read: .*; resume from another checkpoint"
     ):
+        engine.restore(tmp_path)
+    write_tensors({"0.weights": torch.ones(4)}, path)
+    with pytest.raises(ConfigError, match=r"optimizer-0\.safetensors: was written by an older version of rlhf-dist"):
+        engine.restore(tmp_path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"optimizer-0\.safetensors: is missing; resume from another checkpoint"):
+        engine.restore(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "count"), [("another", 4), ("w", 5)])
+def test_an_optimizer_of_another_model_is_refused(engine: ModelEngine, tmp_path: Path, name: str, count: int) -> None:
+    engine.save_optimizer(tmp_path)
+    part = Part(torch.ones(count), torch.ones(count), (Run(name, 0, 0, count),))
+    engine._deepspeed.parts = lambda: [part]  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=rf"has no optimizer state of {name} from element \d on; resume with"):
         engine.restore(tmp_path)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ranks import OPTIMIZER, SAMPLING, batch_of, rollouts
+from ranks import OPTIMIZER, SAMPLING, batch_of, rollouts, stepped
 
 from rlhf_dist.algo.recipes import grpo
 from rlhf_dist.config.schema import AlgoConfig, CriticConfig, KLConfig, LearnerConfig, ModelConfig
@@ -114,7 +114,7 @@ def train(
     found = {
         "metrics": metrics,
         "weights": {name: tensor.clone() for name, tensor in engine.weights()},
-        "optimizer": engine._deepspeed.optimizer_tensors(),  # pyright: ignore[reportPrivateUsage]
+        "optimizer": stepped(engine),
         "seen": policy.witness and policy.witness.seen(),
         "micro-batches": [[len(chosen) for chosen in update] for update in batch.updates],
     }
