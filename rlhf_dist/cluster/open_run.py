@@ -95,4 +95,6 @@ def finish(
     print(before_after_text(before, after))
     for line in filter(None, [*lines, tally.line()]):
         print(line)
-    print(f"run directory: {run.path}  curves: {run.curves}  model: {run.latest_checkpoint()}/hf  ({seconds:.0f} s)")
+    best = run.best_checkpoint()
+    models = f"model: {run.latest_checkpoint()}/hf" + (f"  best: {best}/hf" if best else "")
+    print(f"run directory: {run.path}  curves: {run.curves}  {models}  ({seconds:.0f} s)")

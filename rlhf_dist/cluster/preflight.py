@@ -78,7 +78,7 @@ def disk_need(source: str, config: Config, command: Command) -> int:
     A critic with its own trunk takes as much again; a moving average is float32; a reference that moves and a mask
     policy are like the model.
     """
-    kept = 1 if command in ("sft", "reward") else config.loop.keep_checkpoints
+    kept = 1 if command in ("sft", "reward") else config.loop.keep_checkpoints + config.loop.keep_best
     return checkpoint_bytes(source, config, command) * (kept + 1)
 
 

@@ -68,6 +68,11 @@ PROBLEMS: dict[tuple[Command, ...], Problems] = {
     },
     ("train",): {
         **SENT_STRAIGHT,
+        "loop.keep_best is {c.loop.keep_best}, but no step before the last, {c.loop.steps}, has both an evaluation "
+        "(eval.every {c.eval.every}) and a checkpoint (loop.checkpoint_every {c.loop.checkpoint_every}); set "
+        "loop.checkpoint_every to eval.every or a multiple of it": lambda c: (
+            c.loop.keep_best and not 0 < math.lcm(c.eval.every, c.loop.checkpoint_every) < c.loop.steps
+        ),
         "rollout.temperature is 0; all samples of a group would be the same: it must be greater than 0 for "
         "train": lambda c: c.rollout.temperature == 0,
         "ptx.source is task, demonstrations of data.task, but data.source is {c.data.source}; set ptx.source and "

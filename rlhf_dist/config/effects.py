@@ -95,6 +95,7 @@ FIXED_REFERENCE = says(
     "{key.name} is {key.value} and has no effect with reference.update_every {c.reference.update_every}, where lost "
     "ranks end the run; set one of them to 0",
 )
+KEEPING_BEST = where("loop.keep_best", bool, "set both or none")
 DIVIDES_RANKS = says(
     lambda c, key: key.value > 0 and c.learner.ranks % key.value,
     "{key.name} is {key.value}; it must divide learner.ranks, {c.learner.ranks}: set one of them to a multiple of the "

@@ -275,6 +275,13 @@ class LoopConfig:
     """Steps; 0: only at the end."""
     keep_checkpoints: int = key(2, COUNT)
     """The newest so many stay."""
+    keep_best: int = key(0, NOT_NEGATIVE)
+    """Beside them the best so many stay, of those that were evaluated at their own step; `checkpoints/BEST` names the
+    best. 0: none does for that."""
+    best_metric: str = key("eval/reward", effects.KEEPING_BEST)
+    """What is best: a metric of evaluations."""
+    best_is: Literal["highest", "lowest"] = key("highest", effects.KEEPING_BEST)
+    """Which of two values of `best_metric` is better; of equal ones the earlier."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import xxhash
 
 from rlhf_dist.errors import DataError
-from rlhf_dist.models.checkpoints import latest_checkpoint
+from rlhf_dist.models.checkpoints import BEST, best_checkpoint, latest_checkpoint
 from rlhf_dist.models.guarded_files import hash_file, hash_files
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -23,7 +23,10 @@ NEEDED = (
 
 
 def content(path: Path) -> str:
-    """Fingerprint of a file's content, of a run's newest model, or of every file in a directory. Raises DataError."""
+    """Fingerprint of a file's content, of a run's newest model (or its best one, for `checkpoints/BEST`), or of every
+    file in a directory. Raises DataError."""
+    if path.name == BEST and (best := best_checkpoint(path.parent.parent)) is not None:
+        return digest(model_files(best))
     if not path.is_dir():
         return hash_file(path)
     checkpoint = latest_checkpoint(path)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from rlhf_dist.errors import ActorLost, RanksLost, RanksSilent, RlhfError
+from rlhf_dist.loop.best_checkpoints import best_of
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.devices import Devices
 from rlhf_dist.loop.numbers_faults import Numbers, RolledBack
@@ -146,7 +147,8 @@ def bring_to_disk(run: Run) -> None:
         for path in sorted(kept.rglob("*")):  # folders before what is in them
             copy = folder / path.relative_to(kept)
             copy.mkdir() if path.is_dir() else shutil.copyfile(path, copy)
-        final = run.directory.commit_checkpoint(step, run.config.loop.keep_checkpoints, asdict(read_state(kept)))
+        loop, state = run.config.loop, asdict(read_state(kept))
+        final = run.directory.commit_checkpoint(step, loop.keep_checkpoints, state, best=best_of(loop))
     except (RlhfError, OSError) as error:
         run.telemetry.warn(f"the state of step {step} in memory could not be saved: {error}")
         return

@@ -12,6 +12,7 @@ from rlhf_dist.algo.algorithm import Algorithm
 from rlhf_dist.config.reward_words import solved_by
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream
+from rlhf_dist.loop.best_checkpoints import best_of, require_metric
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import Rules, rules_of, sampling_of
 from rlhf_dist.loop.devices import Devices
@@ -122,6 +123,7 @@ def train(
     push_first(run, step)
     watch = Stopwatch(before=0.0 if state is None else state.elapsed, begins=devices.goodput.phase)
     before, results, answers = evaluate_first(run, shell) if state is None else known(run, state)
+    require_metric(best_of(loop), results)
     warn_of_cuts(run)
     if step < loop.steps:
         run.progress.stage(f"taking step {step + 1}")

@@ -1,7 +1,7 @@
 """The directory of one run: its files, its lock, its checkpoints, and the rules of coming back to it.
 
 OUTPUT/NAME/  config.yaml  metrics.jsonl  events.jsonl  summary.json  ledger.sqlite  curves.png  wandb_id  run.lock
-              rollouts/  faults/  checkpoints/step-N/ + LATEST  logs/  wandb/
+              rollouts/  faults/  checkpoints/step-N/ + LATEST, BEST  logs/  wandb/
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.errors import ConfigError, DataError, DiskError, ResourceError
+from rlhf_dist.loop.best_checkpoints import Best, best_steps
 from rlhf_dist.loop.run_lock import LOCK_FILE, looked_at, refuse_links, require_place, take_lock
 from rlhf_dist.loop.saved_config import require_same_config
 from rlhf_dist.models.checkpoints import (
+    BEST,
     CHECKPOINT_PREFIX,
     LATEST,
     STATE_FILE,
+    best_checkpoint,
     checkpoint_steps,
     latest_checkpoint,
     sealed,
@@ -96,8 +99,16 @@ class RunDirectory:
             folder.mkdir(parents=True)
         return folder
 
-    def commit_checkpoint(self, step: int, keep: int, state: Mapping[str, Any], needed: Sequence[str] = ()) -> Path:
-        """Make the folder of `begin_checkpoint` the newest checkpoint, then remove all but the newest `keep`.
+    def commit_checkpoint(
+        self,
+        step: int,
+        keep: int,
+        state: Mapping[str, Any],
+        needed: Sequence[str] = (),
+        best: Best | None = None,
+    ) -> Path:
+        """Make the folder of `begin_checkpoint` the newest checkpoint, then remove all but the newest `keep` and the
+        `best`.
 
         `needed`: files that other processes had to write into it. `state` becomes its state.json, with a hash of every
         file. A crash at any moment leaves the earlier checkpoint or this one whole; so when LATEST names this very step
@@ -127,14 +138,34 @@ class RunDirectory:
             os.rename(folder, final)
             _sync(self.checkpoints)
         write_text(self.checkpoints / LATEST, final.name + "\n")
-        older = sorted(other for other in checkpoint_steps(self.checkpoints) if other <= step)
+        older = [other for other in checkpoint_steps(self.checkpoints) if other <= step]
+        stay = self._name_best(older, best)
         for other in older[:-keep]:
-            shutil.rmtree(self.checkpoints / f"{CHECKPOINT_PREFIX}{other}", ignore_errors=True)
+            if other not in stay:
+                shutil.rmtree(self.checkpoints / f"{CHECKPOINT_PREFIX}{other}", ignore_errors=True)
         return final
+
+    def _name_best(self, steps: Sequence[int], best: Best | None) -> list[int]:
+        """Let BEST name the best of these; those that stay. Raises DiskError."""
+        stay = [] if best is None else best_steps(self.checkpoints, steps, best)
+        if stay and self.best_checkpoint() != (first := self.checkpoints / f"{CHECKPOINT_PREFIX}{stay[0]}"):
+            write_text(self.checkpoints / BEST, first.name + "\n")
+        elif not stay:
+            self._name_no_best()
+        return stay
+
+    def _name_no_best(self) -> None:
+        with _disk_errors(self.checkpoints / BEST):
+            if os.path.lexists(self.checkpoints / BEST):
+                (self.checkpoints / BEST).unlink()
 
     def latest_checkpoint(self) -> Path | None:
         """The checkpoint that LATEST names; None before the first. Raises DataError, see `checkpoints`."""
         return latest_checkpoint(self.path)
+
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint that BEST names; None where it names none that is there."""
+        return best_checkpoint(self.path)
 
     def go_back_to(self, checkpoint: Path) -> list[Path]:
         """Make `checkpoint` the newest: those of later steps are renamed, and count for nothing from then on.
@@ -144,6 +175,9 @@ class RunDirectory:
         if not (self.checkpoints / LATEST).is_file() or self.latest_checkpoint() != checkpoint:
             write_text(self.checkpoints / LATEST, checkpoint.name + "\n")
         later = [step for step in checkpoint_steps(self.checkpoints) if step > step_of(checkpoint)]
+        best = self.best_checkpoint()
+        if best is None or step_of(best) in later:
+            self._name_no_best()  # until the next checkpoint
         with _disk_errors(self.checkpoints):
             return [_set_aside(self.checkpoints / f"{CHECKPOINT_PREFIX}{step}") for step in later]
 

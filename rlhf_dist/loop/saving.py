@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_dist.errors import DiskError
 from rlhf_dist.learner.checkpoint_files import EMA_FILES, MASK_FILES, checkpoint_files, critic_files
+from rlhf_dist.loop.best_checkpoints import best_of
 from rlhf_dist.loop.kept_state import KeptState
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.shell import Shell
@@ -30,6 +31,7 @@ class Saver:
         self._last, saved = state, run.directory.latest_checkpoint()
         # A state that was kept in memory alone is not saved.
         self._saved = state if state is not None and saved is not None and step_of(saved) == state.step else None
+        self._evaluated = 0 if state is None else state.evaluated
         self._cursor: dict[str, int | str] = {}
         self._open: dict[str, int] = {}
 
@@ -57,6 +59,8 @@ class Saver:
         `evaluations`: before the first step, and the latest. `elapsed`: seconds since the first step began.
         """
         run, (before, results), steps = self._run, evaluations, self._run.config.loop.steps
+        if due(run.config.eval.every, step, steps):
+            self._evaluated = step
         self._last = State(
             step,
             steps,
@@ -69,6 +73,7 @@ class Saver:
             None,
             self._open,
             elapsed,
+            self._evaluated,
         )
         if due(run.config.loop.checkpoint_every, step, steps):
             self._save()
@@ -102,8 +107,11 @@ def checkpoint(run: Run, state: State) -> None:
     """Write a checkpoint that a resume and `from_pretrained` can use; the one before stays until this one is whole."""
     needed = write_parts(run, state.step, run.directory.begin_checkpoint(state.step).absolute())
     run.telemetry.keep()  # a checkpoint must not be newer than the metrics of its step
-    final = run.directory.commit_checkpoint(state.step, run.config.loop.keep_checkpoints, asdict(state), needed)
+    loop, best = run.config.loop, best_of(run.config.loop)
+    final = run.directory.commit_checkpoint(state.step, loop.keep_checkpoints, asdict(state), needed, best)
     told = f"wrote {final}"
+    if best is not None and run.directory.best_checkpoint() == final:
+        told += f", the best so far by {best.metric}"
     run.telemetry.event("checkpoint", told, step=state.step)
     run.progress.note(told)
 

@@ -40,6 +40,8 @@ class State:
     """uid -> attempt of the groups that were under way or waited to be trained on, oldest first."""
     elapsed: float = 0.0
     """Seconds since the first step began; a time in which the run stood still is not in it."""
+    evaluated: int | None = None
+    """The step that `results` are of; None in a checkpoint that was written before there was this field."""
 
 
 def read_state(folder: Path) -> State:

@@ -1,6 +1,7 @@
 """A run's `checkpoints/` as it lies on the disk: which one is the newest, and whether one is unchanged.
 
 checkpoints/LATEST              one line: step-N
+checkpoints/BEST                the same of the best one, where `loop.keep_best` asks for it
 checkpoints/step-N/state.json   the run's state, the step, and size and hash of every other file of the checkpoint
 """
 
@@ -23,6 +24,7 @@ FORMAT = 2
 """Of state.json. 1 had no number and no hashes."""
 STATE_FILE = "state.json"
 LATEST = "LATEST"
+BEST = "BEST"
 HF_FOLDER = "hf"
 """In a checkpoint, the model for `from_pretrained`."""
 CHECKPOINT_PREFIX = "step-"
@@ -66,6 +68,17 @@ def latest_checkpoint(run: Path) -> Path | None:
     if not found.is_dir():
         raise DataError(f"{pointer}: names {text!r}, which is not there; {_choice(pointer.parent)}")
     return found
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that `run/checkpoints/BEST` names; None where there is no such file, or nothing that it names."""
+    pointer = run / "checkpoints" / BEST
+    try:
+        text = read_text(pointer, LATEST_LIMIT).strip()
+    except DataError:
+        return None
+    found = pointer.parent / text
+    return found if STEP_NAME.fullmatch(text) and found.is_dir() else None
 
 
 def _choice(folder: Path) -> str:

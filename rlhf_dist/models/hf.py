@@ -25,7 +25,7 @@ from rlhf_dist.models.falcon import FALCON, teach_falcon
 from rlhf_dist.models.fit import quiet, refuse_unknown
 from rlhf_dist.models.inspect import inspect as inspect
 from rlhf_dist.models.model_config import load_config, unloadable
-from rlhf_dist.models.run_model import newest_model
+from rlhf_dist.models.run_model import run_model
 from rlhf_dist.models.tiny import make_tiny
 from rlhf_dist.models.tokenizer_files import load_tokenizer as load_tokenizer
 from rlhf_dist.models.weight_files import read_headers
@@ -38,7 +38,7 @@ class ModelSource:
     path: str
     """A Hugging Face directory, or a hub name; goes to every `from_pretrained` and to vLLM."""
     kind: Literal["tiny", "run", "directory", "hub"]
-    """run: the newest checkpoint of a run directory."""
+    """run: a checkpoint of a run directory."""
 
 
 def resolve(config: ModelConfig, cache: Path, key: str = "model.path") -> ModelSource:
@@ -51,9 +51,10 @@ def resolve(config: ModelConfig, cache: Path, key: str = "model.path") -> ModelS
     if config.path == "tiny":
         return ModelSource(str(make_tiny(config.tiny, cache)), "tiny")
     path = expanded(config.path)
+    if (model := run_model(path, key)) is not None:
+        return ModelSource(str(model), "run")
     if path.is_dir():
-        checkpoint = newest_model(path, key)
-        return ModelSource(str(checkpoint or path), "run" if checkpoint else "directory")
+        return ModelSource(str(path), "directory")
     if path.exists():
         raise ModelError(f"{key} = {config.path}: is a file; name the directory with config.json in it")
     looks_like_path = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or not config.path

@@ -1,4 +1,4 @@
-"""The model of a run directory: the newest checkpoint's, compared with what was written."""
+"""The model of a run: the newest checkpoint's or the best one's, compared with what was written."""
 
 from __future__ import annotations
 
@@ -7,20 +7,38 @@ from pathlib import Path
 from rlhf_dist.config.paths import expanded
 from rlhf_dist.errors import DataError, ModelError
 from rlhf_dist.models.checkpoints import (
+    BEST,
     CHECKPOINT_PREFIX,
     HF_FOLDER,
     LATEST,
+    best_checkpoint,
     checkpoint_steps,
     latest_checkpoint,
     problems,
 )
 
 
-def newest_model(run: Path, key: str) -> Path | None:
-    """The Hugging Face directory in the checkpoint that LATEST names; None if `run` is not a run directory.
+def run_model(path: Path, key: str) -> Path | None:
+    """The Hugging Face directory of the newest checkpoint of the run at `path`, or of the best one where `path` is a
+    run's `checkpoints/BEST`; None for what is neither.
 
-    `key` is the config key that the path stands in. Raises ModelError: a run without a checkpoint, a damaged LATEST.
+    `key` is the config key that the path stands in. Raises ModelError: a run without a checkpoint, a damaged LATEST or
+    BEST.
     """
+    if path.name == BEST and path.is_file():
+        return _best_model(path, key)
+    return _newest_model(path, key) if path.is_dir() else None
+
+
+def _best_model(path: Path, key: str) -> Path:
+    checkpoint = best_checkpoint(path.parent.parent)
+    if checkpoint is None or not (checkpoint / HF_FOLDER).is_dir():
+        names = [f"{CHECKPOINT_PREFIX}{step}" for step in checkpoint_steps(path.parent)]
+        raise ModelError(f"{key} = {path}: names no checkpoint that is there; the folder holds {', '.join(names)}")
+    return checkpoint / HF_FOLDER
+
+
+def _newest_model(run: Path, key: str) -> Path | None:
     try:
         checkpoint = latest_checkpoint(run)
     except DataError as error:
@@ -43,8 +61,7 @@ def check_run_model(path: str, key: str) -> None:
 
     Raises ModelError naming the first file that was changed, and another model of the run that was not.
     """
-    run = expanded(path)
-    model = newest_model(run, key) if run.is_dir() else None
+    model = run_model(expanded(path), key)
     if model is None:
         return
     wrong = problems(model.parent, f"{HF_FOLDER}/")

@@ -16,7 +16,7 @@ from rlhf_dist.config.schema import Config, ModelConfig, TinyConfig
 from rlhf_dist.errors import ModelError
 from rlhf_dist.models.head_parts import require_head_parts
 from rlhf_dist.models.model_files import read_object
-from rlhf_dist.models.run_model import newest_model
+from rlhf_dist.models.run_model import run_model
 from rlhf_dist.models.weight_files import read_headers
 
 TINY_VOCABULARY = 102
@@ -127,8 +127,8 @@ def shape_of(model: ModelConfig, key: str = "model.path") -> ModelShape:
     if model.path == "tiny":
         return tiny_shape(model.tiny)
     path = expanded(model.path)
-    if path.is_dir():
-        directory = newest_model(path, key) or path
+    directory = run_model(path, key) or path
+    if directory.is_dir():
         parameters = sum(math.prod(tensor.shape) for tensor in read_headers(directory).values())
         return described(read_object(directory / "config.json"), directory / "config.json", parameters)
     name = model.path

@@ -111,7 +111,7 @@ def test_a_checkpoints_state_is_enough_to_go_on(tmp_path: Path) -> None:
     folder = run.directory.latest_checkpoint()
     assert folder is not None
     written = json.loads((folder / "state.json").read_text())
-    kept = {"cursor", "before", "results", "answers", "shaper", "watch", "ledger", "open"}
+    kept = {"cursor", "before", "results", "answers", "shaper", "watch", "ledger", "open", "evaluated"}
     assert written.keys() == kept | {"step", "steps", "elapsed", "format", "files", "hash"}
     state = read_state(folder)
     assert (state.step, state.steps, state.cursor["position"]) == (STEPS, STEPS, ALL)

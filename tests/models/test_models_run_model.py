@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_dist.config.schema import ModelConfig
 from rlhf_dist.errors import ModelError
+from rlhf_dist.loop.pipeline_files import content, digest, model_files
 from rlhf_dist.models.checkpoints import sealed
-from rlhf_dist.models.run_model import check_run_model, newest_model
+from rlhf_dist.models.hf import resolve
+from rlhf_dist.models.run_model import check_run_model, run_model
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_the_newest_model_of_a_whole_run_is_taken(run: Path) -> None:
     check_run_model(str(run), "model.path")
-    assert newest_model(run, "model.path") == run / "checkpoints" / "step-4" / "hf"
+    assert run_model(run, "model.path") == run / "checkpoints" / "step-4" / "hf"
     for no_run in (
         "tiny",
         "someone/model",
@@ -85,3 +88,24 @@ def test_a_damaged_latest_is_told_by_key(run: Path) -> None:
     (run / "checkpoints" / "LATEST").write_bytes(b"\xff")
     with pytest.raises(ModelError, match=rf"^critic\.start = {run}: .*LATEST: is not UTF-8 text .* step-2, step-4"):
         check_run_model(str(run), "critic.start")
+
+
+def test_the_best_model_is_taken_where_it_is_asked_for(run: Path) -> None:
+    pointer = run / "checkpoints" / "BEST"
+    pointer.write_text("step-2\n")
+    model = pointer.with_name("step-2") / "hf"
+    assert run_model(pointer, "model.path") == model
+    assert resolve(ModelConfig(path=str(pointer)), run).path == str(model)
+    assert content(pointer) == digest(model_files(model.parent))
+    check_run_model(str(pointer), "model.path")
+    (model / "config.json").write_text("changed")
+    with pytest.raises(
+        ModelError, match=rf"^model\.path = {pointer}: {model}/config\.json: .*give model\.path=.*step-4"
+    ):
+        check_run_model(str(pointer), "model.path")
+    for text in ("step-3", "", "../../x"):
+        pointer.write_text(text)
+        with pytest.raises(
+            ModelError, match="BEST: names no checkpoint that is there; the folder holds step-2, step-4"
+        ):
+            check_run_model(str(pointer), "model.path")
