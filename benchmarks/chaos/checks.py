@@ -18,8 +18,16 @@ from chaos.plan import REFERENCE, SCORER, WORKER, Kind, Plan, config_of
 from rlhf_dist.config.schema import FaultsConfig
 from rlhf_dist.data.order import epoch_order
 from rlhf_dist.errors import ActorLost, ActorTimeout, DiskError, ResourceError, WeightSyncError
+from rlhf_dist.loop.best_checkpoints import best_of, best_steps
 from rlhf_dist.loop.run_end import read_summary
-from rlhf_dist.models.checkpoints import STATE_FILE, checkpoint_steps, latest_checkpoint, problems
+from rlhf_dist.models.checkpoints import (
+    STATE_FILE,
+    best_checkpoint,
+    checkpoint_steps,
+    latest_checkpoint,
+    problems,
+    step_of,
+)
 from rlhf_dist.telemetry.sinks import METRICS_FILE
 
 OF_TIME = ("time/", "goodput/", "rollout/group_s", "rollout/engine_", "sync/", "data/dropped_worker_lost")
@@ -111,8 +119,13 @@ def _checkpoints(plan: Plan, run: Path, steps: int, lives: int) -> None:
     if left := list((run / "checkpoints").glob(".*")):
         raise Broken("checkpoint", f"unfinished ones are left: {left}")
     # Those that a crash kept from being removed may stay, one for each life that has ended.
-    if len(kept := checkpoint_steps(run / "checkpoints")) > plan.settings.keep + lives:
+    if len(kept := checkpoint_steps(run / "checkpoints")) > plan.settings.keep + plan.settings.best + lives:
         raise Broken("checkpoint", f"these are kept: {kept}")
+    best = best_of(config_of(plan, "", "", steps).loop)
+    first = best_steps(run / "checkpoints", kept, best)[:1] if best else []
+    named = best_checkpoint(run)
+    if (named and step_of(named)) != (first[0] if first else None):
+        raise Broken("checkpoint", f"{named} is named the best, and of {kept} the best is {first}")
 
 
 def _metrics(steps: int, path: Path) -> None:

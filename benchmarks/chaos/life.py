@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chaos.background import background
 from chaos.cast import Cast, cast_of
 from chaos.clock import Broken
 from chaos.disk import LEDGER, Crash, Disk, Lines
@@ -146,6 +147,7 @@ def _run(config: Config, life: Life, witness: Witness) -> None:
             progress=Quiet(),
             shaper=shaper,
             watch=watch,
+            background=background(directory, f"{life.world.life}/{config.seed}") if writes_beside(life) else None,
         )
         outcome = train(run, start.state)
         life.proof = ledger.proof()
@@ -154,6 +156,11 @@ def _run(config: Config, life: Life, witness: Witness) -> None:
         step = config.loop.steps if life.proof.holds and not life.proof.in_flight else None
         write_json(directory.summary, {OUTCOME: FINISHED, SUMMARY_STEP: step, "before": outcome.before})
         nothing_open(life.world, cast)
+
+
+def writes_beside(life: Life) -> bool:
+    """Whether checkpoints are written beside the steps."""
+    return life.world.plan.settings.background
 
 
 def started(config: Config, back: int) -> Start[State]:

@@ -154,6 +154,10 @@ class Settings:
     """In an epoch."""
     gather: float = 0.0
     """See `clock.Inbox`."""
+    best: int = 0
+    """Checkpoints that are kept for their evaluations."""
+    background: bool = False
+    """Checkpoints are written beside the steps."""
 
     def __str__(self) -> str:
         default = Settings()
@@ -190,6 +194,7 @@ def plan_of(seed: int) -> Plan:
     faults = [draw_fault(random, settings) for _ in range(count)]
     if faults and random.random() < 0.15:
         faults += again_and_again(random, faults[0])
+    settings = replace(settings, best=random.choice((0, 0, 1)), background=random.random() < 0.5)
     return Plan(seed, settings, tuple(sorted(faults, key=lambda fault: (fault.life, fault.kind in WRITES, fault.at))))
 
 
@@ -295,6 +300,7 @@ def config_of(plan: Plan, output: str, name: str, steps: int) -> Config:
             age=settings.age,
             checkpoint_every=settings.checkpoint,
             keep_checkpoints=settings.keep,
+            keep_best=settings.best,
         ),
         eval=EvalConfig(prompts=2, every=settings.evaluate, samples=settings.samples),
         telemetry=TelemetryConfig(wandb="off", samples_every=0),

@@ -103,7 +103,7 @@ def search(plan: Plan) -> Found:
     try:
         result = _whole(plan, found)
         settled = plan.settled and plan.faults
-        if settled and (difference := result.differs(uncut(plan.seed, plan.settings))):
+        if settled and (difference := result.differs(uncut(plan.seed, replace(plan.settings, background=False)))):
             raise Broken("uncut", f"not as in a run that nothing disturbs: {difference}")
     except Broken as error:
         found.broken = error

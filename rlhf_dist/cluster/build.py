@@ -18,7 +18,7 @@ from rlhf_dist.cluster.hang_alarm import hang_alarm
 from rlhf_dist.cluster.node_facts import remove_logs
 from rlhf_dist.cluster.open_run import finish, opened
 from rlhf_dist.cluster.preflight import check_before_start, require_shared_memory
-from rlhf_dist.cluster.rank_rebuild import kept_state, rebuild_of
+from rlhf_dist.cluster.rank_rebuild import background_of, kept_state, rebuild_of
 from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
 from rlhf_dist.cluster.run_forecast import basis, basis_before, compared, does_not_fit
 from rlhf_dist.cluster.session import ray_session
@@ -124,10 +124,10 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
                 ranks=rebuild_of(config, placement, source, parts),
                 kept=kept_state(config, nodes, placement, source, stack),
                 report=late.report,
+                background=background_of(config, "train", nodes, placement, source, run, stack, progress.note),
             )
             with hang_alarm(config.faults.step_s, lambda: parts.inbox.turns, run.path / FOLDER):
-                outcome = train_to_the_end(wired, start.state)
-            proof = ledger.proof()
+                outcome, proof = train_to_the_end(wired, start.state), ledger.proof()
         beside = compared(config, placement, plan, run.metrics) if plan else ("", {})
         end_train(config, run, progress, outcome, proof, beside, time.monotonic() - started)
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.learner_hosts import CriticHost, PolicyHost
-from rlhf_dist.cluster.preflight import kept_bytes
+from rlhf_dist.cluster.preflight import checkpoint_bytes, kept_bytes
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet
 from rlhf_dist.cluster.roster import Roster
 from rlhf_dist.cluster.sources import with_sources
 from rlhf_dist.cluster.starts import join_ranks, sends_straight
 from rlhf_dist.cluster.supervisor import Supervisor
 from rlhf_dist.cluster.wiring import Parts
+from rlhf_dist.config.keys import Command
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ResourceError
+from rlhf_dist.loop.background_writer import BackgroundWriter, shortage
 from rlhf_dist.loop.kept_state import KeptState
+from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.models.checkpoints import HF_FOLDER
 from rlhf_dist.planning.placement import Machine, Placement
-from rlhf_dist.weights.shared_memory import require_room
+from rlhf_dist.weights.shared_memory import STATE_LOCK, private_folder, require_room
 
 
 class RankRebuild:
@@ -95,9 +100,7 @@ def kept_state(
     every = config.learner.keep_state_every
     if not every:
         return None
-    others = set(placement.rank_nodes) - {nodes[0].address}
-    if others or (len(nodes) > 1 and not placement.rank_nodes):
-        where = f"on {', '.join(sorted(others))}" if others else "on a node that Ray chooses"
+    if where := elsewhere(nodes, placement):
         raise ResourceError(
             f"learner.keep_state_every is {every}: states are kept in the memory of the command's node, and ranks are "
             f"{where}; set it to 0, with loop.checkpoint_every as low as you like"
@@ -106,3 +109,38 @@ def kept_state(
     found = KeptState(every)
     stack.callback(found.close)
     return found
+
+
+def elsewhere(nodes: Sequence[Machine], placement: Placement) -> str:
+    """Where ranks are, or may be, that do not see the memory of the command's node, in words; empty: nowhere."""
+    others = set(placement.rank_nodes) - {nodes[0].address}
+    if others or (len(nodes) > 1 and not placement.rank_nodes):
+        return f"on {', '.join(sorted(others))}" if others else "on a node that Ray chooses"
+    return ""
+
+
+def background_of(
+    config: Config,
+    command: Command,
+    nodes: Sequence[Machine],
+    placement: Placement,
+    source: str,
+    directory: RunDirectory,
+    stack: ExitStack,
+    note: Callable[[str], None],
+) -> BackgroundWriter | None:
+    """What writes checkpoints beside the steps, until `stack` is left; None, with the reason, where that cannot be."""
+    if where := elsewhere(nodes, placement):
+        note(f"training waits while a checkpoint is written, since its ranks are {where}")
+        return None
+    try:
+        memory, lock = private_folder()
+    except ResourceError as error:
+        note(f"training waits while a checkpoint is written: {error}")
+        return None
+    stack.callback(lock.close)
+    stack.callback(memory.with_suffix(STATE_LOCK).unlink, missing_ok=True)
+    stack.callback(shutil.rmtree, memory, ignore_errors=True)
+    lacks = partial(shortage, besides=kept_bytes(source, config) if command == "train" else 0)
+    nbytes = checkpoint_bytes(source, config, command)
+    return BackgroundWriter(directory, memory, nbytes, limit_s=config.learner.timeout_s, lacks=lacks)

@@ -106,7 +106,7 @@ def reward(config: Config, resume: bool, resume_from: int | None = None) -> None
             telemetry.warn(text)
         if train.dropped or held_out.dropped:
             telemetry.warn(dropped_text(train, held_out))
-        with started(RewardHost, config, "reward", start.folder, run.logs, progress) as ranks:
+        with started(RewardHost, config, "reward", start.folder, run, progress) as (ranks, background):
             outcome = RewardRun(
                 RewardGroup(ranks, config.learner),
                 config.reward,
@@ -115,6 +115,7 @@ def reward(config: Config, resume: bool, resume_from: int | None = None) -> None
                 directory=run,
                 telemetry=telemetry,
                 progress=progress,
+                background=background,
             ).train()
         draw(outcome.held_out, read_metrics(run.metrics), best, run.path / PICTURE)
         summary = summary_of(outcome, best)

@@ -52,7 +52,7 @@ def sft(config: Config, resume: bool, resume_from: int | None = None) -> None:
     with opened(config, "sft", start) as (run, telemetry, progress):
         for text in warnings:
             telemetry.warn(text)
-        with started(SupervisedHost, config, "sft", start.folder, run.logs, progress) as ranks:
+        with started(SupervisedHost, config, "sft", start.folder, run, progress) as (ranks, background):
             learner = TrainerGroup(ranks, config.learner)
             before, after = fine_tune(
                 learner,
@@ -61,6 +61,7 @@ def sft(config: Config, resume: bool, resume_from: int | None = None) -> None:
                 directory=run,
                 telemetry=telemetry,
                 progress=progress,
+                background=background,
                 stop=Saving(config.faults.save_on_stop_s),
             )
         summary = {"command": "sft", SUMMARY_STEP: config.sft.steps, "before": before, "after": after}

@@ -9,10 +9,13 @@ from typing import Any, Literal
 
 from rlhf_dist.cluster.groups import LearnerGroup
 from rlhf_dist.cluster.learner_hosts import LearnerHost
+from rlhf_dist.cluster.rank_rebuild import background_of
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.sources import model_source
 from rlhf_dist.cluster.starts import join_ranks, reserved, start_ranks
 from rlhf_dist.config.schema import Config, LearnerConfig
+from rlhf_dist.loop.background_writer import BackgroundWriter
+from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.planning.nodes import place_in
 from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.metrics import MetricSums
@@ -53,11 +56,14 @@ def started(
     config: Config,
     command: Literal["sft", "reward"],
     folder: Path | None,
-    logs: Path,
+    run: RunDirectory,
     progress: Progress,
-) -> Iterator[dict[str, Any]]:
-    """The ranks by name, for the time of the block: they have met, and loaded the checkpoint `folder`, if any."""
-    source = model_source(config, folder, command)
+) -> Iterator[tuple[dict[str, Any], BackgroundWriter | None]]:
+    """The ranks by name, and what writes checkpoints beside their steps, for the time of the block.
+
+    They have met, and loaded the checkpoint `folder`, if any.
+    """
+    source, logs = model_source(config, folder, command), run.logs
     progress.stage("starting Ray")
     with ray_session(config.cluster, logs / "ray", progress.note) as nodes, ExitStack() as stack:
         placement = place_in(config, nodes, command)
@@ -65,4 +71,4 @@ def started(
         roster = reserved(config, placement, source, logs, stack)
         ranks = start_ranks(config, placement, source, logs, roster, host, stack)
         join_ranks(config, ranks, folder, placement.spread_of_ranks())
-        yield ranks
+        yield ranks, background_of(config, command, nodes, placement, source, run, stack, progress.note)

@@ -7,14 +7,15 @@ way are cancelled, and the collator forgets all that it has.
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from rlhf_dist.errors import ActorLost, RanksLost, RanksSilent, RlhfError
+from rlhf_dist.loop.background_writer import copy_tree
 from rlhf_dist.loop.best_checkpoints import best_of
+from rlhf_dist.loop.checkpointing import settle, settle_at_the_end
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.devices import Devices
 from rlhf_dist.loop.numbers_faults import Numbers, RolledBack
@@ -47,8 +48,9 @@ def train_to_the_end(run: Run, state: State | None) -> Outcome:
                 state = rebuilt(run, loss, life, devices)
             if state is None:
                 put_back(began, run.stream, run.shaper, run.watch)
-    except BaseException:
-        bring_to_disk(run)
+    except BaseException as error:
+        if settle_at_the_end(run, error):
+            bring_to_disk(run)
         raise
 
 
@@ -104,10 +106,11 @@ def stand_still(run: Run, life: int, devices: Devices) -> None:
 
 
 def newest(run: Run, loss: Exception) -> tuple[Path | None, State | None]:
-    """Folder and state of what was saved last and is whole; none before the first.
+    """Folder and state of what was saved last and is whole; none before the first. What is being written is waited for.
 
-    Raises `ActorLost` where all that is on the disk is damaged.
+    Raises `ActorLost` where all that is on the disk is damaged, `DiskError` where what was under way failed.
     """
+    settle(run)
     saved = run.directory.latest_checkpoint()
     kept = None if run.kept is None else run.kept.newest()
     if kept is not None and (saved is None or step_of(saved) < step_of(kept)):
@@ -144,12 +147,10 @@ def bring_to_disk(run: Run) -> None:
         if problems(kept) or (saved is not None and step_of(saved) >= step):
             return
         folder = run.directory.begin_checkpoint(step)
-        for path in sorted(kept.rglob("*")):  # folders before what is in them
-            copy = folder / path.relative_to(kept)
-            copy.mkdir() if path.is_dir() else shutil.copyfile(path, copy)
+        copy_tree(kept, folder)
         loop, state = run.config.loop, asdict(read_state(kept))
         final = run.directory.commit_checkpoint(step, loop.keep_checkpoints, state, best=best_of(loop))
-    except (RlhfError, OSError) as error:
+    except RlhfError as error:
         run.telemetry.warn(f"the state of step {step} in memory could not be saved: {error}")
         return
     run.telemetry.event("checkpoint", f"wrote {final}, from memory", step=step)

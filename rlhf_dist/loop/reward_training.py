@@ -12,6 +12,7 @@ import numpy as np
 from rlhf_dist.config.schema import RewardConfig
 from rlhf_dist.errors import RunError
 from rlhf_dist.learner.preference_learner import HeldOutScores
+from rlhf_dist.loop.background_writer import BackgroundWriter
 from rlhf_dist.loop.reward_report import SCORE_MEAN, SCORE_STD, held_out_results, scale_of
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.trainer import Trainer, TrainerState
@@ -63,6 +64,7 @@ class RewardRun:
         directory: RunDirectory,
         telemetry: Telemetry,
         progress: Progress,
+        background: BackgroundWriter | None = None,
     ) -> None:
         """`needed`: files that make a checkpoint whole."""
         self._learner = learner
@@ -80,6 +82,7 @@ class RewardRun:
             directory=directory,
             telemetry=telemetry,
             progress=progress,
+            background=background,
         )
         self._waited = 0
         before = self._evaluate()

@@ -12,7 +12,9 @@ from rlhf_dist.algo.algorithm import Algorithm
 from rlhf_dist.config.reward_words import solved_by
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream
+from rlhf_dist.loop.background_writer import BackgroundWriter
 from rlhf_dist.loop.best_checkpoints import best_of, require_metric
+from rlhf_dist.loop.checkpointing import settle
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import Rules, rules_of, sampling_of
 from rlhf_dist.loop.devices import Devices
@@ -79,6 +81,8 @@ class Run:
     """None without `learner.keep_state_every`."""
     report: Report = no_report
     """Writes down where everybody was when somebody is late."""
+    background: BackgroundWriter | None = None
+    """None where training waits while a checkpoint is written."""
 
     @property
     def rules(self) -> Rules:
@@ -154,6 +158,7 @@ def train(
             reached(run)
             watch.lap()  # Evaluation and checkpoints are not part of a step's time.
             devices.goodput.lap()
+        settle(run)
     return Outcome(before, results, answers)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_dist.errors import DiskError
 from rlhf_dist.learner.checkpoint_files import EMA_FILES, MASK_FILES, checkpoint_files, critic_files
 from rlhf_dist.loop.best_checkpoints import best_of
+from rlhf_dist.loop.checkpointing import settle, write_checkpoint
 from rlhf_dist.loop.kept_state import KeptState
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.shell import Shell
@@ -59,6 +61,7 @@ class Saver:
         `evaluations`: before the first step, and the latest. `elapsed`: seconds since the first step began.
         """
         run, (before, results), steps = self._run, evaluations, self._run.config.loop.steps
+        settle(run, wait=False)
         if due(run.config.eval.every, step, steps):
             self._evaluated = step
         self._last = State(
@@ -90,9 +93,11 @@ class Saver:
         equals the run that was not told to end.
         """
         stop = self._run.stop
+        settle(self._run, wait=False)
         if not stop.asked():
             return
         self._save()
+        settle(self._run)
         stop.tell("no step was finished yet" if self._last is None else f"step {self._last.step} is saved")
         raise KeyboardInterrupt
 
@@ -104,16 +109,9 @@ class Saver:
 
 
 def checkpoint(run: Run, state: State) -> None:
-    """Write a checkpoint that a resume and `from_pretrained` can use; the one before stays until this one is whole."""
-    needed = write_parts(run, state.step, run.directory.begin_checkpoint(state.step).absolute())
-    run.telemetry.keep()  # a checkpoint must not be newer than the metrics of its step
-    loop, best = run.config.loop, best_of(run.config.loop)
-    final = run.directory.commit_checkpoint(state.step, loop.keep_checkpoints, asdict(state), needed, best)
-    told = f"wrote {final}"
-    if best is not None and run.directory.best_checkpoint() == final:
-        told += f", the best so far by {best.metric}"
-    run.telemetry.event("checkpoint", told, step=state.step)
-    run.progress.note(told)
+    """See `write_checkpoint`."""
+    loop = run.config.loop
+    write_checkpoint(run, asdict(state), partial(write_parts, run, state.step), loop.keep_checkpoints, best_of(loop))
 
 
 def keep(run: Run, kept: KeptState, state: State) -> None:

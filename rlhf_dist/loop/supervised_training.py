@@ -7,6 +7,7 @@ from typing import Protocol
 
 from rlhf_dist.config.schema import SftConfig
 from rlhf_dist.learner.checkpoint_files import checkpoint_files
+from rlhf_dist.loop.background_writer import BackgroundWriter
 from rlhf_dist.loop.ports import AT_ONCE, Stop
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.schedule import due
@@ -36,6 +37,7 @@ def fine_tune(
     directory: RunDirectory,
     telemetry: Telemetry,
     progress: Progress,
+    background: BackgroundWriter | None = None,
     stop: Stop = AT_ONCE,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Train to `config.steps` optimizer steps; returns the held-out results (before, after)."""
@@ -49,6 +51,7 @@ def fine_tune(
         directory=directory,
         telemetry=telemetry,
         progress=progress,
+        background=background,
         stop=stop,
     )
     if state is None:

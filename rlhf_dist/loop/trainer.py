@@ -10,6 +10,8 @@ from typing import NoReturn
 
 from rlhf_dist.config.schema import RewardConfig, SftConfig
 from rlhf_dist.errors import NumbersError
+from rlhf_dist.loop.background_writer import BackgroundWriter
+from rlhf_dist.loop.checkpointing import settle, settle_at_the_end, write_checkpoint
 from rlhf_dist.loop.ports import AT_ONCE, Stop
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.schedule import due
@@ -56,6 +58,8 @@ class Trainer:
     directory: RunDirectory
     telemetry: Telemetry
     progress: Progress
+    background: BackgroundWriter | None = None
+    """None where training waits while a checkpoint is written."""
     stop: Stop = AT_ONCE
     """Whether the run is told to save its last step and end."""
 
@@ -76,8 +80,14 @@ class Trainer:
 
         Raises KeyboardInterrupt where the run is told to end, once its last step is saved.
         """
-        with self.stop.deferred():
-            return self._train(state)
+        try:
+            with self.stop.deferred():
+                found = self._train(state)
+                settle(self)
+                return found
+        except BaseException as error:
+            settle_at_the_end(self, error)
+            raise
 
     def _train(self, state: TrainerState) -> tuple[TrainerState, int]:
         config, kept = self.config, state
@@ -103,6 +113,7 @@ class Trainer:
                 self.progress.step(step, config.steps, metrics)
                 shown = time.monotonic()
             state = TrainerState(step, state.before, results)
+            settle(self, wait=False)
             if self.keeps(state, measured):
                 self.checkpoint(state)
                 kept = state
@@ -124,16 +135,18 @@ class Trainer:
     def _save_and_end(self, state: TrainerState, kept: TrainerState) -> NoReturn:
         if kept is not state:
             self.checkpoint(state)
+        settle(self)
         self.stop.tell(f"step {state.step} is saved")
         raise KeyboardInterrupt
 
     def checkpoint(self, state: TrainerState) -> None:
-        """Write a checkpoint; the one before stays until this one is whole."""
-        folder = self.directory.begin_checkpoint(state.step).absolute()
-        self.save(folder, state)
-        self.telemetry.keep()  # a checkpoint must not be newer than the metrics of its step
-        final = self.directory.commit_checkpoint(state.step, 1, asdict(state), self.needed)
-        self.progress.note(f"wrote {final}")
+        """See `write_checkpoint`."""
+
+        def fill(folder: Path) -> Sequence[str]:
+            self.save(folder, state)
+            return self.needed
+
+        write_checkpoint(self, asdict(state), fill, 1)
 
 
 def read_state(folder: Path) -> TrainerState:

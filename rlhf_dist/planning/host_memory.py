@@ -177,6 +177,28 @@ def memory_here(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/
         return whole
 
 
+def available_here(
+    meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup"), unknown: int = 2**62
+) -> int:
+    """Bytes that can be had without swapping, in this container too (cgroup v2); `unknown` where nothing says it."""
+    try:
+        kib = next(
+            line.split()[1]
+            for line in meminfo.read_text(encoding="utf-8").splitlines()
+            if line.startswith("MemAvailable")
+        )
+        found = int(kib) * 1024
+    except (OSError, StopIteration, ValueError, IndexError):
+        found = unknown
+    try:
+        limit, used = (int((group / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+        # The page cache counts as used, and is given back.
+        return max(0, min(found, limit - used + int(counts["inactive_file"])))
+    except (OSError, ValueError, KeyError):  # `max`: no limit
+        return found
+
+
 def _words(has: Members) -> str:
     sides = ((has.workers, "rollout worker"), (has.ranks, "learner rank"), (has.critics, "critic rank"))
     counted = (*sides, (has.servers, "server"))

@@ -18,8 +18,8 @@ from chaos.plan import ANY_WRITE, WRITES, Fault, Kind, Plan, Settings, plan_of
 from chaos.search import Found, search
 
 SEEDS, BLOCK = 2_000, 100
-IN_TURN = Settings(steps=2, groups=2, reference=1, moves=1, filter=2, evaluate=1, keep=1, workers=2, gather=0.1)
-AT_ONCE = Settings(steps=3, groups=2, lag=2, window=2, greedy=True, checkpoint=2, keep=1, workers=2)
+IN_TURN = Settings(steps=2, groups=2, reference=1, moves=1, filter=2, evaluate=1, keep=1, workers=2, gather=0.1, best=1)
+AT_ONCE = Settings(steps=3, groups=2, lag=2, window=2, greedy=True, checkpoint=2, keep=1, workers=2, background=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,7 +18,7 @@ from cluster_stand_ins import ANNOUNCEMENT, Ears, fleet, serve, tell
 
 from rlhf_dist.cluster.groups import PolicyGroup
 from rlhf_dist.cluster.processes import ENDED, stat
-from rlhf_dist.cluster.rank_rebuild import RankRebuild, kept_state
+from rlhf_dist.cluster.rank_rebuild import RankRebuild, background_of, kept_state
 from rlhf_dist.cluster.roster import Alive, Roster
 from rlhf_dist.cluster.session import reserve
 from rlhf_dist.cluster.spec import ActorSpec, enter
@@ -194,9 +194,16 @@ def test_ranks_elsewhere_are_rejected(
     config = Config(learner=LearnerConfig(keep_state_every=2))
     machines = [Machine(cpus=8, gpus=0, address=node) for node in nodes]
     placement = replace(place(config, machines[0], "train"), rank_nodes=rank_nodes)
+    notes: list[str] = []
     with ExitStack() as stack:
+        writer = background_of(config, "train", machines, placement, str(tmp_path), Any, stack, notes.append)
         if not told:
             assert isinstance(kept_state(config, machines, placement, str(tmp_path), stack), KeptState)
+            assert writer is not None and notes == [] and writer.begin(1).is_relative_to(tmp_path)
+            stack.close()
+            assert list(tmp_path.iterdir()) == [], "nothing is left in shared memory"
             return
+        why = told.partition(";")[0].removeprefix("ranks are ")
+        assert writer is None and notes == [f"training waits while a checkpoint is written, since its ranks are {why}"]
         with pytest.raises(ResourceError, match=told):
             kept_state(config, machines, placement, str(tmp_path), stack)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from stand_ins import Quiet, lines, write_checkpoint
+from test_background_writer import Deferred
 from test_saving import Told
 
 from rlhf_dist.config.schema import SftConfig, TelemetryConfig
 from rlhf_dist.errors import DiskError, NumbersError
+from rlhf_dist.loop.background_writer import BackgroundWriter
 from rlhf_dist.loop.ports import AT_ONCE, Stop
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
 from rlhf_dist.loop.supervised_training import fine_tune
 from rlhf_dist.loop.trainer import TrainerState, read_state
-from rlhf_dist.models.checkpoints import checkpoint_steps, read_sealed
+from rlhf_dist.models.checkpoints import checkpoint_steps, problems, read_sealed
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.telemetry.run_telemetry import open_telemetry
 
@@ -53,12 +56,21 @@ def run(
     again: bool = False,
     display: Quiet | None = None,
     stop: Stop = AT_ONCE,
+    beside: bool = False,
 ) -> tuple[RunDirectory, tuple[dict[str, float], dict[str, float]]]:
     directory = open_run_directory(str(path), "run", "name: run\n", again)
+    writer = BackgroundWriter(directory, path, 1, limit_s=20.0, start=Deferred, lacks=lambda _: "") if beside else None
     telemetry, _ = open_telemetry(TelemetryConfig(wandb="off"), directory.path, "run", {}, None, lambda message: None)
     try:
         results = fine_tune(
-            learner, CONFIG, state, directory=directory, telemetry=telemetry, progress=display or Quiet(), stop=stop
+            learner,
+            CONFIG if not beside else replace(CONFIG, checkpoint_every=1),
+            state,
+            directory=directory,
+            telemetry=telemetry,
+            progress=display or Quiet(),
+            stop=stop,
+            background=writer,
         )
     finally:
         telemetry.close()
@@ -130,6 +142,20 @@ def test_told_to_end_it_saves_the_step_and_the_resume_goes_on_after_it(tmp_path:
     directory, (before, after) = run(tmp_path, FakeLearner(done=3), state, again=True)
     assert (before, after) == ({"sft/held_out_loss": 10.0}, {"sft/held_out_loss": 6.0})
     assert [line["step"] for line in lines(directory.metrics)] == [0, 1, 2, 3, 4]
+
+
+def test_checkpoints_beside_the_steps_are_there_however_it_ends(tmp_path: Path) -> None:
+    directory, _ = run(tmp_path / "whole", FakeLearner(), beside=True)
+    said = [event["message"] for event in lines(directory.events) if event["kind"] == "checkpoint"]
+    assert said == [f"wrote {directory.checkpoints}/step-{step}" for step in (1, 2, 3, 4)]
+    ends = {"failed": FakeLearner(fails_at=4), "stopped": FakeLearner()}
+    for name, learner in ends.items():
+        stop = Told(lambda learner=learner, name=name: name == "stopped" and learner.done == 3)
+        with pytest.raises(RuntimeError if name == "failed" else KeyboardInterrupt):
+            run(tmp_path / name, learner, stop=stop, beside=True)
+        folder = tmp_path / name / "run" / "checkpoints" / "step-3"
+        assert problems(folder) == [] and read_state(folder).step == 3
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["run"], "no copy is left"
 
 
 def test_told_to_end_in_its_last_step_it_finishes(tmp_path: Path) -> None:

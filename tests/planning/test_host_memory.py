@@ -13,7 +13,17 @@ from rlhf_dist.config.schema import Config
 from rlhf_dist.planning.budget_lines import host_lines, too_large_for_hosts
 from rlhf_dist.planning.device_memory import devices, server_sizes
 from rlhf_dist.planning.hardware import parse_cluster
-from rlhf_dist.planning.host_memory import COMMAND, LIBRARIES, PROCESS, SERVER, Host, asleep, hosts, memory_here
+from rlhf_dist.planning.host_memory import (
+    COMMAND,
+    LIBRARIES,
+    PROCESS,
+    SERVER,
+    Host,
+    asleep,
+    available_here,
+    hosts,
+    memory_here,
+)
 from rlhf_dist.planning.memory import held_by_host, held_by_rank, locked
 from rlhf_dist.planning.nodes import place_in
 from rlhf_dist.planning.shape import gated
@@ -118,3 +128,17 @@ def test_a_containers_limit_counts_as_the_machines_memory(tmp_path: Path) -> Non
     limit.write_text("500000\n")
     assert memory_here(meminfo, limit) == 500_000
     assert memory_here(tmp_path / "none", limit) == 0
+
+
+def test_what_is_available_is_the_machines_or_its_containers(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  4000 kB\nMemAvailable:  3000 kB\n")
+    assert available_here(meminfo, tmp_path) == 3000 * 1024, "no limit is named"
+    files = {"memory.max": "2048000", "memory.current": "1548000", "memory.stat": "anon 7\ninactive_file 100000\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert available_here(meminfo, tmp_path) == 600_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_here(meminfo, tmp_path) == 3000 * 1024
+    meminfo.unlink()
+    assert available_here(meminfo, tmp_path, unknown=5) == 5

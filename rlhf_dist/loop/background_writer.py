@@ -1,0 +1,163 @@
+"""Checkpoints that are written beside the steps: the ranks fill a folder in this machine's memory, the next step
+begins, and a thread brings the folder to the disk.
+
+The thread takes the same way as a checkpoint for which training waits (`RunDirectory`): what it has not finished counts
+for nothing. There is one at a time, so checkpoints are committed in their order.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Thread
+from typing import Any, Protocol
+
+from rlhf_dist.errors import DiskError
+from rlhf_dist.loop.best_checkpoints import Best
+from rlhf_dist.loop.run_directory import RunDirectory
+from rlhf_dist.models.checkpoints import CHECKPOINT_PREFIX
+from rlhf_dist.planning.host_memory import available_here
+from rlhf_dist.weights.shared_memory import SHARED_MEMORY, size_text
+
+COPIES = 2
+"""Of the state, at most, while it is copied: in the memory of the ranks, and in the folder."""
+
+
+LEFT_FREE = 10
+"""Of shared memory one part in so many: Ray's object store takes what it was promised there bit by bit."""
+
+
+class Pending(Protocol):
+    """Work under way; `concurrent.futures.Future` is one."""
+
+    def done(self) -> bool: ...
+
+    def result(self, timeout: float | None = None) -> Path:
+        """Raises what the work raised, or TimeoutError."""
+        ...
+
+
+Start = Callable[[Callable[[], Path]], Pending]
+
+
+def in_a_thread(work: Callable[[], Path]) -> Pending:
+    """Work in a thread that nobody waits for when the process ends: the disk may not answer any more."""
+    future: Future[Path] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
+
+
+def shortage(nbytes: int, besides: int = 0) -> str:
+    """Why there is no room for a copy of so many bytes; empty where there is. `besides`: for states that are kept."""
+    usage = shutil.disk_usage(SHARED_MEMORY)
+    free = max(0, usage.free - usage.total // LEFT_FREE - besides)
+    if free < nbytes:
+        return f"a copy takes {size_text(nbytes)} of {SHARED_MEMORY}, and {size_text(free, up=False)} are to be had"
+    available = available_here()
+    if available < COPIES * nbytes:
+        needed, left = size_text(COPIES * nbytes), size_text(available, up=False)
+        return f"copying takes {needed} of memory, and {left} are available"
+    return ""
+
+
+class BackgroundWriter:
+    """One checkpoint on its way."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        memory: Path,
+        nbytes: int,
+        *,
+        limit_s: float,
+        start: Start = in_a_thread,
+        lacks: Callable[[int], str] = shortage,
+    ) -> None:
+        """`memory`: a folder in this machine's memory, which the ranks see; it belongs to the caller. `nbytes`: of a
+        checkpoint, about. `limit_s`: `learner.timeout_s`, for the disk, too."""
+        self._directory, self._memory, self._nbytes = directory, memory, nbytes
+        self._limit_s, self._start, self._lacks = limit_s, start, lacks
+        self._pending: tuple[int, Pending] | None = None
+        self.refused = False
+        """Whether the last checkpoint had to be written while training waited; the reason was told."""
+
+    def begin(self, step: int) -> Path:
+        """An empty folder for the ranks to fill. Nothing is under way. Raises `DiskError` where there is no room."""
+        assert self._pending is None
+        if reason := self._lacks(self._nbytes):
+            raise DiskError(reason)
+        folder = self._folder(step)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(mode=0o700)
+        except OSError as error:
+            raise DiskError(f"{folder}: cannot be written: {error.strerror}") from error
+        return folder
+
+    def submit(
+        self, step: int, keep: int, state: Mapping[str, Any], needed: Sequence[str], best: Best | None = None
+    ) -> None:
+        """Begin to write the folder of `begin` as a checkpoint; see `RunDirectory.commit_checkpoint`.
+
+        Raises `DiskError` where a file did not arrive in it.
+        """
+        folder = self._folder(step)
+        missing = [name for name in needed if not (folder / name).exists()]
+        if missing:
+            raise DiskError(f"{missing[0]} did not arrive in the memory of the command's node")
+        self._nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+        def work() -> Path:
+            copy_tree(folder, self._directory.begin_checkpoint(step))
+            final = self._directory.commit_checkpoint(step, keep, state, needed, best)
+            shutil.rmtree(folder, ignore_errors=True)
+            return final
+
+        self._pending = step, self._start(work)
+
+    def drop(self, step: int) -> None:
+        """The folder of `begin` is not written."""
+        shutil.rmtree(self._folder(step), ignore_errors=True)
+
+    def finished(self, wait: bool) -> Path | None:
+        """The checkpoint that has come to the disk since this was asked last; `wait`: for the one under way.
+
+        Raises what went wrong with it, once: `DiskError`.
+        """
+        if self._pending is None or not (wait or self._pending[1].done()):
+            return None
+        (step, pending), self._pending = self._pending, None
+        try:
+            return pending.result(self._limit_s)
+        except TimeoutError:
+            raise DiskError(
+                f"{self._directory.checkpoints}: {CHECKPOINT_PREFIX}{step} was not written in {self._limit_s:g} s "
+                "(learner.timeout_s); the checkpoint before it is intact"
+            ) from None
+
+    def under_way(self) -> str:
+        """The name of the checkpoint that is being written; empty where none is."""
+        return f"{CHECKPOINT_PREFIX}{self._pending[0]}" if self._pending else ""
+
+    def _folder(self, step: int) -> Path:
+        return self._memory / f"{CHECKPOINT_PREFIX}{step}.copy"
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy what is in a folder into another, empty one. Raises `DiskError`."""
+    for path in sorted(source.rglob("*")):  # folders before what is in them
+        copy = target / path.relative_to(source)
+        try:
+            os.mkdir(copy) if path.is_dir() else shutil.copyfile(path, copy)
+        except OSError as error:
+            raise DiskError(f"{copy}: cannot be written: {error.strerror}") from error

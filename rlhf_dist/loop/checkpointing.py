@@ -1,0 +1,98 @@
+"""A checkpoint, from what the ranks write to what a resume finds: beside the steps where there is memory for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf_dist.errors import DiskError, RlhfError
+from rlhf_dist.loop.background_writer import BackgroundWriter
+from rlhf_dist.loop.best_checkpoints import Best
+from rlhf_dist.loop.run_directory import RunDirectory
+from rlhf_dist.models.checkpoints import step_of
+from rlhf_dist.telemetry.display import Progress
+from rlhf_dist.telemetry.run_telemetry import Telemetry
+
+Fill = Callable[[Path], Sequence[str]]
+"""Have every process write its part into a folder; the files that tell that all is there."""
+
+
+class Writes(Protocol):
+    """A run that has checkpoints."""
+
+    @property
+    def directory(self) -> RunDirectory: ...
+
+    @property
+    def telemetry(self) -> Telemetry: ...
+
+    @property
+    def progress(self) -> Progress: ...
+
+    @property
+    def background(self) -> BackgroundWriter | None:
+        """None where training waits while a checkpoint is written."""
+        ...
+
+
+def write_checkpoint(run: Writes, state: Mapping[str, Any], fill: Fill, keep: int, best: Best | None = None) -> None:
+    """Write a checkpoint that a resume and `from_pretrained` can use, in the background where that can be.
+
+    The one before stays until this one is whole. Raises `DiskError`, also of the one before.
+    """
+    settle(run)
+    if run.background is not None and _in_background(run, run.background, state, fill, keep, best):
+        return
+    step = state["step"]
+    needed = fill(run.directory.begin_checkpoint(step).absolute())
+    run.telemetry.keep()  # a checkpoint must not be newer than the metrics of its step
+    _tell(run, run.directory.commit_checkpoint(step, keep, state, needed, best))
+
+
+def _in_background(
+    run: Writes, writer: BackgroundWriter, state: Mapping[str, Any], fill: Fill, keep: int, best: Best | None
+) -> bool:
+    """Copy the state into memory and begin to write it; whether that could be done. A warning says why it could not."""
+    step = state["step"]
+    try:
+        needed = fill(writer.begin(step))
+        run.telemetry.keep()
+        writer.submit(step, keep, state, needed, best)
+    except DiskError as error:
+        writer.drop(step)
+        if not writer.refused:
+            run.telemetry.warn(f"step {step}: training waits while its checkpoint is written: {error}")
+        writer.refused = True
+        return False
+    writer.refused = False
+    return True
+
+
+def settle(run: Writes, wait: bool = True) -> None:
+    """Tell of the checkpoint that was written in the background; `wait` for it. Raises what went wrong with it."""
+    if run.background is not None and (final := run.background.finished(wait)) is not None:
+        _tell(run, final)
+
+
+def settle_at_the_end(run: Writes, error: BaseException) -> bool:
+    """The same where the run ends by an error; whether nothing is under way any more.
+
+    Nobody waits for it where the command is told to end at once: then it counts for nothing, unless it is there.
+    """
+    try:
+        settle(run, wait=not isinstance(error, KeyboardInterrupt))
+    except RlhfError as other:
+        run.telemetry.warn(str(other))
+    left = "" if run.background is None else run.background.under_way()
+    if left:
+        run.telemetry.warn(f"{left} was not written to its end")
+    return not left
+
+
+def _tell(run: Writes, checkpoint: Path) -> None:
+    told = f"wrote {checkpoint}"
+    if run.directory.best_checkpoint() == checkpoint:
+        told += ", the best so far"
+    run.telemetry.event("checkpoint", told, step=step_of(checkpoint))
+    run.progress.note(told)

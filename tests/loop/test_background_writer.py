@@ -1,0 +1,255 @@
+"""Checkpoints that are written beside the steps; processes are stand-ins, files and threads are real."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from stand_ins import FakePolicy, lines
+from test_loop_rl_training import STEPS, close, warnings, wired
+from test_rebuilding import Learner, Ranks, config, healing, nothing, once
+
+from rlhf_dist.errors import DiskError
+from rlhf_dist.loop import background_writer
+from rlhf_dist.loop.background_writer import BackgroundWriter, Pending, Start, in_a_thread, shortage
+from rlhf_dist.loop.ports import Batches, Estimates
+from rlhf_dist.loop.rebuilding import train_to_the_end
+from rlhf_dist.loop.rl_training import Run, train
+from rlhf_dist.loop.train_state import read_state
+from rlhf_dist.models.checkpoints import checkpoint_steps, problems
+from rlhf_dist.telemetry.metrics import MetricSums
+
+LIMIT_S = 20.0
+EVERY = config(checkpoint_every=1)
+
+
+@dataclass
+class Deferred:
+    """Work that is done when it is waited for, and not before."""
+
+    work: Callable[[], Path]
+
+    def done(self) -> bool:
+        return False
+
+    def result(self, timeout: float | None = None) -> Path:
+        return self.work()
+
+
+@dataclass
+class Watching(FakePolicy):
+    """Notes the newest checkpoint at each update."""
+
+    newest: Callable[[], Path | None] = lambda: None
+    seen: list[str] = field(default_factory=list)
+
+    def update(self, batches: Batches, estimates: Estimates) -> MetricSums:
+        found = self.newest()
+        self.seen.append(found.name if found else "")
+        return super().update(batches, estimates)
+
+
+def in_background(
+    path: Path, start: Start = in_a_thread, lacks: Callable[[int], str] = lambda _: "", **parts: Any
+) -> Run:
+    again = parts.pop("again", False)
+    run = wired(path / "run", EVERY, again=again, **parts)
+    memory = path / "memory"
+    memory.mkdir(exist_ok=True)
+    writer = BackgroundWriter(run.directory, memory, 1, limit_s=LIMIT_S, start=start, lacks=lacks)
+    return replace(run, background=writer)
+
+
+def newest(run: Run) -> str:
+    found = run.directory.latest_checkpoint()
+    assert found is not None and problems(found) == []
+    return found.name
+
+
+def written(run: Run) -> list[str]:
+    return [event["message"] for event in lines(run.directory.events) if event["kind"] == "checkpoint"]
+
+
+@pytest.mark.parametrize("start", [in_a_thread, Deferred])
+def test_checkpoints_are_those_that_training_would_wait_for(tmp_path: Path, start: Start) -> None:
+    runs = {"background": in_background(tmp_path, start), "foreground": wired(tmp_path / "foreground", EVERY)}
+    states = {}
+    for name, run in runs.items():
+        train(run, None)
+        close(run)
+        assert newest(run) == f"step-{STEPS}" and checkpoint_steps(run.directory.checkpoints) == [STEPS - 1, STEPS]
+        assert written(run) == [f"wrote {run.directory.checkpoints}/step-{step}" for step in range(1, STEPS + 1)]
+        text = (run.directory.checkpoints / f"step-{STEPS}" / "state.json").read_text()
+        states[name] = {key: value for key, value in json.loads(text).items() if key not in ("elapsed", "hash")}
+        assert warnings(run.directory) == []
+    states["foreground"]["ledger"]["id"] = states["background"]["ledger"]["id"]
+    assert states["background"] == states["foreground"]
+    assert list((tmp_path / "memory").iterdir()) == [], "the copy goes once it is on the disk"
+
+
+def test_the_next_step_is_made_before_the_checkpoint_is_on_the_disk(tmp_path: Path) -> None:
+    seen = {}
+    for name, start in (("background", Deferred), ("foreground", None)):
+        policy = Watching()
+        run = (
+            in_background(tmp_path / name, Deferred, policy=policy) if start else wired(tmp_path, EVERY, policy=policy)
+        )
+        policy.newest = run.directory.latest_checkpoint
+        train(run, None)
+        close(run)
+        seen[name] = policy.seen
+    assert seen == {"background": ["", "", "step-1", "step-2"], "foreground": ["", "step-1", "step-2", "step-3"]}
+
+
+def test_a_disk_that_is_full_ends_the_run_as_it_does_where_training_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = in_background(tmp_path)
+
+    def full(source: Path, target: Path) -> None:
+        if "step-3" in str(target):
+            raise OSError(28, "No space left on device")
+        target.write_bytes(source.read_bytes())
+
+    monkeypatch.setattr(
+        background_writer, "shutil", SimpleNamespace(**vars(background_writer.shutil) | {"copyfile": full})
+    )
+    with pytest.raises(DiskError, match=r"step-3\.unfinished/.*: cannot be written: No space left on device"):
+        train(run, None)
+    close(run)
+    assert newest(run) == "step-2" and warnings(run.directory) == []
+
+
+def test_without_room_training_waits_and_a_warning_says_why_once(tmp_path: Path) -> None:
+    reasons = iter(["a copy takes 3 MiB", "a copy takes 3 MiB", "", "it has come back"])
+    run = in_background(tmp_path, lacks=lambda _: next(reasons))
+    train(run, None)
+    close(run)
+    assert newest(run) == f"step-{STEPS}" and len(written(run)) == STEPS
+    assert warnings(run.directory) == [
+        "step 1: training waits while its checkpoint is written: a copy takes 3 MiB",
+        "step 4: training waits while its checkpoint is written: it has come back",
+    ]
+
+
+def test_so_it_does_where_ranks_do_not_write_into_the_memory(tmp_path: Path) -> None:
+    @dataclass
+    class Elsewhere(FakePolicy):
+        def save(self, folder: Path) -> None:
+            if "memory" not in folder.parts:
+                super().save(folder)
+
+    run = in_background(tmp_path, policy=Elsewhere())
+    train(run, None)
+    close(run)
+    (said,) = warnings(run.directory)
+    assert said.endswith("hf/config.json did not arrive in the memory of the command's node")
+    assert newest(run) == f"step-{STEPS}" and list((tmp_path / "memory").iterdir()) == []
+
+
+def test_what_is_not_finished_when_the_run_is_killed_counts_for_nothing(tmp_path: Path) -> None:
+    run = in_background(tmp_path, Deferred, policy=FakePolicy(fails_at=4))
+    with pytest.raises(RuntimeError):
+        train(run, None)
+    close(run)
+    assert newest(run) == "step-2", "that of step 3 is in memory"
+    folder = run.directory.latest_checkpoint()
+    assert folder is not None
+    again = in_background(tmp_path, again=True)
+    train(again, read_state(folder))
+    proof = again.ledger.proof()
+    close(again)
+    assert newest(again) == f"step-{STEPS}" and proof.holds
+    assert [line["step"] for line in lines(again.directory.metrics)] == list(range(STEPS + 1))
+
+
+def test_an_error_of_another_kind_waits_for_it(tmp_path: Path) -> None:
+    run = in_background(tmp_path, Deferred, policy=FakePolicy(fails_at=4))
+    with pytest.raises(RuntimeError):
+        train_to_the_end(run, None)
+    close(run)
+    assert newest(run) == "step-3"
+
+
+@pytest.mark.parametrize("call", [("update", 3), ("save", 3)])
+def test_ranks_that_are_lost_meanwhile_go_on_from_it(tmp_path: Path, call: tuple[str, int]) -> None:
+    """Step 2's is under way, or the ranks die while they write step 3's."""
+    weights = []
+    for name, fault in (("calm", nothing), ("struck", once(*call))):
+        learner = Learner(fault=fault)
+        ranks = Ranks(learner)
+        run = in_background(tmp_path / name, Deferred, policy=learner, ranks=ranks, healing=healing())
+        train_to_the_end(run, None)
+        proof = run.ledger.proof()
+        close(run)
+        assert proof.holds and newest(run) == f"step-{STEPS}"
+        weights.append(learner.weights)
+        assert [folder.name for folder in ranks.folders if folder] == (["step-2"] if name == "struck" else [])
+    assert weights[0] == weights[1]
+
+
+@dataclass
+class AskedAfter:
+    """See `loop.ports.Stop`: to end once so many steps are logged."""
+
+    step: int
+    metrics: Path = Path()
+    notes: list[str] = field(default_factory=list)
+
+    def deferred(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def asked(self) -> bool:
+        return len(lines(self.metrics)) > self.step
+
+    def tell(self, note: str) -> None:
+        self.notes.append(note)
+
+
+def test_a_run_that_is_told_to_end_has_its_last_step_on_the_disk(tmp_path: Path) -> None:
+    run = in_background(tmp_path, Deferred)
+    stop = AskedAfter(2, run.directory.metrics)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(run, stop=stop), None)
+    close(run)
+    assert stop.notes == ["step 2 is saved"] and newest(run) == "step-2"
+
+
+def test_a_disk_that_does_not_answer_is_named_and_holds_up_no_end(tmp_path: Path) -> None:
+    run, answers = wired(tmp_path / "run", EVERY), threading.Event()
+
+    def hangs(work: Callable[[], Path]) -> Pending:
+        def waits() -> Path:
+            answers.wait(LIMIT_S)
+            return Path()
+
+        return in_a_thread(waits)
+
+    writer = BackgroundWriter(run.directory, tmp_path, 1, limit_s=0.05, start=hangs)
+    writer.begin(7)
+    writer.submit(7, 1, {"step": 7}, [])
+    assert writer.finished(wait=False) is None and writer.under_way() == "step-7"
+    with pytest.raises(DiskError, match=r"step-7 was not written in 0\.05 s \(learner\.timeout_s\)"):
+        writer.finished(wait=True)
+    assert writer.finished(wait=True) is None and writer.under_way() == ""
+    answers.set()
+    close(run)
+
+
+def test_what_is_short_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    mib = 2**20
+    monkeypatch.setattr(
+        background_writer.shutil, "disk_usage", lambda _: SimpleNamespace(free=14 * mib, total=40 * mib)
+    )
+    monkeypatch.setattr(background_writer, "available_here", lambda: 12 * mib)
+    assert shortage(6 * mib) == "" == shortage(3 * mib, besides=7 * mib)
+    assert shortage(11 * mib) == "a copy takes 11 MiB of /dev/shm, and 10 MiB are to be had"
+    assert shortage(4 * mib, besides=7 * mib) == "a copy takes 4 MiB of /dev/shm, and 3 MiB are to be had"
+    assert shortage(7 * mib) == "copying takes 14 MiB of memory, and 12 MiB are available"
