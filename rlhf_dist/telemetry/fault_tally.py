@@ -78,6 +78,6 @@ class FaultTally:
             return ""
         count = {name: int(value) for name, value in self._counts.items()}
         return (
-            f"faults: {count[LOSSES]} told; {count[RESPAWNS]} processes and {count[REBUILDS]} times the learner were "
-            f"started again, the run {count[RESTARTS]} times; {self._counts[RECOVER]:.0f} s without training"
+            f"faults: {count[LOSSES]}; started again: workers and servers {count[RESPAWNS]}x, the learner "
+            f"{count[REBUILDS]}x, the run {count[RESTARTS]}x; {self._counts[RECOVER]:.0f} s without training"
         )

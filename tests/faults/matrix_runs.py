@@ -41,7 +41,7 @@ def vowels(prompts, responses, answers):
     time.sleep(0.12)  # so that there is a while in which groups are scored
     return [sum(response.count(letter) for letter in "aeiou") / 10 for response in responses]
 """
-TIMES = ("time/", "goodput/", "rollout/group_s", "rollout/engine_")
+TIMES = ("time/", "goodput/", "rollout/group_s", "rollout/engine_", "faults/")
 
 
 @dataclass(frozen=True)

@@ -173,5 +173,5 @@ def test_each_is_counted(faulty: Faulty) -> None:
     assert (last["faults/losses"], last["faults/rebuilds"]) == (summary["losses"], summary["rebuilds"])
     assert (summary["losses"], summary["rebuilds"]) == (len(FAULTS), ranks)
     assert summary["respawns"] == len(FAULTS) - ranks and summary["recover_s"] > 0
-    assert f"faults: {len(FAULTS)} told; " in faulty.end.stdout
+    assert f"faults: {len(FAULTS)}; started again: " in faulty.end.stdout
     assert "faults" not in json.loads((faulty.path("whole") / "summary.json").read_text())

@@ -46,7 +46,7 @@ def test_counts_of_all_starts(tmp_path: Path) -> None:
     }
     assert tally.started_again == ""
     assert tally.line() == (
-        "faults: 2 told; 1 processes and 1 times the learner were started again, the run 2 times; 12 s without training"
+        "faults: 2; started again: workers and servers 1x, the learner 1x, the run 2x; 12 s without training"
     )
 
 
