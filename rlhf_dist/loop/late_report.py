@@ -47,7 +47,10 @@ class LateReports:
 
     def report(self, why: str, silent: Sequence[str]) -> str:
         """See `Report`. Takes the stacks of those that are silent, or of all."""
-        stacks = self._stacks(silent or self._healing.names)
+        try:
+            stacks = self._stacks(silent or self._healing.names)
+        except Exception as error:  # Whatever it is, the run has to go on with what it does about the silence.
+            stacks = {"no stacks": f"{type(error).__name__}: {error}"}
         place, problem = self._write(why, stacks)
         members = {} if self._clock is None else self._healing.progress(self._clock.now())
         facts = {"silent": list(silent), "members": members, "stacks": place}

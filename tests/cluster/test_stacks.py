@@ -14,7 +14,7 @@ import pytest
 
 from rlhf_dist.cluster import stacks
 from rlhf_dist.cluster.processes import ProcessName, stat
-from rlhf_dist.cluster.stacks import stacks_of
+from rlhf_dist.cluster.stacks import stacks_here, stacks_of
 
 ROOT = Path(__file__).parents[2]
 NAME = "learner rank 0"
@@ -89,7 +89,7 @@ def test_where_py_spy_may_not_or_cannot_the_process_is_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spy(monkeypatch, tmp_path, script)
-    first, *stack = stacks_of([name], limit_s=0.5)[name].splitlines()
+    first, *stack = stacks_here([name], limit_s=0.5)[name].splitlines()
     assert first == why and "wait_for_the_others" in "\n".join(stack)
     assert process.poll() is None
 
@@ -103,9 +103,17 @@ def test_without_py_spy_one_that_is_stopped_has_none(
     assert stacks_of([name]) == {name: expected}
 
 
-def test_of_one_on_another_machine_or_unknown_it_is_said(name: ProcessName, process: subprocess.Popen[bytes]) -> None:
+def test_of_one_on_a_machine_that_nobody_knows_it_is_said(name: ProcessName, process: subprocess.Popen[bytes]) -> None:
     signs = name.log.with_suffix(".pid")
     signs.write_text(signs.read_text().replace('"host": "', '"host": "other-'))
     found = stacks_of([name, "somebody"])
-    assert found[name].startswith("(not on this machine but on other-") and found[name].endswith(": no stacks)")
-    assert found["somebody"] == "(not on this machine: no stacks)"
+    assert found[name].startswith("(on other-") and found[name].endswith(", which gave no stacks in 15 s)")
+    assert found["somebody"] == "(it is not known which process it is)"
+
+
+def test_another_node_is_asked(
+    local_ray: None, name: ProcessName, process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This machine under another name: the task sees it under its own."""
+    monkeypatch.setattr(stacks.socket, "gethostname", lambda: "the machine of the command")
+    assert "wait_for_the_others" in stacks_of([name])[name]

@@ -63,7 +63,8 @@ def test_the_time_in_a_phase_is_no_progress() -> None:
 class AtTen:
     """An inbox whose clock stands still."""
 
-    report: Report = no_report
+    def __init__(self) -> None:
+        self.report: Report = no_report
 
     def listen(self, listener: Any) -> None: ...
 
@@ -100,6 +101,15 @@ def test_an_event_and_a_file_for_each(tmp_path: Path) -> None:
     assert (one["kind"], one["message"]) == ("late", "worker is late")
     assert one["facts"]["silent"] == ["worker"] and one["facts"]["stacks"] == str(first)
     assert one["facts"]["members"]["rank"]["counts"] == {"micro_batches": 7}
+
+
+def test_where_stacks_cannot_be_taken_the_file_says_so(tmp_path: Path) -> None:
+    def fails(names: Any) -> dict[str, str]:
+        raise OSError("no process can be started")
+
+    made = LateReports(Telemetry([EventLog(tmp_path / "events.jsonl")], lambda _: None), tmp_path, fails)
+    assert made.report("worker is late", ["worker"]).startswith("; stacks: ")
+    assert "OSError: no process can be started" in (tmp_path / "faults" / "stacks-1.txt").read_text()
 
 
 def test_where_the_file_cannot_be_written_the_event_says_so(tmp_path: Path) -> None:
