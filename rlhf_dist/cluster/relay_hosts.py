@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -74,6 +74,16 @@ class Relays:
     """Name -> handle of the others."""
     of_worker: Mapping[str, str]
     """Rollout worker -> the name of its node's relay."""
+    nodes: Mapping[str, str] = field(default_factory=dict)
+    """Name of a relay -> the address of its node."""
+
+    def node_of(self, name: str) -> str:
+        """The address of a relay's or a worker's node; empty: the learner's, or not known."""
+        return self.nodes.get(self.of_worker.get(name, name), "")
+
+    def idle(self, workers: Collection[str]) -> list[str]:
+        """Those that have none of these workers on their node; one that is gone would only be waited for."""
+        return [name for name in self.fetch if not any(worker in workers for worker in self.workers(name))]
 
     def admit(self, name: str, relay: Any) -> None:
         """One that was started again. What it had copied lies where it was, until it is asked for a version."""
@@ -83,7 +93,7 @@ class Relays:
             self.fetch = {**self.fetch, name: relay}
 
     def send(self, announcement: Announcement, address: Address, busy: Collection[str]) -> dict[str, Any]:
-        """Let the nodes copy the version that is offered there, but for those whose relay is still `busy` with another.
+        """Let the nodes copy the version that is offered there, but for those whose relay is `busy` or has no worker.
 
         Returns name of the relay -> the call, which gives the node's announcement.
         """

@@ -244,7 +244,7 @@ class RolloutFleet:
         except RlhfError as error:
             free = [relay for relay in self._relays.fetch if relay not in busy]
             return problems + [why for relay in free for why in self._without_weights(relay, announcement, str(error))]
-        sent = self._relays.send(announcement, address, busy)
+        sent = self._relays.send(announcement, address, {*busy, *self._relays.idle(self._standings)})
         self._fetches |= sent
         relays = {call: relay for relay, call in sent.items()}
         while relays and (done := self._inbox.wait(list(relays), patience)):

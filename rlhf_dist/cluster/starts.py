@@ -112,6 +112,7 @@ def start_relays(
         offer,
         dict(fetches.values()),
         {name: fetches[node][0] for name, node in zip(workers, placement.worker_nodes, strict=True) if node != home},
+        {name: node for node, (name, _) in fetches.items()},
     )
     stack.push(lambda kind, *_: close_ranks(dict(found.fetch), kind))
     return found

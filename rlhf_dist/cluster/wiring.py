@@ -98,7 +98,8 @@ def parts_of(
     if reference is not None:
         admits |= {name: [*admits.get(name, []), reference.admit] for name in references}
     admits |= {name: [relays.admit] for name in relays.all()}
-    supervisor = Supervisor(roster, inbox, admits, start_s=config.cluster.start_timeout_s)
+    starts, stopped = config.cluster.start_timeout_s, config.faults.heartbeat_s
+    supervisor = Supervisor(roster, inbox, admits, start_s=starts, stopped_s=stopped, relays=relays)
     return Parts(
         actors=Actors(
             rollouts=rollouts,

@@ -131,7 +131,7 @@ class Controller:
             case Lost():
                 commands = self._lost(event, now)
             case NotStarted():
-                commands = self._healing.not_started(event.member, event.why, now)
+                commands = self._healing.not_started(event.member, event.why, now, event.away)
             case Returned():
                 commands = self._returned(event, now)
             case Pulse():

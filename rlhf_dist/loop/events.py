@@ -109,6 +109,8 @@ class NotStarted:
 
     member: str
     why: str
+    away: bool = False
+    """Its node is gone: it starts when the node is back."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,7 +111,8 @@ class Healing:
     def progress(self, now: float) -> dict[str, dict[str, Any]]:
         """The last that is known of each process, by name, as facts for the event log."""
         there = {name: seen.facts(now, self._pulses.get(name, now)) for name, seen in self._seen.items()}
-        return there | {name: starting(now - since) for name, since in self._coming.items()}
+        # One that waits for its node has not begun to start.
+        return there | {name: starting(max(0.0, now - since)) for name, since in self._coming.items()}
 
     def watches(self, name: str) -> bool:
         """Whether it is there, and has given a sign of life."""
@@ -192,10 +193,17 @@ class Healing:
         if len(stuck) > self._respawns:
             raise ActorLost(self._report(name, stuck, "since the last new step", now))
 
-    def not_started(self, name: str, why: str, now: float) -> list[Command]:
-        """As `lost`, of one that is being started; people are told."""
+    def not_started(self, name: str, why: str, now: float, away: bool = False) -> list[Command]:
+        """As `lost`, of one that is being started; people are told.
+
+        `away`: until its node is back. Where others of its kind work, it has all the time; else that of a start.
+        """
         if name not in self._coming:
             return []
+        if away:
+            others = any(self._kinds.get(other) == self._kinds[name] for other in self._pulses)
+            self._coming[name] = math.inf if others else now
+            return [Tell("warning", f"{why}; the run goes on without it" if others else why)]
         commands = self.lost(name, why, now)
         return commands + told_of(name, why, 0, commands)
 

@@ -161,3 +161,9 @@ def test_the_hosts_bring_a_version_from_file_to_file(local_ray: None, tmp_path: 
     writer.close()
     for actor in (offer, fetch):
         ray.kill(actor)
+
+
+def test_a_relay_without_workers_is_idle_and_each_knows_its_node() -> None:
+    relays = Relays("offer", {"b": "first", "c": "other"}, {"two": "b", "three": "c"}, {"b": "10.0.0.2"})
+    assert relays.idle({"one", "two"}) == ["c"] and relays.idle({"one"}) == ["b", "c"]
+    assert [relays.node_of(name) for name in ("two", "b", "one", "three")] == ["10.0.0.2", "10.0.0.2", "", ""]

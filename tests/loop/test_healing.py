@@ -324,3 +324,17 @@ def test_a_start_that_takes_too_long_is_tried_again_and_in_the_end_told() -> Non
         shell.hear([])
         assert ports.started == ["a", "a"]
         assert told[-1] == "a was not ready in 50 s; a is started again"
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_one_whose_node_is_gone_is_waited_for_as_long_as_others_work(others: bool) -> None:
+    found = Healing({"a": "rollout", "b": "rollout"}, respawns=1, window_s=100.0, pulse_s=1e9, start_s=50.0)
+    members = rig("ab").members
+    found.pulse("a", 0.0)
+    if others:
+        found.pulse("b", 0.0)
+    found.lost("a", "a died", 0.0)
+    (told,) = found.not_started("a", "a waits for its node", 1.0, away=True)
+    assert isinstance(told, Tell) and told.message.endswith("; the run goes on without it") == others
+    assert late(found.overdue(52.0, members, ()), "start") == ([] if others else [("a", False)])
+    assert found.returned("a", 1000.0) and found.watches("a"), "it is taken back when the node is"
