@@ -129,7 +129,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-def weights(run: Path, step: int = STEPS) -> bytes:
+def weights(run: Path, step: int) -> bytes:
     return (run / "checkpoints" / f"step-{step}" / "hf" / "model.safetensors").read_bytes()
 
 

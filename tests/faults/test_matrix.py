@@ -15,6 +15,8 @@ RESTARTED = ("controller", "raylet")
 KILLED_S, STOPPED_S, LATE_S = 2.0, 20.0, 5.0
 """Limits for noticing: a killed process, one of the command's own or Ray's; and what comes on top of heartbeat_s."""
 RAYLET_S = 20.0
+FEW = 12
+"""Steps of the runs that are started again."""
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +32,21 @@ def whole(place: Workplace) -> Struck:
     return found
 
 
-def comes_to_the_same(struck: Struck, whole: Struck) -> None:
+@pytest.fixture(scope="module")
+def short(place: Workplace) -> Struck:
+    """The same, of fewer steps: a run that is started again goes back behind its last strike."""
+    found = strike(place, "short", [], f"loop.steps={FEW}")
+    assert found.finished.code == 0, found.finished.stderr
+    return found
+
+
+def comes_to_the_same(struck: Struck, whole: Struck, steps: int) -> None:
     assert struck.finished.code == 0, struck.finished.stderr
     assert len(struck.found) == struck.planned, f"struck {len(struck.found)} times, and {struck.planned} were planned"
     assert metrics(struck.path) == metrics(whole.path)
-    assert weights(struck.path) == weights(whole.path)
+    assert weights(struck.path, steps) == weights(whole.path, steps)
     ledger = json.loads((struck.path / "summary.json").read_text())["ledger"]
-    assert "0 in flight, 0 lost, 0 used twice" in ledger and f"{STEPS * PROMPTS} trained once" in ledger
+    assert "0 in flight, 0 lost, 0 used twice" in ledger and f"{steps * PROMPTS} trained once" in ledger
     assert struck.left == []
 
 
@@ -46,7 +56,7 @@ def test_a_lost_process_is_healed_in_the_run(who: str, place: Workplace, whole: 
     name = who.replace(" ", "-")
     struck = strike(place, name, strikes)
     keep(name, struck)
-    comes_to_the_same(struck, whole)
+    comes_to_the_same(struck, whole, STEPS)
     for one in struck.found:
         limit = KILLED_S if one["how"] == "SIGKILL" else HEARTBEAT_S + LATE_S
         assert one["noticed_s"] is not None and one["noticed_s"] <= limit, one
@@ -55,11 +65,12 @@ def test_a_lost_process_is_healed_in_the_run(who: str, place: Workplace, whole: 
 
 @pytest.mark.parametrize("how", SIGNALS)
 @pytest.mark.parametrize("who", RESTARTED)
-def test_a_run_that_is_lost_is_started_again(who: str, how: str, place: Workplace, whole: Struck) -> None:
+def test_a_run_that_is_lost_is_started_again(who: str, how: str, place: Workplace, short: Struck) -> None:
     name = f"{who}-{how}"
-    struck = strike(place, name, [{"who": who, "phase": phase, "how": how} for phase in PHASES], "--supervise")
+    strikes = [{"who": who, "phase": phase, "how": how} for phase in PHASES]
+    struck = strike(place, name, strikes, f"loop.steps={FEW}", "--supervise")
     keep(name, struck)
-    comes_to_the_same(struck, whole)
+    comes_to_the_same(struck, short, FEW)
     for one in struck.found:
         assert one["noticed_s"] is not None and one["noticed_s"] <= (RAYLET_S if who == "raylet" else STOPPED_S), one
         assert one["healed_s"] is not None and one["step_s"] is not None, one
