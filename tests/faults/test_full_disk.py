@@ -4,10 +4,10 @@ from its last good checkpoint, and it comes to the same as a run on a sound disk
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -36,11 +36,12 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """A file that takes all space but a little."""
+    """A file that takes all space but a little, while others write there, too."""
     ballast = disk / "ballast"
-    free = shutil.disk_usage(disk).free
-    with ballast.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free - LEFT_MIB * MIB)
+    with ballast.open("wb") as file, suppress(OSError):
+        while shutil.disk_usage(disk).free > LEFT_MIB * MIB:
+            file.write(bytes(4 * MIB))
+            file.flush()
     return ballast
 
 
