@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,9 +16,14 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def below(pid: int) -> list[int]:
-    """Ids of all processes that come from a process, nearest first."""
+def below(pid: int, most: float = math.inf) -> list[int]:
+    """Ids of all processes that come from a process, nearest first; `most`: or a few more than so many of them.
+
+    Processes that start others without end may start them faster than they can be listed.
+    """
     found = children(pid)
     for child in found:  # which grows
+        if len(found) > most:
+            break
         found += children(child)
     return found

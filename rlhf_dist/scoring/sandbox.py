@@ -101,8 +101,8 @@ class Sandbox:
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         page, over = os.sysconf("SC_PAGE_SIZE"), threading.Event()
         while process.poll() is None:
-            pids = below(process.pid)
-            threads, pages = used(pids)
+            pids = below(process.pid, THREADS)
+            threads, pages = used(pids[: THREADS + 1])
             if threads > THREADS:
                 self.broken = f"it had more than {THREADS} threads"
             elif pages * page > self._memory and proportional(pids) > self._memory:
@@ -199,7 +199,7 @@ def _follow(path: Path, shown: set[Path], links: dict[Path, str]) -> None:
 
 
 def _require_narrow(path: Path) -> None:
-    home = Path.home().resolve()
+    home = Path(os.path.expanduser("~")).resolve()
     if path == home or path in home.parents or path in (Path(SCRATCH), Path("/dev"), Path("/proc"), Path("/etc")):
         raise ConfigError(
             f"a sandbox would show all of {path}, because the current directory or an entry of PYTHONPATH is there; "
