@@ -8,10 +8,11 @@ for as long as it still fails in the same way, and is printed with how to replay
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from datetime import UTC, datetime
 from itertools import count, takewhile
@@ -22,13 +23,13 @@ from typing import Any
 from chaos.plan import WRITES, plan_of
 from chaos.search import search, smallest
 from chaos.totals import Totals, search_all
-from step import HERE, at_least, machine_facts, save
+from step import HERE, at_least, machine_facts
 
 from rlhf_dist.cli.arguments import Parser
 
 BLOCK = 20
 """Seeds that a process takes at a time."""
-BLOCK_LIMIT_S = 600.0
+BLOCK_LIMIT_S, WAIT_S = 600.0, 10.0
 SHRUNK = 3
 """Failing seeds that are made small; the others are named."""
 
@@ -38,15 +39,21 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     if args.seed is not None:
         return replay(args.seed)
-    begun = time.monotonic()
-    totals = run(args.first, args.seeds, args.jobs, begun + 60.0 * args.minutes if args.minutes else None)
-    result = summary(totals, args.first, args.jobs, time.monotonic() - begun)
-    print(table(result))
+    totals, log = Totals(), Log(args.out, args.seeds, args.every)
+    until = time.monotonic() + 60.0 * args.minutes if args.minutes else None
+
+    def so_far() -> dict[str, Any]:
+        return summary(totals, args.first, args.jobs, log.seconds) | {"machine": machine_facts()}
+
+    for block in run(args.first, args.seeds, args.jobs, until):
+        totals.merge(block)
+        log.failed(block.broken)
+        log.went_on(totals, so_far)
+    result = so_far()
+    write(args.out, result | {"complete": True})
+    print(table(result), flush=True)
     for seed in sorted(totals.broken)[:SHRUNK]:
         replay(seed)
-    for seed in sorted(totals.broken)[SHRUNK:]:
-        print(f"seed {seed}: {totals.broken[seed]}")
-    save(args.out, result | {"machine": machine_facts()})
     return 1 if totals.broken else 0
 
 
@@ -54,7 +61,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line. Raises `InputError`."""
     parser = Parser(
         prog="rlhf-dist bench chaos",
-        usage="rlhf-dist bench chaos [--seeds N] [--first N] [--minutes N] [--jobs N] [--out FILE] | --seed N",
+        usage="rlhf-dist bench chaos [options] | --seed N",
         description="Runs of the loop in virtual time over simulated members, with faults drawn from seeds.",
         allow_abbrev=False,
     )
@@ -63,27 +70,29 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=at_least(1), default=0, help="begin no more runs after so many minutes")
     parser.add_argument("--jobs", type=at_least(1), default=os.cpu_count() or 1, help="processes (one for each CPU)")
     parser.add_argument("--seed", type=at_least(0), help="replay this one, and make it smaller if it fails")
+    parser.add_argument("--every", type=at_least(1), default=60, help="seconds between two lines of progress (60)")
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"chaos-{stamp}.json", help="JSON to write")
     return parser.parse_args(list(argv))
 
 
-def run(first: int, seeds: int, jobs: int, until: float | None) -> Totals:
-    """All seeds, in so many processes; `until`: when no more are begun, on the monotonic clock."""
-    totals = Totals()
+def run(first: int, seeds: int, jobs: int, until: float | None) -> Iterator[Totals]:
+    """What each block of seeds came to, in so many processes; `until`: when no more are begun, on the monotonic
+    clock."""
     if jobs == 1:
-        for block in blocks(first, seeds, until):
-            totals.merge(search_all(block))
-        return totals
+        yield from map(search_all, blocks(first, seeds, until))
+        return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         under_way: set[Future[Totals]] = set()
-        for block in blocks(first, seeds, until):
-            under_way.add(pool.submit(search_all, block))
-            while len(under_way) >= 2 * jobs:
-                under_way = collect(under_way, totals)
-        while under_way:
-            under_way = collect(under_way, totals)
-    return totals
+        try:
+            for block in blocks(first, seeds, until):
+                under_way.add(pool.submit(search_all, block))
+                while len(under_way) >= 2 * jobs:
+                    yield collect(under_way)
+            while under_way:
+                yield collect(under_way)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def blocks(first: int, seeds: int, until: float | None) -> Iterator[range]:
@@ -95,14 +104,63 @@ def blocks(first: int, seeds: int, until: float | None) -> Iterator[range]:
         yield range(start, min(start + BLOCK, first + seeds))
 
 
-def collect(under_way: set[Future[Totals]], totals: Totals) -> set[Future[Totals]]:
-    """Wait for one block at least; returns the others."""
-    done, rest = wait(under_way, timeout=BLOCK_LIMIT_S, return_when=FIRST_COMPLETED)
-    if not done:
-        raise TimeoutError(f"{BLOCK} seeds took more than {BLOCK_LIMIT_S:.0f} s")
-    for block in done:
-        totals.merge(block.result(timeout=0))
-    return rest
+def collect(under_way: set[Future[Totals]]) -> Totals:
+    """Wait for one block at least; those that are done are taken out. The time that this process was stopped does not
+    count: of a wait that a stop fell into there is one more."""
+    totals = Totals()
+    for _ in range(round(BLOCK_LIMIT_S / WAIT_S)):
+        done, _ = wait(under_way, timeout=WAIT_S, return_when=FIRST_COMPLETED)
+        for block in done:
+            under_way.remove(block)
+            totals.merge(block.result(timeout=0))
+        if done:
+            return totals
+    raise TimeoutError(f"{BLOCK} seeds took more than {BLOCK_LIMIT_S:.0f} s")
+
+
+class Log:
+    """What is shown and saved while the search goes on."""
+
+    def __init__(self, out: Path, of: int, every_s: float) -> None:
+        """`out`: where the result goes; failing seeds go beside it as they are found. `of`: seeds in all."""
+        self._out, self._of, self._every_s = out, of, every_s
+        self._failing = out.with_suffix(".failing.txt")
+        self._begun = self._told = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self._begun
+
+    def failed(self, broken: dict[int, str]) -> None:
+        """Seeds that fail: at once, on the screen and in a file."""
+        if broken:
+            lines = [f"seed {seed}: {text}" for seed, text in sorted(broken.items())]
+            print(*lines, sep="\n", flush=True)
+            self._failing.parent.mkdir(parents=True, exist_ok=True)
+            with self._failing.open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
+
+    def went_on(self, totals: Totals, result: Callable[[], dict[str, Any]]) -> None:
+        """Now and then a line, and what is known so far where the result will be."""
+        if time.monotonic() - self._told < self._every_s:
+            return
+        self._told, rate = time.monotonic(), totals.seeds / self.seconds
+        left = (self._of - totals.seeds) / rate / 60.0
+        print(
+            f"{totals.seeds:,} of {self._of:,} seeds, {len(totals.broken)} fail; {60.0 * rate:,.0f} a minute, "
+            f"{left:,.0f} minutes left",
+            flush=True,
+        )
+        write(self._out, result() | {"complete": False})
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """As a whole, so that whoever reads it meanwhile finds the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def replay(seed: int) -> int:

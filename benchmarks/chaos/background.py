@@ -33,7 +33,7 @@ class Later:
 
 def background(directory: RunDirectory, seed: str) -> BackgroundWriter:
     """Of one life, with its own folder beside the run for what would be in memory. `seed`: says how late all is."""
-    memory, random = directory.path.with_name("memory"), Random(seed)
+    memory, random = directory.path.with_name("copies"), Random(seed)
     if not memory.exists():
         MAKE_FOLDER(memory)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +10,11 @@ from chaos.critic import Critic
 from chaos.disk import Disk
 from chaos.fleet import GIVE_UP_AFTER, Fleet
 from chaos.learner import Learner
-from chaos.plan import COLLATOR, LEARNER, REFERENCE, SCORER, WORKER
-from chaos.servers import Collator, Servers, Trained
+from chaos.plan import COLLATOR, CRITIC, LEARNER, REFERENCE, SCORER, WORKER
+from chaos.ranks import Ranks
+from chaos.servers import Collator, Servers
 from chaos.supervisor import Part, Supervisor
+from chaos.witness import Witness
 from chaos.workers import BEAT_S
 from chaos.world import World
 from rlhf_dist.config.schema import Config
@@ -36,15 +38,14 @@ class Cast:
     collator: Collator
     learner: Learner
     critic: Critic | None
+    ranks: Ranks
     actors: Actors
     members: Members
     healing: Healing
 
 
-def cast_of(
-    config: Config, world: World, disk: Disk, folder: Path | None, told: Callable[[int, Trained], None]
-) -> Cast:
-    """Start them, from the checkpoint in `folder`. `told`: as for `Learner`."""
+def cast_of(config: Config, world: World, disk: Disk, folder: Path | None, witness: Witness) -> Cast:
+    """Start them, from the checkpoint in `folder`. `witness` is told of what is learnt."""
     settings = world.plan.settings
     workers = [f"{WORKER} {i}" for i in range(settings.workers)]
     fleet = Fleet(world, workers, config.weights.timeout_s)
@@ -55,9 +56,11 @@ def cast_of(
         reference = Servers("reference", [f"{REFERENCE} {i}" for i in range(settings.reference)], world, disk)
         reference.restore(folder, settings.moves > 0)
     collator = Collator(world, settings.lag, settings.age)
-    critic = Critic(world, disk, folder, told) if settings.critic else None
-    learner = Learner(world, disk, collator.history, folder, None if critic else told)
-    parts: dict[str, Part] = {COLLATOR: collator, LEARNER: learner}
+    ranks = Ranks(world, disk, [LEARNER, CRITIC] if settings.critic else [LEARNER], settings.kept)
+    critic = Critic(world, disk, ranks, folder, witness.saw) if settings.critic else None
+    learner = Learner(world, disk, ranks, collator.history, folder, None if critic else witness.saw)
+    ranks.begin_anew, ranks.went_back = fleet.begin_anew, witness.go_back
+    parts: dict[str, Part] = {COLLATOR: collator, **dict.fromkeys(ranks.ranks, ranks)}
     parts |= dict.fromkeys(workers, fleet) | dict.fromkeys(scoring.servers, scoring)
     parts |= dict.fromkeys(reference.servers, reference) if reference else {}
     limits: dict[MemberKind, float] = {
@@ -74,20 +77,21 @@ def cast_of(
         limits_s=limits,
         beat_s=BEAT_S,
     )
-    supervisor = Supervisor(world, parts)
-    actors = Actors(fleet, scoring, reference, collator, world.inbox, timed_out, supervisor)
+    processes = Supervisor(world, parts)
+    actors = Actors(fleet, scoring, reference, collator, world.inbox, timed_out, processes)
     heals = healing(config, parts, settings.moves > 0)
-    return Cast(fleet, scoring, reference, collator, learner, critic, actors, members, heals)
+    return Cast(fleet, scoring, reference, collator, learner, critic, ranks, actors, members, heals)
 
 
 def healing(config: Config, names: Iterable[str], moves: bool) -> Healing:
-    """As `cluster.wiring` makes it. `moves`: whether the reference does, which then nobody else has."""
+    """As `cluster.wiring` makes it. `moves`: whether the reference does; it and the ranks cannot be had again then."""
     kinds: dict[str, MemberKind] = {
         **dict.fromkeys([name for name in names if name.startswith(WORKER)], "rollout"),
         **dict.fromkeys([name for name in names if name.startswith(SCORER)], "scoring"),
         **dict.fromkeys([name for name in names if name.startswith(REFERENCE)], "reference"),
         COLLATOR: "collator",
         LEARNER: "learner",
+        **dict.fromkeys([name for name in names if name == CRITIC], "critic"),
     }
     return Healing(
         kinds,
@@ -95,7 +99,7 @@ def healing(config: Config, names: Iterable[str], moves: bool) -> Healing:
         window_s=config.faults.window_s,
         pulse_s=config.faults.heartbeat_s,
         start_s=START_S,
-        unique=[name for name in kinds if moves and name.startswith(REFERENCE)],
+        unique=[name for name in kinds if moves and name.startswith((REFERENCE, LEARNER, CRITIC))],
     )
 
 

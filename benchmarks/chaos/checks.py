@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from chaos.clock import Broken
+from chaos.ending import Ended
 from chaos.learner import WEIGHTS_FILE
-from chaos.life import Life, Witness
-from chaos.plan import REFERENCE, SCORER, WORKER, Kind, Plan, config_of
+from chaos.life import Life
+from chaos.plan import CRITIC, LEARNER, REFERENCE, SCORER, WORKER, Kind, Plan, config_of
+from chaos.witness import Witness
 from rlhf_dist.config.schema import FaultsConfig
 from rlhf_dist.data.order import epoch_order
 from rlhf_dist.errors import ActorLost, ActorTimeout, DiskError, ResourceError, WeightSyncError
@@ -30,11 +32,13 @@ from rlhf_dist.models.checkpoints import (
 )
 from rlhf_dist.telemetry.sinks import METRICS_FILE
 
-OF_TIME = ("time/", "goodput/", "rollout/group_s", "rollout/engine_", "sync/", "data/dropped_worker_lost")
+OF_TIME = ("time/", "goodput/", "faults/", "rollout/group_s", "rollout/engine_", "sync/", "data/dropped_worker_lost")
 """Beginnings of names of metrics that faults may change."""
 RESPAWNS = FaultsConfig().respawns
-STRIKING: tuple[Kind, ...] = ("die", "ghost", "wedge", "stall", "undone", "tear", "lie", "no start")
+STRIKING: tuple[Kind, ...] = ("die", "ghost", "wedge", "stall", "undone", "tear", "lie", "no start", "farewell")
 """Faults after which a process may be lost, or taken for it; ..."""
+GONE: tuple[Kind, ...] = ("die", "ghost", "farewell")
+"""After these alone a worker is there again soon."""
 DELAYING: tuple[Kind, ...] = ("cut", "slow", "late")
 DELAY_S = 8.0
 """... and these, where they take so long: signs of life come every 6 s, and 15 s without one is too long."""
@@ -48,14 +52,20 @@ def explained(plan: Plan, life: Life) -> None:
     ]
     about = [fault for fault in blows if text.startswith(fault.who)]
     everybody = {fault.who for fault in blows} >= {f"{WORKER} {number}" for number in range(plan.settings.workers)}
-    respawned = text.startswith((WORKER, SCORER)) or (text.startswith(REFERENCE) and not plan.settings.moves)
+    respawned = text.startswith((WORKER, SCORER))
+    respawned |= text.startswith((REFERENCE, LEARNER, CRITIC)) and not plan.settings.moves
     # One that cannot be reached for long is lost again each time that it was started.
     too_often = len(about) > RESPAWNS or any(fault.kind in DELAYING for fault in about)
+    ranks = [fault for fault in blows if fault.who in (LEARNER, CRITIC)]
     match error:
+        case Ended():
+            fair = any(fault.kind == "end" for fault in life.world.fired)
+        case ActorLost() if text.startswith("the learner was lost"):
+            fair = len(ranks) > RESPAWNS
         case DiskError() | ResourceError():
             fair = any(fault.kind == "full" for fault in life.disk.fired)
         case ActorTimeout() if text.startswith("no rollout worker"):
-            fair = everybody
+            fair = everybody and any(fault.kind not in GONE for fault in blows)
         case WeightSyncError():
             fair = everybody
         case ActorTimeout():
@@ -103,6 +113,9 @@ def check_end(plan: Plan, life: Life, run: Path, witness: Witness, steps: int) -
     assert proof is not None
     if not proof.holds or proof.in_flight or proof.tokens_in_flight or proof.consumed != wanted:
         raise Broken("ledger", f"{wanted} groups were to be used: {proof.text()}")
+    shown = proof.witness
+    if plan.settings.witness and (shown is None or (shown.steps, shown.seen + shown.idle) != (steps, wanted)):
+        raise Broken("witness", f"it was to see {wanted} groups in {steps} steps: {proof.text()}")
     if (read_summary(run) or {}).get("step") != steps:
         raise Broken("end", f"the summary says {read_summary(run)}")
     _checkpoints(plan, run, steps, life.world.life)

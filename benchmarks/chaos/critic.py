@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from chaos.disk import Disk
+from chaos.plan import CRITIC
+from chaos.ranks import Ranks
 from chaos.servers import Trained
 from chaos.truth import digest, number
 from chaos.world import World
@@ -17,23 +19,30 @@ from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Handle
 
+START = "the policy's start"
 WEIGHTS_FILE, OPTIMIZER_FILE = "critic/hf/config.json", "critic/optimizer-0.safetensors"
 
 
 class Critic:
     """`ports.Critic`."""
 
-    def __init__(self, world: World, disk: Disk, folder: Path | None, told: Callable[[int, Trained], None]) -> None:
+    def __init__(
+        self, world: World, disk: Disk, processes: Ranks, folder: Path | None, told: Callable[[int, Trained], None]
+    ) -> None:
         """As `Learner`. It learns from every step, also where the policy stands still."""
-        self._world, self._disk, self._told = world, disk, told
-        self.weights = "the policy's start"
-        if folder is not None:
-            self.weights = (folder / WEIGHTS_FILE).read_text(encoding="utf-8")
+        self._world, self._disk, self._processes, self._told = world, disk, processes, told
+        self.step = 0
+        self.restore(folder)
+        processes.trained.append(self)
+
+    def restore(self, folder: Path | None) -> None:
+        """See `ranks.Trains`."""
+        self.weights = START if folder is None else (folder / WEIGHTS_FILE).read_text(encoding="utf-8")
 
     def estimate(self, batches: Batches) -> tuple[Sequence[Handle[Estimate]], EstimateSums]:
         """See `ports.Critic`."""
-        self._world.inbox.wait(0.5)
-        found = [digest(self.weights, batch.place[1]) for batch in batches]
+        self._processes.work(CRITIC, 0.5)
+        found = [digest(self.weights, [group.digest for group in batch.place[1]]) for batch in batches]
         # 2 tokens with advantages 1 and 3 and returns 4 and 8, and values of which the run's metrics show the mean.
         sums = EstimateSums(2.0, 4.0, 10.0, 12.0, 80.0, number(found), 10.0)
         handles: list[Handle[Any]] = [Handle(one) for one in found]
@@ -44,6 +53,7 @@ class Critic:
         shard: Shard
         groups: tuple[Trained, ...]
         shard, groups = batches[0].place
+        self.step = shard.version + 1
         for group in groups:
             self._told(shard.version + 1, group)
         told = [group.digest for group in groups], [handle.place for handle in estimates.handles], shard.critic_rates
@@ -52,7 +62,7 @@ class Critic:
 
     def finish_update(self, pending: Handle[MetricSums]) -> MetricSums:
         """See `ports.Critic`."""
-        self._world.inbox.wait(1.0)
+        self._processes.work(CRITIC, self._world.seconds(0.5, 10.0, "learn", self.step))
         return pending.place
 
     def faults(self) -> Mapping[str, RankFault]:
@@ -61,5 +71,6 @@ class Critic:
 
     def save(self, folder: Path) -> None:
         """See `ports.Critic`."""
+        self._processes.work(CRITIC, 0.5)
         self._disk.write("write critic", folder / WEIGHTS_FILE, self.weights)
         self._disk.write("write critic's optimizer", folder / OPTIMIZER_FILE, self.weights)

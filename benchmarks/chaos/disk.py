@@ -21,6 +21,8 @@ OF_A_STEP = re.compile(r"^\.?step-[0-9]+(\.unfinished|\.set-aside.*)?$")
 FULL = "database or disk is full"
 LEDGER = "ledger.sqlite"
 HALF = 2
+IN_MEMORY = "memory: "
+"""Before the names of writes into shared memory."""
 MAKE_FOLDER = os.mkdir
 """Not a write of the loop's."""
 
@@ -32,9 +34,9 @@ class Crash(BaseException):
 class Disk:
     """What one life writes. After a crash, whatever cleans up on the way out finds that it cannot write either."""
 
-    def __init__(self, folder: Path, faults: Sequence[Fault]) -> None:
-        """`folder`: the run's. `faults`: those about writes, of this life."""
-        self._folder = folder
+    def __init__(self, folder: Path, faults: Sequence[Fault], memory: Path | None = None) -> None:
+        """`folder`: the run's. `faults`: those about writes, of this life. `memory`: in place of shared memory."""
+        self._folder, self._memory = folder, f"{memory}/"
         self._faults = list(faults)
         self.fired: list[Fault] = []
         self.named: dict[Fault, Fault] = {}
@@ -42,8 +44,8 @@ class Disk:
         self.counts: Counter[str] = Counter()
         """Name of a write -> how often it was begun."""
         self.dead = False
-        self._fails = 0
-        """Writes that are still to fail."""
+        self._fails: Counter[bool] = Counter()
+        """Writes that are still to fail: of shared memory, and of the disk."""
         self.flushes = True
         """Whether a transaction is on the disk when it ends."""
         self._flushed: dict[Path, int] = {}
@@ -101,11 +103,11 @@ class Disk:
             raise Crash
         self.counts[name] += 1
         self.counts[ANY_WRITE] += 1
-        fault = self._due(name)
+        fault, in_memory = self._due(name), name.startswith(IN_MEMORY)
         if fault is not None and fault.kind == "full":
-            self._fails = 1 + int(fault.seconds)
-        if self._fails and name != "remove":
-            self._fails -= 1
+            self._fails[in_memory] = 1 + int(fault.seconds)
+        if self._fails[in_memory] and not name.endswith("remove"):
+            self._fails[in_memory] -= 1
             torn()
             raise full()
         if fault is not None and fault.kind in ("crash before", "torn"):
@@ -129,6 +131,7 @@ class Disk:
 
     def write(self, name: str, path: Path, text: str) -> None:
         """A whole file of a member's; the loop is told of a full disk as of any failure of a member."""
+        name = self._where(path) + name
         for parent in (path.parent.parent, path.parent):
             if not parent.exists():
                 MAKE_FOLDER(parent)
@@ -138,6 +141,9 @@ class Disk:
             torn=lambda: path.write_text(text[: len(text) // HALF], encoding="utf-8"),
             full=lambda: DiskError(f"{path}: cannot be written: no space left on device"),
         )
+
+    def _where(self, path: Any) -> str:
+        return IN_MEMORY if str(path).startswith(self._memory) else ""
 
     @contextmanager
     def armed(self) -> Iterator[None]:
@@ -149,22 +155,22 @@ class Disk:
             path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
             half = path.stat().st_size // HALF if path.is_file() else 0
             torn = (lambda: os.truncate(path, half)) if path.suffix == ".tmp" else (lambda: None)
-            self.durable(f"sync {name_of(path)}", lambda: real["fsync"](descriptor), torn=torn)
+            self.durable(f"{self._where(path)}sync {name_of(path)}", lambda: real["fsync"](descriptor), torn=torn)
             if path in self._flushed:
                 self.flushed(path)
 
         def moved(how: str) -> Callable[..., None]:
             def move(source: Any, target: Any, **rest: Any) -> None:
                 name = f"replace {name_of(Path(target))}" if how == "replace" else rename_of(Path(target))
-                self.durable(name, lambda: real[how](source, target, **rest))
+                self.durable(self._where(target) + name, lambda: real[how](source, target, **rest))
 
             return move
 
         def mkdir(path: Any, *rest: Any, **more: Any) -> None:
-            self.durable(f"mkdir {name_of(Path(path))}", lambda: real["mkdir"](path, *rest, **more))
+            self.durable(f"{self._where(path)}mkdir {name_of(Path(path))}", lambda: real["mkdir"](path, *rest, **more))
 
         def removed(how: str) -> Callable[..., None]:
-            return lambda path, **rest: self.durable("remove", lambda: real[how](path, **rest))
+            return lambda path, **rest: self.durable(self._where(path) + "remove", lambda: real[how](path, **rest))
 
         patched = {"fsync": fsync, "replace": moved("replace"), "rename": moved("rename"), "mkdir": mkdir}
         patched |= {"unlink": removed("unlink"), "rmdir": removed("rmdir")}

@@ -79,7 +79,9 @@ class Fleet:
 
     def begin(self, name: str) -> None:
         """A process of this name is there; it holds no weights of the run."""
-        self._standings[name] = Standing(Worker(name, self._world), silent=True, fresh=True, returned=True)
+        standing = Standing(Worker(name, self._world), silent=True, fresh=True, returned=True)
+        standing.worker.lost = lambda: self._strike_dead(name, standing, 0.0, False)
+        self._standings[name] = standing
 
     def end(self, name: str) -> None:
         """It is killed; that is told of, too."""
@@ -131,6 +133,21 @@ class Fleet:
                 self._standings.pop(name).worker.die()
                 self._world.inbox.put(Lost(name, f"{name}: {problem.text}"))
         return tuple(name for name in self._standings if name in self._serving)
+
+    def begin_anew(self) -> list[str]:
+        """The learner is another one now; loads under way are waited for. Returns who is given up, a sentence each."""
+        awaited = [one.call for one in self._standings.values() if one.call is not None and not one.silent]
+        self._world.inbox.wait(self._push_limit_s, lambda: all(call.done for call in awaited))
+        self._serving, self._announced = set(), None
+        problems: list[str] = []
+        for name, standing in list(self._standings.items()):
+            if standing.call is None or not standing.call.done:
+                continue
+            call, standing.call = standing.call, None
+            problem = None if call.receipt is None else receipt_problem(call.announcement, call.receipt)
+            if call.failed or (problem is not None and problem.broken):
+                problems.append(self._give_up(name, call.failed or (problem.text if problem else "")))
+        return problems
 
     # Receivers.
 
@@ -212,10 +229,13 @@ class Fleet:
     # Faults.
 
     def _die(self, fault: Fault) -> None:
-        standing = self._standings.get(fault.who)
-        if standing is not None and not standing.worker.dead:
-            standing.worker.die(fault.kind == "ghost")
-            self._world.clock.after(max(fault.seconds, HUSH_S), self._lose, fault.who, standing)
+        if standing := self._standings.get(fault.who):
+            self._strike_dead(fault.who, standing, fault.seconds, fault.kind == "ghost")
+
+    def _strike_dead(self, name: str, standing: Standing, told_after: float, ghost: bool) -> None:
+        if not standing.worker.dead:
+            standing.worker.die(ghost)
+            self._world.clock.after(max(told_after, HUSH_S), self._lose, name, standing)
 
     def _lose(self, name: str, standing: Standing) -> None:
         """The word of a death has come."""

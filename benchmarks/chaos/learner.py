@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from chaos.disk import Disk
-from chaos.plan import LEARNER, Fault
+from chaos.plan import LEARNER
+from chaos.ranks import Ranks
 from chaos.servers import Trained
 from chaos.truth import digest
 from chaos.world import World
-from rlhf_dist.errors import ActorLost
 from rlhf_dist.learner.numbers_check import RankFault
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.witness import Seen
@@ -33,6 +35,7 @@ class Learner:
         self,
         world: World,
         disk: Disk,
+        processes: Ranks,
         history: dict[int, str],
         folder: Path | None,
         told: Callable[[int, Trained], None] | None,
@@ -41,10 +44,16 @@ class Learner:
 
         `told` hears of each group that is learnt from, with its step; None where the critic tells.
         """
-        self._world, self._disk, self._history, self._told = world, disk, history, told
+        self._world, self._disk, self._processes = world, disk, processes
+        self._history, self._told = history, told
+        self.step = 0
+        self._seen: tuple[Seen, ...] = ()
+        self.restore(folder)
+        processes.trained.append(self)
+
+    def restore(self, folder: Path | None) -> None:
+        """See `ranks.Trains`."""
         self.weights = START if folder is None else (folder / WEIGHTS_FILE).read_text(encoding="utf-8")
-        self._dead = False
-        world.plan_strikes("die", [LEARNER], self._die)
 
     def update(self, batches: Batches, estimates: Estimates) -> MetricSums:
         """See `ports.Policy`."""
@@ -52,18 +61,21 @@ class Learner:
         groups: tuple[Trained, ...]
         shard, groups = batches[0].place
         self._work(self._world.seconds(0.5, 15.0, "train", shard.version))
+        self.step = shard.version + 1
         if self._told is not None:
             for group in groups:
-                self._told(shard.version + 1, group)
+                self._told(self.step, group)
         rows = [part.tobytes() for part in (shard.groups, shard.samples, shard.advantages, shard.weights)]
         credit = [handle.place for handle in estimates.handles], estimates.whitening
         told = [group.digest for group in groups], rows, shard.learning_rates, shard.kl_coef, credit
         self.weights = digest(self.weights, told)
-        return MetricSums({"policy/loss": (0.0, 1.0)}, {"rollout/logprob_diff_max": 0.0})
+        self._seen = (seen_of(shard, groups),)
+        return MetricSums({"policy/loss": (0.0, 1.0), "learner/updates": (1.0, 1.0)}, {"rollout/logprob_diff_max": 0.0})
 
     def witnessed(self) -> Sequence[Seen]:
-        """See `ports.Policy`: no run here has `loop.witness`."""
-        raise NotImplementedError
+        """See `ports.Policy`."""
+        self._work(0.1)
+        return self._seen
 
     def publish(self, version: int) -> Announcement:
         """See `weights.sync.Publisher`."""
@@ -77,26 +89,19 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """See `ports.Policy`."""
-        self._work(0.5)
+        self._work(self._world.seconds(0.1, 20.0, "save", folder.name))
         self._disk.write("write weights", folder / WEIGHTS_FILE, self.weights)
         self._disk.write("write optimizer", folder / OPTIMIZER_FILE, self.weights)
 
-    def begin(self, name: str) -> None:
-        """It is never started again."""
-        raise NotImplementedError
-
-    def end(self, name: str) -> None:
-        """See `begin`."""
-        raise NotImplementedError
-
-    def gives_signs(self, name: str) -> bool:
-        """Whether it shows that it lives."""
-        return not self._dead
-
     def _work(self, seconds: float) -> None:
-        self._world.inbox.wait(seconds, lambda: self._dead)
-        if self._dead:
-            raise ActorLost(f"{LEARNER} died")
+        self._processes.work(LEARNER, seconds)
 
-    def _die(self, fault: Fault) -> None:
-        self._dead = True
+
+def seen_of(shard: Shard, groups: Sequence[Trained]) -> Seen:
+    """What the optimizer took of a shard: one step, with all micro-batches of it."""
+    rows = zip(shard.groups.tolist(), shard.samples.tolist(), strict=True)
+    times = np.zeros(len(shard.groups))
+    for update in shard.updates:
+        for chosen in update:
+            np.add.at(times, chosen, 1.0)
+    return Seen(tuple((groups[group].key, sample) for group, sample in rows), times)

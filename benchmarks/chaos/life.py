@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from chaos.background import background
 from chaos.cast import Cast, cast_of
 from chaos.clock import Broken
-from chaos.disk import LEDGER, Crash, Disk, Lines
+from chaos.disk import LEDGER, MAKE_FOLDER, Crash, Disk, Lines
+from chaos.ending import Ended, Ending
 from chaos.plan import WRITES, Fault, Plan, config_of
-from chaos.servers import Trained
 from chaos.watched import all_watched
+from chaos.witness import Witness
 from chaos.world import World
 from rlhf_dist.algo.recipes import ALGORITHMS
 from rlhf_dist.cluster.resume import SUMMARY_STEP, Start, find_start, summary_step
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream, held_out
 from rlhf_dist.errors import InputError, RlhfError
+from rlhf_dist.loop.kept_state import KeptState
 from rlhf_dist.loop.ledger import Ledger, LedgerProof
+from rlhf_dist.loop.rebuilding import train_to_the_end
 from rlhf_dist.loop.resume_point import ledger_gone
-from rlhf_dist.loop.rl_training import Run, train
+from rlhf_dist.loop.rl_training import Run
 from rlhf_dist.loop.run_directory import never_began, open_run_directory, write_json
 from rlhf_dist.loop.run_end import FINISHED, OUTCOME, end_recorded
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.train_state import State, put_back, read_state
 from rlhf_dist.loop.watch import CollapseWatch
-from rlhf_dist.models.checkpoints import CHECKPOINT_PREFIX, checkpoint_steps, problems
+from rlhf_dist.models.checkpoints import CHECKPOINT_PREFIX, checkpoint_steps, latest_checkpoint, problems, step_of
 from rlhf_dist.telemetry.run_telemetry import Telemetry, open_telemetry
+from rlhf_dist.weights import shared_memory
 from rlhf_dist.weights.sync import WeightSync
 
+MEMORY = "memory"
+"""A folder beside the run's, in place of shared memory."""
 DRAIN_S = 300.0
 """After the end of a run, for messages that are still on their way."""
 
@@ -55,22 +62,6 @@ class Quiet:
 
 
 @dataclass(slots=True)
-class Witness:
-    """What the learner was told to learn from, over all lives: a second account beside the ledger's."""
-
-    trained: list[tuple[int, Trained]] = field(default_factory=list)
-    """(step, group), those that a resume took back left out."""
-
-    def go_back(self, step: int) -> None:
-        """A run goes on from here."""
-        self.trained = [(of, group) for of, group in self.trained if of <= step]
-
-    def saw(self, step: int, group: Trained) -> None:
-        """The learner got it."""
-        self.trained.append((step, group))
-
-
-@dataclass(slots=True)
 class Life:
     """How one start ended."""
 
@@ -81,6 +72,14 @@ class Life:
     proof: LedgerProof | None = None
     step: int = 0
     """That it began from."""
+    kept: int = 0
+    """Of the state that was in memory last; 0: none."""
+    began: bool = False
+    """Whether there was anything to do."""
+    locked: list[Path] = field(default_factory=list)
+    """Files of its own in shared memory that it has locked."""
+    note: str = ""
+    """What it said of its last step when it was told to end."""
 
     @property
     def fired(self) -> list[Fault]:
@@ -92,14 +91,20 @@ def live(plan: Plan, number: int, output: Path, witness: Witness, steps: int) ->
     """Start the run, or go on with it as `rlhf-dist train --resume loop.steps=STEPS` does. Raises `Broken`."""
     config, world = config_of(plan, str(output), "run", steps), World(plan, number)
     faults = [fault for fault in plan.faults if fault.life == number and fault.kind in WRITES]
-    life = Life(world, Disk(output / "run", faults))
+    life = Life(world, Disk(output / "run", faults, output / MEMORY))
     try:
-        with life.disk.armed(), all_watched(world):
+        with life.disk.armed(), all_watched(world), memory_in(output / MEMORY) as life.locked:
             _run(config, life, witness)
-    except (Crash, RlhfError) as error:
+    except Crash:
+        life.failure = Crash()  # the first one's frames hold files open
+    except RlhfError as error:
         life.failure = error
+    except KeyboardInterrupt:
+        life.failure = Ended("it was told to end")
     finally:
         life.disk.settle()
+    if life.began and not isinstance(life.failure, Crash):
+        all_saved(life, output, witness)
     return life
 
 
@@ -111,56 +116,110 @@ def _run(config: Config, life: Life, witness: Witness) -> None:
         with closing(Ledger(path / LEDGER)) as ledger:
             life.proof = ledger.proof()
         return
+    life.began = True
+    witness.go_back(life.step)
     with ExitStack() as stack:
-        witness.go_back(life.step)
-        stream = PromptStream(config.data, config.seed, config.eval.prompts)
-        shaper, watch = Shaper(config.algo, config.rollout.max_response_tokens), CollapseWatch(config.algo.group_size)
-        if start.state is not None:
-            put_back(start.state, stream, shaper, watch)
-        directory = open_run_directory(config.output, config.name, f"name: {config.name}\n", start.resume)
-        stack.callback(directory.close)
-        if start.folder is not None:
-            directory.go_back_to(start.folder)
-        telemetry, _ = open_telemetry(config.telemetry, path, config.name, {}, None, lambda _: None)
-        stack.callback(telemetry.close)
-        watch_lines(telemetry, life.disk)
-        stack.enter_context(end_recorded(directory, telemetry, "train", lambda: ("", 1)))
-        ledger = Ledger(directory.ledger)
-        stack.callback(ledger.close)
-        cast = cast_of(config, life.world, life.disk, start.folder, witness.saw)
-        life.world.plan_strikes("stop", [""], lambda _: life.disk.kill())
-        life.world.plan_strikes("power", [""], lambda _: life.disk.kill(power=True))
-        run = Run(
-            config=config,
-            algorithm=ALGORITHMS[config.algo.name](config.algo),
-            policy=cast.learner,
-            critic=cast.critic,
-            actors=cast.actors,
-            sync=WeightSync(cast.learner, cast.fleet),
-            members=cast.members,
-            healing=cast.healing,
-            stream=stream,
-            held_out=held_out(config.data, config.eval.prompts),
-            ledger=ledger,
-            directory=directory,
-            telemetry=telemetry,
-            progress=Quiet(),
-            shaper=shaper,
-            watch=watch,
-            background=background(directory, f"{life.world.life}/{config.seed}") if writes_beside(life) else None,
-        )
-        outcome = train(run, start.state)
-        life.proof = ledger.proof()
-        if gone := ledger_gone(directory):
+        run, cast = wired(config, life, start, witness, stack)
+        assert isinstance(run.stop, Ending)
+        try:
+            outcome = train_to_the_end(run, start.state)
+        finally:
+            newest = None if run.kept is None else run.kept.newest()
+            life.note, life.kept = run.stop.note, 0 if newest is None else step_of(newest)
+        life.proof = run.ledger.proof()
+        if gone := ledger_gone(run.directory):
             raise Broken("ledger", gone)
         step = config.loop.steps if life.proof.holds and not life.proof.in_flight else None
-        write_json(directory.summary, {OUTCOME: FINISHED, SUMMARY_STEP: step, "before": outcome.before})
+        write_json(run.directory.summary, {OUTCOME: FINISHED, SUMMARY_STEP: step, "before": outcome.before})
         nothing_open(life.world, cast)
 
 
-def writes_beside(life: Life) -> bool:
-    """Whether checkpoints are written beside the steps."""
-    return life.world.plan.settings.background
+def wired(config: Config, life: Life, start: Start[State], witness: Witness, stack: ExitStack) -> tuple[Run, Cast]:
+    """As `cluster.build.train` does it; all is closed with `stack`."""
+    stream = PromptStream(config.data, config.seed, config.eval.prompts)
+    shaper, watch = Shaper(config.algo, config.rollout.max_response_tokens), CollapseWatch(config.algo.group_size)
+    if start.state is not None:
+        put_back(start.state, stream, shaper, watch)
+    directory = open_run_directory(config.output, config.name, f"name: {config.name}\n", start.resume)
+    stack.callback(directory.close)
+    if start.folder is not None:
+        directory.go_back_to(start.folder)
+    telemetry, _ = open_telemetry(config.telemetry, directory.path, config.name, {}, None, lambda _: None)
+    stack.callback(telemetry.close)
+    watch_lines(telemetry, life.disk)
+    stack.enter_context(end_recorded(directory, telemetry, "train", lambda: ("", 143)))
+    ledger = Ledger(directory.ledger)
+    stack.callback(ledger.close)
+    cast, kept = cast_of(config, life.world, life.disk, start.folder, witness), None
+    if every := config.learner.keep_state_every:
+        kept = KeptState(every)
+        stack.callback(kept.close)
+    life.world.plan_strikes("stop", [""], lambda _: life.disk.kill())
+    life.world.plan_strikes("power", [""], lambda _: life.disk.kill(power=True))
+    run = Run(
+        config=config,
+        algorithm=ALGORITHMS[config.algo.name](config.algo),
+        policy=cast.learner,
+        critic=cast.critic,
+        actors=cast.actors,
+        sync=WeightSync(cast.learner, cast.fleet),
+        members=cast.members,
+        healing=cast.healing,
+        stream=stream,
+        held_out=held_out(config.data, config.eval.prompts),
+        ledger=ledger,
+        directory=directory,
+        telemetry=telemetry,
+        progress=Quiet(),
+        shaper=shaper,
+        watch=watch,
+        stop=Ending(life.world, config.faults.save_on_stop_s),
+        ranks=cast.ranks,
+        kept=kept,
+        background=(
+            background(directory, f"{life.world.life}/{config.seed}") if life.world.plan.settings.background else None
+        ),
+    )
+    return run, cast
+
+
+@contextmanager
+def memory_in(folder: Path) -> Iterator[list[Path]]:
+    """In the block this folder is shared memory. Yields what is locked there; it is free at the end of the block, as at
+    that of a process."""
+    if not folder.exists():
+        MAKE_FOLDER(folder)
+    real, place, locked = shared_memory.locked_file, shared_memory.SHARED_MEMORY, ExitStack()
+    paths: list[Path] = []
+
+    def locked_file(path: Path) -> IO[bytes]:
+        paths.append(path)
+        return locked.enter_context(real(path))
+
+    shared_memory.locked_file, shared_memory.SHARED_MEMORY = locked_file, folder
+    try:
+        with locked:
+            yield paths
+    finally:
+        shared_memory.locked_file, shared_memory.SHARED_MEMORY = real, place
+
+
+def all_saved(life: Life, output: Path, witness: Witness) -> None:
+    """Nothing is left in memory; what was only there, or was told to be saved, is a checkpoint. Raises `Broken`."""
+    if life.note:
+        life.world.seen["saved on stop" if life.note.endswith("is saved") else "stopped without a step to save"] += 1
+    # What a killed life has left goes where the next state is to be kept.
+    if life.locked and (left := list((output / MEMORY).iterdir())):
+        raise Broken("left over", f"shared memory has {left}")
+    folder = latest_checkpoint(output / "run")
+    step = 0 if folder is None else step_of(folder)
+    life.world.seen["memory was brought to the disk"] += 0 < life.kept == step
+    if life.note == f"step {witness.step} is saved" and step != witness.step:
+        raise Broken("saved", f"{life.note}, and the last checkpoint is of step {step}")
+    if life.note.endswith("is saved") and life.note != f"step {witness.step} is saved":
+        raise Broken("saved", f"{life.note}, and the last step is {witness.step}")
+    if step < life.kept and not any(fault.kind == "full" for fault in life.disk.fired):
+        raise Broken("saved", f"memory had step {life.kept}, and the last checkpoint is of step {step}")
 
 
 def started(config: Config, back: int) -> Start[State]:

@@ -40,6 +40,8 @@ Kind = Literal[
     "undone",
     "lie",
     "tear",
+    "farewell",
+    "end",
     "stop",
     "power",
     "back",
@@ -54,6 +56,7 @@ no start: it cannot be started again, once. cut: no message to or from it arrive
 slow: its next answer takes `seconds` longer. late: its next answer does, and is overtaken by those after it. twice: its
 next answer comes a second time, `seconds` later. undone: nobody can get at the body of its next answer. lie: the next
 weights arrive flipped. tear: an engine loads a part of the next weights.
+farewell: a worker dies when it has handed something over, `seconds` later. end: the run is told to end.
 stop: the run is killed. power: the machine fails, and what was written and not flushed is lost, too. back: a start from
 an earlier checkpoint, as with --resume-from, `seconds` before the newest.
 crash before, crash after, torn: it is killed before, after or in the middle of a durable write. full: a durable write
@@ -67,21 +70,23 @@ NAMED_WRITES = (
     *("mkdir checkpoints", "mkdir logs", "mkdir run", "sync config.yaml", "replace config.yaml"),
     *("write weights", "write optimizer", "write critic", "mkdir unfinished", "sync state.json", "replace state.json"),
     *("sync weights", "sync optimizer", "sync folder", "rename step", "sync LATEST", "replace LATEST"),
+    *("memory: write weights", "memory: mkdir unfinished", "memory: rename step"),
     *("remove", "sync summary.json", "replace summary.json", "sync metrics.jsonl", "sync aside", "set aside"),
 )
 """Names of durable writes that a run has."""
-WORKER, SCORER, REFERENCE, COLLATOR, LEARNER = (
+WORKER, SCORER, REFERENCE, COLLATOR, LEARNER, CRITIC = (
     "rollout worker",
     "scoring server",
     "reference server",
     "collator",
     "learner rank 0",
+    "critic rank 0",
 )
 
 OF_WORKERS: tuple[tuple[Kind, float], ...] = (
     *(("die", 10.0), ("die", 0.0), ("ghost", 30.0), ("wedge", 0.0), ("stall", 0.0), ("no start", 0.0), ("cut", 60.0)),
     *(("slow", 60.0), ("late", 60.0), ("twice", 60.0), ("twice", 5.0), ("undone", 0.0)),
-    *(("lie", 0.0), ("lie", 0.0), ("tear", 0.0)),
+    *(("lie", 0.0), ("lie", 0.0), ("tear", 0.0), ("farewell", 1.0)),
 )
 """What goes wrong with rollout workers, and the longest `seconds` of it."""
 OF_SERVERS: tuple[tuple[Kind, float], ...] = (
@@ -89,6 +94,10 @@ OF_SERVERS: tuple[tuple[Kind, float], ...] = (
     *(("twice", 60.0), ("twice", 5.0)),
 )
 """The same of servers and the collator."""
+OF_RANKS: tuple[tuple[Kind, float], ...] = (
+    *(("die", 0.0), ("die", 0.0), ("die", 10.0), ("wedge", 0.0), ("stall", 0.0), ("no start", 0.0)),
+)
+"""The same of ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +167,10 @@ class Settings:
     """Checkpoints that are kept for their evaluations."""
     background: bool = False
     """Checkpoints are written beside the steps."""
+    kept: int = 0
+    """`learner.keep_state_every`."""
+    witness: bool = False
+    """`loop.witness`."""
 
     def __str__(self) -> str:
         default = Settings()
@@ -200,7 +213,7 @@ def plan_of(seed: int) -> Plan:
 
 def again_and_again(random: Random, fault: Fault) -> list[Fault]:
     """A process dies once more after each time that it is back."""
-    if not fault.who.startswith((WORKER, SCORER, REFERENCE)):
+    if not fault.who.startswith((WORKER, SCORER, REFERENCE, LEARNER, CRITIC)):
         return []
     later = [round(fault.at + 12.0 * number + random.random() * 20.0, 1) for number in range(random.randint(1, 5))]
     return [replace(fault, kind="die", at=at, seconds=0.0) for at in later]
@@ -209,9 +222,10 @@ def again_and_again(random: Random, fault: Fault) -> list[Fault]:
 def draw_settings(random: Random) -> Settings:
     """Small runs: what goes wrong in a long one goes wrong in a short one."""
     lag, groups = random.choice((0, 0, 1, 2, 3)), random.randint(1, 3)
-    reference = random.choice((0, 0, 1, 2))
+    reference, critic = random.choice((0, 0, 1, 2)), random.choice((0, 0, 0, 1, 2))
+    kept = random.choice((0, 0, 1, 1, 2))
     return Settings(
-        steps=random.randint(1, 4),
+        steps=random.randint(2 if kept else 1, 4),
         more=random.choice((0, 0, 0, 0, 1, 2)),
         groups=groups,
         lag=lag,
@@ -219,14 +233,14 @@ def draw_settings(random: Random) -> Settings:
         extra=random.choice((0, 0, 1)) if lag == 0 else 0,
         age=random.choice(("oldest", "mean", "first")) if lag else "oldest",
         greedy=random.random() < 0.25,
-        critic=random.choice((0, 0, 0, 1, 2)),
+        critic=critic,
         reference=reference,
-        moves=random.choice((0, 1, 2)) if reference else 0,
+        moves=random.choice((0, 0, 1, 2)) if reference else 0,
         shaping=random.random() < 0.3,
         filter=random.choice((0, 0, 1, 2)),
         evaluate=random.choice((0, 0, 1, 2)),
         samples=random.choice((0, 0, 1)),
-        checkpoint=random.choice((0, 1, 1, 2)),
+        checkpoint=random.choice((0, 0, 1, 2) if kept else (0, 1, 1, 2)),
         keep=random.choice((1, 2)),
         workers=random.randint(1, 4),
         scorers=random.randint(1, 2),
@@ -234,6 +248,8 @@ def draw_settings(random: Random) -> Settings:
         room=random.choice((2, 4, 100)),
         prompts=random.randint(6, 30),
         gather=random.choice((0.0, 0.0, 0.1, 1.0)),
+        kept=kept,
+        witness=critic < 2 and random.random() < 0.4,
     )
 
 
@@ -253,8 +269,11 @@ def draw_fault(random: Random, settings: Settings) -> Fault:
     at = random.random() ** 2 * 60.0
     if random.random() < 0.05:
         return Fault(life, random.choice(("stop", "power")), "", round(at, 1))
-    if random.random() < 0.03:
-        return Fault(life, "die", LEARNER, at)
+    if random.random() < 0.05:
+        return Fault(life, "end", "", round(random.random() * 90.0, 1))
+    if random.random() < 0.25:
+        who, (kind, longest) = CRITIC if settings.critic and random.random() < 0.5 else LEARNER, random.choice(OF_RANKS)
+        return Fault(life, kind, who, round(random.random() * 90.0, 1), round(random.random() ** 3 * longest, 1))
     if random.random() < 0.65:
         who, (kind, longest) = random.choice(workers), random.choice(OF_WORKERS)
     else:
@@ -287,7 +306,7 @@ def config_of(plan: Plan, output: str, name: str, steps: int) -> Config:
             filter_groups=settings.filter > 0,
             filter_rounds=rounds,
         ),
-        learner=LearnerConfig(timeout_s=40.0, optimizer=optimizer),
+        learner=LearnerConfig(timeout_s=40.0, optimizer=optimizer, keep_state_every=settings.kept),
         critic=CriticConfig(warmup_steps=max(0, settings.critic - 1), optimizer=optimizer),
         reference=ReferenceConfig(update_every=settings.moves, ema=0.5 if settings.moves else 0.0),
         weights=WeightsConfig(timeout_s=20.0),
@@ -301,6 +320,7 @@ def config_of(plan: Plan, output: str, name: str, steps: int) -> Config:
             checkpoint_every=settings.checkpoint,
             keep_checkpoints=settings.keep,
             keep_best=settings.best,
+            witness=settings.witness,
         ),
         eval=EvalConfig(prompts=2, every=settings.evaluate, samples=settings.samples),
         telemetry=TelemetryConfig(wandb="off", samples_every=0),

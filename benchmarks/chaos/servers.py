@@ -141,6 +141,7 @@ class Servers(Group):
 class Trained:
     """One group of a step, as the learner gets it."""
 
+    key: str
     uid: str
     tokens: int
     """Sampled, of the rows that are trained on and of the others."""
@@ -218,7 +219,7 @@ class Collator(Group):
 
     def forget_all(self) -> None:
         """See `ports.Bodies`."""
-        self._world.post(COLLATOR, self._forget, tuple({**self.bodies, **self.logprobs, **self.copies}))
+        self._world.post(COLLATOR, lambda: self._forget([*self.bodies, *self.logprobs, *self.copies]))
 
     def texts(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
         """See `ports.Bodies`."""
@@ -247,7 +248,7 @@ class Collator(Group):
             if compared and key not in self.logprobs:
                 raise Broken("whole", f"{key} is trained on without the reference's logprobs")
             what = digest(body.truth.digest, self.logprobs.get(key, ""))
-            groups.append(Trained(body.uid, int(body.truth.lengths.sum()), what))
+            groups.append(Trained(key, body.uid, int(body.truth.lengths.sum()), what))
         return [Handle((shard, tuple(groups))) for shard in shards]
 
     def _call(self, what: str) -> None:

@@ -91,7 +91,8 @@ def simpler(plan: Plan) -> Iterator[Plan]:
 def possible(settings: Settings) -> bool:
     """Whether a config may say so."""
     widest = 1 + settings.groups * settings.lag
-    return settings.window <= widest and not (settings.moves and not settings.reference)
+    moves, witness = settings.moves and not settings.reference, settings.witness and settings.critic > 1
+    return settings.window <= widest and not (moves or witness)
 
 
 def earlier(plan: Plan) -> Iterator[Plan]:

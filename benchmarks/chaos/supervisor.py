@@ -37,8 +37,7 @@ class Supervisor:
         """`parts`: name of each process -> who has it."""
         self._world, self._parts = world, parts
         self._starts: Counter[str] = Counter()
-        for name in parts:
-            self._pulse(name, 0)
+        self._look()
 
     def respawn(self, member: str) -> None:
         """See `ports.Processes`."""
@@ -56,10 +55,14 @@ class Supervisor:
             return
         self._parts[name].begin(name)
         self._world.tell(name, Returned(name), f"starts of {name}")
-        self._pulse(name, number)
 
-    def _pulse(self, name: str, number: int) -> None:
-        """`number`: of its start; another start has signs of its own."""
-        if self._starts[name] == number and self._parts[name].gives_signs(name):
-            self._world.tell(name, Pulse(name), f"signs of {name}")
-            self._world.clock.after(PULSE_S, self._pulse, name, number, background=True)
+    def _look(self) -> None:
+        """Signs of life of all that give any; they come at once, but for those of who cannot be reached."""
+        world = self._world
+        for name, part in self._parts.items():
+            if part.gives_signs(name):
+                if world.reached_at(name) > world.clock.now:
+                    world.tell(name, Pulse(name), f"signs of {name}")
+                else:
+                    world.inbox.put(Pulse(name))
+        world.clock.after(PULSE_S, self._look, background=True)

@@ -6,6 +6,7 @@ import gc
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -46,10 +47,16 @@ class Totals:
         self.broken |= other.broken
 
 
+@cache
+def _settle() -> None:
+    """Once in a process."""
+    gc.freeze()
+
+
 def search_all(seeds: Sequence[int]) -> Totals:
     """In the process that calls it. Its threads are set to one, and what it has imported is taken for what stays."""
     torch.set_num_threads(1)
-    gc.freeze()
+    _settle()
     totals = Totals()
     for seed in seeds:
         totals.merge(Totals.of(search(plan_of(seed))))

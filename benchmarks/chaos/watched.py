@@ -16,7 +16,7 @@ from chaos.world import World
 from rlhf_dist.loop import rl_training
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import Rules
-from rlhf_dist.loop.events import Answer, Asked, Command, Event, Serving, Submit, Taken, Tick
+from rlhf_dist.loop.events import Answer, Asked, Command, Event, Pulse, Serving, Submit, Taken, Tick
 from rlhf_dist.loop.healing import Healing
 from rlhf_dist.loop.members import Members
 from rlhf_dist.telemetry.goodput import ActorSide
@@ -176,10 +176,10 @@ class Checks(Account):
                 raise wrong(f"{uid} and its greedy response began under different weights")
 
     def _placed(self, commands: Sequence[Command]) -> None:
-        """A greedy response is sampled where its group is."""
+        """A greedy response is sampled where its group is. They part where one of them alone begins again."""
         submits = [command for command in commands if isinstance(command, Submit)]
         for submit, request in [(one, request) for one in submits for request in one.requests]:
-            if request.purpose != "baseline" or request.uid in self.moved:
+            if request.purpose != "baseline" or request.attempt or request.uid in self.moved:
                 continue
             same = (one for one in self.entries.values() if one.request.uid == request.uid)
             group = next((one for one in same if one.request.purpose == "train"), None)
@@ -224,18 +224,27 @@ class Watched(Controller):
         if isinstance(event, Asked):
             self._checks.ask(event.requests)
         commands = super().handle(event, now)
+        if isinstance(event, Pulse):  # half of all events
+            if commands:
+                raise wrong(f"{commands} follow from {event}")
+            return commands
         self._checks.event(event, commands)
         if self.late != self._checks.late:
             raise wrong(f"{self.late} events came to nothing, and {self._checks.late} had to")
-        members = self._members._members.values()
-        busy = {(one.kind == "rollout", one.name) for one in members if one.work and one.kind != "collator"}
-        known = {(one.kind == "rollout", one.name) for one in members if one.kind != "collator"}
-        workers = [sum(rollout for rollout, _ in found) for found in (busy, known)]
-        servers = [len(busy) - workers[0], len(known) - workers[1]]
-        side = self._members.side
-        if side != ActorSide(workers[0], workers[1] - workers[0], servers[0], servers[1] - servers[0]):
-            raise wrong(f"the members are {sorted(busy)}, and what goodput is booked by is {side}")
+        self._check_side()
         return commands
+
+    def _check_side(self) -> None:
+        """Goodput is booked by what the members do; a server of both kinds of work is one."""
+        workers, servers = [0, 0], dict[str, bool]()
+        for one in self._members._members.values():
+            if one.kind == "rollout":
+                workers[not one.work] += 1
+            elif one.kind != "collator":
+                servers[one.name] = bool(one.work) or servers.get(one.name, False)
+        busy, side = sum(servers.values()), self._members.side
+        if side != ActorSide(workers[0], workers[1], busy, len(servers) - busy):
+            raise wrong(f"workers that are busy and idle: {workers}, servers: {servers}, and goodput's are {side}")
 
     def take(self, now: float) -> tuple[Taken | None, list[Command]]:
         """See `Controller`."""

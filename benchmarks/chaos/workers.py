@@ -46,6 +46,8 @@ class Worker:
         self.loads: list[tuple[float, int, str]] = []
         """(when, version, weights), oldest first."""
         self.has: dict[str, Work] = {}
+        self.lost: Callable[[], object] = self.die
+        """Called where it dies of itself."""
         self._made: list[Body] = []
         self._steps = 0
         self._beats = self._broken = False
@@ -104,6 +106,8 @@ class Worker:
             lengths = truth_of(work.request, LONGEST).lengths
             told = (lengths * min(done.seconds / done.of, 1.0)).astype(int)
             self._world.tell(self.name, Partial(key, told, Handle(done)))
+            if fault := self._world.strike("farewell", self.name):
+                self._world.clock.after(fault.seconds, self.lost)
 
     def load(self, announcement: Announcement, answer: Callable[[Receipt], None]) -> None:
         """Take weights. Flipped ones are seen by their hash, and nothing is loaded; torn ones leave two versions."""

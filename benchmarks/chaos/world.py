@@ -61,7 +61,7 @@ class World:
         """A message to a process; it does not overtake an earlier one."""
         self._messages += 1
         arrives = self.clock.now + self.seconds(0.01, 0.2, "to", to, self._messages)
-        arrives = self._reached[to] = max(self._reached.get(to, 0.0), arrives, self._together(to))
+        arrives = self._reached[to] = max(self._reached.get(to, 0.0), arrives, self.reached_at(to))
         self.clock.at(arrives, call, *args)
 
     def tell(self, sender: str, event: Event, way: str = "") -> None:
@@ -73,7 +73,7 @@ class World:
         self._messages += 1
         way = way or f"from {sender}"
         arrives = self.clock.now + self.seconds(0.01, 0.2, way, self._messages)
-        arrives = max(arrives, self._reached.get(way, 0.0), self._together(sender))
+        arrives = max(arrives, self._reached.get(way, 0.0), self.reached_at(sender))
         late = 0.0
         if isinstance(what, About):
             if fault := self.strike("slow", sender):
@@ -85,7 +85,9 @@ class World:
         self._reached[way] = arrives
         self.clock.at(arrives + late, call, what)
 
-    def _together(self, who: str) -> float:
+    def reached_at(self, who: str) -> float:
         """When the process can be reached again."""
+        if not self.fired:
+            return 0.0
         ends = [fault.at + fault.seconds for fault in self.fired if fault.kind == "cut" and fault.who == who]
         return max(ends, default=0.0)

@@ -106,6 +106,8 @@ class Members:
         self._backlog: deque[tuple[OpenRequest, ...]] = deque()
         self._stuck: float | None = None
         """Since when the backlog has waited for a worker that serves."""
+        self._unseen = False
+        """A worker is back, and nobody has looked yet whether it serves."""
 
     @property
     def workers(self) -> list[str]:
@@ -224,7 +226,7 @@ class Members:
 
     def serve(self, workers: Sequence[str]) -> None:
         """Only these rollout workers may be given work."""
-        named = set(workers)
+        named, self._unseen = set(workers), False
         self._serving = [one for one in self._of_kind["rollout"] if one.name in named]
 
     def lose(self, name: str) -> dict[MemberKind, list[str]] | None:
@@ -257,6 +259,7 @@ class Members:
         Nothing changes for one that is never given any.
         """
         kinds = self._away.pop(name, [])
+        self._unseen |= "rollout" in kinds
         for kind in kinds:
             self._members[kind, name] = member = Workload(kind, name)
             self._of_kind[kind].append(member)
@@ -276,7 +279,8 @@ class Members:
         """Members that have work and gave no sign of progress within their limit; nobody's name where no worker serves.
 
         A worker that refused a push is not asked again before the next one, which may never come. `waits`: a worker is
-        being started, which has a limit of its own.
+        being started, which has a limit of its own. Nor does the time count until somebody looks at one that is back:
+        nobody does during a training step or a checkpoint.
         """
         limit = self.limits_s["rollout"]
         found = [
@@ -284,7 +288,7 @@ class Members:
             for member in self._members.values()
             if member.work and now - member.sign > self._silence_s[member.kind]
         ]
-        if waits and self._stuck is not None:
+        if (waits or self._unseen) and self._stuck is not None:
             self._stuck = now
         if self._stuck is not None and now - self._stuck > limit:
             found.append(TimedOut("rollout", NOBODY, limit))

@@ -207,6 +207,7 @@ class Shell:
             case Respawn():
                 assert actors.processes is not None, "who is not watched is not started again"
                 actors.processes.respawn(command.member)
+                self._served = None  # who serves is told at the next look, also where it is the same as before
             case TimedOut():
                 error = actors.timeout(command)
                 if command.ends:

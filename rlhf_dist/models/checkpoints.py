@@ -109,7 +109,7 @@ def sealed(folder: Path, state: Mapping[str, Any]) -> str:
     hashes = hash_files(folder, sizes)
     files = {name: {"bytes": sizes[name], "xxh3_128": hashes[name]} for name in sorted(sizes)}
     body = {"format": FORMAT, **state, "files": files}
-    return _text(body | {"hash": _hash(body)})
+    return _with_hash(body)
 
 
 def read_sealed(folder: Path) -> Sealed:
@@ -128,7 +128,7 @@ def read_sealed(folder: Path) -> Sealed:
         )
     body = {key: value for key, value in found.items() if key != "hash"}
     # Byte by byte: a changed space between two values counts as well.
-    written = _text(body | {"hash": _hash(body)}).encode("utf-8", errors="backslashreplace")
+    written = _with_hash(body).encode("utf-8", errors="backslashreplace")
     if number != FORMAT or written != read_regular(path):
         raise DataError(f"{path}: was changed after it was written: its own hash does not fit")
     try:
@@ -196,8 +196,11 @@ def _text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _hash(body: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(_text(body).encode("utf-8", errors="backslashreplace"))
+def _with_hash(body: Mapping[str, Any]) -> str:
+    """The text of a body, which is not empty, with its own hash as last entry."""
+    text = _text(body)
+    found = xxhash.xxh3_128_hexdigest(text.encode("utf-8", errors="backslashreplace"))
+    return text.removesuffix("\n}\n") + f',\n  "hash": "{found}"\n}}\n'
 
 
 def _shown(value: Any) -> str:

@@ -380,6 +380,7 @@ def private_folder() -> tuple[Path, IO[bytes]]:
         lock_of = locked_file(path.with_suffix(STATE_LOCK))
         path.mkdir(mode=0o700)
     except OSError as error:
+        path.with_suffix(STATE_LOCK).unlink(missing_ok=True)
         raise ResourceError(f"{path}: shared memory cannot be used: {error.strerror}") from None
     return path, lock_of
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import chaos.life
 from chaos.plan import plan_of
-from chaos.search import Found, search
+from chaos.search import Found, search, uncut
 
 MOST_SEEDS = 400
 
@@ -25,6 +27,23 @@ class Mistake:
     rules: Sequence[str]
     faults: int = 0
     """That the smallest plan has, at most."""
+
+
+@contextmanager
+def made(mistake: Mistake, account: bool = True) -> Iterator[None]:
+    """The product has it in the block. What an undisturbed run comes to is remembered, and is another in there.
+
+    `account`: with the second account of the controller, which finds most mistakes before anything comes of them.
+    """
+    uncut.cache_clear()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if not account:
+                patch.setattr(chaos.life, "all_watched", nullcontext)
+            mistake.make(patch)
+            yield
+    finally:
+        uncut.cache_clear()
 
 
 def first_that_fails() -> Found:

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from mistakes import Mistake, first_that_fails
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from chaos.search import uncut
+from mistakes import Mistake, first_that_fails, made
 
 from rlhf_dist.loop import controller, hand_over
 from rlhf_dist.loop.healing import Healing
@@ -22,14 +15,6 @@ from rlhf_dist.loop.window import to_issue, to_take
 from rlhf_dist.telemetry.goodput import ActorSide
 
 PATCH = pytest.MonkeyPatch
-
-
-@pytest.fixture(autouse=True)
-def afresh() -> Iterator[None]:
-    """What an undisturbed run comes to is remembered, and the product is another in each of these tests."""
-    uncut.cache_clear()
-    yield
-    uncut.cache_clear()
 
 
 def no_window(patch: PATCH) -> None:
@@ -83,8 +68,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mistake = MISTAKES[name]
-    mistake.make(monkeypatch)
-    found = first_that_fails()
-    assert found.broken is not None and found.broken.rule in mistake.rules, str(found.broken)
+def test_a_mistake_is_found(name: str) -> None:
+    with made(MISTAKES[name]):
+        found = first_that_fails()
+    assert found.broken is not None and found.broken.rule in MISTAKES[name].rules, str(found.broken)

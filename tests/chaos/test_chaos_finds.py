@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mistakes import Mistake, first_that_fails
+from mistakes import Mistake, first_that_fails, made
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import chaos.fleet
-import chaos.life
 from chaos.plan import Settings
-from chaos.search import smallest, uncut
+from chaos.search import smallest
 
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import Rules
@@ -37,14 +35,11 @@ PATCH = pytest.MonkeyPatch
 
 
 @pytest.fixture(autouse=True)
-def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What an undisturbed run comes to is remembered, and the product is another in each of these tests."""
-    monkeypatch.setattr(chaos.life, "all_watched", nullcontext)
+def one_thread() -> Iterator[None]:
+    """Tiny arrays need no more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    uncut.cache_clear()
     yield
-    uncut.cache_clear()
     torch.set_num_threads(threads)
 
 
@@ -108,12 +103,12 @@ MISTAKES: dict[str, Mistake] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_found_and_made_small(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_is_found_and_made_small(name: str) -> None:
     mistake = MISTAKES[name]
-    mistake.make(monkeypatch)
-    found = first_that_fails()
-    assert found.broken is not None and found.broken.rule in mistake.rules, str(found.broken)
-    small = smallest(found)
+    with made(mistake, account=False):
+        found = first_that_fails()
+        assert found.broken is not None and found.broken.rule in mistake.rules, str(found.broken)
+        small = smallest(found)
     assert small.broken is not None and small.broken.rule == found.broken.rule
     assert len(small.plan.faults) <= mistake.faults, str(small.plan)
     assert size(small.plan.settings) <= size(found.plan.settings)

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from chaos.plan import REFERENCE, SCORER, WORKER, Fault, Kind, Plan, Settings
 from chaos.search import Found, search
+from chaos.world import World
 
 from rlhf_dist.config.schema import FaultsConfig
 
@@ -60,3 +61,16 @@ def test_a_dead_servers_answer_counts_though_another_cannot_get_at_the_tokens() 
     found = search(plan)
     assert found.broken is None, str(found.broken)
     assert found.endings == {"finished": 1} and found.kinds == {"slow": 1, "die": 2}
+
+
+def test_the_only_worker_dies_and_is_back_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks who serves meanwhile, and afterwards it is the same one as before."""
+    real = World.seconds
+
+    def seconds(self: World, shortest: float, longest: float, *what: object) -> float:
+        return 40.0 if what[0] == "save" else real(self, shortest, longest, *what)
+
+    monkeypatch.setattr(World, "seconds", seconds)
+    for at in range(10, 90, 4):
+        found = holds(Fault(0, "die", f"{WORKER} 0", float(at)), settings=Settings(steps=2, groups=1))
+        assert found.endings == {"finished": 1}

@@ -18,6 +18,9 @@ from chaos.plan import ANY_WRITE, WRITES, Fault, Kind, Plan, Settings, plan_of
 from chaos.search import Found, search
 
 SEEDS, BLOCK = 2_000, 100
+HALVED = ("write ", "line ", "sync config", "sync state", "sync LATEST", "sync summary")
+"""Beginnings of names of writes of which a half may be on the disk: files of members, lines, and files that are put in
+the place of others."""
 IN_TURN = Settings(steps=2, groups=2, reference=1, moves=1, filter=2, evaluate=1, keep=1, workers=2, gather=0.1, best=1)
 AT_ONCE = Settings(steps=3, groups=2, lag=2, window=2, greedy=True, checkpoint=2, keep=1, workers=2, background=True)
 
@@ -52,14 +55,23 @@ def test_every_rule_holds(first: int) -> None:
 
 
 @pytest.mark.parametrize("settings", [IN_TURN, AT_ONCE], ids=["in turn", "at once"])
-@pytest.mark.parametrize("kind", ["crash after", "torn"])
-def test_a_run_may_be_killed_at_any_durable_write(settings: Settings, kind: Kind) -> None:
+def test_a_run_may_be_killed_after_any_durable_write(settings: Settings) -> None:
     """After one is before the next."""
     writes = holds(Plan(0, settings, ())).writes
     assert writes > 50
     for number in range(1, writes + 1):
-        found = holds(Plan(0, settings, (Fault(0, kind, ANY_WRITE, number),)))
-        assert found.kinds[f"{kind} {ANY_WRITE}"] == 1 and found.lives == 2
+        found = holds(Plan(0, settings, (Fault(0, "crash after", ANY_WRITE, number),)))
+        assert found.kinds[f"crash after {ANY_WRITE}"] == 1 and found.lives == 2
+
+
+@pytest.mark.parametrize("settings", [IN_TURN, AT_ONCE], ids=["in turn", "at once"])
+def test_a_run_may_be_killed_in_the_middle_of_any_durable_write(settings: Settings) -> None:
+    """Of those that have a middle: others are done as a whole or not at all, as when it is killed before or after."""
+    names = {name: count for name, count in holds(Plan(0, settings, ())).names.items() if name.startswith(HALVED)}
+    assert sum(names.values()) >= 20
+    for name, number in [(name, number) for name, count in names.items() for number in range(1, count + 1)]:
+        found = holds(Plan(0, settings, (Fault(0, "torn", name, number),)))
+        assert found.kinds[f"torn {name}"] == 1 and found.lives == 2
 
 
 def test_the_disk_may_be_full_at_any_durable_write() -> None:

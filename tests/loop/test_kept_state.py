@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -68,3 +69,13 @@ def test_room_for_it_is_asked_for_besides_that_of_pushes(memory: Path, monkeypat
         shared_memory.require_room(2**20, 2**21)
     with pytest.raises(ResourceError, match=r"shm: learner\.keep_state_every needs 4 MiB for two states"):
         shared_memory.require_room(0, 2**22)
+
+
+def test_where_there_is_no_room_nothing_is_left(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "mkdir", full)
+    with pytest.raises(ResourceError, match="No space left on device"):
+        KeptState(1)
+    assert list(memory.iterdir()) == []
