@@ -96,3 +96,7 @@ class EngineBroken(WeightSyncError):
 
 class DiskError(RunError):
     """A file of the run could not be written; the message names the file and the reason."""
+
+
+class NoMemory(DiskError):
+    """The same of a copy in shared memory, which a run can do without."""

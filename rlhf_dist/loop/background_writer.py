@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol
 
-from rlhf_dist.errors import DiskError
+from rlhf_dist.errors import DiskError, NoMemory
 from rlhf_dist.loop.best_checkpoints import Best
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.models.checkpoints import CHECKPOINT_PREFIX
@@ -92,16 +92,16 @@ class BackgroundWriter:
         """Whether the last checkpoint had to be written while training waited; the reason was told."""
 
     def begin(self, step: int) -> Path:
-        """An empty folder for the ranks to fill. Nothing is under way. Raises `DiskError` where there is no room."""
+        """An empty folder for the ranks to fill. Nothing is under way. Raises `NoMemory` where there is no room."""
         assert self._pending is None
         if reason := self._lacks(self._nbytes):
-            raise DiskError(reason)
+            raise NoMemory(reason)
         folder = self._folder(step)
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(mode=0o700)
         except OSError as error:
-            raise DiskError(f"{folder}: cannot be written: {error.strerror}") from error
+            raise NoMemory(f"{folder}: cannot be written: {error.strerror}") from error
         return folder
 
     def submit(
@@ -109,12 +109,12 @@ class BackgroundWriter:
     ) -> None:
         """Begin to write the folder of `begin` as a checkpoint; see `RunDirectory.commit_checkpoint`.
 
-        Raises `DiskError` where a file did not arrive in it.
+        Raises `NoMemory` where a file did not arrive in it.
         """
         folder = self._folder(step)
         missing = [name for name in needed if not (folder / name).exists()]
         if missing:
-            raise DiskError(f"{missing[0]} did not arrive in the memory of the command's node")
+            raise NoMemory(f"{missing[0]} did not arrive in the memory of the command's node")
         self._nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
         def work() -> Path:

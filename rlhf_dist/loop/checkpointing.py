@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf_dist.errors import DiskError, RlhfError
+from rlhf_dist.errors import NoMemory, RlhfError
 from rlhf_dist.loop.background_writer import BackgroundWriter
 from rlhf_dist.loop.best_checkpoints import Best
+from rlhf_dist.loop.kept_state import in_memory
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.models.checkpoints import step_of
 from rlhf_dist.telemetry.display import Progress
@@ -56,10 +57,11 @@ def _in_background(
     """Copy the state into memory and begin to write it; whether that could be done. A warning says why it could not."""
     step = state["step"]
     try:
-        needed = fill(writer.begin(step))
+        with in_memory(writer.begin(step)) as folder:
+            needed = fill(folder)
         run.telemetry.keep()
         writer.submit(step, keep, state, needed, best)
-    except DiskError as error:
+    except NoMemory as error:
         writer.drop(step)
         if not writer.refused:
             run.telemetry.warn(f"step {step}: training waits while its checkpoint is written: {error}")

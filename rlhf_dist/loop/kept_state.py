@@ -7,16 +7,31 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.errors import DataError, DiskError
+from rlhf_dist.errors import DataError, DiskError, NoMemory
 from rlhf_dist.models.checkpoints import CHECKPOINT_PREFIX, STATE_FILE, sealed
 from rlhf_dist.weights.shared_memory import STATE_LOCK, private_folder
 
 COPIES = 2
 """While one is written, the one before is there."""
+
+
+@contextmanager
+def in_memory(folder: Path) -> Iterator[Path]:
+    """While a folder in shared memory is filled: what cannot be written there is `NoMemory`, and no other `DiskError`.
+
+    Events are handled while ranks write, and the ledger's own disk may be full.
+    """
+    try:
+        yield folder
+    except DiskError as error:
+        if str(error).startswith(f"{folder}{os.sep}"):
+            raise NoMemory(str(error)) from error
+        raise
 
 
 class KeptState:
@@ -33,24 +48,24 @@ class KeptState:
         return step % self._every == 0 and step < steps
 
     def begin(self, step: int) -> Path:
-        """An empty folder to fill; it counts for nothing until `commit`. Raises `DiskError`."""
+        """An empty folder to fill; it counts for nothing until `commit`. Raises `NoMemory`."""
         folder = self._path / f".{CHECKPOINT_PREFIX}{step}.unfinished"
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(mode=0o700)
         except OSError as error:
-            raise DiskError(f"{folder}: cannot be written: {error.strerror}") from error
+            raise NoMemory(f"{folder}: cannot be written: {error.strerror}") from error
         return folder
 
     def commit(self, step: int, state: Mapping[str, Any], needed: Sequence[str]) -> Path:
         """Make the folder of `begin` the newest state, and remove the one before. `needed`: files that ranks wrote.
 
-        Raises `DiskError`.
+        Raises `NoMemory`.
         """
         folder, final = self._path / f".{CHECKPOINT_PREFIX}{step}.unfinished", self._path / f"{CHECKPOINT_PREFIX}{step}"
         missing = [name for name in needed if not (folder / name).exists()]
         if missing:
-            raise DiskError(
+            raise NoMemory(
                 f"{final}: {missing[0]} did not arrive: a rank is on another node; set learner.keep_state_every to 0"
             )
         try:
@@ -58,9 +73,9 @@ class KeptState:
             shutil.rmtree(final, ignore_errors=True)  # of a step that is made again
             os.rename(folder, final)
         except DataError as error:
-            raise DiskError(f"{final}: cannot be read back: {error}") from error
+            raise NoMemory(f"{final}: cannot be read back: {error}") from error
         except OSError as error:
-            raise DiskError(f"{final}: cannot be written: {error.strerror}") from error
+            raise NoMemory(f"{final}: cannot be written: {error.strerror}") from error
         before, self._newest = self._newest, final
         if before is not None and before != final:
             shutil.rmtree(before, ignore_errors=True)

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_dist.errors import DiskError
+from rlhf_dist.errors import NoMemory
 from rlhf_dist.learner.checkpoint_files import EMA_FILES, MASK_FILES, checkpoint_files, critic_files
 from rlhf_dist.loop.best_checkpoints import best_of
 from rlhf_dist.loop.checkpointing import settle, write_checkpoint
-from rlhf_dist.loop.kept_state import KeptState
+from rlhf_dist.loop.kept_state import KeptState, in_memory
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.shell import Shell
 from rlhf_dist.loop.step import learns_policy
@@ -83,7 +83,7 @@ class Saver:
         elif run.kept is not None and run.kept.due(step, steps):
             try:
                 keep(run, run.kept, replace(self._last, ledger=run.ledger.totals(step)))
-            except DiskError as error:  # of shared memory: the state before stays, and the run needs neither
+            except NoMemory as error:  # the state before stays, and the run needs neither
                 run.telemetry.warn(f"step {step}: its state is not kept: {error}")
 
     def end_if_asked(self) -> None:
@@ -116,7 +116,9 @@ def checkpoint(run: Run, state: State) -> None:
 
 def keep(run: Run, kept: KeptState, state: State) -> None:
     """The same into shared memory, from where ranks that are started again go on."""
-    kept.commit(state.step, asdict(state), write_parts(run, state.step, kept.begin(state.step)))
+    with in_memory(kept.begin(state.step)) as folder:
+        needed = write_parts(run, state.step, folder)
+    kept.commit(state.step, asdict(state), needed)
 
 
 def write_parts(run: Run, step: int, folder: Path) -> list[str]:
