@@ -20,6 +20,8 @@ def refused(found: Sequence[dict[str, Any]], shares: int) -> None:
     for rank, of_rank in enumerate(found):
         spoilt = rank < len(found) // shares
         for kind, what in (("infinite", "advantage"), ("too large", "gradient")):
+            if kind not in of_rank:
+                continue
             bad, without = of_rank[kind], of_rank["without"]
             assert bad["refused"] and not without["refused"]
             assert bad["metrics"].values()["learner/updates"] == 1 and bad["metrics"].maxima["learner/fault_max"] == 1.0

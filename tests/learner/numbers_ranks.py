@@ -89,7 +89,8 @@ def run(model: Path, case: str, world: int = 2) -> dict[str, Any]:
     """All of it."""
     learner = learner_of(world, case)
     found = {"infinite": train(model, learner, case, INFINITE), "without": train(model, learner, case, None)}
-    found["too large"] = train(model, learner, case, TOO_LARGE)
+    if not case.startswith("zero 3"):  # whose norm is made in float64, so that clipping makes such gradients small
+        found["too large"] = train(model, learner, case, TOO_LARGE)
     return found | ({"critic": critic(model, learner)} if "float16" not in case else {})
 
 
