@@ -111,8 +111,8 @@ def test_a_stop_says_what_and_where(ran: Ran) -> None:
 
 
 def test_the_batch_is_replayed_with_the_weights_of_the_step(ran: Ran) -> None:
-    file = ran.folder / "runs" / "skip" / "faults" / "step-3.safetensors"
-    assert f"rlhf-dist replay {file}" in ran.told("skip")
+    file = ran.folder / "runs" / "stop" / "faults" / "step-3.safetensors"
+    assert f"rlhf-dist replay {file}" in ran.told("stop")
     words = [sys.executable, "-m", "rlhf_dist", "replay", str(file)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, env=env, cwd=ran.folder, capture_output=True, text=True, timeout=120)
