@@ -135,7 +135,7 @@ def _checkpoints(plan: Plan, run: Path, steps: int, lives: int) -> None:
     if len(kept := checkpoint_steps(run / "checkpoints")) > plan.settings.keep + plan.settings.best + lives:
         raise Broken("checkpoint", f"these are kept: {kept}")
     best = best_of(config_of(plan, "", "", steps).loop)
-    first = best_steps(run / "checkpoints", kept, best)[:1] if best else []
+    first = best_steps({step: run / "checkpoints" / f"step-{step}" for step in kept}, best)[:1] if best else []
     named = best_checkpoint(run)
     if (named and step_of(named)) != (first[0] if first else None):
         raise Broken("checkpoint", f"{named} is named the best, and of {kept} the best is {first}")

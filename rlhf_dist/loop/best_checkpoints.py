@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_dist.config.schema import LoopConfig
 from rlhf_dist.errors import ConfigError, DataError
-from rlhf_dist.models.checkpoints import CHECKPOINT_PREFIX, read_sealed
+from rlhf_dist.models.checkpoints import read_sealed
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +38,12 @@ def require_metric(best: Best | None, results: Mapping[str, float]) -> None:
         )
 
 
-def best_steps(folder: Path, steps: Sequence[int], best: Best) -> list[int]:
-    """Those of `steps`, of finished checkpoints in `folder`, that stay, the best first; of equal ones the earlier.
+def best_steps(checkpoints: Mapping[int, Path], best: Best) -> list[int]:
+    """Steps of those that stay, the best first; of equal ones the earlier. `checkpoints`: folders by step.
 
     One without an evaluation of its own step, or whose state.json cannot be read, is not among them.
     """
-    scores = {
-        step: score for step in steps if (score := _score(folder / f"{CHECKPOINT_PREFIX}{step}", best)) is not None
-    }
+    scores = {step: score for step, folder in checkpoints.items() if (score := _score(folder, best)) is not None}
     sign = 1 if best.lowest else -1
     return sorted(scores, key=lambda step: (sign * scores[step], step))[: best.count]
 

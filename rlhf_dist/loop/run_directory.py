@@ -131,23 +131,29 @@ class RunDirectory:
         except DataError as error:
             raise DiskError(f"{final}: cannot be read back: {error}") from error
         write_text(folder / STATE_FILE, text)
+        older = {other: place for other, place in self._finished().items() if other < step}
         with _disk_errors(final):
             _sync_tree(folder)
+        # Before it is there: a resume that finds the last step has nothing left to do.
+        stay = self._name_best(older | {step: folder}, best)
+        with _disk_errors(final):
             if final.exists():  # Written by a run that went back since; a resume sets it aside.
                 _set_aside(final)
             os.rename(folder, final)
             _sync(self.checkpoints)
         write_text(self.checkpoints / LATEST, final.name + "\n")
-        older = [other for other in checkpoint_steps(self.checkpoints) if other <= step]
-        stay = self._name_best(older, best)
-        for other in older[:-keep]:
+        for other in [*sorted(older), step][:-keep]:
             if other not in stay:
-                shutil.rmtree(self.checkpoints / f"{CHECKPOINT_PREFIX}{other}", ignore_errors=True)
+                shutil.rmtree(older[other], ignore_errors=True)
         return final
 
-    def _name_best(self, steps: Sequence[int], best: Best | None) -> list[int]:
-        """Let BEST name the best of these; those that stay. Raises DiskError."""
-        stay = [] if best is None else best_steps(self.checkpoints, steps, best)
+    def _finished(self) -> dict[int, Path]:
+        """Step -> folder."""
+        return {step: self.checkpoints / f"{CHECKPOINT_PREFIX}{step}" for step in checkpoint_steps(self.checkpoints)}
+
+    def _name_best(self, checkpoints: Mapping[int, Path], best: Best | None) -> list[int]:
+        """Let BEST name the best of these, by step; those that stay. Raises DiskError."""
+        stay = [] if best is None else best_steps(checkpoints, best)
         if stay and self.best_checkpoint() != (first := self.checkpoints / f"{CHECKPOINT_PREFIX}{stay[0]}"):
             write_text(self.checkpoints / BEST, first.name + "\n")
         elif not stay:
