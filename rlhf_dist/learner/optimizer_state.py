@@ -76,15 +76,13 @@ class SavedState:
         self._parts: dict[str, list[tuple[Path, int, int]]] = {}
         """Parameter -> (file, first element there, one beyond the last)."""
         self._keys: dict[tuple[Path, str], list[str]] = {}
-        first = folder / optimizer_file(0)
         with self._stack:
-            ranks = self._open(first)["ranks"]
-            for other in range(1, ranks):
+            for other in range(1, self._open(folder / optimizer_file(0))):
                 self._open(folder / optimizer_file(other))
-            own = folder / optimizer_file(rank)
-            for path in sorted(self._files, key=lambda path: path != own):
-                self._list(path)
             self._stack = self._stack.pop_all()
+        own = folder / optimizer_file(rank)
+        for found in self._parts.values():
+            found.sort(key=lambda part: part[0] != own)
 
     def __enter__(self) -> SavedState:
         return self
@@ -92,30 +90,28 @@ class SavedState:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
 
-    def _open(self, path: Path) -> dict[str, Any]:
-        """The metadata of a file that is opened."""
+    def _open(self, path: Path) -> int:
+        """Open a file and note what is in it; how many ranks wrote."""
         if not path.exists():
             raise DataError(f"{path}: is missing; {WAY_OUT}")
         try:
-            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-            text = (self._files[path].metadata() or {}).get(METADATA)
-        except (OSError, SafetensorError) as error:
+            file = self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            text = (file.metadata() or {}).get(METADATA)
+            found = json.loads(text) if text else None
+            for stored in file.keys() if found else ():
+                name, _, key = stored.rpartition(".")
+                self._keys.setdefault((path, name), []).append(key)
+            for name, begin in found["parts"].items() if found else ():
+                count = file.get_slice(f"{name}.{WEIGHTS}").get_shape()[0]
+                self._parts.setdefault(name, []).append((path, begin, begin + count))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: cannot be read: {error}; {WAY_OUT}") from None
-        if text is None:
+        if found is None:
             raise ConfigError(
                 f"{path}: was written by an older version of rlhf-dist, without the parameters' names: use that "
                 f"version, or start a new run with model.path={self._folder / 'hf'}"
             )
-        return json.loads(text)
-
-    def _list(self, path: Path) -> None:
-        file = self._files[path]
-        for stored in file.keys():  # noqa: SIM118 - it is no mapping
-            name, _, key = stored.rpartition(".")
-            self._keys.setdefault((path, name), []).append(key)
-        for name, begin in json.loads(file.metadata()[METADATA])["parts"].items():
-            count = file.get_slice(f"{name}.{WEIGHTS}").get_shape()[0]
-            self._parts.setdefault(name, []).append((path, begin, begin + count))
+        return found["ranks"]
 
     def find(self, run: Run) -> Iterator[Found]:
         """Where a run of elements lies, in order. Raises ConfigError where the checkpoint does not have all of it."""

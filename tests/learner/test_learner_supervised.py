@@ -105,6 +105,9 @@ def test_an_optimizer_that_cannot_be_read_is_a_data_error(engine: ModelEngine, t
     write_tensors({"0.weights": torch.ones(4)}, path)
     with pytest.raises(ConfigError, match=r"optimizer-0\.safetensors: was written by an older version of rlhf-dist"):
         engine.restore(tmp_path)
+    write_tensors({"w.weights": torch.ones(4)}, path, {"optimizer": '{"ranks": 1}'})
+    with pytest.raises(DataError, match=r"optimizer-0\.safetensors: cannot be read: 'parts'"):
+        engine.restore(tmp_path)
     path.unlink()
     with pytest.raises(DataError, match=r"optimizer-0\.safetensors: is missing; resume from another checkpoint"):
         engine.restore(tmp_path)
