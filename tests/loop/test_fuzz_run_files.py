@@ -28,7 +28,7 @@ from rlhf_dist.loop.saved_config import config_changes
 from rlhf_dist.loop.stages import read_finished
 from rlhf_dist.loop.train_state import read_state
 from rlhf_dist.models.checkpoints import latest_checkpoint
-from rlhf_dist.models.run_model import newest_model
+from rlhf_dist.models.run_model import run_model
 from rlhf_dist.telemetry.report import read_metrics
 
 METRICS = '{"step": 1, "a": 0.5}\n{"step": 2, "a": NaN}\n{"step": 3, "a": 1e-3}\n'
@@ -55,7 +55,8 @@ def readers(run: Path) -> dict[str, Callable[[], object]]:
     step_4 = run / "checkpoints" / "step-4"
     return {
         "the newest checkpoint": lambda: latest_checkpoint(run),
-        "the newest model": lambda: newest_model(run, "model.path"),
+        "the newest model": lambda: run_model(run, "model.path"),
+        "the best model": lambda: run_model(run / "checkpoints" / "BEST", "model.path"),
         "the fingerprint": lambda: content(run),
         "where a resume goes on": lambda: resume_point(run, "train", None),
         "another place": lambda: other_point(run, "train"),
@@ -79,8 +80,9 @@ def test_damage_in_a_run_is_told_in_one_message(tmp_path: Path, examples: int) -
     (run / "summary.json").write_text(SUMMARY)
     (run / "stage.json").write_text("{}")
     (run / "wandb_id").write_text("abc")
+    (run / "checkpoints" / "BEST").write_text("step-4\n")
     names = ["checkpoints/LATEST", "checkpoints/step-4/state.json", "metrics.jsonl", "summary.json", "config.yaml"]
-    names += ["ledger.sqlite", "run.lock", "wandb_id", "stage.json"]
+    names += ["checkpoints/BEST", "ledger.sqlite", "run.lock", "wandb_id", "stage.json"]
     whole = {name: (run / name).read_bytes() for name in names}
 
     def check(given: tuple[str, Any, Any]) -> None:
