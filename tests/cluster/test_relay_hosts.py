@@ -112,13 +112,12 @@ def test_a_relay_that_was_started_again_is_used_from_then_on(local_ray: None) ->
     relays = Relays(offer, {RELAY: relay}, {"two": RELAY})
     rollouts = RolloutFleet(pair, (ears := Ears()).inbox, timeout_s=30.0, sync_timeout_s=30.0, relays=relays)
     assert rollouts.load_weights(version(4)) == []
-    for dies in (offer, relay):
-        tell(dies, "dies")
-        (problem,) = rollouts.load_weights(version(5))
-        assert "two did not get version 5" in problem
-    relays.admit(OFFER, start("offer"))
-    relays.admit(RELAY, start("relay"))
-    assert rollouts.load_weights(version(6)) == []
+    for number, name in ((5, RELAY), (7, OFFER)):
+        tell(relays.all()[name], "dies")
+        (problem,) = rollouts.load_weights(version(number))
+        assert f"two did not get version {number}: {name} died during" in problem
+        relays.admit(name, start(name))
+        assert rollouts.load_weights(version(number + 1)) == []
     assert serve(rollouts, ears) == {"one", "two"} and set(relays.all()) == {OFFER, RELAY}
 
 
