@@ -90,6 +90,7 @@ class Shell:
         self._report = report
         self._served: tuple[str, ...] | None = None
         self._ticked = self._looked = actors.arrivals.now()
+        self._ticking = False
         actors.arrivals.listen(self.hear)
 
     def hear(self, events: Sequence[Event]) -> None:
@@ -102,9 +103,14 @@ class Shell:
         self._before()
         now = self._actors.arrivals.now()
         self._do(command for event in events for command in self._controller.handle(event, now))
-        if now - self._ticked >= TICK_S:
-            self._ticked = now
-            self._do(self._controller.handle(Tick(), now))
+        # Not within a tick: what is done about one who is late may take seconds (its node is asked), in which signs of
+        # life of others are not read.
+        if now - self._ticked >= TICK_S and not self._ticking:
+            self._ticked, self._ticking = now, True
+            try:
+                self._do(self._controller.handle(Tick(), now))
+            finally:
+                self._ticked, self._ticking = self._actors.arrivals.now(), False
 
     def published(self, version: int) -> None:
         """The workers that serve hold this version now: groups may be issued under it."""
