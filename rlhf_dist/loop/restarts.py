@@ -42,6 +42,7 @@ BY_ERROR: dict[str, FailureClass] = {
     "WeightSyncError": "a process lost",
     "EngineBroken": "a process lost",
     "DiskError": "the disk",
+    "NoMemory": "the disk",
 }
 """Type of the error that ended a run -> its class."""
 NO_ROOM = ("ResourceError", "TooSmall")

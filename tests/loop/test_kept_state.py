@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf_dist.errors import DiskError, ResourceError
-from rlhf_dist.loop.kept_state import KeptState
+from rlhf_dist.errors import DiskError, NoMemory, ResourceError
+from rlhf_dist.loop.kept_state import KeptState, in_memory
 from rlhf_dist.weights import shared_memory
 
 WEIGHTS = "weights.txt"
@@ -79,3 +79,13 @@ def test_where_there_is_no_room_nothing_is_left(memory: Path, monkeypatch: pytes
     with pytest.raises(ResourceError, match="No space left on device"):
         KeptState(1)
     assert list(memory.iterdir()) == []
+
+
+@pytest.mark.parametrize(("file", "kind"), [("memory/step-3/model", NoMemory), ("ledger.sqlite", DiskError)])
+def test_only_what_cannot_be_written_in_the_folder_is_a_lack_of_memory(
+    tmp_path: Path, file: str, kind: type[DiskError]
+) -> None:
+    """Events are handled while the ranks write, and the ledger is written then."""
+    with pytest.raises(DiskError, match="cannot be written") as raised, in_memory(tmp_path / "memory" / "step-3"):
+        raise DiskError(f"{tmp_path / file}: cannot be written: No space left on device")
+    assert type(raised.value) is kind

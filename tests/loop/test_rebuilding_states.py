@@ -13,7 +13,7 @@ from test_loop_rl_training import STEPS
 from test_rebuilding import WEIGHTS, Ran, config, nothing, once, whole
 from test_saving import Told
 
-from rlhf_dist.errors import ActorLost, DiskError, RanksLost
+from rlhf_dist.errors import ActorLost, NoMemory, RanksLost
 from rlhf_dist.loop.kept_state import KeptState
 from rlhf_dist.loop.rebuilding import train_to_the_end
 from rlhf_dist.loop.train_state import read_state
@@ -93,7 +93,7 @@ def test_a_state_that_finds_no_room_in_memory_is_a_warning(
     make: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
-        raise DiskError("/dev/shm/x: cannot be written: No space left on device")
+        raise NoMemory("/dev/shm/x: cannot be written: No space left on device")
 
     monkeypatch.setattr(KeptState, "commit", full)
     ran = whole(make, nothing, config(0, 1))

@@ -51,7 +51,7 @@ def test_room_that_was_there_before_is_a_lost_node() -> None:
     assert class_of(end, ran_before=True) == "a node lost"
 
 
-OURS = {"RunError", "RewardError"}
+OURS = {"RunError", "RewardError", "NumbersError"}
 """Errors of a run that no restart mends by itself: they count as bugs, which are tried once more."""
 
 
