@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ranks import OPTIMIZER, rollouts
+from ranks import OPTIMIZER, rollouts, stepped
 from witness_ranks import CASES, METHOD, OF_NUMBERS, cases, cut, learner_of
 
 from rlhf_dist.algo.recipes import ppo
@@ -65,7 +65,7 @@ def train(model: Path, learner: LearnerConfig, case: str, advantage: float | Non
     found = {"metrics": metrics, "refused": check.refused, "fault": check.fault, "seen": policy.witness.seen()}
     policy.update(batch, None, AS_THEY_ARE)
     weights = {name: tensor.clone() for name, tensor in engine.weights()}
-    optimizer = engine._deepspeed.optimizer_tensors()  # pyright: ignore[reportPrivateUsage]
+    optimizer = stepped(engine)
     engine.close()
     return found | {"weights": weights, "optimizer": optimizer, "row": batch.origins[bad_row(batch)]}
 
