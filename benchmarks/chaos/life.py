@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ from rlhf_dist.algo.recipes import ALGORITHMS
 from rlhf_dist.cluster.resume import SUMMARY_STEP, Start, find_start, summary_step
 from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream, held_out
-from rlhf_dist.errors import InputError, RlhfError
+from rlhf_dist.errors import InputError, RanksLost, RlhfError
 from rlhf_dist.loop.kept_state import KeptState
 from rlhf_dist.loop.ledger import Ledger, LedgerProof
 from rlhf_dist.loop.rebuilding import train_to_the_end
@@ -253,13 +253,15 @@ def watch_lines(telemetry: Telemetry, disk: Disk) -> None:
 
 def nothing_open(world: World, cast: Cast) -> None:
     """At the end of a run no member has anything to do or to keep. Raises `Broken`."""
-    world.inbox.wait(DRAIN_S, lambda: not world.clock.to_come)
+    end = world.clock.now + DRAIN_S
+    while world.clock.to_come and world.clock.now < end:
+        with suppress(RanksLost):  # of a rank that dies after the end
+            world.inbox.wait(end - world.clock.now, lambda: not world.clock.to_come)
     collator = cast.collator
     left = {worker.name: list(worker.has) for worker in cast.fleet.workers if worker.has and not worker.silent}
-    if left or (collator.server.works and (collator.bodies or collator.logprobs)):
-        raise Broken(
-            "left over", f"workers have {left}, the collator {list(collator.bodies)}, {list(collator.logprobs)}"
-        )
+    kept = [*collator.bodies, *collator.logprobs, *collator.copies]
+    if left or (collator.server.works and kept):
+        raise Broken("left over", f"workers have {left}, the collator {kept}")
     busy = [f"{member.name}: {list(member.work)}" for member in cast.members._members.values() if member.work]
     excused = {fault.who for fault in world.fired}
     if busy := [text for text in busy if text.partition(":")[0] not in excused]:
