@@ -24,6 +24,8 @@ HALF = 2
 IN_MEMORY = "memory: "
 """Before the names of writes into shared memory."""
 MAKE_FOLDER = os.mkdir
+OUTPUT = "rlhf-dist-chaos-"
+"""How the names of folders begin that runs are searched in."""
 """Not a write of the loop's."""
 
 
@@ -190,6 +192,8 @@ def name_of(path: Path) -> str:
     """`.../.step-4.unfinished/state.json.tmp` -> `state.json`; folders of a step have one name each."""
     if OF_A_STEP.match(path.name):
         return "unfinished" if path.name.endswith(".unfinished") else "step"
+    if path.name.startswith(OUTPUT):
+        return "output"
     known = {"config.json": "weights", "optimizer-0.safetensors": "optimizer", "metrics.before-resume.jsonl": "aside"}
     known |= {"checkpoints": "checkpoints", "hf": "hf"}
     return known.get(path.name, path.name.removesuffix(".tmp"))

@@ -14,7 +14,7 @@ from typing import Any
 
 from chaos.checks import Result, check_end, explained, result_of
 from chaos.clock import Broken
-from chaos.disk import Crash
+from chaos.disk import OUTPUT, Crash
 from chaos.life import Life, live
 from chaos.plan import ANY_WRITE, Fault, Plan, Settings
 from chaos.shrink import shrink
@@ -93,7 +93,7 @@ def without_threads() -> Iterator[None]:
 @contextmanager
 def folder() -> Iterator[Path]:
     """A place for one run, gone afterwards."""
-    place = Path(tempfile.mkdtemp(prefix="rlhf-dist-chaos-", dir=ROOT if ROOT.is_dir() else None))
+    place = Path(tempfile.mkdtemp(prefix=OUTPUT, dir=ROOT if ROOT.is_dir() else None))
     try:
         yield place
     finally:

@@ -322,8 +322,8 @@ class FaultsConfig:
     heartbeat_s: float = key(15.0, Range("at least 5", lambda x: x >= 5))
     """A process without a sign of life for so long counts as lost."""
     copy_every_s: float = key(10.0, NOT_NEGATIVE, effects.LAGGING)
-    """Seconds between copies of what rollout workers have sampled so far. A group whose worker is lost goes on from its
-    last copy. 0: it begins again, as it does without a lag."""
+    """Seconds between copies of what rollout workers have sampled so far; more where copies would take over 1% of the
+    time. A group whose worker is lost goes on from its last copy. 0: it begins again, as it does without a lag."""
     step_s: float = key(14400.0, LIMIT_S_OR_0)
     """`train`: most seconds without the end of a step, an evaluation or a start of training, whatever the other limits
     say; 0: no limit. The process that has made no progress for longest then counts as lost; where all go on, or none

@@ -47,7 +47,7 @@ def go_on(one: OpenRequest, event: Partial) -> list[Command]:
     where = f"goes on with another worker than {one.worker}" if one.worker else "goes on from its last copy"
     forget: list[Command] = [Forget((event.key,))] if one.copied else []
     one.request = replace(one.request, part=one.request.part + 1, begun=event.body)
-    one.worker, one.leaves, one.copied = "", False, False
+    one.worker, one.leaves, one.copied, one.orphaned = "", False, False, False
     text = f"{event.key} {where}, {int(event.lengths.sum())} tokens so far"
     return [*forget, Tell("handed_over", text, one.request.uid)]
 

@@ -186,7 +186,7 @@ class VllmEngine:
         from vllm.v1.engine import FinishReason
 
         outputs = [self._state(key).make_request_output([], None, FinishReason.ABORT, None) for key in keys]
-        return [replace(self._response(output), finish_reason=UNFINISHED) for output in outputs]
+        return [replace(self._response(output, ended=False), finish_reason=UNFINISHED) for output in outputs]
 
     def sampled(self, key: str) -> int:
         """Tokens so far of a response that is under way; what it begins with does not count."""
@@ -273,8 +273,8 @@ class VllmEngine:
             return f"{what}; with rollout.kv_after_push recompute it would not have to"
         return ""
 
-    def _response(self, output: Any) -> Response:
-        """With what it begins with."""
+    def _response(self, output: Any, ended: bool = True) -> Response:
+        """With what it begins with. Without its text while it has not `ended`: who goes on with it makes the whole."""
         turn, (sample,) = self._turns[output.request_id], output.outputs
         versions = np.full(len(sample.token_ids), self._weights.version, dtype=np.int32)
         for span in sample.weight_versions or ():
@@ -290,6 +290,7 @@ class VllmEngine:
             versions = np.concatenate([begun.versions, versions])
             oldest = np.concatenate([begun.cache_versions, oldest])
         known = begun is None and turn.sampling.stop  # vLLM has made the text
+        special = decoded(self.tokenizer, sample, special=True) if ended and self._special_texts else ""
         return Response(
             key=turn.key,
             tokens=sample.token_ids,
@@ -297,8 +298,8 @@ class VllmEngine:
             versions=versions,
             cache_versions=oldest,
             finish_reason=str(sample.finish_reason),
-            text=sample.text if known else decoded(self.tokenizer, sample, special=False),
-            special_text=decoded(self.tokenizer, sample, special=True) if self._special_texts else None,
+            text=sample.text if known else decoded(self.tokenizer, sample, special=False) if ended else "",
+            special_text=special if self._special_texts else None,
         )
 
 

@@ -41,6 +41,8 @@ WorkerEvent = Answered | Unanswered | Partial | PartialLost | Copied | Beat
 Result = TypeVar("Result")
 BEAT_S = 1.0
 """The longest that `events` waits before it tells of steps alone."""
+COPY_SHARE = 0.01
+"""Of a worker's time, at most, for copies of open groups: they grow with the responses."""
 
 IDLE_S = 60.0
 """The longest that the pump waits for work before it looks again."""
@@ -164,7 +166,7 @@ class RolloutWorker:
         self._keep = keep
         self._get = get
         self._observe = observe
-        self._copy_every_s, self._copied = copy_every_s, time.monotonic()
+        self._copy_every_s, self._next_copy = copy_every_s, time.monotonic() + copy_every_s
         self._inbox: SimpleQueue[Load | None] = SimpleQueue()
         self._posted: dict[int, Verb] = {}
         """Messages by number, until those before them have come."""
@@ -317,19 +319,20 @@ class RolloutWorker:
     def _copies(self) -> list[WorkerEvent]:
         """What there is of each group in training that has any tokens, when it is time."""
         now = time.monotonic()
-        if not self._copy_every_s or now - self._copied < self._copy_every_s:
+        if not self._copy_every_s or now < self._next_copy:
             return []
-        self._copied = now
         found = [
             group.partial(self._engine.so_far(group.under_way))
             for group in self._open.values()
             if group.request.purpose in ("train", "baseline")
         ]
-        return [
+        copies: list[WorkerEvent] = [
             Copied(group.request.key, self._keep(group))
             for group in found
             if any(sample.length for sample in group.trajectories)
         ]
+        self._next_copy = now + max(self._copy_every_s, (time.monotonic() - now) / COPY_SHARE)
+        return copies
 
     def _submit(self, request: Request) -> None:
         """Begin to sample a request, or go on. One that is too long, or has no tokens, is told of as unanswered."""

@@ -51,7 +51,11 @@ def test_every_rule_holds(first: int) -> None:
         seen.update(found.seen)
     assert kinds["die"] and len(kinds) > 20, "faults strike, of many kinds"
     assert seen["lag 1 of 1"] and seen["lag 1 of 2"] and seen["worker_lost"], seen
-    assert seen["handed over"] and seen["gone on from a copy"], seen
+    assert seen["handed over"], seen
+
+
+def test_groups_of_a_dead_worker_go_on_from_their_copies() -> None:
+    assert holds(Plan(0, AT_ONCE, (Fault(0, "die", "rollout worker 0", 12.0),))).seen["gone on from a copy"]
 
 
 @pytest.mark.parametrize("settings", [IN_TURN, AT_ONCE], ids=["in turn", "at once"])

@@ -77,7 +77,7 @@ def test_side_by_side_is_the_same_as_in_turn(results: dict[str, Any]) -> None:
 def test_a_weight_that_is_no_number_is_found_in_the_next_step(results: dict[str, Any], kind: str) -> None:
     """No optimizer step of the policy is taken."""
     metrics, fault = results[kind]["spoilt"]
-    assert metrics["learner/fault_max"] == 1.0 and metrics["learner/updates"] == 0
+    assert metrics["policy_fault_max"] == 1.0 and metrics["learner/updates"] == 0
     # On one trunk the values are spoilt before, and with them the credit.
     assert (fault.what, fault.update) == ("advantage" if kind == "shared" else "learner's logprobs", 0)
     assert fault.origin is not None and fault.value != fault.value

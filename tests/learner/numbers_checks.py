@@ -24,8 +24,8 @@ def refused(found: Sequence[dict[str, Any]], shares: int) -> None:
                 continue
             bad, without = of_rank[kind], of_rank["without"]
             assert bad["refused"] and not without["refused"]
-            assert bad["metrics"].values()["learner/updates"] == 1 and bad["metrics"].maxima["learner/fault_max"] == 1.0
-            assert "learner/fault_max" not in without["metrics"].maxima
+            assert bad["metrics"].values()["learner/updates"] == 1 and bad["metrics"].maxima["policy_fault_max"] == 1.0
+            assert "policy_fault_max" not in without["metrics"].maxima
             assert equal(bad["weights"], without["weights"]) and equal(bad["optimizer"], without["optimizer"])
             assert bad["metrics"].values()["policy/loss"] == without["metrics"].values()["policy/loss"]
             assert bad["seen"].times.tolist() != [0.0] * len(bad["seen"].times)
@@ -37,6 +37,6 @@ def refused(found: Sequence[dict[str, Any]], shares: int) -> None:
         if "critic" not in of_rank:
             continue
         metrics, fault = of_rank["critic"]["metrics"], of_rank["critic"]["fault"]
-        assert metrics.maxima["critic/fault_max"] == 1.0 and metrics.values()["critic/updates"] == 1
+        assert metrics.maxima["critic_fault_max"] == 1.0 and metrics.values()["critic/updates"] == 1
         assert (fault.what, fault.update) == ("returns" if spoilt else "gradient", 1)
         assert fault.origin == (of_rank["critic"]["row"] if spoilt else None)

@@ -24,6 +24,7 @@ from rlhf_dist.loop.events import (
     Submit,
     Tell,
     Tick,
+    Undone,
 )
 from rlhf_dist.types import Copied, Handle, Partial, PartialLost, Request
 
@@ -277,3 +278,12 @@ def test_a_copy_that_is_not_needed_any_more_is_forgotten() -> None:
     assert of_kind(commands, Forget) == [Forget(("train/0/0/0",))], "of the other the collator gives its copy away"
     assert "train/0/1/0+1" not in [key for _, key in given(rig.hear(partial("train/0/1/0")))]
     assert rig.controller.late == 1
+
+
+def test_after_a_copy_tokens_lost_on_their_way_wait_for_the_new_worker_to_be_lost() -> None:
+    rig = lagging()
+    rig.hear(copied("train/0/1/0"))
+    rig.hear(Lost("b", "b died"))
+    rig.hear(partial("train/0/1/0"))
+    rig.answer("train/0/1/0+1")
+    assert issued(rig.hear(Undone("scoring", "s", "train/0/1/0+1"))) == [], "that worker lives"

@@ -15,6 +15,7 @@ from pumping import groups_of, pumped
 from real_engine import GREEDY, PROMPT_TOKENS, PROMPTS, SAMPLING, Learner, groups, requests, responses, samples
 from sample_groups import flat_logprobs
 
+from rlhf_dist.rollout import worker as rollout_worker
 from rlhf_dist.rollout.conversation import Observe, nothing_more
 from rlhf_dist.rollout.vllm_engine import VllmEngine
 from rlhf_dist.rollout.worker import HandOver, RolloutWorker, Submit
@@ -95,8 +96,9 @@ def test_a_greedy_response_is_the_same_whoever_ends_it(engine: VllmEngine, steps
         assert (one.texts, one.finish_reason, one.segments) == (other.texts, other.finish_reason, other.segments)
 
 
-def test_a_copy_can_be_gone_on_from_and_disturbs_nothing(engine: VllmEngine) -> None:
+def test_a_copy_can_be_gone_on_from_and_disturbs_nothing(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies are made after each step; another worker goes on from those after the fifth."""
+    monkeypatch.setattr(rollout_worker, "COPY_SHARE", 1e9)
     asked = requests(replace(GREEDY, max_tokens=20), n=1)
     whole = groups(worker_of(engine), asked)
     one = RolloutWorker("w", engine, chat=True, max_prompt_tokens=PROMPT_TOKENS, copy_every_s=1e-9)

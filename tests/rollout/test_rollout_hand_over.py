@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pumping import answered, groups_of, pumped
 from stand_in_engine import Engine, asked, submit, talking, uids
 
 from rlhf_dist.models.hf import load_tokenizer
+from rlhf_dist.rollout import worker as rollout_worker
 from rlhf_dist.rollout.worker import HandOver, RolloutWorker
 from rlhf_dist.types import Copied, Handle, Partial, PartialLost, Request
 
@@ -105,6 +107,13 @@ def copies(worker: RolloutWorker) -> list[Copied]:
     return [event for event in worker.events(0) if isinstance(event, Copied)]
 
 
+@pytest.fixture
+def all_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies may take all of the time."""
+    monkeypatch.setattr(rollout_worker, "COPY_SHARE", 1e9)
+
+
+@pytest.mark.usefixtures("all_day")
 def test_copies_of_what_there_is_are_told_while_it_is_sampled_on(engine: Engine) -> None:
     worker = RolloutWorker("w", engine, chat=False, max_prompt_tokens=4, copy_every_s=1e-9)
     (request,) = asked("abc", n=4)
@@ -126,7 +135,7 @@ def test_copies_are_told_so_often_and_of_groups_in_training_only(engine: Engine)
     worker.post(0, submit(first, replace(first, purpose="eval", prompt=replace(first.prompt, uid="held/0"))))
     worker.turn()
     assert copies(worker) == []
-    worker._copied -= 3600
+    worker._next_copy -= 3600
     worker.turn()
     worker.turn()
     assert [copy.key for copy in copies(worker)] == [first.key]
@@ -134,6 +143,21 @@ def test_copies_are_told_so_often_and_of_groups_in_training_only(engine: Engine)
 
 def test_without_a_time_there_are_none(worker: RolloutWorker) -> None:
     worker.post(0, submit(*asked("abc", n=8)))
-    worker._copied -= 3600
+    worker._next_copy -= 3600
     worker.turn()
     assert copies(worker) == []
+
+
+def test_copies_take_a_hundredth_of_the_time_at_most(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(keys: Sequence[str]) -> list[Any]:
+        time.sleep(0.02)
+        return so_far(keys)
+
+    so_far = engine.so_far
+    monkeypatch.setattr(engine, "so_far", slow)
+    worker = RolloutWorker("w", engine, chat=False, max_prompt_tokens=4, copy_every_s=1e-9)
+    worker.post(0, submit(*asked("abc", n=8)))
+    begun = time.monotonic()
+    worker.turn()
+    worker.turn()
+    assert len(copies(worker)) == 1 and worker._next_copy - begun >= 2.0
