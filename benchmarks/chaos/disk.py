@@ -194,6 +194,8 @@ def name_of(path: Path) -> str:
         return "unfinished" if path.name.endswith(".unfinished") else "step"
     if path.name.startswith(OUTPUT):
         return "output"
+    if path.name.endswith(".state"):
+        return "private"
     known = {"config.json": "weights", "optimizer-0.safetensors": "optimizer", "metrics.before-resume.jsonl": "aside"}
     known |= {"checkpoints": "checkpoints", "hf": "hf"}
     return known.get(path.name, path.name.removesuffix(".tmp"))

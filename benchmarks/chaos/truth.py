@@ -98,7 +98,8 @@ def head_of(request: Request, truth: Truth, spans: Sequence[Span]) -> GroupHead:
     """What the controller is told."""
     versions = [span.version for span in spans]
     seconds = sum(span.seconds for span in spans)
-    mean = sum(span.seconds * span.version for span in spans) / seconds if seconds else float(versions[0])
+    # Rounded: the product adds up whole versions of whole tokens, and has no last digit that is off.
+    mean = round(sum(span.seconds * span.version for span in spans) / seconds, 9) if seconds else float(versions[0])
     lengths = truth.lengths
     reasons = ("stop",) * len(lengths)
     return GroupHead(
