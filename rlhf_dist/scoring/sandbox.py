@@ -6,6 +6,7 @@ docs/security.md says what this defends against, and what not.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,16 @@ SYSTEM = (
     "/etc/alternatives",
 )
 """Programs and libraries; of /etc nothing else."""
+WIDE = frozenset(
+    Path("/", part)
+    for part in (
+        *("boot", "dev", "dev/shm", "etc", "home", "media", "mnt", "proc", "root", "run", "run/shm", "run/user"),
+        *("sys", "tmp", "tmp/ray", "var", "var/lib", "var/log", "var/run", "var/tmp"),
+    )
+)
+"""Folders that belong to no one project: others' files, the machine's, weights in shared memory, Ray's sessions."""
+TEMPORARY = ("RAY_TMPDIR", "TMPDIR")
+"""What name the folder where Ray's session is, with its logs and sockets."""
 PASSED = ("LANG", "LC_ALL", "LC_CTYPE", "TZ", "OMP_NUM_THREADS", "PYTHONHASHSEED")
 """Of the environment nothing else: it may hold keys and tokens."""
 SCRATCH = "/tmp"
@@ -41,6 +52,10 @@ SCRATCH_BYTES = 64 << 20
 OPEN_FILES = 256
 THREADS = 1024
 """Of all its processes together; each has one at least."""
+PROCESSES = 2 * THREADS
+"""And threads that the kernel gives them, but to the superuser: more than are looked for, so that they are found."""
+COUNTED_APART = (5, 14)
+"""Version of Linux since which a sandbox's processes are counted apart from the user's others."""
 OUTPUT_BYTES = 4 << 20
 """Of what it prints in all; the rest is thrown away."""
 WATCH_S = 0.1
@@ -64,7 +79,8 @@ class Sandbox:
 
     def limits(self) -> dict[str, int]:
         """What the process has to set for itself before it runs anything; see `child_main`."""
-        return {"DATA": self._memory, "NOFILE": OPEN_FILES, "FSIZE": SCRATCH_BYTES, "CORE": 0}
+        limits = {"DATA": self._memory, "NOFILE": OPEN_FILES, "FSIZE": SCRATCH_BYTES, "CORE": 0}
+        return limits | ({"NPROC": PROCESSES} if linux_version(os.uname().release) >= COUNTED_APART else {})
 
     def start(self, words: Sequence[str], channel: int) -> subprocess.Popen[bytes]:
         """Start a command of this Python, with the descriptor `channel`. What it prints comes to our standard error.
@@ -128,6 +144,12 @@ def require_sandbox(rewards: Mapping[str, RewardSpec]) -> None:
         )
 
 
+def linux_version(release: str) -> tuple[int, ...]:
+    """`6.1.0-13-amd64` -> (6, 1); of what begins otherwise, nothing."""
+    found = re.match(r"(\d+)\.(\d+)", release)
+    return tuple(map(int, found.groups())) if found else ()
+
+
 def used(pids: Iterable[int]) -> tuple[int, int]:
     """(threads, pages in memory) of these processes together; a page that several share counts for each."""
     threads = pages = 0
@@ -162,9 +184,11 @@ def enclosed(words: Sequence[str], filtered: int) -> list[str]:
     scratch = [word for place in (SCRATCH, "/dev/shm") for word in ("--size", str(SCRATCH_BYTES), "--tmpfs", place)]
     # /proc too: its switches of the whole machine (/proc/sys) are the superuser's to set, here as well as outside.
     fixed = [word for place in ("/proc", "/dev", "/") for word in ("--remount-ro", place)]
+    # What maps /dev/zero to share it has memory that is not counted; /dev/full reads the same and cannot be mapped.
+    devices = ["--dev", "/dev", "--dev-bind", "/dev/full", "/dev/zero"]
     seen = [*SYSTEM, sys.executable, sys.prefix, sys.base_prefix, *rlhf_dist.__path__, here]
     seen += [entry for entry in sys.path if entry]
-    opened = ["--proc", "/proc", "--dev", "/dev", *scratch, *view(seen), *fixed]
+    opened = ["--proc", "/proc", *devices, *scratch, *view(seen), *fixed]
     return [shutil.which(BWRAP) or BWRAP, *APART, "--seccomp", str(filtered), *opened, "--chdir", here, "--", *words]
 
 
@@ -200,11 +224,18 @@ def _follow(path: Path, shown: set[Path], links: dict[Path, str]) -> None:
 
 def _require_narrow(path: Path) -> None:
     home = Path(os.path.expanduser("~")).resolve()
-    if path == home or path in home.parents or path in (Path(SCRATCH), Path("/dev"), Path("/proc"), Path("/etc")):
-        raise ConfigError(
-            f"a sandbox would show all of {path}, because the current directory or an entry of PYTHONPATH is there; "
-            "run the command in a directory of its own, with the function's files and no secrets"
-        )
+    kept = {name: Path(os.environ[name]).resolve() for name in TEMPORARY if os.environ.get(name)}
+    inside = next((name for name, folder in kept.items() if path in (folder, *folder.parents)), "")
+    if path in WIDE or path in (home, *home.parents):
+        shows = f"all of {path}"
+    elif inside:
+        shows = f"{kept[inside]}, the run's folder for temporary files ({inside})"
+    else:
+        return
+    raise ConfigError(
+        f"a sandbox would show {shows}, because the current directory or an entry of PYTHONPATH is {path}; "
+        "run the command in a directory of its own, with the function's files and no secrets"
+    )
 
 
 def sandbox_problem() -> str:
@@ -235,5 +266,5 @@ def sandbox_problem() -> str:
     return (
         f"{bwrap} cannot make a sandbox here ({said}): it has to be version 0.8 or later; user namespaces may be "
         "forbidden (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, "
-        "kernel.apparmor_restrict_unprivileged_userns), and a container needs leave for them and for mounts"
+        "kernel.apparmor_restrict_unprivileged_userns), and a container has to allow them, and mounts"
     )

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
-import stat
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from rlhf_dist.cli.main import main
-from rlhf_dist.config.schema import RewardSpec, ScoringConfig
-from rlhf_dist.errors import ConfigError, RewardError
+from rlhf_dist.config.schema import RewardSpec
+from rlhf_dist.errors import RewardError
 from rlhf_dist.scoring import sandbox as sandboxes
 from rlhf_dist.scoring.function import FunctionReward
 from rlhf_dist.scoring.pattern import PatternReward
 from rlhf_dist.scoring.process_tree import below
-from rlhf_dist.scoring.sandbox import sandbox_problem, view
-from rlhf_dist.scoring.scorer import preflight
+from rlhf_dist.scoring.sandbox import linux_version, sandbox_problem
 
+NPROC = resource.RLIMIT_NPROC
 NO_SANDBOX = sandbox_problem()
 in_sandbox = pytest.mark.skipif(bool(NO_SANDBOX), reason=f"no sandbox on this machine: {NO_SANDBOX}")
 
 MODULE = r"""
-import os, signal, socket, stat, subprocess, sys, time
+import asyncio, ctypes, mmap, multiprocessing, os, resource, signal, socket, stat, subprocess, sys, time
+from multiprocessing.shared_memory import SharedMemory
 
 def connects(family, address):
     with socket.socket(family) as client:
@@ -50,8 +51,13 @@ def tries(prompts, responses, answers):
             connects(socket.AF_INET, ("127.0.0.1", int(value)))
         elif what == "abstract socket":
             connects(socket.AF_UNIX, "\0" + value)
-        elif what == "socket file":
+        elif what.startswith("socket file"):
             connects(socket.AF_UNIX, value)
+        elif what == "datagram":
+            for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM):
+                end.sendto(b"x", value)
+        elif what == "the host of this machine":
+            socket.socket(socket.AF_VSOCK).close()
         elif what == "environment":
             has("SECRET" in str(os.environ) + open("/proc/self/environ").read())
         elif what == "another process":
@@ -64,6 +70,15 @@ def tries(prompts, responses, answers):
             os.chmod(value, stat.S_IMODE(os.stat(value).st_mode))
         elif what == "hidden memory":
             os.close(os.memfd_create("x"))
+        elif what == "memory of a queue":
+            system = ctypes.CDLL(None)
+            has((queue := system.msgget(0, 0o600)) >= 0)
+            system.msgctl(queue, 0, None)  # away with it
+        elif what == "memory that is shared without a file":
+            mmap.mmap(-1, 1 << 20).close()
+        elif what == "memory of a device":
+            with open(value, "r+b") as file:
+                mmap.mmap(file.fileno(), 1 << 20).close()
         elif what == "namespace":
             subprocess.run(["unshare", "--user", "true"], check=True, stderr=subprocess.DEVNULL)
     def tried(what):
@@ -138,6 +153,23 @@ def uses_others(prompts, responses, answers):
     import helper
     said = subprocess.run([sys.executable, "-c", "print(3)"], capture_output=True, check=True).stdout
     return [float(numpy.float32(helper.VALUE) + int(said)) for _ in responses]
+
+async def uses_processes(prompts, responses, answers):
+    words = (sys.executable, "-c", "print(int(input()) + open('/dev/zero', 'rb').read(1)[0])")
+    process = await asyncio.create_subprocess_exec(*words, stdin=-1, stdout=-1)
+    said = int((await process.communicate(b"1"))[0])
+    memory = SharedMemory(create=True, size=1 << 20)
+    memory.buf[0] = 10
+    with multiprocessing.Pool(1) as pool:
+        (most,) = pool.map(abs, [-100])
+    value = multiprocessing.Value("i", 1000)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connects(socket.AF_INET, server.getsockname())
+    private = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    total = said + memory.buf[0] + most + value.value + private[0]
+    memory.close()
+    memory.unlink()
+    return [float(total), float(resource.getrlimit(resource.RLIMIT_NPROC)[0])]
 """
 
 
@@ -174,12 +206,13 @@ def tries(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     (here / "link").symlink_to(secret)
     shared = Path("/dev/shm") / f"sandbox-test-{os.getpid()}"
     shared.write_text("SECRET")
-    with socket.socket() as tcp, socket.socket(socket.AF_UNIX) as abstract, socket.socket(socket.AF_UNIX) as file:
-        tcp.bind(("127.0.0.1", 0))
-        abstract.bind(f"\0sandbox-test-{os.getpid()}")
-        file.bind(str(tmp_path / "s"))
-        for one in (tcp, abstract, file):
+    with ExitStack() as open_ones:
+        unix = [open_ones.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(3)]
+        for one, name in zip(unix, (f"\0sandbox-test-{os.getpid()}", str(tmp_path / "s"), "s"), strict=True):
+            one.bind(name)
             one.listen()
+        tcp = open_ones.enter_context(socket.create_server(("127.0.0.1", 0)))
+        open_ones.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)).bind("d")
         yield {
             "read a file": str(secret),
             "read by a link": "link",
@@ -192,14 +225,29 @@ def tries(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
             "tcp": str(tcp.getsockname()[1]),
             "abstract socket": f"sandbox-test-{os.getpid()}",
             "socket file": str(tmp_path / "s"),
+            "socket file in the current directory": "s",
+            "datagram": "d",
+            **({"the host of this machine": ""} if has_vsock() else {}),
             "environment": "",
             "signal": str(os.getpid()),
             "hidden memory": "",
+            "memory of a queue": "",
+            "memory that is shared without a file": "",
+            "memory of a device": "/dev/zero",
             **({"write into Python": f"{sys.prefix}/sandbox-test"} if os.access(sys.prefix, os.W_OK) else {}),
             **({"switch": "/proc/sys/kernel/core_pattern", "device": "/dev/null"} if os.geteuid() == 0 else {}),
         }
     shared.unlink()
     Path(f"{sys.prefix}/sandbox-test").unlink(missing_ok=True)
+
+
+def has_vsock() -> bool:
+    """Whether this machine knows sockets between virtual machines and their host."""
+    try:
+        socket.socket(socket.AF_VSOCK).close()
+    except OSError:
+        return False
+    return True
 
 
 @in_sandbox
@@ -217,6 +265,8 @@ def test_without_a_sandbox_each_of_them_succeeds(tries: dict[str, str]) -> None:
 @in_sandbox
 def test_a_function_does_its_work_with_libraries_its_own_modules_and_programs(here: Path) -> None:
     assert call("uses_others", responses=["a", "b"]) == [5.0, 5.0]
+    most = sandboxes.PROCESSES if linux_version(os.uname().release) >= (5, 14) else resource.getrlimit(NPROC)[0]
+    assert call("uses_processes", responses=["a", "b"]) == [1111.0, float(most)]
 
 
 @in_sandbox
@@ -309,69 +359,3 @@ def test_patterns_are_matched_in_a_sandbox_too(here: Path) -> None:
         assert any(b"bwrap" in command(pid) for pid in below(os.getpid()))
     finally:
         reward.close()
-
-
-CONFIG = "scoring: {rewards: {judge: {kind: function, function: 'mine:exits', sandbox: true}}}\n"
-
-
-def test_without_bubblewrap_the_config_is_rejected(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (here / "c.yaml").write_text(CONFIG)
-    monkeypatch.setenv("PATH", str(here))
-    for words in (
-        ["train", "c.yaml"],
-        ["eval", "c.yaml"],
-        ["serve-reward", "c.yaml"],
-        ["train", "c.yaml", "--dry-run"],
-    ):
-        assert main(words) == 2
-        said = capsys.readouterr().err
-        assert "scoring.rewards.judge.sandbox is true, and bubblewrap (bwrap) is not installed here: install" in said
-        assert said.count("\n") == 1
-    assert main(["plan", "c.yaml"]) == 0
-    with pytest.raises(ConfigError, match=r"judge\.sandbox is true, and bubblewrap \(bwrap\) is not installed"):
-        preflight(ScoringConfig(rewards={"judge": RewardSpec(kind="function", function="mine:exits", sandbox=True)}))
-    assert not (here / "runs").exists()
-
-
-def test_where_namespaces_are_forbidden_the_config_is_rejected(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapper = here / "bin" / "bwrap"
-    wrapper.parent.mkdir()
-    wrapper.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
-    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
-    config = ScoringConfig(rewards={"judge": RewardSpec(kind="function", function="mine:exits", sandbox=True)})
-    words = r"judge\.sandbox is true, and .*bwrap cannot make a sandbox here \(bwrap: No permissions to create new "
-    with pytest.raises(ConfigError, match=words):
-        preflight(config)
-    wrapper.write_text("#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr(sandboxes, "TRY_LIMIT_S", 0.2)
-    with pytest.raises(ConfigError, match="did not come to an end within"):
-        preflight(config)
-
-
-@in_sandbox
-def test_a_home_directory_is_not_shown(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(here))
-    config = ScoringConfig(rewards={"judge": RewardSpec(kind="function", function="mine:exits", sandbox=True)})
-    with pytest.raises(
-        ConfigError, match=r"judge\.sandbox is true, and a sandbox would show all of .*here, because the"
-    ):
-        preflight(config)
-
-
-def test_links_stay_links_and_what_is_inside_is_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/nonexistent")
-    real, other = tmp_path / "real", tmp_path / "other"
-    (real / "inner").mkdir(parents=True)
-    other.mkdir()
-    (other / "back").symlink_to("../real/inner")
-    (tmp_path / "link").symlink_to("other/../other")
-    (real / "own").symlink_to("inner")
-    words = view([str(tmp_path / "link" / "back"), str(real / "own"), str(real), str(tmp_path / "missing")])
-    assert words == [
-        *("--ro-bind", str(real), str(real)),
-        *("--symlink", "other/../other", str(tmp_path / "link")),
-        *("--symlink", "../real/inner", str(other / "back")),
-    ]
