@@ -75,7 +75,7 @@ def main() -> None:
     if start is None or os.getppid() != start.get("parent", os.getppid()):
         return
     for name, most in start.get("limits", {}).items():
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+        _limit(getattr(resource, f"RLIMIT_{name}"), most)
     for stream in (sys.stdout, sys.stderr):  # the process is killed at its end, so nothing may wait in a buffer
         stream.reconfigure(errors="backslashreplace", line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = [""]
@@ -84,6 +84,13 @@ def main() -> None:
     (answer,) = [make(start[task], channel) for task, make in made.items() if task in start]
     while (request := receive(channel)) is not None:
         send(channel, answer(request))
+
+
+def _limit(kind: int, most: int) -> None:
+    """Set one of the limits; where a lower one is set already, that stays: it cannot be raised."""
+    _, there = resource.getrlimit(kind)
+    most = most if there == resource.RLIM_INFINITY else min(most, there)
+    resource.setrlimit(kind, (most, most))
 
 
 def _pattern(pattern: str, channel: socket.socket) -> Callable[[Any], Any]:

@@ -270,6 +270,13 @@ def test_a_function_does_its_work_with_libraries_its_own_modules_and_programs(he
 
 
 @in_sandbox
+def test_a_lower_limit_of_the_user_stays(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(sandboxes, "OPEN_FILES", most + 1)
+    assert call("uses_others") == [5.0]
+
+
+@in_sandbox
 @pytest.mark.parametrize("place", ["/tmp", "/dev/shm"])
 def test_files_have_a_limit(here: Path, place: str) -> None:
     assert 50 << 20 <= call("scratch", prompts=[place])[0] <= sandboxes.SCRATCH_BYTES
