@@ -28,6 +28,7 @@ class Later:
 
     def result(self, timeout: float | None = None) -> Path:
         """Do it."""
+        self._looks = 0
         return self._work()
 
 

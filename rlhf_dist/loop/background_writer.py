@@ -88,6 +88,7 @@ class BackgroundWriter:
         self._directory, self._memory, self._nbytes = directory, memory, nbytes
         self._limit_s, self._start, self._lacks = limit_s, start, lacks
         self._pending: tuple[int, Pending] | None = None
+        self._given_up = False
         self.refused = False
         """Whether the last checkpoint had to be written while training waited; the reason was told."""
 
@@ -132,18 +133,28 @@ class BackgroundWriter:
     def finished(self, wait: bool) -> Path | None:
         """The checkpoint that has come to the disk since this was asked last; `wait`: for the one under way.
 
-        Raises what went wrong with it, once: `DiskError`.
+        Raises what went wrong with it, once: `DiskError`. It stays under way where it is the wait that ends.
         """
-        if self._pending is None or not (wait or self._pending[1].done()):
+        if self._pending is None:
             return None
-        (step, pending), self._pending = self._pending, None
+        step, pending = self._pending
+        if (not wait or self._given_up) and not pending.done():
+            return None
         try:
-            return pending.result(self._limit_s)
+            final = pending.result(self._limit_s)
+        except KeyboardInterrupt:
+            raise  # of whoever waits: the thread goes on
         except TimeoutError:
+            self._given_up = True  # nobody waits again
             raise DiskError(
                 f"{self._directory.checkpoints}: {CHECKPOINT_PREFIX}{step} was not written in {self._limit_s:g} s "
                 "(learner.timeout_s); the checkpoint before it is intact"
             ) from None
+        except BaseException:
+            self._pending = None if pending.done() else self._pending
+            raise
+        self._pending = None
+        return final
 
     def under_way(self) -> str:
         """The name of the checkpoint that is being written; empty where none is."""

@@ -86,9 +86,10 @@ def settle_at_the_end(run: Writes, error: BaseException) -> bool:
         settle(run, wait=not isinstance(error, KeyboardInterrupt))
     except RlhfError as other:
         run.telemetry.warn(str(other))
-    left = "" if run.background is None else run.background.under_way()
-    if left:
-        run.telemetry.warn(f"{left} was not written to its end")
+    finally:
+        left = "" if run.background is None else run.background.under_way()
+        if left:
+            run.telemetry.warn(f"{left} was not written to its end")
     return not left
 
 

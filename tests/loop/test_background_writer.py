@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,8 +18,9 @@ from test_loop_rl_training import STEPS, close, warnings, wired
 from test_rebuilding import Learner, Ranks, config, healing, nothing, once
 
 from rlhf_dist.errors import DiskError
-from rlhf_dist.loop import background_writer
+from rlhf_dist.loop import background_writer, rebuilding
 from rlhf_dist.loop.background_writer import BackgroundWriter, Pending, Start, in_a_thread, shortage
+from rlhf_dist.loop.checkpointing import settle_at_the_end
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.loop.rebuilding import train_to_the_end
 from rlhf_dist.loop.rl_training import Run, train
@@ -35,11 +37,13 @@ class Deferred:
     """Work that is done when it is waited for, and not before."""
 
     work: Callable[[], Path]
+    begun: bool = False
 
     def done(self) -> bool:
-        return False
+        return self.begun
 
     def result(self, timeout: float | None = None) -> Path:
+        self.begun = True
         return self.work()
 
 
@@ -222,13 +226,37 @@ def test_a_run_that_is_told_to_end_has_its_last_step_on_the_disk(tmp_path: Path)
     assert stop.notes == ["step 2 is saved"] and newest(run) == "step-2"
 
 
+@dataclass
+class Interrupted:
+    """Work in a thread; whoever waits for it is interrupted."""
+
+    work: Callable[[], Path]
+
+    def done(self) -> bool:
+        return False
+
+    def result(self, timeout: float | None = None) -> Path:
+        raise KeyboardInterrupt
+
+
+def test_where_the_wait_is_interrupted_it_is_under_way_and_nobody_else_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, others = in_background(tmp_path, Interrupted), list[Run]()
+    monkeypatch.setattr(rebuilding, "bring_to_disk", others.append)
+    with pytest.raises(KeyboardInterrupt):
+        train_to_the_end(run, None)
+    close(run)
+    assert others == [] and warnings(run.directory) == ["step-1 was not written to its end"]
+
+
 def test_a_disk_that_does_not_answer_is_named_and_holds_up_no_end(tmp_path: Path) -> None:
     run, answers = wired(tmp_path / "run", EVERY), threading.Event()
 
     def hangs(work: Callable[[], Path]) -> Pending:
         def waits() -> Path:
             answers.wait(LIMIT_S)
-            return Path()
+            return Path("it came late")
 
         return in_a_thread(waits)
 
@@ -238,8 +266,14 @@ def test_a_disk_that_does_not_answer_is_named_and_holds_up_no_end(tmp_path: Path
     assert writer.finished(wait=False) is None and writer.under_way() == "step-7"
     with pytest.raises(DiskError, match=r"step-7 was not written in 0\.05 s \(learner\.timeout_s\)"):
         writer.finished(wait=True)
-    assert writer.finished(wait=True) is None and writer.under_way() == ""
+    run = replace(run, background=writer)
+    assert not settle_at_the_end(run, RuntimeError()), "the thread may still write"
+    assert warnings(run.directory) == ["step-7 was not written to its end"] and writer.under_way() == "step-7"
     answers.set()
+    deadline = time.monotonic() + LIMIT_S
+    while (found := writer.finished(wait=True)) is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert found == Path("it came late") and writer.under_way() == ""
     close(run)
 
 
