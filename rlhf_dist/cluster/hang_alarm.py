@@ -36,7 +36,7 @@ def hang_alarm(limit_s: float, looked: Callable[[], float], folder: Path, grace_
         yield
         return
     over, place = threading.Event(), folder / FILE
-    before = signal.signal(HANGS, lambda *_: _raise(limit_s, place))
+    before = signal.signal(HANGS, lambda *_: _raise(limit_s, place, over))
     watching = threading.Thread(
         target=_watch, args=(limit_s, looked, place, over, grace_s), daemon=True, name="hang alarm"
     )
@@ -45,12 +45,13 @@ def hang_alarm(limit_s: float, looked: Callable[[], float], folder: Path, grace_
         yield
     finally:
         over.set()
-        watching.join(limit_s / LOOKS)
+        watching.join(grace_s)  # as long as it writes: it must not send a signal that nobody handles any more
         signal.signal(HANGS, before)
 
 
-def _raise(limit_s: float, place: Path) -> None:
-    raise ActorTimeout(f"the command itself has hung for {limit_s:g} s ({KEY}); where it was is in {place}")
+def _raise(limit_s: float, place: Path, over: threading.Event) -> None:
+    if not over.is_set():
+        raise ActorTimeout(f"the command itself has hung for {limit_s:g} s ({KEY}); where it was is in {place}")
 
 
 def _watch(limit_s: float, looked: Callable[[], float], place: Path, over: threading.Event, grace_s: float) -> None:
@@ -60,6 +61,8 @@ def _watch(limit_s: float, looked: Callable[[], float], place: Path, over: threa
         last, looks = now, looks + 1 if now == last else 0
         if looks == LOOKS:
             _write(place)
+            if over.is_set():  # writing took long, and the first thread has come to its end meanwhile
+                return
             os.kill(os.getpid(), HANGS)
             if not over.wait(grace_s):
                 print(f"the command hangs and cannot end in order; where it is is in {place}", file=sys.stderr)

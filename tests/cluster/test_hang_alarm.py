@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 1.0
 COMMAND = """
-import ctypes, signal, sys, time
+import atexit, ctypes, signal, sys, threading, time
 from pathlib import Path
+import rlhf_dist.cluster.hang_alarm as hang_alarm_module
 from rlhf_dist.cluster.hang_alarm import hang_alarm
 from rlhf_dist.errors import ActorTimeout
 
@@ -36,6 +37,15 @@ except ActorTimeout as error:
 print("whole", flush=True)
 """
 SLEEP = "time.sleep(60)"
+SLOW = """
+    def write(place):
+        ends.set()
+        time.sleep(0.5)
+    ends = threading.Event()
+    hang_alarm_module._write = write
+    atexit.register(time.sleep, 1.0)
+    ends.wait(30)"""
+"""Its stacks take longer to write than the thread that looks is waited for; it goes on meanwhile, to its end."""
 BLOCKED = "signal.signal(signal.SIGUSR1, lambda *_: None); time.sleep(60)"
 LOOKING = "\n    for looked[0] in range(30): time.sleep(0.1)"
 
@@ -76,5 +86,11 @@ def test_a_time_in_which_it_was_stopped_does_not_count(tmp_path: Path) -> None:
     process.send_signal(signal.SIGSTOP)
     time.sleep(2.5)
     process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "whole\n"), err
+
+
+def test_one_that_ends_while_its_stacks_are_written_ends_as_one(tmp_path: Path) -> None:
+    process = begun(tmp_path, SLOW)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (0, "whole\n"), err
