@@ -58,6 +58,10 @@ class ActorTimeout(RunError):
         self.silent = tuple(silent)
 
 
+class CommandHung(ActorTimeout):
+    """The command itself has not come to its inbox for too long; what is left to do has little time."""
+
+
 class ActorLost(RunError):
     """Another process died; the message names it, the call and its log."""
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf_dist.errors import ActorTimeout
+from rlhf_dist.errors import CommandHung
 
 KEY = "faults.step_s"
 LOOKS = 20
@@ -28,7 +28,7 @@ HANGS = signal.SIGUSR1
 
 @contextmanager
 def hang_alarm(limit_s: float, looked: Callable[[], float], folder: Path, grace_s: float = GRACE_S) -> Iterator[None]:
-    """In the block the main thread raises `ActorTimeout` once `looked` has given the same for `limit_s`; 0: never.
+    """In the block the main thread raises `CommandHung` once `looked` has given the same for `limit_s`; 0: never.
 
     The stacks of the command are written into `folder`. A time in which the process was stopped counts as one look.
     """
@@ -51,7 +51,7 @@ def hang_alarm(limit_s: float, looked: Callable[[], float], folder: Path, grace_
 
 def _raise(limit_s: float, place: Path, over: threading.Event) -> None:
     if not over.is_set():
-        raise ActorTimeout(f"the command itself has hung for {limit_s:g} s ({KEY}); where it was is in {place}")
+        raise CommandHung(f"the command itself has hung for {limit_s:g} s ({KEY}); where it was is in {place}")
 
 
 def _watch(limit_s: float, looked: Callable[[], float], place: Path, over: threading.Event, grace_s: float) -> None:

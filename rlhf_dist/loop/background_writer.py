@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol
 
-from rlhf_dist.errors import DiskError, NoMemory
+from rlhf_dist.errors import CommandHung, DiskError, NoMemory
 from rlhf_dist.loop.best_checkpoints import Best
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.models.checkpoints import CHECKPOINT_PREFIX
@@ -142,7 +142,7 @@ class BackgroundWriter:
             return None
         try:
             final = pending.result(self._limit_s)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, CommandHung):
             raise  # of whoever waits: the thread goes on
         except TimeoutError:
             self._given_up = True  # nobody waits again

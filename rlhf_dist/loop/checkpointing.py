@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rlhf_dist.errors import NoMemory, RlhfError
+from rlhf_dist.errors import CommandHung, NoMemory, RlhfError
 from rlhf_dist.loop.background_writer import BackgroundWriter
 from rlhf_dist.loop.best_checkpoints import Best
 from rlhf_dist.loop.kept_state import in_memory
@@ -80,10 +80,11 @@ def settle(run: Writes, wait: bool = True) -> None:
 def settle_at_the_end(run: Writes, error: BaseException) -> bool:
     """The same where the run ends by an error; whether nothing is under way any more.
 
-    Nobody waits for it where the command is told to end at once: then it counts for nothing, unless it is there.
+    Nobody waits for it where the command is told to end at once, or has hung, and has little time to end: then it
+    counts for nothing, unless it is there.
     """
     try:
-        settle(run, wait=not isinstance(error, KeyboardInterrupt))
+        settle(run, wait=not isinstance(error, KeyboardInterrupt | CommandHung))
     except RlhfError as other:
         run.telemetry.warn(str(other))
     finally:

@@ -39,6 +39,7 @@ BY_ERROR: dict[str, FailureClass] = {
     "RanksSilent": "a process lost",
     "AnswerLost": "a process lost",
     "ActorTimeout": "a process lost",
+    "CommandHung": "a process lost",
     "WeightSyncError": "a process lost",
     "EngineBroken": "a process lost",
     "DiskError": "the disk",

@@ -18,7 +18,7 @@ import atexit, ctypes, signal, sys, threading, time
 from pathlib import Path
 import rlhf_dist.cluster.hang_alarm as hang_alarm_module
 from rlhf_dist.cluster.hang_alarm import hang_alarm
-from rlhf_dist.errors import ActorTimeout
+from rlhf_dist.errors import CommandHung
 
 looked = [0.0]
 def work_for_ever():
@@ -31,7 +31,7 @@ def main():
 
 try:
     main()
-except ActorTimeout as error:
+except CommandHung as error:
     print("raised:", error, flush=True)
     raise SystemExit(1)
 print("whole", flush=True)

@@ -17,7 +17,7 @@ from stand_ins import FakePolicy, lines
 from test_loop_rl_training import STEPS, close, warnings, wired
 from test_rebuilding import Learner, Ranks, config, healing, nothing, once
 
-from rlhf_dist.errors import DiskError
+from rlhf_dist.errors import CommandHung, DiskError
 from rlhf_dist.loop import background_writer, rebuilding
 from rlhf_dist.loop.background_writer import BackgroundWriter, Pending, Start, in_a_thread, shortage
 from rlhf_dist.loop.checkpointing import settle_at_the_end
@@ -180,6 +180,15 @@ def test_an_error_of_another_kind_waits_for_it(tmp_path: Path) -> None:
         train_to_the_end(run, None)
     close(run)
     assert newest(run) == "step-3"
+
+
+def test_a_command_that_has_hung_does_not_wait_for_it(tmp_path: Path) -> None:
+    """It is ended a minute later, whatever it does."""
+    run = in_background(tmp_path, Deferred, policy=Learner(fault=once("update", 4, CommandHung)))
+    with pytest.raises(CommandHung):
+        train_to_the_end(run, None)
+    close(run)
+    assert newest(run) == "step-2" and warnings(run.directory) == ["step-3 was not written to its end"]
 
 
 @pytest.mark.parametrize("call", [("update", 3), ("save", 3)])
