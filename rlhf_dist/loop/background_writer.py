@@ -95,11 +95,12 @@ class BackgroundWriter:
     def begin(self, step: int) -> Path:
         """An empty folder for the ranks to fill. Nothing is under way. Raises `NoMemory` where there is no room."""
         assert self._pending is None
+        for left in self._memory.glob("*.copy"):  # ranks may have gone on to fill one that was dropped
+            shutil.rmtree(left, ignore_errors=True)
         if reason := self._lacks(self._nbytes):
             raise NoMemory(reason)
         folder = self._folder(step)
         try:
-            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(mode=0o700)
         except OSError as error:
             raise NoMemory(f"{folder}: cannot be written: {error.strerror}") from error

@@ -158,6 +158,24 @@ def test_so_it_does_where_ranks_do_not_write_into_the_memory(tmp_path: Path) -> 
     assert newest(run) == f"step-{STEPS}" and list((tmp_path / "memory").iterdir()) == []
 
 
+def test_a_copy_that_was_given_up_goes_before_the_next_one_is_made(tmp_path: Path) -> None:
+    """Ranks died while they filled it, or one that failed had others that went on. Its room counts for the next."""
+    memory, rooms = tmp_path / "memory", list[bool]()
+
+    def lacks(_: int) -> str:
+        rooms.append(not list(memory.iterdir()))
+        return ""
+
+    learner = Learner(fault=once("save", 3))
+    parts = {"policy": learner, "ranks": Ranks(learner), "healing": healing()}
+    run = in_background(tmp_path, Deferred, lacks, **parts)
+    for name in ("step-2.copy", "step-9.copy"):
+        (memory / name / "hf").mkdir(parents=True)
+    train_to_the_end(run, None)
+    close(run)
+    assert newest(run) == f"step-{STEPS}" and rooms == [True] * (STEPS + 1) and list(memory.iterdir()) == []
+
+
 def test_what_is_not_finished_when_the_run_is_killed_counts_for_nothing(tmp_path: Path) -> None:
     run = in_background(tmp_path, Deferred, policy=FakePolicy(fails_at=4))
     with pytest.raises(RuntimeError):
