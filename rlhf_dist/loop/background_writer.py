@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol
@@ -20,12 +21,15 @@ from rlhf_dist.loop.best_checkpoints import Best
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.models.checkpoints import CHECKPOINT_PREFIX
 from rlhf_dist.planning.host_memory import available_here
+from rlhf_dist.telemetry.timeline import Patience
 from rlhf_dist.weights.shared_memory import SHARED_MEMORY, size_text
 
 COPIES = 2
 """Of the state, at most, while it is copied: in the memory of the ranks, and in the folder."""
 
 
+PIECE = 1 << 26
+"""Bytes that are brought to the disk at once."""
 LEFT_FREE = 10
 """Of shared memory one part in so many: Ray's object store takes what it was promised there bit by bit."""
 
@@ -84,10 +88,11 @@ class BackgroundWriter:
         lacks: Callable[[int], str] = shortage,
     ) -> None:
         """`memory`: a folder in this machine's memory, which the ranks see; it belongs to the caller. `nbytes`: of a
-        checkpoint, about. `limit_s`: `learner.timeout_s`, for the disk, too."""
+        checkpoint, about. `limit_s`: `learner.timeout_s`, for a time in which the disk makes no progress, too."""
         self._directory, self._memory, self._nbytes = directory, memory, nbytes
         self._limit_s, self._start, self._lacks = limit_s, start, lacks
         self._pending: tuple[int, Pending] | None = None
+        self._moves = 0  # grows while a checkpoint is written
         self._given_up = False
         self.refused = False
         """Whether the last checkpoint had to be written while training waited; the reason was told."""
@@ -120,8 +125,8 @@ class BackgroundWriter:
         self._nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
         def work() -> Path:
-            copy_tree(folder, self._directory.begin_checkpoint(step))
-            final = self._directory.commit_checkpoint(step, keep, state, needed, best)
+            copy_tree(folder, self._directory.begin_checkpoint(step), self._moved)
+            final = self._directory.commit_checkpoint(step, keep, state, needed, best, self._moved)
             shutil.rmtree(folder, ignore_errors=True)
             return final
 
@@ -142,20 +147,30 @@ class BackgroundWriter:
         if (not wait or self._given_up) and not pending.done():
             return None
         try:
-            final = pending.result(self._limit_s)
+            final = self._wait(step, pending)
         except (KeyboardInterrupt, CommandHung):
             raise  # of whoever waits: the thread goes on
-        except TimeoutError:
-            self._given_up = True  # nobody waits again
-            raise DiskError(
-                f"{self._directory.checkpoints}: {CHECKPOINT_PREFIX}{step} was not written in {self._limit_s:g} s "
-                "(learner.timeout_s); the checkpoint before it is intact"
-            ) from None
         except BaseException:
             self._pending = None if pending.done() else self._pending
             raise
         self._pending = None
         return final
+
+    def _wait(self, step: int, pending: Pending) -> Path:
+        still, seen = Patience(self._limit_s), self._moves
+        while still.left:
+            if (final := still.wait(partial(_result, pending))) is not None:
+                return final
+            if self._moves != seen:
+                still, seen = Patience(self._limit_s), self._moves
+        self._given_up = True  # nobody waits again
+        raise DiskError(
+            f"{self._directory.checkpoints}: {CHECKPOINT_PREFIX}{step}: the disk has made no progress for "
+            f"{self._limit_s:g} s (learner.timeout_s); the checkpoint before it is intact"
+        )
+
+    def _moved(self) -> None:
+        self._moves += 1
 
     def under_way(self) -> str:
         """The name of the checkpoint that is being written; empty where none is."""
@@ -165,11 +180,30 @@ class BackgroundWriter:
         return self._memory / f"{CHECKPOINT_PREFIX}{step}.copy"
 
 
-def copy_tree(source: Path, target: Path) -> None:
-    """Copy what is in a folder into another, empty one. Raises `DiskError`."""
+def _result(pending: Pending, seconds: float) -> Path | None:
+    """None where it takes longer."""
+    try:
+        return pending.result(seconds)
+    except TimeoutError:
+        return pending.result() if pending.done() else None  # the work itself may raise one
+
+
+def copy_tree(source: Path, target: Path, moved: Callable[[], object] = lambda: None) -> None:
+    """Copy what is in a folder into another, empty one, and bring it to the disk. Raises `DiskError`.
+
+    `moved`: called as it goes on.
+    """
     for path in sorted(source.rglob("*")):  # folders before what is in them
         copy = target / path.relative_to(source)
         try:
-            os.mkdir(copy) if path.is_dir() else shutil.copyfile(path, copy)
+            os.mkdir(copy) if path.is_dir() else _copy(path, copy, moved)
         except OSError as error:
             raise DiskError(f"{copy}: cannot be written: {error.strerror}") from error
+
+
+def _copy(path: Path, copy: Path, moved: Callable[[], object]) -> None:
+    """In pieces, each to the disk before the next: a sync of the whole would show no progress for as long."""
+    with path.open("rb") as source, copy.open("xb") as target:
+        while os.sendfile(target.fileno(), source.fileno(), None, PIECE):
+            os.fsync(target.fileno())
+            moved()

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,13 +106,15 @@ class RunDirectory:
         state: Mapping[str, Any],
         needed: Sequence[str] = (),
         best: Best | None = None,
+        moved: Callable[[], object] = lambda: None,
     ) -> Path:
         """Make the folder of `begin_checkpoint` the newest checkpoint, then remove all but the newest `keep` and the
         `best`.
 
         `needed`: files that other processes had to write into it. `state` becomes its state.json, with a hash of every
         file. A crash at any moment leaves the earlier checkpoint or this one whole; so when LATEST names this very step
-        already (a resume that had nothing left to do), the one that is there stays. Returns its path. Raises DiskError.
+        already (a resume that had nothing left to do), the one that is there stays. `moved`: called as it goes on.
+        Returns its path. Raises DiskError.
         """
         assert keep >= 1 and state["step"] == step, (keep, step)
         folder, final = self._unfinished(step), self.checkpoints / f"{CHECKPOINT_PREFIX}{step}"
@@ -127,13 +129,13 @@ class RunDirectory:
                 shutil.rmtree(folder)
             return final
         try:
-            text = sealed(folder, state)
+            text = sealed(folder, state, moved)
         except DataError as error:
             raise DiskError(f"{final}: cannot be read back: {error}") from error
         write_text(folder / STATE_FILE, text)
         older = {other: place for other, place in self._finished().items() if other < step}
         with _disk_errors(final):
-            _sync_tree(folder)
+            _sync_tree(folder, moved)
         # Before it is there: a resume that finds the last step has nothing left to do.
         stay = self._name_best(older | {step: folder}, best)
         with _disk_errors(final):
@@ -392,6 +394,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_tree(folder: Path) -> None:
+def _sync_tree(folder: Path, moved: Callable[[], object]) -> None:
     for entry in [*folder.rglob("*"), folder]:
         _sync(entry)
+        moved()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,11 +102,14 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
 
 
-def sealed(folder: Path, state: Mapping[str, Any]) -> str:
-    """The text of state.json for the files that `folder` holds now. Raises DataError when one cannot be read."""
+def sealed(folder: Path, state: Mapping[str, Any], moved: Callable[[], object] = lambda: None) -> str:
+    """The text of state.json for the files that `folder` holds now. Raises DataError when one cannot be read.
+
+    `moved`: called as it goes on.
+    """
     assert not state.keys() & set(SEAL) and "step" in state, sorted(state)
     sizes = {name: size for name, size in _files(folder)[0].items() if name != STATE_FILE}
-    hashes = hash_files(folder, sizes)
+    hashes = hash_files(folder, sizes, moved)
     files = {name: {"bytes": sizes[name], "xxh3_128": hashes[name]} for name in sorted(sizes)}
     body = {"format": FORMAT, **state, "files": files}
     return _with_hash(body)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from mmap import mmap
 from pathlib import Path
@@ -80,8 +80,8 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: has a whole number of thousands of digits") from None
 
 
-def hash_file(path: Path) -> str:
-    """xxh3-128 of a file's content. Raises DataError."""
+def hash_file(path: Path, moved: Callable[[], object] = lambda: None) -> str:
+    """xxh3-128 of a file's content. `moved`: called as it goes on. Raises DataError."""
     state = xxhash.xxh3_128()
     # Not from the allocator, which keeps blocks of threads that have ended: a run grew by 50 MiB with its checkpoints.
     block = memoryview(mmap(-1, READ_BLOCK))
@@ -89,16 +89,17 @@ def hash_file(path: Path) -> str:
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(block):
                 state.update(block[:count])
+                moved()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {_why(error)}") from error
     return state.hexdigest()
 
 
-def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+def hash_files(folder: Path, names: Iterable[str], moved: Callable[[], object] = lambda: None) -> dict[str, str]:
     """Relative name -> `hash_file`. Raises DataError."""
     listed = list(names)
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(listed, pool.map(lambda name: hash_file(folder / name), listed), strict=True))
+        return dict(zip(listed, pool.map(lambda name: hash_file(folder / name, moved), listed), strict=True))
 
 
 def _why(error: Exception) -> str:

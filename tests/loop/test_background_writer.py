@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -25,10 +26,12 @@ from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.loop.rebuilding import train_to_the_end
 from rlhf_dist.loop.rl_training import Run, train
 from rlhf_dist.loop.train_state import read_state
+from rlhf_dist.models import guarded_files
 from rlhf_dist.models.checkpoints import checkpoint_steps, problems
 from rlhf_dist.telemetry.metrics import MetricSums
 
 LIMIT_S = 20.0
+SLOW_S = 0.03
 EVERY = config(checkpoint_every=1)
 
 
@@ -117,14 +120,14 @@ def test_a_disk_that_is_full_ends_the_run_as_it_does_where_training_waits(
 ) -> None:
     run = in_background(tmp_path)
 
-    def full(source: Path, target: Path) -> None:
-        if "step-3" in str(target):
-            raise OSError(28, "No space left on device")
-        target.write_bytes(source.read_bytes())
+    send = os.sendfile
 
-    monkeypatch.setattr(
-        background_writer, "shutil", SimpleNamespace(**vars(background_writer.shutil) | {"copyfile": full})
-    )
+    def full(target: int, source: int, offset: int | None, count: int) -> int:
+        if "step-3" in os.readlink(f"/proc/self/fd/{target}"):
+            raise OSError(28, "No space left on device")
+        return send(target, source, offset, count)
+
+    monkeypatch.setattr(os, "sendfile", full)
     with pytest.raises(DiskError, match=r"step-3\.unfinished/.*: cannot be written: No space left on device"):
         train(run, None)
     close(run)
@@ -291,7 +294,7 @@ def test_a_disk_that_does_not_answer_is_named_and_holds_up_no_end(tmp_path: Path
     writer.begin(7)
     writer.submit(7, 1, {"step": 7}, [])
     assert writer.finished(wait=False) is None and writer.under_way() == "step-7"
-    with pytest.raises(DiskError, match=r"step-7 was not written in 0\.05 s \(learner\.timeout_s\)"):
+    with pytest.raises(DiskError, match=r"step-7: the disk has made no progress for 0\.05 s \(learner\.timeout_s\)"):
         writer.finished(wait=True)
     run = replace(run, background=writer)
     assert not settle_at_the_end(run, RuntimeError()), "the thread may still write"
@@ -301,6 +304,38 @@ def test_a_disk_that_does_not_answer_is_named_and_holds_up_no_end(tmp_path: Path
     while (found := writer.finished(wait=True)) is None and time.monotonic() < deadline:
         time.sleep(0.001)
     assert found == Path("it came late") and writer.under_way() == ""
+    close(run)
+
+
+class SlowHash:
+    def update(self, data: bytes) -> None:
+        time.sleep(SLOW_S)
+
+    def hexdigest(self) -> str:
+        return "0" * 32
+
+
+@pytest.mark.parametrize("slow", ["copying", "hashing", "syncing"])
+def test_a_slow_disk_has_all_the_time_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+    """Each of these takes longer than the limit, and no piece of it does."""
+    run = wired(tmp_path / "run", EVERY)
+    writer = BackgroundWriter(run.directory, tmp_path, 1, limit_s=10 * SLOW_S)
+    folder, sync = writer.begin(7), os.fsync
+    (folder / "weights").write_bytes(b"x" * 20)
+    if slow == "copying":
+        monkeypatch.setattr(background_writer, "PIECE", 1)
+    elif slow == "hashing":
+        monkeypatch.setattr(guarded_files, "READ_BLOCK", 1)
+        monkeypatch.setattr(guarded_files, "xxhash", SimpleNamespace(xxh3_128=SlowHash))
+    else:
+        for i in range(20):
+            (folder / f"empty-{i}").touch()  # nothing is copied
+    if slow != "hashing":
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(SLOW_S), sync(descriptor)))
+    began = time.monotonic()
+    writer.submit(7, 1, {"step": 7}, ["weights"])
+    assert writer.finished(wait=True) == run.directory.latest_checkpoint() == run.directory.checkpoints / "step-7"
+    assert time.monotonic() - began > 20 * SLOW_S
     close(run)
 
 
