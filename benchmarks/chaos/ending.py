@@ -22,6 +22,7 @@ class Ending:
         self.note = ""
         """What was saved, or why nothing was."""
         self._come = self._inside = False
+        self._until = 0.0
         world.plan_strikes("end", [""], lambda _: self._told_to_end())
 
     @contextmanager
@@ -42,12 +43,16 @@ class Ending:
         """See `ports.Stop`."""
         return self._come
 
+    def left_s(self) -> float:
+        """See `ports.Stop`."""
+        return max(0.0, self._until - self._world.clock.now)
+
     def tell(self, note: str) -> None:
         """See `ports.Stop`."""
         self.note = note
 
     def _told_to_end(self) -> None:
-        self._come = True
+        self._come, self._until = True, self._world.clock.now + self._limit_s
         if not self._inside:
             raise KeyboardInterrupt
         self._world.clock.after(self._limit_s, self._too_late, background=True)

@@ -90,6 +90,11 @@ class Saving:
         """See `loop.ports.Stop`."""
         return has_come()
 
+    def left_s(self) -> float:
+        """See `loop.ports.Stop`."""
+        now = time.monotonic()
+        return max([0.0, *(ending.since + self.limit_s - now for ending in _endings())])
+
     def tell(self, note: str) -> None:
         """See `loop.ports.Stop`. What is told is final: the limit ends with it."""
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -7,8 +7,10 @@ for nothing. There is one at a time, so checkpoints are committed in their order
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -136,30 +138,34 @@ class BackgroundWriter:
         """The folder of `begin` is not written."""
         shutil.rmtree(self._folder(step), ignore_errors=True)
 
-    def finished(self, wait: bool) -> Path | None:
-        """The checkpoint that has come to the disk since this was asked last; `wait`: for the one under way.
+    def finished(self, wait_s: float = math.inf) -> Path | None:
+        """The checkpoint that has come to the disk since this was asked last.
 
-        Raises what went wrong with it, once: `DiskError`. It stays under way where it is the wait that ends.
+        `wait_s`: seconds for the one under way, at most. It stays under way where it is the wait that ends. Raises what
+        went wrong with it, once: `DiskError`.
         """
         if self._pending is None:
             return None
         step, pending = self._pending
-        if (not wait or self._given_up) and not pending.done():
+        if (not wait_s or self._given_up) and not pending.done():
             return None
         try:
-            final = self._wait(step, pending)
+            final = self._wait(step, pending, wait_s)
         except (KeyboardInterrupt, CommandHung):
             raise  # of whoever waits: the thread goes on
         except BaseException:
             self._pending = None if pending.done() else self._pending
             raise
-        self._pending = None
+        if final is not None:
+            self._pending = None
         return final
 
-    def _wait(self, step: int, pending: Pending) -> Path:
+    def _wait(self, step: int, pending: Pending, wait_s: float) -> Path | None:
+        until = time.monotonic() + wait_s
         still, seen = Patience(self._limit_s), self._moves
         while still.left:
-            if (final := still.wait(partial(_result, pending))) is not None:
+            left = max(0.0, until - time.monotonic())
+            if (final := still.wait(partial(_result, pending, left))) is not None or not left:
                 return final
             if self._moves != seen:
                 still, seen = Patience(self._limit_s), self._moves
@@ -180,10 +186,10 @@ class BackgroundWriter:
         return self._memory / f"{CHECKPOINT_PREFIX}{step}.copy"
 
 
-def _result(pending: Pending, seconds: float) -> Path | None:
-    """None where it takes longer."""
+def _result(pending: Pending, most_s: float, seconds: float) -> Path | None:
+    """None where it takes longer than either."""
     try:
-        return pending.result(seconds)
+        return pending.result(min(most_s, seconds))
     except TimeoutError:
         return pending.result() if pending.done() else None  # the work itself may raise one
 

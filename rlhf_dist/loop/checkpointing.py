@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from rlhf_dist.errors import CommandHung, NoMemory, RlhfError
 from rlhf_dist.loop.background_writer import BackgroundWriter
 from rlhf_dist.loop.best_checkpoints import Best
 from rlhf_dist.loop.kept_state import in_memory
+from rlhf_dist.loop.ports import Stop
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.models.checkpoints import step_of
 from rlhf_dist.telemetry.display import Progress
@@ -30,6 +32,9 @@ class Writes(Protocol):
 
     @property
     def progress(self) -> Progress: ...
+
+    @property
+    def stop(self) -> Stop: ...
 
     @property
     def background(self) -> BackgroundWriter | None:
@@ -71,20 +76,23 @@ def _in_background(
     return True
 
 
-def settle(run: Writes, wait: bool = True) -> None:
-    """Tell of the checkpoint that was written in the background; `wait` for it. Raises what went wrong with it."""
-    if run.background is not None and (final := run.background.finished(wait)) is not None:
+def settle(run: Writes, wait_s: float = math.inf) -> None:
+    """Tell of the checkpoint that was written in the background; wait for it, so long at most.
+
+    Raises what went wrong with it.
+    """
+    if run.background is not None and (final := run.background.finished(wait_s)) is not None:
         _tell(run, final)
 
 
 def settle_at_the_end(run: Writes, error: BaseException) -> bool:
     """The same where the run ends by an error; whether nothing is under way any more.
 
-    Nobody waits for it where the command is told to end at once, or has hung, and has little time to end: then it
-    counts for nothing, unless it is there.
+    Where the command is told to end, nobody waits for longer than that may take; nor at all where it has hung, and has
+    little time to end. What is not there by then counts for nothing.
     """
     try:
-        settle(run, wait=not isinstance(error, KeyboardInterrupt | CommandHung))
+        settle(run, _time_for(run, error))
     except RlhfError as other:
         run.telemetry.warn(str(other))
     finally:
@@ -92,6 +100,12 @@ def settle_at_the_end(run: Writes, error: BaseException) -> bool:
         if left:
             run.telemetry.warn(f"{left} was not written to its end")
     return not left
+
+
+def _time_for(run: Writes, error: BaseException) -> float:
+    if isinstance(error, CommandHung) or isinstance(error.__cause__, CommandHung):
+        return 0.0
+    return run.stop.left_s() if isinstance(error, KeyboardInterrupt) else math.inf
 
 
 def _tell(run: Writes, checkpoint: Path) -> None:

@@ -38,6 +38,10 @@ class Stop(Protocol):
         """Whether the run is to save its last step and end."""
         ...
 
+    def left_s(self) -> float:
+        """Seconds that the end which was asked for may still take; 0: none, or it was not asked for."""
+        ...
+
     def tell(self, note: str) -> None:
         """What was saved, or why nothing was, for the last message of the command."""
         ...
@@ -49,6 +53,9 @@ class _AtOnce:
 
     def asked(self) -> bool:
         return False
+
+    def left_s(self) -> float:
+        return 0.0
 
     def tell(self, note: str) -> None:
         """Nobody asks."""

@@ -61,7 +61,7 @@ class Saver:
         `evaluations`: before the first step, and the latest. `elapsed`: seconds since the first step began.
         """
         run, (before, results), steps = self._run, evaluations, self._run.config.loop.steps
-        settle(run, wait=False)
+        settle(run, wait_s=0.0)
         if due(run.config.eval.every, step, steps):
             self._evaluated = step
         self._last = State(
@@ -93,7 +93,7 @@ class Saver:
         equals the run that was not told to end.
         """
         stop = self._run.stop
-        settle(self._run, wait=False)
+        settle(self._run, wait_s=0.0)
         if not stop.asked():
             return
         self._save()

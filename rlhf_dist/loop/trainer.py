@@ -113,7 +113,7 @@ class Trainer:
                 self.progress.step(step, config.steps, metrics)
                 shown = time.monotonic()
             state = TrainerState(step, state.before, results)
-            settle(self, wait=False)
+            settle(self, wait_s=0.0)
             if self.keeps(state, measured):
                 self.checkpoint(state)
                 kept = state

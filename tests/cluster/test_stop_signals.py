@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_dist.cluster.signals import Saving, ending_in_order
+from rlhf_dist.errors import RayLost
+
 ROOT = Path(__file__).parents[2]
 RUN = """
 import sys, time
@@ -111,6 +114,21 @@ def test_what_fails_after_the_signal_counts_as_the_stop(tmp_path: Path) -> None:
     assert last(err).startswith(
         f"rlhf-dist: stopped by SIGTERM (it failed before it could save: Ray itself ended){WAY_ON}"
     )
+
+
+def test_what_failed_leaves_the_rest_of_the_limit_for_what_is_being_written() -> None:
+    stop, late = Saving(60.0), Saving(0.05)
+    assert stop.left_s() == 0.0, "nobody has asked"
+    with ending_in_order():
+        with pytest.raises(KeyboardInterrupt), stop.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RayLost("Ray itself ended")
+        assert 50.0 < stop.left_s() <= 60.0
+    with ending_in_order():
+        with pytest.raises(KeyboardInterrupt), late.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        assert late.left_s() == 0.0 == Saving(0.0).left_s()
 
 
 def test_without_a_signal_a_failure_is_one(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from stand_ins import FakePolicy, lines
 from test_loop_rl_training import STEPS, close, warnings, wired
 from test_rebuilding import Learner, Ranks, config, healing, nothing, once
 
-from rlhf_dist.errors import CommandHung, DiskError
+from rlhf_dist.errors import CommandHung, DiskError, RanksLost, RlhfError
 from rlhf_dist.loop import background_writer, rebuilding
 from rlhf_dist.loop.background_writer import BackgroundWriter, Pending, Start, in_a_thread, shortage
 from rlhf_dist.loop.checkpointing import settle_at_the_end
@@ -235,6 +235,7 @@ class AskedAfter:
 
     step: int
     metrics: Path = Path()
+    left: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     def deferred(self) -> AbstractContextManager[None]:
@@ -242,6 +243,9 @@ class AskedAfter:
 
     def asked(self) -> bool:
         return len(lines(self.metrics)) > self.step
+
+    def left_s(self) -> float:
+        return self.left
 
     def tell(self, note: str) -> None:
         self.notes.append(note)
@@ -254,6 +258,37 @@ def test_a_run_that_is_told_to_end_has_its_last_step_on_the_disk(tmp_path: Path)
         train(replace(run, stop=stop), None)
     close(run)
     assert stop.notes == ["step 2 is saved"] and newest(run) == "step-2"
+
+
+class Failing(AskedAfter):
+    """What fails counts as the end that was asked for, as `cluster.signals.Saving` has it."""
+
+    def asked(self) -> bool:
+        return False
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        try:
+            yield
+        except RlhfError as error:
+            raise KeyboardInterrupt from error
+
+
+@pytest.mark.parametrize(
+    ("left_s", "error", "saved"),
+    [(LIMIT_S, RanksLost, "step-3"), (0.0, RanksLost, "step-2"), (LIMIT_S, CommandHung, "step-2")],
+    ids=["in time", "too late", "hangs"],
+)
+def test_a_run_that_is_told_to_end_and_fails_waits_for_it_until_its_limit(
+    tmp_path: Path, left_s: float, error: type[Exception], saved: str
+) -> None:
+    stop = Failing(STEPS, left=left_s)
+    run = in_background(tmp_path, Deferred, policy=Learner(fault=once("update", 4, error)), stop=stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_to_the_end(run, None)
+    close(run)
+    left = [] if saved == "step-3" else ["step-3 was not written to its end"]
+    assert newest(run) == saved and warnings(run.directory) == left
 
 
 @dataclass
@@ -293,15 +328,16 @@ def test_a_disk_that_does_not_answer_is_named_and_holds_up_no_end(tmp_path: Path
     writer = BackgroundWriter(run.directory, tmp_path, 1, limit_s=0.05, start=hangs)
     writer.begin(7)
     writer.submit(7, 1, {"step": 7}, [])
-    assert writer.finished(wait=False) is None and writer.under_way() == "step-7"
+    assert writer.finished(wait_s=0.0) is None and writer.finished(wait_s=0.01) is None
+    assert writer.under_way() == "step-7"
     with pytest.raises(DiskError, match=r"step-7: the disk has made no progress for 0\.05 s \(learner\.timeout_s\)"):
-        writer.finished(wait=True)
+        writer.finished()
     run = replace(run, background=writer)
     assert not settle_at_the_end(run, RuntimeError()), "the thread may still write"
     assert warnings(run.directory) == ["step-7 was not written to its end"] and writer.under_way() == "step-7"
     answers.set()
     deadline = time.monotonic() + LIMIT_S
-    while (found := writer.finished(wait=True)) is None and time.monotonic() < deadline:
+    while (found := writer.finished()) is None and time.monotonic() < deadline:
         time.sleep(0.001)
     assert found == Path("it came late") and writer.under_way() == ""
     close(run)
@@ -334,7 +370,7 @@ def test_a_slow_disk_has_all_the_time_that_it_needs(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(os, "fsync", lambda descriptor: (time.sleep(SLOW_S), sync(descriptor)))
     began = time.monotonic()
     writer.submit(7, 1, {"step": 7}, ["weights"])
-    assert writer.finished(wait=True) == run.directory.latest_checkpoint() == run.directory.checkpoints / "step-7"
+    assert writer.finished() == run.directory.latest_checkpoint() == run.directory.checkpoints / "step-7"
     assert time.monotonic() - began > 20 * SLOW_S
     close(run)
 

@@ -39,6 +39,9 @@ class Told:
     def asked(self) -> bool:
         return self.when()
 
+    def left_s(self) -> float:
+        return 0.0
+
     def tell(self, note: str) -> None:
         self.notes.append(note)
 
