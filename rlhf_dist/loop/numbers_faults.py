@@ -168,8 +168,8 @@ class Numbers:
         self._passed = step
 
     def done(self, step: int) -> None:
-        """A step is done. One without a fault, and beyond those with one, begins the count anew."""
-        if self._recent and self._passed != step >= self._recent[-1][0]:
+        """A step is done. One without a fault, and not before any with one, begins the count anew."""
+        if self._recent and self._passed != step >= max(at for at, _ in self._recent):
             self._recent.clear()
 
     def _tried(self) -> str:
