@@ -90,8 +90,6 @@ def fault_of_ranks(batch: Batch, found: Mapping[str, RankFault], what: str, limi
 
     `what`: the model. `limit`: on the logprob difference.
     """
-    if not found:
-        return Fault("numbers", f"an optimizer step of the {what} was refused by a rank that is gone", batch.uids)
     # A gradient is of all ranks' rows: whoever has found more knows better.
     rank, first = min(found.items(), key=lambda one: one[1].what == GRADIENT)
     more = sum(one.what != GRADIENT for one in found.values()) - 1
