@@ -40,9 +40,9 @@ class NumbersConfig:
     on_fault: Literal["stop", "skip", "roll_back"] = key("stop", can_roll_back)
     """A loss, gradient, advantage or logprob that is NaN or infinite, or one of the limits below passed. stop: the run
     ends. skip: the optimizer steps that are left of the training step are not taken, and the run goes on. roll_back:
-    the learner goes back to the newest checkpoint, or state in memory (`learner.keep_state_every`), and the groups of
-    the step are left out from then on. The batch is saved for `rlhf-dist replay` in any case. Rewards have keys of
-    their own: `scoring.non_finite`, `scoring.on_failure`."""
+    the learner goes back to the newest checkpoint, or state in memory (`learner.keep_state_every`), where that led to a
+    fault again to the one before, and the groups of the step are left out from then on. The batch is saved for
+    `rlhf-dist replay` in any case. Rewards have keys of their own: `scoring.non_finite`, `scoring.on_failure`."""
     max_faults: int = key(3, COUNT, where("numbers.on_fault", but("stop"), "set that to skip or roll_back"))
     """So many faults in a row, without a new step that is learnt from, are skipped or rolled back; one more ends the
     run."""

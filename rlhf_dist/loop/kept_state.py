@@ -85,6 +85,12 @@ class KeptState:
         """The folder of the last one that is whole."""
         return self._newest
 
+    def forget(self) -> None:
+        """Nothing goes on from the newest one any more."""
+        if self._newest is not None:
+            shutil.rmtree(self._newest, ignore_errors=True)
+        self._newest = None
+
     def close(self) -> None:
         """Remove all of it. May be called twice."""
         shutil.rmtree(self._path, ignore_errors=True)

@@ -47,7 +47,7 @@ Faulted = Callable[[Fault, Save], None]
 
 
 class RolledBack(NumbersError):
-    """The learner is to go back to the newest state."""
+    """The learner is to go back: to the newest state, or to one before that (`Numbers.went_back_to`)."""
 
 
 def stopped(fault: Fault, save: Save) -> NoReturn:
@@ -137,6 +137,9 @@ class Numbers:
         """(step, what) of the faults since the last new step that was learnt from."""
         self._passed = 0
         """The last step that the run went on from with a fault."""
+        self.went_back_to: int | None = None
+        """Step of the state that the last roll back went to, while no new step has been learnt from since: it may be
+        the cause itself, and the next goes to one before it."""
         self.left_out: set[str] = set()
         """Groups of steps that were rolled back."""
 
@@ -150,10 +153,11 @@ class Numbers:
         path = self._free(step)
         kept = self._saved(step, fault, save, path)
         way = config.on_fault if len(self._recent) <= config.max_faults else "stop"
+        state = f"a state before step {self.went_back_to}'s" if self.went_back_to else "the newest state"
         done = {
             "stop": "the run ends",
             "skip": "the run goes on" if fault.kind == "still" else "the step is skipped",
-            "roll_back": "the learner goes back to the newest state, and its groups are left out from then on",
+            "roll_back": f"the learner goes back to {state}, and the step's groups are left out from then on",
         }[way]
         text = f"step {step}: {fault.sentence}; {done} (numbers.on_fault {config.on_fault}); {kept}"
         self._telemetry.warn(text, fault.kind, step=step, policy=way, file=str(path))
@@ -169,6 +173,7 @@ class Numbers:
         """A step is done. One without a fault, and not before any with one, begins the count anew."""
         if self._recent and self._passed != step >= max(at for at, _ in self._recent):
             self._recent.clear()
+            self.went_back_to = None
 
     def _tried(self) -> str:
         before = self._recent[:-1]

@@ -45,7 +45,7 @@ def train_to_the_end(run: Run, state: State | None) -> Outcome:
                 if run.ranks is None or not run.healing.ranks:
                     raise
                 life += 1
-                state = rebuilt(run, loss, life, devices)
+                state = rebuilt(run, loss, life, devices, numbers)
             if state is None:
                 put_back(began, run.stream, run.shaper, run.watch)
     except BaseException as error:
@@ -54,19 +54,22 @@ def train_to_the_end(run: Run, state: State | None) -> Outcome:
         raise
 
 
-def rebuilt(run: Run, loss: Exception, life: int, devices: Devices) -> State | None:
+def rebuilt(run: Run, loss: Exception, life: int, devices: Devices, numbers: Numbers) -> State | None:
     """Start the ranks again; the state that they have now, None: that of the run's start.
 
-    `devices`: where the time is booked, which counts for the next step.
+    `devices`: where the time is booked, which counts for the next step. `numbers`: know of roll backs before.
     Raises `ActorLost` where that was done too often, with a report.
     """
     assert run.ranks is not None
     began, why = time.monotonic(), told_of(run, loss)
     devices.goodput.phase(RECOVER)
-    folder, state = newest(run, loss)
-    step = 0 if state is None else state.step
-    stand_still(run, life, devices)
     lost = not isinstance(loss, RolledBack)
+    older = None if lost or not numbers.went_back_to else before(run, numbers.went_back_to)
+    folder, state = newest(run, loss) if older is None else older
+    step = 0 if state is None else state.step
+    if not lost:
+        numbers.went_back_to = step
+    stand_still(run, life, devices)
     while True:
         run.healing.rebuild(why, run.actors.arrivals.now(), lost)
         if lost:
@@ -127,6 +130,22 @@ def newest(run: Run, loss: Exception) -> tuple[Path | None, State | None]:
         run.telemetry.warn(f"{found[0]}; {sound.name} is used, and {saved.name} is set aside")
         saved = sound
     return saved, read_state(saved)
+
+
+def before(run: Run, step: int) -> tuple[Path, State] | None:
+    """Of the newest checkpoint before `step` that is whole; what was saved later counts for nothing from then on. None
+    where there is none on the disk."""
+    settle(run)
+    sound = sound_before(run.directory.checkpoints / f"{CHECKPOINT_PREFIX}{step}")
+    if sound is None:
+        run.telemetry.warn(f"there is no sound checkpoint before step {step}: the newest state is used again")
+        return None
+    aside = run.directory.go_back_to(sound)
+    if run.kept is not None:
+        run.kept.forget()
+    told = f", and {' and '.join(folder.name for folder in aside)} set aside" if aside else ""
+    run.telemetry.warn(f"the state of step {step} was gone back to and led to a fault: {sound.name} is used{told}")
+    return sound, read_state(sound)
 
 
 def sound_before(checkpoint: Path) -> Path | None:

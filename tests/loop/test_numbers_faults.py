@@ -31,7 +31,6 @@ from rlhf_dist.learner.numbers_check import RankFault
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums
 from rlhf_dist.learner.witness import Seen
 from rlhf_dist.loop.ledger_proof import LedgerProof
-from rlhf_dist.loop.numbers_faults import Fault, Numbers, RolledBack
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.loop.rebuilding import train_to_the_end
 from rlhf_dist.loop.rl_training import Run, train
@@ -162,26 +161,6 @@ class TestHugeRewards:
         train(again, read_state(folder))
         proof, _ = ended(again)
         assert proof.consumed == {"skip": ALL - 2 * PROMPTS, "roll_back": ALL}[on_fault]
-
-
-def test_two_faults_that_take_turns_do_not_roll_back_for_ever(tmp_path: Path) -> None:
-    """Step 13 is passed each time that step 17 has led back to step 10, and step 17 never."""
-    run = wired(tmp_path, config_of("roll_back", max_faults=3))
-    numbers = Numbers(run.config, run.directory, run.telemetry)
-
-    def fault(step: int, error: type[NumbersError]) -> None:
-        with pytest.raises(NumbersError) as raised:
-            numbers.faulted(step, Fault("numbers", "NaN", ()), lambda path, facts: None)
-        assert type(raised.value) is error
-
-    for step in (17, 13, 17):
-        numbers.done(13 if step == 17 else 12)
-        fault(step, RolledBack)
-    numbers.done(13)
-    fault(17, NumbersError)
-    numbers.done(17)
-    fault(18, RolledBack)
-    close(run)
 
 
 @dataclass
