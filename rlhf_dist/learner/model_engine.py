@@ -22,7 +22,7 @@ from rlhf_dist.learner.direct_publication import DirectPublication
 from rlhf_dist.learner.mask_policy import MaskPolicy
 from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.numbers_check import NumbersCheck
-from rlhf_dist.learner.optimizer_state import SavedState, contents, foreign_weights, load_state, steps, write_state
+from rlhf_dist.learner.optimizer_state import SavedState, compared_weights, contents, load_state, steps, write_state
 from rlhf_dist.learner.publication import Publication
 from rlhf_dist.learner.witness import Witness
 from rlhf_dist.models.attention import choose_attention
@@ -128,7 +128,7 @@ class Engine:
         with ExitStack() as opened:
             try:
                 saved = opened.enter_context(SavedState(folder, self.rank))
-                mine = Held(foreign_weights(parts, saved, deepspeed.dtype), self._whole(parts, saved))
+                mine = Held(compared_weights(parts, saved, deepspeed.dtype), self._whole(parts, saved))
             except RlhfError as error:  # told to the others, who would wait for this rank
                 mine = error
             everyone = deepspeed.of_all_ranks(mine)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rlhf_dist.errors import ConfigError, DataError
+from rlhf_dist.learner.agreement import Compared
 from rlhf_dist.learner.changed_words import Part, Run
 from rlhf_dist.learner.checkpoint_files import optimizer_file
 from rlhf_dist.models.tensors import WAY_OUT, write_tensors
@@ -150,18 +151,20 @@ def runs(parts: Sequence[Part], saved: SavedState) -> Iterator[tuple[Part, Found
                 yield part, found
 
 
-def foreign_weights(parts: Sequence[Part], saved: SavedState, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
-    """File -> (float32 weights in it that are not the model's, how many were compared).
+def compared_weights(parts: Sequence[Part], saved: SavedState, dtype: torch.dtype) -> dict[str, Compared]:
+    """File -> what its float32 weights are beside the model's. NaN is equal to NaN here.
 
     Ask before anything is loaded or trained: the masters are then the model's weights. Where the model is bfloat16 its
     weights are the masters rounded, whatever ZeRO's stage.
     """
-    compared: dict[str, tuple[int, int]] = {}
+    compared: dict[str, Compared] = {}
     for part, found in runs(parts, saved):
         now = part.master.detach().view(-1)[found.start : found.start + found.count]
-        differs = saved.read(found, WEIGHTS).to(now.device).to(dtype) != now.to(dtype)
-        foreign, count = compared.get(found.file.name, (0, 0))
-        compared[found.file.name] = (foreign + int(differs.sum()), count + found.count)
+        stored, now = saved.read(found, WEIGHTS).to(now.device).to(dtype), now.to(dtype)
+        differs = (stored != now) & ~(stored.isnan() & now.isnan())
+        unsound = found.count - int(stored.isfinite().sum())
+        mine = Compared(int(differs.sum()), unsound, found.count)
+        compared[found.file.name] = compared.get(found.file.name, Compared()).plus(mine)
     return compared
 
 

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from rlhf_dist.errors import DataError, RlhfError, RunError
-from rlhf_dist.learner.agreement import Held, require_agreement
+from rlhf_dist.learner.agreement import Compared, Held, require_agreement
 
 FOLDER = Path("runs/grpo/checkpoints/step-40")
 WAY_OUT = "resume from another checkpoint with --resume-from step-N"
 
 
-def held(rank: int, weights: str = "a" * 32, foreign: int = 0) -> Held:
-    return Held({f"optimizer-{rank}.safetensors": (foreign, 12_000)}, {"optimizer steps": "0" * 32, "weights": weights})
+def held(rank: int, weights: str = "a" * 32, foreign: int = 0, unsound: int = 0) -> Held:
+    compared = {f"optimizer-{rank}.safetensors": Compared(foreign, unsound, 12_000)}
+    return Held(compared, {"optimizer steps": "0" * 32, "weights": weights})
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,12 @@ def held(rank: int, weights: str = "a" * 32, foreign: int = 0) -> Held:
             f"{FOLDER}: the float32 weights in optimizer-0.safetensors (12,000 of 12,000 differ) and "
             "optimizer-1.safetensors (12,000 of 12,000 differ) are not those in hf; the files are damaged or of "
             f"different steps; {WAY_OUT}",
+        ),
+        (
+            [held(0, unsound=12_000), held(1)],
+            DataError,
+            f"{FOLDER}: weights in optimizer-0.safetensors (12,000 of 12,000) are NaN or infinite, as they are in hf: "
+            f"the training had gone wrong before they were saved; {WAY_OUT}",
         ),
         (
             [held(0), held(1, "b" * 32)],

@@ -17,7 +17,7 @@ from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.model_engine import ModelEngine
 from rlhf_dist.learner.supervised import SupervisedLearner
 from rlhf_dist.models.hf import load_tokenizer
-from rlhf_dist.models.tensors import write_tensors
+from rlhf_dist.models.tensors import read_tensors, write_tensors
 
 
 class Engine:
@@ -110,6 +110,22 @@ def test_an_optimizer_that_cannot_be_read_is_a_data_error(engine: ModelEngine, t
         engine.restore(tmp_path)
     path.unlink()
     with pytest.raises(DataError, match=r"optimizer-0\.safetensors: is missing; resume from another checkpoint"):
+        engine.restore(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_saved_weights_that_are_not_finite_are_not_called_damaged(
+    engine: ModelEngine, tmp_path: Path, value: float
+) -> None:
+    weights = torch.tensor([1.0, value, 1.0, 1.0])
+    engine.save_optimizer(tmp_path)
+    path = tmp_path / "optimizer-0.safetensors"
+    write_tensors(read_tensors(path) | {"w.weights": weights}, path, {"optimizer": '{"ranks": 1, "parts": {"w": 0}}'})
+    with pytest.raises(DataError, match=r"optimizer-0\.safetensors \(1 of 4 differ\) are not those in hf"):
+        engine.restore(tmp_path)
+    with torch.no_grad():
+        engine._deepspeed.master.copy_(weights)  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=r"weights in optimizer-0\.safetensors \(1 of 4\) are NaN or infinite, as they"):
         engine.restore(tmp_path)
 
 
