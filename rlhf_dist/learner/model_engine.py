@@ -111,7 +111,7 @@ class Engine:
                 yield name.removeprefix(PREFIX), tensor
 
     def save_optimizer(self, folder: Path) -> None:
-        """Write this rank's `optimizer-RANK.safetensors` into `folder`."""
+        """Write this rank's `optimizer-RANK.safetensors` into `folder`; see `write_state`."""
         deepspeed = self._deepspeed
         write_state(deepspeed.parts(), deepspeed.optimizer, folder / optimizer_file(self.rank), deepspeed.world_size)
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rlhf_dist.errors import ConfigError, DataError
+from rlhf_dist.errors import ConfigError, DataError, NumbersError
 from rlhf_dist.learner.agreement import Compared
 from rlhf_dist.learner.changed_words import Part, Run
 from rlhf_dist.learner.checkpoint_files import optimizer_file
@@ -46,12 +46,21 @@ class Found:
 
 
 def write_state(parts: Sequence[Part], optimizer: torch.optim.Optimizer, path: Path, ranks: int) -> None:
-    """Write what this rank holds of the optimizer; `ranks`: how many write. Raises DiskError."""
+    """Write what this rank holds of the optimizer; `ranks`: how many write.
+
+    Raises DiskError, and NumbersError for weights that are not finite: nothing could go on from them.
+    """
     tensors: dict[str, Tensor] = {}
     for part in parts:
         for key, value in held(part, optimizer).items():
             for run in part.runs:
                 mine = value if value.dim() == 0 else value.reshape(-1)[run.start : run.start + run.count]
+                if key == WEIGHTS and not mine.isfinite().all():
+                    bad = run.count - int(mine.isfinite().sum())
+                    raise NumbersError(
+                        f"{path}: is not written: {bad:,} of {run.count:,} weights of {run.name} are NaN or infinite; "
+                        "what was saved before is intact"
+                    )
                 tensors[f"{run.name}.{key}"] = mine.to("cpu", copy=True)
     begins = {run.name: run.begin for part in parts for run in part.runs}
     write_tensors(tensors, path, {METADATA: json.dumps({"ranks": ranks, "parts": begins})})

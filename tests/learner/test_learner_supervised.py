@@ -11,7 +11,7 @@ import torch
 
 from rlhf_dist.config.schema import SftConfig
 from rlhf_dist.data.rows import Demonstration
-from rlhf_dist.errors import ConfigError, DataError, DiskError
+from rlhf_dist.errors import ConfigError, DataError, DiskError, NumbersError
 from rlhf_dist.learner.changed_words import Part, Run
 from rlhf_dist.learner.micro_batch_rows import Packed
 from rlhf_dist.learner.model_engine import ModelEngine
@@ -114,12 +114,13 @@ def test_an_optimizer_that_cannot_be_read_is_a_data_error(engine: ModelEngine, t
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_saved_weights_that_are_not_finite_are_not_called_damaged(
+def test_weights_that_are_not_finite_are_not_saved_and_not_called_damaged(
     engine: ModelEngine, tmp_path: Path, value: float
 ) -> None:
     weights = torch.tensor([1.0, value, 1.0, 1.0])
     engine.save_optimizer(tmp_path)
     path = tmp_path / "optimizer-0.safetensors"
+    sound = path.read_bytes()
     write_tensors(read_tensors(path) | {"w.weights": weights}, path, {"optimizer": '{"ranks": 1, "parts": {"w": 0}}'})
     with pytest.raises(DataError, match=r"optimizer-0\.safetensors \(1 of 4 differ\) are not those in hf"):
         engine.restore(tmp_path)
@@ -127,6 +128,10 @@ def test_saved_weights_that_are_not_finite_are_not_called_damaged(
         engine._deepspeed.master.copy_(weights)  # type: ignore[attr-defined]
     with pytest.raises(DataError, match=r"weights in optimizer-0\.safetensors \(1 of 4\) are NaN or infinite, as they"):
         engine.restore(tmp_path)
+    path.write_bytes(sound)
+    with pytest.raises(NumbersError, match=r"optimizer-0\.safetensors: is not written: 1 of 4 weights of w are NaN or"):
+        engine.save_optimizer(tmp_path)
+    assert path.read_bytes() == sound
 
 
 @pytest.mark.parametrize(("name", "count"), [("another", 4), ("w", 5)])
