@@ -38,6 +38,8 @@ class Fault:
     """Names what, where and its value."""
     uids: tuple[str, ...]
     """Of the step's groups."""
+    part: str = "the step"
+    """What is skipped, in words."""
 
 
 Save = Callable[[Path, Mapping[str, Any]], None]
@@ -156,7 +158,7 @@ class Numbers:
         state = f"a state before step {self.went_back_to}'s" if self.went_back_to else "the newest state"
         done = {
             "stop": "the run ends",
-            "skip": "the run goes on" if fault.kind == "still" else "the step is skipped",
+            "skip": "the run goes on" if fault.kind == "still" else f"{fault.part} is skipped",
             "roll_back": f"the learner goes back to {state}, and the step's groups are left out from then on",
         }[way]
         text = f"step {step}: {fault.sentence}; {done} (numbers.on_fault {config.on_fault}); {kept}"
@@ -210,6 +212,13 @@ class Numbers:
         return path
 
 
+def skipped_part(refused: Mapping[str, int], others: bool) -> str:
+    """What of a step is skipped, in words. `refused`: models that refused an optimizer step -> how many they took
+    before; `others`: another has learnt all of it."""
+    part = f"the {' and '.join(refused)}'s part of the step" if others else "the step"
+    return f"the rest of {part}" if any(refused.values()) else part
+
+
 def skipped(stats: Mapping[str, float]) -> bool:
-    """Whether a step's metrics are of one that was skipped."""
-    return stats.get(names.SKIPPED, 0.0) > 0
+    """Whether a step's metrics are of one from which nothing was learnt for its numbers."""
+    return stats.get(names.SKIPPED, 0.0) == 1.0

@@ -29,6 +29,7 @@ from rlhf_dist.loop.numbers_faults import (
     fault_of_inputs,
     fault_of_ranks,
     fault_of_still_weights,
+    skipped_part,
     stopped,
 )
 from rlhf_dist.loop.ports import NO_ESTIMATES, Batches, Bodies, Critic, Estimates, Policy
@@ -150,8 +151,8 @@ class Learnt:
 
 
 def metrics_of(done: Learnt) -> dict[str, float]:
-    """Of what was learnt, and whether it was all that there was to learn."""
-    learnt, skipped = done.policy.values(), {names.SKIPPED: float(done.fault is not None)}
+    """Of what was learnt, and whether that was nothing for a fault."""
+    learnt, skipped = done.policy.values(), {names.SKIPPED: float(done.fault is not None and not done.updates)}
     return learnt | correction_metrics(learnt) | done.critic.values() | dict(done.estimates.metrics) | skipped
 
 
@@ -173,20 +174,26 @@ def learn(
             estimates = estimate(critic, batches, learning.algorithm)
         if (fault := fault_of_estimates(batch, estimates)) is not None:
             return Learnt(fault, estimates)
-    fault, learns = None, learns_policy(learning, step)
+    faults, learns = dict[str, Fault](), learns_policy(learning, step)
     with watch.phase("train"):
         pending = None if critic is None else critic.begin_update(batches, estimates)
         if learns:
             stats = policy.update(batches, estimates)
             seen = policy.witnessed() if learning.witness else ()
             if stats.maxima.get(names.FAULT):
-                fault = fault_of_ranks(batch, policy.faults(), "policy", learning.numbers.max_logprob_diff)
+                limit = learning.numbers.max_logprob_diff
+                faults["policy"] = fault_of_ranks(batch, policy.faults(), "policy", limit)
         if critic is not None and pending is not None:
             critic_stats = critic.finish_update(pending)
-            if fault is None and critic_stats.maxima.get(names.CRITIC_FAULT):
-                fault = fault_of_ranks(batch, critic.faults(), "critic")
-    made = updates_of(stats if learns else critic_stats, "learner/updates" if learns else "critic/updates")
-    return Learnt(fault, estimates, without_faults(stats), without_faults(critic_stats), seen, made)
+            if critic_stats.maxima.get(names.CRITIC_FAULT):
+                faults["critic"] = fault_of_ranks(batch, critic.faults(), "critic")
+    made = {"policy": updates_of(stats, "learner/updates"), "critic": updates_of(critic_stats, "critic/updates")}
+    first = next(iter(faults.values()), None)
+    if first is not None:
+        others = len(faults) < learns + (critic is not None)
+        first = replace(first, part=skipped_part({name: made[name] for name in faults}, others))
+    of_step = made["policy" if learns else "critic"]
+    return Learnt(first, estimates, without_faults(stats), without_faults(critic_stats), seen, of_step)
 
 
 def updates_of(stats: MetricSums, name: str) -> int:

@@ -31,10 +31,12 @@ from rlhf_dist.learner.numbers_check import RankFault
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums
 from rlhf_dist.learner.witness import Seen
 from rlhf_dist.loop.ledger_proof import LedgerProof
+from rlhf_dist.loop.numbers_faults import skipped_part
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.loop.rebuilding import train_to_the_end
 from rlhf_dist.loop.rl_training import Run, train
 from rlhf_dist.loop.train_state import read_state
+from rlhf_dist.loop.watch import CollapseWatch
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Group, Handle, Scores
@@ -241,11 +243,11 @@ def test_groups_of_optimizer_steps_that_were_taken_before_count_as_trained(tmp_p
     proof, metrics = ended(run)
     assert dict(proof.dropped) == {"step_skipped": 2} and proof.consumed == ALL - 2
     assert proof.witness is not None and proof.witness.groups == ALL - 2
-    assert metrics[3]["learner/updates"] == 1 and metrics[3]["learner/skipped"] == 1.0
+    assert metrics[3]["learner/updates"] == 1 and metrics[3]["learner/skipped"] == 0.0
     assert names.FAULT not in metrics[3]
     assert told(run)[0].startswith(
         f"step 3: the rollout logprobs of token 4 of sample 2 of group {ORDER[7]} on learner rank 1 is -inf in "
-        "optimizer step 2 of the batch; the step is skipped"
+        "optimizer step 2 of the batch; the rest of the step is skipped"
     )
 
 
@@ -291,6 +293,56 @@ def test_credit_by_token_that_is_none_is_found_before_critic_and_policy_learn(tm
         train(run, None)
     close(run)
     assert policy.updates == 0 and critic.given == []
+
+
+@dataclass
+class RefusingCritic(FakeCritic):
+    """Its ranks refuse an optimizer step in the third update."""
+
+    def finish_update(self, pending: Handle[MetricSums]) -> MetricSums:
+        refused = MetricSums({"critic/updates": (0.0, 2.0)}, {names.CRITIC_FAULT: 1.0} if len(self.given) == 3 else {})
+        return MetricSums.merge([super().finish_update(pending), refused])
+
+    def faults(self) -> Mapping[str, RankFault]:
+        return {"critic rank 0": RankFault("loss", math.nan, 0)}
+
+
+@dataclass
+class TellingPolicy(FakePolicy):
+    """Says how many optimizer steps it takes."""
+
+    def update(self, batches: Batches, estimates: Estimates) -> MetricSums:
+        return MetricSums.merge([super().update(batches, estimates), MetricSums({"learner/updates": (2.0, 2.0)})])
+
+
+def test_a_step_is_not_skipped_where_the_critic_alone_does_not_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[float] = []
+    monkeypatch.setattr(CollapseWatch, "step", lambda self, stats: watched.append(stats["learner/updates"]) or [])
+    config = replace(config_of("skip", 0), algo=AlgoConfig(name="ppo"))
+    run = wired(tmp_path, config, policy=TellingPolicy(), critic=RefusingCritic())
+    train(run, None)
+    proof, metrics = ended(run)
+    (text,) = told(run)
+    assert text.startswith("step 3: the loss on critic rank 0 is nan; the critic's part of the step is skipped (")
+    assert proof.consumed == ALL and [line["learner/skipped"] for line in metrics[1:]] == [0.0] * STEPS
+    assert watched == [1.0] * STEPS
+
+
+@pytest.mark.parametrize(
+    ("refused", "others", "part"),
+    [
+        ({"policy": 0}, False, "the step"),
+        ({"policy": 2}, False, "the rest of the step"),
+        ({"policy": 0}, True, "the policy's part of the step"),
+        ({"critic": 1}, True, "the rest of the critic's part of the step"),
+        ({"policy": 0, "critic": 0}, False, "the step"),
+        ({"policy": 0, "critic": 1}, False, "the rest of the step"),
+    ],
+)
+def test_what_is_skipped_in_words(refused: dict[str, int], others: bool, part: str) -> None:
+    assert skipped_part(refused, others) == part
 
 
 @dataclass
