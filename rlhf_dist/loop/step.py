@@ -219,7 +219,8 @@ def groups_learnt(groups: int, learner: LearnerConfig, done: Learnt) -> tuple[bo
 
 def witnessed(done: Learnt, shards: Sequence[Shard], batch: Batch, credit: Credit, learning: Learning) -> Witnessed:
     """What the optimizer has shown, compared with the plan of the step."""
-    cut = done.fault is not None or learning.algorithm.kl_stop > 0
+    # What `kl_stop` looks at is an optimizer step that was made.
+    cut = done.fault is not None or (learning.algorithm.kl_stop > 0 and done.updates > 0)
     return compare(done.seen, shards, batch, credit, learning.algorithm, learning.learner, done.updates, cut=cut)
 
 

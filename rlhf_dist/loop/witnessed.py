@@ -48,7 +48,7 @@ def compare(
     cut: bool,
 ) -> Witnessed:
     """`seen`: by rank; ranks that share rows have to say the same of them. `updates`: optimizer steps made; `cut`: the
-    learner may have left out the last ones (`algo.kl_stop`, or numbers that went wrong)."""
+    learner may have left out the last ones (`algo.kl_stop` behind one at least, or numbers that went wrong)."""
     rows = {(batch.keys[g], int(s)): i for i, (g, s) in enumerate(zip(batch.groups, batch.samples, strict=True))}
     whole = learner.epochs * learner.updates_per_batch
     problems = []

@@ -229,6 +229,28 @@ def test_a_sample_that_is_lost_or_trained_twice_ends_the_run(
     assert (proof.witness.steps, proof.witness.samples) == (STEPS, STEPS * PROMPTS * GROUP)
 
 
+@dataclass
+class IdlePolicy(WitnessedPolicy):
+    """Makes no optimizer step in its third update, and says so."""
+
+    def update(self, batches: Batches, estimates: Estimates) -> MetricSums:
+        stats = super().update(batches, estimates)
+        return replace(stats, sums=stats.sums | {"learner/updates": (0.0, 1.0)}) if self.updates == 3 else stats
+
+    def witnessed(self) -> Sequence[Seen]:
+        seen = super().witnessed()
+        return [replace(one, times=one.times * 0) for one in seen] if self.updates == 3 else seen
+
+
+def test_a_limit_on_the_kl_is_no_excuse_for_no_optimizer_step_at_all(tmp_path: Path) -> None:
+    config = replace(WITNESS, algo=replace(WITNESS.algo, kl_stop=0.1), learner=LearnerConfig(epochs=2))
+    bodies = FakeBodies()
+    run = wired(tmp_path, config, policy=IdlePolicy(bodies=bodies), bodies=bodies)
+    with pytest.raises(RunError, match=r"step 3: the witness contradicts .*: the learner made 0 optimizer steps of 2"):
+        train(run, None)
+    close(run)
+
+
 def test_a_witness_may_be_called_when_a_run_is_resumed(tmp_path: Path) -> None:
     """What was trained before has none; that is said, and is no contradiction."""
     run = wired(tmp_path, CONFIG, policy=FakePolicy(fails_at=3))
