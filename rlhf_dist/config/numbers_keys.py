@@ -61,5 +61,6 @@ class NumbersConfig:
     """Largest difference between rollout and learner logprobs (`rollout/logprob_diff_max`: nats, of the tokens that the
     learner's own version sampled) that is learnt from. `loop.logprob_diff_limit`, below it, warns. 0: no limit."""
     still_weights: bool = True
-    """After an optimizer step whose learning rate and gradient are not 0 (norm above 1e-3), weights of which not one
-    has changed are a fault; false: they are not. In bfloat16 a tiny model may need several small steps for that."""
+    """After two training steps in a row whose gradient is not 0 (norm above 1e-3), and whose learning rate is at least
+    a thousandth of `learner.optimizer.lr`, weights of which not one has changed are a fault; false: they are not. In
+    bfloat16 a tiny model may need several small steps for that."""

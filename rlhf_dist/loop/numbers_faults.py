@@ -25,6 +25,8 @@ from rlhf_dist.types import Credit
 
 NOTICEABLE = 1e-3
 """Gradient norm from which on weights have to move: by Adam's eps a smaller one need not move any."""
+LOW_RATE = 1e-3
+"""Share of the peak learning rate below which weights may stand still: a schedule's last steps, in bfloat16."""
 FAULTS_FOLDER = "faults"
 """In the run directory."""
 
@@ -109,18 +111,18 @@ def fault_of_ranks(batch: Batch, found: Mapping[str, RankFault], what: str, limi
     return Fault(kind, f"the {first.what} of {where} is {first.value:g}{passed}{when}{others}", batch.uids)
 
 
-def fault_of_still_weights(batch: Batch, learnt: MetricSums, changed_share: float) -> Fault | None:
+def fault_of_still_weights(batch: Batch, learnt: MetricSums, changed_share: float, peak: float) -> Fault | None:
     """Weights that optimizer steps with a learning rate and a gradient have left as they were.
 
-    `learnt`: the metrics of the policy's update.
+    `learnt`: the metrics of the policy's update; `peak`: the highest learning rate of its schedule.
     """
     metrics = learnt.values()
     norm, rate = metrics.get("learner/grad_norm", 0.0), metrics.get("learner/lr", 0.0)
-    if changed_share > 0 or norm < NOTICEABLE or not rate:
+    if changed_share > 0 or norm < NOTICEABLE or not rate or rate < LOW_RATE * peak:
         return None
     text = (
         f"no weight has changed in an optimizer step with learning rate {rate:g} and gradient norm {norm:g} "
-        "(numbers.still_weights)"
+        "for the second time in a row (numbers.still_weights)"
     )
     return Fault("still", text, batch.uids)
 
@@ -142,15 +144,22 @@ class Numbers:
         self.went_back_to: int | None = None
         """Step of the state that the last roll back went to, while no new step has been learnt from since: it may be
         the cause itself, and the next goes to one before it."""
+        self._still = 0
+        """The last step of those in a row in which no weight has changed; 0: none."""
         self.left_out: set[str] = set()
         """Groups of steps that were rolled back."""
 
     def faulted(self, step: int, fault: Fault, save: Save) -> None:
         """Save the batch, tell, and do as the config says: returns where the step is to be skipped.
 
-        Raises `RolledBack`, or `NumbersError` where the run ends.
+        Weights that did not move are no fault before the second step in a row. Raises `RolledBack`, or `NumbersError`
+        where the run ends.
         """
         config = self._config.numbers
+        if fault.kind == "still":
+            first, self._still = not self._still, step
+            if first:
+                return
         self._recent.append((step, fault.sentence))
         path = self._free(step)
         kept = self._saved(step, fault, save, path)
@@ -173,6 +182,8 @@ class Numbers:
 
     def done(self, step: int) -> None:
         """A step is done. One without a fault, and not before any with one, begins the count anew."""
+        if step > self._still:
+            self._still = 0
         if self._recent and self._passed != step >= max(at for at, _ in self._recent):
             self._recent.clear()
             self.went_back_to = None

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from rlhf_dist.algo.algorithm import Algorithm, GroupCredit
-from rlhf_dist.algo.corrections import effective_sample_share
 from rlhf_dist.algo.masking import all_equal
 from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.schema import CriticConfig, LearnerConfig, NumbersConfig, OptimizerConfig
@@ -20,8 +19,8 @@ from rlhf_dist.errors import RunError
 from rlhf_dist.learner.learning_rate import learning_rate
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import AS_THEY_ARE
-from rlhf_dist.learner.witness import Seen
 from rlhf_dist.loop.batch import Batch
+from rlhf_dist.loop.learnt import Learnt, groups_learnt, metrics_of, updates_of, without_faults
 from rlhf_dist.loop.numbers_faults import (
     Fault,
     Faulted,
@@ -118,7 +117,9 @@ def train_step(
         shaper.observe(batch)
     with watch.phase("sync"):
         push = sync.push(version=step)
-    if learning.numbers.still_weights and (still := fault_of_still_weights(batch, done.policy, push.changed_share)):
+    peak = learning.learner.optimizer.lr
+    still = fault_of_still_weights(batch, done.policy, push.changed_share, peak)
+    if learning.numbers.still_weights and still is not None:
         faulted(still, save)
     metrics = (
         metrics_of(done)
@@ -133,27 +134,6 @@ def train_step(
     shown = witnessed(done, shards, batch, credit, learning) if learning.witness else None
     taken = groups_learnt(len(batch.keys), learning.learner, done)
     return StepReport(step, push.version, metrics, spread, shown, taken), push
-
-
-@dataclass(frozen=True, slots=True)
-class Learnt:
-    """What policy and critic made of a step."""
-
-    fault: Fault | None
-    """Why nothing more was learnt."""
-    estimates: Estimates = NO_ESTIMATES
-    policy: MetricSums = field(default_factory=MetricSums)
-    critic: MetricSums = field(default_factory=MetricSums)
-    seen: Sequence[Seen] = ()
-    """What the optimizer took, by rank; with a witness."""
-    updates: int = 0
-    """Optimizer steps that were taken: the policy's, or the critic's in its warm-up."""
-
-
-def metrics_of(done: Learnt) -> dict[str, float]:
-    """Of what was learnt, and whether that was nothing for a fault."""
-    learnt, skipped = done.policy.values(), {names.SKIPPED: float(done.fault is not None and not done.updates)}
-    return learnt | correction_metrics(learnt) | done.critic.values() | dict(done.estimates.metrics) | skipped
 
 
 def learn(
@@ -194,27 +174,6 @@ def learn(
         first = replace(first, part=skipped_part({name: made[name] for name in faults}, others))
     of_step = made["policy" if learns else "critic"]
     return Learnt(first, estimates, without_faults(stats), without_faults(critic_stats), seen, of_step)
-
-
-def updates_of(stats: MetricSums, name: str) -> int:
-    """How many optimizer steps all ranks made."""
-    total, count = stats.sums.get(name, (0.0, 0.0))
-    return round(total / count) if count else 0
-
-
-def without_faults(stats: MetricSums) -> MetricSums:
-    """Without what is for the loop alone."""
-    told = (names.FAULT, names.CRITIC_FAULT)
-    return replace(stats, maxima={name: value for name, value in stats.maxima.items() if name not in told})
-
-
-def groups_learnt(groups: int, learner: LearnerConfig, done: Learnt) -> tuple[bool, ...]:
-    """Of each of a step's groups, whether it was in an optimizer step that was taken."""
-    if done.fault is None:
-        return (True,) * groups
-    cut = np.array_split(np.arange(groups), learner.updates_per_batch)
-    taken = np.concatenate([np.array([], np.int64), *cut[: done.updates]])
-    return tuple(bool(x) for x in np.isin(np.arange(groups), taken))
 
 
 def witnessed(done: Learnt, shards: Sequence[Shard], batch: Batch, credit: Credit, learning: Learning) -> Witnessed:
@@ -381,14 +340,6 @@ def credit_metrics(credit: Credit, algorithm: Algorithm) -> dict[str, float]:
         return {}
     mean, std = float(credit.advantages.mean()), float(credit.advantages.std())
     return {"policy/advantage_mean": mean, "policy/advantage_std": std}
-
-
-def correction_metrics(learnt: Mapping[str, float]) -> dict[str, float]:
-    """How many of the tokens count, as it were, under the weights of `algo.correction`."""
-    if names.CORRECTION_WEIGHT not in learnt:
-        return {}
-    share = effective_sample_share(learnt[names.CORRECTION_WEIGHT], learnt["correction/weight_square"])
-    return {"correction/effective_sample_share": share}
 
 
 def reward_metrics(experiences: Sequence[Experience]) -> dict[str, float]:

@@ -40,7 +40,6 @@ from rlhf_dist.loop.watch import CollapseWatch
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Group, Handle, Scores
-from rlhf_dist.weights.receipts import Announcement
 
 HUGE = 3e38
 ORDER = [prompt.uid for prompt in PromptStream(CONFIG.data, CONFIG.seed, CONFIG.eval.prompts).take(2 * ALL)]
@@ -343,48 +342,3 @@ def test_a_step_is_not_skipped_where_the_critic_alone_does_not_learn(
 )
 def test_what_is_skipped_in_words(refused: dict[str, int], others: bool, part: str) -> None:
     assert skipped_part(refused, others) == part
-
-
-@dataclass
-class StillPolicy(FakePolicy):
-    """Its weights do not move, whatever it says of gradients."""
-
-    norm: float = 1.0
-
-    def update(self, batches: Batches, estimates: Estimates) -> MetricSums:
-        stats = super().update(batches, estimates)
-        made = MetricSums({"learner/grad_norm": (self.norm, 1.0), "learner/lr": (1e-3, 1.0)})
-        return MetricSums.merge([stats, made])
-
-    def publish(self, version: int) -> Announcement:
-        self.published = self.updates
-        self.hash = "always"
-        return super().publish(version)
-
-
-@pytest.mark.parametrize(("norm", "watched", "fault"), [(1.0, True, True), (1.0, False, False), (0.0, True, False)])
-def test_weights_that_did_not_move_are_found(tmp_path: Path, norm: float, watched: bool, fault: bool) -> None:
-    run = wired(tmp_path, config_of("stop", still_weights=watched), policy=StillPolicy(norm=norm))
-    if fault:
-        with pytest.raises(
-            NumbersError, match=r"step 1: no weight has changed in an optimizer step with learning rate"
-        ):
-            train(run, None)
-    else:
-        train(run, None)
-    close(run)
-
-
-def test_weights_that_never_move_end_a_run_that_skips(tmp_path: Path) -> None:
-    """The third step in a row is one too many."""
-    run = wired(tmp_path, config_of("skip", max_faults=2), policy=StillPolicy())
-    with pytest.raises(NumbersError, match="There were 3 faults in a row"):
-        train(run, None)
-    proof = run.ledger.proof()
-    close(run)
-    assert proof.consumed == 2 * PROMPTS, "they were trained on"
-    assert [text.split(";")[1] for text in told(run)] == [
-        " the run goes on (numbers.on_fault skip)",
-        " the run goes on (numbers.on_fault skip)",
-        " the run ends (numbers.on_fault skip)",
-    ]
