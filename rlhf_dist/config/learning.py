@@ -134,7 +134,7 @@ class AlgoConfig:
     """Weight of the entropy bonus in the loss."""
     kl_stop: float = key(0.0, NOT_NEGATIVE, effects.SEVERAL_UPDATES)
     """The rest of a batch's optimizer steps is left out once the approximate KL to the policy that the ratio is taken
-    to, mean per token, passes this; 0: off."""
+    to, mean per token, passes this; groups that were in none of the policy's are dropped as `kl_stop`. 0: off."""
     entropy_share: float = key(1.0, SHARE_ABOVE_0)
     """Only this share of the tokens, those of the highest entropy, has a policy gradient; 1: all. Usual: 0.2."""
     off_policy_limit: float = key(0.0, NOT_NEGATIVE)

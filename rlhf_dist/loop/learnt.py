@@ -12,6 +12,7 @@ from rlhf_dist.config.schema import LearnerConfig
 from rlhf_dist.learner.witness import Seen
 from rlhf_dist.loop.numbers_faults import Fault
 from rlhf_dist.loop.ports import NO_ESTIMATES, Estimates
+from rlhf_dist.loop.reasons import KL_STOP, STEP_SKIPPED
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
 
@@ -29,6 +30,8 @@ class Learnt:
     """What the optimizer took, by rank; with a witness."""
     updates: int = 0
     """Optimizer steps that were taken: the policy's, or the critic's in its warm-up."""
+    refused: bool = False
+    """Whether the policy refused one."""
 
 
 def metrics_of(done: Learnt) -> dict[str, float]:
@@ -57,10 +60,16 @@ def without_faults(stats: MetricSums) -> MetricSums:
     return replace(stats, maxima={name: value for name, value in stats.maxima.items() if name not in told})
 
 
-def groups_learnt(groups: int, learner: LearnerConfig, done: Learnt) -> tuple[bool, ...]:
-    """Of each of a step's groups, whether it was in an optimizer step that was taken."""
-    if done.fault is None:
+def groups_learnt(groups: int, learner: LearnerConfig, done: Learnt, stops: bool) -> tuple[bool, ...]:
+    """Of each of a step's groups, whether it was in an optimizer step that was taken; `stops`: `algo.kl_stop` may have
+    left out the last ones."""
+    if done.fault is None and not stops:
         return (True,) * groups
     cut = np.array_split(np.arange(groups), learner.updates_per_batch)
     taken = np.concatenate([np.array([], np.int64), *cut[: done.updates]])
     return tuple(bool(x) for x in np.isin(np.arange(groups), taken))
+
+
+def reason_of(done: Learnt) -> str:
+    """Why groups were in no optimizer step."""
+    return STEP_SKIPPED if done.refused or not done.updates else KL_STOP

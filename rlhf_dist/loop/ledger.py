@@ -25,7 +25,6 @@ from rlhf_dist.errors import DiskError, RunError
 from rlhf_dist.loop.events import Book
 from rlhf_dist.loop.ledger_format import BOOKED, FORMAT, IN_FLIGHT, LOCK_LIMIT_S, added, bring_up, has_table
 from rlhf_dist.loop.ledger_proof import LedgerProof, proof_of, state_counts
-from rlhf_dist.loop.reasons import STEP_SKIPPED
 
 Attempts = Iterable[tuple[str, int]]
 """(uid, attempt)."""
@@ -154,10 +153,10 @@ class Ledger:
         with self._transaction():
             self._all_moved(sql, [(*one, reason, self._step + 1) for one in attempts], "dropped", IN_FLIGHT)
 
-    def skip(self, attempts: Attempts, step: int) -> None:
+    def skip(self, attempts: Attempts, step: int, reason: str) -> None:
         """Training step `step` took them, and was skipped, or the rest of it, before they were learnt from."""
         self._step = step - 1
-        self.drop(attempts, STEP_SKIPPED)
+        self.drop(attempts, reason)
         self._step = step
 
     def rewind(self, step: int) -> tuple[str, ...]:

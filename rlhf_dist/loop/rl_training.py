@@ -230,7 +230,7 @@ def book(run: Run, taken: Taken, step: int, report: StepReport) -> None:
     shown = settled(report.witnessed, run.telemetry, step)
     learnt = [i for i, one in enumerate(report.learnt) if one]
     if len(learnt) < len(taken.attempts):
-        run.ledger.skip([attempt for i, attempt in enumerate(taken.attempts) if i not in learnt], step)
+        run.ledger.skip([attempt for i, attempt in enumerate(taken.attempts) if i not in learnt], step, report.left)
     tokens = [int(taken.experiences[i].head.lengths.sum()) for i in learnt]
     presence = None if shown is None else [shown[i] for i in learnt]
     run.ledger.consume([taken.attempts[i] for i in learnt], step, tokens, presence)

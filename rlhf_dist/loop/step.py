@@ -20,7 +20,7 @@ from rlhf_dist.learner.learning_rate import learning_rate
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import AS_THEY_ARE
 from rlhf_dist.loop.batch import Batch
-from rlhf_dist.loop.learnt import Learnt, groups_learnt, metrics_of, updates_of, without_faults
+from rlhf_dist.loop.learnt import Learnt, groups_learnt, metrics_of, reason_of, updates_of, without_faults
 from rlhf_dist.loop.numbers_faults import (
     Fault,
     Faulted,
@@ -32,6 +32,7 @@ from rlhf_dist.loop.numbers_faults import (
     stopped,
 )
 from rlhf_dist.loop.ports import NO_ESTIMATES, Batches, Bodies, Critic, Estimates, Policy
+from rlhf_dist.loop.reasons import STEP_SKIPPED
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.witnessed import Witnessed, compare
 from rlhf_dist.telemetry import names
@@ -71,7 +72,9 @@ class StepReport:
     witnessed: Witnessed | None
     """None where there is no witness."""
     learnt: tuple[bool, ...] = ()
-    """Of each group: whether its optimizer steps were taken, at least once; false where they were skipped."""
+    """Of each group: whether its optimizer steps were taken, at least once; false where they were left out."""
+    left: str = STEP_SKIPPED
+    """Why they were, one of the fixed words of `reasons`."""
 
 
 def train_step(
@@ -132,8 +135,8 @@ def train_step(
     )
     spread = done.policy.histograms() | batch_histograms(batch, experiences, step)
     shown = witnessed(done, shards, batch, credit, learning) if learning.witness else None
-    taken = groups_learnt(len(batch.keys), learning.learner, done)
-    return StepReport(step, push.version, metrics, spread, shown, taken), push
+    taken = groups_learnt(len(batch.keys), learning.learner, done, learning.algorithm.kl_stop > 0)
+    return StepReport(step, push.version, metrics, spread, shown, taken, reason_of(done)), push
 
 
 def learn(
@@ -173,7 +176,8 @@ def learn(
         others = len(faults) < learns + (critic is not None)
         first = replace(first, part=skipped_part({name: made[name] for name in faults}, others))
     of_step = made["policy" if learns else "critic"]
-    return Learnt(first, estimates, without_faults(stats), without_faults(critic_stats), seen, of_step)
+    sums = without_faults(stats), without_faults(critic_stats)
+    return Learnt(first, estimates, *sums, seen, of_step, "policy" in faults)
 
 
 def witnessed(done: Learnt, shards: Sequence[Shard], batch: Batch, credit: Credit, learning: Learning) -> Witnessed:

@@ -230,6 +230,40 @@ def test_a_sample_that_is_lost_or_trained_twice_ends_the_run(
 
 
 @dataclass
+class StoppingPolicy(WitnessedPolicy):
+    """In its third update it stops after the first of three optimizer steps."""
+
+    def update(self, batches: Batches, estimates: Estimates) -> MetricSums:
+        stats = super().update(batches, estimates)
+        return replace(stats, sums=stats.sums | {"learner/updates": (1.0, 1.0)}) if self.updates == 3 else stats
+
+    def witnessed(self) -> Sequence[Seen]:
+        shards, seen = self.given[-1][0], super().witnessed()
+        if self.updates != 3:
+            return seen
+        first = [np.concatenate(shard.updates[0]) for shard in shards]
+        return [
+            replace(one, times=np.isin(np.arange(len(one.times)), rows).astype(float))
+            for one, rows in zip(seen, first, strict=True)
+        ]
+
+
+def test_groups_that_a_limit_on_the_kl_left_out_are_not_told_of_as_trained(tmp_path: Path) -> None:
+    """The third step has three optimizer steps with a group each, and makes the first of them."""
+    algo, learner = replace(WITNESS.algo, kl_stop=0.1), LearnerConfig(updates_per_batch=PROMPTS)
+    bodies = FakeBodies()
+    run = wired(
+        tmp_path, replace(WITNESS, algo=algo, learner=learner), policy=StoppingPolicy(bodies=bodies), bodies=bodies
+    )
+    train(run, None)
+    proof = run.ledger.proof()
+    close(run)
+    assert proof.holds and proof.consumed == (STEPS - 1) * PROMPTS + 1
+    assert dict(proof.dropped) == {"kl_stop": PROMPTS - 1}
+    assert proof.witness is not None and proof.witness.groups == proof.consumed
+
+
+@dataclass
 class IdlePolicy(WitnessedPolicy):
     """Makes no optimizer step in its third update, and says so."""
 
