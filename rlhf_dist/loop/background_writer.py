@@ -191,7 +191,7 @@ def _result(pending: Pending, most_s: float, seconds: float) -> Path | None:
     try:
         return pending.result(min(most_s, seconds))
     except TimeoutError:
-        return pending.result() if pending.done() else None  # the work itself may raise one
+        return pending.result(0) if pending.done() else None  # the work itself may raise one
 
 
 def copy_tree(source: Path, target: Path, moved: Callable[[], object] = lambda: None) -> None:
