@@ -235,7 +235,7 @@ class StoppingPolicy(WitnessedPolicy):
 
     def update(self, batches: Batches, estimates: Estimates) -> MetricSums:
         stats = super().update(batches, estimates)
-        return replace(stats, sums=stats.sums | {"learner/updates": (1.0, 1.0)}) if self.updates == 3 else stats
+        return replace(stats, sums={**stats.sums, "learner/updates": (1.0, 1.0)}) if self.updates == 3 else stats
 
     def witnessed(self) -> Sequence[Seen]:
         shards, seen = self.given[-1][0], super().witnessed()
@@ -269,7 +269,7 @@ class IdlePolicy(WitnessedPolicy):
 
     def update(self, batches: Batches, estimates: Estimates) -> MetricSums:
         stats = super().update(batches, estimates)
-        return replace(stats, sums=stats.sums | {"learner/updates": (0.0, 1.0)}) if self.updates == 3 else stats
+        return replace(stats, sums={**stats.sums, "learner/updates": (0.0, 1.0)}) if self.updates == 3 else stats
 
     def witnessed(self) -> Sequence[Seen]:
         seen = super().witnessed()
