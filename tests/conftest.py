@@ -39,6 +39,8 @@ SHARED = {
 STARTER = re.compile("|".join([r"mark\.engines", r"\bjudged: ", *SHARED.values()]))
 """What the text of each file has whose tests start engines."""
 BREAKER = re.compile(r"mark\.faults")
+OF_A_STATE = re.compile(r"\.state/|\.lock$")
+"""Files in shared memory that belong to a checkpoint on its way, or to a state that is kept."""
 """The same of those that run with `launch/test.sh --faults` only."""
 
 os.environ.pop("RAY_ADDRESS", None)
@@ -162,7 +164,9 @@ def watch(pid: int, done: threading.Event, place: Workplace) -> None:
         for process in family(pid):
             try:
                 place.weights.update(
-                    file.path for file in process.open_files() if file.path.startswith("/dev/shm/rlhf_dist-")
+                    file.path
+                    for file in process.open_files()
+                    if file.path.startswith("/dev/shm/rlhf_dist-") and not OF_A_STATE.search(file.path)
                 )
                 for connection in process.net_connections("tcp"):
                     if connection.status == psutil.CONN_LISTEN:
