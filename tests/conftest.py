@@ -39,9 +39,9 @@ SHARED = {
 STARTER = re.compile("|".join([r"mark\.engines", r"\bjudged: ", *SHARED.values()]))
 """What the text of each file has whose tests start engines."""
 BREAKER = re.compile(r"mark\.faults")
+"""The same of those that run with `launch/test.sh --faults` only."""
 OF_A_STATE = re.compile(r"\.state/|\.lock$")
 """Files in shared memory that belong to a checkpoint on its way, or to a state that is kept."""
-"""The same of those that run with `launch/test.sh --faults` only."""
 
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("WANDB_API_KEY", None)

@@ -126,14 +126,14 @@ def test_a_ledger_that_is_written_all_the_time_adds_up_whenever_it_is_read(
         try:
             assert writer.stdout.readline() == b"on\n"
             counts, deadline = [], time.monotonic() + 60
-            while len(counts) < 10 and time.monotonic() < deadline:
+            while (len(counts) < 10 or counts[-1] == counts[0]) and time.monotonic() < deadline:
                 code, out, err = asked(capsys, run, "--json")
                 assert (code, err) == (0, "")
                 counts.append(json.loads(out)["groups"]["trained_once"])
         finally:
             writer.send_signal(signal.SIGKILL)
             writer.wait(30)
-    assert len(counts) == 10 and counts == sorted(counts) and counts[-1] > counts[0]
+    assert len(counts) >= 10 and counts == sorted(counts) and counts[-1] > counts[0]
     with untouched(run):
         code, out, _ = asked(capsys, run, "--json")
     assert code == 0 and json.loads(out)["groups"]["trained_once"] >= counts[-1]
