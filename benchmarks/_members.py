@@ -65,9 +65,10 @@ class Host:
         one = np.arange(n, dtype=np.float32)
         return self._weigh("score", Scores(one, {"exact": one}, one, np.arange(n, dtype=np.uint64)))
 
-    async def keep(self, name: str, keys: list[str], *groups: Group) -> None:
+    async def keep(self, name: str, keys: list[str], places: list[Any]) -> list[str]:
         """See `cluster.collator_host.CollatorHost.keep`."""
         self._weigh("keep", keys)
+        return []
 
     @ray.method(num_returns=0)
     async def forget(self, name: str, keys: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,12 @@ import ray
 
 from rlhf_dist.cluster.roster import Alive, work
 from rlhf_dist.cluster.spec import ActorSpec, enter
+from rlhf_dist.cluster.waits import fetched
 from rlhf_dist.learner.collator import Collator
 from rlhf_dist.learner.step_file import write_step
-from rlhf_dist.types import Group
+
+KEEP_LIMIT_S, COPY_LIMIT_S = 10.0, 1.0
+"""For what is kept to come from where it was made: finished groups, and copies of those that are being sampled."""
 
 
 class CollatorHost(Alive):
@@ -26,11 +28,20 @@ class CollatorHost(Alive):
         self._name, self._groups = spec.name, 0
 
     @work
-    def keep(self, keys: Sequence[str], *groups: Group) -> None:
-        """See `Collator.keep`. Copies: what Ray hands over is memory that its maker owns."""
-        for key, group in zip(keys, groups, strict=True):
-            self._collator.keep(key, copy.deepcopy(group))
+    def keep(self, keys: Sequence[str], places: Sequence[Any]) -> list[str]:
+        """See `Collator.keep`; the keys of groups that are lost, or have not come in time.
+
+        `places`: references, in a list so that Ray does not fetch them for this call: it would hold all later calls
+        back, signs of life too, while a maker's node does not answer.
+        """
+        lost: list[str] = []
+        for key, group in zip(keys, fetched(places, KEEP_LIMIT_S), strict=True):
+            if group is None:
+                lost.append(key)
+                continue
+            self._collator.keep(key, group)
             self._groups += 1
+        return lost
 
     @ray.method(num_returns=0)
     def keep_reference(self, key: str, logprobs: Any) -> None:
@@ -38,9 +49,11 @@ class CollatorHost(Alive):
         self._collator.keep_reference(key, logprobs.copy())
 
     @ray.method(num_returns=0)
-    def keep_copy(self, key: str, group: Group) -> None:
-        """See `Collator.keep_copy`."""
-        self._collator.keep_copy(key, copy.deepcopy(group))
+    def keep_copy(self, key: str, places: Sequence[Any]) -> None:
+        """See `Collator.keep_copy`; `places` as for `keep`, one. Without it the copy before stays."""
+        (group,) = fetched(places, COPY_LIMIT_S)
+        if group is not None:
+            self._collator.keep_copy(key, group)
 
     def recall(self, key: str) -> Any:
         """See `Collator.recall`: (int64 [n], tokens of each sample; a reference to the group), or None."""

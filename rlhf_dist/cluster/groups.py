@@ -154,7 +154,7 @@ class CollatorProcess:
 
     def keep(self, bodies: Mapping[str, Handle[Group]]) -> None:
         """See `loop.ports.Bodies`; the tokens go from the worker that made them to the collator."""
-        call = self._actor.keep.remote(list(bodies), *places(bodies.values()))
+        call = self._actor.keep.remote(list(bodies), places(bodies.values()))
         self._inbox.expect(call, partial(self._read, bodies))
 
     def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:
@@ -163,7 +163,7 @@ class CollatorProcess:
 
     def keep_copy(self, key: str, body: Handle[Group]) -> None:
         """See `loop.ports.Bodies`. One whose worker has died by then is lost, and the one before stays."""
-        self._actor.keep_copy.remote(key, body.place)
+        self._actor.keep_copy.remote(key, [body.place])
 
     def recall(self, key: str) -> None:
         """See `loop.ports.Bodies`; the collator owns what is gone on from."""
@@ -202,15 +202,8 @@ class CollatorProcess:
         self._ask(call, "save the batch")
 
     def _read(self, bodies: Mapping[str, Handle[Group]], call: Any) -> list[Event]:
-        try:
-            fetch(call, self._name, f"keep {', '.join(bodies)}", self._timeout_s)
-        except AnswerLost:
-            if len(bodies) == 1:
-                return [Undone("collator", self._name, key) for key in bodies]
-            for key, body in bodies.items():  # one is lost, and the others can be had
-                self.keep({key: body})
-            return []
-        return [Kept(key) for key in bodies]
+        lost = set(fetch(call, self._name, f"keep {', '.join(bodies)}", self._timeout_s))
+        return [Undone("collator", self._name, key) if key in lost else Kept(key) for key in bodies]
 
     def _recalled(self, key: str, call: Any) -> list[Event]:
         found = fetch(call, self._name, f"recall {key}", self._timeout_s)

@@ -255,8 +255,9 @@ class Stand:
         total = np.full(len(group.trajectories), 1.0 if self._name == "one" else 2.0, np.float32)
         return Scores(total, {}, total, total.astype(np.uint64))
 
-    def keep(self, keys: list[str], *groups: Group) -> None:
+    def keep(self, keys: list[str], places: list[Any]) -> list[str]:
         self.work()
+        return []
 
     def reference(self, group: Group, temperature: float) -> Any:
         self.work()
