@@ -11,7 +11,8 @@ import ray
 from rlhf_dist.cluster.direct_push import DirectPush, Pushed
 from rlhf_dist.cluster.groups import seen
 from rlhf_dist.cluster.inbox import Inbox
-from rlhf_dist.cluster.relay_hosts import OFFER, ONE_NODE, Relays
+from rlhf_dist.cluster.relay_hosts import ONE_NODE, Relays
+from rlhf_dist.cluster.relayed_loads import RelayedLoads
 from rlhf_dist.cluster.standing import Standing, beat_s, is_done
 from rlhf_dist.cluster.waits import fetch, limit_text
 from rlhf_dist.errors import ActorLost, ActorTimeout, EngineBroken, RayLost, RlhfError, RunError, WeightSyncError
@@ -23,7 +24,6 @@ from rlhf_dist.weights.receipts import Announcement, receipt_problem
 from rlhf_dist.weights.shared_memory import BUFFERS
 
 SYNC_KEY = "weights.timeout_s"
-STILL_EARLIER = "its relay is still copying an earlier one"
 
 
 class RolloutFleet:
@@ -58,10 +58,9 @@ class RolloutFleet:
         self._give_up_after = give_up_after
         self._inbox = inbox
         self._relays = relays
-        self._fetches: dict[str, Any] = {}
-        """Relay -> its last call."""
-        self._copies: dict[str, Announcement] = {}
-        """Relay -> what it copied last."""
+        self._elsewhere = RelayedLoads(
+            relays, inbox, self._standings, limit_s=sync_timeout_s, missed=self._missed, silence=self._silence
+        )
         self._deaths: dict[str, str] = {}
         """Worker whose death, or broken engine, was noticed apart from a push -> the words for it, until it is back."""
         for name in self._standings:
@@ -159,7 +158,7 @@ class RolloutFleet:
         if calls:
             self._inbox.wait(calls, Patience(self._sync_timeout_s), count=len(calls))
         self._serving, self._announced = [], None
-        self._copies.clear()
+        self._elsewhere.forget()
         broken = {name: why for name, one in list(self._standings.items()) if (why := one.begin_anew(name))}
         return [self._give_up(name, why) for name, why in broken.items()]
 
@@ -211,7 +210,7 @@ class RolloutFleet:
             for name, standing in self._standings.items():
                 if name not in self._relays.of_worker:
                     standing.ask_to_load(announcement)
-            problems += self._load_elsewhere(announcement, patience)
+            problems += self._elsewhere.load(announcement, patience)
         asked = {name: one for name, one in self._standings.items() if one.version == announcement.version}
         taking_part = [one for name, one in asked.items() if name not in pushed.left_out]
         awaited = [one.call for one in taking_part if not one.silent] or [one.call for one in taking_part]
@@ -223,57 +222,6 @@ class RolloutFleet:
         if self._standings and not self._serving and not any(one.is_coming for one in self._standings.values()):
             deaths = [why for name, why in self._deaths.items() if name in before]
             raise WeightSyncError("; ".join([*deaths, *problems, "no rollout worker holds the published weights"]))
-        return problems
-
-    def _load_elsewhere(self, announcement: Announcement, patience: Patience) -> list[str]:
-        """Let the workers of other nodes load as soon as their node has the bytes; without them they miss the push.
-
-        A relay that still copies an earlier version is neither asked nor waited for.
-        """
-        if self._relays.offer is None:
-            return []
-        busy = [relay for relay, call in self._fetches.items() if not is_done(call)]
-        problems = [why for relay in busy for why in self._without_weights(relay, announcement, STILL_EARLIER)]
-        offer = self._relays.offer.offer.remote(announcement)
-        try:
-            if not self._inbox.wait([offer], patience):
-                raise WeightSyncError(self._silence(OFFER, "did not offer it in time"))
-            address = fetch(offer, OFFER, "offer", self._sync_timeout_s)
-        except RayLost:
-            raise
-        except RlhfError as error:
-            free = [relay for relay in self._relays.fetch if relay not in busy]
-            return problems + [why for relay in free for why in self._without_weights(relay, announcement, str(error))]
-        sent = self._relays.send(announcement, address, {*busy, *self._relays.idle(self._standings)})
-        self._fetches |= sent
-        relays = {call: relay for relay, call in sent.items()}
-        while relays and (done := self._inbox.wait(list(relays), patience)):
-            for call in done:
-                problems += self._load_from(relays.pop(call), call, announcement)
-        late = {relay: self._silence(relay, "did not copy it in time") for relay in relays.values()}
-        return problems + [why for name, how in late.items() for why in self._without_weights(name, announcement, how)]
-
-    def _load_from(self, relay: str, call: Any, announcement: Announcement) -> list[str]:
-        """The node has the bytes, or could not get them."""
-        try:
-            found: Announcement = fetch(call, relay, "fetch", self._sync_timeout_s)
-        except RayLost:
-            raise
-        except RlhfError as error:
-            return self._without_weights(relay, announcement, str(error))
-        self._copies[relay] = found
-        for name in self._relays.workers(relay):
-            if name in self._standings:
-                self._standings[name].ask_to_load(found)
-        return []
-
-    def _without_weights(self, relay: str, announcement: Announcement, why: str) -> list[str]:
-        """The workers of a node that did not get the version."""
-        problems: list[str] = []
-        for name in self._relays.workers(relay):
-            if (standing := self._standings.get(name)) is not None:
-                text = f"{name} did not get version {announcement.version}: {why}"
-                problems += self._missed(name, standing, announcement.version, text)
         return problems
 
     def _invite(self) -> None:
@@ -288,10 +236,10 @@ class RolloutFleet:
             self._direct.load(fresh, self._announced, self._inbox.wait)
             return
         for name, standing in fresh.items():
-            relay = self._relays.of_worker.get(name)
-            found = self._announced if relay is None else self._copies.get(relay)
-            if found is not None and found.version == self._announced.version:
-                standing.ask_to_load(found)
+            if name in self._relays.of_worker:
+                self._elsewhere.invite(name, self._announced)
+            else:
+                standing.ask_to_load(self._announced)
 
     def _take_back(self) -> None:
         """Let those serve whose receipt for the present version came late; nobody is waited for.

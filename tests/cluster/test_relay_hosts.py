@@ -121,6 +121,24 @@ def test_a_relay_that_was_started_again_is_used_from_then_on(local_ray: None) ->
     assert serve(rollouts, ears) == {"one", "two"} and set(relays.all()) == {OFFER, RELAY}
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["same relay", "relay started again"])
+def test_a_worker_that_is_back_gets_what_its_node_missed_meanwhile(local_ray: None, again: bool) -> None:
+    """Nobody there could load the last version, and the next push may never come without this worker."""
+    offer, relay, pair = start("offer"), start("relay"), {"one": start("one"), "two": start("two")}
+    relays = Relays(offer, {RELAY: relay}, {"two": RELAY})
+    rollouts = RolloutFleet(pair, (ears := Ears()).inbox, timeout_s=30.0, sync_timeout_s=30.0, relays=relays)
+    assert rollouts.load_weights(version(4)) == []
+    ray.kill(pair["two"])
+    ears.hear(Lost, 1)
+    assert rollouts.load_weights(version(5)) == []
+    if again:
+        relays.admit(RELAY, start("relay again"))
+    rollouts.admit("two", two := start("two"))
+    ears.until(lambda: set(rollouts.serving()) == {"one", "two"})
+    path = gather({"two": two.loaded_from.remote()}, "tell", 30)["two"]
+    assert path == f"of {'relay again' if again else 'relay'}, from offer"
+
+
 def test_a_slow_node_does_not_hold_back_another(local_ray: None) -> None:
     fast, slow = start("fast"), start("slow")
     pair = {"one": start("one"), "two": start("two")}
