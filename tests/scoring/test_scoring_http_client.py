@@ -214,8 +214,8 @@ def test_a_server_that_is_down() -> None:
 def test_all_tries_together_have_a_limit() -> None:
     words = r"then scoring\.timeout_s was near\); .*--resume .*, or raise scoring\.timeout_s$"
     with serving(hangs) as (url, seen), pytest.raises(RewardError, match=words):
-        ask(url, retries=20, timeout_s=0.2, limit_s=0.8)
-    assert 1 < len(seen.bodies) < 8
+        ask(url, retries=20, timeout_s=0.2, limit_s=2.0)
+    assert 1 < len(seen.bodies) < 15
 
 
 @pytest.mark.parametrize("status", [401, 403])
