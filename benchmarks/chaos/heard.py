@@ -164,8 +164,10 @@ class Heard:
     def _known(self, event: About, entry: Entry) -> bool:
         """Whether an earlier event said the same, or nothing more is waited for."""
         match event:
-            case Answered() | Unanswered() | Partial() | PartialLost() | Copied():
+            case Answered() | Unanswered() | Partial() | PartialLost():
                 return entry.head is not None
+            case Copied():
+                return entry.head is not None or entry.recalled
             case Kept():
                 return entry.kept
             case Scored():

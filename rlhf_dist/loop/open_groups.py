@@ -96,8 +96,10 @@ class OpenRequest:
     def knows(self, event: About) -> bool:
         """Whether the event says what an earlier one has said."""
         match event:
-            case Answered() | Unanswered() | Partial() | PartialLost() | Copied():
+            case Answered() | Unanswered() | Partial() | PartialLost():
                 return self.head is not None
+            case Copied():  # by a worker that is lost, as it may be by the time that this comes
+                return self.head is not None or not self.worker
             case Kept():
                 return self.kept
             case Scored():

@@ -144,6 +144,8 @@ def train(
             metrics = taken.metrics | devices.lap()
             if not moves_reference(run, step):
                 saver.published(shell, step)  # From here on the next groups are issued, beside what follows.
+            else:
+                shell.serve()  # Who missed the push gets nothing more, also while the reference moves.
             if due(run.config.eval.every, step, loop.steps):
                 found = measure(run, shell, step)
                 results, answers = found.metrics, answers | {"after": list(found.answers)}

@@ -135,7 +135,7 @@ class Shell:
 
         Weights are pushed by the caller, so all tokens are of the version that is published now.
         """
-        self._serve()
+        self.serve()
         self.hear([Asked(tuple(requests))])
         while (found := self._controller.answers()) is None:
             self._pump()
@@ -162,10 +162,10 @@ class Shell:
         arrivals.pump()
         if arrivals.now() - self._looked >= TICK_S:
             self._looked = arrivals.now()
-            self._serve()
+            self.serve()
             self.hear([])  # which looks at the time, too
 
-    def _serve(self) -> None:
+    def serve(self) -> None:
         """Tell the controller where other workers serve than before: one whose receipt came late does again."""
         serving = self._actors.rollouts.serving()
         if serving != self._served:

@@ -287,3 +287,10 @@ def test_after_a_copy_tokens_lost_on_their_way_wait_for_the_new_worker_to_be_los
     rig.hear(partial("train/0/1/0"))
     rig.answer("train/0/1/0+1")
     assert issued(rig.hear(Undone("scoring", "s", "train/0/1/0+1"))) == [], "that worker lives"
+
+
+def test_a_copy_that_comes_after_its_worker_was_lost_changes_nothing() -> None:
+    rig = lagging()
+    rig.hear(copied("train/0/1/0"))
+    rig.hear(Lost("b", "b died"))
+    assert of_kind(rig.hear(copied("train/0/1/0")), KeepCopy) == [] and rig.controller.late == 1
