@@ -115,30 +115,22 @@ class Parent:
             before, kills = self._summary_stamp(), memory_kills()
             words = self._next_words()
             child, code = self._start(words)
+            end_leftovers(GRACE_S)
+            self._take_lock()
+            if child.told and code:
+                say(f"go on with `{self._way_on()}`")
+            if child.told and code < 0:
+                return SIGNALLED + child.told  # it was killed, since it did not end in time
             if child.told or code == 0:
-                self._clear()
-                if code:
-                    say(f"go on with `{self._way_on()}`")
-                # Negative: it was killed, since it did not end in time.
-                return SIGNALLED + child.told if code < 0 else code
+                return code
             end = self._end(code, before, memory_kills() > kills)
-            goes_around = self._goes_around(end, words)
-            decision = None if goes_around else self._rules.decide(end, ran_before=bool(self._tried))
-            if decision is not None and decision.wait_s is not None:
-                self._tell(
-                    end, decision, time.monotonic() - child.begun
-                )  # at once: what it leaves takes seconds to end
-            self._clear()
-            if decision is None:
+            if self._goes_around(end, words):
                 continue
+            decision = self._rules.decide(end, ran_before=bool(self._tried))
             if decision.wait_s is None:
                 return self._give_up(end, decision)
+            self._tell(end, decision, time.monotonic() - child.begun)
             time.sleep(decision.wait_s)
-
-    def _clear(self) -> None:
-        """After a start: nothing of it is left, and nobody else begins."""
-        end_leftovers(GRACE_S)
-        self._take_lock()
 
     def _take_lock(self) -> None:
         """Between two starts nobody else may begin. Before the first there may be no directory."""
