@@ -15,6 +15,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,12 @@ def in_the_middle(run: Path, step: int) -> bool:
 
 def controllers(parent: subprocess.Popen[str]) -> list[psutil.Process]:
     """One, or none between two starts."""
-    return [child for child in psutil.Process(parent.pid).children() if "train" in child.cmdline()]
+    found: list[psutil.Process] = []
+    for child in psutil.Process(parent.pid).children():
+        with suppress(psutil.NoSuchProcess):  # or a zombie
+            if "train" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def raylets(parent: subprocess.Popen[str]) -> list[psutil.Process]:
