@@ -123,6 +123,8 @@ def fetch(call: Any, name: str, what: str, timeout_s: float) -> Any:
             raise error.cause from None
         if isinstance(error.cause, ray.exceptions.ObjectLostError):
             raise AnswerLost(f"what {name} needed for '{what}' is lost: {error.cause}") from None
+        if isinstance(error.cause, OSError):
+            require_ray()  # of a process whose raylet is gone
         raise RunError(f"{name} failed in '{what}': {type(error.cause).__name__}: {error.cause}\n{error}") from None
     except RayActorError as error:
         require_ray()
