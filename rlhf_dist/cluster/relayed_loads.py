@@ -11,7 +11,7 @@ from rlhf_dist.cluster.relay_hosts import OFFER, Relays
 from rlhf_dist.cluster.standing import Standing, is_done
 from rlhf_dist.cluster.waits import fetch
 from rlhf_dist.errors import RayLost, RlhfError, WeightSyncError
-from rlhf_dist.loop.events import Event
+from rlhf_dist.loop.events import Event, Lost
 from rlhf_dist.telemetry.timeline import Patience
 from rlhf_dist.weights.receipts import Announcement
 
@@ -94,8 +94,8 @@ class RelayedLoads:
             address = fetch(call, OFFER, "offer", self._limit_s)
         except RayLost:
             raise
-        except RlhfError:
-            return []  # asked again
+        except RlhfError as error:
+            return [Lost(OFFER, f"{OFFER} did not offer version {announcement.version}: {error}")]
         if self._calls.get(relay) is asked and relay in self._relays.fetch:
             owner = self._relays.fetch[relay]
             sent = self._calls[relay] = owner.fetch.remote(announcement, address)
@@ -103,13 +103,16 @@ class RelayedLoads:
         return []
 
     def _copied(self, relay: str, owner: Any, call: Any) -> Sequence[Event]:
-        """Its workers are asked at the next look, if it is the published version still."""
+        """Its workers are asked at the next look, if it is the published version still.
+
+        A relay that cannot copy is lost: its workers would wait for a push that may never come without them.
+        """
         try:
             self._copies[relay] = owner, fetch(call, relay, "fetch", self._limit_s)
         except RayLost:
             raise
-        except RlhfError:
-            pass  # asked again, and told of at the next push
+        except RlhfError as error:
+            return [Lost(relay, f"{relay} did not copy the published weights: {error}")]
         return []
 
     def _loaded(self, relay: str, call: Any, announcement: Announcement) -> list[str]:

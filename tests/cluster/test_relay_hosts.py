@@ -139,6 +139,21 @@ def test_a_worker_that_is_back_gets_what_its_node_missed_meanwhile(local_ray: No
     assert path == f"of {'relay again' if again else 'relay'}, from offer"
 
 
+def test_a_relay_that_cannot_copy_for_a_worker_that_is_back_is_lost_and_says_why(local_ray: None) -> None:
+    offer, relay, pair = start("offer"), start("relay"), {"one": start("one"), "two": start("two")}
+    relays = Relays(offer, {RELAY: relay}, {"two": RELAY})
+    rollouts = RolloutFleet(pair, (ears := Ears()).inbox, timeout_s=30.0, sync_timeout_s=30.0, relays=relays)
+    assert rollouts.load_weights(version(4)) == []
+    ray.kill(pair["two"])
+    ears.hear(Lost, 1)
+    assert rollouts.load_weights(version(5)) == []
+    tell(relay, "refuses")
+    rollouts.admit("two", start("two"))
+    rollouts.serving()
+    lost = ears.hear(Lost, 2)[1]
+    assert (lost.member, lost.why) == (RELAY, f"{RELAY} did not copy the published weights: data.jsonl:3: not JSON")
+
+
 def test_a_slow_node_does_not_hold_back_another(local_ray: None) -> None:
     fast, slow = start("fast"), start("slow")
     pair = {"one": start("one"), "two": start("two")}
