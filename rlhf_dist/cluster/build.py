@@ -95,7 +95,7 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
         late = LateReports(telemetry, run.path, stacks_of)
         progress.stage("starting Ray")
         session = ray_session(config.cluster, run.logs / "ray", progress.note)
-        with session as nodes, ExitStack() as stack, late.at_the_end():
+        with session as nodes, ExitStack() as memory, ExitStack() as stack, late.at_the_end():
             placement = place_in(config, nodes, "train")
             plan = plan or basis(config, placement, source)
             warn_of_memory(does_not_fit(config, placement, plan), telemetry)
@@ -122,9 +122,9 @@ def train(config: Config, resume: bool, resume_from: int | None = None) -> None:
                 watch=watch,
                 stop=Saving(config.faults.save_on_stop_s),
                 ranks=rebuild_of(config, placement, source, parts),
-                kept=kept_state(config, nodes, placement, source, stack),
+                kept=kept_state(config, nodes, placement, source, memory),
                 report=late.report,
-                background=background_of(config, "train", nodes, placement, source, run, stack, progress.note),
+                background=background_of(config, "train", nodes, placement, source, run, memory, progress.note),
             )
             with hang_alarm(config.faults.step_s, lambda: parts.inbox.turns, run.path / FOLDER):
                 outcome, proof = train_to_the_end(wired, start.state), ledger.proof()

@@ -92,7 +92,7 @@ def rebuild_of(config: Config, placement: Placement, source: str, parts: Parts) 
 def kept_state(
     config: Config, nodes: Sequence[Machine], placement: Placement, source: str, stack: ExitStack
 ) -> KeptState | None:
-    """Where `learner.keep_state_every` keeps states, until `stack` is left.
+    """Where `learner.keep_state_every` keeps states, until `stack` is left: after the ranks, which write there.
 
     `nodes`: the command's own first. Raises `ResourceError` where a rank is, or may be, on another one, and where there
     is no room.
@@ -129,7 +129,10 @@ def background_of(
     stack: ExitStack,
     note: Callable[[str], None],
 ) -> BackgroundWriter | None:
-    """What writes checkpoints beside the steps, until `stack` is left; None, with the reason, where that cannot be."""
+    """What writes checkpoints beside the steps, until `stack` is left: after the ranks, which write into its memory.
+
+    None, with the reason, where that cannot be.
+    """
     if where := elsewhere(nodes, placement):
         note(f"training waits while a checkpoint is written, since its ranks are {where}")
         return None

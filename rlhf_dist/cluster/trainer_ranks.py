@@ -65,10 +65,10 @@ def started(
     """
     source, logs = model_source(config, folder, command), run.logs
     progress.stage("starting Ray")
-    with ray_session(config.cluster, logs / "ray", progress.note) as nodes, ExitStack() as stack:
+    with ray_session(config.cluster, logs / "ray", progress.note) as nodes, ExitStack() as memory, ExitStack() as stack:
         placement = place_in(config, nodes, command)
         progress.stage(f"starting {placement.learner_ranks} DeepSpeed rank(s) on {placement.device}")
         roster = reserved(config, placement, source, logs, stack)
         ranks = start_ranks(config, placement, source, logs, roster, host, stack)
         join_ranks(config, ranks, folder, placement.spread_of_ranks())
-        yield ranks, background_of(config, command, nodes, placement, source, run, stack, progress.note)
+        yield ranks, background_of(config, command, nodes, placement, source, run, memory, progress.note)

@@ -39,8 +39,7 @@ PREFIX = "rlhf_dist-"
 STATE, STATE_LOCK = ".state", ".lock"
 """Endings of a run's private folder, and of the file beside it whose lock tells that the run goes on."""
 BUFFERS = 2
-PART_BYTES = 2**22
-"""Copied and then hashed at a time: it stays in a core's cache in between."""
+PART_BYTES = 2**22  # copied and then hashed at a time: it stays in a core's cache in between
 READERS_LIMIT_S = 5.0
 """How long a publication waits for a buffer: those that still read have been given up, and are about to end."""
 MAKE_ROOM = (
@@ -347,8 +346,8 @@ def locked_file(path: Path) -> IO[bytes]:
 def lock(file: IO[bytes], kind: int, start: int, nbytes: int) -> bool:
     """Lock a part of an open file, or unlock it (`kind`: F_RDLCK, F_WRLCK, F_UNLCK); false where another lock is there.
 
-    The lock belongs to this opening of the file (an "open file description lock"), so two in one process count as two,
-    and it is another one than the flock of the whole file, with which `sweep` tells whether the writer lives.
+    It belongs to this opening of the file ("open file description lock"): two in one process count as two. The flock of
+    the whole file, with which `sweep` tells whether the writer lives, is another one.
     """
     try:
         fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, start, nbytes, 0))
@@ -392,6 +391,9 @@ def sweep(folder: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path.with_suffix(STATE), ignore_errors=True)
             path.unlink()
+    for path in folder.glob(f"{PREFIX}{os.getuid()}-*{STATE}"):
+        if not path.with_suffix(STATE_LOCK).exists():  # made before the folder: who went on to write here is late
+            shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(f"{PREFIX}{os.getuid()}-*.weights"):
         with suppress(OSError), path.open("rb") as file:  # another process may be sweeping too, or the lock is held
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

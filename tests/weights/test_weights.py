@@ -333,6 +333,21 @@ def test_files_of_the_dead_are_swept_and_those_of_the_living_and_of_others_stay(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept[2:]), "a lock goes with its process"
 
 
+def test_a_folder_that_was_written_after_its_run_is_swept_and_that_of_a_run_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(shared_memory, "SHARED_MEMORY", tmp_path)
+    kept, lock = shared_memory.private_folder()
+    late = tmp_path / f"{shared_memory.PREFIX}{os.getuid()}-7f{shared_memory.STATE}"
+    (late / "step-2.copy").mkdir(parents=True)
+    (kept / "step-2").mkdir()
+    with lock:
+        sweep(tmp_path)
+        assert (kept / "step-2").exists() and not late.exists()
+    sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_another_process_sweeps_before_it_is_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
