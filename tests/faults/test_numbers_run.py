@@ -54,7 +54,8 @@ class Ran:
 
     def told(self, way: str) -> str:
         """The one warning."""
-        (found,) = [one["message"] for one in self.lines(way, "events.jsonl") if "numbers.on_fault" in one["message"]]
+        told = [one["message"] for one in self.lines(way, "events.jsonl") if one["kind"] == "warning"]
+        (found,) = [message for message in told if "numbers.on_fault" in message]
         return found
 
     def ledger(self, way: str) -> dict[str, Any]:
