@@ -115,22 +115,30 @@ class Parent:
             before, kills = self._summary_stamp(), memory_kills()
             words = self._next_words()
             child, code = self._start(words)
-            end_leftovers(GRACE_S)
-            self._take_lock()
-            if child.told and code:
-                say(f"go on with `{self._way_on()}`")
-            if child.told and code < 0:
-                return SIGNALLED + child.told  # it was killed, since it did not end in time
             if child.told or code == 0:
-                return code
+                self._clear()
+                if code:
+                    say(f"go on with `{self._way_on()}`")
+                # Negative: it was killed, since it did not end in time.
+                return SIGNALLED + child.told if code < 0 else code
             end = self._end(code, before, memory_kills() > kills)
             if self._goes_around(end, words):
+                self._clear()
                 continue
             decision = self._rules.decide(end, ran_before=bool(self._tried))
             if decision.wait_s is None:
+                self._clear()
                 return self._give_up(end, decision)
+            # Before what the start has left ends, which takes seconds.
             self._tell(end, decision, time.monotonic() - child.begun)
-            time.sleep(decision.wait_s)
+            begins = time.monotonic() + decision.wait_s
+            self._clear()
+            time.sleep(max(0.0, begins - time.monotonic()))
+
+    def _clear(self) -> None:
+        """After a start: nothing of it is left, and nobody else begins."""
+        end_leftovers(GRACE_S)
+        self._take_lock()
 
     def _take_lock(self) -> None:
         """Between two starts nobody else may begin. Before the first there may be no directory."""

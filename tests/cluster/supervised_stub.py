@@ -99,8 +99,10 @@ def flip(path: Path) -> None:
 
 
 def begin_another() -> None:
-    """A process that stays when this one ends, as Ray's do."""
-    other: Any = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    """A process that stays when this one ends, as Ray's do; while it lives, it touches the file `alive`."""
+    work = "touch alive; echo; while touch alive; do sleep 0.02; done"
+    other: Any = subprocess.Popen(["sh", "-c", work], start_new_session=True, stdout=subprocess.PIPE)
+    other.stdout.readline()
     Path("other").write_text(str(other.pid))
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +179,13 @@ def test_between_two_starts_nobody_else_begins_and_a_signal_ends_it(place: Place
     assert err.endswith("`rlhf-dist train run.yaml --supervise faults.backoff_s=60 --resume`\n")
 
 
-def test_nothing_of_a_killed_child_is_left_for_the_next(place: Place) -> None:
+def test_the_end_of_a_child_is_told_at_once_and_nothing_of_it_is_left_for_the_next(place: Place) -> None:
     gone = "assert not os.path.exists(f'/proc/{Path(\"other\").read_text()}')"
     code, err = place.run(script=[(1, f"begin_another(); {SIGKILL}"), (1, gone)])
     assert code == 0, err
+    (event,) = restarts(place)
+    told = datetime.fromisoformat(event["time"]).timestamp()
+    assert told < (place.folder / "alive").stat().st_mtime, "before what it left had ended"
 
 
 def test_the_end_of_the_parent_ends_the_child_in_order(place: Place) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class Healed:
 
     path: Path
     finished: Finished
+    killed: list[float]
+    """When the controllers were, in seconds since 1970."""
     left: list[str]
     """Processes that were there after the end."""
 
@@ -84,7 +87,7 @@ def in_the_middle(run: Path, step: int) -> bool:
 
 
 def controllers(parent: subprocess.Popen[str]) -> list[psutil.Process]:
-    """One, or none between two starts."""
+    """Of the start that is under way; none between two starts."""
     found: list[psutil.Process] = []
     for child in psutil.Process(parent.pid).children():
         with suppress(psutil.NoSuchProcess):  # or a zombie
@@ -94,15 +97,29 @@ def controllers(parent: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def raylets(parent: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [each for each in family(parent.pid) if each.name() == "raylet"]
+    """Of the start that is under way: what an earlier one has left is the parent's own for a while."""
+    found: list[psutil.Process] = []
+    for each in [each for controller in controllers(parent) for each in family(controller.pid)]:
+        with suppress(psutil.NoSuchProcess):
+            if each.name() == "raylet":
+                found.append(each)
+    return found
 
 
-def disturb(place: Workplace, parent: subprocess.Popen[str]) -> None:
-    """In step 2, in step 4, and three times before it; each once the parent has told of the one before."""
-    run, hold = place.output / NAME, place.folder / "hold"
+def disturb(place: Workplace, parent: subprocess.Popen[str]) -> list[float]:
+    """In step 2, in step 4, and three times before it; each once the parent has told of the one before.
+
+    Returns when the controllers were killed, in seconds since 1970.
+    """
+    run, hold, killed = place.output / NAME, place.folder / "hold", list[float]()
 
     def restarted(times: int) -> Callable[[], bool]:
         return lambda: len(events(run, "restart")) == times
+
+    def kill_controller() -> None:
+        killed.append(time.time())
+        controllers(parent)[0].kill()
+        wait_until(restarted(2 + len(killed)), parent)
 
     wait_until(lambda: in_the_middle(run, 1), parent)
     os.kill(controllers(parent)[0].pid, signal.SIGTERM)
@@ -113,13 +130,12 @@ def disturb(place: Workplace, parent: subprocess.Popen[str]) -> None:
     wait_until(restarted(2), parent)
     hold.unlink()
     wait_until(lambda: bool(raylets(parent)), parent)
-    controllers(parent)[0].kill()
-    wait_until(restarted(3), parent)
-    for number in range(RANDOM_KILLS):
+    kill_controller()
+    for _ in range(RANDOM_KILLS):
         wait_until(lambda: bool(controllers(parent)), parent)
         time.sleep(random.uniform(0.0, LATEST_S))
-        controllers(parent)[0].kill()
-        wait_until(restarted(4 + number), parent)
+        kill_controller()
+    return killed
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +148,13 @@ def healed(shared_run: SharedRun) -> Healed:
     words = [f"name={NAME}", f"model.path={place.output / 'sft'}", "rollout.workers=1", *rewards]
     parent = place.start("train", *words, "--supervise", "faults.backoff_s=0.2", "faults.restarts=5")
     try:
-        disturb(place, parent)
+        killed = disturb(place, parent)
         finished = place.finish(parent)
     finally:
         end(parent)
         (place.folder / "hold").unlink(missing_ok=True)
     left = [process.name() for process in psutil.process_iter() if of(place.folder, process)]
-    return Healed(run, finished, left)
+    return Healed(run, finished, killed, left)
 
 
 def of(folder: Path, process: psutil.Process) -> bool:
@@ -162,6 +178,11 @@ def test_each_end_has_its_class_and_goes_on_from_the_newest_step(healed: Healed)
     restarts = [event["message"] for event in healed.events("restart")]
     assert "stopped by SIGTERM (step 1 is saved)" in restarts[0] and restarts[0].endswith("from step-1")
     assert "raylet" in restarts[1] and "the command was killed by SIGKILL" in restarts[2]
+
+
+def test_the_end_of_a_controller_is_told_at_once(healed: Healed) -> None:
+    told = [datetime.fromisoformat(event["time"]).timestamp() for event in healed.events("restart")[2:]]
+    assert max(after - killed for after, killed in zip(told, healed.killed, strict=True)) < 2.0
 
 
 def test_the_stop_saved_the_step_that_no_checkpoint_was_due_for(healed: Healed) -> None:
