@@ -59,7 +59,12 @@ class ActorTimeout(RunError):
 
 
 class CommandHung(ActorTimeout):
-    """The command itself has not come to its inbox for too long; what is left to do has little time."""
+    """The command itself has not come to its inbox for too long."""
+
+    def __init__(self, message: str, until: float = 0.0) -> None:
+        """`until`: when the process is ended, whatever it still does; by `time.monotonic`."""
+        super().__init__(message)
+        self.until = until
 
 
 class ActorLost(RunError):

@@ -11,32 +11,33 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf_dist.errors import CommandHung
+from rlhf_dist.loop.run_end import CLOSE_S
 
 KEY = "faults.step_s"
 LOOKS = 20
 """In the limit."""
-GRACE_S = 60.0
-"""For the first thread to end in order."""
 FILE = "command.txt"
 HANGS = signal.SIGUSR1
 
 
 @contextmanager
-def hang_alarm(limit_s: float, looked: Callable[[], float], folder: Path, grace_s: float = GRACE_S) -> Iterator[None]:
+def hang_alarm(limit_s: float, looked: Callable[[], float], folder: Path, grace_s: float = CLOSE_S) -> Iterator[None]:
     """In the block the main thread raises `CommandHung` once `looked` has given the same for `limit_s`; 0: never.
 
     The stacks of the command are written into `folder`. A time in which the process was stopped counts as one look.
+    `grace_s`: for the main thread to end in order then.
     """
     if not limit_s or threading.current_thread() is not threading.main_thread():
         yield
         return
     over, place = threading.Event(), folder / FILE
-    before = signal.signal(HANGS, lambda *_: _raise(limit_s, place, over))
+    before = signal.signal(HANGS, lambda *_: _raise(limit_s, place, over, grace_s))
     watching = threading.Thread(
         target=_watch, args=(limit_s, looked, place, over, grace_s), daemon=True, name="hang alarm"
     )
@@ -49,9 +50,10 @@ def hang_alarm(limit_s: float, looked: Callable[[], float], folder: Path, grace_
         signal.signal(HANGS, before)
 
 
-def _raise(limit_s: float, place: Path, over: threading.Event) -> None:
+def _raise(limit_s: float, place: Path, over: threading.Event, grace_s: float) -> None:
     if not over.is_set():
-        raise CommandHung(f"the command itself has hung for {limit_s:g} s ({KEY}); where it was is in {place}")
+        text = f"the command itself has hung for {limit_s:g} s ({KEY}); where it was is in {place}"
+        raise CommandHung(text, until=time.monotonic() + grace_s)
 
 
 def _watch(limit_s: float, looked: Callable[[], float], place: Path, over: threading.Event, grace_s: float) -> None:

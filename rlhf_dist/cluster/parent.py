@@ -28,7 +28,7 @@ from rlhf_dist.errors import SIGNALLED, DataError, DiskError
 from rlhf_dist.loop.restarts import SUPERVISED, Decision, End, Restarts, without_resume
 from rlhf_dist.loop.resume_point import other_point
 from rlhf_dist.loop.run_directory import never_began, write_json
-from rlhf_dist.loop.run_end import FAILED, OUTCOME, REACHED_STEP
+from rlhf_dist.loop.run_end import CLOSE_S, FAILED, OUTCOME, REACHED_STEP
 from rlhf_dist.loop.run_lock import INHERITED, LOCK_FILE, require_place, take_lock
 from rlhf_dist.models.checkpoints import checkpoint_steps, latest_checkpoint
 from rlhf_dist.models.guarded_files import read_json
@@ -36,8 +36,6 @@ from rlhf_dist.telemetry.sinks import EVENTS_FILE, METRICS_FILE, EventLog
 
 GRACE_S = 3.0
 """For the processes of a child that has ended, to end by themselves."""
-CLOSE_S = 60.0
-"""For a child to close what it has open, beyond `faults.save_on_stop_s`, once it is told to end."""
 HALTED_LIMIT_S = 15.0
 """A child that is stopped, while its parent is not, is as good as dead. Ctrl-Z stops both."""
 POLL_S = 0.2

@@ -28,8 +28,6 @@ from rlhf_dist.weights.shared_memory import SHARED_MEMORY, size_text
 
 COPIES = 2
 """Of the state, at most, while it is copied: in the memory of the ranks, and in the folder."""
-
-
 PIECE = 1 << 26
 """Bytes that are brought to the disk at once."""
 LEFT_FREE = 10
@@ -76,6 +74,51 @@ def shortage(nbytes: int, besides: int = 0) -> str:
     return ""
 
 
+class Writing:
+    """One checkpoint on its way to the disk."""
+
+    def __init__(
+        self,
+        step: int,
+        directory: RunDirectory,
+        work: Callable[[Callable[[], object]], Path],
+        *,
+        limit_s: float,
+        start: Start = in_a_thread,
+    ) -> None:
+        """Begin `work`, which calls its argument as it goes on. `limit_s`: for a time in which it does not."""
+        self.name = f"{CHECKPOINT_PREFIX}{step}"
+        self.given_up = False
+        """It has made no progress for too long: nobody waits again."""
+        self._place, self._limit_s = directory.checkpoints, limit_s
+        self._moves = 0
+        self._pending = start(partial(work, self._moved))
+
+    def done(self) -> bool:
+        """Whether it has come to its end, also to a bad one."""
+        return self._pending.done()
+
+    def result(self, wait_s: float) -> Path | None:
+        """The checkpoint; None where it takes longer than `wait_s`. Raises what went wrong with it, and DiskError where
+        it is given up."""
+        until = time.monotonic() + wait_s
+        still, seen = Patience(self._limit_s), self._moves
+        while still.left:
+            left = max(0.0, until - time.monotonic())
+            if (final := still.wait(partial(_result, self._pending, left))) is not None or not left:
+                return final
+            if self._moves != seen:
+                still, seen = Patience(self._limit_s), self._moves
+        self.given_up = True
+        raise DiskError(
+            f"{self._place}: {self.name}: the disk has made no progress for {self._limit_s:g} s (learner.timeout_s); "
+            "the checkpoint before it is intact"
+        )
+
+    def _moved(self) -> None:
+        self._moves += 1
+
+
 class BackgroundWriter:
     """One checkpoint on its way."""
 
@@ -93,15 +136,13 @@ class BackgroundWriter:
         checkpoint, about. `limit_s`: `learner.timeout_s`, for a time in which the disk makes no progress, too."""
         self._directory, self._memory, self._nbytes = directory, memory, nbytes
         self._limit_s, self._start, self._lacks = limit_s, start, lacks
-        self._pending: tuple[int, Pending] | None = None
-        self._moves = 0  # grows while a checkpoint is written
-        self._given_up = False
+        self._writing: Writing | None = None
         self.refused = False
         """Whether the last checkpoint had to be written while training waited; the reason was told."""
 
     def begin(self, step: int) -> Path:
         """An empty folder for the ranks to fill. Nothing is under way. Raises `NoMemory` where there is no room."""
-        assert self._pending is None
+        assert self._writing is None
         for left in self._memory.glob("*.copy"):  # ranks may have gone on to fill one that was dropped
             shutil.rmtree(left, ignore_errors=True)
         if reason := self._lacks(self._nbytes):
@@ -126,13 +167,13 @@ class BackgroundWriter:
             raise NoMemory(f"{missing[0]} did not arrive in the memory of the command's node")
         self._nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
-        def work() -> Path:
-            copy_tree(folder, self._directory.begin_checkpoint(step), self._moved)
-            final = self._directory.commit_checkpoint(step, keep, state, needed, best, self._moved)
+        def work(moved: Callable[[], object]) -> Path:
+            copy_tree(folder, self._directory.begin_checkpoint(step), moved)
+            final = self._directory.commit_checkpoint(step, keep, state, needed, best, moved)
             shutil.rmtree(folder, ignore_errors=True)
             return final
 
-        self._pending = step, self._start(work)
+        self._writing = Writing(step, self._directory, work, limit_s=self._limit_s, start=self._start)
 
     def drop(self, step: int) -> None:
         """The folder of `begin` is not written."""
@@ -144,43 +185,23 @@ class BackgroundWriter:
         `wait_s`: seconds for the one under way, at most. It stays under way where it is the wait that ends. Raises what
         went wrong with it, once: `DiskError`.
         """
-        if self._pending is None:
-            return None
-        step, pending = self._pending
-        if (not wait_s or self._given_up) and not pending.done():
+        writing = self._writing
+        if writing is None or ((not wait_s or writing.given_up) and not writing.done()):
             return None
         try:
-            final = self._wait(step, pending, wait_s)
+            final = writing.result(wait_s)
         except (KeyboardInterrupt, CommandHung):
             raise  # of whoever waits: the thread goes on
         except BaseException:
-            self._pending = None if pending.done() else self._pending
+            self._writing = None if writing.done() else writing
             raise
         if final is not None:
-            self._pending = None
+            self._writing = None
         return final
-
-    def _wait(self, step: int, pending: Pending, wait_s: float) -> Path | None:
-        until = time.monotonic() + wait_s
-        still, seen = Patience(self._limit_s), self._moves
-        while still.left:
-            left = max(0.0, until - time.monotonic())
-            if (final := still.wait(partial(_result, pending, left))) is not None or not left:
-                return final
-            if self._moves != seen:
-                still, seen = Patience(self._limit_s), self._moves
-        self._given_up = True  # nobody waits again
-        raise DiskError(
-            f"{self._directory.checkpoints}: {CHECKPOINT_PREFIX}{step}: the disk has made no progress for "
-            f"{self._limit_s:g} s (learner.timeout_s); the checkpoint before it is intact"
-        )
-
-    def _moved(self) -> None:
-        self._moves += 1
 
     def under_way(self) -> str:
         """The name of the checkpoint that is being written; empty where none is."""
-        return f"{CHECKPOINT_PREFIX}{self._pending[0]}" if self._pending else ""
+        return self._writing.name if self._writing else ""
 
     def _folder(self, step: int) -> Path:
         return self._memory / f"{CHECKPOINT_PREFIX}{step}.copy"

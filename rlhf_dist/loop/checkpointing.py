@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,10 +14,13 @@ from rlhf_dist.loop.best_checkpoints import Best
 from rlhf_dist.loop.kept_state import in_memory
 from rlhf_dist.loop.ports import Stop
 from rlhf_dist.loop.run_directory import RunDirectory
+from rlhf_dist.loop.run_end import CLOSE_S
 from rlhf_dist.models.checkpoints import step_of
 from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.run_telemetry import Telemetry
 
+TO_END_S = 15.0
+"""Of the time for a command to close what it has open, for what comes after its checkpoints."""
 Fill = Callable[[Path], Sequence[str]]
 """Have every process write its part into a folder; the files that tell that all is there."""
 
@@ -88,24 +92,36 @@ def settle(run: Writes, wait_s: float = math.inf) -> None:
 def settle_at_the_end(run: Writes, error: BaseException) -> bool:
     """The same where the run ends by an error; whether nothing is under way any more.
 
-    Where the command is told to end, nobody waits for longer than that may take; nor at all where it has hung, and has
-    little time to end. What is not there by then counts for nothing.
+    Where the command is told to end, nobody waits for longer than that may take. What is not there by then counts for
+    nothing.
     """
+    limit_s = run.stop.left_s() if isinstance(error, KeyboardInterrupt) and not hung(error) else time_to_end(run, error)
     try:
-        settle(run, _time_for(run, error))
+        settle(run, limit_s)
     except RlhfError as other:
         run.telemetry.warn(str(other))
     finally:
         left = "" if run.background is None else run.background.under_way()
         if left:
-            run.telemetry.warn(f"{left} was not written to its end")
+            run.telemetry.warn(f"{left} was not written to its end{within(limit_s)}")
     return not left
 
 
-def _time_for(run: Writes, error: BaseException) -> float:
-    if isinstance(error, CommandHung) or isinstance(error.__cause__, CommandHung):
-        return 0.0
-    return run.stop.left_s() if isinstance(error, KeyboardInterrupt) else math.inf
+def time_to_end(run: Writes, error: BaseException) -> float:
+    """Seconds in which a run that ends by this error may still write what only memory has."""
+    if by := hung(error):
+        return max(0.0, by.until - time.monotonic() - TO_END_S)
+    return run.stop.left_s() + CLOSE_S - TO_END_S if isinstance(error, KeyboardInterrupt) else math.inf
+
+
+def hung(error: BaseException) -> CommandHung | None:
+    """What the run ends by, where the command has hung; also one that was told to end."""
+    return next((one for one in (error, error.__cause__) if isinstance(one, CommandHung)), None)
+
+
+def within(limit_s: float) -> str:
+    """Of what took too long: the time that it had; empty where that was none, or any."""
+    return "" if not limit_s or math.isinf(limit_s) else f": there were {limit_s:.0f} s left for it"
 
 
 def _tell(run: Writes, checkpoint: Path) -> None:

@@ -8,14 +8,15 @@ way are cancelled, and the collator forgets all that it has.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from rlhf_dist.errors import ActorLost, RanksLost, RanksSilent, RlhfError
-from rlhf_dist.loop.background_writer import copy_tree
+from rlhf_dist.errors import ActorLost, DataError, RanksLost, RanksSilent, RlhfError
+from rlhf_dist.loop.background_writer import Writing, copy_tree
 from rlhf_dist.loop.best_checkpoints import best_of
-from rlhf_dist.loop.checkpointing import settle, settle_at_the_end
+from rlhf_dist.loop.checkpointing import settle, settle_at_the_end, time_to_end, within
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.devices import Devices
 from rlhf_dist.loop.numbers_faults import Numbers, RolledBack
@@ -49,8 +50,8 @@ def train_to_the_end(run: Run, state: State | None) -> Outcome:
             if state is None:
                 put_back(began, run.stream, run.shaper, run.watch)
     except BaseException as error:
-        if settle_at_the_end(run, error):
-            bring_to_disk(run)
+        free = settle_at_the_end(run, error)
+        bring_to_disk(run, time_to_end(run, error) if free else 0.0)
         raise
 
 
@@ -155,24 +156,38 @@ def sound_before(checkpoint: Path) -> Path | None:
     return next((other for other in others if not problems(other)), None)
 
 
-def bring_to_disk(run: Run) -> None:
-    """At the end of a run that failed, or was stopped: a state that only memory holds becomes a checkpoint."""
+def bring_to_disk(run: Run, limit_s: float) -> None:
+    """At the end of a run that failed, or was stopped: a state that only memory holds becomes a checkpoint.
+
+    `limit_s`: for that; 0: it is not begun.
+    """
     kept = None if run.kept is None else run.kept.newest()
     if kept is None:
         return
-    step = step_of(kept)
+    step, final = step_of(kept), None
     try:
         saved = run.directory.latest_checkpoint()
-        if problems(kept) or (saved is not None and step_of(saved) >= step):
+        if saved is not None and step_of(saved) >= step:
             return
-        folder = run.directory.begin_checkpoint(step)
-        copy_tree(kept, folder)
-        loop, state = run.config.loop, asdict(read_state(kept))
-        final = run.directory.commit_checkpoint(step, loop.keep_checkpoints, state, best=best_of(loop))
+        if limit_s:
+            write = partial(written, run, kept)
+            final = Writing(step, run.directory, write, limit_s=run.config.learner.timeout_s).result(limit_s)
     except RlhfError as error:
         run.telemetry.warn(f"the state of step {step} in memory could not be saved: {error}")
         return
+    if final is None:
+        run.telemetry.warn(f"the state of step {step}, which only memory had, was not saved{within(limit_s)}")
+        return
     run.telemetry.event("checkpoint", f"wrote {final}, from memory", step=step)
+
+
+def written(run: Run, kept: Path, moved: Callable[[], object]) -> Path:
+    """The checkpoint that is made from a state in memory; see `Writing`. Raises `DataError` where that is damaged."""
+    if found := problems(kept):
+        raise DataError(found[0])
+    step, loop, state = step_of(kept), run.config.loop, asdict(read_state(kept))
+    copy_tree(kept, run.directory.begin_checkpoint(step), moved)
+    return run.directory.commit_checkpoint(step, loop.keep_checkpoints, state, best=best_of(loop), moved=moved)
 
 
 def is_kept(run: Run, folder: Path) -> bool:

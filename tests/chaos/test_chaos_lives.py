@@ -119,7 +119,7 @@ MISTAKES: dict[str, tuple[tuple[Fault, ...], Mistake]] = {
     "what is in memory is not used": ((LATE,), Mistake(without_memory, ["repeated"])),
     "what is in memory is not brought to the disk": (
         OFTEN,
-        Mistake(lambda p: p.setattr(rebuilding, "bring_to_disk", lambda _: None), ["saved"]),
+        Mistake(lambda p: p.setattr(rebuilding, "bring_to_disk", lambda *_: None), ["saved"]),
     ),
     "what is in memory stays there": (
         (),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from test_rebuilding import Learner, Ranks, config, healing, nothing, once
 from rlhf_dist.errors import CommandHung, DiskError, RanksLost, RlhfError
 from rlhf_dist.loop import background_writer, rebuilding
 from rlhf_dist.loop.background_writer import BackgroundWriter, Pending, Start, in_a_thread, shortage
-from rlhf_dist.loop.checkpointing import settle_at_the_end
+from rlhf_dist.loop.checkpointing import TO_END_S, settle_at_the_end
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.loop.rebuilding import train_to_the_end
 from rlhf_dist.loop.rl_training import Run, train
@@ -203,13 +204,15 @@ def test_an_error_of_another_kind_waits_for_it(tmp_path: Path) -> None:
     assert newest(run) == "step-3"
 
 
-def test_a_command_that_has_hung_does_not_wait_for_it(tmp_path: Path) -> None:
-    """It is ended a minute later, whatever it does."""
-    run = in_background(tmp_path, Deferred, policy=Learner(fault=once("update", 4, CommandHung)))
+@pytest.mark.parametrize(("left_s", "saved"), [(LIMIT_S, "step-3"), (0.0, "step-2")], ids=["in time", "too late"])
+def test_a_command_that_has_hung_waits_for_it_as_long_as_it_lives(tmp_path: Path, left_s: float, saved: str) -> None:
+    hangs = once("update", 4, partial(CommandHung, until=time.monotonic() + TO_END_S + left_s))
+    run = in_background(tmp_path, Deferred, policy=Learner(fault=hangs))
     with pytest.raises(CommandHung):
         train_to_the_end(run, None)
     close(run)
-    assert newest(run) == "step-2" and warnings(run.directory) == ["step-3 was not written to its end"]
+    assert newest(run) == saved
+    assert warnings(run.directory) == ([] if left_s else ["step-3 was not written to its end"])
 
 
 @pytest.mark.parametrize("call", [("update", 3), ("save", 3)])
@@ -307,12 +310,12 @@ class Interrupted:
 def test_where_the_wait_is_interrupted_it_is_under_way_and_nobody_else_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, others = in_background(tmp_path, Interrupted), list[Run]()
-    monkeypatch.setattr(rebuilding, "bring_to_disk", others.append)
+    run, others = in_background(tmp_path, Interrupted), list[float]()
+    monkeypatch.setattr(rebuilding, "bring_to_disk", lambda _, limit_s: others.append(limit_s))
     with pytest.raises(KeyboardInterrupt):
         train_to_the_end(run, None)
     close(run)
-    assert others == [] and warnings(run.directory) == ["step-1 was not written to its end"]
+    assert others == [0.0] and warnings(run.directory) == ["step-1 was not written to its end"]
 
 
 def test_a_disk_that_does_not_answer_is_named_and_holds_up_no_end(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def healing(respawns: int = 3) -> Healing:
     return Healing(kinds, respawns=respawns, window_s=600.0, pulse_s=1e9, start_s=1e9)
 
 
-def once(call: str, number: int, error: type[Exception] = RanksLost) -> Fault:
+def once(call: str, number: int, error: Callable[[str], Exception] = RanksLost) -> Fault:
     def fault(found: str, count: int) -> None:
         if (found, count) == (call, number):
             raise error(f"{RANK} died during '{call}'")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,13 +17,15 @@ from test_loop_rl_training import STEPS
 from test_rebuilding import WEIGHTS, Ran, config, nothing, once, whole
 from test_saving import Told
 
-from rlhf_dist.errors import ActorLost, NoMemory, RanksLost
+from rlhf_dist.errors import ActorLost, CommandHung, NoMemory, RanksLost
+from rlhf_dist.loop.checkpointing import TO_END_S
 from rlhf_dist.loop.kept_state import KeptState
 from rlhf_dist.loop.rebuilding import train_to_the_end
 from rlhf_dist.loop.train_state import read_state
 from rlhf_dist.models.checkpoints import problems
 
 memory, make = test_kept_state.memory, test_rebuilding.make
+LIMIT_S = 20.0
 
 
 def test_one_that_is_told_to_end_right_after_it_saves_what_was_in_memory_alone(make: Callable[..., Ran]) -> None:
@@ -76,6 +82,33 @@ def test_a_run_that_ends_brings_the_state_that_only_memory_has_to_the_disk(
     saved = ran.run.directory.latest_checkpoint()
     assert saved is not None and saved.name == "step-2" and problems(saved) == []
     assert read_state(saved).step == 2
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_command_that_has_hung_brings_it_to_the_disk_as_long_as_it_lives(
+    make: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    """Where the disk does not answer in that time, either, it says what is lost."""
+    again, send = threading.Event(), os.sendfile
+
+    def waits(*words: Any) -> int:
+        assert again.wait(LIMIT_S)
+        return send(*words)
+
+    left_s = LIMIT_S if answers else 0.2
+    ran = make(once("update", 3, partial(CommandHung, until=time.monotonic() + TO_END_S + left_s)), config(0, 1))
+    if not answers:
+        monkeypatch.setattr(os, "sendfile", waits)
+    with pytest.raises(CommandHung):
+        train_to_the_end(ran.run, None)
+    saved = ran.run.directory.latest_checkpoint()
+    told = [event["message"] for event in ran.events if event["kind"] == "warning"]
+    if answers:
+        assert saved is not None and saved.name == "step-2" and told == []
+    else:
+        lost = "the state of step 2, which only memory had, was not saved: there were 0 s left for it"
+        assert saved is None and told == [lost]
+    again.set()
 
 
 def test_what_the_disk_has_already_is_not_written_again(make: Callable[..., Ran]) -> None:
