@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,6 @@ class Healed:
 
     path: Path
     finished: Finished
-    killed: list[float]
-    """When the controllers were, in seconds since 1970."""
     left: list[str]
     """Processes that were there after the end."""
 
@@ -106,20 +103,12 @@ def raylets(parent: subprocess.Popen[str]) -> list[psutil.Process]:
     return found
 
 
-def disturb(place: Workplace, parent: subprocess.Popen[str]) -> list[float]:
-    """In step 2, in step 4, and three times before it; each once the parent has told of the one before.
-
-    Returns when the controllers were killed, in seconds since 1970.
-    """
-    run, hold, killed = place.output / NAME, place.folder / "hold", list[float]()
+def disturb(place: Workplace, parent: subprocess.Popen[str]) -> None:
+    """In step 2, in step 4, and three times before it; each once the parent has told of the one before."""
+    run, hold = place.output / NAME, place.folder / "hold"
 
     def restarted(times: int) -> Callable[[], bool]:
         return lambda: len(events(run, "restart")) == times
-
-    def kill_controller() -> None:
-        killed.append(time.time())
-        controllers(parent)[0].kill()
-        wait_until(restarted(2 + len(killed)), parent)
 
     wait_until(lambda: in_the_middle(run, 1), parent)
     os.kill(controllers(parent)[0].pid, signal.SIGTERM)
@@ -130,12 +119,13 @@ def disturb(place: Workplace, parent: subprocess.Popen[str]) -> list[float]:
     wait_until(restarted(2), parent)
     hold.unlink()
     wait_until(lambda: bool(raylets(parent)), parent)
-    kill_controller()
-    for _ in range(RANDOM_KILLS):
+    controllers(parent)[0].kill()
+    wait_until(restarted(3), parent)
+    for number in range(RANDOM_KILLS):
         wait_until(lambda: bool(controllers(parent)), parent)
         time.sleep(random.uniform(0.0, LATEST_S))
-        kill_controller()
-    return killed
+        controllers(parent)[0].kill()
+        wait_until(restarted(4 + number), parent)
 
 
 @pytest.fixture(scope="module")
@@ -148,13 +138,13 @@ def healed(shared_run: SharedRun) -> Healed:
     words = [f"name={NAME}", f"model.path={place.output / 'sft'}", "rollout.workers=1", *rewards]
     parent = place.start("train", *words, "--supervise", "faults.backoff_s=0.2", "faults.restarts=5")
     try:
-        killed = disturb(place, parent)
+        disturb(place, parent)
         finished = place.finish(parent)
     finally:
         end(parent)
         (place.folder / "hold").unlink(missing_ok=True)
     left = [process.name() for process in psutil.process_iter() if of(place.folder, process)]
-    return Healed(run, finished, killed, left)
+    return Healed(run, finished, left)
 
 
 def of(folder: Path, process: psutil.Process) -> bool:
@@ -178,11 +168,6 @@ def test_each_end_has_its_class_and_goes_on_from_the_newest_step(healed: Healed)
     restarts = [event["message"] for event in healed.events("restart")]
     assert "stopped by SIGTERM (step 1 is saved)" in restarts[0] and restarts[0].endswith("from step-1")
     assert "raylet" in restarts[1] and "the command was killed by SIGKILL" in restarts[2]
-
-
-def test_the_end_of_a_controller_is_told_at_once(healed: Healed) -> None:
-    told = [datetime.fromisoformat(event["time"]).timestamp() for event in healed.events("restart")[2:]]
-    assert max(after - killed for after, killed in zip(told, healed.killed, strict=True)) < 2.0
 
 
 def test_the_stop_saved_the_step_that_no_checkpoint_was_due_for(healed: Healed) -> None:
