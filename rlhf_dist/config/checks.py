@@ -13,6 +13,7 @@ from rlhf_dist.config.keys import Command as Command, Problems, key_problems, ra
 from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.paths import path_problems
 from rlhf_dist.config.preference_checks import preference_problems
+from rlhf_dist.config.reward_kinds import KINDS
 from rlhf_dist.config.schema import Config, DataConfig
 from rlhf_dist.config.scoring_checks import scoring_problems
 from rlhf_dist.config.stop_checks import stop_problems
@@ -199,11 +200,10 @@ def _rewards(config: Config) -> Iterator[str]:
             yield f"{key}: the name {name!r} must consist of letters, digits, '_' and '-'; it names a metric"
         if (TAKEN_NAMES.fullmatch(name) or name == f"pass_at_{config.eval.samples}") and name != config.scoring.gold:
             yield f"{key}: the name {name!r} is that of another metric, reward/{name} or eval/{name}; give another"
-        if spec.kind in ("exact", "number"):
+        if KINDS[spec.kind].compares:
             yield from _answers(config.data, f"{key}.kind is {spec.kind}, which compares with the answer, but")
     best = sum(max(spec.weight, 0.0) for spec in rewards.values())
-    # The other kinds give 0 or 1.
-    open_ended = any(spec.kind in ("function", "model", "http", "gold") for spec in rewards.values())
+    open_ended = not all(KINDS[spec.kind].at_most_1 for spec in rewards.values())
     if 0 < best < config.eval.solved_at < math.inf and not open_ended:
         yield (
             f"eval.solved_at is {config.eval.solved_at}, but the weights under scoring.rewards add up to {best:g}: "

@@ -16,6 +16,7 @@ from rlhf_dist.config.keys import Given, Rule, plain
 from rlhf_dist.config.methods import METHODS, Method
 from rlhf_dist.config.paths import is_missing
 from rlhf_dist.config.patterns import pattern_problem
+from rlhf_dist.config.reward_kinds import KINDS, kinds, missing_library
 
 Test = Callable[[Any], object]
 
@@ -153,6 +154,15 @@ def a_file(config: Any, key: Given) -> str:
     return f"{key.name} is {key.shown}, a directory; {who} a file"
 
 
+def a_readable_file(config: Any, key: Given) -> str:
+    """A file that is there, where one is named."""
+    if not key.value or os.path.isfile(key.value):
+        return ""
+    what = "a directory" if os.path.isdir(key.value) else "which does not exist"
+    looked = "" if Path(key.value).is_absolute() else f" (looked in {Path.cwd()})"
+    return f"{key.name} is {key.shown}, {what}{looked}; give a file"
+
+
 def a_pattern(spec: Any, key: Given) -> str:
     """A regular expression."""
     wrong = pattern_problem(key.value) if spec.kind == "regex" else ""
@@ -185,6 +195,16 @@ def a_variable(spec: Any, key: Given) -> str:
     return ""
 
 
+def needs_library(spec: Any, key: Given) -> str:
+    """A kind whose library is installed."""
+    missing = missing_library(key.value)
+    return f"{key.name} is {key.value}, which {missing}" if missing else ""
+
+
+NEEDS_A_LENGTH = says(
+    lambda spec, key: spec.kind == "length" and (not (spec.length.min or key.value) or 0 < key.value < spec.length.min),
+    "{key.name} is {key.value} with length.min {c.length.min}; kind length needs one of them, and max not below min",
+)
 NEEDS_PATTERN = needed("kind regex needs one, as in pattern: '<answer>.*</answer>'", lambda spec: spec.kind == "regex")
 NEEDS_MODEL = needed(
     "kind model needs a reward model's directory, hub name or run directory", lambda spec: spec.kind == "model"
@@ -243,14 +263,14 @@ PTX_WEIGHT = where("ptx.coef", bool, "take it out, or give ptx.coef a weight")
 PTX_PATH = needed(
     "ptx.source {c.ptx.source} needs the path of its data", lambda c: c.ptx.coef and c.ptx.source != "task"
 )
-PROCESSES = ("number", "regex", "function")
-"""Kinds of rewards that have a process of their own."""
 NEEDS_BUBBLEWRAP = says(
     lambda spec, key: key.value and bubblewrap_problem(),
     "{key.name} is true, and " + MISSING + "; or set it to false to run the reward without a sandbox",
 )
 SANDBOXED = where("sandbox", bool, "set that to true, or take it out")
-OF_FILES: frozenset[Rule] = frozenset({a_file, a_variable, DATA_PATH, PTX_PATH, NEEDS_MODEL, NEEDS_BUBBLEWRAP})
+OF_FILES: frozenset[Rule] = frozenset(
+    {a_file, a_readable_file, a_variable, DATA_PATH, PTX_PATH, NEEDS_MODEL, NEEDS_BUBBLEWRAP, needs_library}
+)
 """Rules about what a training run reads, is told by its environment or has on its machine; a plan does without."""
 A_FILES_TEXT = only(
     lambda c: c.ptx.coef == 0 or c.ptx.source != "task",
@@ -269,12 +289,13 @@ BETTER_RESPONSE = only(
     "set it to 0",
 )
 SCORES_HAVE_A_LIMIT = where("kind", but("model"), "take it out; scoring.timeout_s is its limit")
+CAN_FAIL_KINDS = kinds(lambda row: row.can_fail)
 CAN_FAIL = only(
-    lambda c: any(spec.kind in ("number", "regex", "function", "http") for spec in c.scoring.rewards.values()),
-    " and no reward is of a kind that can fail and be left out: number, regex, function or http; take it out",
+    lambda c: any(KINDS[spec.kind].can_fail for spec in c.scoring.rewards.values()),
+    f" and no reward is of a kind that can fail and be left out: {', '.join(CAN_FAIL_KINDS)}; take it out",
 )
 MASKED_FAILURES = where("scoring.on_failure", one_of("mask"), "set that to mask, or take it out")
-CAN_TAKE_LONG = where("kind", one_of("number", "regex", "function", "http"), "take it out; it cannot take long")
+CAN_TAKE_LONG = where("kind", one_of(*CAN_FAIL_KINDS), "take it out; it cannot take long")
 TURNS_NEED_CHAT = says(
     lambda c, key: c.data.source == "task" and key.value == "guess" and not c.data.chat,
     "{key.name} is {key.value} with data.chat false; its second turn needs a chat template: set data.chat to true",

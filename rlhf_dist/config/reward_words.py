@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from rlhf_dist.config.reward_kinds import KINDS
 from rlhf_dist.config.schema import Config, RewardSpec
 
-RULES = ("exact", "number", "regex", "function")
-"""Kinds that say what is right. A model's or a server's score has a scale of its own, where 1 means nothing."""
-WHERE = {"function": "function", "model": "path", "http": "url"}
+WHERE = {"function": "function", "model": "path", "http": "url", "json": "schema"}
 """Kind -> the key that says which one it is."""
 
 
@@ -21,14 +20,14 @@ def solved_by(config: Config) -> dict[str, float]:
     """
     scoring = config.scoring
     gold = {scoring.gold: 1.0} if scoring.gold in scoring.rewards else {}
-    if gold and scoring.rewards[scoring.gold].kind in RULES:
+    if gold and KINDS[scoring.rewards[scoring.gold].kind].right:
         return gold
-    rules = {name: spec for name, spec in scoring.rewards.items() if spec.kind in RULES}
+    rules = {name: spec for name, spec in scoring.rewards.items() if KINDS[spec.kind].right}
     weights = {name: spec.weight for name, spec in rules.items()}
     if not any(weights.values()):
         weights = dict.fromkeys(rules, 1.0)
-    open_ended = any(spec.kind == "function" and weights[name] for name, spec in rules.items())
-    best = sum(max(weight, 0.0) for weight in weights.values())  # the other kinds give 0 or 1
+    open_ended = any(not KINDS[spec.kind].at_most_1 and weights[name] for name, spec in rules.items())
+    best = sum(max(weight, 0.0) for weight in weights.values())
     return weights if open_ended or (rules and best >= config.eval.solved_at) else gold
 
 
@@ -54,7 +53,7 @@ def reward_lines(config: Config) -> list[str]:
 
 
 def _one(spec: RewardSpec) -> str:
-    which = f" {getattr(spec, WHERE[spec.kind])}" if spec.kind in WHERE else ""
+    which = f" {getattr(spec, WHERE[spec.kind])}".rstrip() if spec.kind in WHERE else ""
     weight = f"weight {spec.weight:g}" if spec.weight else "weight 0, measured only"
     verified = " with math-verify" if spec.kind == "number" and has_math_verify() else ""
     return f"{spec.kind}{verified}{which}, {weight}"

@@ -20,7 +20,6 @@ from rlhf_dist.config.keys import (
     SHARE_ABOVE_0,
     Range,
     key,
-    unseen,
     used_by,
 )
 from rlhf_dist.config.learning import (
@@ -38,6 +37,7 @@ from rlhf_dist.config.learning import (
     ShapingConfig as ShapingConfig,
 )
 from rlhf_dist.config.numbers_keys import NumbersConfig as NumbersConfig
+from rlhf_dist.config.reward_keys import LengthConfig as LengthConfig, RewardSpec as RewardSpec
 
 
 @dataclass(frozen=True)
@@ -157,40 +157,6 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
-class RewardSpec:
-    kind: Literal["exact", "number", "regex", "function", "model", "http", "gold"] = "exact"
-    """exact: the answer itself; number: its value; regex, function, model, http: see `pattern`, `function`, `path`,
-    `url`; gold: the true reward of the built-in task `describe`."""
-    weight: float = key(1.0, ANY)
-    """Factor in the total; 0: measured and shown only."""
-    pattern: str = key("", effects.of_kind("regex"), effects.NEEDS_PATTERN, effects.a_pattern, shown=repr)
-    """kind regex: reward 1 where it matches the whole response (Python syntax, dot matches newlines)."""
-    function: str = key("", effects.of_kind("function"), effects.a_function, shown=repr)
-    """kind function: `package.module:function`, called with (prompts, responses, answers), lists of strings; returns as
-    many numbers."""
-    path: str = key("", effects.of_kind("model"), effects.NEEDS_MODEL, effects.A_REWARD_MODEL, shown=repr)
-    """kind model: a reward model with one label: a Hugging Face directory or hub name, or a run directory."""
-    normalize: bool = key(True, effects.of_kind("model"), shown=repr)
-    """kind model: centre and scale by the held-out mean and deviation stored with the model, where there are any."""
-    url: str = key("", effects.of_kind("http"), effects.an_address, shown=unseen)
-    """kind http: address of a reward server (`rlhf-dist serve-reward`), as in http://127.0.0.1:8070/score."""
-    token_env: str = key("", effects.of_kind("http"), effects.a_variable, shown=unseen)
-    """kind http: environment variable that holds the server's token; the token itself never stands in a config."""
-    retries: int = key(3, Range("between 0 and 20", lambda x: 0 <= x <= 20), effects.of_kind("http"))
-    """kind http: further tries after one that failed."""
-    timeout_s: float = key(30.0, LIMIT_S, effects.SCORES_HAVE_A_LIMIT, effects.CAN_TAKE_LONG)
-    """kind regex, function, http, and number with math-verify: limit for the responses of one prompt group.
-    `scoring.timeout_s` is the limit for all rewards together, kind model included."""
-    sandbox: bool = key(False, effects.of_kind(*effects.PROCESSES), effects.NEEDS_BUBBLEWRAP)
-    """kind function, regex, and number with math-verify: its process sees this Python and the current directory, to
-    read, and nothing else: no network, no environment, no other process. Needs bubblewrap (docs/security.md)."""
-    memory_mib: int = key(2048, COUNT, effects.SANDBOXED)
-    """With `sandbox`: memory of the reward's process and all that it starts; one that uses more is killed."""
-    keep_special_tokens: bool = key(False, effects.of_kind("exact", "number", "regex", "function", "http"), shown=repr)
-    """Show the special tokens inside a response, as in <think>, to a reward that reads text; never its end token."""
-
-
-@dataclass(frozen=True)
 class ScoringConfig:
     rewards: dict[str, RewardSpec] = field(default_factory=lambda: {"exact": RewardSpec()})
     """Name -> reward; the total is their weighted sum."""
@@ -200,9 +166,9 @@ class ScoringConfig:
     """A reward that is NaN or infinite: ends the run; or leaves its response out of training (mask); or counts as 0
     before its weight (zero)."""
     on_failure: Literal["fail", "mask"] = key("fail", effects.CAN_FAIL)
-    """A reward of kind regex, function, http, or number with math-verify, that fails: ends the run; or is asked for
-    each response of the group by itself, and those for which it fails again are left out of training (mask), whatever
-    `non_finite` says."""
+    """A reward that runs in a process of its own, asks a server, or is number with math-verify, and fails: ends the
+    run; or is asked for each response of the group by itself, and those for which it fails again are left out of
+    training (mask), whatever `non_finite` says."""
     max_failed_share: float = key(0.1, SHARE, effects.MASKED_FAILURES)
     """Largest share of a step's or an evaluation's responses without a reward (`on_failure: mask`); above it the run
     ends. 0: none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from rlhf_dist.config.reward_kinds import KINDS
 from rlhf_dist.scoring.latex import boxed, plain
 from rlhf_dist.scoring.numerals import EXPRESSION, Numeral, last_numeral, numerals
 
@@ -46,10 +47,12 @@ WRITE = "write one number as the answer: 12, -3.5, 1,234, 3/4, 50% or 12 km"
 def unreadable_answer(kind: str, answer: str) -> str | None:
     """Why a reward of this kind cannot compare with the answer, as in `it is a time or a ratio; write ...`; None where
     it can, and for kinds that compare with nothing."""
-    if kind not in ("exact", "number"):
+    if kind in KINDS and not KINDS[kind].compares:
         return None
     if not answer.strip():
         return "it is empty"
+    if kind.startswith("rouge"):
+        return _unread_words(answer, needed=2 if kind == "rouge2" else 1)
     return _unread_number(answer) if kind == "number" else None
 
 
@@ -101,6 +104,15 @@ def _unread_number(answer: str) -> str | None:
     before, after = text[: found[0].start], text[found[0].end :]
     left = before if not BEFORE.fullmatch(before) else after if not _is_unit(after) else ""
     return f"{_shown(left.strip())} beside the number is not a unit; {WRITE}" if left else None
+
+
+def _unread_words(answer: str, needed: int) -> str | None:
+    """ROUGE reads English: whatever is not a-z or a digit separates words for it."""
+    words = re.findall(r"[a-z0-9]+", answer.lower())
+    if len(words) >= needed:
+        return None
+    has = f"it has {len(words)} of the {needed} words that it needs" if words else "it has no word"
+    return f"{has}: ROUGE reads a-z and digits only, and any response would get 0; use bleu or chrf"
 
 
 def _is_unit(text: str) -> bool:

@@ -39,7 +39,8 @@ class Child:
     """One process with one task. Not for several threads at once."""
 
     def __init__(self, task: dict[str, str], sandbox: Sandbox | None = None) -> None:
-        """`task`: {"function": "module:name"}, {"pattern": text} or {"verifier": library}. The process starts here.
+        """`task`: {"function": "module:name"}, {"pattern": text}, {"verifier": library} or
+        {"library": setting}. The process starts here.
 
         `sandbox`: what it is enclosed in, which is for this process alone. Raises OSError, and ConfigError as it does.
         """

@@ -80,7 +80,7 @@ def main() -> None:
         stream.reconfigure(errors="backslashreplace", line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = [""]
     sys.path[:] = start["path"]
-    made = {"function": _function, "pattern": _pattern, "verifier": _verifier}
+    made = {"function": _function, "pattern": _pattern, "verifier": _verifier, "library": _library}
     (answer,) = [make(start[task], channel) for task, make in made.items() if task in start]
     while (request := receive(channel)) is not None:
         send(channel, answer(request))
@@ -111,6 +111,19 @@ def _verifier(library: str, channel: socket.socket) -> Callable[[Any], Any]:
     return answer
 
 
+def _library(setting: str, channel: socket.socket) -> Callable[[Any], Any]:
+    from rlhf_dist.scoring import library_main
+
+    try:
+        call = library_main.reward(json.loads(setting))
+    except BaseException as error:
+        refused = str(error) if isinstance(error, library_main.Refused) else f"loading it raised {told(error, None)}"
+        send(channel, {"refused": refused})
+        return lambda request: {"refused": "it could not be loaded"}
+    send(channel, {"loaded": setting})
+    return _calls(call, None)
+
+
 def _function(path: str, channel: socket.socket) -> Callable[[Any], Any]:
     """Imports the function and says so; after that, each request is a call."""
     try:
@@ -119,6 +132,11 @@ def _function(path: str, channel: socket.socket) -> Callable[[Any], Any]:
         send(channel, {"refused": str(refused)})
         return lambda request: {"refused": "it could not be loaded"}
     send(channel, {"loaded": path})
+    return _calls(function, module)
+
+
+def _calls(function: Callable[..., Any], module: ModuleType | None) -> Callable[[Any], Any]:
+    """(prompts, responses, answers) -> what the function gave, or why there is nothing. `module`: the user's."""
     loop = asyncio.new_event_loop()  # one for all calls: what a user opened in the first belongs to its loop
 
     def call(request: list[list[str]]) -> dict[str, Any]:

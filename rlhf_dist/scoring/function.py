@@ -1,18 +1,22 @@
-"""A user's own Python function as a reward, called in batches in a process of its own, with a limit."""
+"""A user's own Python function, or a library, as a reward: called in batches in a process of its own, with a limit."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from rlhf_dist.config.reward_kinds import KINDS, missing_library
 from rlhf_dist.config.schema import RewardSpec
 from rlhf_dist.errors import ConfigError, RewardError
 from rlhf_dist.scoring.child import Child, ChildEnded, ChildLate
 from rlhf_dist.scoring.sandbox import sandbox_of
+from rlhf_dist.scoring.texts import read_text
 from rlhf_dist.scoring.time_limits import Limit, Turn
 from rlhf_dist.scoring.values import as_float32
 
@@ -20,15 +24,54 @@ IMPORT_LIMIT_S = 60.0
 """For importing a user's module with everything that it imports."""
 
 
+@dataclass(frozen=True, slots=True)
+class Code:
+    """What runs in the process."""
+
+    task: dict[str, str]
+    """As `Child` takes it, one entry."""
+    key: str
+    """Key and value in the config, for messages."""
+    shown: str
+    """In the name of the reward."""
+    imports: str
+    """What takes time to import."""
+
+    @classmethod
+    def of(cls, name: str, spec: RewardSpec) -> Code:
+        """Of a reward of kind function, or of one that a library computes. Raises ConfigError."""
+        return cls._of_function(name, spec) if spec.kind == "function" else cls._of_library(name, spec)
+
+    @classmethod
+    def _of_function(cls, name: str, spec: RewardSpec) -> Code:
+        path, key = spec.function, f"scoring.rewards.{name}.function"
+        module, colon, attribute = path.partition(":")
+        if not (colon and module and attribute):
+            raise ConfigError(f"{key}={path!r} has to look like package.module:function")
+        return cls({"function": path}, f"{key}={path}", path, module)
+
+    @classmethod
+    def _of_library(cls, name: str, spec: RewardSpec) -> Code:
+        """Raises ConfigError for a library or a schema that is not there."""
+        key = f"scoring.rewards.{name}.kind={spec.kind}"
+        missing = missing_library(spec.kind)
+        if missing:
+            raise ConfigError(f"{key}: it {missing}")
+        setting: dict[str, Any] = {"kind": spec.kind}
+        if spec.kind == "json":
+            setting["schema"] = read_text(spec.schema, f"scoring.rewards.{name}.schema") if spec.schema else ""
+            key = f"scoring.rewards.{name}.schema={spec.schema}" if spec.schema else key
+        return cls({"library": json.dumps(setting)}, key, spec.kind, KINDS[spec.kind].library)
+
+
 class FunctionReward:
-    """Calls `package.module:function` with (prompts, responses, answers)."""
+    """Calls a function with (prompts, responses, answers)."""
 
     def __init__(self, name: str, spec: RewardSpec) -> None:
         """Starts the process and imports the function there; the current directory is searched last. Raises
         ConfigError when that fails."""
-        self._key = f"scoring.rewards.{name}.function"
-        self._path, self._timeout_s = spec.function, spec.timeout_s
-        self._label = f"the reward {name} ({spec.function})"
+        self._code, self._timeout_s = Code.of(name, spec), spec.timeout_s
+        self._label = f"the reward {name} ({self._code.shown})"
         self._limit_key = f"scoring.rewards.{name}.timeout_s"
         self._sandbox = partial(sandbox_of, spec)
         self._turn = Turn()
@@ -79,23 +122,21 @@ class FunctionReward:
         return answer
 
     def _load(self) -> Child:
-        module, colon, attribute = self._path.partition(":")
-        if not (colon and module and attribute):
-            raise ConfigError(f"{self._key}={self._path!r} has to look like package.module:function")
-        child = Child({"function": self._path}, self._sandbox())
+        key, module = self._code.key, self._code.imports
+        child = Child(self._code.task, self._sandbox())
         try:
             said = child.first_word(time.monotonic() + IMPORT_LIMIT_S)
         except ChildLate:
             raise ConfigError(
-                f"{self._key}={self._path}: importing {module} took longer than {IMPORT_LIMIT_S:g} s; do slow work in "
+                f"{key}: importing {module} took longer than {IMPORT_LIMIT_S:g} s; do slow work in "
                 "the function, or in another process"
             ) from None
         except ChildEnded as ended:
-            raise ConfigError(f"{self._key}={self._path}: importing {module} ended the process ({ended})") from None
-        if said != {"loaded": self._path}:
+            raise ConfigError(f"{key}: importing {module} ended the process ({ended})") from None
+        if said != {"loaded": next(iter(self._code.task.values()))}:
             child.close()
             why = said.get("refused") if isinstance(said, dict) else None
-            raise ConfigError(f"{self._key}={self._path}: {why or 'importing it wrote something to the run'}")
+            raise ConfigError(f"{key}: {why or 'importing it wrote something to the run'}")
         return child
 
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Protocol
 
 import numpy as np
 
+from rlhf_dist.config.reward_kinds import KINDS
 from rlhf_dist.config.schema import RewardSpec, ScoringConfig
 from rlhf_dist.data.describe import gold
 from rlhf_dist.errors import ConfigError, DataError, RewardError
+from rlhf_dist.scoring.answers import unreadable_answer
 from rlhf_dist.scoring.diversity import distinct_pairs, text_hashes
 from rlhf_dist.scoring.function import FunctionReward
 from rlhf_dist.scoring.http_client import HttpReward
+from rlhf_dist.scoring.length import length_rewards
 from rlhf_dist.scoring.non_finite import find_non_finite, refusal, zeroed
 from rlhf_dist.scoring.number import NumberReward
 from rlhf_dist.scoring.one_by_one import Given, TextReward, one_by_one
 from rlhf_dist.scoring.pattern import PatternReward
 from rlhf_dist.scoring.rules import exact_match
 from rlhf_dist.scoring.sandbox import require_sandbox
+from rlhf_dist.scoring.score_list import short
 from rlhf_dist.scoring.texts import Texts, texts_of
 from rlhf_dist.scoring.time_limits import Limit, Turn
 from rlhf_dist.types import Group, Scores
@@ -45,9 +49,6 @@ MakeModel = Callable[[str, RewardSpec], TokenReward]
 CheckModel = Callable[[str, RewardSpec], object]
 """The same, without loading: raises when it could not be."""
 
-ONE_GROUP_AT_A_TIME = ("number", "regex", "function")
-"""Kinds that have one process each."""
-
 
 class Scorer:
     """Scores by the rewards of the `scoring` section. Its methods may be called from several threads."""
@@ -63,7 +64,7 @@ class Scorer:
         self.policy, self._masks = config.non_finite, config.on_failure == "mask"
         self._models: dict[str, TokenReward] = {}
         self._texts: dict[str, TextReward] = {}
-        self._turns = {name: Turn() for name, spec in config.rewards.items() if spec.kind in ONE_GROUP_AT_A_TIME}
+        self._turns = {name: Turn() for name, spec in config.rewards.items() if KINDS[spec.kind].process}
         self._timeout_s = config.timeout_s
         self._owned: list[Closable] = []
         for name, spec in config.rewards.items():
@@ -107,7 +108,7 @@ class Scorer:
             closable.close()
 
     def _comparing(self) -> list[str]:
-        return [name for name, spec in self._specs.items() if spec.kind in ("exact", "number")]
+        return [name for name, spec in self._specs.items() if KINDS[spec.kind].compares]
 
     def _scores(
         self, texts: Texts, special: Texts, limit: Limit, by_models: Mapping[str, np.ndarray], uid: str = ""
@@ -186,7 +187,16 @@ def _label(name: str, spec: RewardSpec) -> str:
         return f"the reward server {name} ({spec.url})"
     if spec.kind == "model":
         return f"the reward model {name} ({spec.path})"
-    return f"the reward {name} ({spec.function})" if spec.function else f"the reward {name}"
+    code = spec.function or (spec.kind if KINDS[spec.kind].library else "")
+    return f"the reward {name} ({code})" if code else f"the reward {name}"
+
+
+def _require_readable(name: str, spec: RewardSpec, answers: Sequence[str]) -> None:
+    """For kinds that a library computes. Raises RewardError for an answer that it would give 0 to, whatever comes."""
+    for answer in set(answers) if spec.kind != "function" else ():
+        reason = unreadable_answer(spec.kind, answer)
+        if reason:
+            raise RewardError(f"{_label(name, spec)} cannot compare with the prompt's answer {short(answer)}: {reason}")
 
 
 def _text_reward(name: str, spec: RewardSpec, timeout_s: float) -> tuple[TextReward, list[Closable]]:
@@ -194,12 +204,19 @@ def _text_reward(name: str, spec: RewardSpec, timeout_s: float) -> tuple[TextRew
     if spec.kind == "http":
         client = HttpReward(name, spec, timeout_s)
         return client, [client]
-    if spec.kind == "function":
+    if spec.kind == "function" or KINDS[spec.kind].library:
         function = FunctionReward(name, spec)
-        return lambda texts, limit: function(texts.prompts, texts.responses, texts.answers, limit), [function]
+
+        def called(texts: Texts, limit: Limit) -> np.ndarray:
+            _require_readable(name, spec, texts.answers)
+            return function(texts.prompts, texts.responses, texts.answers, limit)
+
+        return called, [function]
     if spec.kind == "regex":
         pattern = PatternReward(name, spec)
         return lambda texts, limit: pattern(texts.responses, limit), [pattern]
+    if spec.kind == "length":
+        return lambda texts, limit: length_rewards(spec.length, texts.responses), []
     if spec.kind == "gold":
         return lambda texts, limit: gold(texts.prompts, texts.responses), []
     if spec.kind == "number":

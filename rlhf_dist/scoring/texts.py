@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from rlhf_dist.errors import ConfigError
 from rlhf_dist.types import Group, Message, Trajectory
 
 
@@ -31,6 +33,14 @@ class Texts:
             self.conversations[i : i + 1],
             self.ended[i : i + 1],
         )
+
+
+def read_text(path: str, key: str) -> str:
+    """A file of a config, whole, in UTF-8. Raises ConfigError naming the key."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key}={path}: it cannot be read here: {error}") from None
 
 
 def texts_of(group: Group, special: bool = False) -> Texts:

@@ -27,6 +27,6 @@ def test_rows() -> None:
         assert row in page
     assert all(f"| `{key.name}` |" in page for key in given(Config()))
     assert (
-        "| `scoring.rewards.NAME.kind` | `exact`, `number`, `regex`, `function`, `model`, `http`, `gold` | `exact` |"
+        "| `scoring.rewards.NAME.kind` | `exact`, `number`, `regex`, `function`, `model`, `http`, `gold`, `bleu`, "
         in page
     )

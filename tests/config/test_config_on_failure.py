@@ -21,7 +21,7 @@ BRIEF = {"brief": RewardSpec(kind="function", function="mine:brief")}
         (ScoringConfig(on_failure="mask"), "scoring.on_failure is mask and no reward is of a kind that can fail"),
         (
             ScoringConfig({"m": RewardSpec(kind="model", path="x")}, on_failure="mask"),
-            "number, regex, function or http",
+            "number, regex, function, http, bleu",
         ),
         (ScoringConfig(BRIEF, on_failure="mask", max_failed_share=1.5), "must be between 0 and 1"),
     ],
