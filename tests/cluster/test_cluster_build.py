@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,17 @@ from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.roster import Roster
 from rlhf_dist.cluster.sources import require_rows, with_sources
 from rlhf_dist.cluster.spec import ActorSpec, enter
-from rlhf_dist.config.schema import AlgoConfig, Config, KLConfig, RolloutConfig, TelemetryConfig, TinyConfig
-from rlhf_dist.errors import ModelError, RunError
+from rlhf_dist.config.schema import (
+    AlgoConfig,
+    Config,
+    FaultsConfig,
+    KLConfig,
+    RolloutConfig,
+    TelemetryConfig,
+    TinyConfig,
+)
+from rlhf_dist.errors import CommandHung, ModelError, RunError
+from rlhf_dist.loop.healing import unwatched
 from rlhf_dist.loop.rl_training import Outcome, Run
 from rlhf_dist.planning.placement import Machine, place
 
@@ -30,8 +40,9 @@ LEASHED = AlgoConfig(name="ppo", kl=KLConfig(coef=0.1))
 """Has a critic and a reference."""
 
 
+HANGS_S = 20.0
 NONE: Any = None
-PARTS = wiring.Parts(NONE, NONE, NONE, NONE, wiring.LearnerSide(NONE, NONE), Roster(NONE), NONE, Inbox())
+PARTS = wiring.Parts(NONE, NONE, NONE, unwatched(), wiring.LearnerSide(NONE, NONE), Roster(NONE), NONE, Inbox())
 
 
 def test_a_users_folder_hides_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -51,14 +62,26 @@ def test_ranks_meet_on_loopback_unless_they_are_on_several_nodes(monkeypatch: py
         assert host == expected and 0 < port < 2**16
 
 
-@pytest.mark.parametrize("leaves", ["in flight", "used twice", "nothing"])
-def test_a_run_whose_ledger_does_not_add_up_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, leaves: str
-) -> None:
+def stood_in(monkeypatch: pytest.MonkeyPatch, output: Path, trains: Callable[[Run, Any], Outcome]) -> Config:
+    """A config for `build.train`, which then starts nothing and trains so."""
+
     @contextmanager
     def session(*_: Any) -> Iterator[tuple[Machine, ...]]:
         yield (Machine(2, 0),)
 
+    monkeypatch.setattr(build, "ray_session", session)
+    monkeypatch.setattr(build, "start_fleets", lambda *_: PARTS)
+    monkeypatch.setattr(build, "train_to_the_end", trains)
+    tiny = TinyConfig(hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1, max_positions=64)
+    rollout = RolloutConfig(max_prompt_tokens=40, max_response_tokens=8, cpus=1)
+    config = Config(name="run", output=str(output), rollout=rollout, telemetry=TelemetryConfig(wandb="off"))
+    return replace(config, model=replace(config.model, tiny=tiny), cluster=replace(config.cluster, device="cpu"))
+
+
+@pytest.mark.parametrize("leaves", ["in flight", "used twice", "nothing"])
+def test_a_run_whose_ledger_does_not_add_up_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, leaves: str
+) -> None:
     def trained(run: Run, state: Any) -> Outcome:
         run.telemetry.log(0, {"eval/greedy_accuracy": 0.0})
         run.ledger.issue([("0/0", 0)], 0)
@@ -70,19 +93,24 @@ def test_a_run_whose_ledger_does_not_add_up_fails(
             run.ledger._database.execute("INSERT INTO uses VALUES ('0/0', 2, 5)")
         return Outcome({}, {}, {})
 
-    monkeypatch.setattr(build, "ray_session", session)
-    monkeypatch.setattr(build, "start_fleets", lambda *_: PARTS)
-    monkeypatch.setattr(build, "train_to_the_end", trained)
-    tiny = TinyConfig(hidden_size=64, intermediate_size=64, layers=1, heads=2, kv_heads=1, max_positions=64)
-    rollout = RolloutConfig(max_prompt_tokens=40, max_response_tokens=8, cpus=1)
-    config = Config(name="run", output=str(tmp_path), rollout=rollout, telemetry=TelemetryConfig(wandb="off"))
-    config = replace(config, model=replace(config.model, tiny=tiny), cluster=replace(config.cluster, device="cpu"))
+    config = stood_in(monkeypatch, tmp_path, trained)
     if leaves == "nothing":
         build.train(config, resume=False)
     else:
         with pytest.raises(RunError, match=rf"ledger\.sqlite: 1 groups issued: .* 1 {leaves}.*does not add up"):
             build.train(config, resume=False)
     assert (tmp_path / "run" / "summary.json").exists(), "what the run found is kept"
+
+
+def test_a_command_that_hangs_while_it_trains_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def hangs(run: Run, state: Any) -> Outcome:
+        time.sleep(HANGS_S)
+        raise AssertionError("nobody ended it")
+
+    config = stood_in(monkeypatch, tmp_path, hangs)
+    with pytest.raises(CommandHung, match=r"^the command itself has hung for 0\.5 s \(faults\.step_s\)"):
+        build.train(replace(config, faults=FaultsConfig(step_s=0.5)), resume=False)
+    assert "in hangs\n" in (tmp_path / "run" / "faults" / "command.txt").read_text()
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

@@ -26,12 +26,16 @@ learner, engine = real_engine.learner, real_engine.engine
 
 MASK, BEFORE, AFTER = 60, 61, 62
 """The mask of the engine follows version 60, which is loaded first."""
+START = 10
+"""Seed of weights whose greedy response is of two characters, one after the other; the model's own repeat one token."""
 LONG = replace(SAMPLING, max_tokens=20)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded(engine: VllmEngine, learner: Learner) -> Iterator[None]:
-    """Weights of which learner and mask are the same."""
+    """Weights of which learner and mask are the same, whatever other modules have left there."""
+    learner.put_back()
+    learner.move(seed=START)
     engine.load_weights(learner.publish(MASK))
     learner.earlier.load_state_dict(learner.policy.state_dict())
     yield
