@@ -1,4 +1,4 @@
-"""Learning from human judgements: losses of a reward model, Elo ratings, DPO, and how well a judge is calibrated."""
+"""Learning from human judgements: losses of reward models and of policies, Elo ratings, calibration of a judge."""
 
 from __future__ import annotations
 
@@ -63,8 +63,13 @@ def ranking_losses(
     """
     assert better_P.shape == worse_P.shape == margin_P.shape == element_P.shape, (better_P.shape, element_P.shape)
     losses_P = bradley_terry_loss(scores_S[better_P], scores_S[worse_P], margin_P)
+    return losses_P, pair_weights(element_P).to(losses_P.dtype)
+
+
+def pair_weights(element_P: Tensor) -> Tensor:
+    """[P] float32: 1 / the pairs of its element; element_P [P] integers, the same for the pairs of one judgement."""
     _, element_P, pairs_E = torch.unique(element_P, return_inverse=True, return_counts=True)
-    return losses_P, pairs_E.to(losses_P.dtype).reciprocal()[element_P]
+    return pairs_E.float().reciprocal()[element_P]
 
 
 def rating_loss(scores: Tensor, values: Tensor) -> Tensor:
@@ -134,6 +139,86 @@ def dpo_loss(chosen_B: Tensor, rejected_B: Tensor, ref_chosen_B: Tensor, ref_rej
         raise ConfigError(f"DPO's beta is {beta}: give a number above 0 (usually 0.1)")
     chosen_B = at_least_float32(chosen_B) - at_least_float32(ref_chosen_B)
     return bradley_terry_loss(beta * chosen_B, beta * (at_least_float32(rejected_B) - at_least_float32(ref_rejected_B)))
+
+
+def ipo_loss(chosen_B: Tensor, rejected_B: Tensor, ref_chosen_B: Tensor, ref_rejected_B: Tensor, beta: float) -> Tensor:
+    """Identity preference optimisation: ((chosen - ref_chosen) - (rejected - ref_rejected) - 1 / (2 beta))^2.
+
+    Azar et al. (arXiv:2310.12036), equation 17, where beta is tau: the lead of the chosen side is drawn to 1 / (2 beta)
+    and not beyond it. Each argument [B]: the *mean* log-probability per token of a response, nats, of the policy (with
+    gradient) and of the reference; the authors' own results are with the mean, as is TRL's loss. Returns [B], nats
+    squared per pair.
+    """
+    lead_B = at_least_float32(chosen_B) - at_least_float32(ref_chosen_B)
+    lead_B = lead_B - (at_least_float32(rejected_B) - at_least_float32(ref_rejected_B))
+    return (lead_B - 1.0 / (2.0 * beta)).square()
+
+
+def kto_loss(
+    logprobs_B: Tensor,
+    ref_logprobs_B: Tensor,
+    desirable_B: Tensor,
+    reference_point: float,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """Kahneman-Tversky optimisation: w_d (1 - sigmoid(beta (r - z))) for a good response, w_u (1 - sigmoid(beta
+    (z - r))) for a bad one, with r = logprob - ref_logprob.
+
+    Ethayarajh et al. (arXiv:2402.01306), section 4.
+
+    Args:
+        logprobs_B: [B] log-probability of a whole response, nats, by the policy (with gradient).
+        ref_logprobs_B: [B] the same by the reference.
+        desirable_B: [B] bool; whether the response was called good.
+        reference_point: z, nats: the KL of the policy to the reference, at least 0; see `kto_reference_point`.
+        beta: above 0.
+        desirable_weight, undesirable_weight: w_d and w_u.
+
+    Returns:
+        [B] from 0 to its weight; half the weight where r = z.
+    """
+    lead_B = beta * (at_least_float32(logprobs_B) - at_least_float32(ref_logprobs_B) - reference_point)
+    good_B = desirable_weight * torch.sigmoid(-lead_B)
+    return torch.where(desirable_B, good_B, undesirable_weight * torch.sigmoid(lead_B))
+
+
+def kto_reference_point(log_ratio_sum: float, count: int) -> float:
+    """z of `kto_loss`: the mean of logprob - ref_logprob over responses to *other* prompts, nats, and at least 0.
+
+    log_ratio_sum: over `count` such rows of the whole optimizer step. 0 without any.
+    """
+    return max(0.0, log_ratio_sum / count) if count else 0.0
+
+
+def orpo_loss(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
+    """Odds ratio of ORPO: -log sigmoid(log odds(chosen) - log odds(rejected)), odds(p) = p / (1 - p).
+
+    Hong et al. (arXiv:2403.07691), equations 4 and 7; ORPO's whole loss is that of supervised training on the chosen
+    responses plus lambda (TRL's beta) times this. Each argument [B]: the mean log-probability per token of a response,
+    nats, below 0, with gradient. Returns [B], nats per pair.
+    """
+    return bradley_terry_loss(log_odds(chosen_B), log_odds(rejected_B))
+
+
+def log_odds(logprobs: Tensor) -> Tensor:
+    """log(p / (1 - p)) of p = e^logprobs < 1; any shape. A p that rounds to 1 counts as the largest float below it."""
+    logprobs = at_least_float32(logprobs)
+    logprobs = logprobs.clamp(max=-torch.finfo(logprobs.dtype).eps / 2)
+    near_1 = logprobs > -math.log(2.0)  # where 1 - p is exact by expm1, elsewhere by log1p
+    by_expm1 = torch.log(-torch.expm1(torch.where(near_1, logprobs, -1.0)))
+    by_log1p = torch.log1p(-torch.exp(torch.where(near_1, -1.0, logprobs)))
+    return logprobs - torch.where(near_1, by_expm1, by_log1p)
+
+
+def simpo_loss(chosen_B: Tensor, rejected_B: Tensor, beta: float, gamma: float) -> Tensor:
+    """Simple preference optimisation: -log sigmoid(beta (chosen - rejected) - gamma).
+
+    Meng et al. (arXiv:2405.14734), equation 6. Each argument [B]: the mean log-probability per token of a response,
+    nats, with gradient. gamma: by how much beta x mean has to lead. Returns [B], nats per pair.
+    """
+    return bradley_terry_loss(beta * at_least_float32(chosen_B), beta * at_least_float32(rejected_B), gamma)
 
 
 @dataclass(frozen=True, slots=True)

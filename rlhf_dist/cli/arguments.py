@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from rlhf_dist.config.schema import Config
     from rlhf_dist.planning.placement import Machine
 
-Command = Literal["train", "sft", "reward", "eval"]
+Command = Literal["train", "sft", "reward", "prefer", "eval"]
 
 NOT_YET_CHECKED = {
     "train": "that the models load, that reward functions and servers answer, what the data files hold",
     "sft": "that the model loads, what the data files hold",
     "reward": "that the model loads, what the data files hold",
+    "prefer": "that the models load, what the data files hold",
     "eval": "that the models load, that reward functions and servers answer, what the data files hold",
 }
 """Command -> what a dry run leaves to the start."""
@@ -34,6 +35,7 @@ PAGES = {
     "train": "docs/configuration.md",
     "sft": "docs/configuration.md",
     "reward": "docs/configuration.md, docs/preferences.md, docs/reward-models.md",
+    "prefer": "docs/configuration.md, docs/preferences.md, docs/offline.md",
     "pipeline": "docs/configuration.md, docs/pipeline.md",
     "eval": "docs/configuration.md",
 }

@@ -38,10 +38,11 @@ COMMANDS = {
     "train": ("train", "reinforcement learning: generate, score, update, push the weights, repeat"),
     "sft": ("sft", "supervised start: train on demonstrations or on plain text"),
     "reward": ("reward", "train a reward model on human judgements"),
+    "prefer": ("prefer", "train a policy on human judgements themselves: DPO, IPO, KTO, ORPO, SimPO"),
     "pipeline": ("pipeline", "the whole of RLHF: stages in order, each skipped, resumed or run as it needs"),
     "eval": ("evaluate", "greedy accuracy and pass@k of a model on held-out prompts"),
     "serve-reward": ("serve_reward", "serve the config's rewards over HTTP"),
-    "submit": ("submit", "run train, sft, reward, pipeline or eval as a job on a Ray cluster"),
+    "submit": ("submit", "run train, sft, reward, prefer, pipeline or eval as a job on a Ray cluster"),
     "plan": ("plan", "show who would get which CPUs and GPUs, and the arithmetic of the batches"),
     "ledger": ("show_ledger", "what became of every group and token of a run"),
     "replay": ("replay", "compute the losses of a step whose numbers went wrong again, row by row"),
@@ -141,7 +142,7 @@ def _help() -> str:
 def _how_to_go_on(words: Sequence[str]) -> str:
     if SUPERVISED in os.environ:
         return ""
-    if words and words[0] in ("train", "sft", "reward"):
+    if words and words[0] in ("train", "sft", "reward", "prefer"):
         plain = without_resume(words)
         if not _may_have_begun([word for word in plain[1:] if not word.startswith("--")]):
             return f"; nothing of the run was written yet: start it again with `{shlex.join(['rlhf-dist', *plain])}`"

@@ -15,7 +15,7 @@ from rlhf_dist.errors import InputError, RlhfError
 if TYPE_CHECKING:
     from rlhf_dist.cluster.jobs import JobSubmissionClient
 
-COMMANDS = ("train", "sft", "reward", "pipeline", "eval")
+COMMANDS = ("train", "sft", "reward", "prefer", "pipeline", "eval")
 USAGE = "usage: rlhf-dist submit [--env NAME[=VALUE] ...] COMMAND CONFIG.yaml [key=value ...] [options of COMMAND]"
 FETCH = "usage: rlhf-dist submit fetch JOB [DIRECTORY] [--limit MIB]"
 LIMIT_MIB = 100

@@ -126,7 +126,9 @@ class LearnerHost(Alive):
         return None
 
     def _make_learner(self) -> Any:
-        raise AssertionError("a learner host is a policy's, a critic's, a supervised or a reward model's one")
+        raise AssertionError(
+            "a learner host is a policy's, a critic's, a supervised, a preferring or a reward model's one"
+        )
 
 
 class CriticVerbs(Alive):

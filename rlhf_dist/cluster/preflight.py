@@ -10,7 +10,13 @@ from rlhf_dist.cluster import learner_hosts as hosts
 from rlhf_dist.cluster.address import joins_cluster
 from rlhf_dist.cluster.importing import importing
 from rlhf_dist.cluster.row_checks import check_texts, read_data
-from rlhf_dist.cluster.sources import check_critic, check_reference, check_run_models, preflight_rewards
+from rlhf_dist.cluster.sources import (
+    check_critic,
+    check_prefer_reference,
+    check_reference,
+    check_run_models,
+    preflight_rewards,
+)
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ModelError, ResourceError
 from rlhf_dist.loop.kept_state import COPIES
@@ -41,6 +47,8 @@ def check_before_start(config: Config, command: Command, resume: bool = False) -
         check_reference(config)
     if command == "train":
         check_critic(config)
+    if command == "prefer":
+        check_prefer_reference(config)
     rows = read_data(config, command)
     return [] if resume else check_texts(config, command, rows)
 
@@ -78,7 +86,7 @@ def disk_need(source: str, config: Config, command: Command) -> int:
     A critic with its own trunk takes as much again; a moving average is float32; a reference that moves and a mask
     policy are like the model.
     """
-    kept = 1 if command in ("sft", "reward") else config.loop.keep_checkpoints + config.loop.keep_best
+    kept = config.loop.keep_checkpoints + config.loop.keep_best if command in ("train", "eval") else 1
     return checkpoint_bytes(source, config, command) * (kept + 1)
 
 

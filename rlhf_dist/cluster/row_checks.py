@@ -47,7 +47,7 @@ def read_data(config: Config, command: Command) -> list[RowTexts]:
     if command == "sft":
         reads.append(lambda: _texts(demonstrations(config.data, config.sft, config.seed, held_back)))
         reads.append(lambda: _texts(held_out_demonstrations(config.data, config.sft, held_back)))
-    if command == "reward":
+    if command in ("reward", "prefer"):
         unusable = config.preferences.unusable
         reads.append(lambda: _judged(judgements(config.preferences, config.data, config.seed, unusable)))
         reads.append(lambda: _judged(held_out_judgements(config.preferences, config.data, unusable)))
@@ -69,7 +69,7 @@ def check_texts(config: Config, command: Command, rows: Sequence[RowTexts]) -> l
 
     path, chat = model_path(config, config.model.path, "model.path"), config.data.chat
     tokenizer = load_tokenizer(path)
-    if command != "reward":  # a judgement without a token may be left out: `told_apart`
+    if command not in ("reward", "prefer"):  # a judgement without a token may be left out: `told_apart`
         require_tokens(placed_texts(rows), tokenizer, config.model.path, chat)
     if chat:
         require_rendered(rows, tokenizer)

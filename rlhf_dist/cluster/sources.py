@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_dist.cluster import actors, learner_hosts as hosts
+from rlhf_dist.config.prefer_keys import PREFER_METHODS, START
 from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.errors import ModelError
 from rlhf_dist.learner.checkpoint_files import CRITIC_FOLDER, MASK_FOLDER
@@ -68,7 +69,7 @@ def model_source(config: Config, checkpoint: Path | None, command: Command = "tr
         check_format(load_tokenizer(source), config.data.chat, config.data.system)
         return source
     inspect(source, config.data.chat, device(config), tokens, attention(config), keys, config.data.system)
-    if command != "sft":
+    if command in ("train", "eval"):
         check_heads(source, load_config(source), config.rollout.tensor_parallel, "rollout.tensor_parallel")
     if command == "train" and config.ptx.coef:
         check_positions(source, load_config(source), config.ptx.max_tokens, "ptx.max_tokens")
@@ -81,7 +82,7 @@ def longest(config: Config, command: Command) -> tuple[int, str]:
 
     if command == "sft":
         return config.sft.max_tokens, "sft.max_tokens"
-    if command == "reward":
+    if command in ("reward", "prefer"):
         return config.preferences.max_tokens, "preferences.max_tokens"
     return config.rollout.max_prompt_tokens + config.rollout.max_response_tokens, ROLLOUT_TOKENS
 
@@ -113,9 +114,11 @@ def check_run_models(config: Config, command: Command, skip: Container[str] = ()
         paths |= {"reference.path": config.reference.path} if needs_reference(config) else {}
     if command == "train" and hosts.algorithm(config.algo).needs_critic:
         paths |= {"critic.start": config.critic.start}
+    if command == "prefer" and PREFER_METHODS[config.prefer.method].reference:
+        paths |= {"prefer.reference": config.prefer.reference}
     seen: set[str] = set()
     for key, path in paths.items():
-        if path and path not in seen and key not in skip and path not in ("tiny", "policy", "shared"):
+        if path and path not in seen and key not in skip and path not in ("tiny", "policy", "shared", START):
             check_run_model(path, key)
             seen.add(path)
 
@@ -186,16 +189,26 @@ def check_critic(config: Config) -> None:
 
 def check_reference(config: Config) -> None:
     """Refuse a reference that cannot be used, or that cannot read the policy's tokens. Raises `ModelError`."""
-    if not needs_reference(config) or not config.reference.path:
-        return
+    if needs_reference(config) and config.reference.path:
+        why = "with whose probabilities of the same tokens KL compares its own"
+        _check_reference(config, "reference.path", config.reference.path, why, "train")
+
+
+def check_prefer_reference(config: Config) -> None:
+    """The same of `prefer.reference`. Raises `ModelError`."""
+    path = config.prefer.reference
+    if PREFER_METHODS[config.prefer.method].reference and path != START:
+        why = f"with whose probabilities of the same responses {config.prefer.method} compares its own"
+        _check_reference(config, "prefer.reference", path, why, "prefer")
+
+
+def _check_reference(config: Config, key: str, path: str, why: str, command: Command) -> None:
     from rlhf_dist.models.inspect import inspect_causal
 
-    reference = model_path(config, config.reference.path, "reference.path")
-    tokens, keys = longest(config, "train")
+    reference = model_path(config, path, key)
+    tokens, keys = longest(config, command)
     inspect_causal(reference, tokens, attention(config), keys)
-    which = f"reference.path = {config.reference.path}"
-    why = "with whose probabilities of the same tokens KL compares its own; give a model of the same tokenizer"
-    require_same_tokens(config, which, reference, why)
+    require_same_tokens(config, f"{key} = {path}", reference, f"{why}; give a model of the same tokenizer")
 
 
 def require_same_tokens(config: Config, which: str, path: str, why: str) -> None:

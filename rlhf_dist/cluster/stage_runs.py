@@ -15,7 +15,14 @@ from rlhf_dist.cluster import build
 from rlhf_dist.cluster.address import joins_cluster
 from rlhf_dist.cluster.row_checks import check_texts, read_data
 from rlhf_dist.cluster.session import ray_session
-from rlhf_dist.cluster.sources import check_run_models, longest, model_path, model_source, preflight_rewards
+from rlhf_dist.cluster.sources import (
+    check_prefer_reference,
+    check_run_models,
+    longest,
+    model_path,
+    model_source,
+    preflight_rewards,
+)
 from rlhf_dist.cluster.supervised_build import sft
 from rlhf_dist.config.pipeline_checks import Stage, StageCommand, named
 from rlhf_dist.config.schema import Config
@@ -96,6 +103,8 @@ def check_before_start(stage: Stage) -> None:
             preflight_rewards(replace(config, scoring=replace(config.scoring, rewards=known)))
     if "model.path" not in stage.wired:
         model_source(config, None, stage.command)
+    if stage.command == "prefer" and not {"model.path", "prefer.reference"} & stage.wired.keys():
+        check_prefer_reference(config)
     texts = read_data(config, stage.command)
     if "model.path" not in stage.wired:
         check_texts(config, stage.command, texts)  # the stage itself will warn
@@ -125,6 +134,10 @@ def runner(command: StageCommand) -> Callable[[Config, bool], None]:
         from rlhf_dist.cluster.reward_build import reward
 
         return reward
+    if command == "prefer":
+        from rlhf_dist.cluster.prefer_build import prefer
+
+        return prefer
     return {"sft": sft, "train": build.train}[command]
 
 

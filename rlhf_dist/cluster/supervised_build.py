@@ -12,6 +12,7 @@ from rlhf_dist.cluster.resume import SUMMARY_STEP, find_start, nothing_left
 from rlhf_dist.cluster.signals import Saving
 from rlhf_dist.cluster.trainer_ranks import TrainerGroup, TrainerHost, started
 from rlhf_dist.config.schema import Config, OptimizerConfig
+from rlhf_dist.learner.checkpoint_files import checkpoint_files
 from rlhf_dist.loop.supervised_training import fine_tune
 from rlhf_dist.loop.trainer import read_state
 
@@ -58,6 +59,7 @@ def sft(config: Config, resume: bool, resume_from: int | None = None) -> None:
                 learner,
                 config.sft,
                 start.state,
+                needed=checkpoint_files(config.learner.ranks),
                 directory=run,
                 telemetry=telemetry,
                 progress=progress,

@@ -1,4 +1,4 @@
-"""The ranks of a training that needs no rollouts, `sft` or `reward`: what each can be asked for, and how they start."""
+"""The ranks of a training without rollouts (`sft`, `reward`, `prefer`): what each can be asked for, how they start."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TrainerGroup(LearnerGroup):
 def started(
     host: type[TrainerHost],
     config: Config,
-    command: Literal["sft", "reward"],
+    command: Literal["sft", "reward", "prefer"],
     folder: Path | None,
     run: RunDirectory,
     progress: Progress,

@@ -12,7 +12,7 @@ from rlhf_dist.config.algorithm_checks import algorithm_problems, name_problems
 from rlhf_dist.config.keys import Command as Command, Problems, key_problems, range_problems, told
 from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.paths import path_problems
-from rlhf_dist.config.preference_checks import preference_problems
+from rlhf_dist.config.preference_checks import prefer_problems, preference_problems
 from rlhf_dist.config.reward_kinds import KINDS
 from rlhf_dist.config.schema import Config, DataConfig
 from rlhf_dist.config.scoring_checks import scoring_problems
@@ -45,14 +45,14 @@ SENT_STRAIGHT: Problems = {
 """Of weights that go straight from the learner to the engines."""
 
 PROBLEMS: dict[tuple[Command, ...], Problems] = {
-    ("train", "sft", "reward", "eval"): {
+    ("train", "sft", "reward", "prefer", "eval"): {
         "model.attention is varlen, which needs a GPU; with cluster.device cpu it must be segmented or "
         "auto": lambda c: c.model.attention == "varlen" and c.cluster.device == "cpu",
         "model.attention is varlen, which computes in bfloat16; set model.dtype to bfloat16": lambda c: (
             c.model.attention == "varlen" and c.model.dtype == "float32"
         ),
     },
-    ("train", "sft", "reward"): {
+    ("train", "sft", "reward", "prefer"): {
         "model.dtype is bfloat16 with learner.zero_stage 0; DeepSpeed adds bfloat16 gradients up in float32 only from "
         "stage 1 on: set learner.zero_stage to 1, 2 or 3, or model.dtype to float32": lambda c: (
             c.model.dtype == "bfloat16" and c.learner.zero_stage == 0
@@ -114,8 +114,10 @@ def problems(config: Config, command: Command, files: bool = True) -> list[str]:
         rules += [algorithm_problems(config)]
     if command in ("train", "eval"):
         rules += [stop_problems(config.rollout.stop), _rewards(config), scoring_problems(config, but)]
-    if command == "reward":
+    if command in ("reward", "prefer"):
         rules += [preference_problems(config)]
+    if command == "prefer":
+        rules += [prefer_problems(config)]
     return [*found, *chain(*rules)]
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # schema.py declares its keys with this file
     from rlhf_dist.config.schema import Config
 
 T = TypeVar("T")
-Command = Literal["train", "sft", "reward", "eval"]
+Command = Literal["train", "sft", "reward", "prefer", "eval"]
 
 Problems = Mapping[str, Callable[["Config"], object]]
 """A sentence, in which {c.algo.name} stands for the value of a key -> whether a config has that problem."""

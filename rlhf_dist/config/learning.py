@@ -191,7 +191,7 @@ class LearnerConfig:
     have to be on the command's node. Takes the memory of two checkpoints."""
     timeout_s: float = key(600.0, LIMIT_S)
     """`train`: longest time without a micro-batch of any rank in an update, and limit for whatever else ranks are asked
-    for. `sft` and `reward`: limit for one update."""
+    for. `sft`, `reward` and `prefer`: limit for one update."""
 
     @property
     def shares(self) -> int:
@@ -276,7 +276,7 @@ class SftConfig:
 
 @dataclass(frozen=True)
 class PreferencesConfig:
-    """Human judgements that a reward model learns from."""
+    """Human judgements that a reward model learns from (`reward`), or the policy itself (`prefer`)."""
 
     source: Literal["task", "jsonl", "parquet"] = "task"
     """task: comparisons of the built-in task `describe`; jsonl also reads .jsonl.gz."""

@@ -15,7 +15,7 @@ from rlhf_dist.config.load import load
 from rlhf_dist.config.schema import Config, PipelineConfig
 from rlhf_dist.errors import ConfigError, RlhfError
 
-StageCommand = Literal["sft", "reward", "train"]
+StageCommand = Literal["sft", "reward", "prefer", "train"]
 
 NAME = r"[A-Za-z][A-Za-z0-9_-]*"
 REFERENCE = re.compile(r"(?<!\$)\{(" + NAME + r")\}")
@@ -157,8 +157,8 @@ def _reference(key: str, entry: str, other: str, name: str, earlier: Sequence[st
 
 def _kind(where: str, target: str, other: str, command: StageCommand) -> Iterator[str]:
     """A policy cannot start from a reward model, nor can a language model score."""
-    if command == "reward" and target in ("model.path", "reference.path"):
-        yield f"{where}: the stage {other!r} makes a reward model; {target} needs the output of sft or train"
+    if command == "reward" and target in ("model.path", "reference.path", "prefer.reference"):
+        yield f"{where}: the stage {other!r} makes a reward model; {target} needs the output of sft, prefer or train"
     if command != "reward" and re.fullmatch(r"scoring\.rewards\.[\w-]+\.path", target):
         yield f"{where}: the stage {other!r} runs {command}; {target} needs the output of a stage with command reward"
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from itertools import combinations
 
-from rlhf_dist.config.effects import WITH_MARGIN
+from rlhf_dist.config.effects import WITH_BETTER, WITH_MARGIN
+from rlhf_dist.config.prefer_keys import PREFER_METHODS
 from rlhf_dist.config.schema import Config, PreferencesConfig
 
 FORM_KEYS = {
@@ -21,7 +22,7 @@ FORM_KEYS = {
 
 
 def preference_problems(config: Config) -> Iterator[str]:
-    """For `reward`: a sentence for each problem, with key, value, what would be right."""
+    """For `reward` and `prefer`: a sentence for each problem, with key, value, what would be right."""
     data = config.data
     if config.preferences.source != "task":
         yield from _columns(config.preferences)
@@ -30,6 +31,29 @@ def preference_problems(config: Config) -> Iterator[str]:
         yield (
             f"data.{found}; preferences.source task needs data.source task and data.task.name describe, or set "
             "preferences.source, as in jsonl"
+        )
+
+
+def prefer_problems(config: Config) -> Iterator[str]:
+    """The same for `prefer` alone: what its methods cannot learn from."""
+    method, preferences = config.prefer.method, config.preferences
+    if preferences.source == "task":
+        return
+    forms = (*WITH_BETTER, *(("thumbs",) if PREFER_METHODS[method].singles else ()))
+    if preferences.form not in forms:
+        lacks = "says how good a response is" if preferences.form != "thumbs" else "judges one response at a time"
+        others = [name for name, row in PREFER_METHODS.items() if row.singles] if preferences.form == "thumbs" else []
+        other = f", or set prefer.method to {' or '.join(others)}" if others else ""
+        yield (
+            f"preferences.form is {preferences.form}, which {lacks}, and prefer.method {method} learns which of two is "
+            f"better{' or whether one is good' if 'thumbs' in forms else ''}: give data of the form "
+            f"{', '.join(forms[:-1])} or {forms[-1]}{other}; "
+            "a reward model (`rlhf-dist reward`) learns from every form"
+        )
+    if preferences.margin_key:
+        yield (
+            f"preferences.margin_key is {preferences.margin_key!r} and prefer.method {method} does not learn by how "
+            "much a side is better; take it out, and the column is not read"
         )
 
 

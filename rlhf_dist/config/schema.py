@@ -37,6 +37,7 @@ from rlhf_dist.config.learning import (
     ShapingConfig as ShapingConfig,
 )
 from rlhf_dist.config.numbers_keys import NumbersConfig as NumbersConfig
+from rlhf_dist.config.prefer_keys import PreferConfig as PreferConfig
 from rlhf_dist.config.reward_keys import LengthConfig as LengthConfig, RewardSpec as RewardSpec
 
 
@@ -185,7 +186,7 @@ class ScoringConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    command: Literal["sft", "reward", "train"] = "train"
+    command: Literal["sft", "reward", "prefer", "train"] = "train"
     """What the stage runs."""
     set: list[str] = field(default_factory=list)
     """Overrides as on the command line; {NAME} stands for the run directory of the earlier stage NAME."""
@@ -296,7 +297,7 @@ class FaultsConfig:
     has work, the run ends."""
     save_on_stop_s: float = key(120.0, LIMIT_S_OR_0)
     """Most seconds that a run which is told to end (Ctrl-C, SIGTERM, SIGHUP) takes to finish its step and to save; 0:
-    it ends at once and saves nothing. `train` and `sft`. Preemption gives notice of 30 to 120 s."""
+    it ends at once and saves nothing. `train`, `sft` and `prefer`. Preemption gives notice of 30 to 120 s."""
     restarts: int = key(3, NOT_NEGATIVE)
     """With `train --supervise`: restarts in a row that bring no new step, before it gives up; 0: none."""
     backoff_s: float = key(1.0, LIMIT_S)
@@ -341,14 +342,15 @@ class Config:
     critic: CriticConfig = field(default_factory=CriticConfig, metadata=used_by("train"))
     reference: ReferenceConfig = field(default_factory=ReferenceConfig, metadata=used_by("train"))
     ptx: PtxConfig = field(default_factory=PtxConfig, metadata=used_by("train"))
-    preferences: PreferencesConfig = field(default_factory=PreferencesConfig, metadata=used_by("reward"))
+    preferences: PreferencesConfig = field(default_factory=PreferencesConfig, metadata=used_by("reward", "prefer"))
     reward: RewardConfig = field(default_factory=RewardConfig, metadata=used_by("reward"))
+    prefer: PreferConfig = field(default_factory=PreferConfig, metadata=used_by("prefer"))
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sft: SftConfig = field(default_factory=SftConfig, metadata=used_by("sft"))
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    faults: FaultsConfig = field(default_factory=FaultsConfig, metadata=used_by("train", "eval", "sft"))
+    faults: FaultsConfig = field(default_factory=FaultsConfig, metadata=used_by("train", "eval", "sft", "prefer"))
     numbers: NumbersConfig = field(default_factory=NumbersConfig, metadata=used_by("train"))
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)

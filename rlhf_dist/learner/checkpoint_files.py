@@ -9,6 +9,8 @@ HEAD_FILE = "value_head.safetensors"
 EMA_FOLDER = "hf_ema"
 EMA_FILES = [f"{EMA_FOLDER}/config.json"]
 """The files, by relative path, that tell that the average is there; from the policy's first step on."""
+REFERENCE_VALUES_FILE = "reference.safetensors"
+"""The reference's logprobs of the judgements that a policy learns from."""
 MASK_FOLDER = "mask"
 """Where the mask policy is."""
 MASK_FILES = [f"{MASK_FOLDER}/config.json"]

@@ -103,6 +103,10 @@ class Engine:
         """Sees which rows the optimizer takes, from now on."""
         return Witness(self._deepspeed.optimizer, self._deepspeed.loss_factor, self.device)
 
+    def of_all_ranks(self, mine: Any) -> list[Any]:
+        """What each rank gives, by rank; every rank calls it."""
+        return self._deepspeed.of_all_ranks(mine)
+
     def weights(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Whole parameters by Hugging Face's names, all or the wanted, every rank to the end."""
         names = None if wanted is None else [PREFIX + name for name in wanted]

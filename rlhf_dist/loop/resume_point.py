@@ -87,7 +87,7 @@ def require_command(folder: Path, command: str) -> None:
     state = read_sealed(folder).state
     measured = state.get("before")
     kinds = {name.partition("/")[0] for name in measured} if isinstance(measured, dict) else set[str]()
-    known = {"sft": "sft", "reward_model": "reward"}
+    known = {"sft": "sft", "reward_model": "reward", "prefer": "prefer"}
     found = "train" if "cursor" in state else next((known[kind] for kind in sorted(kinds) if kind in known), command)
     if found != command:
         run = folder.parent.parent

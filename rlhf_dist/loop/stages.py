@@ -20,6 +20,7 @@ from rlhf_dist.config.load import from_yaml, to_yaml
 from rlhf_dist.config.methods import METHODS
 from rlhf_dist.config.paths import expanded
 from rlhf_dist.config.pipeline_checks import NAME, Stage
+from rlhf_dist.config.prefer_keys import START
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import ConfigError, DataError, DiskError, InputError
 from rlhf_dist.loop.pipeline_files import content, digest, lacking, model_files
@@ -39,6 +40,7 @@ CUTS = ("learner.micro_batch_tokens", "learner.logprob_chunk_tokens")
 READ = {
     "sft": ("seed", "model", "data", "sft", "eval.prompts", *CUTS),
     "reward": ("seed", "model", "data.task", "data.system", "data.chat", "preferences", "reward", *CUTS),
+    "prefer": ("seed", "model", "data", "preferences", "prefer", *CUTS),
     "train": (
         *("seed", "model", "data", "rollout", "scoring", "algo", "learner", "critic", "reference", "ptx"),
         *("weights", "loop", "eval", "sft.wrong_share"),
@@ -47,9 +49,9 @@ READ = {
 """Command -> the keys and sections that it reads; other keys may change without making its result another one."""
 UNRECORDED = tuple(key for key in CHANGEABLE if key != "loop.steps")
 """Keys that are read and change nothing in the result but its rounding; so does every `timeout_s`."""
-PATH_KEYS = ("path", "eval_path", "start")
+PATH_KEYS = ("path", "eval_path", "start", "reference")
 """Last parts of the keys that may name a file or directory whose content is an input."""
-NO_PATHS = ("tiny", "policy", "shared")
+NO_PATHS = ("tiny", "policy", "shared", START)
 SHOWN_CHANGES = 3
 
 

@@ -1,12 +1,12 @@
-"""A supervised run: held-out loss, and a checkpoint every so many steps."""
+"""A run of `sft` or `prefer`: held-out results, and a checkpoint every so many steps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from rlhf_dist.config.schema import SftConfig
-from rlhf_dist.learner.checkpoint_files import checkpoint_files
+from rlhf_dist.config.schema import PreferConfig, SftConfig
 from rlhf_dist.loop.background_writer import BackgroundWriter
 from rlhf_dist.loop.ports import AT_ONCE, Stop
 from rlhf_dist.loop.run_directory import RunDirectory
@@ -20,8 +20,6 @@ from rlhf_dist.telemetry.run_telemetry import Telemetry
 class Supervised(Protocol):
     """The learner's ranks."""
 
-    ranks: int
-
     def train_step(self, step: int) -> MetricSums: ...
 
     def evaluate(self) -> MetricSums: ...
@@ -31,23 +29,27 @@ class Supervised(Protocol):
 
 def fine_tune(
     learner: Supervised,
-    config: SftConfig,
+    config: SftConfig | PreferConfig,
     state: TrainerState | None,
     *,
+    needed: Sequence[str],
     directory: RunDirectory,
     telemetry: Telemetry,
     progress: Progress,
     background: BackgroundWriter | None = None,
     stop: Stop = AT_ONCE,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Train to `config.steps` optimizer steps; returns the held-out results (before, after)."""
+    """Train to `config.steps` optimizer steps; returns the held-out results (before, after).
+
+    `needed`: files that make a checkpoint whole.
+    """
     trainer = Trainer(
         config=config,
         train_step=learner.train_step,
         evaluate=lambda: learner.evaluate().values(),
         keeps=lambda reached, _: due(config.checkpoint_every, reached.step, config.steps),
         save=lambda folder, _: learner.save(folder),
-        needed=checkpoint_files(learner.ranks),
+        needed=needed,
         directory=directory,
         telemetry=telemetry,
         progress=progress,

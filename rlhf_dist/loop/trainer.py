@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from rlhf_dist.config.schema import RewardConfig, SftConfig
+from rlhf_dist.config.schema import PreferConfig, RewardConfig, SftConfig
 from rlhf_dist.errors import NumbersError
 from rlhf_dist.loop.background_writer import BackgroundWriter
 from rlhf_dist.loop.checkpointing import settle, settle_at_the_end, write_checkpoint
@@ -41,7 +41,7 @@ class TrainerState:
 class Trainer:
     """The loop; what one kind of training does differently are its functions."""
 
-    config: SftConfig | RewardConfig
+    config: SftConfig | RewardConfig | PreferConfig
     """Its `steps`, and how often to log and to evaluate."""
     train_step: Callable[[int], MetricSums]
     """Optimizer step number n, from 1, on all ranks."""

@@ -20,7 +20,7 @@ from rlhf_dist.errors import ResourceError, TooSmall
 from rlhf_dist.planning.gpu_keys import check_gpu_keys
 from rlhf_dist.planning.transports import check_transport
 
-Command = Literal["train", "sft", "reward", "eval"]
+Command = Literal["train", "sft", "reward", "prefer", "eval"]
 NODE, PIN = "node:", 0.001
 """Ray's name of the resource that each node has 1 of, with its address; and how much of it a place takes."""
 
@@ -153,7 +153,7 @@ def place(config: Config, machine: Machine, command: Command) -> Placement:
 def share_out(config: Config, machine: Machine, command: Command) -> Placement:
     """`place` without the servers' shares of GPUs."""
     device = _device(config, machine)
-    workers = 0 if command in ("sft", "reward") else config.rollout.workers
+    workers = config.rollout.workers if command in ("train", "eval") else 0
     critics = config.learner.ranks if command == "train" and critic_apart(config) else 0
     ranks = 0 if command == "eval" else config.learner.ranks + critics
     shared = config.cluster.colocate and workers > 0 and ranks > 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
+from rlhf_dist.config.prefer_keys import PREFER_METHODS
 from rlhf_dist.config.schema import Config
 from rlhf_dist.planning.nodes import MANY_NODES
 from rlhf_dist.planning.placement import Command, Placement, count_of
@@ -36,7 +38,7 @@ def describe(placement: Placement, config: Config, command: Command) -> list[str
     if p.worker_nodes or p.rank_nodes:
         sides = (("rollout workers", Counter(p.worker_nodes)), ("learner ranks", Counter(p.rank_nodes)))
         lines.append(f"nodes: {'; '.join(f'{who} {_spread(side)}' for who, side in sides if side)}")
-    lines += {"train": _train_lines, "sft": _sft_lines, "reward": _reward_lines, "eval": lambda _: []}[command](config)
+    lines += LINES[command](config)
     if p.rollout_workers:
         samples = f" and {config.eval.samples} samples" if config.eval.samples else ""
         lines.append(f"evaluation: {config.eval.prompts} held-out prompts, each with 1 greedy response{samples}")
@@ -107,6 +109,28 @@ def _reward_lines(config: Config) -> list[str]:
         f"run: at most {count_of(reward.steps, 'optimizer step')}, {reward.steps * reward.batch_size:,} judgements",
         f"micro-batches: at most {config.learner.micro_batch_tokens} tokens each",
     ]
+
+
+def _prefer_lines(config: Config) -> list[str]:
+    prefer = config.prefer
+    reference = [f"reference: {prefer.reference}, read once before training"]
+    return [
+        *(reference if PREFER_METHODS[prefer.method].reference else []),
+        f"step: {prefer.batch_size} judgements of at most {config.preferences.max_tokens} tokens a response, by "
+        f"{prefer.method}",
+        f"run: {count_of(prefer.steps, 'optimizer step')}, {prefer.steps * prefer.batch_size:,} judgements",
+        f"micro-batches: at most {config.learner.micro_batch_tokens} tokens each",
+    ]
+
+
+LINES: dict[Command, Callable[[Config], list[str]]] = {
+    "train": _train_lines,
+    "sft": _sft_lines,
+    "reward": _reward_lines,
+    "prefer": _prefer_lines,
+    "eval": lambda _: [],
+}
+"""Command -> the arithmetic of its batches."""
 
 
 def _share(threads: int, gpus: int, num_cpus: float, num_gpus: float) -> str:

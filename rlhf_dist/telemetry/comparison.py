@@ -124,6 +124,8 @@ def _note(command: str, after: Mapping[str, float]) -> str:
     if command == "reward" and ACCURACY in after:
         best = f" (best {after[BEST_ACCURACY]:.3f})" if BEST_ACCURACY in after else ""
         return f"accuracy {after[ACCURACY]:.3f}{best}"
+    if names.PREFER_ACCURACY in after:
+        return f"held-out accuracy {after[names.PREFER_ACCURACY]:.3f}"
     if names.SFT_HELD_OUT_LOSS in after:
         return f"held-out loss {after[names.SFT_HELD_OUT_LOSS]:.3f}"
     return ""

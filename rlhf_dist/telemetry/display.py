@@ -18,8 +18,10 @@ SHOWN = (
     ("kl", names.KL_REFERENCE, "{:z.2f}"),
     ("loss", names.SFT_LOSS, "{:z.4f}"),
     ("loss", names.REWARD_MODEL_LOSS, "{:z.4f}"),
+    ("loss", names.PREFER_LOSS, "{:z.4f}"),
     ("held-out", names.EVAL_GREEDY, "{:z.3f}"),
     ("held-out accuracy", names.REWARD_MODEL_ACCURACY, "{:z.3f}"),
+    ("held-out accuracy", names.PREFER_ACCURACY, "{:z.3f}"),
     ("length", names.RESPONSE_LENGTH, "{:.1f}"),
     ("tok/s", names.TOKENS_PER_S, "{:,.0f}"),
 )
@@ -28,7 +30,7 @@ EXPENDABLE = ("length", "tok/s", "kl")
 """Labels that give way, in this order, where a terminal is too narrow for all."""
 BAR_WIDTH, BAR_FROM_WIDTH = 24, 120
 """Characters of the bar of steps, and of a terminal that has room for it."""
-REMEMBERED = (names.EVAL_GREEDY, names.REWARD_MODEL_ACCURACY)
+REMEMBERED = (names.EVAL_GREEDY, names.REWARD_MODEL_ACCURACY, names.PREFER_ACCURACY)
 """Of an evaluation, what the steps after it go on showing."""
 
 

@@ -47,6 +47,8 @@ PANELS = (
     Panel("Loss", ((names.SFT_LOSS, "train"), (names.SFT_HELD_OUT_LOSS, "held out")), "nats per token"),
     Panel("Reward model loss", ((names.REWARD_MODEL_LOSS, "train"), (names.REWARD_MODEL_HELD_OUT_LOSS, "held out"))),
     Panel("Reward model accuracy, held out", ((names.REWARD_MODEL_ACCURACY, "pairs"),), bottom=0.4, top=1.02),
+    Panel("Preference loss", ((names.PREFER_LOSS, "train"), (names.PREFER_HELD_OUT_LOSS, "held out"))),
+    Panel("Preference accuracy, held out", ((names.PREFER_ACCURACY, "pairs"),), bottom=0.4, top=1.02),
     Panel("KL to the reference", ((names.KL_REFERENCE, "train"), (names.EVAL_KL, "held out")), "nats per response"),
     # Far below 0 at first, when the critic knows nothing: cut, or the rest would be a flat line.
     Panel("Critic's explained variance", ((names.CRITIC_EXPLAINED_VARIANCE, "mean"),), "share", bottom=-1.02, top=1.02),

@@ -65,6 +65,8 @@ SECTIONS = (
             Plot("Loss", (names.SFT_LOSS, names.SFT_HELD_OUT_LOSS)),
             Plot("Reward model loss", (names.REWARD_MODEL_LOSS, names.REWARD_MODEL_HELD_OUT_LOSS)),
             Plot("Reward model accuracy", (names.REWARD_MODEL_ACCURACY,)),
+            Plot("Preference loss", (names.PREFER_LOSS, names.PREFER_HELD_OUT_LOSS)),
+            Plot("Preference accuracy", (names.PREFER_ACCURACY,)),
         ),
     ),
     Section(

@@ -36,6 +36,7 @@ def test_every_shipped_config_passes(path: Path, tmp_path: Path) -> None:
         assert load_stages(path, overrides)
     else:
         assert problems(load(path, overrides), "train") == []
+        assert path.parent.name != "prefer" or problems(load(path, overrides), "prefer") == []
 
 
 def test_there_are_shipped_configs() -> None:
@@ -48,7 +49,8 @@ def test_defaults_pass_for_every_command() -> None:
 
 
 def test_a_reward_model_needs_but_the_task_that_has_judgements(tmp_path: Path) -> None:
-    assert problems(config(tmp_path, "data.task.name=describe"), "reward") == []
+    for command in ("reward", "prefer"):
+        assert problems(config(tmp_path, "data.task.name=describe"), command) == []
 
 
 def test_bfloat16_passes_where_it_works(tmp_path: Path) -> None:

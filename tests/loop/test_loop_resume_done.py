@@ -11,6 +11,7 @@ from test_loop_rl_training import CONFIG, close, whole, wired
 from test_loop_supervised_training import CONFIG as SFT, FakeLearner
 
 from rlhf_dist.config.schema import TelemetryConfig
+from rlhf_dist.learner.checkpoint_files import checkpoint_files
 from rlhf_dist.loop.rl_training import train
 from rlhf_dist.loop.run_directory import open_run_directory
 from rlhf_dist.loop.supervised_training import fine_tune
@@ -58,7 +59,8 @@ def test_supervised_stages(tmp_path: Path) -> None:
     directory = open_run_directory(str(tmp_path), "run", "name: run\n", False)
     telemetry, _ = open_telemetry(TelemetryConfig(wandb="off"), directory.path, "run", {}, None, lambda message: None)
     progress = Stages()
-    fine_tune(FakeLearner(), SFT, None, directory=directory, telemetry=telemetry, progress=progress)
+    needed = checkpoint_files(FakeLearner().ranks)
+    fine_tune(FakeLearner(), SFT, None, needed=needed, directory=directory, telemetry=telemetry, progress=progress)
     telemetry.close()
     directory.close()
     assert progress.seen == ["evaluating before training", "taking the first steps"]

@@ -12,6 +12,7 @@ from test_saving import Told
 
 from rlhf_dist.config.schema import SftConfig, TelemetryConfig
 from rlhf_dist.errors import DiskError, NumbersError
+from rlhf_dist.learner.checkpoint_files import checkpoint_files
 from rlhf_dist.loop.background_writer import BackgroundWriter
 from rlhf_dist.loop.ports import AT_ONCE, Stop
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory
@@ -66,6 +67,7 @@ def run(
             learner,
             CONFIG if not beside else replace(CONFIG, checkpoint_every=1),
             state,
+            needed=checkpoint_files(learner.ranks),
             directory=directory,
             telemetry=telemetry,
             progress=display or Quiet(),

@@ -313,12 +313,13 @@ def test_checkpoints_that_were_written_and_are_gone_are_missed(run: Path) -> Non
         ({"cursor": {}, "before": {"eval/greedy_accuracy": 0.0}}, "train"),
         ({"before": {"sft/held_out_loss": 1.0}}, "sft"),
         ({"before": {"reward_model/held_out_loss": 1.0}}, "reward"),
+        ({"before": {"prefer/held_out_loss": 1.0}}, "prefer"),
     ],
 )
 def test_the_run_of_another_command_is_named(run: Path, state: dict[str, object], kind: str) -> None:
     folder = run / "checkpoints" / "step-4"
     (folder / "state.json").write_text(sealed(folder, {"step": 4} | state))
-    for command in ("train", "sft", "reward"):
+    for command in ("train", "sft", "reward", "prefer"):
         if command == kind:
             require_command(folder, command)
             continue

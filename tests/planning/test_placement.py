@@ -105,7 +105,7 @@ def test_a_critic_beside_the_policy_has_as_many_ranks_of_its_own() -> None:
     assert (p.learner_ranks, p.critic_ranks, p.learner_threads, p.learner_num_cpus) == (4, 2, 2, 1.0)
     assert (p.rollout_threads, p.rollout_num_cpus) == (8, 4.0)
     assert bundles(p) == [{"CPU": 5.0, "GPU": 0.0}, *[{"CPU": 1.0, "GPU": 0.0}] * 3]
-    for command in ("sft", "reward"):
+    for command in ("sft", "reward", "prefer"):
         assert place(wanted, Machine(8, 0), command).learner_ranks == 2, "which have no critic"
 
 
