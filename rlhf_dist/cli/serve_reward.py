@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
         print(to_yaml(config) + f"# would serve {names} at http://{args.host}:{args.port}/score")
         return 0
     from rlhf_dist.config.addresses import is_loopback
-    from rlhf_dist.scoring.http_client import read_token
+    from rlhf_dist.scoring.http_calls import read_token
     from rlhf_dist.scoring.http_server import bind
 
     token = read_token(args.token_env, "--token-env") if args.token_env else ""

@@ -14,11 +14,15 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def address_problem(url: str, has_token: bool) -> str:
+EXAMPLES = {"http": "http://127.0.0.1:8070/score", "judge": "http://127.0.0.1:8000/v1/chat/completions"}
+"""Kind of a reward -> an address."""
+
+
+def address_problem(url: str, kind: str, has_token: bool) -> str:
     """What is wrong with the address, as the rest of a sentence; empty where nothing is."""
     parts = _split(url)
     if parts is None:
-        return f"is {url!r}; kind http needs a whole address, as in http://127.0.0.1:8070/score"
+        return f"is {url!r}; kind {kind} needs a whole address, as in {EXAMPLES[kind]}"
     if parts.username is not None or parts.password is not None:
         return "holds a user or a password; take it out and name a variable with a token in token_env"
     if not is_loopback(parts.hostname or "") and not has_token:

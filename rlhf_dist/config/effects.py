@@ -176,14 +176,16 @@ def a_function(spec: Any, key: Given) -> str:
 
 
 def an_address(spec: Any, key: Given) -> str:
-    """Of a reward server."""
-    wrong = address_problem(key.value, bool(spec.token_env)) if spec.kind == "http" else ""
+    """Of a reward server or a judge."""
+    asked = KINDS[spec.kind].remote
+    # A judge is somebody else's server, which may have no token.
+    wrong = address_problem(key.value, spec.kind, bool(spec.token_env) or spec.kind == "judge") if asked else ""
     return f"{key.name} {wrong}" if wrong else ""
 
 
 def a_variable(spec: Any, key: Given) -> str:
     """An environment variable that is set."""
-    if spec.kind != "http" or not key.value:
+    if not KINDS[spec.kind].remote or not key.value:
         return ""
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", key.value):  # not shown: it may be the token itself
         return (
@@ -201,6 +203,15 @@ def needs_library(spec: Any, key: Given) -> str:
     return f"{key.name} is {key.value}, which {missing}" if missing else ""
 
 
+NEEDS_JUDGE = needed("kind judge needs the name that the endpoint has for it", lambda spec: spec.kind == "judge")
+NEEDS_RUBRIC = says(
+    lambda spec, key: spec.kind == "judge" and bool(key.value.strip()) == bool(spec.judge.rubric_file),
+    "{key.name}: kind judge needs a text there, or a file in judge.rubric_file, and not both",
+)
+A_SCALE = says(
+    lambda spec, key: spec.kind == "judge" and not spec.judge.low < key.value,
+    "{key.name} is {key.value:g} with judge.low {c.judge.low:g}; the best score has to be above the worst",
+)
 NEEDS_A_LENGTH = says(
     lambda spec, key: spec.kind == "length" and (not (spec.length.min or key.value) or 0 < key.value < spec.length.min),
     "{key.name} is {key.value} with length.min {c.length.min}; kind length needs one of them, and max not below min",

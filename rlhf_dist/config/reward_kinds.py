@@ -45,6 +45,7 @@ KINDS: Mapping[str, Kind] = {
     "rougeL": Kind(compares=True, process=True, library="rouge_score"),
     "json": Kind(process=True, library="jsonschema"),
     "length": Kind(),
+    "judge": Kind(at_most_1=False, remote=True),
 }
 PACKAGES = {
     "sacrebleu": "sacrebleu==2.6.0",

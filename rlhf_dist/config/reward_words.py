@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from rlhf_dist.config.reward_kinds import KINDS
 from rlhf_dist.config.schema import Config, RewardSpec
 
-WHERE = {"function": "function", "model": "path", "http": "url", "json": "schema"}
+WHERE = {"function": "function", "model": "path", "http": "url", "json": "schema", "judge": "url"}
 """Kind -> the key that says which one it is."""
 
 

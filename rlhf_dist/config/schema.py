@@ -38,7 +38,11 @@ from rlhf_dist.config.learning import (
 )
 from rlhf_dist.config.numbers_keys import NumbersConfig as NumbersConfig
 from rlhf_dist.config.prefer_keys import PreferConfig as PreferConfig
-from rlhf_dist.config.reward_keys import LengthConfig as LengthConfig, RewardSpec as RewardSpec
+from rlhf_dist.config.reward_keys import (
+    JudgeConfig as JudgeConfig,
+    LengthConfig as LengthConfig,
+    RewardSpec as RewardSpec,
+)
 
 
 @dataclass(frozen=True)

@@ -1,63 +1,27 @@
-"""A reward server elsewhere, asked over HTTP: with limits, with a token, again where that may help."""
+"""A reward server elsewhere, asked over HTTP."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
-import ssl
-import time
-from typing import Any
 from urllib.parse import urljoin
 
-import httpx
 import numpy as np
 
 from rlhf_dist.config.schema import RewardSpec
-from rlhf_dist.errors import ConfigError, ResourceError, RewardError
+from rlhf_dist.errors import RewardError
+from rlhf_dist.scoring.http_calls import Calls
 from rlhf_dist.scoring.texts import Texts
-from rlhf_dist.scoring.time_limits import SHARE_OF_LIMIT, Limit
+from rlhf_dist.scoring.time_limits import Limit
 from rlhf_dist.scoring.values import checked_scores
-
-CONNECT_LIMIT_S = 10.0
-FIRST_PAUSE_S = 0.5
-"""Before the second try; doubled before each further one."""
-LONGEST_PAUSE_S = 8.0
-ANSWER_BYTES = 16 * 2**20
-SHOWN = 120
-"""Characters of an answer in a message."""
-
-
-class _Failed(Exception):
-    """One try that gave no scores."""
-
-    def __init__(self, what: str, again: bool) -> None:
-        super().__init__(what)
-        self.again = again
 
 
 class HttpReward:
     """Sends {prompts, responses, answers, conversations, ended}, lists of one length, and takes {scores}."""
 
     def __init__(self, name: str, spec: RewardSpec, limit_s: float) -> None:
-        """Connects to nothing yet. `limit_s`: `scoring.timeout_s`, for a call with all its tries.
-
-        Raises ConfigError when the variable that `token_env` names holds no token.
-        """
-        self._url, self._retries, self._timeout_s = spec.url, spec.retries, spec.timeout_s
-        self._key = f"scoring.rewards.{name}"
-        self._who = f"the reward server {name} ({spec.url.partition('?')[0]})"  # a query may hold a secret
-        self._total_s = SHARE_OF_LIMIT * limit_s
-        self._token_env = spec.token_env
-        self._token = read_token(spec.token_env, f"{self._key}.token_env") if spec.token_env else ""
-        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        self._client = httpx.Client(
-            headers=headers,
-            follow_redirects=False,  # the token is for this address only
-            trust_env=False,  # no proxy, and no password from ~/.netrc in the token's place
-            verify=ssl.create_default_context(),
-        )
+        """As `Calls`."""
+        self._health = urljoin(spec.url, "health")
+        self._calls = Calls("the reward server", name, spec, limit_s)
 
     def __call__(self, texts: Texts, limit: Limit | None = None) -> np.ndarray:
         """float32 [n]; NaN and infinity as they came, null, which stands for either in JSON, as NaN.
@@ -71,119 +35,18 @@ class HttpReward:
             "conversations": [[{"role": m.role, "content": m.content} for m in turns] for turns in texts.conversations],
             "ended": texts.ended,
         }
-        content = json.dumps(body).encode()
-        deadline = time.monotonic() + self._total_s if limit is None else limit.deadline
-        tries, pause = 0, FIRST_PAUSE_S
-        while True:
-            tries += 1
-            try:
-                answer = self._ask("POST", self._url, content, min(self._timeout_s, deadline - time.monotonic()))
-                break
-            except _Failed as failed:
-                late = time.monotonic() + pause >= deadline
-                if not failed.again or tries > self._retries or late:
-                    count = f" (tried {tries} times{', then scoring.timeout_s was near' if late else ''})"
-                    way = self._way_out(late) if failed.again else ""
-                    raise RewardError(f"{self._who} {failed}{count if tries > 1 else ''}{way}") from None
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+        answer, calls = self._calls.post(body, limit), self._calls
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if scores is None:
-            raise RewardError(f'{self._who} answered {self._shown(answer)}; it has to be {{"scores": [numbers]}}')
+            raise RewardError(f'{calls.who} answered {calls.shown(answer)}; it has to be {{"scores": [numbers]}}')
         if isinstance(scores, list):
             scores = [math.nan if score is None else score for score in scores]
-        return checked_scores(self._who, scores, texts.responses)
+        return checked_scores(calls.who, scores, texts.responses)
 
     def check(self) -> None:
         """One request to `health` beside the url, as a sign of life. Raises ResourceError."""
-        url = urljoin(self._url, "health")
-        limit_s = min(self._timeout_s, self._total_s)
-        try:
-            self._ask("GET", url, None, limit_s, missing_is_fine=True)  # a server may know nothing but its scores
-        except _Failed as failed:
-            raise ResourceError(
-                f"{self._key}.url: {self._who} {failed}; asked was {url}. Start it, or give its right address"
-            ) from None
+        self._calls.check(self._health)  # a server may know nothing but its scores
 
     def close(self) -> None:
         """Close its connections."""
-        self._client.close()
-
-    def _way_out(self, late: bool) -> str:
-        """What to do about a server that went away; `late`: no time was left for another try."""
-        longer = "scoring.timeout_s" if late else f"{self._key}.retries or {self._key}.timeout_s"
-        return f"; start or mend it and go on with --resume (where there is a checkpoint), or raise {longer}"
-
-    def _ask(self, method: str, url: str, content: bytes | None, limit_s: float, missing_is_fine: bool = False) -> Any:
-        """The answer's JSON; None where a missing page is fine. Raises _Failed."""
-        deadline = time.monotonic() + limit_s
-        timeout = httpx.Timeout(limit_s, connect=min(limit_s, CONNECT_LIMIT_S))
-        late = _Failed(f"did not answer within {limit_s:.3g} s", again=True)
-        headers = {"Content-Type": "application/json"} if content is not None else {}
-        try:
-            with self._client.stream(method, url, content=content, headers=headers, timeout=timeout) as response:
-                body = bytearray()
-                for part in response.iter_bytes():
-                    body += part
-                    if time.monotonic() > deadline:  # the client's own limit is for each part
-                        raise late
-                    if len(body) > ANSWER_BYTES:
-                        raise _Failed(f"answered with more than {ANSWER_BYTES >> 20} MiB", again=False)
-        except httpx.ConnectTimeout:
-            raise _Failed(f"could not be connected to within {timeout.connect:.3g} s", again=True) from None
-        except httpx.TimeoutException:
-            raise late from None
-        except httpx.ConnectError as error:
-            raise _Failed(f"cannot be reached: {self._shown(str(error))}", again=True) from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise _Failed(f"broke off: {type(error).__name__}: {self._shown(str(error))}", again=True) from None
-        if missing_is_fine and response.status_code in (404, 405):
-            return None
-        self._check_status(response, body)
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError):
-            kind = response.headers.get("content-type", "no content type").split(";")[0]
-            raise _Failed(f"answered with {self._shown(kind)}, not JSON: {self._shown(body)}", again=False) from None
-
-    def _check_status(self, response: httpx.Response, body: bytes | bytearray) -> None:
-        status = response.status_code
-        if status in (401, 403):
-            way = f"the token in the variable {self._token_env} is not the server's"
-            if not self._token:
-                way = f"it wants a token: put it into an environment variable and name that in {self._key}.token_env"
-            raise _Failed(f"answered {status}: {way}", again=False)
-        if response.is_redirect:
-            target = self._shown(response.headers.get("location", ""))
-            raise _Failed(f"answered {status}, go to {target}; that is not followed: set the url to it", again=False)
-        if not response.is_success:
-            raise _Failed(f"answered {status}: {self._shown(_detail(body))}", again=status == 429 or status >= 500)
-
-    def _shown(self, value: Any) -> str:
-        """Cut for a message, on one line, without the token."""
-        text = value.decode(errors="replace") if isinstance(value, (bytes, bytearray)) else value
-        text = " ".join((text if isinstance(text, str) else json.dumps(text)).split())
-        text = text.replace(self._token, "[token]") if self._token else text
-        return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
-
-
-def read_token(variable: str, key: str) -> str:
-    """The token in an environment variable. Raises ConfigError, which names the variable and never what it holds."""
-    token = os.environ.get(variable, "")
-    if not token:
-        raise ConfigError(f"{key} = {variable}: this variable is not set or empty; put the server's token into it")
-    if not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise ConfigError(
-            f"{key} = {variable}: what this variable holds is no token: it has blanks, line ends or characters beyond "
-            "ASCII; perhaps a line end came along from a file"
-        )
-    return token
-
-
-def _detail(body: bytes | bytearray) -> Any:
-    """The message of an error as FastAPI and many others send it, else the body."""
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
-        return body
-    return answer["detail"] if isinstance(answer, dict) and "detail" in answer else answer
+        self._calls.close()

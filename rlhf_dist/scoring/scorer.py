@@ -16,6 +16,7 @@ from rlhf_dist.scoring.answers import unreadable_answer
 from rlhf_dist.scoring.diversity import distinct_pairs, text_hashes
 from rlhf_dist.scoring.function import FunctionReward
 from rlhf_dist.scoring.http_client import HttpReward
+from rlhf_dist.scoring.judge import Judge
 from rlhf_dist.scoring.length import length_rewards
 from rlhf_dist.scoring.non_finite import find_non_finite, refusal, zeroed
 from rlhf_dist.scoring.number import NumberReward
@@ -140,6 +141,8 @@ class Scorer:
         reward = self._texts[name]
         if not self._masks:
             return Given(reward(texts, limit), {})
+        if isinstance(reward, Judge):  # it asks for each response by itself anyway
+            return reward.each(texts, limit, go_on=True)
         return one_by_one(reward, texts, limit, self._turns.get(name), _label(name, self._specs[name]))
 
     def _total(self, components: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -168,8 +171,8 @@ def preflight(config: ScoringConfig, check_model: CheckModel | None = None) -> N
         if spec.kind == "model":
             assert check_model is not None, f"the reward {name} is a model, and nobody looks at models here"
             check_model(name, spec)
-        elif spec.kind == "http":
-            with closing(HttpReward(name, spec, config.timeout_s)) as client:
+        elif KINDS[spec.kind].remote:
+            with closing(_client(name, spec, config.timeout_s)) as client:
                 client.check()
         else:
             for owned in _text_reward(name, spec, config.timeout_s)[1]:
@@ -183,8 +186,8 @@ def _require_some(config: ScoringConfig) -> None:
 
 def _label(name: str, spec: RewardSpec) -> str:
     """A reward in a message, as its own messages have it."""
-    if spec.kind == "http":
-        return f"the reward server {name} ({spec.url})"
+    if KINDS[spec.kind].remote:
+        return f"the {'judge' if spec.kind == 'judge' else 'reward server'} {name} ({spec.url.partition('?')[0]})"
     if spec.kind == "model":
         return f"the reward model {name} ({spec.path})"
     code = spec.function or (spec.kind if KINDS[spec.kind].library else "")
@@ -199,10 +202,14 @@ def _require_readable(name: str, spec: RewardSpec, answers: Sequence[str]) -> No
             raise RewardError(f"{_label(name, spec)} cannot compare with the prompt's answer {short(answer)}: {reason}")
 
 
+def _client(name: str, spec: RewardSpec, timeout_s: float) -> HttpReward | Judge:
+    return (Judge if spec.kind == "judge" else HttpReward)(name, spec, timeout_s)
+
+
 def _text_reward(name: str, spec: RewardSpec, timeout_s: float) -> tuple[TextReward, list[Closable]]:
     """(the reward, what it owns)."""
-    if spec.kind == "http":
-        client = HttpReward(name, spec, timeout_s)
+    if KINDS[spec.kind].remote:
+        client = _client(name, spec, timeout_s)
         return client, [client]
     if spec.kind == "function" or KINDS[spec.kind].library:
         function = FunctionReward(name, spec)

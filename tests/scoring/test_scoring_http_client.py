@@ -17,7 +17,7 @@ from judges import MESSAGES, make_texts
 
 from rlhf_dist.config.schema import RewardSpec, ScoringConfig
 from rlhf_dist.errors import ConfigError, ResourceError, RewardError
-from rlhf_dist.scoring import http_client
+from rlhf_dist.scoring import http_calls
 from rlhf_dist.scoring.http_client import HttpReward
 from rlhf_dist.scoring.scorer import preflight
 
@@ -29,7 +29,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_client, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(http_calls, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setenv(VARIABLE, TOKEN)
 
 
