@@ -58,6 +58,6 @@ if ((code != 0)); then
   exit "$code"
 fi
 printf 'local: done in %s s\n' "$SECONDS"
-printf 'local: %s\n' "table   $output/$name/pipeline.txt" "models  $output/$name/STAGE/checkpoints" \
+printf 'local: %s\n' "report  $output/$name/report.html" "table   $output/$name/pipeline.txt" "models  $output/$name/STAGE/checkpoints" \
   "curves  $output/$name/STAGE/curves.png" \
   "the same command again skips all that is complete; name=ANOTHER begins a new run"

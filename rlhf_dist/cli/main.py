@@ -45,6 +45,7 @@ COMMANDS = {
     "submit": ("submit", "run train, sft, reward, prefer, pipeline or eval as a job on a Ray cluster"),
     "plan": ("plan", "show who would get which CPUs and GPUs, and the arithmetic of the batches"),
     "ledger": ("show_ledger", "what became of every group and token of a run"),
+    "report": ("write_report", "write the HTML report of a run or a pipeline again"),
     "replay": ("replay", "compute the losses of a step whose numbers went wrong again, row by row"),
     "dashboard": ("dashboard", "save a wandb workspace for a run's project"),
     "bench": ("bench", "run one of the benchmarks of a checkout"),

@@ -16,9 +16,11 @@ from rlhf_dist.cluster.sources import model_source, reward_model_doubts
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.reward_words import reward_lines
 from rlhf_dist.config.schema import Config
+from rlhf_dist.loop.html_report import write_report
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory, require_free_disk, write_json, write_text
 from rlhf_dist.loop.run_end import FINISHED, OUTCOME, end_recorded
 from rlhf_dist.planning.placement import Command
+from rlhf_dist.telemetry.code_version import versions
 from rlhf_dist.telemetry.display import Progress, make_progress
 from rlhf_dist.telemetry.fault_tally import FaultTally
 from rlhf_dist.telemetry.report import before_after_text, curves
@@ -84,17 +86,19 @@ def finish(
     seconds: float,
     lines: list[str],
 ) -> None:
-    """Table, curves and summary, with the faults of a run that had any."""
+    """Table, curves, summary and report, with the faults of a run that had any."""
     progress.stage("drawing curves")
     curves(run.metrics, run.curves)
     tally = FaultTally.of(run.events)
     faults = {name.removeprefix("faults/"): round(value, 1) for name, value in tally.metrics().items()}
     told = {"faults": faults} if faults else {}
-    write_json(run.summary, {OUTCOME: FINISHED} | summary | told | {"seconds": round(seconds, 1)})
+    facts = {"versions": versions(), "seconds": round(seconds, 1)}
+    write_json(run.summary, {OUTCOME: FINISHED} | summary | told | facts)
+    report = write_report(run.path)
     progress.close()
     print(before_after_text(before, after))
     for line in filter(None, [*lines, tally.line()]):
         print(line)
     best = run.best_checkpoint()
     models = f"model: {run.latest_checkpoint()}/hf" + (f"  best: {best}/hf" if best else "")
-    print(f"run directory: {run.path}  curves: {run.curves}  {models}  ({seconds:.0f} s)")
+    print(f"run directory: {run.path}  report: {report}  {models}  ({seconds:.0f} s)")

@@ -13,11 +13,12 @@ from rlhf_dist.loop.events import Answer
 from rlhf_dist.loop.reasons import NON_FINITE
 from rlhf_dist.loop.requests import greedy as without_chance, make_requests
 from rlhf_dist.loop.shell import Shell
+from rlhf_dist.loop.shown_answers import ShownAnswer, answers_to
 from rlhf_dist.telemetry import names
 from rlhf_dist.types import DroppedPrompt, Experience, NonFinite, Prompt, Purpose, Sampling
 
 SHOWN_ANSWERS = 3
-"""Greedy responses that an evaluation hands back, for people to read."""
+"""Greedy responses that are kept with a run's results, for people to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,9 @@ class Evaluation:
     metrics: dict[str, float]
     """`eval/...` -> value."""
     answers: tuple[str, ...]
-    """Greedy responses to the first prompts, in their order; why there is none, for a prompt that was dropped."""
+    """Greedy responses to the first `SHOWN_ANSWERS` prompts; why there is none, for a prompt that was dropped."""
+    shown: tuple[ShownAnswer, ...]
+    """Greedy and sampled responses to more of them, with their scores."""
     non_finite: tuple[NonFinite, ...]
     """Responses with a reward that failed or is not finite, greedy ones first."""
     version: int
@@ -96,9 +99,10 @@ def evaluate(
     if dropped:
         metrics["eval/dropped"] = float(len(dropped))
     metrics |= unusable(non_finite)
-    shown = sample_answers(prompts, greedy, dropped, shell)
+    shown = answers_to(prompts, greedy, sampled, dropped, gold, shell)
     shell.forget([experience.key for experience in (*greedy, *sampled)])
-    return Evaluation(metrics, shown, non_finite, version_of([*greedy, *sampled]))
+    answers = tuple(one.greedy.text if one.greedy else one.dropped for one in shown[:SHOWN_ANSWERS])
+    return Evaluation(metrics, answers, shown, non_finite, version_of([*greedy, *sampled]))
 
 
 def collected(prompts: Sequence[Prompt], purpose: Purpose, answers: Mapping[tuple[str, str], Answer]) -> Collected:
@@ -181,17 +185,6 @@ def rewards(experiences: Sequence[Experience], gold: str) -> dict[str, float]:
     metrics |= {f"eval/{name}": float(values.mean()) for name, values in components.items()}
     metrics["eval/distinct_responses"] = len(np.unique(hashes)) / len(hashes)
     return metrics
-
-
-def sample_answers(
-    prompts: Sequence[Prompt], greedy: Sequence[Experience], dropped: Sequence[DroppedPrompt], shell: Shell
-) -> tuple[str, ...]:
-    """Greedy responses to the first `SHOWN_ANSWERS` prompts; `(dropped: REASON)` for one that has none."""
-    shown, reasons = prompts[:SHOWN_ANSWERS], {drop.uid: f"(dropped: {drop.reason})" for drop in dropped}
-    keys = {experience.prompt.uid: experience.key for experience in greedy}
-    asked = [prompt.uid for prompt in shown if prompt.uid in keys]
-    texts = dict(zip(asked, shell.texts([keys[uid] for uid in asked]), strict=True))
-    return tuple(texts[prompt.uid][0] if prompt.uid in texts else reasons[prompt.uid] for prompt in shown)
 
 
 def _totals(experiences: Sequence[Experience]) -> np.ndarray:

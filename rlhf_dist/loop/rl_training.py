@@ -35,6 +35,7 @@ from rlhf_dist.loop.saving import Saver
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.shaper import Shaper
 from rlhf_dist.loop.shell import Actors, Shell
+from rlhf_dist.loop.shown_answers import keep_answers
 from rlhf_dist.loop.step import Learning, StepReport, train_step
 from rlhf_dist.loop.train_state import State, put_back
 from rlhf_dist.loop.watch import CollapseWatch, watch_metrics
@@ -281,6 +282,7 @@ def measure(run: Run, shell: Shell, step: int) -> Evaluation:
     reached(run)
     warn_of_non_finite(run, f"evaluation at step {step}", found.non_finite)
     run.progress.eval(step, found.metrics)
+    keep_answers(run.directory.path, step, found.shown)
     return found
 
 

@@ -19,8 +19,8 @@ and holds on to between two starts."""
 FOREIGN = "wandb"
 """A folder whose links are wandb's own. Each start of wandb makes new files in a new folder below it, and replaces the
 links beside that folder."""
-FOLDERS = ("checkpoints", "logs", "rollouts", FOREIGN)
-SUFFIXES = (".jsonl", ".json", ".yaml", ".sqlite", ".png", ".log", ".pid")
+FOLDERS = ("answers", "checkpoints", "logs", "rollouts", FOREIGN)
+SUFFIXES = (".jsonl", ".json", ".yaml", ".sqlite", ".png", ".html", ".log", ".pid")
 """What is a directory in a run's directory, and what is a file there or in `logs`."""
 LONGEST_INSIDE = 160
 """Characters of the longest path below a run directory, with room to spare."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import rlhf_dist
@@ -12,6 +14,8 @@ COMMIT = "RLHF_DIST_COMMIT"
 """Variable with the commit, of a job that was sent without its `.git`."""
 LIMIT_S = 5.0
 """For each question to git."""
+ENGINES = ("torch", "vllm", "deepspeed", "ray", "transformers")
+"""Packages whose versions a run records."""
 
 
 def code_version(package: Path = Path(rlhf_dist.__file__).parent) -> dict[str, str]:
@@ -29,6 +33,16 @@ def code_version(package: Path = Path(rlhf_dist.__file__).parent) -> dict[str, s
     except (OSError, subprocess.SubprocessError):
         return found  # no git, or not a repository that it reads
     return found | {"commit": commit + ("+changes" if changed else "")}
+
+
+def versions() -> dict[str, str]:
+    """Package -> version: of this one, with its commit in a checkout, and of the engines that are installed here."""
+    found = code_version()
+    there = {"rlhf_dist": " ".join(found.values())}
+    for name in ENGINES:
+        with suppress(PackageNotFoundError):
+            there[name] = version(name)
+    return there
 
 
 def _git(folder: Path, *words: str) -> str:

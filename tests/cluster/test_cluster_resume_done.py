@@ -249,7 +249,7 @@ def test_the_logs_of_an_evaluation_go_unless_it_fails(
     for module in (build, trainer_ranks):
         monkeypatch.setattr(module, "ray_session", session)
     monkeypatch.setattr(build, "start_fleets", start)
-    monkeypatch.setattr(build, "run_evaluation", lambda *_, **__: Evaluation({"eval/pass_at_4": 0.5}, (), (), 0))
+    monkeypatch.setattr(build, "run_evaluation", lambda *_, **__: Evaluation({"eval/pass_at_4": 0.5}, (), (), (), 0))
     if fails:
         with pytest.raises(RunError, match="it died"):
             build.evaluate(config)

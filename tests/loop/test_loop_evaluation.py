@@ -26,6 +26,7 @@ from rlhf_dist.loop.controller_rules import rules_of
 from rlhf_dist.loop.evaluation import Evaluation, evaluate, version_of
 from rlhf_dist.loop.events import Compared
 from rlhf_dist.loop.shell import Shell
+from rlhf_dist.loop.shown_answers import RECORDED, Said
 from rlhf_dist.types import Group, Handle, Prompt, Referenced, ReferenceHead, Sampling, Scores
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_tokens=9, stop=())
@@ -80,6 +81,18 @@ def test_a_prompt_without_a_response_counts_as_not_solved() -> None:
     assert found.metrics["eval/sampled_accuracy"] == 3 / 8
     assert found.metrics["eval/dropped"] == 1.0
     assert found.answers == ("abc", "(dropped: prompt_empty)", "abc")
+
+
+def test_answers_are_shown_with_their_own_scores() -> None:
+    found = evaluated(prompts(40), rollouts=FakeRollouts(drops=["0/1"]), gold="truth").shown
+    assert len(found) == RECORDED and [one.prompt for one in found] == [
+        p.messages[-1].content for p in prompts(RECORDED)
+    ]
+    # The first sample is right, and gold is 3 less than twice the total.
+    assert found[0].greedy == found[0].sample == Said("abc", 1.0, -1.0) and not found[0].dropped
+    assert (found[1].greedy, found[1].sample, found[1].dropped) == (None, None, "(dropped: prompt_empty)")
+    (greedy,) = evaluated(prompts(1), replace(CONFIG, samples=0)).shown
+    assert greedy.greedy == Said("abc", 1.0, None) and greedy.sample is None
 
 
 def test_an_evaluation_is_of_one_version() -> None:

@@ -51,6 +51,8 @@ WRITTEN = (
     "ledger.sqlite",
     "ledger.sqlite-wal",
     "curves.png",
+    "report.html",
+    "answers/before.json",
     "wandb_id",
     "wandb",
     "wandb/latest-run",
@@ -87,7 +89,7 @@ def test_a_second_name_of_a_file_elsewhere_is_refused(run: Path, name: str) -> N
     assert outside.read_text() == "precious"
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "summary.json", "curves.png", "logs/a.log"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "summary.json", "report.html", "logs/a.log"])
 def test_a_directory_in_the_place_of_a_file_is_told_before_the_start(run: Path, name: str) -> None:
     (run / name).unlink(missing_ok=True)
     (run / name).mkdir()
@@ -95,7 +97,7 @@ def test_a_directory_in_the_place_of_a_file_is_told_before_the_start(run: Path, 
         come_back(run)
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "logs", "rollouts", "wandb"])
+@pytest.mark.parametrize("name", ["answers", "checkpoints", "logs", "rollouts", "wandb"])
 def test_a_file_in_the_place_of_a_directory_is_told_before_the_start(run: Path, name: str) -> None:
     shutil.rmtree(run / name, ignore_errors=True)
     (run / name).write_text("")

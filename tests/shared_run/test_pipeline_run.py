@@ -127,6 +127,24 @@ def test_the_table_has_a_row_for_every_stage(pipeline: Pipeline) -> None:
     assert shown[1 : 1 + len(STAGES)] == list(STAGES) and table in pipeline.first.stdout
 
 
+def test_the_report_shows_every_stage_and_what_was_said(pipeline: Pipeline) -> None:
+    page = (pipeline.path / "report.html").read_text(encoding="utf-8")
+    assert f"report: {pipeline.path}/report.html" in pipeline.first.stdout
+    assert all(
+        f"<h2>Stage {stage}</h2>" in page and (pipeline.path / stage / "report.html").is_file() for stage in STAGES
+    )
+    for stage in ("ppo", "grpo"):
+        before, after = (
+            json.loads((pipeline.path / stage / "answers" / f"{w}.json").read_text()) for w in ("before", "after")
+        )
+        assert before["step"] == 0 < after["step"] and len(before["rows"]) == len(after["rows"]) == 12
+        for row in (*before["rows"], *after["rows"]):
+            assert row["prompt"].startswith("describe the ") and {"text", "reward", "gold"} == row["sample"].keys()
+    assert before["rows"][0]["prompt"] in page and "held-out pairs" in page and page.count("<svg") >= 8
+    versions = json.loads((pipeline.path / "ppo" / "summary.json").read_text())["versions"]
+    assert {"rlhf_dist", "torch", "vllm", "deepspeed", "ray"} <= versions.keys() and f"vllm {versions['vllm']}" in page
+
+
 def test_ppo_tells_of_critic_leash_and_both_rewards(pipeline: Pipeline) -> None:
     names = {
         "critic/loss", "critic/explained_variance", "kl/reference", "kl/coef", "reward/learned", "reward/truth",
