@@ -168,8 +168,7 @@ def summary(
     """Both stretches side by side, and the targets."""
     begin, turn, end = seen.marks
     alone, struck = stretch(metrics, begin, turn), stretch(metrics, turn, end)
-    usual_s = statistics.median(line[STEP_S] for line in between(metrics, begin, turn))
-    useful_s = sum(min(line[STEP_S], usual_s) for line in between(metrics, turn, end))
+    useful_s = sum(min(line[STEP_S], alone["step_s"]) for line in between(metrics, turn, end))
     share = struck["tokens_per_s"] / alone["tokens_per_s"]
     memory = {kind: growth([one[kind] for one in seen.memory]) for kind in ("controller", "all", "shm")}
     during = [event for event in events if turn.seconds < at(event) <= end.seconds]
@@ -179,7 +178,6 @@ def summary(
         "struck": struck,
         "throughput": share,
         "effective": useful_s / struck["seconds"],
-        "usual_step_s": usual_s,
         "kills": [{"after_s": when - turn.seconds, "name": name} for when, name in seen.kills],
         "losses_told": len(losses(during)),
         "respawned": back["returned"],
@@ -204,10 +202,14 @@ def between(metrics: Sequence[Mapping[str, Any]], begin: Mark, end: Mark) -> lis
 
 
 def stretch(metrics: Sequence[Mapping[str, Any]], begin: Mark, end: Mark) -> dict[str, float]:
-    """Steps and tokens by the clock on the wall; of a step that was made twice the last one counts."""
+    """Steps and tokens by the clock on the wall; of a step that was made twice the last one counts.
+
+    `step_s`: the median; where it differs between the stretches, the machine had other work in one of them.
+    """
     found, seconds = between(metrics, begin, end), end.seconds - begin.seconds
     tokens = sum(line[TOKENS] for line in found)
-    return {"seconds": seconds, "steps": len(found), "tokens_per_s": tokens / seconds}
+    step_s = statistics.median(line[STEP_S] for line in found)
+    return {"seconds": seconds, "steps": len(found), "tokens_per_s": tokens / seconds, "step_s": step_s}
 
 
 def growth(values: Sequence[float]) -> dict[str, float]:
@@ -221,9 +223,9 @@ def table(result: Mapping[str, Any]) -> str:
     """For people."""
     names = Counter(one["name"] for one in result["kills"])
     met = {name: "reached" if held else "missed" for name, held in result["reached"].items()}
-    found = [f"{'':<16}{'seconds':>9}{'steps':>8}{'tokens/s':>11}"]
+    found = [f"{'':<16}{'seconds':>9}{'steps':>8}{'tokens/s':>11}{'a step, s':>11}"]
     found += [
-        f"{name:<16}{one['seconds']:>9.0f}{one['steps']:>8}{one['tokens_per_s']:>11.1f}"
+        f"{name:<16}{one['seconds']:>9.0f}{one['steps']:>8}{one['tokens_per_s']:>11.1f}{one['step_s']:>11.2f}"
         for name, one in (("without faults", result["alone"]), ("with faults", result["struck"]))
     ]
     found += [

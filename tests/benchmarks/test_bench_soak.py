@@ -44,8 +44,8 @@ METRICS = [
 def test_both_stretches_are_by_the_clock_on_the_wall() -> None:
     events = [event(1005.0, "returned"), event(1013.0, "warning", alert="fault"), event(1014.0, "rebuilt")]
     found = bench.summary(SEEN, METRICS, events, LEDGER)
-    assert found["alone"] == {"seconds": 10.0, "steps": 2, "tokens_per_s": 10.0}
-    assert found["struck"] == {"seconds": 20.0, "steps": 3, "tokens_per_s": 6.0}
+    assert found["alone"] == {"seconds": 10.0, "steps": 2, "tokens_per_s": 10.0, "step_s": 5.0}
+    assert found["struck"] == {"seconds": 20.0, "steps": 3, "tokens_per_s": 6.0, "step_s": 7.0}
     assert found["throughput"] == 0.6 and found["effective"] == (5 + 5 + 2) / 20
     assert (found["respawned"], found["rebuilt"], found["losses_told"]) == (0, 1, 1)
     assert found["memory_mib"]["all"] == {"first": 1000.0, "last": 1100.0, "growth": pytest.approx(0.1)}

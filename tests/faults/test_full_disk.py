@@ -110,8 +110,8 @@ def test_a_disk_that_can_only_be_read_ends_a_command_with_one_message(disk: Path
         other = place.finish(place.start("train", *WORDS, "name=other", f"output={disk}"))
     finally:
         assert remount(disk, "rw")
-    for ended, name in ((again, "full"), (other, "other")):
-        message = f"rlhf-dist: output: {disk / name} cannot be written to (no permission, or read-only)"
+    for ended, where in ((again, run), (other, disk)):
+        message = f"rlhf-dist: output: {where} cannot be written to (no permission, or read-only)"
         assert ended.code == 2 and ended.stderr.splitlines()[-1].startswith(message)
     assert not problems(run / "checkpoints" / f"step-{STEPS}")
     assert not (disk / "other").exists()
