@@ -24,7 +24,7 @@ STEPS = 14
 CONFIG = """
 include: [{base}]
 output: {output}
-rollout: {{cpus: 1, max_response_tokens: 48}}
+rollout: {{cpus: 1, max_response_tokens: 24}}
 learner: {{cpus: 1, keep_state_every: 1}}
 reference: {{replicas: 1}}
 algo: {{kl: {{coef: 0.05}}}}
