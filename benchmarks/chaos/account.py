@@ -55,7 +55,7 @@ class Account(Heard):
                 case KeepCopy() | Recall():
                     self._copy(command, wanted)
                 case Score() | Compare():
-                    self._serve(command)
+                    self._serve(command, wanted)
                 case TimedOut():
                     if command.member and command.member not in {fault.who for fault in self.world.fired}:
                         raise wrong(f"nothing is wrong with {command.member}: {command}")
@@ -71,13 +71,15 @@ class Account(Heard):
             wanted[name] = left
         (self.copies.discard if entry.recalled else self.copies.add)(key)
 
-    def _serve(self, command: Score | Compare) -> None:
+    def _serve(self, command: Score | Compare, wanted: dict[str, int]) -> None:
         """One server after the other may be asked, until the first answers."""
         entry = self.entries.get(command.key)
         if entry is None or entry.head is None:
             raise wrong(f"not open: {command}")
         if entry.scored if isinstance(command, Score) else entry.compared or not self._compares(entry.request):
             raise wrong(f"not wanted: {command}")
+        if isinstance(command, Compare):
+            wanted.pop("Compare", None)
 
     def _book(self, book: Book, attempt: Attempt) -> None:
         uid, number = attempt

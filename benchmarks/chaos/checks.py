@@ -62,6 +62,8 @@ def explained(plan: Plan, life: Life) -> None:
             fair = any(fault.kind == "end" for fault in life.world.fired)
         case ActorLost() if text.startswith("the learner was lost"):
             fair = len(ranks) > RESPAWNS
+        case ActorLost() if text.startswith("what a reference server computed"):
+            fair = sum(fault.who.startswith(REFERENCE) for fault in blows) > RESPAWNS
         case DiskError() | ResourceError():
             fair = any(fault.kind == "full" for fault in life.disk.fired)
         case ActorTimeout() if text.startswith("no rollout worker"):

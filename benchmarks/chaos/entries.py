@@ -42,6 +42,7 @@ class Entry:
     kept: bool = False
     scored: bool = False
     compared: bool = False
+    reference_kept: bool = False
     ready: bool = False
     """It was whole before."""
     undone: bool = False

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from chaos.entries import Attempt, Entry, Purpose, wrong
+from chaos.plan import REFERENCE
 from chaos.truth import Truth
 from chaos.world import World
 from rlhf_dist.loop.controller_rules import Rules
@@ -19,6 +20,7 @@ from rlhf_dist.loop.events import (
     NotStarted,
     Published,
     Pulse,
+    ReferenceKept,
     Returned,
     Scored,
     Serving,
@@ -49,7 +51,7 @@ class Heard:
     """Samples that a worker is given at a time."""
     version: int
     lost: set[str]
-    """Workers that are not there."""
+    """Workers and servers that are not there."""
     again: list[Attempt]
     """What a resume has to issue first."""
     taken: int
@@ -157,6 +159,10 @@ class Heard:
             case Compared():
                 entry.compared = True
                 return {"KeepReference": 1}
+            case ReferenceKept():
+                entry.compared = entry.reference_kept = not event.lost
+                # Where no server is there, the first that is back is asked.
+                return {"Compare": 1} if event.lost and self._servers_there else {}
             case _:
                 return self._answer(event, entry)
         return {}
@@ -174,12 +180,14 @@ class Heard:
                 return entry.scored
             case Compared():
                 return entry.compared
+            case ReferenceKept():
+                return entry.reference_kept or not entry.compared
             case Undone():
                 done = {"collator": entry.kept, "scoring": entry.scored, "reference": entry.compared}
                 return done[event.kind]
 
     def _whole(self, entry: Entry) -> bool:
-        compared = entry.compared or not self._compares(entry.request)
+        compared = entry.reference_kept or not self._compares(entry.request)
         return entry.head is not None and entry.kept and entry.scored and compared
 
     def _answer(self, event: Answered | Unanswered, entry: Entry) -> dict[str, int]:
@@ -213,6 +221,11 @@ class Heard:
         del self.entries[key]
         if entry.request.purpose != "train":  # of groups the ledger tells
             self.waiting[entry.request.purpose, entry.request.uid] = None
+
+    @property
+    def _servers_there(self) -> int:
+        """Of the reference."""
+        return self.world.plan.settings.reference - sum(name.startswith(REFERENCE) for name in self.lost)
 
     def _ready(self, entry: Entry) -> bool:
         return entry.request.purpose == "train" and self._state(entry.request.uid) == "scored"

@@ -54,9 +54,10 @@ Kind = Literal[
 the same, with bodies that nobody can get. wedge: it gives no sign any more. stall: it lives, and does nothing any more.
 no start: it cannot be started again, once. cut: no message to or from it arrives for `seconds`.
 slow: its next answer takes `seconds` longer. late: its next answer does, and is overtaken by those after it. twice: its
-next answer comes a second time, `seconds` later. undone: nobody can get at the body of its next answer. lie: the next
-weights arrive flipped. tear: an engine loads a part of the next weights.
-farewell: a worker dies when it has handed something over, `seconds` later. end: the run is told to end.
+next answer comes a second time, `seconds` later. undone: nobody can get at the body of its next answer, or at the
+logprobs. lie: the next weights arrive flipped. tear: an engine loads a part of the next weights.
+farewell: a worker dies when it has handed something over, a reference server when it has answered, `seconds` later.
+end: the run is told to end.
 stop: the run is killed. power: the machine fails, and what was written and not flushed is lost, too. back: a start from
 an earlier checkpoint, as with --resume-from, `seconds` before the newest.
 crash before, crash after, torn: it is killed before, after or in the middle of a durable write. full: a durable write
@@ -208,6 +209,8 @@ def plan_of(seed: int) -> Plan:
     if faults and random.random() < 0.15:
         faults += again_and_again(random, faults[0])
     settings = replace(settings, best=random.choice((0, 0, 1)), background=random.random() < 0.5)
+    if settings.reference and random.random() < 0.25:
+        faults += [lost_logprobs(random, settings) for _ in range(random.choice((1, 1, 1, 2, 4)))]
     return Plan(seed, settings, tuple(sorted(faults, key=lambda fault: (fault.life, fault.kind in WRITES, fault.at))))
 
 
@@ -217,6 +220,12 @@ def again_and_again(random: Random, fault: Fault) -> list[Fault]:
         return []
     later = [round(fault.at + 12.0 * number + random.random() * 20.0, 1) for number in range(random.randint(1, 5))]
     return [replace(fault, kind="die", at=at, seconds=0.0) for at in later]
+
+
+def lost_logprobs(random: Random, settings: Settings) -> Fault:
+    """A reference server's answer is lost before the collator has fetched it, alone or with the server."""
+    who, kind = f"{REFERENCE} {random.randrange(settings.reference)}", random.choice(("undone", "farewell"))
+    return Fault(random.choice((0, 0, 0, 1)), kind, who, round(random.random() ** 2 * 60.0, 1), random.random())
 
 
 def draw_settings(random: Random) -> Settings:

@@ -12,11 +12,11 @@ import numpy as np
 from chaos.clock import Broken
 from chaos.disk import Disk
 from chaos.plan import COLLATOR, Fault
-from chaos.truth import Body, Sampled, digest, number
+from chaos.truth import Body, Logprobs, Sampled, digest, number
 from chaos.world import World
 from rlhf_dist.errors import ActorLost, ActorTimeout
 from rlhf_dist.learner.shard import Shard
-from rlhf_dist.loop.events import Compared, Event, Kept, Lost, MemberKind, Scored, Undone
+from rlhf_dist.loop.events import Compared, Event, Kept, Lost, MemberKind, ReferenceKept, Scored, Undone
 from rlhf_dist.loop.ports import Estimates
 from rlhf_dist.types import Group as Tokens, Handle, Partial, PartialLost, Referenced, ReferenceHead
 from rlhf_dist.weights.receipts import Announcement
@@ -24,6 +24,8 @@ from rlhf_dist.weights.receipts import Announcement
 REFERENCE_FILE = "reference/config.json"
 CALL_LIMIT_S = 40.0
 """Of a call that is waited for."""
+HUSH_S = 0.5
+"""From the death of a server that has just answered to the word of it."""
 
 
 class Server:
@@ -33,11 +35,18 @@ class Server:
         self.name, self._world = name, world
         self.dead = self.silent = self.alive = False
         """`alive`: it gives signs of life although it is silent."""
+        self.made: list[Logprobs] = []
         self._free_at = 0.0
 
     @property
     def works(self) -> bool:
         return not (self.dead or self.silent)
+
+    def die(self) -> None:
+        """What it has computed is lost with it."""
+        self.dead = True
+        for logprobs in self.made:
+            logprobs.lost = True
 
     def done_after(self, seconds: float) -> float:
         """How long from now until it has done this, too."""
@@ -63,7 +72,7 @@ class Group:
 
     def end(self, name: str) -> None:
         """It is killed."""
-        self.servers[name].dead = True
+        self.servers[name].die()
 
     def gives_signs(self, name: str) -> bool:
         """Whether a process of this name shows that it lives."""
@@ -77,7 +86,7 @@ class Group:
 
     def _die(self, fault: Fault) -> None:
         server = self.servers[fault.who]
-        server.dead = True
+        server.die()
         self._world.clock.after(fault.seconds, self.tell_of_death, server)
 
     def _fall_silent(self, fault: Fault) -> None:
@@ -122,9 +131,21 @@ class Servers(Group):
         else:
             samples = len(body.truth.lengths)
             kl = np.array([number(self.state, body.truth.digest, i) for i in range(samples)], np.float32)
-            logprobs: Handle[Any] = Handle(digest(self.state, body.truth.digest))
-            answer = Compared(server.name, key, Referenced(ReferenceHead(kl, -kl - 1.0), logprobs))
+            made: Handle[Any] = Handle(self._made(server, digest(self.state, body.truth.digest)))
+            answer = Compared(server.name, key, Referenced(ReferenceHead(kl, -kl - 1.0), made))
         self._world.tell(server.name, answer)
+
+    def _made(self, server: Server, word: str) -> Logprobs:
+        """They may be lost on their way, alone or with the server."""
+        made = Logprobs(word, lost=self._world.strike("undone", server.name) is not None)
+        server.made.append(made)
+        if fault := self._world.strike("farewell", server.name):
+            self._world.clock.after(fault.seconds, self._leave, server)
+        return made
+
+    def _leave(self, server: Server) -> None:
+        server.die()
+        self._world.clock.after(HUSH_S, self.tell_of_death, server)
 
     def update(self, announcement: Announcement, keep: float) -> None:
         """See `ports.References`."""
@@ -184,9 +205,22 @@ class Collator(Group):
             self.bodies[key] = body
         self._world.tell(COLLATOR, Kept(key))
 
-    def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:
+    def keep_references(self, logprobs: Mapping[str, Handle[np.ndarray]]) -> None:
         """See `ports.Bodies`."""
-        self._world.post(COLLATOR, self.logprobs.__setitem__, key, logprobs.place)
+        for key, handle in logprobs.items():
+            self._world.post(COLLATOR, self._fetch_reference, key, handle.place)
+
+    def _fetch_reference(self, key: str, logprobs: Logprobs) -> None:
+        self._world.clock.after(self._world.seconds(0.01, 1.0, "fetch", key), self._fetched, key, logprobs)
+
+    def _fetched(self, key: str, logprobs: Logprobs) -> None:
+        if not self.server.works:
+            return
+        if logprobs.lost:
+            self._world.seen["reference logprobs were lost"] += 1
+        elif key in self.bodies:
+            self.logprobs[key] = logprobs.word
+        self._world.tell(COLLATOR, ReferenceKept(key, logprobs.lost))
 
     def keep_copy(self, key: str, body: Handle[Tokens]) -> None:
         """See `ports.Bodies`."""

@@ -83,6 +83,15 @@ class Body:
 
 
 @dataclass(slots=True)
+class Logprobs:
+    """A reference's answer, where a server made it."""
+
+    word: str
+    lost: bool = False
+    """Nobody can get at it any more, but for the collator where it has it."""
+
+
+@dataclass(slots=True)
 class Sampled:
     """As far as a group was sampled by workers before."""
 

@@ -215,7 +215,7 @@ class Watched(Controller):
         healing: Healing | None = None,
     ) -> None:
         super().__init__(rules, prompts, members, step, healing)
-        lost = {name for name, kinds in members._away.items() if "rollout" in kinds}
+        lost = set(members._away)
         again = [(prompt.uid, attempt) for prompt, attempt in prompts._first]
         self._checks = Checks(world, rules, members._capacity, step, lost, again, step * rules.groups_per_step)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from rlhf_dist.cluster.roster import Alive, work
 from rlhf_dist.cluster.spec import ActorSpec, enter
 from rlhf_dist.cluster.waits import fetched
 from rlhf_dist.config.schema import Config, RewardSpec
+from rlhf_dist.errors import AnswerLost
 from rlhf_dist.planning.placement import needs_reference
 from rlhf_dist.scoring.reference_files import REFERENCE_FOLDER
 from rlhf_dist.types import Group, Handle, Scores
@@ -27,6 +28,8 @@ STOP_LIMIT_S = 0.5
 """The same when the command was stopped: who waits at the keyboard waits for nobody that is busy."""
 PARTIAL_LIMIT_S = 10.0
 """For a rollout worker to get all that a message says others have handed over; what is missing is begun again."""
+TOKENS_LIMIT_S = 30.0
+"""For a server to get the tokens of a group; by then a maker that does not answer counts as lost."""
 WORKER_THREADS = 4
 """Of a rollout worker: who asks for events, who loads weights, who brings messages, and one to spare."""
 SERVER_THREADS = 64
@@ -126,6 +129,18 @@ class RolloutHost(Alive):
         return self._worker.ready()
 
 
+def tokens_at(places: Sequence[Any]) -> Group:
+    """The group that a list of one reference stands for.
+
+    In a list, so that Ray does not fetch it for the call: it would hold all later calls back, signs of life too, while
+    the maker's node does not answer. Raises `AnswerLost` where the tokens are lost, or do not come in time.
+    """
+    (group,) = fetched(places, TOKENS_LIMIT_S)
+    if group is None:
+        raise AnswerLost(f"the tokens of a group are lost, or did not come in {TOKENS_LIMIT_S:g} s")
+    return group
+
+
 class ReferenceHost(Alive):
     """A process that holds the reference model and nothing else."""
 
@@ -135,9 +150,9 @@ class ReferenceHost(Alive):
         self._name, self._groups = spec.name, 0
 
     @work
-    def reference(self, group: Group, temperature: float) -> Any:
-        """See `ReferenceServer.logprobs`; the head, and a reference to the logprobs."""
-        head, logprobs = self._reference.logprobs(group, temperature)
+    def reference(self, places: Sequence[Any], temperature: float) -> Any:
+        """See `ReferenceServer.logprobs`, and `tokens_at`; the head, and a reference to the logprobs."""
+        head, logprobs = self._reference.logprobs(tokens_at(places), temperature)
         self._groups += 1
         return head, (ray.put(logprobs),)
 
@@ -173,9 +188,9 @@ class ScoringHost(ReferenceHost):
         self._name, self._groups = spec.name, 0
 
     @work
-    def score(self, group: Group) -> Scores:
-        """See `Scorer.score`."""
-        found = self._scorer.score(group)
+    def score(self, places: Sequence[Any]) -> Scores:
+        """See `Scorer.score`, and `tokens_at`."""
+        found = self._scorer.score(tokens_at(places))
         self._groups += 1
         return found
 

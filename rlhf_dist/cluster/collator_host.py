@@ -16,7 +16,8 @@ from rlhf_dist.learner.collator import Collator
 from rlhf_dist.learner.step_file import write_step
 
 KEEP_LIMIT_S, COPY_LIMIT_S = 10.0, 1.0
-"""For what is kept to come from where it was made: finished groups, and copies of those that are being sampled."""
+"""For what is kept to come from where it was made: finished groups with their reference logprobs, and copies of those
+that are being sampled."""
 
 
 class CollatorHost(Alive):
@@ -43,10 +44,16 @@ class CollatorHost(Alive):
             self._groups += 1
         return lost
 
-    @ray.method(num_returns=0)
-    def keep_reference(self, key: str, logprobs: Any) -> None:
-        """See `Collator.keep_reference`."""
-        self._collator.keep_reference(key, logprobs.copy())
+    @work
+    def keep_references(self, keys: Sequence[str], places: Sequence[Any]) -> list[str]:
+        """See `Collator.keep_reference`; the keys of logprobs that are lost. `places` as for `keep`."""
+        lost: list[str] = []
+        for key, logprobs in zip(keys, fetched(places, KEEP_LIMIT_S), strict=True):
+            if logprobs is None:
+                lost.append(key)
+                continue
+            self._collator.keep_reference(key, logprobs)
+        return lost
 
     @ray.method(num_returns=0)
     def keep_copy(self, key: str, places: Sequence[Any]) -> None:

@@ -18,7 +18,18 @@ from rlhf_dist.learner.rank_batch import RankBatch
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums
 from rlhf_dist.learner.witness import Seen
-from rlhf_dist.loop.events import NOBODY, Compared, Event, Kept, Lost, MemberKind, Scored, TimedOut, Undone
+from rlhf_dist.loop.events import (
+    NOBODY,
+    Compared,
+    Event,
+    Kept,
+    Lost,
+    MemberKind,
+    ReferenceKept,
+    Scored,
+    TimedOut,
+    Undone,
+)
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Group, Handle, Partial, PartialLost, Referenced
@@ -85,7 +96,7 @@ class ScoringFleet:
     def submit(self, server: str, key: str, body: Handle[Group]) -> None:
         """See `loop.ports.Scoring`; the tokens go from the object store to the server."""
         worker = self._workers[server]
-        self._inbox.expect(worker.score.remote(body.place), partial(self._read, server, worker, key))
+        self._inbox.expect(worker.score.remote([body.place]), partial(self._read, server, worker, key))
 
     def _read(self, server: str, worker: Any, key: str, call: Any) -> list[Event]:
         try:
@@ -114,7 +125,7 @@ class ReferenceFleet:
     def submit(self, server: str, key: str, body: Handle[Group], temperature: float) -> None:
         """See `loop.ports.References`; at the sampler's temperature. The logprobs stay where they are made."""
         worker = self._workers[server]
-        self._inbox.expect(worker.reference.remote(body.place, temperature), partial(self._read, server, worker, key))
+        self._inbox.expect(worker.reference.remote([body.place], temperature), partial(self._read, server, worker, key))
 
     def _read(self, server: str, worker: Any, key: str, call: Any) -> list[Event]:
         try:
@@ -157,9 +168,10 @@ class CollatorProcess:
         call = self._actor.keep.remote(list(bodies), places(bodies.values()))
         self._inbox.expect(call, partial(self._read, bodies))
 
-    def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:
-        """See `loop.ports.Bodies`. Calls to the collator are done in their order, so nobody has to wait."""
-        self._actor.keep_reference.remote(key, logprobs.place)
+    def keep_references(self, logprobs: Mapping[str, Handle[np.ndarray]]) -> None:
+        """See `loop.ports.Bodies`. Calls to the collator are done in their order: it has the groups by then."""
+        call = self._actor.keep_references.remote(list(logprobs), places(logprobs.values()))
+        self._inbox.expect(call, partial(self._read_references, list(logprobs)))
 
     def keep_copy(self, key: str, body: Handle[Group]) -> None:
         """See `loop.ports.Bodies`. One whose worker has died by then is lost, and the one before stays."""
@@ -204,6 +216,10 @@ class CollatorProcess:
     def _read(self, bodies: Mapping[str, Handle[Group]], call: Any) -> list[Event]:
         lost = set(fetch(call, self._name, f"keep {', '.join(bodies)}", self._timeout_s))
         return [Undone("collator", self._name, key) if key in lost else Kept(key) for key in bodies]
+
+    def _read_references(self, keys: Sequence[str], call: Any) -> list[Event]:
+        lost = set(fetch(call, self._name, f"keep the reference logprobs of {', '.join(keys)}", self._timeout_s))
+        return [ReferenceKept(key, key in lost) for key in keys]
 
     def _recalled(self, key: str, call: Any) -> list[Event]:
         found = fetch(call, self._name, f"recall {key}", self._timeout_s)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_dist.errors import AnswerLost
 from rlhf_dist.learner.rank_batch import RankBatch, rank_batch
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.types import Group, Trajectory
@@ -57,14 +56,8 @@ class Collator:
         return [tuple(readable(sample) for sample in self._groups[key].trajectories) for key in keys]
 
     def batches(self, shards: Sequence[Shard], keys: Sequence[str], compared: bool) -> list[RankBatch]:
-        """One for each rank, of a step that is made of these groups; `compared`: with the reference's logprobs.
-
-        Raises `AnswerLost` where those of a group never came: their maker died before they could be copied.
-        """
+        """One for each rank, of a step that is made of these groups; `compared`: with the reference's logprobs."""
         groups = [self._groups[key] for key in keys]
-        lost = [key for key in keys if compared and key not in self._references]
-        if lost:
-            raise AnswerLost(f"the reference's logprobs of {', '.join(lost)} were lost with the server that made them")
         references = [self._references[key] for key in keys] if compared else []
         return [rank_batch(shard, groups, references) for shard in shards]
 

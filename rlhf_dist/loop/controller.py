@@ -39,12 +39,12 @@ from rlhf_dist.loop.events import (
     Forget,
     Keep,
     KeepCopy,
-    KeepReference,
     Kept,
     Lost,
     NotStarted,
     Published,
     Pulse,
+    ReferenceKept,
     Returned,
     Scored,
     Serving,
@@ -83,7 +83,7 @@ class Controller:
         """`prompts`: None where nothing is trained. `step`: the version published. `healing`: None: of nobody."""
         self._rules, self._prompts, self._members = rules, prompts, members
         self._healing = unwatched() if healing is None else healing
-        self._servers = Servers(members, rules.hedge_s)
+        self._servers = Servers(members, self._healing, rules.hedge_s)
         self._version = step
         self._open: dict[str, OpenRequest] = {}
         """By key: all that is issued or asked for, and neither taken, answered nor dropped."""
@@ -245,8 +245,9 @@ class Controller:
             case Scored():
                 one.scores = event.scores
             case Compared():
-                one.reference = event.reference.head
-                commands = [KeepReference(event.key, event.reference.logprobs)]
+                commands = self._servers.compared(one, event, now)
+            case ReferenceKept():
+                commands = self._servers.reference_kept(one, event, now)
         return commands + self._settle(one, now)
 
     def _handed_over(self, one: OpenRequest, event: Partial) -> list[Command]:

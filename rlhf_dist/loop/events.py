@@ -64,6 +64,15 @@ class Compared:
 
 
 @dataclass(frozen=True, slots=True)
+class ReferenceKept:
+    """The collator owns a group's reference logprobs."""
+
+    key: str
+    lost: bool = False
+    """It could not get them: they were lost with the server that made them, or did not come in time."""
+
+
+@dataclass(frozen=True, slots=True)
 class Undone:
     """A server, or the collator, could not get at a group's tokens: they were lost with the worker that made them."""
 
@@ -133,7 +142,7 @@ class Tick:
     """Time has passed: who has been silent for too long?"""
 
 
-About = Answered | Unanswered | Partial | PartialLost | Copied | Kept | Scored | Compared | Undone
+About = Answered | Unanswered | Partial | PartialLost | Copied | Kept | Scored | Compared | ReferenceKept | Undone
 """Events about one request; `key` is its."""
 Event = About | Beat | Published | Serving | Lost | NotStarted | Returned | Pulse | Asked | Tick
 
@@ -237,7 +246,7 @@ class Book:
 class Tell:
     """A line in the run's event log; a warning is shown to people, too."""
 
-    kind: Literal["dropped", "handed_over", "hedged", "returned", "warning"]
+    kind: Literal["dropped", "handed_over", "hedged", "asked_again", "returned", "warning"]
     message: str
     uid: str = ""
 

@@ -4,7 +4,8 @@
     |--------------------|------------|---------|---------------------------------------------------------------------|
     | rollout            | any        | respawn | groups that are not finished: resubmitted, from their first token,  |
     |                    |            |         | or with a policy lag from their last copy                           |
-    | scoring, reference | any        | respawn | groups that it was asked about: others are asked, or it once more   |
+    | scoring, reference | any        | respawn | groups that it was asked about: others are asked, or it once more;  |
+    |                    |            |         | so too for logprobs that the collator does not have yet             |
     | relay              | any        | respawn | a copy of the weights: the next push brings another                 |
     | collator           | any        | end     | the tokens of all groups that are ready                             |
     | learner, critic    | any        | rebuild | weights and optimizer state: all ranks start from the newest saved  |
@@ -181,7 +182,14 @@ class Healing:
             self._version = version
             self._stuck.clear()
 
-    def _count(self, name: str, why: str, now: float) -> None:
+    def lost_again(self, what: str, why: str, now: float) -> None:
+        """Work that is lost with who had done it, and is to be done again. Raises `ActorLost` where that is too often.
+
+        So it is not done for ever where its process lives, and nobody can get at what it makes.
+        """
+        self._count(what, why, now, "done")
+
+    def _count(self, name: str, why: str, now: float, again: str = "started") -> None:
         """Within the window, and since the last new step: losses far apart must not be healed for ever."""
         deaths, stuck = self._deaths.setdefault(name, deque()), self._stuck.setdefault(name, [])
         deaths.append((now, why))
@@ -189,9 +197,9 @@ class Healing:
         while deaths[0][0] < now - self._window_s:
             deaths.popleft()
         if len(deaths) > self._respawns:
-            raise ActorLost(self._report(name, deaths, f"within {self._window_s:g} s (faults.window_s)", now))
+            raise ActorLost(self._report(name, deaths, f"within {self._window_s:g} s (faults.window_s)", now, again))
         if len(stuck) > self._respawns:
-            raise ActorLost(self._report(name, stuck, "since the last new step", now))
+            raise ActorLost(self._report(name, stuck, "since the last new step", now, again))
 
     def not_started(self, name: str, why: str, now: float, away: bool = False) -> list[Command]:
         """As `lost`, of one that is being started; people are told.
@@ -256,11 +264,11 @@ class Healing:
         """(what is limited, limit, name -> since when)."""
         return ("pulse", self._pulse_s, self._pulses), ("start", self._start_s, self._coming)
 
-    def _report(self, name: str, losses: Collection[tuple[float, str]], when: str, now: float) -> str:
+    def _report(self, name: str, losses: Collection[tuple[float, str]], when: str, now: float, again: str) -> str:
         """What was tried with a process that is lost too often."""
         told = "; ".join(f"{now - then:.0f} s ago: {why}" for then, why in losses)
         return (
-            f"{name} was lost {len(losses)} times {when}, and is started again at most {self._respawns} times "
+            f"{name} was lost {len(losses)} times {when}, and is {again} again at most {self._respawns} times "
             f"(faults.respawns): {told}"
         )
 

@@ -15,6 +15,7 @@ from rlhf_dist.loop.events import (
     Compared,
     Kept,
     MemberKind,
+    ReferenceKept,
     Scored,
     Submit,
     TimedOut,
@@ -25,6 +26,8 @@ from rlhf_dist.telemetry.goodput import ActorSide
 from rlhf_dist.types import Beat, Copied, Partial, PartialLost
 
 SERVERS: tuple[MemberKind, ...] = ("scoring", "reference")
+LOGPROBS = " logprobs"
+"""Behind the key of a request: what the collator has to do with the reference's answer."""
 MemberKey = tuple[MemberKind, str]
 """Kind and name: a server that gives both scores and logprobs is two members."""
 
@@ -181,6 +184,8 @@ class Members:
                 self.done(event.kind, event.server, event.key, now)
             case Kept():
                 self.done("collator", self._collator, event.key, now)
+            case ReferenceKept():
+                self.done("collator", self._collator, event.key + LOGPROBS, now)
             case Copied():
                 pass
             case Partial() | PartialLost() if worker == NOBODY:

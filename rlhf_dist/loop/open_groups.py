@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from rlhf_dist.loop.controller_rules import Rules
-from rlhf_dist.loop.events import About, Compared, Kept, MemberKind, Scored, Undone
+from rlhf_dist.loop.events import About, Compared, Kept, MemberKind, ReferenceKept, Scored, Undone
 from rlhf_dist.loop.requests import greedy, make_request
 from rlhf_dist.types import (
     Answered,
@@ -52,6 +52,8 @@ class OpenRequest:
     """The collator owns the group."""
     scores: Scores | None = None
     reference: ReferenceHead | None = None
+    reference_kept: bool = False
+    """The collator owns the reference's logprobs, too."""
     baseline: float = 0.0
     experience: Experience | None = None
     """Once all is there, of a group in training: it is ready."""
@@ -82,7 +84,7 @@ class OpenRequest:
         """All that is known of it, once everything that was asked for has come."""
         if self.head is None or self.scores is None or not self.kept or (self.trains and self.partner is not None):
             return None
-        if self.compares and self.reference is None:
+        if self.compares and not self.reference_kept:
             return None
         request = self.request
         return Experience(request.prompt, self.head, self.scores, request.key, self.reference, self.baseline)
@@ -106,6 +108,8 @@ class OpenRequest:
                 return self.scores is not None
             case Compared():
                 return self.reference is not None
+            case ReferenceKept():  # or of logprobs that are lost by now
+                return self.reference is None or self.reference_kept
             case Undone():  # somebody else may have done it by then
                 done = {"collator": self.kept or None, "scoring": self.scores, "reference": self.reference}
                 return done.get(event.kind) is not None
@@ -114,7 +118,8 @@ class OpenRequest:
         """The next attempt: with the same seeds, so that the same samples come of it."""
         self.request = replace(self.request, attempt=attempt, part=0, begun=None)
         self.worker, self.leaves, self.orphaned, self.copied = "", False, False, False
-        self.head, self.body, self.kept, self.scores, self.reference = None, None, False, None, None
+        self.head, self.body, self.kept, self.scores = None, None, False, None
+        self.reference, self.reference_kept = None, False
 
 
 def newly_issued(rules: Rules, prompt: Prompt, attempt: int, number: int, now: float) -> tuple[OpenRequest, ...]:

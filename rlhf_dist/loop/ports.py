@@ -159,8 +159,8 @@ class Bodies(Protocol):
         """Take the tokens of groups over, by key. `Kept` comes of each."""
         ...
 
-    def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:
-        """Take a group's reference logprobs over."""
+    def keep_references(self, logprobs: Mapping[str, Handle[np.ndarray]]) -> None:
+        """Take the reference logprobs of groups over, by key. `ReferenceKept` comes of each."""
         ...
 
     def keep_copy(self, key: str, body: Handle[Group]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rlhf_dist.loop.events import Command, Compare, MemberKind, Score, Tell
-from rlhf_dist.loop.members import SERVERS, Members
+from rlhf_dist.loop.events import Command, Compare, Compared, KeepReference, MemberKind, ReferenceKept, Score, Tell
+from rlhf_dist.loop.healing import Healing
+from rlhf_dist.loop.members import LOGPROBS, SERVERS, Members
 from rlhf_dist.loop.open_groups import OpenRequest
 
 
@@ -16,9 +17,9 @@ class Servers:
     first answer counts.
     """
 
-    def __init__(self, members: Members, hedge_s: float = 0.0) -> None:
+    def __init__(self, members: Members, healing: Healing, hedge_s: float = 0.0) -> None:
         """`hedge_s`: how long one server may have a group before another one is asked, too; 0: for ever."""
-        self._members, self._hedge_s = members, hedge_s
+        self._members, self._healing, self._hedge_s = members, healing, hedge_s
         self._asked: dict[tuple[MemberKind, str], float] = {}
         """(kind, request key) -> when a server was last asked, of what may not be answered; empty without hedging."""
         self._waiting: dict[MemberKind, list[str]] = {}
@@ -37,6 +38,26 @@ class Servers:
         if kind == "scoring":
             return [Score(server, key, body)]
         return [Compare(server, key, body, one.request.sampling.temperature)]
+
+    def compared(self, one: OpenRequest, event: Compared, now: float) -> list[Command]:
+        """A reference server has answered; its logprobs are lost with it until the collator has them."""
+        one.reference = event.reference.head
+        self._members.server("collator", event.key + LOGPROBS, now)
+        return [KeepReference(event.key, event.reference.logprobs)]
+
+    def reference_kept(self, one: OpenRequest, event: ReferenceKept, now: float) -> list[Command]:
+        """The collator has them; or they were lost before, and are computed again.
+
+        Raises `ActorLost` where those of a group were lost too often.
+        """
+        one.reference_kept = not event.lost
+        if not event.lost:
+            return []
+        one.reference = None
+        lost = f"the reference logprobs of {event.key} were lost before the collator had them"
+        self._healing.lost_again(f"what a reference server computed for {event.key}", lost, now)
+        text = f"{lost}, and are computed again"
+        return [Tell("asked_again", text, one.request.uid), *self.ask(one, "reference", now)]
 
     def hedge(self, open_requests: Mapping[str, OpenRequest], now: float) -> list[Command]:
         """Ask a second server about what the first has had for long."""

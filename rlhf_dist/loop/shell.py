@@ -179,8 +179,10 @@ class Shell:
             self._ledger.book(entries)
         if bodies := {command.key: command.body for command in found if isinstance(command, Keep)}:
             self._actors.bodies.keep(bodies)
+        if logprobs := {command.key: command.logprobs for command in found if isinstance(command, KeepReference)}:
+            self._actors.bodies.keep_references(logprobs)
         for command in found:
-            if not isinstance(command, Book | Keep | Rebuild):
+            if not isinstance(command, Book | Keep | KeepReference | Rebuild):
                 self._carry_out(command)
         for command in found:
             if isinstance(command, Rebuild):  # last: the others have to be done all the same
@@ -195,8 +197,6 @@ class Shell:
                 actors.rollouts.cancel(command.worker, command.keys)
             case HandOver():
                 actors.rollouts.hand_over(command.worker, command.keys)
-            case KeepReference():
-                actors.bodies.keep_reference(command.key, command.logprobs)
             case KeepCopy():
                 actors.bodies.keep_copy(command.key, command.body)
             case Recall():

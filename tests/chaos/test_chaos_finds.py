@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from chaos.search import smallest
 
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import Rules
-from rlhf_dist.loop.events import Book, Undone
+from rlhf_dist.loop.events import Book, Event, ReferenceKept, Undone
 from rlhf_dist.loop.healing import Healing
 from rlhf_dist.loop.ledger import Ledger
 from rlhf_dist.loop.members import Members
@@ -68,11 +69,20 @@ def deaf_to_lost_bodies(patch: PATCH) -> None:
     patch.setattr(Controller, "handle", lambda self, e, now: [] if isinstance(e, Undone) else real(self, e, now))
 
 
+def deaf_to_lost_logprobs(patch: PATCH) -> None:
+    real = Controller.handle
+
+    def handle(self: Controller, event: Event, now: float) -> Any:
+        return real(self, replace(event, lost=False) if isinstance(event, ReferenceKept) else event, now)
+
+    patch.setattr(Controller, "handle", handle)
+
+
 MISTAKES: dict[str, Mistake] = {
     "a seat too many": Mistake(a_seat_too_many, ("lag", "uncut", "lost"), 1),
     "drops are not written": Mistake(lambda p: booked_without(p, lambda e: e.reason == "no_signal"), ("ledger",), 0),
     "duplicates are accepted": Mistake(
-        lambda p: p.setattr(OpenRequest, "knows", lambda *_: False), ("unexplained", "left over", "kept"), 3
+        lambda p: p.setattr(OpenRequest, "knows", lambda *_: False), ("unexplained", "left over", "kept", "raised"), 3
     ),
     "receipts are not compared": Mistake(
         lambda p: p.setattr(chaos.fleet, "receipt_problem", lambda *_: None),
@@ -90,6 +100,7 @@ MISTAKES: dict[str, Mistake] = {
         lambda p: p.setattr(Controller, "open_groups", lambda _: {}), ("lost", "uncut", "witness"), 1
     ),
     "lost bodies are not heard of": Mistake(deaf_to_lost_bodies, ("unexplained", "no end"), 2),
+    "lost logprobs are not heard of": Mistake(deaf_to_lost_logprobs, ("whole",), 1),
     "a server that is back is not asked again": Mistake(
         lambda p: p.setattr(Servers, "returned", lambda *_: []), ("no end",), 1
     ),

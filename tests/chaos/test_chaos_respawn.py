@@ -37,6 +37,16 @@ def test_a_server_is_lost_and_comes_back(kind: Kind, who: str) -> None:
     assert holds(Fault(0, kind, who, 6.0)).endings == {"finished": 1}
 
 
+@pytest.mark.parametrize("kind", ["undone", "farewell"])
+def test_reference_logprobs_are_lost_before_the_collator_has_them(kind: Kind) -> None:
+    lost = 0
+    for at in (0.0, 8.0, 16.0, 30.0):
+        found = holds(Fault(0, kind, f"{REFERENCE} 0", at))
+        assert found.endings == {"finished": 1}
+        lost += found.seen["reference logprobs were lost"]
+    assert lost >= 3
+
+
 def test_a_start_that_fails_is_tried_again() -> None:
     found = holds(Fault(0, "die", f"{SCORER} 0", 6.0), Fault(0, "no start", f"{SCORER} 0"))
     assert found.endings == {"finished": 1}

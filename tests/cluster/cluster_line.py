@@ -24,7 +24,7 @@ from rlhf_dist.loop.controller_rules import rules_of
 from rlhf_dist.loop.events import Event, Kept, Tell
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.shell import Actors, Shell
-from rlhf_dist.types import Group, Handle, Message, Prompt
+from rlhf_dist.types import Handle, Message, Prompt
 
 
 class Endless:
@@ -123,8 +123,8 @@ def shard(count: int, size: int = 1) -> Shard:
     )
 
 
-def until_lost(body: Handle[Group]) -> None:
-    """Wait until nobody on the node has the tokens any more."""
+def until_lost(body: Handle[Any]) -> None:
+    """Wait until nobody on the node has them any more."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         try:

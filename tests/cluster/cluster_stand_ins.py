@@ -16,6 +16,7 @@ import pytest
 import ray
 from sample_groups import group_of, request_of
 
+from rlhf_dist.cluster.actors import tokens_at
 from rlhf_dist.cluster.collator_host import CollatorHost
 from rlhf_dist.cluster.inbox import Inbox
 from rlhf_dist.cluster.rollout_fleet import RolloutFleet
@@ -250,8 +251,9 @@ class Stand:
     def save(self, folder: Path) -> None:
         (folder / f"policy-{self._name}").touch()
 
-    def score(self, group: Group) -> Scores:
+    def score(self, places: Sequence[Any]) -> Scores:
         self.work()
+        group = tokens_at(places)
         total = np.full(len(group.trajectories), 1.0 if self._name == "one" else 2.0, np.float32)
         return Scores(total, {}, total, total.astype(np.uint64))
 
@@ -259,8 +261,9 @@ class Stand:
         self.work()
         return []
 
-    def reference(self, group: Group, temperature: float) -> Any:
+    def reference(self, places: Sequence[Any], temperature: float) -> Any:
         self.work()
+        group = tokens_at(places)
         n, tokens = len(group.trajectories), sum(sample.length for sample in group.trajectories)
         head = ReferenceHead(np.full(n, temperature), np.zeros(n))
         return head, (ray.put(np.full(tokens, 1.0 if self._name == "one" else 2.0, np.float32)),)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import ray
 from cluster_line import Line, line, shard, until_lost
-from cluster_stand_ins import ANNOUNCEMENT, REQUESTS, Ears, fleet, makers, start, start_collator, tell
+from cluster_stand_ins import ANNOUNCEMENT, REQUESTS, Ears, fleet, handles, makers, start, start_collator, tell
 from ray._private.serialization import SerializationContext
 from ray.actor import ActorMethod
 
@@ -25,7 +25,7 @@ from rlhf_dist.cluster.groups import CollatorProcess, ReferenceFleet, ScoringFle
 from rlhf_dist.cluster.processes import ProcessName, process_id
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.errors import ActorTimeout
-from rlhf_dist.loop.events import Compared, Event, Kept, Lost, Scored, Undone
+from rlhf_dist.loop.events import Compared, Event, Kept, Lost, ReferenceKept, Scored, Undone
 from rlhf_dist.types import Answered
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -148,6 +148,22 @@ def test_a_group_whose_tokens_are_certainly_lost_begins_again(
     assert len(gather({"batch": batch.place}, "fetch", 60)["batch"].starts) == 3
     assert run.shell.open_groups() == {}
     run.shell.forget(keys)
+
+
+def test_logprobs_that_died_with_their_server_are_told_of(workers: dict[str, Any], tmp_path: Path) -> None:
+    """The collator had not begun to fetch them."""
+    collator, doomed, ears = start_collator(tmp_path), start("doomed", 30_000), Ears()
+    gather({"collator": collator.ready.remote(), "doomed": doomed.work.remote()}, "start", 120)
+    servers = ReferenceFleet({"doomed": doomed, "one": workers["one"]}, ears.inbox, timeout_s=60)
+    for name in ("doomed", "one"):
+        servers.submit(name, name, handles(1)[0], 1.0)
+    made = {answer.key: answer.reference.logprobs for answer in ears.hear(Compared, 2)}
+    pid = process_id(ProcessName.of("collator", str(tmp_path / "collator.log")))
+    with stopped(*filter(None, [pid])):
+        CollatorProcess("collator", collator, ears.inbox, timeout_s=60).keep_references(made)
+        ray.kill(doomed)
+        until_lost(made["doomed"])
+    assert {event.key: event.lost for event in ears.hear(ReferenceKept, 2)} == {"doomed": True, "one": False}
 
 
 def undone(run: Line) -> list[str]:

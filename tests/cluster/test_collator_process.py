@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from sample_groups import PROMPT, group_of
 
-from rlhf_dist.cluster import groups
+from rlhf_dist.cluster import collator_host, groups
 from rlhf_dist.cluster.collator_host import CollatorHost
 from rlhf_dist.cluster.groups import CollatorProcess
 from rlhf_dist.learner.collator import Collator
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.step_file import read_step
 from rlhf_dist.learner.token_sums import Estimate, Whitening
-from rlhf_dist.loop.events import Event, Kept, Undone
+from rlhf_dist.loop.events import Event, Kept, ReferenceKept, Undone
 from rlhf_dist.loop.ports import Estimates
 from rlhf_dist.types import Group, Handle
 
@@ -40,16 +40,27 @@ def test_the_groups_of_a_list_of_events_are_kept_in_one_call(monkeypatch: pytest
 
     monkeypatch.setattr(groups, "fetch", fetch)
     inbox: Any = SimpleNamespace(expect=lambda call, read: calls.append((call, read)))
-    actor = SimpleNamespace(keep=SimpleNamespace(remote=remote))
-    CollatorProcess("collator", actor, inbox, timeout_s=1.0).keep(
-        {"a": handle("1"), "b": handle("lost"), "c": handle("3")}
-    )
+    actor = SimpleNamespace(keep=SimpleNamespace(remote=remote), keep_references=SimpleNamespace(remote=remote))
+    process = CollatorProcess("collator", actor, inbox, timeout_s=1.0)
+    process.keep({"a": handle("1"), "b": handle("lost"), "c": handle("3")})
+    process.keep_references({"a": Handle("4"), "c": Handle("lost")})
     heard: list[Event] = []
     while calls:
         call, read = calls.pop(0)
         heard += read(call)
-    assert asked == [(["a", "b", "c"], ["1", "lost", "3"])]
-    assert heard == [Kept("a"), Undone("collator", "collator", "b"), Kept("c")]
+    assert asked == [(["a", "b", "c"], ["1", "lost", "3"]), (["a", "c"], ["4", "lost"])]
+    assert heard[:3] == [Kept("a"), Undone("collator", "collator", "b"), Kept("c")]
+    assert heard[3:] == [ReferenceKept("a"), ReferenceKept("c", lost=True)]
+
+
+def test_logprobs_that_are_lost_do_not_keep_the_others_from_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = CollatorHost.__new__(CollatorHost)
+    host._collator, there = Collator(), {"1": np.zeros(3, np.float32)}
+    for key in "ab":
+        host._collator.keep(key, group_of([1, 2], [3, 4, 5], [1, 2], prompt=PROMPT))
+    monkeypatch.setattr(collator_host, "fetched", lambda places, _: [there.get(place) for place in places])
+    assert host.keep_references(["a", "b"], ["1", "lost"]) == ["b"]
+    assert host._collator._references.keys() == {"a"}
 
 
 def test_a_steps_batch_is_written_where_its_tokens_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

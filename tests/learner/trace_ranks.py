@@ -204,7 +204,7 @@ class Unasked:
     def _never(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError
 
-    faults = keep = keep_copy = keep_reference = recall = forget = forget_all = save = save_step = texts = _never
+    faults = keep = keep_copy = keep_references = recall = forget = forget_all = save = save_step = texts = _never
 
 
 class Bodies(Unasked):

@@ -18,6 +18,7 @@ from rlhf_dist.loop.events import (
     Kept,
     MemberKind,
     Published,
+    ReferenceKept,
     Scored,
     Serving,
     Submit,
@@ -154,6 +155,11 @@ def scores_of(total: Sequence[float]) -> Scores:
 def compared(key: str, n: int = 2) -> Compared:
     zeros = np.zeros(n, np.float32)
     return Compared("r", key, Referenced(ReferenceHead(zeros, zeros), Handle(f"logprobs of {key}")))
+
+
+def compared_and_kept(key: str, n: int = 2) -> tuple[Compared, ReferenceKept]:
+    """A reference server has answered, and the collator has the logprobs."""
+    return compared(key, n), ReferenceKept(key)
 
 
 def of_kind(commands: Iterable[Command], kind: type[CommandT]) -> list[CommandT]:

@@ -17,7 +17,7 @@ from rlhf_dist.learner.numbers_check import RankFault
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums
 from rlhf_dist.learner.witness import Seen
-from rlhf_dist.loop.events import Compared, Event, Kept, MemberKind, Scored, TimedOut
+from rlhf_dist.loop.events import Compared, Event, Kept, MemberKind, ReferenceKept, Scored, TimedOut
 from rlhf_dist.loop.members import Members
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.loop.shell import Actors
@@ -246,8 +246,10 @@ class FakeBodies:
             self.kept.add(key)
             self.inbox.put(Kept(key))
 
-    def keep_reference(self, key: str, logprobs: Handle[np.ndarray]) -> None:
-        self.references[key] = logprobs.place
+    def keep_references(self, logprobs: Mapping[str, Handle[np.ndarray]]) -> None:
+        for key, handle in logprobs.items():
+            self.references[key] = handle.place
+            self.inbox.put(ReferenceKept(key))
 
     def keep_copy(self, key: str, body: Handle[Group]) -> None:
         raise NotImplementedError

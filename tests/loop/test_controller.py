@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hand_made import Rig, compared, dropped, given, held_out, issued, of_kind, rules_with, scores_of
+from hand_made import Rig, compared, compared_and_kept, dropped, given, held_out, issued, of_kind, rules_with, scores_of
 
 from rlhf_dist.errors import DataError, RewardError
 from rlhf_dist.loop.events import (
@@ -48,14 +48,14 @@ def test_an_answer_is_kept_scored_compared_and_booked_with_its_tokens() -> None:
 
 def test_a_group_is_ready_once_it_is_kept_scored_and_compared_in_any_order() -> None:
     key = "train/0/0/0"
-    told = [Kept(key), Scored("s", key, scores_of((0.0, 1.0))), compared(key)]
-    for first, second, third in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+    told = [Kept(key), Scored("s", key, scores_of((0.0, 1.0))), *compared_and_kept(key)]
+    for order in ((0, 1, 2, 3), (2, 3, 1, 0), (1, 2, 0, 3), (2, 0, 3, 1)):
         rig = Rig(rules_with(compares=True))
         rig.answer(key)
-        rig.hear(told[first])
-        rig.hear(told[second])
+        for event in order[:3]:
+            rig.hear(told[event])
         assert rig.taken() is None
-        assert Book("scored", (("0/0", 0),)) in rig.hear(told[third])
+        assert Book("scored", (("0/0", 0),)) in rig.hear(told[order[3]])
         assert rig.taken() == ["0/0"]
 
 

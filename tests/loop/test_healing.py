@@ -6,7 +6,7 @@ import re
 from typing import Any, get_args
 
 import pytest
-from hand_made import FewPrompts, Rig, compared, given, head_of, of_kind, rules_with, scores_of
+from hand_made import FewPrompts, Rig, compared_and_kept, given, head_of, of_kind, rules_with, scores_of
 
 from rlhf_dist.errors import ActorLost, ActorTimeout
 from rlhf_dist.loop.controller import Controller
@@ -175,7 +175,8 @@ def test_a_lost_server_loses_nothing_and_what_it_had_waits_for_it() -> None:
     scores = of_kind(made.hear(Returned("s")), Score)
     assert [(one.server, one.key) for one in scores] == [("s", "train/0/0/0"), ("s", "train/0/1/0")]
     for key in ("train/0/0/0", "train/0/1/0"):
-        made.hear(compared(key))
+        for event in compared_and_kept(key):
+            made.hear(event)
         made.hear(Scored("s", key, scores_of((0.0, 1.0))))
     assert made.taken() == ["0/0", "0/1"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hand_made import SAMPLING, compared, head_of, prompt, scores_of
+from hand_made import SAMPLING, compared, compared_and_kept, head_of, prompt, scores_of
 
 from rlhf_dist.loop.events import About, Kept, Scored, Undone
 from rlhf_dist.loop.open_groups import OpenRequest
@@ -21,7 +21,7 @@ def filled(purpose: Purpose = "train", compares: bool = False) -> OpenRequest:
     """All that was asked for has come."""
     one = opened(purpose, compares)
     one.worker, one.head, one.kept, one.scores = "a", head_of(KEY, (3, 4), 0), True, scores_of((0.0, 1.0))
-    one.reference = compared(KEY).reference.head if compares else None
+    one.reference, one.reference_kept = compared(KEY).reference.head if compares else None, compares
     return one
 
 
@@ -31,7 +31,7 @@ def test_a_request_is_whole_once_all_that_was_asked_for_has_come() -> None:
     assert found.reference is not None
 
 
-@pytest.mark.parametrize("missing", ["head", "scores", "reference"])
+@pytest.mark.parametrize("missing", ["head", "scores", "reference_kept"])
 def test_a_request_that_lacks_something_is_not_whole(missing: str) -> None:
     one = filled(compares=True)
     setattr(one, missing, None)
@@ -60,9 +60,10 @@ def test_what_was_said_before_is_known() -> None:
         Unanswered(KEY, drop),
         Kept(KEY),
         Scored("s", KEY, scores_of((0.0, 1.0))),
-        compared(KEY),
+        *compared_and_kept(KEY),
     ]
-    assert not any(opened(compares=True).knows(event) for event in said)
+    before = opened(compares=True)
+    assert [event for event in said if before.knows(event)] == said[-1:], "no logprobs are on their way"
     assert all(filled(compares=True).knows(event) for event in said)
     assert not opened(compares=True).knows(Undone("scoring", "s", KEY))
     for kind in ("scoring", "reference", "collator"):
