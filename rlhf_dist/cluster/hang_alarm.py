@@ -1,7 +1,8 @@
-"""Ends a command that hangs itself: none of its own limits can be noticed then, for one thread looks at them all.
+"""Ends a command whose main thread hangs: no other limit would be noticed, since that thread checks them all.
 
-A second thread looks at when the first was last at its inbox. It says where that is, makes it raise, and where it
-cannot (it is blocked in the kernel, or in code that is not Python's) ends the process.
+A second thread checks that the main thread keeps coming to its inbox. If it does not, its stacks are written to a file
+and it is made to raise. Where that is impossible (it is blocked in the kernel, or in code that is not Python's) the
+process is ended.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rlhf_dist.loop.run_end import CLOSE_S
 
 KEY = "faults.step_s"
 LOOKS = 20
-"""In the limit."""
+"""Within the limit."""
 FILE = "command.txt"
 HANGS = signal.SIGUSR1
 
@@ -31,7 +32,7 @@ def hang_alarm(limit_s: float, looked: Callable[[], float], folder: Path, grace_
     """In the block the main thread raises `CommandHung` once `looked` has given the same for `limit_s`; 0: never.
 
     The stacks of the command are written into `folder`. A time in which the process was stopped counts as one look.
-    `grace_s`: for the main thread to end in order then.
+    `grace_s`: for the main thread to close what it has open then.
     """
     if not limit_s or threading.current_thread() is not threading.main_thread():
         yield
@@ -52,7 +53,7 @@ def hang_alarm(limit_s: float, looked: Callable[[], float], folder: Path, grace_
 
 def _raise(limit_s: float, place: Path, over: threading.Event, grace_s: float) -> None:
     if not over.is_set():
-        text = f"the command itself has hung for {limit_s:g} s ({KEY}); where it was is in {place}"
+        text = f"the command itself has hung for {limit_s:g} s ({KEY}); its stacks are in {place}"
         raise CommandHung(text, until=time.monotonic() + grace_s)
 
 
@@ -67,7 +68,7 @@ def _watch(limit_s: float, looked: Callable[[], float], place: Path, over: threa
                 return
             os.kill(os.getpid(), HANGS)
             if not over.wait(grace_s):
-                print(f"the command hangs and cannot end in order; where it is is in {place}", file=sys.stderr)
+                print(f"the command hangs and cannot be interrupted; its stacks are in {place}", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(1)
 

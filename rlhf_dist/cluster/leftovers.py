@@ -1,4 +1,4 @@
-"""What a command leaves when it is killed: processes below a parent that adopts them, and ends them."""
+"""Processes that a killed command leaves behind: its parent adopts and ends them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ KILL_LIMIT_S = 10.0
 
 
 def adopt_orphans() -> None:
-    """From now on whatever loses its parent below this process becomes its child, and does not get lost."""
+    """From now on a descendant of this process that loses its parent becomes its child."""
     ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def told_of_death() -> Callable[[], None]:
-    """To be called in a child before its program begins: it gets SIGTERM when this process ends, however that is."""
+def ends_with_parent() -> Callable[[], None]:
+    """A `preexec_fn`: the child gets SIGTERM when this process ends, for whatever reason."""
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
     def ask() -> None:
@@ -35,10 +35,10 @@ def told_of_death() -> Callable[[], None]:
 
 
 def end_leftovers(grace_s: float) -> int:
-    """Wait until no process is left below this one, and kill what is there after `grace_s`; how many were killed."""
+    """Wait until this process has no descendants, and kill those left after `grace_s`; returns how many it killed."""
     end, killed = time.monotonic() + grace_s, set[int]()
     while True:
-        let_go()
+        reap()
         if not (left := below(os.getpid())):
             break
         now = time.monotonic()
@@ -53,8 +53,8 @@ def end_leftovers(grace_s: float) -> int:
     return len(killed)
 
 
-def let_go(but: int = 0) -> None:
-    """Of what has ended below this process nothing stays, `but` of the child that somebody waits for."""
+def reap(but: int = 0) -> None:
+    """Collect the exit codes of children that have ended, except `but`, which somebody waits for."""
     for pid in children(os.getpid()):
         if pid != but:
             with suppress(OSError):

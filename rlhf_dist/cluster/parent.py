@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rlhf_dist.cluster.leftovers import adopt_orphans, end_leftovers, let_go, told_of_death
+from rlhf_dist.cluster.leftovers import adopt_orphans, end_leftovers, ends_with_parent, reap
 from rlhf_dist.cluster.memory_kills import memory_kills
 from rlhf_dist.cluster.processes import stat
 from rlhf_dist.cluster.signals import SAME_S, SIGNALS
@@ -37,7 +37,7 @@ from rlhf_dist.telemetry.sinks import EVENTS_FILE, METRICS_FILE, EventLog
 GRACE_S = 3.0
 """For the processes of a child that has ended, to end by themselves."""
 HALTED_LIMIT_S = 15.0
-"""A child that is stopped, while its parent is not, is as good as dead. Ctrl-Z stops both."""
+"""A child that is stopped for so long, while its parent is not, counts as dead. Ctrl-Z stops both."""
 POLL_S = 0.2
 TAIL_BYTES = 2**20
 """Of metrics.jsonl, in which its last whole line is looked for."""
@@ -50,8 +50,8 @@ class Child:
     stop_limit_s: float
     """From the first signal until it is killed."""
     process: subprocess.Popen[bytes] | None = None
-    told: int = 0
-    """The first signal that this process got and passed on; 0: none."""
+    stopped_by: int = 0
+    """The first signal that this process received and passed on; 0: none."""
     since: float = 0.0
     halted_s: float = 0.0
     """For how long it has been stopped (`kill -STOP`), while this process was not."""
@@ -59,25 +59,25 @@ class Child:
 
     def pass_on(self, number: int, _: FrameType | None) -> None:
         """Handler of the signals that end a command."""
-        first = not self.told
+        first = not self.stopped_by
         if first:
-            self.told, self.since = number, time.monotonic()
+            self.stopped_by, self.since = number, time.monotonic()
         if self.process is not None and (first or time.monotonic() - self.since > SAME_S):
             self.process.send_signal(number)
 
     def watch(self) -> int:
-        """Its exit code, or -N. It is killed when it is stopped for too long, or told to end and does not."""
+        """Its exit code, or -N. It is killed when it has been stopped for too long, or does not end after a signal."""
         assert self.process is not None
         while True:
             with suppress(subprocess.TimeoutExpired):
                 return self.process.wait(POLL_S)
-            let_go(but=self.process.pid)
+            reap(but=self.process.pid)
             known = stat(self.process.pid)
             self.halted_s = self.halted_s + POLL_S if known is not None and known.state == "T" else 0.0
             if self.halted_s > HALTED_LIMIT_S:
                 say(f"process {self.process.pid} has been stopped for {HALTED_LIMIT_S:g} s and is killed")
                 self.process.kill()
-            if self.told and time.monotonic() - self.since > self.stop_limit_s:
+            if self.stopped_by and time.monotonic() - self.since > self.stop_limit_s:
                 say(f"process {self.process.pid} did not end in {self.stop_limit_s:g} s and is killed")
                 self.process.kill()
 
@@ -113,12 +113,12 @@ class Parent:
             before, kills = self._summary_stamp(), memory_kills()
             words = self._next_words()
             child, code = self._start(words)
-            if child.told or code == 0:
+            if child.stopped_by or code == 0:
                 self._clear()
                 if code:
                     say(f"go on with `{self._way_on()}`")
                 # Negative: it was killed, since it did not end in time.
-                return SIGNALLED + child.told if code < 0 else code
+                return SIGNALLED + child.stopped_by if code < 0 else code
             end = self._end(code, before, memory_kills() > kills)
             if self._goes_around(end, words):
                 self._clear()
@@ -144,7 +144,7 @@ class Parent:
             self._lock = take_lock(self._path)
 
     def _next_words(self) -> list[str]:
-        """The user's own at first; then those that go on, or begin anew where nothing of the run was written."""
+        """The user's own at first; then those that resume it, or the same again where nothing was written."""
         if not (self._tried or self._from):
             return self._words
         plain = without_resume(self._words)
@@ -163,14 +163,14 @@ class Parent:
             environment |= {INHERITED: str(self._lock)}
         with passing_on(child):
             child.process = subprocess.Popen(
-                [*program(), "train", *words], env=environment, pass_fds=handed, preexec_fn=told_of_death()
+                [*program(), "train", *words], env=environment, pass_fds=handed, preexec_fn=ends_with_parent()
             )
-            if child.told:  # before there was anybody to pass it on to
-                child.process.send_signal(child.told)
+            if child.stopped_by:  # before there was anybody to pass it on to
+                child.process.send_signal(child.stopped_by)
             return child, child.watch()
 
     def _goes_around(self, end: End, words: Sequence[str]) -> bool:
-        """Whether a damaged checkpoint is why a resume was rejected, and another one is resumed from instead."""
+        """Whether a resume was rejected for a damaged checkpoint, and the next start resumes from an earlier one."""
         if end.code != 2 or "--resume" not in words:
             return False
         reason, other = other_point(self._path, "train")
@@ -222,7 +222,7 @@ class Parent:
         return "from the newest sound checkpoint"
 
     def _give_up(self, end: End, decision: Decision) -> int:
-        """Say what was tried. A start that could not leave a summary gets one."""
+        """Report what was tried. A start that left no summary gets one."""
         if not self._tried and decision.kind == "a user error":
             return end.exit_code  # as without a supervisor, and the message has been printed
         text = f"{decision.kind}: {end.text()}. Not started again: {decision.why}"
@@ -248,7 +248,7 @@ class Parent:
         return shlex.join(["rlhf-dist", "train", *without_resume(self._words), "--supervise", "--resume"])
 
     def _event(self, kind: str, message: str, **facts: Any) -> None:
-        """Into events.jsonl, which nobody else has open now. A disk that is full is told of by the next start."""
+        """Into events.jsonl, which nobody else has open now. The next start reports a full disk."""
         if not self._path.is_dir():
             return
         with suppress(DiskError):
@@ -294,6 +294,6 @@ def last_step(metrics: Path) -> int | None:
 
 
 def say(text: str) -> None:
-    """On the console; it may have gone."""
+    """Print on the console, which may be closed."""
     with suppress(OSError):
         print(f"rlhf-dist: {text}", file=sys.stderr, flush=True)

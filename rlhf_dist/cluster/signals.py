@@ -1,4 +1,4 @@
-"""Signals that end a command: the first one lets it end in order, a second one ends it at once.
+"""Signals that stop a command: after the first it closes what it has open, a second one ends it at once.
 
 SIGTERM and SIGHUP (the terminal was closed) raise what Ctrl-C does, so that everything that is open is closed. A run
 that can save (`Saving`) is not interrupted by the first one: it finishes its step, saves, and then ends.
@@ -96,7 +96,7 @@ class Saving:
         return max([0.0, *(ending.since + self.limit_s - now for ending in _endings())])
 
     def tell(self, note: str) -> None:
-        """See `loop.ports.Stop`. What is told is final: the limit ends with it."""
+        """See `loop.ports.Stop`. The note is final: the limit ends with it."""
         signal.setitimer(signal.ITIMER_REAL, 0)
         for ending in _endings():
             ending.note = note

@@ -1,4 +1,4 @@
-"""What is written when a process did not do something in time: how far everybody was, and where it was."""
+"""What is recorded when a process misses a limit: the progress of all processes, and the stacks of the silent ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVENT = "late"
 Stacks = Callable[[Sequence[str]], Mapping[str, str]]
 """Names of processes -> where each is, in text; takes some seconds at most."""
 Report = Callable[[str, Sequence[str]], str]
-"""(what was not done in time, by whom; nobody: it may be any) -> where more is written, to be added to that."""
+"""(the limit that was missed, by whom; nobody: it may be any) -> where the report is, to be appended to the message."""
 
 
 def no_report(why: str, silent: Sequence[str]) -> str:
@@ -41,7 +41,7 @@ class LateReports:
         self._clock: Arrivals | None = None
 
     def watch(self, healing: Healing, arrivals: Waiting) -> None:
-        """These are the processes of the run, and where others wait for them: who is late there is reported, too."""
+        """The processes of the run, and where the run waits for them: a limit that is missed there is reported, too."""
         self._healing, self._clock = healing, arrivals
         arrivals.report = self.report
 
@@ -59,7 +59,7 @@ class LateReports:
 
     @contextmanager
     def at_the_end(self) -> Iterator[None]:
-        """Around the whole run: one that ends because somebody did not answer has a report, too."""
+        """Around the whole run: one that ends because a process did not answer has a report, too."""
         try:
             yield
         except ActorTimeout as error:
@@ -75,6 +75,6 @@ class LateReports:
             path = folder / f"stacks-{len(list(folder.glob('stacks-*.txt'))) + 1}.txt"
             with path.open("x", encoding="utf-8", errors="replace") as file:
                 file.write(text + "\n")
-        except OSError as error:  # A full disk is told of by what the run needs it for.
+        except OSError as error:  # The run itself reports a full disk where it needs one.
             return "", f"{folder}: {error.strerror or error}"
         return str(path), ""

@@ -3,12 +3,12 @@
 | class | how it is known | what is done |
 |---|---|---|
 | a user error | exit code 2 | never started again |
-| preempted | it was told to stop, and not through the supervisor | started again |
+| preempted | a signal stopped it that did not come from the supervisor | started again |
 | out of memory | the message, or a SIGKILL while the system killed for memory | started again |
 | a node lost, Ray lost, a process lost, the disk | the error's type; a signal that ended the command | started again |
 | a bug | any other error | once from the same step |
 
-A start that brings a step that none before has reached begins the count anew.
+A start that reaches a new step resets the count.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ BY_ERROR: dict[str, FailureClass] = {
 }
 """Type of the error that ended a run -> its class."""
 NO_ROOM = ("ResourceError", "TooSmall")
-"""What the cluster lacks. A cluster that had room for an earlier start has lost a node since."""
+"""The cluster is too small. If it had room for an earlier start, it has lost a node since."""
 NO_MEMORY = re.compile(r"out of memory|OutOfMemory|MemoryError|cannot allocate memory|low on memory", re.IGNORECASE)
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LONGEST_WAIT_S = 60.0
 SUPERVISED = "RLHF_DIST_SUPERVISED"
 """Environment variable of a command whose parent starts it again, and says how to go on where it does not."""
 BUGS = 2
-"""So many bugs at the same step are one too many."""
+"""At the same step, after which the run is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class Restarts:
         if kind == "a user error":
             return Decision(kind, None, "the same command would fail again")
         if self.bugs >= BUGS:
-            return Decision(kind, None, "a bug is tried once more from the same step, and it came again")
+            return Decision(kind, None, "a bug is retried once from the same step, and it failed again")
         if self.fruitless >= self.limit:
             times = "1 restart" if self.limit == 1 else f"{self.limit} restarts in a row"
             why = f"{times} brought no new step" if self.limit else "no restart is allowed"
@@ -147,7 +147,7 @@ class Restarts:
 
 
 def without_resume(words: Sequence[str]) -> list[str]:
-    """The command without its options `--resume` and `--resume-from`, which would go back to the same step again."""
+    """The command without `--resume` and `--resume-from`, which would go back to the same step again."""
     kept: list[str] = []
     for before, word in zip(["", *words], words, strict=False):
         if word.split("=")[0] not in ("--resume", "--resume-from") and before != "--resume-from":

@@ -19,7 +19,7 @@ from rlhf_dist.telemetry.run_telemetry import Telemetry
 OUTCOME = "outcome"
 FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
 CLOSE_S = 60.0
-"""For a command that is told to end, or has hung, to close what it has open: it is killed then."""
+"""For a command that is stopped, or has hung, to close what it has open; it is killed then."""
 REACHED_STEP = "reached_step"
 """In the summary of a run that did not finish: the last step that was logged, or that of the checkpoint which it was
 resumed from; null where there is neither."""

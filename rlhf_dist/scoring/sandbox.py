@@ -1,6 +1,6 @@
-"""Bubblewrap around the process of a reward: what it sees of this machine, and how much of it it may use.
+"""Bubblewrap around the process of a reward: what it can see of this machine, and how much it may use.
 
-docs/security.md says what this defends against, and what not.
+docs/security.md says what this defends against, and what it does not.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ WIDE = frozenset(
 )
 """Folders that belong to no one project: others' files, the machine's, weights in shared memory, Ray's sessions."""
 TEMPORARY = ("RAY_TMPDIR", "TMPDIR")
-"""What name the folder where Ray's session is, with its logs and sockets."""
+"""Variables that name the folder of Ray's session, with its logs and sockets."""
 PASSED = ("LANG", "LC_ALL", "LC_CTYPE", "TZ", "OMP_NUM_THREADS", "PYTHONHASHSEED")
 """Of the environment nothing else: it may hold keys and tokens."""
 SCRATCH = "/tmp"
@@ -53,13 +53,13 @@ OPEN_FILES = 256
 THREADS = 1024
 """Of all its processes together; each has one at least."""
 PROCESSES = 2 * THREADS
-"""And threads that the kernel gives them, but to the superuser: more than are looked for, so that they are found."""
+"""And threads, by the kernel's own limit, which the superuser does not have. Above ours, so that ours is reported."""
 COUNTED_APART = (5, 14)
-"""Version of Linux since which a sandbox's processes are counted apart from the user's others."""
+"""The version of Linux from which a sandbox's processes are counted separately from the user's others."""
 OUTPUT_BYTES = 4 << 20
 """Of what it prints in all; the rest is thrown away."""
 WATCH_S = 0.1
-"""Between two looks at its processes."""
+"""Between two checks of its processes."""
 TRY_LIMIT_S = 20.0
 APART = (
     *("--unshare-user", "--disable-userns", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
@@ -91,7 +91,7 @@ class Sandbox:
             process = subprocess.Popen(
                 enclosed(words, filtered.fileno()),
                 stdin=subprocess.DEVNULL,
-                # Pipes: a log file could be opened anew through /proc/self/fd, and cut.
+                # Pipes: a log file could be reopened through /proc/self/fd, and truncated.
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 pass_fds=(channel, filtered.fileno()),

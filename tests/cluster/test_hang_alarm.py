@@ -65,8 +65,8 @@ def begun(folder: Path, work: str, limit_s: float = LIMIT_S) -> subprocess.Popen
 @pytest.mark.parametrize(
     ("work", "limit_s", "code", "said"),
     [
-        (SLEEP, LIMIT_S, 1, "raised: the command itself has hung for 1 s (faults.step_s); where it was is in "),
-        (BLOCKED, LIMIT_S, 1, "the command hangs and cannot end in order"),
+        (SLEEP, LIMIT_S, 1, "raised: the command itself has hung for 1 s (faults.step_s); its stacks are in "),
+        (BLOCKED, LIMIT_S, 1, "the command hangs and cannot be interrupted"),
         (LOOKING, LIMIT_S, 0, "whole"),
         ("time.sleep(1.5)", 0.0, 0, "whole"),
     ],

@@ -127,7 +127,7 @@ def test_a_bug_is_tried_once_more_and_then_given_up_with_a_report(place: Place) 
     assert code == 1 and err.count("Traceback") == 2 and len(place.starts()) == 2
     (event,) = place.events("given_up")
     assert event["facts"]["class"] == "a bug" and event["facts"]["tried"] == ["start 1: a bug at step 1: 'x'"]
-    assert "a bug: 'x'. Not started again: a bug is tried once more from the same step, and it came again" in err
+    assert "a bug: 'x'. Not started again: a bug is retried once from the same step, and it failed again" in err
     assert err.splitlines()[-1] == "rlhf-dist: go on with `rlhf-dist train run.yaml --supervise --resume`"
 
 
