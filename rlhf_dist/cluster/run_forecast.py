@@ -21,7 +21,7 @@ from rlhf_dist.planning.shape import ModelShape, shape_of
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.report import Series, read_metrics
 
-SETTLING = 0.2
+WARM_UP = 0.2
 """Share of the steps that is left out at the start."""
 PHASES = {
     "generate": ("time/generate",),
@@ -115,7 +115,7 @@ def _compared(config: Config, placement: Placement, found: Basis, metrics: Path)
         series = read_metrics(metrics)
     except DataError:
         return "", {}
-    measured = settled(series)
+    measured = steady(series)
     if names.STEP_TIME not in measured or names.RESPONSE_LENGTH not in measured:
         return "", {}
     cache = engine_memory(config, placement, found.shape, found.capacity).cache_tokens
@@ -142,10 +142,10 @@ def phases(planned: Forecast, lag: int) -> dict[str, float]:
     return {} if lag else {"generate": planned.generate, **learner}
 
 
-def settled(series: Series) -> dict[str, float]:
-    """Metric -> its median over the steps, without the first ones."""
+def steady(series: Series) -> dict[str, float]:
+    """Metric -> its median over the steps after the warm-up."""
     return {
-        name: statistics.median(values[int(len(values) * SETTLING) :]) for name, (_, values) in series.items() if values
+        name: statistics.median(values[int(len(values) * WARM_UP) :]) for name, (_, values) in series.items() if values
     }
 
 

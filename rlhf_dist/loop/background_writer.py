@@ -1,8 +1,8 @@
 """Checkpoints that are written beside the steps: the ranks fill a folder in this machine's memory, the next step
 begins, and a thread brings the folder to the disk.
 
-The thread takes the same way as a checkpoint for which training waits (`RunDirectory`): what it has not finished counts
-for nothing. There is one at a time, so checkpoints are committed in their order.
+The thread commits as a checkpoint for which training waits is committed (`RunDirectory`): an incomplete one does not
+count. Only one is written at a time, so checkpoints are committed in order.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Start = Callable[[Callable[[], Path]], Pending]
 
 
 def in_a_thread(work: Callable[[], Path]) -> Pending:
-    """Work in a thread that nobody waits for when the process ends: the disk may not answer any more."""
+    """Work in a thread that does not hold up the end of the process: the disk may have stopped answering."""
     future: Future[Path] = Future()
 
     def run() -> None:
@@ -86,16 +86,16 @@ class Writing:
         limit_s: float,
         start: Start = in_a_thread,
     ) -> None:
-        """Begin `work`, which calls its argument as it goes on. `limit_s`: for a time in which it does not."""
+        """Begin `work`, which calls its argument as it progresses. `limit_s`: the longest time without progress."""
         self.name = f"{CHECKPOINT_PREFIX}{step}"
         self.given_up = False
-        """It has made no progress for too long: nobody waits again."""
+        """It has made no progress for too long: it is not waited for again."""
         self._place, self._limit_s = directory.checkpoints, limit_s
         self._moves = 0
         self._pending = start(partial(work, self._moved))
 
     def done(self) -> bool:
-        """Whether it has come to its end, also to a bad one."""
+        """Whether it has ended, also if it failed."""
         return self._pending.done()
 
     def result(self, wait_s: float) -> Path | None:
@@ -138,7 +138,7 @@ class BackgroundWriter:
         self._limit_s, self._start, self._lacks = limit_s, start, lacks
         self._writing: Writing | None = None
         self.refused = False
-        """Whether the last checkpoint had to be written while training waited; the reason was told."""
+        """Whether training had to wait for the last checkpoint; the reason was reported."""
 
     def begin(self, step: int) -> Path:
         """An empty folder for the ranks to fill. Nothing is under way. Raises `NoMemory` where there is no room."""
@@ -176,11 +176,11 @@ class BackgroundWriter:
         self._writing = Writing(step, self._directory, work, limit_s=self._limit_s, start=self._start)
 
     def drop(self, step: int) -> None:
-        """The folder of `begin` is not written."""
+        """Discard the folder of `begin`."""
         shutil.rmtree(self._folder(step), ignore_errors=True)
 
     def finished(self, wait_s: float = math.inf) -> Path | None:
-        """The checkpoint that has come to the disk since this was asked last.
+        """The checkpoint that has been completed since the last call.
 
         `wait_s`: seconds for the one under way, at most. It stays under way where it is the wait that ends. Raises what
         went wrong with it, once: `DiskError`.

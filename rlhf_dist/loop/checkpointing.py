@@ -20,9 +20,9 @@ from rlhf_dist.telemetry.display import Progress
 from rlhf_dist.telemetry.run_telemetry import Telemetry
 
 TO_END_S = 15.0
-"""Of the time for a command to close what it has open, for what comes after its checkpoints."""
+"""The part of `CLOSE_S` that is kept for what follows the checkpoints."""
 Fill = Callable[[Path], Sequence[str]]
-"""Have every process write its part into a folder; the files that tell that all is there."""
+"""Has every process write its part into a folder; returns the files that make it complete."""
 
 
 class Writes(Protocol):
@@ -51,7 +51,7 @@ def write_checkpoint(run: Writes, state: Mapping[str, Any], fill: Fill, keep: in
 
     The one before stays until this one is whole. Raises `DiskError`, also of the one before.
     """
-    settle(run)
+    finish_checkpoint(run)
     if run.background is not None and _in_background(run, run.background, state, fill, keep, best):
         return
     step = state["step"]
@@ -63,7 +63,7 @@ def write_checkpoint(run: Writes, state: Mapping[str, Any], fill: Fill, keep: in
 def _in_background(
     run: Writes, writer: BackgroundWriter, state: Mapping[str, Any], fill: Fill, keep: int, best: Best | None
 ) -> bool:
-    """Copy the state into memory and begin to write it; whether that could be done. A warning says why it could not."""
+    """Copy the state into memory and begin to write it. Returns whether that worked; if not, a warning says why."""
     step = state["step"]
     try:
         with in_memory(writer.begin(step)) as folder:
@@ -80,8 +80,8 @@ def _in_background(
     return True
 
 
-def settle(run: Writes, wait_s: float = math.inf) -> None:
-    """Tell of the checkpoint that was written in the background; wait for it, so long at most.
+def finish_checkpoint(run: Writes, wait_s: float = math.inf) -> None:
+    """Report the checkpoint that was written in the background, after waiting for it for at most `wait_s`.
 
     Raises what went wrong with it.
     """
@@ -89,15 +89,15 @@ def settle(run: Writes, wait_s: float = math.inf) -> None:
         _tell(run, final)
 
 
-def settle_at_the_end(run: Writes, error: BaseException) -> bool:
-    """The same where the run ends by an error; whether nothing is under way any more.
+def finish_checkpoint_at_the_end(run: Writes, error: BaseException) -> bool:
+    """The same when the run ends with an error; returns whether no checkpoint is being written any more.
 
-    Where the command is told to end, nobody waits for longer than that may take. What is not there by then counts for
-    nothing.
+    A command that is stopped waits no longer than its stop may take. A checkpoint that is not complete by then does
+    not count.
     """
     limit_s = run.stop.left_s() if isinstance(error, KeyboardInterrupt) and not hung(error) else time_to_end(run, error)
     try:
-        settle(run, limit_s)
+        finish_checkpoint(run, limit_s)
     except RlhfError as other:
         run.telemetry.warn(str(other))
     finally:
@@ -108,19 +108,19 @@ def settle_at_the_end(run: Writes, error: BaseException) -> bool:
 
 
 def time_to_end(run: Writes, error: BaseException) -> float:
-    """Seconds in which a run that ends by this error may still write what only memory has."""
+    """Seconds for which a run that ends with this error may still save what only memory has."""
     if by := hung(error):
         return max(0.0, by.until - time.monotonic() - TO_END_S)
     return run.stop.left_s() + CLOSE_S - TO_END_S if isinstance(error, KeyboardInterrupt) else math.inf
 
 
 def hung(error: BaseException) -> CommandHung | None:
-    """What the run ends by, where the command has hung; also one that was told to end."""
+    """The error of a command that has hung, also of one that was stopped before; None for any other end."""
     return next((one for one in (error, error.__cause__) if isinstance(one, CommandHung)), None)
 
 
 def within(limit_s: float) -> str:
-    """Of what took too long: the time that it had; empty where that was none, or any."""
+    """For messages: the time that it had; empty if that was none, or not limited."""
     return "" if not limit_s or math.isinf(limit_s) else f": there were {limit_s:.0f} s left for it"
 
 

@@ -1,4 +1,4 @@
-"""Ranks that are lost: they are started again inside the run, which goes on from the newest state, as a resume does.
+"""Lost ranks are started again inside the run, which continues from the newest state, as a resume does.
 
 Engines, servers and the collator stay. Nothing that they still say of the time before is taken for an answer to what is
 asked from then on: every request has the number of the learner's life in its key (`types.Request.life`), requests under
@@ -16,7 +16,7 @@ from pathlib import Path
 from rlhf_dist.errors import ActorLost, DataError, RanksLost, RanksSilent, RlhfError
 from rlhf_dist.loop.background_writer import Writing, copy_tree
 from rlhf_dist.loop.best_checkpoints import best_of
-from rlhf_dist.loop.checkpointing import settle, settle_at_the_end, time_to_end, within
+from rlhf_dist.loop.checkpointing import finish_checkpoint, finish_checkpoint_at_the_end, time_to_end, within
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.devices import Devices
 from rlhf_dist.loop.numbers_faults import Numbers, RolledBack
@@ -50,7 +50,7 @@ def train_to_the_end(run: Run, state: State | None) -> Outcome:
             if state is None:
                 put_back(began, run.stream, run.shaper, run.watch)
     except BaseException as error:
-        free = settle_at_the_end(run, error)
+        free = finish_checkpoint_at_the_end(run, error)
         bring_to_disk(run, time_to_end(run, error) if free else 0.0)
         raise
 
@@ -93,7 +93,7 @@ def rebuilt(run: Run, loss: Exception, life: int, devices: Devices, numbers: Num
 
 
 def told_of(run: Run, loss: Exception) -> str:
-    """What happened, in words; of ranks that do not answer more is written while they are there."""
+    """What happened, in words; for ranks that do not answer a report is written while they still exist."""
     why = str(loss)
     return why + run.report(why, loss.silent) if isinstance(loss, RanksSilent) else why
 
@@ -114,7 +114,7 @@ def newest(run: Run, loss: Exception) -> tuple[Path | None, State | None]:
 
     Raises `ActorLost` where all that is on the disk is damaged, `DiskError` where what was under way failed.
     """
-    settle(run)
+    finish_checkpoint(run)
     saved = run.directory.latest_checkpoint()
     kept = None if run.kept is None else run.kept.newest()
     if kept is not None and (saved is None or step_of(saved) < step_of(kept)):
@@ -136,7 +136,7 @@ def newest(run: Run, loss: Exception) -> tuple[Path | None, State | None]:
 def before(run: Run, step: int) -> tuple[Path, State] | None:
     """Of the newest checkpoint before `step` that is whole; what was saved later counts for nothing from then on. None
     where there is none on the disk."""
-    settle(run)
+    finish_checkpoint(run)
     sound = sound_before(run.directory.checkpoints / f"{CHECKPOINT_PREFIX}{step}")
     if sound is None:
         run.telemetry.warn(f"there is no sound checkpoint before step {step}: the newest state is used again")
@@ -145,7 +145,7 @@ def before(run: Run, step: int) -> tuple[Path, State] | None:
     if run.kept is not None:
         run.kept.forget()
     told = f", and {' and '.join(folder.name for folder in aside)} set aside" if aside else ""
-    run.telemetry.warn(f"the state of step {step} was gone back to and led to a fault: {sound.name} is used{told}")
+    run.telemetry.warn(f"the state of step {step} has led to another fault: {sound.name} is used{told}")
     return sound, read_state(sound)
 
 
@@ -157,9 +157,9 @@ def sound_before(checkpoint: Path) -> Path | None:
 
 
 def bring_to_disk(run: Run, limit_s: float) -> None:
-    """At the end of a run that failed, or was stopped: a state that only memory holds becomes a checkpoint.
+    """At the end of a run that failed or was stopped: make a state that only memory holds a checkpoint.
 
-    `limit_s`: for that; 0: it is not begun.
+    `limit_s`: the time for that; 0: do not begin.
     """
     kept = None if run.kept is None else run.kept.newest()
     if kept is None:

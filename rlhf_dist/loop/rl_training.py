@@ -14,7 +14,7 @@ from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream
 from rlhf_dist.loop.background_writer import BackgroundWriter
 from rlhf_dist.loop.best_checkpoints import best_of, require_metric
-from rlhf_dist.loop.checkpointing import settle
+from rlhf_dist.loop.checkpointing import finish_checkpoint
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import Rules, rules_of, sampling_of
 from rlhf_dist.loop.devices import Devices
@@ -39,7 +39,7 @@ from rlhf_dist.loop.shown_answers import keep_answers
 from rlhf_dist.loop.step import Learning, StepReport, train_step
 from rlhf_dist.loop.train_state import State, put_back
 from rlhf_dist.loop.watch import CollapseWatch, watch_metrics
-from rlhf_dist.loop.witnessed import settled
+from rlhf_dist.loop.witnessed import verified
 from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.display import Progress
@@ -161,7 +161,7 @@ def train(
             reached(run)
             watch.lap()  # Evaluation and checkpoints are not part of a step's time.
             devices.goodput.lap()
-        settle(run)
+        finish_checkpoint(run)
     return Outcome(before, results, answers)
 
 
@@ -230,7 +230,7 @@ def take_step(run: Run, shell: Shell, step: int, watch: Stopwatch, saver: Saver,
 
 def book(run: Run, taken: Taken, step: int, report: StepReport) -> None:
     """Tell the ledger which of a step's groups were learnt from, and which were skipped."""
-    shown = settled(report.witnessed, run.telemetry, step)
+    shown = verified(report.witnessed, run.telemetry, step)
     learnt = [i for i, one in enumerate(report.learnt) if one]
     if len(learnt) < len(taken.attempts):
         run.ledger.skip([attempt for i, attempt in enumerate(taken.attempts) if i not in learnt], step, report.left)

@@ -1,4 +1,4 @@
-"""The checkpoints of an RL run: those that are due, and that of the last step where the run is told to end."""
+"""The checkpoints of an RL run: those that are due, and one of the last step when the run is stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rlhf_dist.errors import NoMemory
 from rlhf_dist.learner.checkpoint_files import EMA_FILES, MASK_FILES, checkpoint_files, critic_files
 from rlhf_dist.loop.best_checkpoints import best_of
-from rlhf_dist.loop.checkpointing import settle, write_checkpoint
+from rlhf_dist.loop.checkpointing import finish_checkpoint, write_checkpoint
 from rlhf_dist.loop.kept_state import KeptState, in_memory
 from rlhf_dist.loop.schedule import due
 from rlhf_dist.loop.shell import Shell
@@ -61,7 +61,7 @@ class Saver:
         `evaluations`: before the first step, and the latest. `elapsed`: seconds since the first step began.
         """
         run, (before, results), steps = self._run, evaluations, self._run.config.loop.steps
-        settle(run, wait_s=0.0)
+        finish_checkpoint(run, wait_s=0.0)
         if due(run.config.eval.every, step, steps):
             self._evaluated = step
         self._last = State(
@@ -87,17 +87,17 @@ class Saver:
                 run.telemetry.warn(f"step {step}: its state is not kept: {error}")
 
     def end_if_asked(self) -> None:
-        """Where the run is told to end: save the last step, unless it is saved. Raises KeyboardInterrupt then.
+        """If the run is asked to stop: save the last step, unless it is saved, and raise KeyboardInterrupt.
 
         What has become of the groups that were issued since then is left to the resume, which issues them again and so
-        equals the run that was not told to end.
+        equals the run that was not stopped.
         """
         stop = self._run.stop
-        settle(self._run, wait_s=0.0)
+        finish_checkpoint(self._run, wait_s=0.0)
         if not stop.asked():
             return
         self._save()
-        settle(self._run)
+        finish_checkpoint(self._run)
         stop.tell("no step was finished yet" if self._last is None else f"step {self._last.step} is saved")
         raise KeyboardInterrupt
 
@@ -122,7 +122,7 @@ def keep(run: Run, kept: KeptState, state: State) -> None:
 
 
 def write_parts(run: Run, step: int, folder: Path) -> list[str]:
-    """Have every process write its part of the state after `step`; the files that tell that all is there."""
+    """Have every process write its part of the state after `step`; returns the files that make it complete."""
     run.policy.save(folder)
     if run.critic is not None:
         run.critic.save(folder)

@@ -11,7 +11,7 @@ from typing import NoReturn
 from rlhf_dist.config.schema import PreferConfig, RewardConfig, SftConfig
 from rlhf_dist.errors import NumbersError
 from rlhf_dist.loop.background_writer import BackgroundWriter
-from rlhf_dist.loop.checkpointing import settle, settle_at_the_end, write_checkpoint
+from rlhf_dist.loop.checkpointing import finish_checkpoint, finish_checkpoint_at_the_end, write_checkpoint
 from rlhf_dist.loop.ports import AT_ONCE, Stop
 from rlhf_dist.loop.run_directory import RunDirectory
 from rlhf_dist.loop.schedule import due
@@ -83,10 +83,10 @@ class Trainer:
         try:
             with self.stop.deferred():
                 found = self._train(state)
-                settle(self)
+                finish_checkpoint(self)
                 return found
         except BaseException as error:
-            settle_at_the_end(self, error)
+            finish_checkpoint_at_the_end(self, error)
             raise
 
     def _train(self, state: TrainerState) -> tuple[TrainerState, int]:
@@ -113,7 +113,7 @@ class Trainer:
                 self.progress.step(step, config.steps, metrics)
                 shown = time.monotonic()
             state = TrainerState(step, state.before, results)
-            settle(self, wait_s=0.0)
+            finish_checkpoint(self, wait_s=0.0)
             if self.keeps(state, measured):
                 self.checkpoint(state)
                 kept = state
@@ -135,7 +135,7 @@ class Trainer:
     def _save_and_end(self, state: TrainerState, kept: TrainerState) -> NoReturn:
         if kept is not state:
             self.checkpoint(state)
-        settle(self)
+        finish_checkpoint(self)
         self.stop.tell(f"step {state.step} is saved")
         raise KeyboardInterrupt
 

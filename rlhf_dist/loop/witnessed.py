@@ -99,7 +99,7 @@ def name(batch: Batch, row: int) -> str:
     return f"sample {batch.samples[row]} of group {batch.uids[batch.groups[row]]}"
 
 
-def settled(found: Witnessed | None, telemetry: Telemetry, step: int) -> tuple[Presence, ...] | None:
+def verified(found: Witnessed | None, telemetry: Telemetry, step: int) -> tuple[Presence, ...] | None:
     """What the ledger is to keep of it; None where there is no witness.
 
     Raises RunError after a warning where it differs from the plan: the ledger would not be true.

@@ -130,7 +130,7 @@ def identity(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def settle(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until what was asked of a GPU is done: other processes do not know its queue."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
@@ -157,7 +157,7 @@ class StagingSender:
         """Let the receivers take what is in the buffer; see `left_out` for those that did not."""
         if not self._ranks:
             return
-        settle(self._device)
+        synchronize(self._device)
         filled = key(self._round, f"filled {identity(self._device)}", index)
         self._store.set(filled, "")
         keys = {rank: key(self._round, f"taken {index}", rank) for rank in self._ranks}
@@ -212,7 +212,7 @@ class StagingReceiver:
                 raise WeightSyncError(f"the learner gave up: {why}")
             assert self._seen is not None
             into.copy_(self._seen[: len(into)])
-            settle(self._device)
+            synchronize(self._device)
             self._store.set(key(self._round, f"taken {index}", self._rank), "")
         except RuntimeError as error:
             raise WeightSyncError(f"bucket {index} did not come: {first_line(error)}") from None

@@ -141,7 +141,7 @@ MISTAKES: dict[str, tuple[tuple[Fault, ...], Mistake]] = {
     "the optimizer takes less than planned": ((), Mistake(a_row_less, ["unexplained", "raised"])),
     "the ledger is not told what the optimizer took": (
         (),
-        Mistake(lambda p: p.setattr(rl_training, "settled", lambda *_: None), ["witness"]),
+        Mistake(lambda p: p.setattr(rl_training, "verified", lambda *_: None), ["witness"]),
     ),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf_dist.cluster import run_forecast
-from rlhf_dist.cluster.run_forecast import Basis, basis_before, compared, does_not_fit, lengths, settled
+from rlhf_dist.cluster.run_forecast import Basis, basis_before, compared, does_not_fit, lengths, steady
 from rlhf_dist.config.schema import Config
 from rlhf_dist.planning.forecast import Lengths, forecast, gpu_rates
 from rlhf_dist.planning.hardware import KINDS
@@ -119,7 +119,7 @@ def test_lengths_are_those_of_the_run() -> None:
     assert lengths(Config(), STEP) == LENGTHS
     assert lengths(Config(), {"rollout/response_length": 100.0}) == Lengths(1.0, 100.0, 100.0, 1.0)
     series = {"a": ([1, 2, 3, 4, 5], [9.0, 1.0, 2.0, 3.0, 4.0]), "none": (list[int](), list[float]())}
-    assert settled(series) == {"a": 2.5}
+    assert steady(series) == {"a": 2.5}
 
 
 def test_rates_are_measured_before_a_run_that_starts_its_own_ray(monkeypatch: pytest.MonkeyPatch) -> None:

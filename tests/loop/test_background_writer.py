@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from test_rebuilding import Learner, Ranks, config, healing, nothing, once
 from rlhf_dist.errors import CommandHung, DiskError, RanksLost, RlhfError
 from rlhf_dist.loop import background_writer, rebuilding
 from rlhf_dist.loop.background_writer import BackgroundWriter, Pending, Start, in_a_thread, shortage
-from rlhf_dist.loop.checkpointing import TO_END_S, settle_at_the_end
+from rlhf_dist.loop.checkpointing import TO_END_S, finish_checkpoint_at_the_end
 from rlhf_dist.loop.ports import Batches, Estimates
 from rlhf_dist.loop.rebuilding import train_to_the_end
 from rlhf_dist.loop.rl_training import Run, train
@@ -206,8 +205,10 @@ def test_an_error_of_another_kind_waits_for_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("left_s", "saved"), [(LIMIT_S, "step-3"), (0.0, "step-2")], ids=["in time", "too late"])
 def test_a_command_that_has_hung_waits_for_it_as_long_as_it_lives(tmp_path: Path, left_s: float, saved: str) -> None:
-    hangs = once("update", 4, partial(CommandHung, until=time.monotonic() + TO_END_S + left_s))
-    run = in_background(tmp_path, Deferred, policy=Learner(fault=hangs))
+    def hung(message: str) -> CommandHung:
+        return CommandHung(message, until=time.monotonic() + TO_END_S + left_s)
+
+    run = in_background(tmp_path, Deferred, policy=Learner(fault=once("update", 4, hung)))
     with pytest.raises(CommandHung):
         train_to_the_end(run, None)
     close(run)
@@ -336,7 +337,7 @@ def test_a_disk_that_does_not_answer_is_named_and_holds_up_no_end(tmp_path: Path
     with pytest.raises(DiskError, match=r"step-7: the disk has made no progress for 0\.05 s \(learner\.timeout_s\)"):
         writer.finished()
     run = replace(run, background=writer)
-    assert not settle_at_the_end(run, RuntimeError()), "the thread may still write"
+    assert not finish_checkpoint_at_the_end(run, RuntimeError()), "the thread may still write"
     assert warnings(run.directory) == ["step-7 was not written to its end"] and writer.under_way() == "step-7"
     answers.set()
     deadline = time.monotonic() + LIMIT_S

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -95,8 +94,10 @@ def test_a_command_that_has_hung_brings_it_to_the_disk_as_long_as_it_lives(
         assert again.wait(LIMIT_S)
         return send(*words)
 
-    left_s = LIMIT_S if answers else 0.2
-    ran = make(once("update", 3, partial(CommandHung, until=time.monotonic() + TO_END_S + left_s)), config(0, 1))
+    def hung(message: str) -> CommandHung:
+        return CommandHung(message, until=time.monotonic() + TO_END_S + (LIMIT_S if answers else 0.5))
+
+    ran = make(once("update", 3, hung), config(0, 1))
     if not answers:
         monkeypatch.setattr(os, "sendfile", waits)
     with pytest.raises(CommandHung):
@@ -106,8 +107,8 @@ def test_a_command_that_has_hung_brings_it_to_the_disk_as_long_as_it_lives(
     if answers:
         assert saved is not None and saved.name == "step-2" and told == []
     else:
-        lost = "the state of step 2, which only memory had, was not saved: there were 0 s left for it"
-        assert saved is None and told == [lost]
+        (lost,) = told
+        assert saved is None and lost.startswith("the state of step 2, which only memory had, was not saved")
     again.set()
 
 

@@ -140,7 +140,7 @@ class Told:
         self.calls.append("copy")
 
     def synchronize(self) -> None:
-        self.calls.append("settle")
+        self.calls.append("synchronize")
 
 
 def test_a_gpus_queue_is_empty_before_another_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,10 +155,10 @@ def test_a_gpus_queue_is_empty_before_another_process_is_told(monkeypatch: pytes
     receiver = StagingReceiver(told, MADE, 1, 8, CUDA, time.monotonic() + 1)
     told.calls.clear()
     sender.send(0, 8, time.monotonic() + 1)
-    assert told.calls == ["settle", "1/filled gpu/0", "wait 1/taken 0/1"]
+    assert told.calls == ["synchronize", "1/filled gpu/0", "wait 1/taken 0/1"]
     told.calls.clear()
     receiver.receive(0, told, time.monotonic() + 1)
-    assert told.calls == ["wait 1/filled gpu/0", "get", "copy", "settle", "1/taken 0/1"]
+    assert told.calls == ["wait 1/filled gpu/0", "get", "copy", "synchronize", "1/taken 0/1"]
 
 
 def test_a_bucket_on_a_gpu_is_let_go_before_cuda_is_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
