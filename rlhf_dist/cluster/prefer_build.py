@@ -22,6 +22,8 @@ from rlhf_dist.loop.supervised_training import fine_tune
 from rlhf_dist.loop.trainer import read_state
 from rlhf_dist.telemetry.display import Progress
 
+READING = "reading the judgements with the reference model"
+
 
 class PreferHost(TrainerHost):
     """A rank of a policy that learns from preferences."""
@@ -80,10 +82,9 @@ class PreferGroup(TrainerGroup):
 
     def read_reference(self, progress: Progress) -> None:
         """The reference's logprobs of all judgements that the run will use, a part a call."""
-        left = 1
-        while left:
-            left = next(iter(self.call("read_reference").values()))
-            progress.stage(f"reading the judgements with the reference model ({left:,} left)")
+        progress.stage(READING)
+        while left := next(iter(self.call("read_reference").values())):
+            progress.stage(f"{READING}, {left:,} left")
 
 
 def has_reference(config: Config) -> bool:

@@ -172,7 +172,7 @@ class PreferLearner:
         chosen, rejected = responses.at(pairs.better), responses.at(pairs.worse)
         losses = PAIR_LOSSES[self._config.method](self._config, chosen, rejected, point)
         total = (losses * pair_weights(pairs.element)).sum()
-        good = self._good(elements, logprobs.device)
+        good = called_good(elements, logprobs.device)
         singles = [start for element, start in zip(elements, row_starts(elements), strict=True) if is_single(element)]
         single = responses.at(torch.tensor(singles, dtype=torch.int64, device=logprobs.device))
         if singles:
@@ -198,10 +198,6 @@ class PreferLearner:
             kept = [self._values.of(each.key)[: len(each.element.rows)] for each in batch]
             reference = torch.from_numpy(np.concatenate(kept)).to(sums.device)
         return Responses(sums, reference, torch.tensor(tokens, dtype=torch.float32, device=sums.device))
-
-    def _good(self, elements: Sequence[Element], device: torch.device) -> Tensor:
-        values = [element.judgement.value > 0.5 for element in elements if isinstance(element.judgement, Rating)]
-        return torch.tensor(values, dtype=torch.bool, device=device)
 
     def _reference_point(self, judged: Sequence[Judged]) -> float:
         """KTO's, over the rows of all ranks; 0 for other methods."""
@@ -303,6 +299,12 @@ def chosen_tokens(elements: Iterable[Element]) -> int:
 def is_single(element: Element) -> bool:
     """A response that was judged by itself."""
     return not isinstance(element.judgement, Comparison)
+
+
+def called_good(elements: Sequence[Element], device: torch.device) -> Tensor:
+    """bool, one for each of the elements that are a thumb up or down."""
+    values = [element.judgement.value > 0.5 for element in elements if isinstance(element.judgement, Rating)]
+    return torch.tensor(values, dtype=torch.bool, device=device)
 
 
 def pair_figures(config: PreferConfig, chosen: Responses, rejected: Responses) -> dict[str, tuple[float, float]]:

@@ -120,7 +120,7 @@ class Client:
         ([], "usage: rlhf-dist submit [--env NAME[=VALUE] ...] COMMAND"),
         (["train"], "train needs a config file first; usage: rlhf-dist submit "),
         (["train", "--dry-run", "run.yaml"], "train needs a config file first"),
-        (["plan", "run.yaml"], "`plan` is not a command for a cluster: train, sft, reward, pipeline, eval are"),
+        (["plan", "run.yaml"], "`plan` is not a command for a cluster: train, sft, reward, prefer, pipeline, eval are"),
         (["train", "rum.yaml"], "rum.yaml does not exist; did you mean run.yaml?"),
         (["train", "/etc/hostname"], "/etc/hostname: lies outside"),
         (["train", "run.yaml", "loop.stepz=3"], "unknown key `loop.stepz`"),

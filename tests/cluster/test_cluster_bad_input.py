@@ -58,7 +58,7 @@ def test_a_bad_line_of_data(place: Workplace, capsys: pytest.CaptureFixture[str]
     assert message in found and found.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["train", "sft", "reward", "eval"])
+@pytest.mark.parametrize("command", ["train", "sft", "reward", "prefer", "eval"])
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
@@ -76,7 +76,7 @@ def test_an_environment_in_which_no_ray_can_run(
     message: str,
 ) -> None:
     monkeypatch.setenv(variable, value)
-    source = ["preferences.max_tokens=48", "data.task.name=describe"] if command == "reward" else []
+    source = ["preferences.max_tokens=48", "data.task.name=describe"] if command in ("reward", "prefer") else []
     found = refused(capsys, place, command, "cluster.address=auto", *source)
     assert message in found and found.count("\n") == 1
 
@@ -192,6 +192,11 @@ def test_a_reference_that_cannot_read_the_policys_tokens(
     assert f"reference.path = {other_tokens}: its vocabulary is not that of the policy, tiny" in found
     missing = refused(capsys, place, "train", "algo.kl.coef=0.1", "reference.path=./no")
     assert "reference.path = './no': there is no such directory" in missing
+    judgements = ("data.task.name=describe", "preferences.max_tokens=48")
+    found = refused(capsys, place, "prefer", *judgements, f"prefer.reference={other_tokens}")
+    assert f"prefer.reference = {other_tokens}: its vocabulary is not that of the policy, tiny" in found
+    missing = refused(capsys, place, "prefer", *judgements, "prefer.reference=./no")
+    assert "prefer.reference = './no': there is no such directory" in missing
 
 
 def test_models_that_lack_rows_for_tokens_of_the_policy(

@@ -113,8 +113,10 @@ def test_training_and_held_out_rows_are_told_together(place: Workplace) -> None:
     assert "data.jsonl:1: 'response' is empty" in found and "data.jsonl:3: lacks 'response'" in found
     rows({"prompt": "q", "chosen": "a", "rejected": 3}, {"prompt": "q", "chosen": "a", "rejected": "a"})
     keys = [f"preferences.{key}" for key in ("source=jsonl", "path=data.jsonl", "held_out=1")]
-    found = refused("reward", *keys)
-    assert "data.jsonl:1: 'rejected' is 3 (int)" in found and "data.jsonl:2: 'chosen' and 'rejected' are equal" in found
+    for command in ("reward", "prefer"):
+        found = refused(command, *keys)
+        assert "data.jsonl:1: 'rejected' is 3 (int)" in found
+        assert "data.jsonl:2: 'chosen' and 'rejected' are equal" in found
 
 
 def test_pairs_of_the_same_tokens_are_left_out_and_listed(place: Workplace) -> None:
@@ -153,6 +155,7 @@ def test_through_the_command_line(place: Workplace, capsys: pytest.CaptureFixtur
             "2 of 4 rows cannot be used; take the rows out, or use another model:",
         ),
         (["reward", *pairs], "pairs.jsonl:1: the responses 'a' and 'aé' differ as text"),
+        (["prefer", *pairs], "pairs.jsonl:1: the responses 'a' and 'aé' differ as text"),
     ):
         if words[0] == "eval":
             answers("1", "2", "3", "é")

@@ -30,6 +30,7 @@ prefer:
   log_every: 1
   checkpoint_every: {CUT_AFTER}
   optimizer: {{lr: 2e-3, warmup_steps: 2}}
+rollout: {{max_prompt_tokens: 64, max_response_tokens: 32}}
 learner: {{ranks: 2, cpus: 1, zero_stage: 2, micro_batch_tokens: 512}}
 cluster: {{address: local, device: cpu}}
 telemetry: {{wandb: "off"}}

@@ -28,7 +28,7 @@ from rlhf_dist.types import Message
 
 # eps 1 makes Adam's steps all but lr x gradient, so that equal weights mean equal gradients, small ones too.
 OPTIMIZER = OptimizerConfig(lr=0.5, eps=1.0, warmup_steps=0, weight_decay=0.01, max_grad_norm=0.5)
-CASES = [(0, "dpo"), (3, "dpo"), (2, "ipo"), (1, "kto"), (3, "kto"), (0, "orpo"), (1, "simpo")]
+CASES = [(0, "dpo"), (3, "dpo"), (2, "ipo"), (3, "kto"), (0, "orpo"), (1, "simpo")]
 CHUNK_TOKENS = 8
 """Ranks need a different number of logprob chunks in the same pass."""
 
@@ -99,7 +99,7 @@ def budget(tokenizer: Any, used: list[Judgement], world: int) -> int:
 
 def run_case(stage: int, method: str, world: int, model: Path, other: Path, folder: Path) -> dict[str, Any]:
     """Three steps, and a checkpoint after the second from which another learner makes the third."""
-    trainer = Trainer(model, stage, method, world, str(other) if (stage, method) == (0, "dpo") else "start")
+    trainer = Trainer(model, stage, method, world, str(other) if (stage, method) == (3, "dpo") else "start")
     found: dict[str, Any] = {"start": trainer.weights(), "before": trainer.learner.evaluate()}
     found["metrics"] = trainer.learner.train_step(1)
     found["one"] = trainer.weights()
@@ -202,7 +202,7 @@ def main() -> None:
     init_process_group(rank, world, "127.0.0.1", port, device="cpu", threads=1, timeout_s=120.0)
     found: dict[Any, Any] = {case: run_case(*case, world, model, other, folder) for case in CASES}
     if world == 1:
-        moved = {case: case == (0, "dpo") for case in CASES}
+        moved = {case: case == (3, "dpo") for case in CASES}
         found |= {("plain", case): Plain(model, other, case[1], moved[case]).run() for case in CASES}
     torch.save(found, folder / f"{world}-{rank}.pt")
 

@@ -92,18 +92,18 @@ def test_the_reference_is_read_whole_on_every_rank(results: dict, folder: Path, 
 
 
 def test_dpo_starts_at_log_2_where_the_reference_is_the_start(results: dict) -> None:
-    before = merged(results, 2, (3, "dpo"), "before")
+    before = merged(results, 2, (0, "dpo"), "before")
     assert before["prefer/held_out_loss"] == pytest.approx(math.log(2.0), abs=1e-5)
     assert before["prefer/margin"] == pytest.approx(0.0, abs=1e-4)
-    after = merged(results, 2, (3, "dpo"), "after")
+    after = merged(results, 2, (0, "dpo"), "after")
     assert after["prefer/held_out_loss"] < math.log(2.0) - 0.05 and after["prefer/accuracy"] > 0.8
     assert after["prefer/chosen_reward"] - after["prefer/rejected_reward"] == pytest.approx(after["prefer/margin"])
-    other = merged(results, 2, (0, "dpo"), "before")
+    other = merged(results, 2, (3, "dpo"), "before")
     assert abs(other["prefer/held_out_loss"] - math.log(2.0)) > 1e-3, "another model is the reference"
 
 
 def test_kto_tells_its_reference_point_and_the_others_none(results: dict) -> None:
-    assert merged(results, 2, (1, "kto"), "metrics")["prefer/reference_point"] == pytest.approx(0.0, abs=1e-4)
+    assert merged(results, 2, (3, "kto"), "metrics")["prefer/reference_point"] == pytest.approx(0.0, abs=1e-4)
     assert "prefer/reference_point" not in merged(results, 2, (0, "dpo"), "metrics")
     assert merged(results, 2, (0, "orpo"), "metrics")["prefer/chosen_nll"] > 1, "nats per character, of a random model"
 
