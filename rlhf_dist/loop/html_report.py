@@ -37,6 +37,10 @@ FACTS = {
         *("learner.optimizer.lr", "rollout.temperature", "loop.max_policy_lag", "seed"),
     ),
     "sft": ("model.path", "sft.steps", "sft.batch_size", "sft.optimizer.lr", "seed"),
+    "prefer": (
+        *("prefer.method", "model.path", "prefer.reference", "prefer.beta", "preferences.source", "prefer.steps"),
+        *("prefer.batch_size", "prefer.optimizer.lr", "seed"),
+    ),
     "reward": ("model.path", "preferences.source", "reward.steps", "reward.batch_size", "reward.optimizer.lr", "seed"),
 }
 """Command -> the keys that say most about a run of it."""
@@ -45,6 +49,8 @@ HEADLINES = (
     (names.EVAL_REWARD, "reward"),
     (names.EVAL_GREEDY, "greedy accuracy"),
     (names.SFT_HELD_OUT_LOSS, "held-out loss"),
+    (names.PREFER_HELD_OUT_LOSS, "held-out loss"),
+    (names.PREFER_ACCURACY, "held-out accuracy"),
     ("accuracy", "held-out accuracy"),
 )
 INTERVALS = (
