@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of RLHF on this machine: set-up, then the pipeline of configs/local.yaml: a supervised start, a reward model,
-# PPO against it, and GRPO from the same start; at the end one table of all models.
+# PPO against it, and GRPO from the same start; at the end one table of all models, and a report that a browser shows.
 #   launch/local.sh [key=value ...]
 # Overrides go to all stages, STAGE:key=value to one. name=NAME names the runs NAME/sft, NAME/reward, NAME/ppo and
 # NAME/grpo (local without it).
@@ -58,6 +58,6 @@ if ((code != 0)); then
   exit "$code"
 fi
 printf 'local: done in %s s\n' "$SECONDS"
-printf 'local: %s\n' "report  $output/$name/report.html" "table   $output/$name/pipeline.txt" "models  $output/$name/STAGE/checkpoints" \
-  "curves  $output/$name/STAGE/curves.png" \
+printf 'local: %s\n' "report  $output/$name/report.html" "table   $output/$name/pipeline.txt" \
+  "models  $output/$name/STAGE/checkpoints" "curves  $output/$name/STAGE/curves.png" \
   "the same command again skips all that is complete; name=ANOTHER begins a new run"

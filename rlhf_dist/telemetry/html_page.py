@@ -28,10 +28,11 @@ h1 { font-size: 25px; margin: 8px 0 2px; overflow-wrap: anywhere } h2 { font-siz
 h3 { font-size: 15px; margin: 18px 0 4px } p { margin: 4px 0 10px; max-width: 76ch; overflow-wrap: anywhere }
 .soft, .missing, small { color: var(--soft) } small { font-size: 13px }
 .missing { border-left: 3px solid var(--rule); padding-left: 10px }
-.wide { overflow-x: auto } table { border-collapse: collapse; margin: 6px 0 12px; font-variant-numeric: tabular-nums }
+.wide { overflow-x: auto } table { border-collapse: collapse; width: max-content; margin: 6px 0 12px;
+  font-variant-numeric: tabular-nums }
 th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top }
 th { font-weight: 600; color: var(--soft); font-size: 13px } td.n, th.n { text-align: right; white-space: nowrap }
-td { overflow-wrap: anywhere } td:not(.n) { min-width: 8.5em }
+td { overflow-wrap: break-word; max-width: 60ch }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 14px }
 .facts { display: flex; flex-wrap: wrap; gap: 4px 26px; margin: 8px 0 } .facts > span { overflow-wrap: anywhere }
 .facts b { color: var(--soft); font-weight: 600; font-size: 13px; margin-right: 7px }
