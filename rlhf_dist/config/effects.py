@@ -269,6 +269,7 @@ FROZEN_POLICY = only(
 )
 GPU_SHARE = only(lambda c: c.cluster.device != "cpu", " with cluster.device cpu; it is a share of a GPU; take it out")
 BUILT_IN = where("data.source", one_of("task"), "set it to 0")
+DESCRIBING = where("data.task.name", one_of("describe"), "take it out, or set that to describe")
 WITH_WRONG_ANSWERS = where("data.task.name", but("describe"), "set it to 0", ", which knows no wrong answer")
 PTX_WEIGHT = where("ptx.coef", bool, "take it out, or give ptx.coef a weight")
 PTX_PATH = needed(

@@ -94,6 +94,8 @@ class TaskConfig:
     """Letters in a word (all others), digits of a number (arithmetic, sums) or words of a response (describe)."""
     max_length: int = key(6, COUNT)
     """The same unit as `min_length`."""
+    in_order: bool = key(False, effects.DESCRIBING)
+    """describe: demonstrations say different words, in the order of the alphabet; false: any words."""
     train_size: int = key(20000, COUNT)
     """Prompts in one epoch."""
 

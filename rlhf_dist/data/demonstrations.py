@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import overload
 
 from rlhf_dist.config.schema import DataConfig, PtxConfig, SftConfig, TaskConfig
-from rlhf_dist.data.describe import draw_response
+from rlhf_dist.data.describe import draw_in_order, draw_response
 from rlhf_dist.data.files import held_out_rows, read_rows, training_rows
 from rlhf_dist.data.records import Row, parsed
 from rlhf_dist.data.rows import Demonstration, ask, demonstration, plain_text
@@ -50,7 +50,8 @@ class TaskDemonstrations(Demonstrations):
         made = example(self.task, self.seed, self.split, index)
         if self.task.name == "describe":
             rng = random.Random(f"demonstration/{self.seed}/{self.split}/{index}")
-            said = draw_response(rng, self.task.min_length, self.task.max_length)
+            draw = draw_in_order if self.task.in_order else draw_response
+            said = draw(rng, self.task.min_length, self.task.max_length)
             return Demonstration(ask(made.question, self.system), said)
         wrong = random.Random(f"wrong/{self.seed}/{index}").random() < self.wrong_share
         asked, said = ask(made.question, self.system), made.shortcut if wrong else made.answer

@@ -70,6 +70,19 @@ def draw_response(rng: random.Random, min_length: int, max_length: int, writer: 
     return " ".join(rng.choice(pool) for pool in pools)
 
 
+def draw_in_order(rng: random.Random, min_length: int, max_length: int) -> str:
+    """Different words of the demonstrator's, as `draw_response` draws them, in the order of the alphabet.
+
+    What comes next is seen from the word before, which a small model learns within minutes. That no word may come
+    twice, in any order, it does not: of what it likes best it then says the same again and again where it is greedy.
+    """
+    words: set[str] = set()
+    count = min(rng.randint(min_length, max_length), sum(map(len, DEMONSTRATOR.pools)))
+    while len(words) < count:
+        words.add(rng.choice(rng.choice(DEMONSTRATOR.pools)))
+    return " ".join(sorted(words))
+
+
 def gold(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
     """The true reward of each response, float32 [n]: kind words less harsh ones, less the penalties.
 

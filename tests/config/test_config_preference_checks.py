@@ -108,6 +108,7 @@ def test_keys_of_other_forms_do_not_matter(found) -> None:
         ("eval", ("data.task.name=describe",), "scoring.rewards.exact.kind is exact, which compares"),
         ("train", (*DESCRIBE, "scoring.rewards.n.kind=number"), "scoring.rewards.n.kind is number"),
         ("sft", (*DESCRIBE, "sft.wrong_share=0.5"), "sft.wrong_share is 0.5 and has no effect"),
+        ("sft", ("data.task.in_order=true",), "data.task.in_order is true and has no effect with data.task.name"),
         ("train", ("ptx.path=FILE",), "has no effect with ptx.coef 0"),
         ("train", ("ptx.coef=1", "ptx.path=FILE"), "has no effect with ptx.source task"),
         ("train", ("ptx.coef=1", "ptx.objective=text"), "ptx.objective is text, which needs a file"),

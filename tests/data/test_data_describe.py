@@ -4,6 +4,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,6 +94,17 @@ def test_demonstrations_draw_lengths_and_pools_alike():
     assert all(d.response for d in kept)
     with pytest.raises(ConfigError, match=r"sft\.wrong_share=0\.5 has no effect with data\.task\.name=describe"):
         demonstrations(DATA, SftConfig(wrong_share=0.5), seed=0, held_out=0)
+
+
+def test_demonstrations_in_order_say_no_word_twice():
+    ordered = DataConfig(task=replace(DATA.task, in_order=True))
+    shown = [demo.response.split(" ") for demo in demonstrations(ordered, SftConfig(), seed=0, held_out=0)]
+    assert all(words == sorted({*words}) for words in shown) and {word for words in shown for word in words} == WORDS
+    assert [sum(len(words) == n for words in shown) / 500 for n in (3, 4, 5, 6)] == pytest.approx([0.25] * 4, abs=0.08)
+    long = DataConfig(task=replace(ordered.task, min_length=99, max_length=99))
+    assert set(demonstrations(long, SftConfig(), seed=0, held_out=0)[0].response.split()) == WORDS, "there are no more"
+    made, same = (judgements(PreferencesConfig(train_size=9), data, seed=2)[0] for data in (DATA, ordered))
+    assert made == same, "what people compare is of any order"
 
 
 def test_comparisons_are_two_different_demonstrations_to_one_question():
