@@ -24,7 +24,7 @@ FLOORS = (
     {"data", "planning"},
     {"rollout", "scoring", "learner"},
     {"loop"},
-    {"cluster"},
+    {"cluster", "labels"},
     {"cli"},
     {"__main__"},
 )
@@ -41,7 +41,7 @@ ONLY_IN = {
 
 IMPORTERS = ("importlib.import_module", "import_module", "__import__")
 
-WITHOUT_TORCH = ("types", "errors", "config", "telemetry", "planning")
+WITHOUT_TORCH = ("types", "errors", "config", "telemetry", "planning", "labels")
 
 
 def room(path: str) -> str:
@@ -107,6 +107,7 @@ def test_imports(path: Path) -> None:
         ("learner/policy_learner.py", "from rlhf_dist import rollout"),
         ("types.py", "from rlhf_dist.errors import DataError"),
         ("loop/step.py", "def f():\n    import rlhf_dist.cluster.build"),
+        ("cluster/wiring.py", "from rlhf_dist.labels.store import LabelStore"),
     ],
 )
 def test_a_wrong_import_is_seen(path: str, source: str) -> None:

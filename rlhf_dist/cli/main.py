@@ -48,6 +48,7 @@ COMMANDS = {
     "report": ("write_report", "write the HTML report of a run or a pipeline again"),
     "replay": ("replay", "compute the losses of a step whose numbers went wrong again, row by row"),
     "dashboard": ("dashboard", "save a wandb workspace for a run's project"),
+    "label": ("label", "a page on which people judge responses; what they said as preference data"),
     "bench": ("bench", "run one of the benchmarks of a checkout"),
 }
 """Command -> its module in this folder, and what it does."""

@@ -39,8 +39,8 @@ def run(argv: Sequence[str]) -> int:
         print(to_yaml(config) + f"# would serve {names} at http://{args.host}:{args.port}/score")
         return 0
     from rlhf_dist.config.addresses import is_loopback
+    from rlhf_dist.scoring.bound_server import bind
     from rlhf_dist.scoring.http_calls import read_token
-    from rlhf_dist.scoring.http_server import bind
 
     token = read_token(args.token_env, "--token-env") if args.token_env else ""
     with closing(bind(args.host, args.port)) as bound:
@@ -54,7 +54,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _serve(config: Config, bound: socket.socket, token: str, ready: Callable[[str], None]) -> None:
-    from rlhf_dist.scoring.http_server import RewardServer, make_app
+    from rlhf_dist.scoring.bound_server import BoundServer
+    from rlhf_dist.scoring.http_server import make_app
     from rlhf_dist.scoring.scorer import Scorer, preflight
 
     check_model = make_model = None
@@ -62,7 +63,7 @@ def _serve(config: Config, bound: socket.socket, token: str, ready: Callable[[st
         check_model, make_model = _models(config)
     preflight(config.scoring, check_model)
     with closing(Scorer(config.scoring, make_model)) as scorer:
-        RewardServer(make_app(scorer, token), bound, ready).serve_forever()
+        BoundServer(make_app(scorer, token), bound, ready).serve_forever()
 
 
 def _models(config: Config) -> tuple[CheckModel, MakeModel]:

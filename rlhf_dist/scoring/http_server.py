@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hmac
 import logging
-import socket
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from starlette.types import ASGIApp, Message as Event, Receive, Scope, Send
 
-from rlhf_dist.errors import DataError, ResourceError, RlhfError
+from rlhf_dist.errors import DataError, RlhfError
 from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.scoring.scorer import Scorer
 from rlhf_dist.scoring.texts import Texts
@@ -23,11 +20,6 @@ from rlhf_dist.types import Message
 
 REQUEST_BYTES = 16 * 2**20
 REQUEST_RESPONSES = 4096
-CONNECTIONS = 256
-"""At once; one more is answered 503, and asks again."""
-KEEP_ALIVE_S = 75
-"""Longer than clients keep an idle connection, so that it is they who close it."""
-CLOSE_LIMIT_S = 10
 LOG = logging.getLogger("uvicorn.error")
 """The server's own, which prints."""
 
@@ -162,52 +154,3 @@ def make_app(scorer: Scorer, token: str) -> FastAPI:
 
     app.add_middleware(Door, token=token)
     return app
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket of this address, not listening yet; port 0: a free one. Raises ResourceError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-        except OSError:
-            bound.close()
-            raise
-    except OSError as error:
-        raise ResourceError(
-            f"{host}:{port} cannot be listened at: {error.strerror}; choose another with --port or --host"
-        ) from None
-    return bound
-
-
-class RewardServer(uvicorn.Server):
-    """Serves on a bound socket until it is told to stop: `should_exit`, or Ctrl-C in the main thread."""
-
-    def __init__(self, app: FastAPI, bound: socket.socket, ready: Callable[[str], None]) -> None:
-        """`ready` is called with the address as soon as requests are answered."""
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                ws="none",
-                limit_concurrency=CONNECTIONS,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=CLOSE_LIMIT_S,
-            )
-        )
-        self._bound = bound
-        self._ready = ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Tell that requests are answered."""
-        await super().startup(sockets)
-        host, port = self._bound.getsockname()[:2]
-        self._ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-
-    def serve_forever(self) -> None:
-        """Until told to stop. Raises KeyboardInterrupt after Ctrl-C, when what was begun has been answered."""
-        self.run(sockets=[self._bound])

@@ -20,8 +20,9 @@ from judges import judge_spec, make_judge, make_rollout, make_texts, open_judge,
 from rlhf_dist.config.schema import RewardSpec, ScoringConfig
 from rlhf_dist.errors import ResourceError, RewardError
 from rlhf_dist.scoring import http_server
+from rlhf_dist.scoring.bound_server import BoundServer, bind
 from rlhf_dist.scoring.http_client import HttpReward
-from rlhf_dist.scoring.http_server import RewardServer, bind, make_app
+from rlhf_dist.scoring.http_server import make_app
 from rlhf_dist.scoring.reward_model import RewardModel
 from rlhf_dist.scoring.scorer import Scorer, preflight
 
@@ -39,7 +40,7 @@ def served(scorer: Scorer, token: str = "") -> Iterator[str]:
     """The server's address, from when it answers until it has stopped."""
     ready: queue.Queue[str] = queue.Queue()
     with closing(scorer), closing(bind("127.0.0.1", 0)) as bound:
-        server = RewardServer(make_app(scorer, token), bound, ready.put)
+        server = BoundServer(make_app(scorer, token), bound, ready.put)
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
