@@ -14,6 +14,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rlhf_dist"
 ELSEWHERE = {
+    ("cli/label.py", "serve", "serve_forever"): "a server that runs until it is told to stop",
     ("cli/serve_reward.py", "_serve", "serve_forever"): "a server that runs until it is told to stop",
     ("cli/submit.py", "asks_to_stop", "input"): "a question to somebody at the keyboard, who may press Ctrl-C",
     ("cluster/jobs.py", "_follow", "exception"): "of a task that is done",

@@ -111,7 +111,7 @@ def serve(argv: Sequence[str]) -> int:
         closing(LabelStore(args.store)) as store,
         closing(bind(args.host, args.port)) as bound,
     ):
-        queue = LabelQueue(store, guests.names, args.lease_s, args.gold_share)
+        queue = LabelQueue(store, args.lease_s, args.gold_share)
         BoundServer(make_app(store, queue, guests), bound, ready).serve_forever()
     return 0
 

@@ -16,7 +16,6 @@ import json
 import random
 import secrets
 import sqlite3
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -68,23 +67,18 @@ class Progress:
     done: int
     """Of all labellers, without skipped ones."""
     total: int
+    """Each gold item counts for each labeller who has begun."""
 
 
 class LabelQueue:
     """Lends items and takes decisions; all calls may come from any thread."""
 
-    def __init__(
-        self,
-        store: LabelStore,
-        labellers: Sequence[str],
-        lease_s: float,
-        gold_share: float,
-        rng: random.Random | None = None,
-    ) -> None:
+    def __init__(self, store: LabelStore, lease_s: float, gold_share: float, rng: random.Random | None = None) -> None:
         """`gold_share`: how often a gold item comes, while there are others. `rng`: for sides and gold, for tests."""
         self._store, self._lease_s, self._gold_share = store, lease_s, gold_share
-        self._labellers = len(labellers)
         self._rng = rng or random.SystemRandom()
+        with store.reading() as db:
+            self._labellers = {row["labeller"] for row in db.execute("SELECT DISTINCT labeller FROM votes")}
         self._from: dict[str, int] = {}  # no item before it waits for this labeller: 100,000 are not searched each time
 
     def ask(self, labeller: str) -> Lease | None:
@@ -154,9 +148,10 @@ class LabelQueue:
         with self._store.reading() as db:
             mine = db.execute("SELECT COUNT(*) FROM standing WHERE labeller = ?", (labeller,)).fetchone()[0]
             totals = db.execute("SELECT * FROM totals").fetchone()
-        return Progress(mine, totals["done"], totals["wanted"] + totals["golds"] * self._labellers)
+        return Progress(mine, totals["done"], totals["wanted"] + totals["golds"] * len(self._labellers))
 
     def _ask(self, db: sqlite3.Connection, labeller: str) -> Lease | None:
+        self._labellers.add(labeller)
         held = db.execute("SELECT * FROM leases WHERE labeller = ? AND live", (labeller,)).fetchone()
         if held is not None:
             return self._shown(db, held["key"], held["item"], json.loads(held["shown"]), held["expires"])

@@ -87,13 +87,13 @@ class LabelStore:
 
     def close(self) -> None:
         """Let go; may be called twice."""
-        with self._lock:
+        with self._alone():
             self._connection.close()
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction: all of it is on the disk at the end, or none. Raises DiskError where that fails."""
-        with self._lock:
+        with self._alone():
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
                 try:
@@ -105,6 +105,15 @@ class LabelStore:
                     raise
             except sqlite3.Error as error:
                 raise DiskError(f"{self.path}: nothing was saved: {error}") from error
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._lock.acquire(timeout=2 * BUSY_S):
+            raise DiskError(f"{self.path}: nothing was saved: another request has been writing for {2 * BUSY_S:g} s")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

@@ -38,7 +38,7 @@ def test_what_is_lost_doubled_or_not_exact_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "s"
     bench.fill(path, 5)
     with closing(LabelStore(path)) as store:
-        queue = LabelQueue(store, ["ann"], 60, 0)
+        queue = LabelQueue(store, 60, 0)
         lease = queue.ask("ann")
         assert lease is not None and queue.decide("ann", lease.key, Said("tie", "", ())) is not None
     seen = bench.Seen([lease.key], [0.1])

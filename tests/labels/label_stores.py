@@ -39,10 +39,8 @@ def made(path: Path, items: Sequence[Item], overlap: int = 1, clock: Clock | Non
     return store
 
 
-def queue_of(
-    store: LabelStore, names: Sequence[str] = ("ann", "bo"), lease_s: float = 60.0, gold: float = 0.0, seed: int = 0
-) -> LabelQueue:
-    return LabelQueue(store, names, lease_s, gold, random.Random(seed))
+def queue_of(store: LabelStore, gold: float = 0.0, seed: int = 0) -> LabelQueue:
+    return LabelQueue(store, 60.0, gold, random.Random(seed))
 
 
 def lent(lease: Lease | None) -> Lease:

@@ -32,7 +32,7 @@ def store(tmp_path: Path) -> Iterator[LabelStore]:
 
 @pytest.fixture
 def client(store: LabelStore) -> Iterator[TestClient]:
-    app = make_app(store, queue_of(store, NAMES, gold=0.5), Guests(TOKENS))
+    app = make_app(store, queue_of(store, gold=0.5), Guests(TOKENS))
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 

@@ -189,12 +189,12 @@ def test_places_are_exact_whatever_labellers_do(deeds: list[tuple[str, str]], ov
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         store = made(Path(folder) / "s", [item(1), item(2), item(3, gold=1)], overlap, clock)
         with closing(store):
-            queue = queue_of(store, NAMES, gold=0.3)
+            queue = queue_of(store, gold=0.3)
             keys: dict[str, list[str]] = {name: [] for name in NAMES}
             acknowledged: dict[str, str] = {}
             for number, (name, deed) in enumerate(deeds):
                 if number == restart:
-                    queue = queue_of(store, NAMES, gold=0.3, seed=1)
+                    queue = queue_of(store, gold=0.3, seed=1)
                 with suppress(NotTaken):
                     do(queue, clock, name, deed, keys, acknowledged)
                 require_exact(store)

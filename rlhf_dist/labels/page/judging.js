@@ -2,7 +2,7 @@
 
 import { element, visible } from "/shared.js";
 
-const LETTERS = "ABCDEFGHI";
+const ORDINALS = ["1st", "2nd", "3rd", "4th", "5th", "6th", "7th", "8th", "9th"];
 
 export const QUESTIONS = {
   pair: "Which response is better?",
@@ -11,19 +11,19 @@ export const QUESTIONS = {
   thumbs: "Is this response good?",
 };
 
-// verdict: as the server takes it; keys: `event.key`, the first is shown.
+// verdict: as the server takes it; keys: `event.key`. Up and down stay free: they scroll.
 export const CHOICES = {
   pair: [
     { verdict: "left", label: "A is better", keys: ["1", "ArrowLeft", "a"] },
     { verdict: "right", label: "B is better", keys: ["2", "ArrowRight", "b"] },
-    { verdict: "tie", label: "Tie", keys: ["3", "ArrowDown", "t"] },
-    { verdict: "both_bad", label: "Both bad", keys: ["4", "ArrowUp", "x"] },
+    { verdict: "tie", label: "Tie", keys: ["3", "t"] },
+    { verdict: "both_bad", label: "Both bad", keys: ["4", "x"] },
   ],
   ranking: [],
   stars: [0, 1, 2, 3, 4, 5].map((n) => ({ verdict: n, label: n ? "★".repeat(n) : "none", keys: [String(n)] })),
   thumbs: [
-    { verdict: "up", label: "👍 Good", keys: ["1", "ArrowUp", "+"] },
-    { verdict: "down", label: "👎 Not good", keys: ["0", "ArrowDown", "-"] },
+    { verdict: "up", label: "👍 Good", keys: ["1", "+"] },
+    { verdict: "down", label: "👎 Not good", keys: ["0", "-"] },
   ],
 };
 
@@ -33,9 +33,9 @@ export function keyNames(keys) {
   return keys.map((key) => SHOWN[key] ?? key.toUpperCase());
 }
 
-export function responseCard(text, place, named) {
+export function responseCard(text, name) {
   const card = element("article", { className: "response" });
-  if (named) card.append(element("h2", { textContent: LETTERS[place] }));
+  if (name) card.append(element("h2", { textContent: name }));
   const body = element("div", { className: "text", dir: "auto" });
   body.append(visible(text));
   card.append(body);
@@ -43,6 +43,7 @@ export function responseCard(text, place, named) {
 }
 
 // Responses in an order that is changed by dragging, by digits (best first), or by Shift and arrows on the focused one.
+// `touched`: somebody has made this order; by digits, once only one response is left.
 export class Ranking {
   constructor(texts, onChange, order) {
     this.touched = order !== undefined;
@@ -64,11 +65,11 @@ export class Ranking {
     if (this.picked >= order.length || order.indexOf(place) < this.picked) this.picked = 0;
     order.splice(order.indexOf(place), 1);
     order.splice(this.picked++, 0, place);
-    this.#changed(order);
+    this.#changed(order, this.picked >= order.length - 1);
   }
 
   #card(text, place) {
-    const card = responseCard(text, place, true);
+    const card = responseCard(text, `Response ${place + 1}`);
     const item = element("li", { tabIndex: 0 }, element("span", { className: "rank" }), card);
     item.dataset.place = place;
     const handle = element("span", { className: "handle", title: "Drag", textContent: "⠿" });
@@ -118,8 +119,8 @@ export class Ranking {
     item.focus();
   }
 
-  #changed(order) {
-    this.touched = true;
+  #changed(order, complete = true) {
+    this.touched ||= complete;
     this.#put(order);
     this.onChange();
   }
@@ -131,7 +132,8 @@ export class Ranking {
 
   #number() {
     [...this.list.children].forEach((item, rank) => {
-      item.querySelector(".rank").textContent = rank + 1;
+      item.querySelector(".rank").textContent = ORDINALS[rank];
+      item.classList.toggle("picked", rank < this.picked);
     });
   }
 }

@@ -26,7 +26,7 @@ async function send(path, body, onAnswer = show) {
     onAnswer(answer);
   } catch (problem) {
     state.busy = false;
-    if (["gone", "other", "late"].includes(problem.why)) {
+    if (["gone", "other", "late", "judged"].includes(problem.why)) {
       await send("/api/next", undefined, show);
       if (!at("notice-text").textContent) tell(problem.message);
     } else {
@@ -78,7 +78,7 @@ function turn(message, number, all) {
 
 function responses(item, said) {
   if (item.judge !== "ranking") {
-    return item.responses.map((text, place) => responseCard(text, place, item.responses.length > 1));
+    return item.responses.map((text, place) => responseCard(text, item.responses.length > 1 ? "AB"[place] : ""));
   }
   const order = Array.isArray(said?.verdict) ? said.verdict : undefined;
   state.ranking = new Ranking(item.responses, ready, order);
@@ -99,13 +99,13 @@ function choices(item, said) {
 }
 
 function ready() {
-  at("choices").firstChild.disabled = false;
+  at("choices").firstChild.disabled = !state.ranking.touched;
 }
 
 function decide(verdict) {
   if (!state.item || state.busy) return;
   if (verdict === null && !state.ranking.touched) {
-    tell("Put the responses in order first: press their numbers from best to worst, or drag them.");
+    tell("Put the responses in order first: press their numbers from best to worst, or drag them by their handles.");
     return;
   }
   const comment = at("comment").value;

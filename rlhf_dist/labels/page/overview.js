@@ -3,7 +3,7 @@
 import { call, element, enter, themeButton, visible } from "/shared.js";
 
 const at = (id) => document.getElementById(id);
-const percent = (x) => `${Math.round(100 * x)} %`;
+const percent = (x) => `${Math.round(100 * x)}%`;
 const between = ({ mean, low, high }) => `${percent(mean)} (${percent(low)} to ${percent(high)})`;
 
 function section(title, head, rows, none) {
@@ -13,7 +13,7 @@ function section(title, head, rows, none) {
     return made;
   }
   const cell = (value) => {
-    const made = element("td", { className: /^[\d.,]+( %.*| s)?$/.test(String(value)) ? "number" : "" });
+    const made = element("td", { className: /^[\d.,]+(%.*| s)?$/.test(String(value)) ? "number" : "" });
     made.append(visible(String(value)));
     return made;
   };
