@@ -19,7 +19,7 @@ from chaos.plan import CRITIC, LEARNER, REFERENCE, SCORER, WORKER, Kind, Plan, c
 from chaos.witness import Witness
 from rlhf_dist.config.schema import FaultsConfig
 from rlhf_dist.data.order import epoch_order
-from rlhf_dist.errors import ActorLost, ActorTimeout, DiskError, ResourceError, WeightSyncError
+from rlhf_dist.errors import ActorLost, ActorTimeout, DiskError, ResourceError
 from rlhf_dist.loop.best_checkpoints import best_of, best_steps
 from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.models.checkpoints import (
@@ -68,8 +68,6 @@ def explained(plan: Plan, life: Life) -> None:
             fair = any(fault.kind == "full" for fault in life.disk.fired)
         case ActorTimeout() if text.startswith("no rollout worker"):
             fair = everybody and any(fault.kind not in GONE for fault in blows)
-        case WeightSyncError():
-            fair = everybody
         case ActorTimeout():
             fair = bool(about) and not respawned
         case ActorLost():

@@ -12,7 +12,6 @@ from chaos.clock import Broken
 from chaos.plan import Fault
 from chaos.workers import Worker
 from chaos.world import World
-from rlhf_dist.errors import WeightSyncError
 from rlhf_dist.loop.events import Lost
 from rlhf_dist.types import Receipt, Request
 from rlhf_dist.weights.receipts import Announcement, receipt_problem
@@ -174,7 +173,8 @@ class Fleet:
                 problems += self._read_receipt(name, standing, standing.call)
         self._pushing = False
         if self._standings and not self._serving:
-            raise WeightSyncError("; ".join([*problems, "no rollout worker holds the published weights"]))
+            self._world.seen["a push that nobody proved"] += 1
+            problems += [self._give_up(name, f"did not prove {announcement.version}") for name in [*self._standings]]
         return problems
 
     def _ask_to_load(self, name: str, standing: Standing, announcement: Announcement) -> None:

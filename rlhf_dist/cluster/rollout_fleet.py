@@ -24,13 +24,15 @@ from rlhf_dist.weights.receipts import Announcement, receipt_problem
 from rlhf_dist.weights.shared_memory import BUFFERS
 
 SYNC_KEY = "weights.timeout_s"
+NOBODY_HOLDS = "no rollout worker holds the published weights"
 
 
 class RolloutFleet:
     """A worker serves only after its receipt proved the published version.
 
     One that did not answer a push in time costs that wait once: later pushes are offered to it and not waited for. One
-    that died, whose engine is broken, or that missed `give_up_after` pushes in a row, is killed and asked no more.
+    that died, whose engine is broken, or that missed `give_up_after` pushes in a row, is killed and asked no more. So
+    are all where none of them proved a version: without one the next push may never come.
     """
 
     def __init__(
@@ -193,8 +195,8 @@ class RolloutFleet:
     def load_weights(self, announcement: Announcement) -> list[str]:
         """Push to every worker that is left; those with a wrong or missing receipt do not serve.
 
-        Returns what was wrong, one sentence a worker. Raises `WeightSyncError` when no worker that is left holds the
-        version. Where none is left, whoever comes back is asked to load it.
+        Returns what was wrong, one sentence a worker. Where nobody holds the version, all are given up, and whoever
+        comes back is asked to load it. Raises `WeightSyncError` where the learner was to send it, and could not.
         """
         problems: list[str] = []
         before, pushed = set(self._standings), Pushed()
@@ -220,8 +222,10 @@ class RolloutFleet:
             if self._standings.get(name) is standing:  # else it was lost, and another one may have its name by now
                 problems += self._read_receipt(name, standing, announcement, pushed.left_out.get(name, ""))
         if self._standings and not self._serving and not any(one.is_coming for one in self._standings.values()):
-            deaths = [why for name, why in self._deaths.items() if name in before]
-            raise WeightSyncError("; ".join([*deaths, *problems, "no rollout worker holds the published weights"]))
+            if pushed.problem:
+                deaths = [why for name, why in self._deaths.items() if name in before]
+                raise WeightSyncError("; ".join([*deaths, *problems, NOBODY_HOLDS]))
+            return self._give_up_all(problems)
         return problems
 
     def _invite(self) -> None:
@@ -326,7 +330,7 @@ class RolloutFleet:
         return self._inbox.told(f"{name} {what}{seen(name)}", [name])
 
     def _missed(self, name: str, standing: Standing, version: int, problem: str) -> list[str]:
-        standing.proved = None
+        standing.proved, standing.problem = None, problem
         if version <= standing.last_missed:
             return []
         standing.missed, standing.last_missed = standing.missed + 1, version
@@ -334,6 +338,12 @@ class RolloutFleet:
             return [self._give_up(name, f"{problem}; it missed {standing.missed} pushes in a row")]
         waits = " and is not waited for" if standing.silent else ""
         return [f"{problem}; it serves no tokens{waits} until a push succeeds"]
+
+    def _give_up_all(self, problems: Sequence[str]) -> list[str]:
+        """No worker that is left proved the version. `problems`: of this push; returns what is told instead of them."""
+        missed = {name: one.problem or f"{name} has no weights" for name, one in self._standings.items()}
+        others = [text for text in problems if not text.startswith(tuple(missed.values()))]
+        return others + [self._give_up(name, f"{why}; {NOBODY_HOLDS}") for name, why in missed.items()]
 
     def _end(self, name: str) -> None:
         ray.kill(self._standings.pop(name).worker)

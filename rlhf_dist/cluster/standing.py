@@ -31,6 +31,8 @@ class Standing:
     """Pushes in a row without a right receipt."""
     last_missed: int = -1
     """The version of the last one; each counts once."""
+    problem: str = ""
+    """What was wrong then."""
     silent: bool = False
     """It did not answer in time, and nobody waits for it until it has proved a version."""
     returned: bool = False

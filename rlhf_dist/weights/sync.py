@@ -26,7 +26,7 @@ class Receivers(Protocol):
     def load_weights(self, announcement: Announcement) -> list[str]:
         """Push a version to every worker and check the receipts; returns what was wrong, one sentence a worker.
 
-        Raises `WeightSyncError` when no worker holds the version.
+        Workers that come back are asked for it later. Raises `WeightSyncError` where it could not be sent to anybody.
         """
         ...
 

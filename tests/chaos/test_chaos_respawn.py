@@ -47,6 +47,20 @@ def test_reference_logprobs_are_lost_before_the_collator_has_them(kind: Kind) ->
     assert lost >= 3
 
 
+ALONE = Settings(steps=2, groups=1)
+
+
+def test_the_receipt_of_the_only_worker_is_wrong_and_it_is_started_again() -> None:
+    for at in (0.0, 5.0, 30.0):
+        found = holds(Fault(0, "lie", f"{WORKER} 0", at), settings=ALONE)
+        assert found.endings == {"finished": 1} and found.seen["a push that nobody proved"] == 1
+
+
+def test_receipts_that_are_wrong_after_each_start_end_the_run() -> None:
+    often = [Fault(0, "lie", f"{WORKER} 0", 0.0)] * (FaultsConfig().respawns + 1)
+    assert holds(*often, settings=ALONE).endings == {"ActorLost": 1, "finished": 1}
+
+
 def test_a_start_that_fails_is_tried_again() -> None:
     found = holds(Fault(0, "die", f"{SCORER} 0", 6.0), Fault(0, "no start", f"{SCORER} 0"))
     assert found.endings == {"finished": 1}

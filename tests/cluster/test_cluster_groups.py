@@ -23,7 +23,7 @@ from rlhf_dist.cluster.session import reserve
 from rlhf_dist.cluster.spec import ActorSpec
 from rlhf_dist.cluster.waits import gather
 from rlhf_dist.config.schema import Config, RewardSpec, ScoringConfig
-from rlhf_dist.errors import ActorLost, ActorTimeout, DataError, ResourceError, RewardError, RunError, WeightSyncError
+from rlhf_dist.errors import ActorLost, ActorTimeout, DataError, ResourceError, RewardError, RunError
 from rlhf_dist.loop.events import Event, Lost, Scored
 from rlhf_dist.types import Answered, Beat, Handle, Prompt, Unanswered
 
@@ -238,11 +238,23 @@ def test_an_answer_that_was_lost_on_the_way_names_whose_it_was(workers: dict[str
         gather({"rollout worker 1": answer}, "generate", 30)
 
 
-def test_when_no_worker_holds_the_weights_the_run_ends(workers: dict[str, Any]) -> None:
-    for worker in workers.values():
-        tell(worker, "lies")
-    with pytest.raises(WeightSyncError, match=r"^one, version 3: .*; two, version 3: "):
-        fleet(workers, Ears()).load_weights(ANNOUNCEMENT)
+def test_where_no_worker_proves_the_weights_all_are_given_up_and_who_comes_back_is_asked(
+    workers: dict[str, Any],
+) -> None:
+    """With one of them left, no other push might come."""
+    liars, ears = {name: start(f"liar {name}") for name in ("it", "other")}, Ears()
+    for liar in liars.values():
+        tell(liar, "lies")
+    both = fleet(liars, ears)
+    problems = both.load_weights(ANNOUNCEMENT)
+    ears.inbox.pump()
+    assert [(lost.member, lost.why, lost.told) for lost in ears.of(Lost)] == [
+        (name, text, True) for name, text in zip(liars, problems, strict=True)
+    ]
+    assert all("another hash" in text and "no rollout worker holds the published weights; it is" in text
+               for text in problems)  # fmt: skip
+    both.admit("it", workers["one"])
+    ears.until(lambda: both.serving() == ("it",))
 
 
 def test_where_nobody_is_left_a_push_waits_for_whoever_comes_back(workers: dict[str, Any]) -> None:
@@ -270,7 +282,7 @@ def test_one_that_comes_back_and_cannot_prove_the_weights_is_lost_again(workers:
     assert ears.of(Lost)[1].member == "it" and "another hash" in ears.of(Lost)[1].why
 
 
-def test_one_that_is_back_and_lies_in_a_push_is_not_waited_for(workers: dict[str, Any]) -> None:
+def test_one_that_is_back_and_lies_in_a_push_is_lost_again(workers: dict[str, Any]) -> None:
     doomed, ears = start("doomed"), Ears()
     tell(doomed, "dies")
     one = fleet({"it": doomed}, ears)
@@ -278,8 +290,10 @@ def test_one_that_is_back_and_lies_in_a_push_is_not_waited_for(workers: dict[str
     ears.hear(Lost, 1)
     tell(workers["one"], "lies")
     one.admit("it", workers["one"])
-    with pytest.raises(WeightSyncError, match=r"another hash.*no rollout worker holds the published weights"):
-        one.load_weights(ANNOUNCEMENT)
+    (told,) = one.load_weights(ANNOUNCEMENT)
+    ears.inbox.pump()
+    assert "another hash" in told and told.endswith("it is given up, 0 rollout workers are left")
+    assert [lost.why for lost in ears.of(Lost)][1:] == [told]
 
 
 def test_one_that_is_back_before_the_push_is_over_is_not_taken_for_the_one_that_died(workers: dict[str, Any]) -> None:
