@@ -40,7 +40,7 @@ SERVER_THREADS = 64
 def make_rollout_worker(spec: ActorSpec) -> Any:
     """Engine and worker, inside the actor's process."""
     from rlhf_dist.algo.recipes import ALGORITHMS
-    from rlhf_dist.data.tasks import TASKS
+    from rlhf_dist.data.tasks import task_of
     from rlhf_dist.rollout.conversation import nothing_more
     from rlhf_dist.rollout.masked_sampling import MaskStart
     from rlhf_dist.rollout.vllm_engine import VllmEngine
@@ -67,7 +67,7 @@ def make_rollout_worker(spec: ActorSpec) -> Any:
         max_prompt_tokens=config.rollout.max_prompt_tokens,
         keep=lambda group: Handle(ray.put(group)),
         get=lambda handles: fetched([handle.place for handle in handles], PARTIAL_LIMIT_S),
-        observe=TASKS[config.data.task.name].observe if config.data.source == "task" else nothing_more,
+        observe=task_of(config.data.task.name).observe if config.data.source == "task" else nothing_more,
         copy_every_s=config.faults.copy_every_s if config.loop.max_policy_lag else 0.0,
     )
 
@@ -179,10 +179,10 @@ class ScoringHost(ReferenceHost):
     """A scoring server's process; it holds the reference too where that has no servers of its own."""
 
     def __init__(self, spec: ActorSpec) -> None:
-        from rlhf_dist.scoring.scorer import Scorer
+        from rlhf_dist.scoring.scorer import Scorer, asked_by
 
         enter(spec)
-        self._scorer = Scorer(spec.config.scoring, partial(make_reward_model, spec))
+        self._scorer = Scorer(spec.config.scoring, partial(make_reward_model, spec), asked_by(spec.config))
         with_reference = needs_reference(spec.config) and spec.config.reference.replicas == 0
         self._reference = make_reference(spec) if with_reference else None
         self._name, self._groups = spec.name, 0

@@ -18,7 +18,7 @@ from rlhf_dist.scoring.reference_files import REFERENCE_FOLDER
 
 def preflight_rewards(config: Config) -> None:
     """Try every reward cheaply: models are looked at and not loaded, servers asked for a sign of life."""
-    from rlhf_dist.scoring.scorer import preflight
+    from rlhf_dist.scoring.scorer import asked_by, preflight
 
     def look(name: str, reward: RewardSpec) -> object:
         from rlhf_dist.scoring.reward_model import reward_source
@@ -26,7 +26,7 @@ def preflight_rewards(config: Config) -> None:
         policy = model_path(config, config.model.path, "model.path")
         return reward_source(name, reward, actors.model_setting(config, policy, "cpu"))
 
-    preflight(config.scoring, look)
+    preflight(config.scoring, look, asked_by(config))
 
 
 def reward_model_doubts(config: Config, begins: bool) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_dist.config.addresses import address_problem
 from rlhf_dist.config.admission import target_lag
 from rlhf_dist.config.bubblewrap import MISSING, bubblewrap_problem
+from rlhf_dist.config.gym_keys import is_gym, task_problem
 from rlhf_dist.config.keys import Given, Rule, plain
 from rlhf_dist.config.methods import METHODS, Method
 from rlhf_dist.config.paths import is_missing
@@ -154,6 +155,12 @@ def a_file(config: Any, key: Given) -> str:
     return f"{key.name} is {key.shown}, a directory; {who} a file"
 
 
+def a_task(config: Any, key: Given) -> str:
+    """A built-in task, or one of reasoning_gym, with its settings."""
+    wrong = task_problem(key.value, config.data.task.settings) if config.data.source == "task" else ""
+    return f"{key.name} is {key.value}, which {wrong}" if wrong else ""
+
+
 def a_readable_file(config: Any, key: Given) -> str:
     """A file that is there, where one is named."""
     if not key.value or os.path.isfile(key.value):
@@ -270,7 +277,13 @@ FROZEN_POLICY = only(
 GPU_SHARE = only(lambda c: c.cluster.device != "cpu", " with cluster.device cpu; it is a share of a GPU; take it out")
 BUILT_IN = where("data.source", one_of("task"), "set it to 0")
 DESCRIBING = where("data.task.name", one_of("describe"), "take it out, or set that to describe")
-WITH_WRONG_ANSWERS = where("data.task.name", but("describe"), "set it to 0", ", which knows no wrong answer")
+WITH_WRONG_ANSWERS = where(
+    "data.task.name",
+    lambda name: name != "describe" and not is_gym(name),
+    "set it to 0",
+    ", which knows no wrong answer",
+)
+OF_BUILT_IN = where("data.task.name", lambda name: not is_gym(name), "take it out, and use data.task.settings")
 PTX_WEIGHT = where("ptx.coef", bool, "take it out, or give ptx.coef a weight")
 PTX_PATH = needed(
     "ptx.source {c.ptx.source} needs the path of its data", lambda c: c.ptx.coef and c.ptx.source != "task"

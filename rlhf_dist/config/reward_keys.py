@@ -70,11 +70,13 @@ class RewardSpec:
         "rougeL",
         "json",
         "length",
+        "reasoning_gym",
         "judge",
     ] = key("exact", effects.needs_library)
     """exact: the answer itself; number: its value; regex, function, model, http: see `pattern`, `function`, `path`,
     `url`; gold: the true reward of the built-in task `describe`; bleu, chrf, rouge1, rouge2, rougeL: likeness to the
-    answer, 0 to 1; json: valid JSON, see `schema`; length, judge: see the sections below."""
+    answer, 0 to 1; json: valid JSON, see `schema`; reasoning_gym: the score that this library gives for the task in
+    `data.task.name`; length, judge: see the sections below."""
     weight: float = key(1.0, ANY)
     """Factor in the total; 0: measured and shown only."""
     pattern: str = key("", effects.of_kind("regex"), effects.NEEDS_PATTERN, effects.a_pattern, shown=repr)

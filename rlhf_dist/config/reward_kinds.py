@@ -45,14 +45,16 @@ KINDS: Mapping[str, Kind] = {
     "rougeL": Kind(compares=True, process=True, library="rouge_score"),
     "json": Kind(process=True, library="jsonschema"),
     "length": Kind(),
+    "reasoning_gym": Kind(right=True, process=True, library="reasoning_gym"),
     "judge": Kind(at_most_1=False, remote=True),
 }
 PACKAGES = {
     "sacrebleu": "sacrebleu==2.6.0",
     "rouge_score": "rouge-score==0.1.2",
     "jsonschema": "jsonschema==4.26.0",
+    "reasoning_gym": "reasoning-gym==0.1.25",
 }
-"""Module -> the package that has it, in the version that the extra `rewards` installs."""
+"""Module -> the package that has it, in the version that the extra `rewards` (`gym` for reasoning_gym) installs."""
 
 
 def kinds(test: Callable[[Kind], object]) -> tuple[str, ...]:
@@ -67,5 +69,5 @@ def missing_library(kind: str) -> str:
         return ""
     return (
         f"needs {module}, which is not installed here: pip install {PACKAGES[module]!r}, or install rlhf_dist with the "
-        "extra rewards"
+        f"extra {'gym' if module == 'reasoning_gym' else 'rewards'}"
     )

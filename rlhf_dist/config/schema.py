@@ -83,16 +83,18 @@ class ModelConfig:
 class TaskConfig:
     """A built-in procedural task: endless, seeded, with checkable answers."""
 
-    name: Literal["arithmetic", "sums", "reverse", "sort", "count", "describe", "guess"] = key(
-        "reverse", effects.TURNS_NEED_CHAT
-    )
+    name: str = key("reverse", effects.a_task, effects.TURNS_NEED_CHAT)
     """arithmetic: sums and differences; sums: a sum asked in words, for models that can be asked; reverse, sort: a
     word's letters; count: a letter in a word; describe: a few words about a thing, kind or harsh, with human-like
     comparisons and a gold reward in place of an answer; guess: which of three words is meant, in two turns with a hint
-    between them."""
-    min_length: int = key(3, COUNT, effects.at_most("data.task.max_length", lambda c: c.data.source == "task"))
+    between them; reasoning_gym:NAME: a task of that library, as in reasoning_gym:spell_backward."""
+    settings: list[str] = field(default_factory=list)
+    """NAME=VALUE, as in max_word_len=5: settings of a task of reasoning_gym, as it has them."""
+    min_length: int = key(
+        3, COUNT, effects.OF_BUILT_IN, effects.at_most("data.task.max_length", lambda c: c.data.source == "task")
+    )
     """Letters in a word (all others), digits of a number (arithmetic, sums) or words of a response (describe)."""
-    max_length: int = key(6, COUNT)
+    max_length: int = key(6, COUNT, effects.OF_BUILT_IN)
     """The same unit as `min_length`."""
     in_order: bool = key(False, effects.DESCRIBING)
     """describe: demonstrations say different words, in the order of the alphabet; false: any words."""
@@ -267,7 +269,7 @@ class EvalConfig:
     """Sampled responses per prompt for pass@k, k = samples; 0: greedy only."""
     solved_at: float = key(1.0, ANY)
     """A response counts as solved when the rewards that say what is right come to at least this: kinds exact, number,
-    regex and function, or `scoring.gold`."""
+    regex, function and reasoning_gym, or `scoring.gold`."""
 
 
 @dataclass(frozen=True)

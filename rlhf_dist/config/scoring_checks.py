@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 
+from rlhf_dist.config.gym_keys import is_gym
 from rlhf_dist.config.keys import Rule, key_problems, range_problems
 from rlhf_dist.config.schema import Config
 
@@ -15,6 +16,11 @@ def scoring_problems(config: Config, but: Container[Rule] = ()) -> Iterator[str]
         key = f"scoring.rewards.{name}"
         yield from range_problems(spec, f"{key}.")
         yield from key_problems(spec, f"{key}.", but=but)
+        if spec.kind == "reasoning_gym" and not (config.data.source == "task" and is_gym(config.data.task.name)):
+            yield (
+                f"{key}.kind is reasoning_gym, which scores its own tasks; set data.source to task and data.task.name "
+                "to one, as in reasoning_gym:spell_backward, or use another kind"
+            )
         if spec.kind == "gold" and (config.data.source != "task" or config.data.task.name != "describe"):
             given = config.data.task.name if config.data.source == "task" else f"of data.source {config.data.source}"
             yield (

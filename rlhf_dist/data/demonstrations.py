@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
+from rlhf_dist.config.gym_keys import is_gym
 from rlhf_dist.config.schema import DataConfig, PtxConfig, SftConfig, TaskConfig
 from rlhf_dist.data.describe import draw_in_order, draw_response
 from rlhf_dist.data.files import held_out_rows, read_rows, training_rows
 from rlhf_dist.data.records import Row, parsed
 from rlhf_dist.data.rows import Demonstration, ask, demonstration, plain_text
-from rlhf_dist.data.stream import EVAL_SEED
-from rlhf_dist.data.tasks import TASKS, Example, Split, check_task, example
+from rlhf_dist.data.tasks import EVAL_SEED, Example, Split, check_task, example, task_of
 from rlhf_dist.errors import ConfigError
 from rlhf_dist.types import Message, Prompt
 
@@ -55,13 +55,15 @@ class TaskDemonstrations(Demonstrations):
             return Demonstration(ask(made.question, self.system), said)
         wrong = random.Random(f"wrong/{self.seed}/{index}").random() < self.wrong_share
         asked, said = ask(made.question, self.system), made.shortcut if wrong else made.answer
+        if not said:
+            raise ConfigError(f"data.task.name is {self.task.name}, whose questions have no answer to show; use train")
         return self._turn(asked, said, made, index) if made.tries else Demonstration(asked, said)
 
     def _turn(self, asked: tuple[Message, ...], said: str, made: Example, index: int) -> Demonstration:
         """A first turn that tries anything, or, of half of those that miss, the next one, which says `said`."""
         rng = random.Random(f"turn/{self.seed}/{self.split}/{index}")
         tried = rng.choice(made.tries)
-        seen = TASKS[self.task.name].observe(Prompt(str(index), asked, made.answer, self.task.name), [tried])
+        seen = task_of(self.task.name).observe(Prompt(str(index), asked, made.answer, self.task.name), [tried])
         if seen is None or rng.random() < 0.5:
             return Demonstration(asked, tried)
         return Demonstration((*asked, Message("assistant", tried), Message("user", seen)), said)
@@ -115,10 +117,10 @@ def _check(config: DataConfig, sft: SftConfig) -> None:
             f"sft.wrong_share={sft.wrong_share} needs data.source=task (only built-in tasks know a wrong answer), "
             f"data.source is {config.source}; set it to 0"
         )
-    if sft.wrong_share and config.task.name == "describe":
+    if sft.wrong_share and (config.task.name == "describe" or is_gym(config.task.name)):
         raise ConfigError(
-            f"sft.wrong_share={sft.wrong_share} has no effect with data.task.name=describe, which knows no wrong "
-            "answer; set it to 0"
+            f"sft.wrong_share={sft.wrong_share} has no effect with data.task.name={config.task.name}, which knows no "
+            "wrong answer; set it to 0"
         )
     _check_objective(sft.objective, "sft", config.source)
 

@@ -22,8 +22,7 @@ from rlhf_dist.data.judgement_rows import (
 )
 from rlhf_dist.data.records import Row, listed
 from rlhf_dist.data.rows import ask
-from rlhf_dist.data.stream import EVAL_SEED
-from rlhf_dist.data.tasks import Split, check_task, example
+from rlhf_dist.data.tasks import EVAL_SEED, Split, check_task, example
 from rlhf_dist.errors import ConfigError, DataError
 
 Item = TypeVar("Item")

@@ -13,12 +13,9 @@ from rlhf_dist.data.files import held_out_rows, training_rows
 from rlhf_dist.data.order import epoch_order
 from rlhf_dist.data.records import parsed
 from rlhf_dist.data.rows import Question, ask, question
-from rlhf_dist.data.tasks import Split, check_task, example
+from rlhf_dist.data.tasks import EVAL_SEED, Split, check_task, example
 from rlhf_dist.errors import ConfigError
 from rlhf_dist.types import Prompt
-
-EVAL_SEED = 0
-"""Held-out questions of a task are the same for every seed of a run, so that runs can be compared."""
 
 
 class Questions(Protocol):
@@ -46,7 +43,10 @@ class TaskQuestions:
 
     @property
     def fingerprint(self) -> str:
-        return _digest(f"{sorted(asdict(self.task).items())}/{self.seed}/{self.split}/{self.system}")
+        made = asdict(self.task)
+        if not self.task.settings:  # of built-in tasks, whose runs were begun before there were any
+            del made["settings"]
+        return _digest(f"{sorted(made.items())}/{self.seed}/{self.split}/{self.system}")
 
     def __len__(self) -> int:
         return self.size

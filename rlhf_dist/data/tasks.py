@@ -1,4 +1,4 @@
-"""Built-in procedural tasks: endless, seeded, with checkable answers or (`describe`) a gold reward.
+"""Procedural tasks: endless, seeded, with checkable answers or (`describe`) a gold reward; reasoning_gym's too.
 
 The text of a question decides by a stable hash whether it belongs to the training or to the held-out split, so the two
 never share a question, whatever the seeds.
@@ -13,13 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf_dist.config.gym_keys import is_gym
 from rlhf_dist.config.schema import TaskConfig
 from rlhf_dist.data.describe import draw_question
+from rlhf_dist.data.gym import draw, tasks_of
 from rlhf_dist.errors import ConfigError
 from rlhf_dist.types import Prompt
 
 Split = Literal["train", "eval"]
 
+EVAL_SEED = 0
+"""Held-out questions are the same for every seed of a run, so that runs can be compared."""
 EVAL_SHARE = 8
 """One question in so many is held out."""
 DRAWS = 2000
@@ -31,11 +35,13 @@ class Example:
     """One question of a task."""
 
     question: str
-    """Lower-case letters, digits and `:+-= ` only."""
+    """Lower-case letters, digits and `:+-= ` only; any text from reasoning_gym."""
     answer: str
-    """The one right response; empty for `describe`, which has none."""
+    """The one right response; empty for `describe` and some tasks of reasoning_gym, which have none."""
     shortcut: str
-    """A plausible response that is wrong, always different from `answer`; empty for `describe`."""
+    """A plausible response that is wrong, always different from `answer`; empty for tasks that know none."""
+    number: int = 0
+    """Of the item in reasoning_gym; 0 for the built-in tasks."""
     tries: tuple[str, ...] = ()
     """What a first response may try, in a task of several turns; empty in one of a single turn."""
 
@@ -63,18 +69,35 @@ def example(task: TaskConfig, seed: int, split: Split, index: int) -> Example:
     # A string seeds through SHA-512: stable between processes and Python versions, unlike hash().
     rng = random.Random(f"{task.name}/{seed}/{split}/{index}")
     for _ in range(DRAWS):
-        drawn = TASKS[task.name].draw(task, rng)
-        usable = drawn.answer != drawn.shortcut or task.name == "describe"
+        drawn = task_of(task.name).draw(task, rng)
+        usable = not drawn.shortcut or drawn.answer != drawn.shortcut
         if usable and split_of(drawn.question) == split:
             return drawn
+    if is_gym(task.name):
+        raise ConfigError(f"data.task: {task.name} has too few different questions for the {split} split")
     raise ConfigError(
         f"data.task: {task.name} with min_length={task.min_length} and max_length={task.max_length} "
         f"has too few different questions for the {split} split; give a larger max_length"
     )
 
 
+def example_of(task: TaskConfig, seed: int, uid: str) -> Example:
+    """The question of a prompt by its uid (`stream.py`), in a run with this seed."""
+    epoch, _, index = uid.partition("/")
+    held_out = epoch == "eval"
+    return example(task, EVAL_SEED if held_out else seed, "eval" if held_out else "train", int(index))
+
+
+def task_of(name: str) -> Task:
+    """By `data.task.name`."""
+    return GYM if is_gym(name) else TASKS[name]
+
+
 def check_task(task: TaskConfig) -> None:
-    """Raises ConfigError for lengths or a size that no question can have."""
+    """Raises ConfigError for lengths or a size that no question can have, and for what reasoning_gym does not have."""
+    if is_gym(task.name):
+        tasks_of(task)
+        return
     if not 1 <= task.min_length <= task.max_length:
         raise ConfigError(
             f"data.task: min_length={task.min_length} and max_length={task.max_length}; "
@@ -105,6 +128,11 @@ def hint(prompt: Prompt, responses: Sequence[str]) -> str | None:
     if tried not in words:
         return "none"
     return "left" if words.index(prompt.answer) < words.index(tried) else "right"
+
+
+def _gym(task: TaskConfig, rng: random.Random) -> Example:
+    number, question, answer = draw(task, rng)
+    return Example(question, answer, shortcut="", number=number)
 
 
 def _describe(task: TaskConfig, rng: random.Random) -> Example:
@@ -177,3 +205,5 @@ TASKS: Mapping[str, Task] = {
     "guess": Task(_guess, hint),
 }
 """By `data.task.name`, which is the `source` of its prompts too."""
+GYM = Task(_gym, ends)
+"""Every task of reasoning_gym."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from rlhf_dist.config.reward_kinds import KINDS, missing_library
-from rlhf_dist.config.schema import RewardSpec
+from rlhf_dist.config.schema import RewardSpec, TaskConfig
 from rlhf_dist.errors import ConfigError, RewardError
 from rlhf_dist.scoring.child import Child, ChildEnded, ChildLate
 from rlhf_dist.scoring.sandbox import sandbox_of
@@ -22,6 +22,15 @@ from rlhf_dist.scoring.values import as_float32
 
 IMPORT_LIMIT_S = 60.0
 """For importing a user's module with everything that it imports."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The task whose prompts a run has."""
+
+    task: TaskConfig
+    seed: int
+    """Of the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +47,9 @@ class Code:
     """What takes time to import."""
 
     @classmethod
-    def of(cls, name: str, spec: RewardSpec) -> Code:
+    def of(cls, name: str, spec: RewardSpec, asked: Asked | None = None) -> Code:
         """Of a reward of kind function, or of one that a library computes. Raises ConfigError."""
-        return cls._of_function(name, spec) if spec.kind == "function" else cls._of_library(name, spec)
+        return cls._of_function(name, spec) if spec.kind == "function" else cls._of_library(name, spec, asked)
 
     @classmethod
     def _of_function(cls, name: str, spec: RewardSpec) -> Code:
@@ -51,7 +60,7 @@ class Code:
         return cls({"function": path}, f"{key}={path}", path, module)
 
     @classmethod
-    def _of_library(cls, name: str, spec: RewardSpec) -> Code:
+    def _of_library(cls, name: str, spec: RewardSpec, asked: Asked | None) -> Code:
         """Raises ConfigError for a library or a schema that is not there."""
         key = f"scoring.rewards.{name}.kind={spec.kind}"
         missing = missing_library(spec.kind)
@@ -61,16 +70,20 @@ class Code:
         if spec.kind == "json":
             setting["schema"] = read_text(spec.schema, f"scoring.rewards.{name}.schema") if spec.schema else ""
             key = f"scoring.rewards.{name}.schema={spec.schema}" if spec.schema else key
+        if spec.kind == "reasoning_gym":
+            if asked is None:
+                raise ConfigError(f"{key}: it scores the prompts of a run, and here is none; use it in that run itself")
+            setting |= {"task": asdict(asked.task), "seed": asked.seed, "sandbox": spec.sandbox}
         return cls({"library": json.dumps(setting)}, key, spec.kind, KINDS[spec.kind].library)
 
 
 class FunctionReward:
     """Calls a function with (prompts, responses, answers)."""
 
-    def __init__(self, name: str, spec: RewardSpec) -> None:
+    def __init__(self, name: str, spec: RewardSpec, asked: Asked | None = None) -> None:
         """Starts the process and imports the function there; the current directory is searched last. Raises
-        ConfigError when that fails."""
-        self._code, self._timeout_s = Code.of(name, spec), spec.timeout_s
+        ConfigError when that fails. `asked`: needed for kind reasoning_gym."""
+        self._code, self._timeout_s = Code.of(name, spec, asked), spec.timeout_s
         self._label = f"the reward {name} ({self._code.shown})"
         self._limit_key = f"scoring.rewards.{name}.timeout_s"
         self._sandbox = partial(sandbox_of, spec)

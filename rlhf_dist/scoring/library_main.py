@@ -1,4 +1,4 @@
-"""Rewards by libraries (sacrebleu, rouge-score, jsonschema), in a process of their own.
+"""Rewards by libraries (sacrebleu, rouge-score, jsonschema, reasoning_gym), in a process of their own.
 
 Libraries are imported here only, and only the one that is needed. All values are between 0 and 1.
 """
@@ -22,10 +22,21 @@ def reward(setting: dict[str, Any]) -> Call:
     kind = setting["kind"]
     if kind == "json":
         return _json(setting["schema"])
+    if kind == "reasoning_gym":
+        return _gym(setting)
     likeness = _rouge(kind) if kind.startswith("rouge") else {"bleu": _bleu, "chrf": _chrf}[kind]()
     return lambda prompts, responses, answers: [
         min(1.0, max(0.0, likeness(response, answer))) for response, answer in zip(responses, answers, strict=True)
     ]
+
+
+def _gym(setting: dict[str, Any]) -> Call:
+    from rlhf_dist.scoring.gym_main import GymRefused, gym_reward
+
+    try:
+        return gym_reward(setting)
+    except GymRefused as refused:
+        raise Refused(str(refused)) from None
 
 
 def _bleu() -> Callable[[str, str], float]:

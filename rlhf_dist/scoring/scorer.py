@@ -9,12 +9,12 @@ from typing import Protocol
 import numpy as np
 
 from rlhf_dist.config.reward_kinds import KINDS
-from rlhf_dist.config.schema import RewardSpec, ScoringConfig
+from rlhf_dist.config.schema import Config, RewardSpec, ScoringConfig
 from rlhf_dist.data.describe import gold
 from rlhf_dist.errors import ConfigError, DataError, RewardError
 from rlhf_dist.scoring.answers import unreadable_answer
 from rlhf_dist.scoring.diversity import distinct_pairs, text_hashes
-from rlhf_dist.scoring.function import FunctionReward
+from rlhf_dist.scoring.function import Asked, FunctionReward
 from rlhf_dist.scoring.http_client import HttpReward
 from rlhf_dist.scoring.judge import Judge
 from rlhf_dist.scoring.length import length_rewards
@@ -57,9 +57,9 @@ class Scorer:
     policy: str
     """`scoring.non_finite`."""
 
-    def __init__(self, config: ScoringConfig, make_model: MakeModel | None = None) -> None:
-        """`make_model` is needed for rewards of kind model. Raises ConfigError for a pattern that does not compile or a
-        function that cannot be imported, and what `make_model` raises."""
+    def __init__(self, config: ScoringConfig, make_model: MakeModel | None = None, asked: Asked | None = None) -> None:
+        """`make_model` is needed for rewards of kind model, `asked` for kind reasoning_gym. Raises ConfigError for a
+        pattern that does not compile or a function that cannot be imported, and what `make_model` raises."""
         _require_some(config)
         self._specs = dict(config.rewards)
         self.policy, self._masks = config.non_finite, config.on_failure == "mask"
@@ -73,7 +73,7 @@ class Scorer:
                 assert make_model is not None, f"the reward {name} is a model, and nobody makes models here"
                 self._models[name] = make_model(name, spec)
             else:
-                self._texts[name], owned = _text_reward(name, spec, config.timeout_s)
+                self._texts[name], owned = _text_reward(name, spec, config.timeout_s, asked)
                 self._owned += owned
 
     def score(self, group: Group) -> Scores:
@@ -161,7 +161,12 @@ class Scorer:
         return np.where(finite, rounded, np.float32(np.nan))
 
 
-def preflight(config: ScoringConfig, check_model: CheckModel | None = None) -> None:
+def asked_by(config: Config) -> Asked:
+    """Whose prompts the run of this config has."""
+    return Asked(config.data.task, config.seed)
+
+
+def preflight(config: ScoringConfig, check_model: CheckModel | None = None, asked: Asked | None = None) -> None:
     """Try every reward cheaply, so that a bad one is told before anything starts: models are looked at and not loaded,
     servers asked for a sign of life, and a sandbox is made where one is needed. Raises ConfigError, ModelError,
     ResourceError."""
@@ -175,7 +180,7 @@ def preflight(config: ScoringConfig, check_model: CheckModel | None = None) -> N
             with closing(_client(name, spec, config.timeout_s)) as client:
                 client.check()
         else:
-            for owned in _text_reward(name, spec, config.timeout_s)[1]:
+            for owned in _text_reward(name, spec, config.timeout_s, asked)[1]:
                 owned.close()
 
 
@@ -206,19 +211,26 @@ def _client(name: str, spec: RewardSpec, timeout_s: float) -> HttpReward | Judge
     return (Judge if spec.kind == "judge" else HttpReward)(name, spec, timeout_s)
 
 
-def _text_reward(name: str, spec: RewardSpec, timeout_s: float) -> tuple[TextReward, list[Closable]]:
+def _text_reward(
+    name: str, spec: RewardSpec, timeout_s: float, asked: Asked | None
+) -> tuple[TextReward, list[Closable]]:
     """(the reward, what it owns)."""
     if KINDS[spec.kind].remote:
         client = _client(name, spec, timeout_s)
         return client, [client]
     if spec.kind == "function" or KINDS[spec.kind].library:
-        function = FunctionReward(name, spec)
+        function = FunctionReward(name, spec, asked)
 
         def called(texts: Texts, limit: Limit) -> np.ndarray:
             _require_readable(name, spec, texts.answers)
             return function(texts.prompts, texts.responses, texts.answers, limit)
 
-        return called, [function]
+        def by_uid(texts: Texts, limit: Limit) -> np.ndarray:
+            if not texts.uids:
+                raise RewardError(f"{_label(name, spec)} has no prompts of a run to score")
+            return function(texts.prompts, texts.responses, texts.uids, limit)
+
+        return by_uid if spec.kind == "reasoning_gym" else called, [function]
     if spec.kind == "regex":
         pattern = PatternReward(name, spec)
         return lambda texts, limit: pattern(texts.responses, limit), [pattern]

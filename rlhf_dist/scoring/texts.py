@@ -23,6 +23,8 @@ class Texts:
     """n; the whole conversation before the response, which reward models read."""
     ended: tuple[bool, ...]
     """n; false for a response that was cut before its end."""
+    uids: tuple[str, ...] = ()
+    """n of the prompts; empty where the responses are of no run."""
 
     def only(self, i: int) -> Texts:
         """Response i by itself."""
@@ -32,6 +34,7 @@ class Texts:
             self.answers[i : i + 1],
             self.conversations[i : i + 1],
             self.ended[i : i + 1],
+            self.uids[i : i + 1],
         )
 
 
@@ -53,6 +56,7 @@ def texts_of(group: Group, special: bool = False) -> Texts:
         answers=(prompt.answer,) * n,
         conversations=tuple(prompt.messages + turns_between(sample) for sample in group.trajectories),
         ended=tuple(sample.finish_reason == "stop" for sample in group.trajectories),
+        uids=(prompt.uid,) * n,
     )
 
 

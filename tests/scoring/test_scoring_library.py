@@ -192,12 +192,12 @@ def problems(spec: RewardSpec) -> list[str]:
 def test_a_library_that_is_missing_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert problems(RewardSpec(kind="bleu")) == []
     monkeypatch.setattr(reward_kinds, "find_spec", lambda name: None)
-    for kind, row in KINDS.items():
-        found = problems(RewardSpec(kind=kind)) if row.library else []  # pyright: ignore[reportArgumentType]
-        assert not row.library or (
+    for kind, row in ((kind, row) for kind, row in KINDS.items() if row.library):
+        extra = "gym" if kind == "reasoning_gym" else "rewards"
+        assert (
             f"scoring.rewards.r.kind is {kind}, which needs {row.library}, which is not installed here: pip install "
-            f"'{PACKAGES[row.library]}', or install rlhf_dist with the extra rewards" in found
-        )
+            f"'{PACKAGES[row.library]}', or install rlhf_dist with the extra {extra}"
+        ) in problems(RewardSpec(kind=kind))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match=r"scoring.rewards.r.kind=bleu: it needs sacrebleu, which is not installed"):
         preflight(ScoringConfig({"r": RewardSpec(kind="bleu")}))
 
