@@ -140,7 +140,11 @@ class LabelQueue:
                 "UPDATE leases SET expires = ? WHERE key = ? AND labeller = ? AND live", (ends, key, labeller)
             )
             if not changed.rowcount:
-                raise NotTaken("your time for this item ran out; decide, or ask for the next one", "late")
+                raise NotTaken(
+                    "your time for this item ran out; your decision still counts unless somebody else takes the item "
+                    "first",
+                    "late",
+                )
             return self._lease_s
 
     def progress(self, labeller: str) -> Progress:

@@ -205,7 +205,10 @@ function take(event, action) {
 function busyHands() {
   if (!state.item || state.busy || Date.now() - state.renewed < (state.item.seconds * 1000) / 4) return;
   state.renewed = Date.now();
-  call("POST", "/api/renew", { key: state.item.key }).catch(() => {}); // the decision itself will tell
+  const { key } = state.item;
+  call("POST", "/api/renew", { key }).catch((problem) => {
+    if (problem.why === "late" && state.item?.key === key) tell(problem.message);
+  });
 }
 
 enter();
