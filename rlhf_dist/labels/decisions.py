@@ -47,7 +47,7 @@ def decisions(db: sqlite3.Connection) -> Iterator[Decision]:
             item=row["item"],
             judge=row["judge"],
             gold=None if row["gold"] is None else json.loads(row["gold"]),
-            messages=tuple(Message(turn["role"], turn["content"]) for turn in json.loads(row["messages"])),
+            messages=tuple(Message(*turn) for turn in json.loads(row["messages"])),
             responses=tuple(json.loads(row["responses"])),
             models=tuple(json.loads(row["models"])),
             labeller=row["labeller"],

@@ -198,7 +198,7 @@ class LabelQueue:
 
     def _shown(self, db: sqlite3.Connection, key: str, item: int, shown: list[int], ends: float) -> Lease:
         row = db.execute("SELECT * FROM items JOIN items_text ON item = id WHERE id = ?", (item,)).fetchone()
-        messages = tuple(Message(turn["role"], turn["content"]) for turn in json.loads(row["messages"]))
+        messages = tuple(Message(*turn) for turn in json.loads(row["messages"]))
         texts = json.loads(row["responses"])
         responses = tuple(texts[index] for index in shown)
         return Lease(key, row["judge"], messages, responses, max(0.0, ends - self._store.clock()))

@@ -26,6 +26,8 @@ BUSY_S = 30.0
 """How long a write waits for another process, as for `label add` beside the server."""
 BATCH = 2000
 """Items in one transaction, so that a server beside it waits for a short time only."""
+DAMAGE = (sqlite3.Error, UnicodeDecodeError, json.JSONDecodeError)
+"""What a damaged file, or a full disk, may end in."""
 NEVER = ("update", "delete")
 KEPT = ("votes", "undone", "items_text")
 
@@ -77,7 +79,7 @@ class LabelStore:
             self._connection = _connect(path)
         except sqlite3.OperationalError as error:
             raise DataError(f"{path}: cannot be opened: {error}") from error
-        except sqlite3.DatabaseError as error:
+        except DAMAGE as error:
             raise DataError(f"{path}: {_NO_STORE}: {error}; {_WAY_OUT}") from error
         try:
             _require_sound(path, self._connection)
@@ -103,7 +105,7 @@ class LabelStore:
                     if self._connection.in_transaction:
                         self._connection.execute("ROLLBACK")
                     raise
-            except sqlite3.Error as error:
+            except DAMAGE as error:
                 raise DiskError(f"{self.path}: nothing was saved: {error}") from error
 
     @contextmanager
@@ -123,7 +125,7 @@ class LabelStore:
                 connection.execute("PRAGMA query_only = 1")
                 connection.execute("BEGIN")
                 yield connection
-        except sqlite3.Error as error:
+        except DAMAGE as error:
             raise DiskError(f"{self.path}: cannot be read: {error}") from error
 
     def add(self, items: Sequence[Item], overlap: int) -> Added:
@@ -194,8 +196,12 @@ def _connect(path: Path) -> sqlite3.Connection:
         f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False
     )
     connection.row_factory = sqlite3.Row
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = 1")
+    try:
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = 1")
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
@@ -209,7 +215,7 @@ def _insert(connection: sqlite3.Connection, item: Item, overlap: int, now: float
     )
     if not row.rowcount:
         return False
-    messages = [{"role": turn.role, "content": turn.content} for turn in item.messages]
+    messages = [[turn.role, turn.content] for turn in item.messages]
     texts = [json.dumps(value, ensure_ascii=False) for value in (messages, item.responses, item.models)]
     connection.execute("INSERT INTO items_text VALUES (?, ?, ?, ?, ?, ?)", (row.lastrowid, *texts, item.place, now))
     connection.execute("UPDATE totals SET wanted = wanted + ?, golds = golds + ?", (wanted, gold is not None))
@@ -223,7 +229,7 @@ def _require_sound(path: Path, connection: sqlite3.Connection) -> None:
             connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
         )
         problem = "" if application != APPLICATION else connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-    except sqlite3.DatabaseError as error:
+    except DAMAGE as error:
         raise DataError(f"{path}: {_NO_STORE}: {error}; {_WAY_OUT}") from error
     if application != APPLICATION:
         raise DataError(f"{path}: is an SQLite database, but no store of labels; make one with `rlhf-dist label add`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import sqlite3
 from contextlib import closing
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 from label_stores import item, lent, made, queue_of, said
 
-from rlhf_dist.errors import DataError, DiskError, InputError
+from rlhf_dist.errors import DataError, DiskError, InputError, RlhfError
+from rlhf_dist.labels.overview import overview
 from rlhf_dist.labels.store import Added, LabelStore, create, served_alone
 
 
@@ -96,6 +98,23 @@ def test_a_store_that_becomes_damaged_or_full_says_so_and_saves_all_or_nothing(t
             db.execute(f"PRAGMA max_page_count = {full + 1000}")
         assert lent(queue.ask("ann")).key == lease.key
         assert lent(queue.decide("ann", lease.key, said("tie", "shorter"))).messages[0].content == "question 2"
+
+
+def test_one_bit_anywhere_gives_a_message_or_does_no_harm(kept: Path, tmp_path: Path) -> None:
+    whole, rng, said_so = kept.read_bytes(), random.Random(0), 0
+    for number in range(60):
+        bits = bytearray(whole)
+        bits[rng.randrange(3 * 4096 if number % 2 else len(bits))] ^= 1 << rng.randrange(8)
+        path = tmp_path / f"{number}"
+        path.write_bytes(bits)
+        try:
+            with closing(LabelStore(path)) as store:
+                overview(store)
+                queue_of(store).ask("ann")
+        except RlhfError as error:
+            said_so += 1
+            assert str(path) in str(error)
+    assert said_so > 3
 
 
 def test_one_server_at_a_time(kept: Path) -> None:
