@@ -111,20 +111,9 @@ class PreferLearner:
             self._values.save(folder)
 
     def restore_reference(self, folder: Path) -> None:
-        """From a checkpoint. Raises DataError, also where the run is to go further than the reference has read."""
-        if not self._method.reference:
-            return
-        self._values.restore(folder)
-        unread = [key for key in self._all_keys() if key not in self._values]
-        lacking = sum(
-            1 for held_out in (False, True) for _ in self._made(held_out, [n for kind, n in unread if kind == held_out])
-        )
-        if lacking:
-            raise DataError(
-                f"{folder}: {lacking:,} judgements up to prefer.steps {self._config.steps} have no logprobs of the "
-                "reference there, which were computed when the run began; begin a new run with model.path set to this "
-                "one, and prefer.reference to the model that it started from"
-            )
+        """From a checkpoint. Raises DataError."""
+        if self._method.reference:
+            self._values.restore(folder)
 
     def train_step(self, step: int) -> MetricSums:
         """Optimizer step `step` (from 1): mean loss over the whole batch's judgements, all ranks."""

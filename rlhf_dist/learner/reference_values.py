@@ -37,9 +37,6 @@ class ReferenceValues:
         assert key in self._of, f"no reference for judgement {key}"
         return self._of[key]
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self._of
-
     def save(self, folder: Path) -> None:
         """Write the file of a checkpoint. Raises DiskError."""
         keys = sorted(self._of)

@@ -105,11 +105,6 @@ def test_a_resume_comes_to_the_same_bits(runs: Runs) -> None:
     assert timeless[0] == timeless[1]
 
 
-def test_a_run_does_not_go_further_than_its_reference_has_read(runs: Runs) -> None:
-    with pytest.raises(DataError, match=r"judgements up to prefer\.steps 40 have no logprobs of the reference"):
-        command.run([runs.config, "name=cut", "prefer.steps=40", "--resume"])
-
-
 def test_a_checkpoint_without_its_reference_is_refused(runs: Runs) -> None:
     """Last: it damages the run."""
     (runs.cut / "checkpoints" / f"step-{STEPS}" / "reference.safetensors").unlink()
