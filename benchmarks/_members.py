@@ -59,8 +59,9 @@ class Host:
         found, worker.out = worker.out, []
         return self._weigh("events", [*found, Beat(name, worker.steps)])
 
-    async def score(self, name: str, group: Group) -> Scores:
-        """See `scoring.scorer.Scorer.score`."""
+    async def score(self, name: str, places: list[Any]) -> Scores:
+        """See `cluster.actors.ScoringHost.score`."""
+        group: Group = await places[0]
         n = len(group.trajectories)
         one = np.arange(n, dtype=np.float32)
         return self._weigh("score", Scores(one, {"exact": one}, one, np.arange(n, dtype=np.uint64)))
