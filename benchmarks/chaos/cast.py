@@ -12,6 +12,7 @@ from chaos.fleet import GIVE_UP_AFTER, Fleet
 from chaos.learner import Learner
 from chaos.plan import COLLATOR, CRITIC, LEARNER, REFERENCE, SCORER, WORKER
 from chaos.ranks import Ranks
+from chaos.refusals import Refusals
 from chaos.servers import Collator, Servers
 from chaos.supervisor import Part, Supervisor
 from chaos.witness import Witness
@@ -55,10 +56,13 @@ def cast_of(config: Config, world: World, disk: Disk, folder: Path | None, witne
     if settings.reference:
         reference = Servers("reference", [f"{REFERENCE} {i}" for i in range(settings.reference)], world, disk)
         reference.restore(folder, settings.moves > 0)
-    collator = Collator(world, settings.lag, settings.age)
-    ranks = Ranks(world, disk, [LEARNER, CRITIC] if settings.critic else [LEARNER], settings.kept)
-    critic = Critic(world, disk, ranks, folder, witness.saw) if settings.critic else None
-    learner = Learner(world, disk, ranks, collator.history, folder, None if critic else witness.saw)
+    collator = Collator(world, disk, settings.lag, settings.age)
+    refusals = Refusals(world, Path(config.output) / config.name / "checkpoints", witness)
+    ranks = Ranks(world, disk, [LEARNER, CRITIC] if settings.critic else [LEARNER], settings.kept, refusals)
+    alone = config.critic.warmup_steps
+    critic = Critic(world, disk, ranks, folder, witness.saw, alone) if settings.critic else None
+    learner = Learner(world, disk, ranks, collator.history, folder, witness.saw)
+    collator.faulted = refusals.told
     ranks.begin_anew, ranks.went_back = fleet.begin_anew, witness.go_back
     parts: dict[str, Part] = {COLLATOR: collator, **dict.fromkeys(ranks.ranks, ranks)}
     parts |= dict.fromkeys(workers, fleet) | dict.fromkeys(scoring.servers, scoring)

@@ -15,12 +15,14 @@ from chaos.clock import Broken
 from chaos.ending import Ended
 from chaos.learner import WEIGHTS_FILE
 from chaos.life import Life
-from chaos.plan import CRITIC, LEARNER, REFERENCE, SCORER, WORKER, Kind, Plan, config_of
+from chaos.plan import CRITIC, LEARNER, NUMBERS, REFERENCE, SCORER, WORKER, Kind, Plan, config_of
+from chaos.refusals import MOST, TOLD
 from chaos.witness import Witness
 from rlhf_dist.config.schema import FaultsConfig
 from rlhf_dist.data.order import epoch_order
-from rlhf_dist.errors import ActorLost, ActorTimeout, DiskError, ResourceError
+from rlhf_dist.errors import ActorLost, ActorTimeout, DiskError, NumbersError, ResourceError
 from rlhf_dist.loop.best_checkpoints import best_of, best_steps
+from rlhf_dist.loop.reasons import ROLLED_BACK, STEP_SKIPPED
 from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.models.checkpoints import (
     STATE_FILE,
@@ -64,6 +66,9 @@ def explained(plan: Plan, life: Life) -> None:
             fair = len(ranks) > RESPAWNS
         case ActorLost() if text.startswith("what a reference server computed"):
             fair = sum(fault.who.startswith(REFERENCE) for fault in blows) > RESPAWNS
+        case NumbersError():
+            fair = plan.settings.on_fault == "stop" or life.world.seen[TOLD] > MOST
+            fair &= any(fault.kind in NUMBERS for fault in life.world.fired)
         case DiskError() | ResourceError():
             fair = any(fault.kind == "full" for fault in life.disk.fired)
         case ActorTimeout() if text.startswith("no rollout worker"):
@@ -109,12 +114,16 @@ def result_of(run: Path) -> Result:
 
 def check_end(plan: Plan, life: Life, run: Path, witness: Witness, steps: int) -> None:
     """The run is over, after so many steps. Raises `Broken`."""
-    proof, wanted = life.proof, steps * plan.settings.groups
+    proof, wanted = life.proof, steps * plan.settings.groups - len(witness.skipped)
     assert proof is not None
     if not proof.holds or proof.in_flight or proof.tokens_in_flight or proof.consumed != wanted:
         raise Broken("ledger", f"{wanted} groups were to be used: {proof.text()}")
-    shown = proof.witness
-    if plan.settings.witness and (shown is None or (shown.steps, shown.seen + shown.idle) != (steps, wanted)):
+    shown, learnt = proof.witness, len({step for step, _ in witness.trained})
+    if (
+        plan.settings.witness
+        and learnt
+        and (shown is None or (shown.steps, shown.seen + shown.idle) != (learnt, wanted))
+    ):
         raise Broken("witness", f"it was to see {wanted} groups in {steps} steps: {proof.text()}")
     if (read_summary(run) or {}).get("step") != steps:
         raise Broken("end", f"the summary says {read_summary(run)}")
@@ -152,6 +161,10 @@ def _witnessed(plan: Plan, run: Path, witness: Witness, tokens: int) -> None:
     """The ledger says what the learner got, and every prompt that was read is accounted for."""
     with closing(sqlite3.connect(run / "ledger.sqlite")) as database:
         uses = Counter(database.execute("SELECT uid, step FROM uses").fetchall())
+        dropped = "SELECT uid FROM groups WHERE state = 'dropped' AND reason = ?"
+        skipped, left_out = (
+            [uid for (uid,) in database.execute(dropped, (reason,))] for reason in (STEP_SKIPPED, ROLLED_BACK)
+        )
         states: dict[str, set[str]] = {}
         for uid, state in database.execute("SELECT uid, state FROM groups"):
             states.setdefault(uid, set()).add(state)
@@ -161,6 +174,10 @@ def _witnessed(plan: Plan, run: Path, witness: Witness, tokens: int) -> None:
             "witness",
             f"the ledger has {sorted((uses - seen).elements())} more, {sorted((seen - uses).elements())} less",
         )
+    if sorted(skipped) != sorted(uid for _, uid in witness.skipped):
+        raise Broken("skipped", f"the ledger has {skipped}, and these were: {witness.skipped}")
+    if wrong := set(left_out) - witness.left_out | set(left_out) & {group.uid for _, group in witness.trained}:
+        raise Broken("rolled back", f"the ledger has {sorted(wrong)} as left out")
     twice = [uid for uid, count in Counter(group.uid for _, group in witness.trained).items() if count > 1]
     if twice:
         raise Broken("witness", f"the learner got these twice: {twice}")

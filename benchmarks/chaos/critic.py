@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rlhf_dist.learner.numbers_check import RankFault
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.token_sums import Estimate, EstimateSums
 from rlhf_dist.loop.ports import Batches, Estimates
+from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.types import Handle
 
@@ -27,10 +29,17 @@ class Critic:
     """`ports.Critic`."""
 
     def __init__(
-        self, world: World, disk: Disk, processes: Ranks, folder: Path | None, told: Callable[[int, Trained], None]
+        self,
+        world: World,
+        disk: Disk,
+        processes: Ranks,
+        folder: Path | None,
+        told: Callable[[int, Trained], None],
+        alone: int,
     ) -> None:
-        """As `Learner`. It learns from every step, also where the policy stands still."""
+        """As `Learner`. In its first `alone` steps the policy stands still, so that it tells what is learnt from."""
         self._world, self._disk, self._processes, self._told = world, disk, processes, told
+        self._alone = alone
         self.step = 0
         self.restore(folder)
         processes.trained.append(self)
@@ -53,12 +62,16 @@ class Critic:
         shard: Shard
         groups: tuple[Trained, ...]
         shard, groups = batches[0].place
-        self.step = shard.version + 1
-        for group in groups:
-            self._told(shard.version + 1, group)
+        self.step, refusals = shard.version + 1, self._processes.refusals
+        if refusals.refuses(CRITIC, self.step, groups):
+            return Handle(MetricSums({"critic/updates": (0.0, 1.0)}, {names.CRITIC_FAULT: 1.0}))
+        if self.step <= self._alone:
+            for group in groups:
+                self._told(self.step, group)
+            refusals.learnt(self.step)
         told = [group.digest for group in groups], [handle.place for handle in estimates.handles], shard.critic_rates
         self.weights = digest(self.weights, told)
-        return Handle(MetricSums({"critic/loss": (number(self.weights), 1.0)}))
+        return Handle(MetricSums({"critic/loss": (number(self.weights), 1.0), "critic/updates": (1.0, 1.0)}))
 
     def finish_update(self, pending: Handle[MetricSums]) -> MetricSums:
         """See `ports.Critic`."""
@@ -66,8 +79,9 @@ class Critic:
         return pending.place
 
     def faults(self) -> Mapping[str, RankFault]:
-        """See `ports`: its numbers are always right."""
-        raise NotImplementedError
+        """See `ports.Critic`."""
+        self._processes.work(CRITIC, 0.1)
+        return {CRITIC: RankFault("loss", math.nan, 0)}
 
     def save(self, folder: Path) -> None:
         """See `ports.Critic`."""

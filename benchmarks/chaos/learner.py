@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from rlhf_dist.learner.numbers_check import RankFault
 from rlhf_dist.learner.shard import Shard
 from rlhf_dist.learner.witness import Seen
 from rlhf_dist.loop.ports import Batches, Estimates
+from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
 from rlhf_dist.weights.buckets import make_plan
 from rlhf_dist.weights.receipts import Announcement
@@ -38,11 +40,11 @@ class Learner:
         processes: Ranks,
         history: dict[int, str],
         folder: Path | None,
-        told: Callable[[int, Trained], None] | None,
+        told: Callable[[int, Trained], None],
     ) -> None:
         """`history`: version -> weights published as that. `folder`: the checkpoint that the run goes on from.
 
-        `told` hears of each group that is learnt from, with its step; None where the critic tells.
+        `told` hears of each group that is learnt from, with its step.
         """
         self._world, self._disk, self._processes = world, disk, processes
         self._history, self._told = history, told
@@ -61,10 +63,13 @@ class Learner:
         groups: tuple[Trained, ...]
         shard, groups = batches[0].place
         self._work(self._world.seconds(0.5, 15.0, "train", shard.version))
-        self.step = shard.version + 1
-        if self._told is not None:
-            for group in groups:
-                self._told(self.step, group)
+        self.step, refusals = shard.version + 1, self._processes.refusals
+        if refusals.refuses(LEARNER, self.step, groups):
+            self._seen = (Seen((), np.zeros(0)),)
+            return MetricSums({"learner/updates": (0.0, 1.0)}, {names.FAULT: 1.0})
+        for group in groups:
+            self._told(self.step, group)
+        refusals.learnt(self.step)
         rows = [part.tobytes() for part in (shard.groups, shard.samples, shard.advantages, shard.weights)]
         credit = [handle.place for handle in estimates.handles], estimates.whitening
         told = [group.digest for group in groups], rows, shard.learning_rates, shard.kl_coef, credit
@@ -80,12 +85,14 @@ class Learner:
     def publish(self, version: int) -> Announcement:
         """See `weights.sync.Publisher`."""
         self._work(0.1)
+        self._processes.refusals.published(version)
         self._history[version] = self.weights
         return Announcement(version, "", 0, LAYOUT, (self.weights,))
 
     def faults(self) -> Mapping[str, RankFault]:
-        """See `ports`: its numbers are always right."""
-        raise NotImplementedError
+        """See `ports.Policy`."""
+        self._work(0.1)
+        return {LEARNER: RankFault("loss", math.nan, 0)}
 
     def save(self, folder: Path) -> None:
         """See `ports.Policy`."""

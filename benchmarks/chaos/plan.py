@@ -15,6 +15,7 @@ from rlhf_dist.config.learning import (
     ReferenceConfig,
     ShapingConfig,
 )
+from rlhf_dist.config.numbers_keys import NumbersConfig
 from rlhf_dist.config.schema import (
     Config,
     DataConfig,
@@ -41,6 +42,9 @@ Kind = Literal[
     "lie",
     "tear",
     "farewell",
+    "nan",
+    "far",
+    "poison",
     "end",
     "stop",
     "power",
@@ -57,6 +61,8 @@ slow: its next answer takes `seconds` longer. late: its next answer does, and is
 next answer comes a second time, `seconds` later. undone: nobody can get at the body of its next answer, or at the
 logprobs. lie: the next weights arrive flipped. tear: an engine loads a part of the next weights.
 farewell: a worker dies when it has handed something over, a reference server when it has answered, `seconds` later.
+nan: a rank refuses its next optimizer step for its numbers, and the next `seconds` ones. far: a reference server's next
+answer is far beyond `numbers.max_kl`. poison: after its next step the learner refuses all until it goes back behind it.
 end: the run is told to end.
 stop: the run is killed. power: the machine fails, and what was written and not flushed is lost, too. back: a start from
 an earlier checkpoint, as with --resume-from, `seconds` before the newest.
@@ -65,6 +71,8 @@ fails for want of disk, and so do the next `seconds` ones.
 """
 WRITES: tuple[Kind, ...] = ("crash before", "crash after", "torn", "full")
 """Kinds of which `who` is a durable write, and `at` says which one of its name, from 1."""
+NUMBERS: tuple[Kind, ...] = ("nan", "far", "poison")
+"""Kinds for which a step is not learnt from."""
 ANY_WRITE = "any write"
 NAMED_WRITES = (
     *("line metrics.jsonl", "line events.jsonl", "commit ledger", "ledger tables", "ledger format"),
@@ -172,6 +180,13 @@ class Settings:
     """`learner.keep_state_every`."""
     witness: bool = False
     """`loop.witness`."""
+    on_fault: Literal["stop", "skip", "roll_back"] = "stop"
+    """`numbers.on_fault`."""
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether a config may say `roll_back`."""
+        return not self.moves and bool(self.checkpoint or self.kept)
 
     def __str__(self) -> str:
         default = Settings()
@@ -194,7 +209,8 @@ class Plan:
         Where it goes back from behind its first end, that step is not its last any more, and not evaluated.
         """
         over = self.settings.more and any(fault.kind == "back" for fault in self.faults)
-        return self.settings.lag == 0 and self.settings.extra == 0 and not over
+        less = self.settings.on_fault != "stop" and any(fault.kind in NUMBERS for fault in self.faults)
+        return self.settings.lag == 0 and self.settings.extra == 0 and not over and not less
 
     def __str__(self) -> str:
         return "\n".join([f"seed {self.seed}: {self.settings}", *(f"  {fault}" for fault in self.faults)])
@@ -211,6 +227,11 @@ def plan_of(seed: int) -> Plan:
     settings = replace(settings, best=random.choice((0, 0, 1)), background=random.random() < 0.5)
     if settings.reference and random.random() < 0.25:
         faults += [lost_logprobs(random, settings) for _ in range(random.choice((1, 1, 1, 2, 4)))]
+    if random.random() < 0.2:
+        settings = replace(
+            settings, on_fault=random.choice(("stop", "skip", *(("roll_back",) * 2 * settings.goes_back)))
+        )
+        faults += [wrong_numbers(random, settings) for _ in range(random.choice((1, 1, 2, 3)))]
     return Plan(seed, settings, tuple(sorted(faults, key=lambda fault: (fault.life, fault.kind in WRITES, fault.at))))
 
 
@@ -226,6 +247,17 @@ def lost_logprobs(random: Random, settings: Settings) -> Fault:
     """A reference server's answer is lost before the collator has fetched it, alone or with the server."""
     who, kind = f"{REFERENCE} {random.randrange(settings.reference)}", random.choice(("undone", "farewell"))
     return Fault(random.choice((0, 0, 0, 1)), kind, who, round(random.random() ** 2 * 60.0, 1), random.random())
+
+
+def wrong_numbers(random: Random, settings: Settings) -> Fault:
+    """A step that may not be learnt from, once or some more times."""
+    life, at = random.choice((0, 0, 0, 1)), round(random.random() * 90.0, 1)
+    if settings.reference and random.random() < 0.3:
+        return Fault(life, "far", f"{REFERENCE} {random.randrange(settings.reference)}", at)
+    if random.random() < 0.3:
+        return Fault(life, "poison", LEARNER, at)
+    who = CRITIC if settings.critic and random.random() < 0.4 else LEARNER
+    return Fault(life, "nan", who, at, random.choice((0, 0, 0, 1, 2, 5)))
 
 
 def draw_settings(random: Random) -> Settings:
@@ -319,6 +351,7 @@ def config_of(plan: Plan, output: str, name: str, steps: int) -> Config:
         critic=CriticConfig(warmup_steps=max(0, settings.critic - 1), optimizer=optimizer),
         reference=ReferenceConfig(update_every=settings.moves, ema=0.5 if settings.moves else 0.0),
         weights=WeightsConfig(timeout_s=20.0),
+        numbers=NumbersConfig(on_fault=settings.on_fault, max_kl=100.0 if settings.reference else 0.0),
         loop=LoopConfig(
             steps=steps,
             prompts_per_step=settings.groups,

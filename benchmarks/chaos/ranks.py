@@ -9,6 +9,7 @@ from typing import Protocol
 from chaos.clock import Broken
 from chaos.disk import Disk
 from chaos.plan import Fault
+from chaos.refusals import Refusals
 from chaos.world import World
 from rlhf_dist.errors import RanksLost, RanksSilent
 from rlhf_dist.loop.events import Lost
@@ -42,7 +43,7 @@ class Rank:
 class Ranks:
     """`ports.Ranks`."""
 
-    def __init__(self, world: World, disk: Disk, names: Sequence[str], most_again: int) -> None:
+    def __init__(self, world: World, disk: Disk, names: Sequence[str], most_again: int, refusals: Refusals) -> None:
         """`most_again`: steps that a loss may cost, unless a disk was full; 0: any number."""
         self._world, self._disk, self._most_again = world, disk, most_again
         self.ranks = {name: Rank() for name in names}
@@ -50,6 +51,7 @@ class Ranks:
         """Policy, and critic where there is one."""
         self.went_back: Callable[[int], None] = lambda _: None
         """Called with the step that they go on from."""
+        self.refusals: Refusals = refusals
         self.begin_anew: Callable[[], list[str]] = list
         """What the rollout fleet does meanwhile."""
         world.plan_strikes("die", names, self._die)
@@ -71,7 +73,9 @@ class Ranks:
         """See `ports.Ranks`."""
         step, last = 0 if folder is None else step_of(folder), max(part.step for part in self.trained)
         full = any(fault.kind == "full" for fault in self._disk.fired)
-        if self._most_again and last - step > self._most_again and not full:
+        self.refusals.goes_back(folder, step)
+        free = not self._most_again or full or self.refusals.rolls_back
+        if last - step > self._most_again and not free:
             raise Broken("repeated", f"{last - step} steps are made again: from {step}, and {last} was trained")
         self.ranks = {name: Rank() for name in self.ranks}
         where = "the start" if folder is None else "the disk" if folder.parent.name == "checkpoints" else "memory"
@@ -85,6 +89,8 @@ class Ranks:
             self.work(name, 0.1)
         for part in self.trained:
             part.restore(folder)
+            part.step = step
+        self.refusals.went_back(step)
         self.went_back(step)
         return problems
 

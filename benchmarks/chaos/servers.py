@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from rlhf_dist.weights.receipts import Announcement
 REFERENCE_FILE = "reference/config.json"
 CALL_LIMIT_S = 40.0
 """Of a call that is waited for."""
+FAR, FAR_KL = "far", 1e4
+"""A reference's answer that no step may learn from; nats."""
 HUSH_S = 0.5
 """From the death of a server that has just answered to the word of it."""
 
@@ -131,7 +133,10 @@ class Servers(Group):
         else:
             samples = len(body.truth.lengths)
             kl = np.array([number(self.state, body.truth.digest, i) for i in range(samples)], np.float32)
-            made: Handle[Any] = Handle(self._made(server, digest(self.state, body.truth.digest)))
+            word = digest(self.state, body.truth.digest)
+            if key.startswith("train/") and self._world.strike("far", server.name):
+                kl, word = kl + FAR_KL, FAR
+            made: Handle[Any] = Handle(self._made(server, word))
             answer = Compared(server.name, key, Referenced(ReferenceHead(kl, -kl - 1.0), made))
         self._world.tell(server.name, answer)
 
@@ -173,8 +178,9 @@ class Trained:
 class Collator(Group):
     """`ports.Bodies`."""
 
-    def __init__(self, world: World, longest_lag: int, age: str) -> None:
+    def __init__(self, world: World, disk: Disk, longest_lag: int, age: str) -> None:
         super().__init__([COLLATOR], world)
+        self._disk = disk
         self._longest_lag, self._age = longest_lag, age
         self.server = self.servers[COLLATOR]
         self.bodies: dict[str, Body | None] = {}
@@ -184,6 +190,8 @@ class Collator(Group):
         """Of groups that are being sampled."""
         self.history: dict[int, str] = {}
         """Version -> weights that were published as that."""
+        self.faulted: Callable[[int, Sequence[str]], None] = lambda step, uids: None
+        """Told of a step whose batch is saved, and its groups."""
 
     def keep(self, bodies: Mapping[str, Handle[Tokens]]) -> None:
         """See `ports.Bodies`."""
@@ -269,8 +277,10 @@ class Collator(Group):
         estimates: Estimates,
         facts: Mapping[str, Any],
     ) -> None:
-        """See `ports.Bodies`: no number here is wrong."""
-        raise NotImplementedError
+        """See `ports.Bodies`."""
+        self._call("save the batch")
+        self.faulted(facts["step"], [self._found(key).uid for key in keys])
+        self._disk.write("write faulty batch", path, digest(list(keys)))
 
     def batches(self, shards: Sequence[Shard], keys: Sequence[str], compared: bool) -> Sequence[Handle[Any]]:
         """See `ports.Bodies`; a rank gets its shard, and its groups as `Trained`."""
@@ -281,6 +291,8 @@ class Collator(Group):
             self._check_versions(body, shards[0].version)
             if compared and key not in self.logprobs:
                 raise Broken("whole", f"{key} is trained on without the reference's logprobs")
+            if self.logprobs.get(key) == FAR:
+                raise Broken("numbers", f"{key} is learnt from, far from the reference")
             what = digest(body.truth.digest, self.logprobs.get(key, ""))
             groups.append(Trained(key, body.uid, int(body.truth.lengths.sum()), what))
         return [Handle((shard, tuple(groups))) for shard in shards]

@@ -92,7 +92,8 @@ def possible(settings: Settings) -> bool:
     """Whether a config may say so."""
     widest = 1 + settings.groups * settings.lag
     moves, witness = settings.moves and not settings.reference, settings.witness and settings.critic > 1
-    return settings.window <= widest and not (moves or witness)
+    back = settings.on_fault == "roll_back" and not settings.goes_back
+    return settings.window <= widest and not (moves or witness or back)
 
 
 def earlier(plan: Plan) -> Iterator[Plan]:

@@ -216,7 +216,8 @@ class Watched(Controller):
     ) -> None:
         super().__init__(rules, prompts, members, step, healing)
         lost = set(members._away)
-        again = [(prompt.uid, attempt) for prompt, attempt in prompts._first]
+        first = [(prompt.uid, attempt) for prompt, attempt in prompts._first]
+        again = [(uid, attempt) for uid, attempt in first if uid not in prompts._left_out]
         self._checks = Checks(world, rules, members._capacity, step, lost, again, step * rules.groups_per_step)
 
     def handle(self, event: Event, now: float) -> list[Command]:
