@@ -34,6 +34,10 @@ TAIL_LINES = 3
 TAIL_WIDTH = 200
 
 CRASH = re.compile(r"^(?:Fatal Python error: (?P<words>[\w -]+)|\*\*\* (?P<name>SIG[A-Z]+) received)", re.MULTILINE)
+RAISED = "error raised in its creation task"
+"""In Ray's words for an actor whose own start raised. Ray often aborts its process on the way out."""
+STACK_BEGINS = re.compile(r"^\[[^]\n]*\] logging\.cc:\d+: Stack trace", re.MULTILINE)
+"""Ray's own stack trace, which it prints before such an abort."""
 CRASHES = {
     "Segmentation fault": "SIGSEGV",
     "Aborted": "SIGABRT",
@@ -233,7 +237,7 @@ def _how(text: str, reason: str) -> str:
     # The last line is the error itself where the actor's own code raised it.
     detail = reason.partition("Worker exit detail:")[2].strip() or reason.strip().splitlines()[-1].strip()
     crash = CRASH.search(text)
-    if crash:
+    if crash and RAISED not in reason:
         return f"killed by {crash['name'] or CRASHES.get(crash['words'].strip(), 'SIGABRT')}"
     if "receives a SIGTERM" in detail:
         return "killed by SIGTERM"
@@ -261,8 +265,8 @@ def _end_of(log: Path | None) -> str:
 
 def _last_lines(text: str) -> str:
     """What was printed last, before the stacks of a crash; shortened, without secrets; empty when there is nothing."""
-    crash = CRASH.search(text)
-    lines = [line.strip() for line in (text[: crash.start()] if crash else text).splitlines() if line.strip()]
+    end = min((found.start() for found in (CRASH.search(text), STACK_BEGINS.search(text)) if found), default=None)
+    lines = [line.strip() for line in text[:end].splitlines() if line.strip()]
     shown = " | ".join(line[:TAIL_WIDTH] for line in lines[-TAIL_LINES:])
     return json.dumps(without_secrets(shown), ensure_ascii=False) if shown else ""
 

@@ -162,6 +162,20 @@ def test_a_logs_end_is_of_the_last_process_short_and_without_secrets(
     assert "0123" not in found
 
 
+def test_a_start_that_raised_is_no_crash_though_ray_aborts_its_process(name: ProcessName) -> None:
+    name.log.write_text(
+        "2026-01-01 00:00:00 learner rank 0: process 9 began\nRuntimeError: there is no memory left\n"
+        "[2026-01-01 00:00:01,733 E 9 9] logging.cc:125: Stack trace: \n ray/_raylet.so(+0x1) ray::operator<<()\n"
+        "\n*** SIGABRT received at time=1796143085 on cpu 1 ***\nFatal Python error: Aborted\n"
+    )
+    raised = "The actor died because of an error raised in its creation task, ray::Rank.__init__()"
+    said = 'began | RuntimeError: there is no memory left"; the whole log: '
+    found = ending(name, f"{raised}\nRuntimeError: there is no memory left")
+    assert found.startswith("RuntimeError: there is no memory left; its log ends: ") and said in found
+    found = ending(name, "The actor died.\nWorker exit detail: ... a connection error code 2. End of file. ...")
+    assert found.startswith("killed by SIGABRT; its log ends: ") and said in found
+
+
 def test_a_ray_of_which_a_process_died_is_told_apart_from_its_workers(tmp_path: Path) -> None:
     fake = tmp_path / "raylet"
     fake.symlink_to("/bin/sleep")
