@@ -248,7 +248,7 @@ class Controller:
                 commands = self._servers.compared(one, event, now)
             case ReferenceKept():
                 commands = self._servers.reference_kept(one, event, now)
-        return commands + self._settle(one, now)
+        return commands + self._complete(one, now)
 
     def _handed_over(self, one: OpenRequest, event: Partial) -> list[Command]:
         """Another worker goes on, under another key: what the one before still says of this one changes nothing."""
@@ -266,7 +266,7 @@ class Controller:
         commands += self._servers.ask(one, "scoring", now)
         return commands + (self._servers.ask(one, "reference", now) if one.compares else [])
 
-    def _settle(self, one: OpenRequest, now: float) -> list[Command]:
+    def _complete(self, one: OpenRequest, now: float) -> list[Command]:
         """What becomes of a request whose answer is whole; nothing while it is not."""
         experience = one.whole()
         if experience is None or one.experience is not None:
@@ -300,7 +300,7 @@ class Controller:
         if kept is None:
             return commands + self._drop(group, NON_FINITE, lost.detail if lost else "")
         group.baseline = float(kept.scores.total[0])
-        return commands + self._settle(group, now)
+        return commands + self._complete(group, now)
 
     def _drop(self, one: OpenRequest, reason: str, detail: str) -> list[Command]:
         """The request gives nothing, and neither does what belongs to it."""
