@@ -161,6 +161,13 @@ def a_task(config: Any, key: Given) -> str:
     return f"{key.name} is {key.value}, which {wrong}" if wrong else ""
 
 
+def needs_gym(config: Any, key: Given) -> str:
+    """The library of the task is installed."""
+    asked = config.data.source == "task" and is_gym(key.value)
+    missing = missing_library("reasoning_gym") if asked else ""
+    return f"{key.name} is {key.value}, which {missing}" if missing else ""
+
+
 def a_readable_file(config: Any, key: Given) -> str:
     """A file that is there, where one is named."""
     if not key.value or os.path.isfile(key.value):
@@ -294,7 +301,7 @@ NEEDS_BUBBLEWRAP = says(
 )
 SANDBOXED = where("sandbox", bool, "set that to true, or take it out")
 OF_FILES: frozenset[Rule] = frozenset(
-    {a_file, a_readable_file, a_variable, DATA_PATH, PTX_PATH, NEEDS_MODEL, NEEDS_BUBBLEWRAP, needs_library}
+    {a_file, a_readable_file, a_variable, DATA_PATH, PTX_PATH, NEEDS_MODEL, NEEDS_BUBBLEWRAP, needs_gym, needs_library}
 )
 """Rules about what a training run reads, is told by its environment or has on its machine; a plan does without."""
 A_FILES_TEXT = only(

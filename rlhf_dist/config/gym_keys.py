@@ -8,8 +8,6 @@ from typing import Any
 
 import yaml
 
-from rlhf_dist.config.reward_kinds import missing_library
-
 PREFIX = "reasoning_gym:"
 BUILT_IN = ("arithmetic", "sums", "reverse", "sort", "count", "describe", "guess")
 """The other tasks."""
@@ -54,4 +52,4 @@ def task_problem(name: str, settings: Sequence[str]) -> str:
         gym_settings(settings)
     except ValueError as wrong:
         return f"and data.task.settings is wrong: {wrong}"
-    return missing_library("reasoning_gym")
+    return ""

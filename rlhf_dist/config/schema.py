@@ -83,7 +83,7 @@ class ModelConfig:
 class TaskConfig:
     """A built-in procedural task: endless, seeded, with checkable answers."""
 
-    name: str = key("reverse", effects.a_task, effects.TURNS_NEED_CHAT)
+    name: str = key("reverse", effects.a_task, effects.needs_gym, effects.TURNS_NEED_CHAT)
     """arithmetic: sums and differences; sums: a sum asked in words, for models that can be asked; reverse, sort: a
     word's letters; count: a letter in a word; describe: a few words about a thing, kind or harsh, with human-like
     comparisons and a gold reward in place of an answer; guess: which of three words is meant, in two turns with a hint

@@ -182,6 +182,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     gym._made.cache_clear()
     found = "\n".join(problems(Config(data=DATA, scoring=ScoringConfig(GYM)), "train"))
     assert "data.task.name is reasoning_gym:spell_backward, which needs reasoning_gym, which is not installed" in found
+    assert not problems(Config(data=DATA, scoring=ScoringConfig(GYM)), "train", files=False), "a plan needs no library"
     assert "pip install 'reasoning-gym==0.1.25', or install rlhf_dist with the extra gym" in found
     with pytest.raises(ConfigError, match="needs reasoning_gym, which is not installed here"):
         PromptStream(DATA, 0, 1)
