@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,9 @@ class Tab:
         """Until JavaScript is true. Raises ActorTimeout."""
         end = time.monotonic() + LIMIT_S
         while time.monotonic() < end:
-            if self.evaluate(f"Boolean({condition})"):
-                return
+            with suppress(RunError):  # the page is being replaced by another one
+                if self.evaluate(f"Boolean({condition})"):
+                    return
             time.sleep(0.02)
         raise ActorTimeout(f"the page did not come to `{condition}` in {LIMIT_S:g} s; it shows {self.text()[:300]!r}")
 

@@ -165,7 +165,7 @@ def test_a_server_that_is_away_loses_nothing(tab: Tab, tmp_path: Path) -> None:
             tab.go(f"{address}/#{TOKENS['ann']}")
             shown(tab, 1)
         tab.press("t")
-        tab.wait("!document.getElementById('notice').hidden")
+        tab.wait("document.getElementById('notice')?.hidden === false")
         assert "The server does not answer. Nothing is lost" in tab.text() and saved(store) == []
         with serving(store, int(address.rsplit(":", 1)[1])):
             tab.press("Enter")
@@ -188,10 +188,10 @@ def test_a_lease_that_ran_out_a_long_comment_and_a_wrong_token(tab: Tab, tmp_pat
         assert taken is not None
         tab.press("t")
         shown(tab, 2)
-        tab.wait("!document.getElementById('notice').hidden")
+        tab.wait("document.getElementById('notice')?.hidden === false")
         assert "your decision is kept, but does not count" in tab.text() and "question 2" in tab.text()
         tab.go(tab.evaluate("location.origin") + "/#wrong")
-        tab.wait("!document.getElementById('notice')?.hidden")
+        tab.wait("document.getElementById('notice')?.hidden === false")
         assert "this token is not known (any more)" in tab.text() and "question" not in tab.text()
 
 
@@ -228,7 +228,7 @@ def test_the_overview_is_shown_to_the_owner(tab: Tab, tmp_path: Path) -> None:
         address = tab.evaluate("location.origin")
         assert tab.evaluate("document.getElementById('overview-link').hidden")
         tab.go(f"{address}/overview")
-        tab.wait("!document.getElementById('notice')?.hidden")
+        tab.wait("document.getElementById('notice')?.hidden === false")
         assert "for the owner's token only" in tab.text() and SECRET_MODELS[0] not in tab.text()
         tab.go(f"{address}/overview#{TOKENS['owner']}")
         tab.wait("document.querySelectorAll('#facts section').length == 6")
