@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections import Counter
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,30 @@ def test_undo_gives_the_item_back_as_it_was_and_is_a_row_of_its_own(tmp_path: Pa
         require_exact(store)
 
 
+def test_an_item_that_was_full_and_is_free_again_comes_to_those_who_are_past_it(tmp_path: Path) -> None:
+    clock = Clock()
+    with closing(made(tmp_path / "s", [item(number) for number in range(1, 4)], clock=clock)) as store:
+        queue = queue_of(store)
+        bo, ann = lent(queue.ask("bo")), lent(queue.ask("ann"))
+        third = lent(queue.decide("ann", ann.key, said("tie")))
+        assert third.messages[0].content == "question 3"
+        clock.now += 50
+        queue.renew("ann", third.key)
+        clock.now += 20
+        assert queue.decide("ann", third.key, said("tie")) == replace(lent(queue.ask("ann")), seconds=60)
+        assert lent(queue.ask("ann")).messages == bo.messages
+
+
+def test_a_skipped_item_can_be_taken_back(tmp_path: Path) -> None:
+    with closing(made(tmp_path / "s", [item(1)])) as store:
+        queue = queue_of(store)
+        assert queue.decide("ann", lent(queue.ask("ann")).key, said("skip")) is None
+        again, before = queue.undo("ann")
+        assert before == said("skip") and queue.decide("ann", again.key, said("tie")) is None
+        assert standing(store) == [(1, "ann", "tie")]
+        require_exact(store)
+
+
 def test_a_skipped_item_goes_to_others_and_not_to_the_same_labeller_again(tmp_path: Path) -> None:
     with closing(made(tmp_path / "s", [item(1)])) as store:
         queue = queue_of(store)
@@ -203,6 +228,21 @@ def test_places_are_exact_whatever_labellers_do(deeds: list[tuple[str, str]], ov
                     row["key"]: json.loads(row["verdict"]) for row in db.execute("SELECT * FROM votes WHERE NOT late")
                 }
             assert acknowledged.keys() <= votes.keys()
+            require_all_judged(store, queue, clock)
+
+
+def require_all_judged(store: LabelStore, queue: LabelQueue, clock: Clock) -> None:
+    """Nothing is left that somebody could still judge, once all have done what they are given."""
+    clock.now += 100
+    for name in NAMES:
+        lease = queue.ask(name)
+        while lease is not None:
+            lease = queue.decide(name, lease.key, said("tie"))
+    require_exact(store)
+    judged = {(item, who) for item, who, _ in standing(store)}
+    with store.reading() as db:
+        left = [row["id"] for row in db.execute("SELECT id FROM items WHERE open > 0 OR gold IS NOT NULL")]
+    assert all((item, name) in judged for item in left for name in NAMES)
 
 
 def do(
