@@ -37,40 +37,52 @@ def hang_alarm(limit_s: float, looked: Callable[[], float], folder: Path, grace_
     if not limit_s or threading.current_thread() is not threading.main_thread():
         yield
         return
-    over, place = threading.Event(), folder / FILE
-    before = signal.signal(HANGS, lambda *_: _raise(limit_s, place, over, grace_s))
-    watching = threading.Thread(
-        target=_watch, args=(limit_s, looked, place, over, grace_s), daemon=True, name="hang alarm"
-    )
+    alarm = _Alarm(limit_s, looked, folder / FILE, grace_s)
+    before = signal.signal(HANGS, lambda *_: alarm.sound())
+    watching = threading.Thread(target=alarm.watch, daemon=True, name="hang alarm")
     watching.start()
     try:
         yield
     finally:
-        over.set()
+        alarm.over.set()
         watching.join(grace_s)  # as long as it writes: it must not send a signal that nobody handles any more
         signal.signal(HANGS, before)
 
 
-def _raise(limit_s: float, place: Path, over: threading.Event, grace_s: float) -> None:
-    if not over.is_set():
-        text = f"the command itself has hung for {limit_s:g} s ({KEY}); its stacks are in {place}"
-        raise CommandHung(text, until=time.monotonic() + grace_s)
+class _Alarm:
+    """One block, seen by both threads."""
 
+    def __init__(self, limit_s: float, looked: Callable[[], float], place: Path, grace_s: float) -> None:
+        self._limit_s, self._looked, self._place, self._grace_s = limit_s, looked, place, grace_s
+        self._until = 0.0
+        self.over = threading.Event()
 
-def _watch(limit_s: float, looked: Callable[[], float], place: Path, over: threading.Event, grace_s: float) -> None:
-    last, looks = looked(), 0
-    while not over.wait(limit_s / LOOKS):
-        now = looked()
-        last, looks = now, looks + 1 if now == last else 0
-        if looks == LOOKS:
-            _write(place)
-            if over.is_set():  # writing took long, and the first thread has come to its end meanwhile
-                return
-            os.kill(os.getpid(), HANGS)
-            if not over.wait(grace_s):
-                print(f"the command hangs and cannot be interrupted; its stacks are in {place}", file=sys.stderr)
-                sys.stderr.flush()
-                os._exit(1)
+    def watch(self) -> None:
+        """The second thread's."""
+        last, looks = self._looked(), 0
+        while not self.over.wait(self._limit_s / LOOKS):
+            now = self._looked()
+            last, looks = now, looks + 1 if now == last else 0
+            if looks == LOOKS:
+                self._end()
+
+    def _end(self) -> None:
+        _write(self._place)
+        if self.over.is_set():  # writing took long, and the first thread has come to its end meanwhile
+            return
+        # From now on: the main thread may be blocked, and hear of the signal late.
+        self._until = time.monotonic() + self._grace_s
+        os.kill(os.getpid(), HANGS)
+        if not self.over.wait(self._grace_s):
+            print(f"the command hangs and cannot be interrupted; its stacks are in {self._place}", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
+
+    def sound(self) -> None:
+        """The main thread's. Raises `CommandHung`."""
+        if not self.over.is_set():
+            text = f"the command itself has hung for {self._limit_s:g} s ({KEY}); its stacks are in {self._place}"
+            raise CommandHung(text, until=self._until)
 
 
 def _write(place: Path) -> None:

@@ -16,7 +16,7 @@ from rlhf_dist.cluster.sources import model_source, reward_model_doubts
 from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.reward_words import reward_lines
 from rlhf_dist.config.schema import Config
-from rlhf_dist.loop.html_report import write_report
+from rlhf_dist.loop.html_report import reported
 from rlhf_dist.loop.run_directory import RunDirectory, open_run_directory, require_free_disk, write_json, write_text
 from rlhf_dist.loop.run_end import FINISHED, OUTCOME, end_recorded
 from rlhf_dist.planning.placement import Command
@@ -94,11 +94,10 @@ def finish(
     told = {"faults": faults} if faults else {}
     facts = {"versions": versions(), "seconds": round(seconds, 1)}
     write_json(run.summary, {OUTCOME: FINISHED} | summary | told | facts)
-    report = write_report(run.path)
     progress.close()
     print(before_after_text(before, after))
     for line in filter(None, [*lines, tally.line()]):
         print(line)
     best = run.best_checkpoint()
     models = f"model: {run.latest_checkpoint()}/hf" + (f"  best: {best}/hf" if best else "")
-    print(f"run directory: {run.path}  report: {report}  {models}  ({seconds:.0f} s)")
+    print(f"run directory: {run.path}  {reported(run.path)}  {models}  ({seconds:.0f} s)")

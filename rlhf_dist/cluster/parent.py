@@ -24,7 +24,7 @@ from rlhf_dist.cluster.memory_kills import memory_kills
 from rlhf_dist.cluster.processes import stat
 from rlhf_dist.cluster.signals import SAME_S, SIGNALS
 from rlhf_dist.config.schema import Config
-from rlhf_dist.errors import SIGNALLED, DataError, DiskError
+from rlhf_dist.errors import SIGNALLED, DataError, DiskError, RlhfError
 from rlhf_dist.loop.restarts import SUPERVISED, Decision, End, Restarts, without_resume
 from rlhf_dist.loop.resume_point import other_point
 from rlhf_dist.loop.run_directory import never_began, write_json
@@ -113,6 +113,8 @@ class Parent:
             before, kills = self._summary_stamp(), memory_kills()
             words = self._next_words()
             child, code = self._start(words)
+            with suppress(RlhfError):  # what the start has left may hold it for a moment
+                self._take_lock()
             if child.stopped_by or code == 0:
                 self._clear()
                 if code:

@@ -28,7 +28,7 @@ from rlhf_dist.config.pipeline_checks import Stage, StageCommand, named
 from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import DataError, ResourceError
 from rlhf_dist.loop import stages as stages_on_disk
-from rlhf_dist.loop.html_report import write_report
+from rlhf_dist.loop.html_report import reported
 from rlhf_dist.loop.run_directory import write_json, write_text
 from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.loop.run_lock import require_place, take_lock
@@ -66,9 +66,9 @@ def pipeline(stages: Sequence[Stage]) -> None:
         comparison = compare_stages([result_of(stage, finished[stage.name]) for stage in stages])
         write_json(folder / "pipeline.json", as_json(comparison))
         write_text(folder / "pipeline.txt", as_text(comparison) + "\n")
-        report = write_report(folder)
+        report = reported(folder)
     show(comparison, sys.stdout)
-    print(f"report: {report}")
+    print(report)
     print(f"also in {folder}/pipeline.txt and pipeline.json  (this call: {time.monotonic() - started:.0f} s)")
 
 

@@ -121,7 +121,7 @@ def hung(error: BaseException) -> CommandHung | None:
 
 def within(limit_s: float) -> str:
     """For messages: the time that it had; empty if that was none, or not limited."""
-    return "" if not limit_s or math.isinf(limit_s) else f": there were {limit_s:.0f} s left for it"
+    return "" if not limit_s or math.isinf(limit_s) else f" within the {limit_s:.0f} s that were left"
 
 
 def _tell(run: Writes, checkpoint: Path) -> None:

@@ -69,6 +69,14 @@ def write_report(path: Path) -> Path:
     return target
 
 
+def reported(path: Path) -> str:
+    """Write it at the end of a run or a pipeline; where it is, or why not: nothing that is done fails for its page."""
+    try:
+        return f"report: {write_report(path)}"
+    except Exception as error:
+        return f"no report: {type(error).__name__}: {error}; `rlhf-dist report {path}` writes it"
+
+
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 

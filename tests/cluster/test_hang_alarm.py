@@ -33,6 +33,7 @@ try:
     main()
 except CommandHung as error:
     print("raised:", error, flush=True)
+    print(error.until - time.monotonic(), flush=True)
     raise SystemExit(1)
 print("whole", flush=True)
 """
@@ -47,6 +48,12 @@ SLOW = """
     ends.wait(30)"""
 """Its stacks take longer to write than the thread that looks is waited for; it goes on meanwhile, to its end."""
 BLOCKED = "signal.signal(signal.SIGUSR1, lambda *_: None); time.sleep(60)"
+LATE = """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    time.sleep(1.6)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+    time.sleep(60)"""
+"""As one that is blocked in the kernel: it hears of the alarm a while later."""
 LOOKING = "\n    for looked[0] in range(30): time.sleep(0.1)"
 
 
@@ -79,6 +86,11 @@ def test_one_that_hangs_ends_and_says_where(tmp_path: Path, work: str, limit_s: 
     written = tmp_path / "faults" / "command.txt"
     assert written.exists() == bool(code)
     assert not code or "work_for_ever" in written.read_text()
+
+
+def test_one_that_hears_of_it_late_has_what_is_left_of_the_time(tmp_path: Path) -> None:
+    out, _ = begun(tmp_path, LATE).communicate(timeout=30)
+    assert out.startswith("raised: ") and float(out.splitlines()[-1]) < 0.8, out
 
 
 def test_a_time_in_which_it_was_stopped_does_not_count(tmp_path: Path) -> None:

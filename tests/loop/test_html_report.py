@@ -17,7 +17,7 @@ from rlhf_dist.config.load import to_yaml
 from rlhf_dist.config.schema import Config, EvalConfig
 from rlhf_dist.errors import InputError
 from rlhf_dist.loop import html_report
-from rlhf_dist.loop.html_report import pipeline_page, run_page, write_report
+from rlhf_dist.loop.html_report import pipeline_page, reported, run_page, write_report
 from rlhf_dist.loop.run_facts import read_run
 from rlhf_dist.loop.shown_answers import RECORDED, Said, ShownAnswer, keep_answers, read_answers
 
@@ -274,3 +274,11 @@ def test_the_command_writes_it_again_and_rejects_what_is_no_run(
     with pytest.raises(InputError):
         pipeline_page(tmp_path / "nothing")
     assert not (tmp_path / "ppo" / "answers" / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_made_is_told_and_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> Path:
+        raise ZeroDivisionError("of nothing")
+
+    monkeypatch.setattr(html_report, "write_report", fails)
+    assert reported(tmp_path) == f"no report: ZeroDivisionError: of nothing; `rlhf-dist report {tmp_path}` writes it"
