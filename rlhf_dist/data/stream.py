@@ -44,7 +44,8 @@ class TaskQuestions:
     @property
     def fingerprint(self) -> str:
         made = asdict(self.task)
-        if not self.task.settings:  # of built-in tasks, whose runs were begun before there were any
+        del made["in_order"]  # it is about demonstrations; runs that were begun without this key go on
+        if not self.task.settings:  # of built-in tasks, the same
             del made["settings"]
         return _digest(f"{sorted(made.items())}/{self.seed}/{self.split}/{self.system}")
 
