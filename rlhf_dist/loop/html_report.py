@@ -158,7 +158,7 @@ def _answers_of(runs: Sequence[RunFacts], starts: dict[str, str]) -> str:
     if first is None or first.before is None:
         return missing("No answers: no evaluation of this run was kept.")
     ends = [Side(run.name, run.after) for run in runs if run.after is not None]
-    why = f"No answers after training: {first.gaps.get('answers/after.json', 'none were kept')}"
+    why = f"No answers after training: answers/after.json {first.gaps.get('answers/after.json', 'is missing')}"
     return answers(Side(starts[first.name], first.before), ends, why)
 
 
@@ -236,7 +236,8 @@ def _stages(folder: Path) -> tuple[list[RunFacts], bool]:
     if not chosen:
         why = "it has no metrics.jsonl, no summary.json and no stage with one"
         raise InputError(f"{folder}: neither a run's directory nor a pipeline's: {why}")
-    return [read_run(folder / name) for name in chosen[:MOST_STAGES]], bool(listed)
+    runs = [read_run(folder / name) for name in chosen[:MOST_STAGES]]
+    return runs if listed else sorted(runs, key=lambda run: run.events.begun), bool(listed)
 
 
 def _lifts(runs: Sequence[RunFacts], learnt: Sequence[RunFacts]) -> str:

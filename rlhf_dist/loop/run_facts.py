@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf_dist.config.schema import Config
+from rlhf_dist.config.schema import Config, RewardSpec
 from rlhf_dist.errors import DataError, InputError
 from rlhf_dist.loop.run_end import FINISHED, OUTCOME
 from rlhf_dist.loop.saved_config import flat, saved_config
@@ -27,6 +27,7 @@ LARGEST = 1 << 28
 TOLD = ("warning", "failed", "stopped", "restart", "returned", "rebuilt", "resume", "early_stop")
 """Kinds of events that a report lists."""
 MOST_EVENTS = 20
+REWARDS = "scoring.rewards."
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,9 @@ class RunFacts:
             return "no end is recorded: it is under way, or was killed"
         found = self.summary.get(OUTCOME, FINISHED)
         why = self.summary.get("message")
-        return f"{found}: {why}" if found != FINISHED and why else str(found)
+        if found == FINISHED or not why:
+            return str(found)
+        return str(why) if str(why).startswith(str(found)) else f"{found}: {why}"
 
     def metrics(self, when: str) -> dict[str, float]:
         """Held-out results `before` or `after`."""
@@ -117,9 +120,21 @@ def read_run(path: Path) -> RunFacts:
     older = _greedy_only(summary)
     before, after = (part(f"answers/{n}", lambda n=n: read_answers(path, n), older.get(n)) for n in (BEFORE, AFTER))
     told = without_secrets(config)
+    return RunFacts(path, told, _changed(told), summary, series, events, before, after, gaps)
+
+
+def _changed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that are not at their default; of a reward, but for its kind, those of any reward."""
     defaults = flat(asdict(Config()))
-    changed = {key: value for key, value in told.items() if key not in defaults or defaults[key] != value}
-    return RunFacts(path, told, changed, summary, series, events, before, after, gaps)
+    of_reward = flat(asdict(RewardSpec(kind="exact")))
+
+    def at_default(key: str, value: object) -> bool:
+        if key.startswith(REWARDS):
+            own = key.removeprefix(REWARDS).partition(".")[2]
+            return own != "kind" and own in of_reward and of_reward[own] == value
+        return key in defaults and defaults[key] == value
+
+    return {key: value for key, value in config.items() if not at_default(key, value)}
 
 
 def _mapping(path: Path) -> dict[str, Any]:

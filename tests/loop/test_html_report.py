@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from rlhf_dist.cli.main import main
 from rlhf_dist.config.load import to_yaml
-from rlhf_dist.config.schema import Config, EvalConfig
+from rlhf_dist.config.schema import Config, EvalConfig, RewardSpec, ScoringConfig
 from rlhf_dist.errors import InputError
 from rlhf_dist.loop import html_report
 from rlhf_dist.loop.html_report import pipeline_page, reported, run_page, write_report
@@ -115,6 +115,16 @@ def test_the_page_of_a_run_has_all_its_parts(tmp_path: Path) -> None:
     assert not [a for a in page.attributes if a[0] in ("src", "href", "onerror", "onclick")]
 
 
+def test_the_keys_that_were_changed_are_listed_also_those_of_a_reward(tmp_path: Path) -> None:
+    path = run_of(tmp_path / "ppo")
+    rewards = {"mine": RewardSpec(kind="regex", pattern="a+")}
+    config = Config(name="ppo", seed=7, scoring=ScoringConfig(rewards=rewards))
+    (path / "config.yaml").write_text(to_yaml(config))
+    changed = ["name", "seed", "scoring.rewards.mine.kind", "scoring.rewards.mine.pattern"]
+    assert [*read_run(path).changed] == [key for key in read_run(path).config if key in changed]
+    assert f"{len(changed)} keys that are not at their default" in page_of(path).text
+
+
 def test_answers_are_the_first_prompts_then_the_largest_rise_and_fall(tmp_path: Path) -> None:
     text = page_of(run_of(tmp_path / "ppo")).text
     shown = [int(i) for i in re.findall(r"(?<![a-z])q(\d+)", text)]
@@ -148,6 +158,7 @@ def test_what_an_address_hides_stays_hidden(tmp_path: Path) -> None:
         ("metrics.jsonl", "nonsense\n", "No curves: metrics.jsonl"),
         ("events.jsonl", None, "events.jsonl is missing"),
         ("answers/after.json", '{"step": 3, "rows": [{"prompt": 1}]}', "No answers after training"),
+        ("answers/after.json", None, "answers/after.json is missing"),
         ("answers/before.json", "[]", "No answers"),
     ],
 )
