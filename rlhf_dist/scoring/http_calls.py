@@ -58,8 +58,8 @@ class Calls:
         )
 
     def post(self, body: Any, limit: Limit | None = None, before: Callable[[], None] = lambda: None) -> Any:
-        """The answer's JSON. `before` is called before each try. Raises RewardError naming the address and what came,
-        and what `before` raises."""
+        """The answer's JSON, its texts without the token. `before` is called before each try. Raises RewardError naming
+        the address and what came, and what `before` raises."""
         content = json.dumps(body).encode()
         deadline = time.monotonic() + self._total_s if limit is None else limit.deadline
         tries, pause = 0, FIRST_PAUSE_S
@@ -134,7 +134,7 @@ class Calls:
             return None
         self._check_status(response, body)
         try:
-            return json.loads(body)
+            return self._decoded(body)
         except (ValueError, RecursionError):
             kind = response.headers.get("content-type", "no content type").split(";")[0]
             raise _Failed(f"answered with {self.shown(kind)}, not JSON: {self.shown(body)}", again=False) from None
@@ -151,7 +151,19 @@ class Calls:
             raise _Failed(f"answered {status}, go to {target}; that is not followed: set the url to it", again=False)
         if not response.is_success:
             pause_s = _asked_pause(response.headers.get("retry-after", ""))
-            raise _Failed(f"answered {status}: {self.shown(_detail(body))}", status == 429 or status >= 500, pause_s)
+            try:
+                detail = _detail(self._decoded(body))
+            except (ValueError, RecursionError):
+                detail = body
+            raise _Failed(f"answered {status}: {self.shown(detail)}", status == 429 or status >= 500, pause_s)
+
+    def _decoded(self, body: bytes | bytearray) -> Any:
+        """The JSON in `body`, without the token: whoever cuts a text of it for a message could leave a part of that.
+
+        Raises ValueError, RecursionError.
+        """
+        answer = json.loads(body)
+        return without(self._token, answer) if self._token else answer
 
 
 def read_token(variable: str, key: str) -> str:
@@ -167,12 +179,19 @@ def read_token(variable: str, key: str) -> str:
     return token
 
 
-def _detail(body: bytes | bytearray) -> Any:
-    """The message of an error as FastAPI, OpenAI and many others send it, else the body."""
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
-        return body
+def without(token: str, value: Any) -> Any:
+    """`value`, as JSON can hold it, with `[token]` in place of the token in its texts. Raises RecursionError."""
+    if isinstance(value, str):
+        return value.replace(token, "[token]")
+    if isinstance(value, list):
+        return [without(token, item) for item in value]
+    if isinstance(value, dict):
+        return {without(token, key): without(token, item) for key, item in value.items()}
+    return value
+
+
+def _detail(answer: Any) -> Any:
+    """The message of an error as FastAPI, OpenAI and many others send it, else the whole answer."""
     if not isinstance(answer, dict):
         return answer
     error = answer.get("error")

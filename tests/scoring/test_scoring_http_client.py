@@ -246,6 +246,17 @@ def test_the_token_does_not_follow_a_redirect() -> None:
     assert elsewhere.bodies == []
 
 
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_score_that_is_the_token_is_not_shown(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long one would be cut before it is looked for."""
+    token = "".join(chr(ord("a") + i % 26) for i in range(13 * size))
+    monkeypatch.setenv(VARIABLE, token)
+    for body in ({"scores": [f"Bearer {token}", 1]}, {"scores": f"Bearer {token}"}, {"scores": [{token: token}, 1]}):
+        with serving(says(body)) as (url, _), pytest.raises(RewardError, match=r"\[token\]") as raised:
+            ask(url, token_env=VARIABLE)
+        assert token[:8] not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("value", "words"), [(None, "is not set or empty"), ("", "not set or empty"), (f"{TOKEN}\n", "holds is no token")]
 )

@@ -201,6 +201,20 @@ def test_an_endpoint_that_does_not_judge(answer: Answer, words: str) -> None:
     assert KEY not in str(raised.value)
 
 
+@pytest.mark.parametrize("echo", ["{} and so on, at length", 'I was asked by "{}"', '{{"score": "{}"}}'])
+def test_a_key_that_comes_back_is_in_no_message(echo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a part of it either, where the answer is cut in the middle of it."""
+    key = "sk-" + "".join(chr(ord("a") + i % 26) for i in range(90)) + '"\\'
+    monkeypatch.setenv(VARIABLE, key)
+    answers = [completion(echo.format(f"Bearer {key}")), {key: [f"Bearer {key}"]}]
+    for answer in answers:
+        with serving(says(answer)) as (url, seen):
+            scores = judged(url, make_texts(["a"]), on_failure="mask", token_env=VARIABLE)
+        why = scores.non_finite[0].failed["kind"]
+        assert seen.tokens == [f"Bearer {key}"] and "[token]" in why
+        assert not any(key[i : i + 8] in why for i in range(len(key) - 8)), why
+
+
 def test_an_endpoint_that_is_down_is_told_before_the_start() -> None:
     url = f"http://127.0.0.1:{closed_port()}/v1/chat/completions"
     with pytest.raises(ResourceError, match=r"scoring.rewards.kind.url: the judge kind .* cannot be reached") as raised:
