@@ -1,4 +1,4 @@
-"""The decisions in a store, each with the item that it is about."""
+"""The decisions in a store: votes alone, or each with the item that it is about."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 from rlhf_dist.labels.verdicts import Judge, Verdict
 from rlhf_dist.types import Message
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    """A standing vote."""
+class Vote:
+    """One that stands: neither late nor taken back."""
 
     item: int
     judge: Judge
     gold: Verdict | None
     """What is right, where the item tests the labeller."""
-    messages: tuple[Message, ...]
-    responses: tuple[str, ...]
     models: tuple[str, ...]
+    """Of the item's responses."""
     labeller: str
     verdict: Verdict
-    """In the order of `responses`."""
+    """In the item's own order of responses."""
     shown: tuple[int, ...]
     """Index of the response in each place of the page."""
     flags: tuple[str, ...]
@@ -35,26 +36,50 @@ class Decision:
     """Seconds since 1970."""
 
 
-def decisions(db: sqlite3.Connection) -> Iterator[Decision]:
+@dataclass(frozen=True, slots=True)
+class Decision(Vote):
+    """The same with the texts, which are most of a store."""
+
+    messages: tuple[Message, ...]
+    responses: tuple[str, ...]
+
+
+def votes(db: sqlite3.Connection) -> Iterator[Vote]:
     """Standing votes, by item and then in the order in which they came."""
-    rows = db.execute(
-        "SELECT standing.*, judge, gold, messages, responses, models"
-        " FROM standing JOIN items ON items.id = standing.item JOIN items_text ON items_text.item = standing.item"
-        " ORDER BY standing.item, standing.id"
+    return (Vote(**_vote(row)) for row in _rows(db, ""))
+
+
+def decisions(db: sqlite3.Connection) -> Iterator[Decision]:
+    """The same with the texts."""
+    for row in _rows(db, ", messages, responses"):
+        messages = tuple(Message(*turn) for turn in json.loads(row["messages"]))
+        yield Decision(**_vote(row), messages=messages, responses=tuple(json.loads(row["responses"])))
+
+
+def _rows(db: sqlite3.Connection, more: str) -> Iterator[sqlite3.Row]:
+    return db.execute(
+        f"SELECT standing.*, judge, gold, models{more} FROM standing JOIN items ON items.id = standing.item"
+        " JOIN items_text ON items_text.item = standing.item ORDER BY standing.item, standing.id"
     )
-    for row in rows:
-        yield Decision(
-            item=row["item"],
-            judge=row["judge"],
-            gold=None if row["gold"] is None else json.loads(row["gold"]),
-            messages=tuple(Message(*turn) for turn in json.loads(row["messages"])),
-            responses=tuple(json.loads(row["responses"])),
-            models=tuple(json.loads(row["models"])),
-            labeller=row["labeller"],
-            verdict=json.loads(row["verdict"]),
-            shown=tuple(json.loads(row["shown"])),
-            flags=tuple(json.loads(row["flags"])),
-            comment=row["comment"],
-            seconds=row["seconds"],
-            at=row["at"],
-        )
+
+
+def _vote(row: sqlite3.Row) -> dict[str, Any]:
+    return {
+        "item": row["item"],
+        "judge": row["judge"],
+        "gold": None if row["gold"] is None else _parsed(row["gold"]),
+        "models": tuple(_parsed(row["models"])),
+        "labeller": row["labeller"],
+        "verdict": _parsed(row["verdict"]),
+        "shown": tuple(_parsed(row["shown"])),
+        "flags": tuple(_parsed(row["flags"])),
+        "comment": row["comment"],
+        "seconds": row["seconds"],
+        "at": row["at"],
+    }
+
+
+@lru_cache(maxsize=4096)
+def _parsed(text: str) -> Any:
+    """The value of a short text; the same few come again and again. It must not be changed."""
+    return json.loads(text)

@@ -172,9 +172,12 @@ class LabelQueue:
             " (SELECT 1 FROM standing WHERE labeller = ? AND item = items.id) ORDER BY id LIMIT 1",
             (self._from.get(labeller, 0), labeller),
         ).fetchone()
-        if row is not None:
-            self._from[labeller] = row["id"]
-        return None if row is None else row["id"]
+        if row is None:  # whatever may come is behind the last one
+            (last,) = db.execute("SELECT MAX(id) FROM items").fetchone()
+            self._from[labeller] = (last or 0) + 1
+            return None
+        self._from[labeller] = row["id"]
+        return row["id"]
 
     def _gold(self, db: sqlite3.Connection, labeller: str) -> int | None:
         row = db.execute(

@@ -8,13 +8,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
-from rlhf_dist.labels.decisions import Decision, decisions
+from rlhf_dist.labels.decisions import Vote, votes
 from rlhf_dist.labels.rater_agreement import agreement
 from rlhf_dist.labels.store import LabelStore
 from rlhf_dist.labels.verdicts import BOTH_BAD, JUDGES, SKIP, TIE, Judge, Verdict, is_right
 
+AnyVote = TypeVar("AnyVote", bound=Vote)
 GOLD_SHARE, GOLD_LEAST = 0.7, 5
 """A labeller with fewer gold items right, of at least so many, is marked."""
 COMMENTS = 50
@@ -25,7 +26,7 @@ Z = 1.959964
 def overview(store: LabelStore) -> dict[str, Any]:
     """All facts, as JSON has them. Raises DiskError."""
     with store.reading() as db:
-        made = list(decisions(db))
+        made = list(votes(db))
         kinds = dict(db.execute("SELECT judge, COUNT(*) FROM items GROUP BY judge").fetchall())
         totals = db.execute("SELECT * FROM totals").fetchone()
         late, undone, lent, left = (
@@ -60,15 +61,15 @@ def overview(store: LabelStore) -> dict[str, Any]:
     }
 
 
-def by_labeller(made: Sequence[Decision]) -> dict[str, list[Decision]]:
+def by_labeller(made: Sequence[AnyVote]) -> dict[str, list[AnyVote]]:
     """The decisions of each."""
-    found: defaultdict[str, list[Decision]] = defaultdict(list)
+    found: defaultdict[str, list[AnyVote]] = defaultdict(list)
     for one in made:
         found[one.labeller].append(one)
     return found
 
 
-def agreements(made: Sequence[Decision]) -> dict[str, dict[str, Any]]:
+def agreements(made: Sequence[Vote]) -> dict[str, dict[str, Any]]:
     """Of each kind of judgement that somebody made."""
     kinds: dict[Judge, None] = dict.fromkeys(one.judge for one in made)
     return {
@@ -77,7 +78,7 @@ def agreements(made: Sequence[Decision]) -> dict[str, dict[str, Any]]:
     }
 
 
-def labeller_facts(name: str, mine: Sequence[Decision]) -> dict[str, Any]:
+def labeller_facts(name: str, mine: Sequence[Vote]) -> dict[str, Any]:
     """Speed, sides and gold of one labeller. `left`: how often the left side won, of all pairs that a side won."""
     right, asked = gold_score(mine)
     sides = [one for one in mine if one.judge == "pair" and isinstance(one.verdict, int)]
@@ -96,20 +97,20 @@ def labeller_facts(name: str, mine: Sequence[Decision]) -> dict[str, Any]:
     }
 
 
-def gold_score(mine: Sequence[Decision]) -> tuple[int, int]:
+def gold_score(mine: Sequence[Vote]) -> tuple[int, int]:
     """(right, asked) of gold items that were not skipped."""
     right = [is_right(one.judge, one.gold, one.verdict) for one in mine if one.gold is not None and one.verdict != SKIP]
     return sum(right), len(right)
 
 
-def met(one: Decision) -> list[tuple[int, int, Verdict]]:
+def met(one: Vote) -> list[tuple[int, int, Verdict]]:
     """(a, b, a | b | TIE | BOTH_BAD) for each two responses that a decision compares."""
     if isinstance(one.verdict, list):
         return [(a, b, a) for a, b in combinations(one.verdict, 2)]
     return [] if one.verdict == SKIP or one.judge != "pair" else [(0, 1, one.verdict)]
 
 
-def pair_facts(made: Sequence[Decision]) -> list[dict[str, Any]]:
+def pair_facts(made: Sequence[Vote]) -> list[dict[str, Any]]:
     """For each two models: who won how often. `first` is the one that comes first by name."""
     found: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for one in made:
@@ -125,7 +126,7 @@ def pair_facts(made: Sequence[Decision]) -> list[dict[str, Any]]:
     ]
 
 
-def model_facts(made: Sequence[Decision]) -> list[dict[str, Any]]:
+def model_facts(made: Sequence[Vote]) -> list[dict[str, Any]]:
     """For each model: share of comparisons won against others, ties as half, with its interval; stars; thumbs."""
     points: defaultdict[str, list[float]] = defaultdict(list)
     stars: defaultdict[str, list[int]] = defaultdict(list)
