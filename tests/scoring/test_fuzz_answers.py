@@ -71,7 +71,7 @@ def test_whatever_a_reward_server_says_is_scores_or_one_error(examples: int) -> 
 
     def check(given: tuple[int, bytes, dict[str, str]]) -> None:
         status, body, headers = given
-        reward._client = httpx.Client(
+        reward._calls._client = httpx.Client(
             transport=httpx.MockTransport(lambda request: httpx.Response(status, content=body, headers=headers))
         )
         try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 from judges import MESSAGES, make_texts
 from test_scoring_http_client import Answer, closed_port, hangs, says, serving
 
@@ -143,6 +144,23 @@ def test_which_answers_count(read: Any, text: str, right: float | str) -> None:
 def test_answers_that_are_no_completion(answer: object, words: str) -> None:
     with pytest.raises(NoScore, match=words):
         read_score(answer, JUDGE)
+
+
+TREES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["choices", "score", "x"]), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100)
+@given(answer=TREES | TREES.map(lambda tree: completion(json.dumps(tree))) | st.text(max_size=20).map(completion))
+@pytest.mark.parametrize("read", ["json", "last_line"])
+def test_whatever_an_endpoint_answers_is_a_score_on_the_scale_or_none(read: Any, answer: Any) -> None:
+    try:
+        assert 0 <= read_score(answer, replace(JUDGE, read=read)) <= 10
+    except NoScore as wrong:
+        assert str(wrong) and len(str(wrong)) < 400
 
 
 def test_nonsense_is_a_failed_sample_and_never_a_0() -> None:
