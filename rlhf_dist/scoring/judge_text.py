@@ -28,7 +28,10 @@ FORMS = {
     "last_line": "Think as long as you need to, then write the number, and nothing else, on a last line of its own.",
 }
 CUT = "The response was cut here, at the longest length that it may have."
-NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+MINUS = "−–-"
+"""Signs that a model writes before a number below 0; the second is a dash."""
+NUMBER = re.compile(rf"(?<![^\W_])(?<!\.)[+{MINUS}]?(?:\d+(?:\.\d+)?|\.\d+)(?![\w.]*\d)")
+"""A number that is whole: not `5` of `.5`, of `1e5` or of `1.2.5`, and not without its sign."""
 
 
 class NoScore(Exception):
@@ -118,7 +121,7 @@ def _from_last_line(text: str) -> float:
     found = NUMBER.findall(line)
     if len(found) != 1:
         raise NoScore(f"ended in the line {short(line)}, which has {len(found)} numbers; it was asked for one")
-    return _number(found[0])
+    return _number(found[0].translate(str.maketrans(dict.fromkeys(MINUS, "-"))))
 
 
 def _number(value: Any) -> float:

@@ -120,6 +120,18 @@ def test_a_response_cannot_close_its_own_part() -> None:
         ("last_line", "8/10", "which has 2 numbers"),
         ("last_line", "8\nI am sure.", "which has 0 numbers"),
         ("last_line", "-2", "outside the scale"),
+        ("last_line", "Score: .5", 0.5),
+        ("last_line", "__8__", 8.0),
+        ("last_line", "Score:+8.", 8.0),
+        ("last_line", "-.5", "gave the score -0.5, outside the scale"),
+        ("last_line", "Score: \u22123", "gave the score -3, outside the scale"),
+        ("last_line", "Score: \u20137.5", "gave the score -7.5, outside the scale"),
+        ("last_line", "5\u20137", "which has 2 numbers"),
+        ("last_line", "7,5", "which has 2 numbers"),
+        ("last_line", "1e1", "which has 0 numbers"),
+        ("last_line", "1.2.3", "which has 0 numbers"),
+        ("last_line", "8..5", "which has 0 numbers"),
+        ("last_line", "v8", "which has 0 numbers"),
     ],
 )
 def test_which_answers_count(read: Any, text: str, right: float | str) -> None:
