@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+REFERENCES = {"$ref", "$dynamicRef"}
+"""Keys of JSON Schema that name another schema."""
 Call = Callable[[Sequence[str], Sequence[str], Sequence[str]], list[float]]
 """(prompts, responses, answers), n each -> n values."""
 
@@ -84,8 +86,7 @@ def _validator(text: str) -> Any:
     """Raises Refused. References to other documents are never fetched."""
     from jsonschema import SchemaError
     from jsonschema.validators import Draft202012Validator, validator_for
-    from referencing import Registry, Resource
-    from referencing.exceptions import Unresolvable
+    from referencing import Registry
     from referencing.jsonschema import DRAFT202012
 
     try:
@@ -100,22 +101,31 @@ def _validator(text: str) -> Any:
     except SchemaError as error:
         raise Refused(f"it is not a JSON Schema: {error.message} at {error.json_path}") from None
     registry: Registry = Registry()
-    resolver = registry.resolver_with_root(Resource.from_contents(schema, default_specification=DRAFT202012))
-    for reference in _references(schema):
-        try:
-            resolver.lookup(reference)
-        except Unresolvable:
-            raise Refused(
-                f"its $ref {reference!r} names nothing in it; other documents are not read: put the definition into it"
-            ) from None
+    draft = DRAFT202012.detect(schema)
+    root = draft.create_resource(schema)
+    _check_references(root, registry.resolver_with_root(root), draft, REFERENCES & kind.VALIDATORS.keys(), set())
     return kind(schema, registry=registry)
 
 
-def _references(value: Any) -> list[str]:
-    """Every `$ref` of a schema."""
-    if isinstance(value, list):
-        return [found for part in value for found in _references(part)]
-    if not isinstance(value, dict):
-        return []
-    own = [value["$ref"]] if isinstance(value.get("$ref"), str) else []
-    return [*own, *(found for part in value.values() for found in _references(part))]
+def _check_references(resource: Any, resolver: Any, draft: Any, keys: set[str], seen: set[int]) -> None:
+    """Look up every reference of a schema, of its parts and of what they name, as a validation would.
+
+    `keys`: those that refer, in the schema's `draft`; `seen`: schemas that were looked at, by `id`. Raises Refused.
+    """
+    from referencing.exceptions import Unresolvable
+
+    schema = resource.contents
+    if not isinstance(schema, dict) or id(schema) in seen:
+        return
+    seen.add(id(schema))
+    for key in sorted(keys & schema.keys()):
+        try:
+            found = resolver.lookup(schema[key])
+        except (Unresolvable, ValueError, TypeError, AttributeError):  # a path may lead through what has no parts
+            found = None
+        if found is None or not isinstance(found.contents, (dict, bool)):
+            what = "nothing in it; other documents are not read" if found is None else "no schema"
+            raise Refused(f"its {key} {schema[key]!r} names {what}: put the definition into it")
+        _check_references(draft.create_resource(found.contents), found.resolver, draft, keys, seen)
+    for part in resource.subresources():
+        _check_references(part, resolver.in_subresource(part), draft, keys, seen)

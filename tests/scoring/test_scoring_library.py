@@ -127,11 +127,56 @@ def test_any_json_is_json_as_the_standard_has_it() -> None:
         ({"items": {"$ref": "#/$defs/gone"}}, "its \\$ref '#/\\$defs/gone' names nothing in it"),
         ({"$ref": "http://127.0.0.1:9/schema.json"}, "other documents are not read"),
         ({"properties": {"a": {"$ref": "file:///etc/passwd"}}}, "other documents are not read"),
+        ({"$dynamicRef": "http://nowhere/x"}, "its \\$dynamicRef 'http://nowhere/x' names nothing in it"),
+        ({"$ref": "#/parts/a", "parts": {"a": {"$ref": "#/gone"}}}, "its \\$ref '#/gone' names nothing in it"),
+        (
+            {"properties": {"a": {"$id": "http://x/a", "$ref": "#/$defs/b"}}, "$defs": {"b": True}},
+            "names nothing in it",
+        ),
+        ({"$ref": "#/allOf/one", "allOf": [{}]}, "names nothing in it"),
+        ({"$ref": "#/title/one", "title": "text"}, "names nothing in it"),
+        ({"$ref": "http://[x"}, "names nothing in it"),
+        ({"$ref": "#/enum/0", "enum": ["text"]}, "its \\$ref '#/enum/0' names no schema"),
     ],
 )
 def test_schemas_that_cannot_be_used(schema: object, words: str) -> None:
     with pytest.raises(Refused, match=words):
         checked(schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "valid", "invalid"),
+    [
+        ({"enum": [{"$ref": "#/nothing"}]}, '{"$ref": "#/nothing"}', "3"),
+        ({"const": {"$ref": 3}}, '{"$ref": 3}', "3"),
+        ({"examples": [{"$ref": "#/nothing"}], "type": "string"}, '"x"', "3"),
+        ({"properties": {"$ref": {"type": "string"}}}, '{"$ref": "x"}', '{"$ref": 3}'),
+        (
+            {"properties": {"a": {"$id": "http://x/a", "$ref": "#/$defs/b", "$defs": {"b": {"type": "string"}}}}},
+            '{"a": "x"}',
+            '{"a": 3}',
+        ),
+        (
+            {"$defs": {"a": {"$id": "http://x/a", "type": "string"}}, "items": {"$ref": "http://x/a"}},
+            '["x"]',
+            "[3]",
+        ),
+        (
+            {"$dynamicRef": "#word", "$defs": {"a": {"$dynamicAnchor": "word", "type": "string"}}},
+            '"x"',
+            "3",
+        ),
+        (
+            {"$schema": "http://json-schema.org/draft-07/schema#", "$dynamicRef": "#/gone", "items": {"$ref": "#/a"}}
+            | {"a": {"type": "string"}},
+            '["x"]',
+            "[3]",
+        ),
+        ({"type": "array", "items": {"$ref": "#"}}, "[[], [[]]]", "[[3]]"),
+    ],
+)
+def test_references_are_read_as_a_validation_reads_them(schema: object, valid: str, invalid: str) -> None:
+    assert checked(schema)(["p"] * 2, [valid, invalid], [""] * 2) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
