@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, Finished, Workplace, end, wait_until
 
+from rlhf_dist.scoring.sandbox import sandbox_problem
 from rlhf_dist.weights.shared_memory import STATE, STATE_LOCK
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
@@ -36,9 +38,20 @@ cluster: {{address: local, device: cpu}}
 telemetry: {{wandb: "off", samples_every: 0}}
 """
 REWARDS = """
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
 def vowels(prompts, responses, answers):
+    with suppress(OSError):
+        HERE.joinpath("written").touch()
+    with suppress(OSError):
+        socket.create_connection(("127.0.0.1", int(HERE.joinpath("port").read_text())), timeout=5).close()
     return [sum(response.count(letter) for letter in "aeiou") / 10 for response in responses]
 """
+"""Tries to write a file and to connect to a port; the run that loses processes has it in a sandbox."""
 FAULTS = [
     ("rollout worker 0", signal.SIGKILL, "killed by SIGKILL"),
     ("scoring server 0", signal.SIGSTOP, "gave no sign of life for 5 s (faults.heartbeat_s): it is stopped (state T)"),
@@ -58,6 +71,8 @@ class Faulty:
 
     folder: Path
     end: Finished
+    reached: dict[str, tuple[bool, bool]]
+    """By run: whether its reward wrote the file, and connected to the port."""
 
     def path(self, name: str) -> Path:
         return self.folder / "runs" / name
@@ -99,16 +114,40 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
     base = ROOT / "configs" / "reverse.yaml"
     (folder / "run.yaml").write_text(CONFIG.format(base=base, output=folder / "runs", steps=STEPS))
     (folder / "fault_rewards.py").write_text(REWARDS)
-    whole = place.finish(place.start("train", "name=whole"))
-    assert whole.code == 0, whole.stderr
-    process, run = place.start("train", "name=faulty"), folder / "runs" / "faulty"
-    try:
-        wait_until(lambda: last_step(run) > 1, process)  # the state after the first is kept
-        for number in range(len(FAULTS)):
-            hit(run, process, number)
-        yield Faulty(folder, place.finish(process))
-    finally:
-        end(process)
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as port:
+        (folder / "port").write_text(str(port.getsockname()[1]))
+        whole = place.finish(place.start("train", "name=whole"))
+        assert whole.code == 0, whole.stderr
+        reached = {"whole": what_was_reached(folder, port)}
+        sandbox = f"scoring.rewards.vowels.sandbox={'false' if sandbox_problem() else 'true'}"
+        process, run = place.start("train", "name=faulty", sandbox), folder / "runs" / "faulty"
+        try:
+            wait_until(lambda: last_step(run) > 1, process)  # the state after the first is kept
+            for number in range(len(FAULTS)):
+                hit(run, process, number)
+            finished = place.finish(process)
+        finally:
+            end(process)
+        yield Faulty(folder, finished, reached | {"faulty": what_was_reached(folder, port)})
+
+
+def what_was_reached(folder: Path, port: socket.socket) -> tuple[bool, bool]:
+    """By a reward, since it was asked last: the file, and the port."""
+    wrote, came = (folder / "written").exists(), False
+    (folder / "written").unlink(missing_ok=True)
+    port.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            port.accept()[0].close()
+            came = True
+    return wrote, came
+
+
+def test_a_sandbox_keeps_the_reward_from_files_and_ports(faulty: Faulty) -> None:
+    """And changes none of its scores, as the next test shows."""
+    if problem := sandbox_problem():
+        pytest.skip(f"no sandbox on this machine: {problem}")
+    assert faulty.reached == {"whole": (True, True), "faulty": (False, False)}
 
 
 def test_it_comes_to_the_same_bit_for_bit(faulty: Faulty) -> None:
