@@ -99,7 +99,8 @@ def prefer(config: Config, resume: bool, resume_from: int | None = None) -> None
     start = find_start(config, "prefer", resume, resume_from, read_state)
     if nothing_left(config, "prefer.steps", config.prefer.steps, start):
         return
-    warnings = check_before_start(config, "prefer", start.resume)
+    reads = has_reference(config) and start.folder is None  # a checkpoint has what the reference said
+    warnings = check_before_start(config, "prefer", start.resume, skip=() if reads else ("prefer.reference",))
     tokenizer = load_tokenizer(Path(model_source(config, start.folder, "prefer")))
     train, held_out = load_judgements(config, tokenizer)
     begun = time.monotonic()
@@ -107,9 +108,10 @@ def prefer(config: Config, resume: bool, resume_from: int | None = None) -> None
         dropped = [dropped_text(train, held_out)] if train.dropped or held_out.dropped else []
         for text in [*warnings, *dropped]:
             telemetry.warn(text)
-        with started(PreferHost, with_reference(config), "prefer", start.folder, run, progress) as (ranks, background):
+        for_ranks = with_reference(config) if reads else config
+        with started(PreferHost, for_ranks, "prefer", start.folder, run, progress) as (ranks, background):
             learner = PreferGroup(ranks, config.learner)
-            if has_reference(config) and start.folder is None:
+            if reads:
                 learner.read_reference(progress)
             before, after = fine_tune(
                 learner,
@@ -135,6 +137,6 @@ def needed_files(config: Config) -> list[str]:
 def with_reference(config: Config) -> Config:
     """The config as the ranks get it: `prefer.reference` is a directory or hub name, or still `start`."""
     path = config.prefer.reference
-    if not has_reference(config) or path == START:
+    if path == START:
         return config
     return replace(config, prefer=replace(config.prefer, reference=model_path(config, path, "prefer.reference")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,14 +33,14 @@ from rlhf_dist.weights.shared_memory import MAKE_ROOM, SHARED_MEMORY, require_ro
 
 
 @importing()
-def check_before_start(config: Config, command: Command, resume: bool = False) -> list[str]:
+def check_before_start(config: Config, command: Command, resume: bool = False, skip: Container[str] = ()) -> list[str]:
     """Everything that can be known to be wrong before a process is started or a file written; returns what to warn of.
 
     A resume reads its data again and leaves out the checks of its texts, which the run has passed: the model that it
-    began with may be gone.
+    began with may be gone. `skip`: keys whose model the run will not read.
     """
     require_place(config.output, config.name)
-    check_run_models(config, command)
+    check_run_models(config, command, skip)
     if not joins_cluster(config.cluster):
         place(config, local_machine(), command)
     if command in ("train", "eval"):
@@ -47,7 +48,7 @@ def check_before_start(config: Config, command: Command, resume: bool = False) -
         check_reference(config)
     if command == "train":
         check_critic(config)
-    if command == "prefer":
+    if command == "prefer" and "prefer.reference" not in skip:
         check_prefer_reference(config)
     rows = read_data(config, command)
     return [] if resume else check_texts(config, command, rows)

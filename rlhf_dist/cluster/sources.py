@@ -103,7 +103,7 @@ def attention(config: Config) -> str:
 def check_run_models(config: Config, command: Command, skip: Container[str] = ()) -> None:
     """Compare each model that comes from a run with the hashes in its checkpoint, once. Raises ModelError.
 
-    `skip`: keys whose model is not there yet.
+    `skip`: keys whose model is not there yet, or is not read.
     """
     from rlhf_dist.models.run_model import check_run_model
 

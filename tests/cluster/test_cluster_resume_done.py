@@ -15,6 +15,7 @@ import pytest
 from ledgers import LedgerByUid
 
 from rlhf_dist.cluster import build, trainer_ranks
+from rlhf_dist.cluster.prefer_build import prefer
 from rlhf_dist.cluster.resume import Start, find_start, nothing_left
 from rlhf_dist.cluster.supervised_build import sft
 from rlhf_dist.config.load import to_yaml
@@ -24,6 +25,8 @@ from rlhf_dist.config.schema import (
     EvalConfig,
     LoopConfig,
     ModelConfig,
+    PreferConfig,
+    PreferencesConfig,
     PtxConfig,
     RolloutConfig,
     SftConfig,
@@ -31,7 +34,7 @@ from rlhf_dist.config.schema import (
     TinyConfig,
 )
 from rlhf_dist.data.stream import PromptStream
-from rlhf_dist.errors import ConfigError, DataError, RunError
+from rlhf_dist.errors import ConfigError, DataError, ModelError, RunError
 from rlhf_dist.loop import trainer
 from rlhf_dist.loop.evaluation import Evaluation
 from rlhf_dist.loop.ledger import Ledger
@@ -272,3 +275,21 @@ def test_an_evaluation_of_a_model_that_is_not_there_makes_no_folder(
     with pytest.raises(Exception, match="there is no such directory"):
         build.evaluate(replace(config, model=ModelConfig(path="./nowhere", tiny=TINY)))
     assert list(tmp_path.glob("rlhf-dist-eval-*")) == []
+
+
+def test_a_resume_on_preferences_needs_no_reference_model(config: Config) -> None:
+    """The checkpoint has its logprobs; only a run that has no checkpoint yet has to read it."""
+    config = replace(
+        config,
+        data=replace(config.data, task=replace(config.data.task, name="describe")),
+        preferences=PreferencesConfig(train_size=8, held_out=4, max_tokens=64),
+        prefer=PreferConfig(steps=5, batch_size=4, reference=str(Path(config.output) / "gone")),
+    )
+    with pytest.raises(ModelError, match="gone"):
+        prefer(config, resume=False)
+    path = at_step_3(config, "prefer", None)
+    with pytest.raises(StartedError):
+        prefer(config, resume=True)
+    shutil.rmtree(path / "checkpoints")
+    with pytest.raises(ModelError, match="gone"):
+        prefer(config, resume=True)
