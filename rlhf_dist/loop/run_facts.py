@@ -15,15 +15,16 @@ from rlhf_dist.loop.saved_config import flat, saved_config
 from rlhf_dist.loop.shown_answers import AFTER, BEFORE, Answers, Said, ShownAnswer, read_answers
 from rlhf_dist.loop.state import fits
 from rlhf_dist.models.guarded_files import read_json, read_regular
+from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.fault_tally import FaultTally
-from rlhf_dist.telemetry.report import Series, read_metrics
+from rlhf_dist.telemetry.report import Series, is_drawn, read_metrics
 from rlhf_dist.telemetry.sinks import EVENTS_FILE, METRICS_FILE
 from rlhf_dist.telemetry.wandb_sink import without_secrets
 
 T = TypeVar("T")
 
 LARGEST = 1 << 28
-"""Bytes of the metrics and of the events that are read."""
+"""Bytes of the events that are read."""
 TOLD = ("warning", "failed", "stopped", "restart", "returned", "rebuilt", "resume", "early_stop")
 """Kinds of events that a report lists."""
 MOST_EVENTS = 20
@@ -145,8 +146,9 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _series(path: Path) -> Series:
-    read_regular(path, LARGEST)  # neither a pipe that would be waited for, nor more than fits
-    return read_metrics(path)
+    if not path.is_file():  # a pipe would be waited for
+        raise DataError(f"{path}: is not there" if not path.exists() else f"{path}: is no file")
+    return read_metrics(path, lambda name: is_drawn(name) or name == names.REWARD_PROXY)
 
 
 def _events(path: Path) -> Events:

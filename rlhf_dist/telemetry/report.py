@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -117,27 +117,39 @@ def before_after_table(before: Mapping[str, float], after: Mapping[str, float]) 
     return table
 
 
-def read_metrics(path: Path) -> Series:
-    """The series of a `metrics.jsonl`. A half-written last line (a run still going) is left out.
+def is_drawn(name: str) -> bool:
+    """Whether a panel has this metric."""
+    lines = (line for panel in PANELS for line, _ in panel.lines)
+    return any(name.startswith(line) if line.endswith("_") else name == line for line in lines)
 
-    Raises DataError naming file and line.
+
+def read_metrics(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Series:
+    """The series of a `metrics.jsonl`, of the metrics that are `wanted`.
+
+    A half-written last line (a run still going) is left out. Raises DataError naming file and line.
     """
-    try:
-        *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"{path}: cannot be read: {why}; is it a run directory's metrics.jsonl?") from error
     found: dict[str, dict[int, float]] = {}
-    for row, line in enumerate(lines, start=1):
-        try:
-            record = {name: float(value) for name, value in json.loads(line).items()}
-            step = int(record.pop("step"))
-        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
-            raise DataError(f"{path}:{row}: not an object of numbers with a `step`: {line[:80]!r}") from error
-        for name, value in record.items():
-            found.setdefault(name, {})[step] = value
+    try:
+        with path.open("rb") as file:
+            for row, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    step, record = _numbers(line, f"{path}:{row}")
+                    for name in filter(wanted, record):
+                        found.setdefault(name, {})[step] = record[name]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; is it a run directory's metrics.jsonl?") from error
     ordered = {name: sorted(points.items()) for name, points in found.items()}
     return {name: ([step for step, _ in points], [v for _, v in points]) for name, points in ordered.items()}
+
+
+def _numbers(line: bytes, place: str) -> tuple[int, dict[str, float]]:
+    """(step, metrics) of a line."""
+    try:
+        record = {name: float(value) for name, value in json.loads(line).items()}
+        return int(record.pop("step")), record
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+        shown = line[:80].decode("utf-8", errors="backslashreplace")
+        raise DataError(f"{place}: not an object of numbers with a `step`: {shown!r}") from error
 
 
 def curves(metrics_path: Path, out: Path) -> tuple[str, ...]:
@@ -146,7 +158,7 @@ def curves(metrics_path: Path, out: Path) -> tuple[str, ...]:
     Returns the titles drawn; when there are none (no step was logged), no file is written.
     Raises DataError for a file that is no metrics.jsonl, DiskError when `out` cannot be written.
     """
-    series = read_metrics(metrics_path)
+    series = read_metrics(metrics_path, is_drawn)
     panels = [panel for panel in PANELS if found_lines(panel, series)]
     if not panels:
         return ()
