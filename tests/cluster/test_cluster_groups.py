@@ -282,14 +282,15 @@ def test_one_that_comes_back_and_cannot_prove_the_weights_is_lost_again(workers:
     assert ears.of(Lost)[1].member == "it" and "another hash" in ears.of(Lost)[1].why
 
 
-def test_one_that_is_back_and_lies_in_a_push_is_lost_again(workers: dict[str, Any]) -> None:
+def test_one_that_is_back_and_lies_in_a_push_is_lost_again(local_ray: None) -> None:
     doomed, ears = start("doomed"), Ears()
     tell(doomed, "dies")
     one = fleet({"it": doomed}, ears)
     one.load_weights(ANNOUNCEMENT)
     ears.hear(Lost, 1)
-    tell(workers["one"], "lies")
-    one.admit("it", workers["one"])
+    liar = start("liar")
+    tell(liar, "lies")
+    one.admit("it", liar)
     (told,) = one.load_weights(ANNOUNCEMENT)
     ears.inbox.pump()
     assert "another hash" in told and told.endswith("it is given up, 0 rollout workers are left")
