@@ -196,7 +196,7 @@ class RolloutFleet:
         """Push to every worker that is left; those with a wrong or missing receipt do not serve.
 
         Returns what was wrong, one sentence a worker. Where nobody holds the version, all are given up, and whoever
-        comes back is asked to load it. Raises `WeightSyncError` where the learner was to send it, and could not.
+        comes back is asked to load it. Raises `WeightSyncError` where the learner sends it to them itself.
         """
         problems: list[str] = []
         before, pushed = set(self._standings), Pushed()
@@ -222,7 +222,7 @@ class RolloutFleet:
             if self._standings.get(name) is standing:  # else it was lost, and another one may have its name by now
                 problems += self._read_receipt(name, standing, announcement, pushed.left_out.get(name, ""))
         if self._standings and not self._serving and not any(one.is_coming for one in self._standings.values()):
-            if pushed.problem:
+            if self._direct is not None:  # most likely nothing is wrong with the workers
                 deaths = [why for name, why in self._deaths.items() if name in before]
                 raise WeightSyncError("; ".join([*deaths, *problems, NOBODY_HOLDS]))
             return self._give_up_all(problems)
