@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 def epoch_order(size: int, seed: int, epoch: int, shuffle: bool) -> Sequence[int]:
@@ -28,6 +28,11 @@ class RowOrder:
     def batch(self, number: int, size: int) -> list[int]:
         """The rows of batch `number` (from 0) of `size`; it may run over the end of an epoch."""
         return [self._index(drawn) for drawn in range(number * size, (number + 1) * size)]
+
+    def batches(self, number: int, size: int) -> Iterator[list[int]]:
+        """Batch `number`, and those after it for as long as a row may have been in none of them."""
+        for later in range(number, number + 2 * self._size // size + 2):
+            yield self.batch(later, size)
 
     def _index(self, drawn: int) -> int:
         epoch, position = divmod(drawn, self._size)

@@ -17,11 +17,17 @@ from rlhf_dist.config.prefer_keys import PREFER_METHODS, PreferConfig
 from rlhf_dist.data.judgement_rows import Comparison, Judgement, Rating
 from rlhf_dist.data.order import RowOrder
 from rlhf_dist.data.packing import plan
-from rlhf_dist.errors import DataError
 from rlhf_dist.learner.learning_rate import learning_rate
 from rlhf_dist.learner.micro_batch_rows import Packed, Row, pack_rows
 from rlhf_dist.learner.model_engine import ModelEngine
-from rlhf_dist.learner.preference_learner import Element, better_rows, pairs_of, row_starts, tokenize_judgement
+from rlhf_dist.learner.preference_learner import (
+    Element,
+    better_rows,
+    first_kept,
+    pairs_of,
+    row_starts,
+    tokenize_judgement,
+)
 from rlhf_dist.learner.reference_values import Key, ReferenceValues
 from rlhf_dist.learner.supervised import batch_share
 from rlhf_dist.telemetry import names
@@ -85,7 +91,8 @@ class PreferLearner:
         self._values = ReferenceValues()
         self._reference = reference
         self._unread = self._all_keys() if reference else []
-        self._held_out, self._held_out_dropped = self._judged(True, range(len(held_out)))
+        self._asked: set[Key] = set()
+        self._held_out, self._held_out_dropped = self._first_kept(True, [range(len(held_out))])
 
     def read_reference(self) -> int:
         """The reference's logprobs of the next part of all judgements that the run uses; returns how many are left.
@@ -93,6 +100,7 @@ class PreferLearner:
         Every rank computes those of its share, and keeps all.
         """
         part, self._unread = self._unread[:PART], self._unread[PART:]
+        self._asked.update(part)
         judged = [
             each
             for held_out in (False, True)
@@ -101,6 +109,7 @@ class PreferLearner:
         ]
         # Always called, for an engine that gathers its weights, or for all ranks to meet.
         self._values.keep(self._sums_of_all(judged))
+        self._unread = self._unread or self._further_keys()
         if not self._unread:
             self._reference = None
         return len(self._unread)
@@ -117,7 +126,7 @@ class PreferLearner:
 
     def train_step(self, step: int) -> MetricSums:
         """Optimizer step `step` (from 1): mean loss over the whole batch's judgements, all ranks."""
-        judged, dropped = self._judged(False, self._order.batch(step - 1, self._config.batch_size))
+        judged, dropped = self._first_kept(False, self._order.batches(step - 1, self._config.batch_size))
         with torch.no_grad():
             point = self._reference_point(judged)
         micro_batches, parts = self._mine(judged), []
@@ -224,15 +233,23 @@ class PreferLearner:
         used = dict.fromkeys(n for step in range(self._config.steps) for n in self._order.batch(step, size))
         return [*((False, n) for n in used), *((True, n) for n in range(len(self._sources[True])))]
 
-    def _judged(self, held_out: bool, numbers: Sequence[int]) -> tuple[list[Judged], int]:
-        """Tokenised judgements, and how many were left out as too long. Raises `DataError` if all."""
-        kept = list(self._made(held_out, numbers))
-        if not kept:
-            raise DataError(
-                f"none of {len(numbers)} judgements fits in preferences.max_tokens {self._max_tokens} with prompt and "
-                "response; raise it, or give shorter ones"
-            )
-        return kept, len(numbers) - len(kept)
+    def _further_keys(self) -> list[Key]:
+        """Those that steps will take in place of judgements that are all too long, once; see `first_kept`."""
+        found: dict[Key, None] = {}
+        for step in range(self._config.steps):
+            for numbers in self._order.batches(step, self._config.batch_size):
+                keys = [(False, number) for number in numbers]
+                if any(key in self._values for key in keys):
+                    break
+                unread = [key for key in keys if key not in self._asked]
+                if unread:
+                    found |= dict.fromkeys(unread)
+                    break
+        return list(found)
+
+    def _first_kept(self, held_out: bool, batches: Iterable[Sequence[int]]) -> tuple[list[Judged], int]:
+        """See `first_kept`."""
+        return first_kept(lambda numbers: list(self._made(held_out, numbers)), batches, self._max_tokens)
 
     def _made(self, held_out: bool, numbers: Iterable[int]) -> Iterator[Judged]:
         """Those that are not too long."""

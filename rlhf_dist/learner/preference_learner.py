@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from rlhf_dist.learner.scalar_engine import ScalarEngine, ScalarEngineWithLM
 from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.metrics import MetricSums
 
+Made = TypeVar("Made")
 LM_LOSS = "reward_model/lm_loss"
 """Language-model loss on the better responses, nats per token."""
 TRAIN_ACCURACY = "reward_model/train_accuracy"
@@ -124,11 +125,17 @@ class PreferenceLearner:
         self._order = RowOrder(len(train), seed, shuffle)
         self._shares = shares
         self._budget = micro_batch_tokens
-        self._held_out, self._held_out_dropped = self._elements(held_out, range(len(held_out)))
+        self._held_out, self._held_out_dropped = first_kept(
+            lambda numbers: self._fitting(held_out, numbers), [range(len(held_out))], max_tokens
+        )
 
     def train_step(self, step: int) -> MetricSums:
         """Optimizer step `step` (from 1): mean loss over the whole batch's judgements, all ranks."""
-        elements, dropped = self._elements(self._train, self._order.batch(step - 1, self._config.batch_size))
+        elements, dropped = first_kept(
+            lambda numbers: self._fitting(self._train, numbers),
+            self._order.batches(step - 1, self._config.batch_size),
+            self._max_tokens,
+        )
         learnt = sum(row.length for element in elements for row in better_rows(element))
         micro_batches = self._mine(elements)
         parts = []
@@ -196,16 +203,10 @@ class PreferenceLearner:
             sums[LM_LOSS] = (float(nll.detach()), float(learnt))
         return loss * share + nll * lm_share, MetricSums(sums)
 
-    def _elements(self, source: Sequence[Judgement], numbers: Sequence[int]) -> tuple[list[Element], int]:
-        """Tokenised judgements, and how many were left out as too long. Raises `DataError` if all."""
+    def _fitting(self, source: Sequence[Judgement], numbers: Sequence[int]) -> list[Element]:
+        """Tokenised judgements, without those that are too long."""
         made = [tokenize_judgement(self._tokenizer, source[number], self._chat) for number in numbers]
-        kept = [e for e in made if max(len(row.tokens) for row in e.rows) <= self._max_tokens]
-        if not kept:
-            raise DataError(
-                f"none of {len(numbers)} judgements fits in preferences.max_tokens {self._max_tokens} with prompt and "
-                "response; raise it, or give shorter ones"
-            )
-        return kept, len(made) - len(kept)
+        return [e for e in made if max(len(row.tokens) for row in e.rows) <= self._max_tokens]
 
     def _mine(self, elements: Sequence[Element]) -> list[list[Element]]:
         """This rank's micro-batches."""
@@ -213,6 +214,25 @@ class PreferenceLearner:
         return [
             [elements[i] for i in chosen] for chosen in plan(lengths, self._shares, self._budget)[self.engine.share]
         ]
+
+
+def first_kept(
+    fitting: Callable[[Sequence[int]], list[Made]], batches: Iterable[Sequence[int]], max_tokens: int
+) -> tuple[list[Made], int]:
+    """What fits of the first of `batches` in which something does, and how many judgements were left out as too long.
+
+    So a step whose judgements are all too long learns from those of the next one. Raises DataError if none fits at all.
+    """
+    looked = 0
+    for numbers in batches:
+        looked += len(numbers)
+        kept = fitting(numbers)
+        if kept:
+            return kept, looked - len(kept)
+    raise DataError(
+        f"none of {looked} judgements fits in preferences.max_tokens {max_tokens} with prompt and response; raise it, "
+        "or give shorter ones"
+    )
 
 
 def tokenize_judgement(tokenizer: Any, judgement: Judgement, chat: bool) -> Element:

@@ -32,6 +32,9 @@ class ReferenceValues:
         """Those of some judgements, in the order of their rows."""
         self._of |= {key: np.asarray(values, np.float32) for key, values in found.items()}
 
+    def __contains__(self, key: Key) -> bool:
+        return key in self._of
+
     def of(self, key: Key) -> np.ndarray:
         """float32, one for each row of the judgement."""
         assert key in self._of, f"no reference for judgement {key}"
