@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from rlhf_dist.config.prefer_keys import PREFER_METHODS, PreferConfig
 from rlhf_dist.data.judgement_rows import Comparison, Judgement, Rating
 from rlhf_dist.data.order import RowOrder
 from rlhf_dist.data.packing import plan
+from rlhf_dist.errors import DataError
+from rlhf_dist.learner.checkpoint_files import REFERENCE_VALUES_FILE
 from rlhf_dist.learner.learning_rate import learning_rate
 from rlhf_dist.learner.micro_batch_rows import Packed, Row, pack_rows
 from rlhf_dist.learner.model_engine import ModelEngine
@@ -117,12 +121,28 @@ class PreferLearner:
     def save_reference(self, folder: Path) -> None:
         """Into a checkpoint; rank 0's is enough."""
         if self._method.reference and self.engine.rank == 0:
-            self._values.save(folder)
+            self._values.save(folder, self._digest)
 
     def restore_reference(self, folder: Path) -> None:
-        """From a checkpoint. Raises DataError."""
-        if self._method.reference:
-            self._values.restore(folder)
+        """From a checkpoint. Raises DataError, also where its values are of other judgements than those given now."""
+        if self._method.reference and self._values.restore(folder) != self._digest:
+            raise DataError(
+                f"{folder / REFERENCE_VALUES_FILE}: has the reference's logprobs of other judgements than preferences "
+                f"gives now, from {self._sources[False][0].place} on: rows were changed, added, removed or put in "
+                "another order; resume with the data that the run began with, or start a new run with another name="
+            )
+
+    @cached_property
+    def _digest(self) -> bytes:
+        """Of the judgements that have values, as a model reads them, and of where they stand."""
+        digest = blake2b(repr([len(source) for source in self._sources.values()]).encode(), digest_size=16)
+        for held_out, number in self._values.judgements():
+            source = self._sources[held_out]
+            if number < len(source):  # else the lengths differ
+                other = self._neighbour(held_out, number)
+                texts = [replace(source[n], place="") for n in (number, other) if n is not None]
+                digest.update(repr((held_out, number, texts)).encode(errors="surrogatepass"))
+        return digest.digest()
 
     def train_step(self, step: int) -> MetricSums:
         """Optimizer step `step` (from 1): mean loss over the whole batch's judgements, all ranks."""
@@ -263,17 +283,24 @@ class PreferLearner:
 
     def _other(self, held_out: bool, number: int, element: Element) -> Row | None:
         """The prompt of `element` with the first response to the next other prompt of its data; see `Judged.other`."""
+        neighbour = self._neighbour(held_out, number)
+        if neighbour is None:
+            return None
+        answer = self._tokenized(held_out, neighbour).rows[0]
+        prompt = element.rows[0]
+        tokens = np.concatenate([prompt.tokens[~prompt.loss_mask], answer.tokens[answer.loss_mask]])
+        made = Row(tokens, np.arange(len(tokens)) >= len(tokens) - answer.length)
+        return made if len(tokens) <= self._max_tokens else None
+
+    def _neighbour(self, held_out: bool, number: int) -> int | None:
+        """KTO: the next judgement of the same data with another prompt."""
         source = self._sources[held_out]
         if self._config.method != "kto":
             return None
         for further in range(1, min(NEIGHBOURS + 1, len(source))):
             neighbour = (number + further) % len(source)
-            if source[neighbour].messages != element.judgement.messages:
-                answer = self._tokenized(held_out, neighbour).rows[0]
-                prompt = element.rows[0]
-                tokens = np.concatenate([prompt.tokens[~prompt.loss_mask], answer.tokens[answer.loss_mask]])
-                made = Row(tokens, np.arange(len(tokens)) >= len(tokens) - answer.length)
-                return made if len(tokens) <= self._max_tokens else None
+            if source[neighbour].messages != source[number].messages:
+                return neighbour
         return None
 
     def _mine(self, judged: Sequence[Judged]) -> list[list[Judged]]:

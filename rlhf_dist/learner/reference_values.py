@@ -20,6 +20,8 @@ from rlhf_dist.models.tensors import WAY_OUT, read_tensors, write_tensors
 
 Key = tuple[bool, int]
 """(whether it is held out, number in its data): one judgement."""
+PARTS = {"held_out", "number", "rows", "logprobs", "digest"}
+"""Of the file of a checkpoint."""
 
 
 class ReferenceValues:
@@ -40,27 +42,33 @@ class ReferenceValues:
         assert key in self._of, f"no reference for judgement {key}"
         return self._of[key]
 
-    def save(self, folder: Path) -> None:
-        """Write the file of a checkpoint. Raises DiskError."""
-        keys = sorted(self._of)
+    def judgements(self) -> list[Key]:
+        """Those with values, in order."""
+        return sorted(self._of)
+
+    def save(self, folder: Path, digest: bytes) -> None:
+        """Write the file of a checkpoint. `digest`: of the judgements that the values are of. Raises DiskError."""
+        keys = self.judgements()
         tensors = {
             "held_out": torch.tensor([held_out for held_out, _ in keys], dtype=torch.bool),
             "number": torch.tensor([number for _, number in keys], dtype=torch.int64),
             "rows": torch.tensor([len(self._of[key]) for key in keys], dtype=torch.int64),
             "logprobs": torch.from_numpy(np.concatenate([self._of[key] for key in keys])),
+            "digest": torch.tensor(list(digest), dtype=torch.uint8),
         }
         write_tensors(tensors, folder / REFERENCE_VALUES_FILE)
 
-    def restore(self, folder: Path) -> None:
-        """Read what `save` wrote. Raises DataError."""
+    def restore(self, folder: Path) -> bytes:
+        """Read what `save` wrote; returns the digest. Raises DataError."""
         path = folder / REFERENCE_VALUES_FILE
         found = read_tensors(path)
-        if found.keys() != {"held_out", "number", "rows", "logprobs"} or found["rows"].sum() != len(found["logprobs"]):
+        if found.keys() != PARTS or found["rows"].sum() != len(found["logprobs"]):
             raise DataError(f"{path}: does not hold the reference's logprobs; {WAY_OUT}")
         ends = np.cumsum(found["rows"].numpy())[:-1]
         values = np.split(found["logprobs"].numpy(), ends)
         keys = zip(found["held_out"].tolist(), found["number"].tolist(), strict=True)
         self._of = dict(zip(keys, values, strict=True))
+        return bytes(found["digest"].tolist())
 
 
 class FrozenReference:

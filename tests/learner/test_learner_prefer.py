@@ -111,9 +111,9 @@ def test_kto_tells_its_reference_point_and_the_others_none(results: dict) -> Non
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     values = ReferenceValues()
     values.keep({(False, 3): [-1.5, -2.0], (True, 0): [-4.0]})
-    values.save(tmp_path)
+    values.save(tmp_path, b"digest")
     again = ReferenceValues()
-    again.restore(tmp_path)
+    assert again.restore(tmp_path) == b"digest"
     assert again.of((False, 3)).tolist() == [-1.5, -2.0] and again.of((True, 0)).dtype == np.float32
     write_tensors({"weight": torch.zeros(2)}, tmp_path / REFERENCE_VALUES_FILE)
     with pytest.raises(DataError, match="does not hold the reference's logprobs"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from prefer_ranks import comparison
 from rlhf_dist.config.schema import PreferConfig, RewardConfig
 from rlhf_dist.data.judgement_rows import Judgement
 from rlhf_dist.errors import DataError
+from rlhf_dist.learner.checkpoint_files import REFERENCE_VALUES_FILE
 from rlhf_dist.learner.prefer_learner import PreferLearner
 from rlhf_dist.learner.preference_learner import PreferenceLearner
 from rlhf_dist.models.tokenizer import character_tokenizer
@@ -85,7 +88,7 @@ def test_a_step_whose_judgements_are_all_too_long_learns_from_the_next_ones(meth
         assert first["prefer/loss"] == second["prefer/loss"]
 
 
-def test_the_reference_reads_what_a_step_takes_instead(tmp_path: Any) -> None:
+def test_the_reference_reads_what_a_step_takes_instead(tmp_path: Path) -> None:
     """Of a run of one step, which is of the first two judgements; also after a resume."""
     learner = prefer(DATA, steps=1)
     expected = learner.train_step(1).values()
@@ -99,3 +102,30 @@ def test_where_none_fits_the_run_ends_and_says_so() -> None:
     for learner in (prefer(DATA[:2]), reward(DATA[:2])):
         with pytest.raises(DataError, match=r"none of \d+ judgements fits in preferences\.max_tokens 60"):
             learner.train_step(1)
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        [DATA[3], DATA[2], *DATA[4:]],
+        [DATA[2], DATA[3], comparison(5, "one", "two four")],
+        [DATA[2], DATA[3]],
+        [*SHORT, DATA[2]],
+    ],
+    ids=["reordered", "edited", "fewer", "more"],
+)
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_reference_of_other_judgements_is_refused(now: list[Judgement], method: str, tmp_path: Path) -> None:
+    prefer(SHORT, method).save_reference(tmp_path)
+    moved = [replace(each, place="elsewhere:1") for each in SHORT]
+    prefer(moved, method, new=False).restore_reference(tmp_path)
+    with pytest.raises(DataError, match=rf"{REFERENCE_VALUES_FILE}: has .* other judgements .* from here:\d on: "):
+        prefer(now, method, new=False).restore_reference(tmp_path)
+
+
+def test_of_kto_the_response_to_another_prompt_counts_too(tmp_path: Path) -> None:
+    """Of a run of one step on two judgements: the third is only put behind the prompt of the second."""
+    prefer(SHORT, "kto", steps=1).save_reference(tmp_path)
+    with pytest.raises(DataError, match="other judgements"):
+        changed = [*SHORT[:2], comparison(5, "three", "two three")]
+        prefer(changed, "kto", new=False, steps=1).restore_reference(tmp_path)
