@@ -67,8 +67,8 @@ class Decision(BaseModel):
         return Said(self.verdict, self.comment, tuple(self.flags))
 
 
-class Renewal(BaseModel):
-    """What POST /api/renew takes."""
+class Named(BaseModel):
+    """What POST /api/undo (a decision) and /api/renew (a lease) take."""
 
     model_config = ConfigDict(extra="forbid")
     key: Annotated[str, Field(max_length=100)]
@@ -157,13 +157,13 @@ def make_app(store: LabelStore, queue: LabelQueue, guests: Guests) -> FastAPI:
         return page(who, queue.decide(who.name, decision.key, decision.said()))
 
     @app.post("/api/undo")
-    def undo(who: Entered) -> dict[str, Any]:
-        lease, said = queue.undo(who.name)
+    def undo(decision: Named, who: Entered) -> dict[str, Any]:
+        lease, said = queue.undo(who.name, decision.key)
         return page(who, lease, said=asdict(said))
 
     @app.post("/api/renew")
-    def renew(renewal: Renewal, who: Entered) -> dict[str, float]:
-        return {"seconds": queue.renew(who.name, renewal.key)}
+    def renew(lease: Named, who: Entered) -> dict[str, float]:
+        return {"seconds": queue.renew(who.name, lease.key)}
 
     @app.get("/api/overview")
     def see(who: Entered) -> Mapping[str, Any]:

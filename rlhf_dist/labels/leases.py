@@ -68,6 +68,8 @@ class Progress:
     """Of all labellers, without skipped ones."""
     total: int
     """Each gold item counts for each labeller who has begun."""
+    last: str | None = None
+    """Key of the labeller's newest decision that can be taken back; see `undo`."""
 
 
 class LabelQueue:
@@ -105,29 +107,38 @@ class LabelQueue:
             )
         return following
 
-    def undo(self, labeller: str) -> tuple[Lease, Said]:
-        """Take back the labeller's newest standing decision and lend its item again, with what had been said.
+    def undo(self, labeller: str, key: str) -> tuple[Lease, Said]:
+        """Take back the decision with this key and lend its item again, with what had been said.
 
-        A skipped item that others have judged since is passed over. Raises NotTaken where there is none.
+        The same call again changes nothing: while the item is still in the labeller's hands the answer is the same.
+        Raises NotTaken for a decision that cannot be taken back: an unknown one, another's, one that did not count, one
+        that was taken back before, and a skipped item that others have judged since.
         """
         with self._store.writing() as db:
             self._end_old(db)
             vote = db.execute(
-                "SELECT standing.* FROM standing JOIN items ON items.id = item WHERE labeller = ?"
-                " AND (verdict != ? OR open > 0 OR gold IS NOT NULL) ORDER BY standing.id DESC LIMIT 1",
-                (labeller, json.dumps(SKIP)),
+                "SELECT votes.*, open, gold, votes.id IN (SELECT vote FROM undone) AS taken_back"
+                " FROM votes JOIN items ON items.id = item WHERE key = ? AND labeller = ? AND late = 0",
+                (key, labeller),
             ).fetchone()
             if vote is None:
                 raise NotTaken("there is no decision of yours to take back", "nothing")
-            held = db.execute("SELECT key, item FROM leases WHERE labeller = ? AND live", (labeller,)).fetchone()
-            if held is not None:
-                self._give_back(db, held["key"], held["item"])
-            db.execute("INSERT INTO undone VALUES (?, ?)", (vote["id"], self._store.clock()))
             verdict, shown = json.loads(vote["verdict"]), json.loads(vote["shown"])
-            if verdict != SKIP:
-                self._change_open(db, vote["item"], 1)
-                db.execute("UPDATE totals SET done = done - 1")
-            lease = self._lend(db, labeller, vote["item"], shown)
+            held = db.execute("SELECT * FROM leases WHERE labeller = ? AND live", (labeller,)).fetchone()
+            if vote["taken_back"]:
+                if held is None or held["item"] != vote["item"]:
+                    raise NotTaken("you have taken this decision back before; nothing was changed", "judged")
+                lease = self._shown(db, held["key"], held["item"], json.loads(held["shown"]), held["expires"])
+            elif verdict == SKIP and vote["gold"] is None and not vote["open"]:
+                raise NotTaken("others have judged the item that you skipped; nothing was changed", "judged")
+            else:
+                if held is not None:
+                    self._give_back(db, held["key"], held["item"])
+                db.execute("INSERT INTO undone VALUES (?, ?)", (vote["id"], self._store.clock()))
+                if verdict != SKIP:
+                    self._change_open(db, vote["item"], 1)
+                    db.execute("UPDATE totals SET done = done - 1")
+                lease = self._lend(db, labeller, vote["item"], shown)
             before = shown_verdict(lease.judge, shown, verdict)
             return lease, Said(before, vote["comment"], tuple(json.loads(vote["flags"])))
 
@@ -152,7 +163,8 @@ class LabelQueue:
         with self._store.reading() as db:
             mine = db.execute("SELECT COUNT(*) FROM standing WHERE labeller = ?", (labeller,)).fetchone()[0]
             totals = db.execute("SELECT * FROM totals").fetchone()
-        return Progress(mine, totals["done"], totals["wanted"] + totals["golds"] * len(self._labellers))
+            last = _last(db, labeller)
+        return Progress(mine, totals["done"], totals["wanted"] + totals["golds"] * len(self._labellers), last)
 
     def _ask(self, db: sqlite3.Connection, labeller: str) -> Lease | None:
         self._labellers.add(labeller)
@@ -219,8 +231,10 @@ class LabelQueue:
         verdict = stored_verdict(cast(Judge, lease["judge"]), shown, said.verdict)
         flags = json.dumps(sorted(set(said.flags)))
         stored = (json.dumps(verdict), said.comment, flags)
-        vote = db.execute("SELECT verdict, comment, flags, late FROM votes WHERE key = ?", (key,)).fetchone()
+        vote = db.execute("SELECT verdict, comment, flags, late, id FROM votes WHERE key = ?", (key,)).fetchone()
         if vote is not None:
+            if db.execute("SELECT 1 FROM undone WHERE vote = ?", (vote["id"],)).fetchone():
+                raise NotTaken("you have taken this decision back; it was not saved again", "judged")
             if tuple(vote)[:3] != stored:
                 raise NotTaken("this item has your decision already; take it back to change it", "judged")
             return bool(vote["late"])
@@ -278,3 +292,16 @@ class LabelQueue:
         db.execute("UPDATE items SET open = open + ? WHERE id = ? AND gold IS NULL", (by, item))
         if by > 0:
             self._from = {labeller: min(first, item) for labeller, first in self._from.items()}
+
+
+def _last(db: sqlite3.Connection, labeller: str) -> str | None:
+    """Key of the labeller's newest standing decision, but for skipped items that others have judged since."""
+    for (vote,) in db.execute("SELECT id FROM standing WHERE labeller = ? ORDER BY id DESC", (labeller,)):
+        row = db.execute(
+            "SELECT key FROM votes JOIN items ON items.id = item WHERE votes.id = ?"
+            " AND (verdict != ? OR open > 0 OR gold IS NOT NULL)",
+            (vote, json.dumps(SKIP)),
+        ).fetchone()
+        if row is not None:
+            return row["key"]
+    return None

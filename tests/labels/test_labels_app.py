@@ -76,7 +76,7 @@ def test_nothing_that_a_labeller_gets_names_a_model_or_tells_gold_from_the_rest(
         verdict = 3 if answer["item"]["judge"] == "stars" else ("left", "tie", "skip")[number % 3]
         status, answer = ask(client, "/api/decide", {"key": answer["item"]["key"], "verdict": verdict})
         assert status == 200
-    texts.append(json.dumps(ask(client, "/api/undo")[1]))
+    texts.append(json.dumps(ask(client, "/api/undo", {"key": answer["progress"]["last"]})[1]))
     with store.reading() as db:
         assert sum(one.gold is not None for one in decisions(db)) == 2, "gold items were among them"
     assert len(keys) == 1
@@ -137,7 +137,7 @@ def test_an_item_that_is_gone_and_one_of_another(client: TestClient) -> None:
     assert ask(client, "/api/decide", {"key": "gone", "verdict": "tie"})[0] == 410
     status, answer = ask(client, "/api/decide", {"key": key, "verdict": "tie"}, "bo")
     assert (status, answer["why"]) == (403, "other")
-    assert ask(client, "/api/undo", name="bo") == (
+    assert ask(client, "/api/undo", {"key": key}, "bo") == (
         409, {"detail": "there is no decision of yours to take back", "why": "nothing"}
     )  # fmt: skip
     assert 0 < ask(client, "/api/renew", {"key": key})[1]["seconds"] <= 60

@@ -116,17 +116,36 @@ def test_undo_gives_the_item_back_as_it_was_and_is_a_row_of_its_own(tmp_path: Pa
         queue = queue_of(store)
         first = lent(queue.ask("ann"))
         second = lent(queue.decide("ann", first.key, said([2, 0, 1], "because", "unsafe")))
-        again, before = queue.undo("ann")
+        assert queue.progress("ann").last == first.key
+        again, before = queue.undo("ann", first.key)
         assert again.responses == first.responses and again.key != first.key
         assert before == said([2, 0, 1], "because", "unsafe") and standing(store) == []
-        with pytest.raises(NotTaken, match="no decision of yours"):
-            queue.undo("ann")
-        with pytest.raises(NotTaken, match="no decision of yours"):
-            queue.undo("bo")
+        assert queue.progress("ann").last is None
+        for name, key in (("ann", second.key), ("bo", first.key)):
+            with pytest.raises(NotTaken, match="no decision of yours"):
+                queue.undo(name, key)
         assert lent(queue.ask("bo")).messages == second.messages, "what was in hand is free again"
         queue.decide("ann", again.key, said([0, 1, 2]))
         with store.reading() as db:
             assert db.execute("SELECT COUNT(*) FROM votes").fetchone()[0] == 2
+        require_exact(store)
+
+
+def test_an_undo_that_is_sent_again_takes_back_one_and_its_decision_does_not_come_back(tmp_path: Path) -> None:
+    with closing(made(tmp_path / "s", [item(1), item(2), item(3)])) as store:
+        queue = queue_of(store)
+        first = lent(queue.ask("ann"))
+        second = lent(queue.decide("ann", first.key, said("tie")))
+        queue.decide("ann", second.key, said("left"))
+        again = queue.undo("ann", second.key)
+        assert queue.undo("ann", second.key) == again and standing(store) == [(1, "ann", "tie")]
+        for verdict in ("left", "right"):
+            with pytest.raises(NotTaken, match="you have taken this decision back; it was not saved again"):
+                queue.decide("ann", second.key, said(verdict))
+        queue.decide("ann", again[0].key, said("tie"))
+        with pytest.raises(NotTaken, match="taken this decision back before; nothing was changed"):
+            queue.undo("ann", second.key)
+        assert standing(store) == [(1, "ann", "tie"), (2, "ann", "tie")]
         require_exact(store)
 
 
@@ -147,8 +166,9 @@ def test_an_item_that_was_full_and_is_free_again_comes_to_those_who_are_past_it(
 def test_a_skipped_item_can_be_taken_back(tmp_path: Path) -> None:
     with closing(made(tmp_path / "s", [item(1)])) as store:
         queue = queue_of(store)
-        assert queue.decide("ann", lent(queue.ask("ann")).key, said("skip")) is None
-        again, before = queue.undo("ann")
+        first = lent(queue.ask("ann"))
+        assert queue.decide("ann", first.key, said("skip")) is None
+        again, before = queue.undo("ann", first.key)
         assert before == said("skip") and queue.decide("ann", again.key, said("tie")) is None
         assert standing(store) == [(1, "ann", "tie")]
         require_exact(store)
@@ -157,11 +177,12 @@ def test_a_skipped_item_can_be_taken_back(tmp_path: Path) -> None:
 def test_a_skipped_item_goes_to_others_and_not_to_the_same_labeller_again(tmp_path: Path) -> None:
     with closing(made(tmp_path / "s", [item(1)])) as store:
         queue = queue_of(store)
-        assert queue.decide("ann", lent(queue.ask("ann")).key, said("skip")) is None
+        ann = lent(queue.ask("ann"))
+        assert queue.decide("ann", ann.key, said("skip")) is None
         bo = lent(queue.ask("bo"))
         queue.decide("bo", bo.key, said("tie"))
-        with pytest.raises(NotTaken, match="no decision of yours"):  # its place is taken
-            queue.undo("ann")
+        with pytest.raises(NotTaken, match="others have judged the item that you skipped"):
+            queue.undo("ann", ann.key)
         assert queue.progress("ann") == Progress(mine=1, done=1, total=1)
         require_exact(store)
 
@@ -252,7 +273,11 @@ def do(
     if deed == "wait":
         clock.now += 40
     elif deed == "undo":
-        keys[name].append(queue.undo(name)[0].key)
+        last = queue.progress(name).last
+        if last is not None:
+            first, again = queue.undo(name, last), queue.undo(name, last)
+            assert first == again, "sent twice it takes back one"
+            keys[name].append(first[0].key)
     elif deed == "ask" or not keys[name]:
         lease = queue.ask(name)
         keys[name] += [lease.key] if lease else []

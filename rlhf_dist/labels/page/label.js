@@ -6,7 +6,7 @@ import { call, element, enter, themeButton, visible } from "/shared.js";
 const LOOK_AGAIN_MS = 15000;
 const ROLES = { system: "System", user: "User", assistant: "Assistant" };
 const at = (id) => document.getElementById(id);
-const state = { item: null, ranking: null, busy: false, again: null, renewed: 0, limit: 0, shown: 0 };
+const state = { item: null, last: null, ranking: null, busy: false, again: null, renewed: 0, limit: 0, shown: 0 };
 
 function tell(text, again = null) {
   at("notice-text").textContent = text;
@@ -43,6 +43,7 @@ async function send(path, body, onAnswer = show) {
 function show(answer) {
   const { item, progress, said } = answer;
   state.item = item;
+  state.last = progress.last;
   state.ranking = null;
   state.limit = answer.comment_characters;
   state.renewed = Date.now();
@@ -140,7 +141,12 @@ function count() {
   at("comment-count").classList.toggle("over", size > state.limit);
 }
 
-const undo = () => send("/api/undo");
+// It names the decision, so that it can be sent again and takes back one only.
+function undo() {
+  if (state.last) send("/api/undo", { key: state.last });
+  else tell("There is no decision of yours to take back.");
+}
+
 const skip = () => decide("skip");
 const comment = () => openComment(true, true);
 const ACTIONS = {
