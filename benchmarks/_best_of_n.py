@@ -7,16 +7,18 @@ writes are scores.
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_dist.config.load import from_yaml
 from rlhf_dist.config.schema import RewardSpec
 from rlhf_dist.errors import RunError
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from rlhf_dist.algo.best_of_n import BestOfN
 
 TOY_SIZES = (20, 1_000)
 """Responses of the toy's distribution."""
@@ -41,22 +43,6 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class BestOfN:
-    """What the proxy's favourite among n samples of the start is worth."""
-
-    n: int
-    """Samples that it is chosen from."""
-    kl: float
-    """log n - (n - 1) / n: KL of that policy to the start, nats per response."""
-    proxy: float
-    """Expected proxy reward, mean over prompts."""
-    gold: float
-    """Expected gold reward, the same."""
-    gold_error: float
-    """Standard error of the latter over prompts; 0 for a single one."""
-
-
-@dataclass(frozen=True, slots=True)
 class ToyRow:
     """Best of n by the gold reward itself on a categorical distribution; everything exact."""
 
@@ -69,48 +55,25 @@ class ToyRow:
     """The same of the expected gold reward, in standard deviations of the start above its mean."""
 
 
-def powers(last: int) -> Iterator[int]:
-    """1, 2, 4, ... up to `last`."""
-    n = 1
-    while n <= last:
-        yield n
-        n *= 2
-
-
 def best_of_n(scores: Sequence[dict[str, list[float]]]) -> list[BestOfN]:
-    """For n = 1, 2, 4, ... up to the samples of a prompt; `scores`: proxy and gold of each prompt's samples."""
+    """See `best_of_n_curve`; `scores`: proxy and gold of each prompt's samples."""
     import torch
 
-    from rlhf_dist.algo.best_of_n import best_of_n_estimate, best_of_n_kl
+    from rlhf_dist.algo.best_of_n import best_of_n_curve
 
-    tensors = [{name: torch.tensor(values, dtype=torch.float64) for name, values in one.items()} for one in scores]
-    found = []
-    for n in powers(min(len(one["proxy"]) for one in tensors)):
-        proxies = [best_of_n_estimate(one["proxy"], one["proxy"], n) for one in tensors]
-        golds = [best_of_n_estimate(one["proxy"], one["gold"], n) for one in tensors]
-        mean = math.fsum(golds) / len(golds)
-        spread = math.fsum((gold - mean) ** 2 for gold in golds) / max(1, len(golds) - 1)
-        found.append(
-            BestOfN(
-                n=n,
-                kl=best_of_n_kl(n),
-                proxy=math.fsum(proxies) / len(proxies),
-                gold=mean,
-                gold_error=math.sqrt(spread / len(golds)),
-            )
-        )
-    return found
+    proxies, golds = ([torch.tensor(one[name], dtype=torch.float64) for one in scores] for name in ("proxy", "gold"))
+    return best_of_n_curve(proxies, golds)
 
 
 def toy(last: int) -> list[ToyRow]:
-    """Best of 1, 2, 4, ... `last` on distributions of `TOY_SIZES` responses: exact KL beside the formula.
+    """Best of 1, 2, 4, ... and `last` on distributions of `TOY_SIZES` responses: exact KL beside the formula.
 
     Probabilities are a softmax of normal logits, gold rewards are normal: drawn once, from a seed. The fewer responses,
     the likelier that two samples are the same one, and the further the KL stays below the formula.
     """
     import torch
 
-    from rlhf_dist.algo.best_of_n import best_of_n_distribution, best_of_n_kl, categorical_kl
+    from rlhf_dist.algo.best_of_n import best_of_n_distribution, best_of_n_kl, categorical_kl, sizes
 
     chance = torch.Generator().manual_seed(TOY_SEED)
     starts = {}
@@ -121,7 +84,7 @@ def toy(last: int) -> list[ToyRow]:
         deviation = (probs * (rewards - mean) ** 2).sum().sqrt()
         starts[size] = (probs, (rewards - mean) / deviation)
     rows = []
-    for n in powers(last):
+    for n in sizes(last):
         best = {size: best_of_n_distribution(probs, rewards, n) for size, (probs, rewards) in starts.items()}
         rows.append(
             ToyRow(

@@ -18,7 +18,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _best_of_n import BestOfN, ToyRow, Work, best_of_n, toy, write_work
+from _best_of_n import ToyRow, Work, best_of_n, toy, write_work
 from step import HERE, OPENMP, at_least, machine_facts, run_process, save, work_folder
 
 from rlhf_dist.cli.arguments import Parser
@@ -31,6 +31,7 @@ from rlhf_dist.telemetry import names
 from rlhf_dist.telemetry.report import read_metrics
 
 if TYPE_CHECKING:
+    from _best_of_n import BestOfN
     from matplotlib.axes import Axes
 
 SMOOTHED = 5

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BestOfN:
+    """What the proxy's favourite among n samples is worth."""
+
+    n: int
+    """Samples that it is chosen from."""
+    kl: float
+    """log n - (n - 1) / n: KL of that policy to the one sampled from, nats per response, at most."""
+    proxy: float
+    """Expected proxy reward, mean over prompts."""
+    proxy_error: float
+    """Its standard error over prompts; 0 for a single one."""
+    gold: float
+    """Expected gold reward, mean over prompts."""
+    gold_error: float
 
 
 def best_of_n_kl(n: int) -> float:
@@ -71,3 +90,34 @@ def best_of_n_estimate(proxy_N: Tensor, gold_N: Tensor, n: int) -> float:
     last_G = ties_G.cpu().cumsum(0).tolist()
     within_G = [0.0, *(math.comb(last, n) / math.comb(total, n) for last in last_G)]
     return math.fsum(g * (b - a) for g, a, b in zip(gold_G.tolist(), within_G, within_G[1:], strict=False))
+
+
+def best_of_n_curve(proxies: Sequence[Tensor], golds: Sequence[Tensor]) -> list[BestOfN]:
+    """For n = 1, 2, 4, ... and the most samples that every prompt has; see `best_of_n_estimate`.
+
+    Args:
+        proxies: [N] of each prompt, rewards that choose; N may differ.
+        golds: [N] of each prompt, rewards that count.
+    """
+    found = []
+    for n in sizes(min(map(len, proxies))):
+        proxy = _mean([best_of_n_estimate(one, one, n) for one in proxies])
+        gold = _mean([best_of_n_estimate(one, other, n) for one, other in zip(proxies, golds, strict=True)])
+        found.append(BestOfN(n, best_of_n_kl(n), *proxy, *gold))
+    return found
+
+
+def sizes(last: int) -> Iterator[int]:
+    """1, 2, 4, ... below `last`, and `last`."""
+    n = 1
+    while n < last:
+        yield n
+        n *= 2
+    yield last
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """And its standard error."""
+    mean = math.fsum(values) / len(values)
+    spread = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    return mean, math.sqrt(spread / len(values))

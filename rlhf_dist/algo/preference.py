@@ -259,7 +259,7 @@ def calibration(probabilities: Tensor, outcomes: Tensor, bins: int) -> tuple[Cal
     )
 
 
-def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """Interval (low, high) of a share that was seen `successes` times in `n`; z 1.96 is 95%. (0, 1) for n = 0.
 
     E. B. Wilson (1927): unlike share +- z deviations it stays within 0 to 1 and is right for small n.

@@ -41,6 +41,7 @@ COMMANDS = {
     "prefer": ("prefer", "train a policy on human judgements themselves: DPO, IPO, KTO, ORPO, SimPO"),
     "pipeline": ("pipeline", "the whole of RLHF: stages in order, each skipped, resumed or run as it needs"),
     "eval": ("evaluate", "greedy accuracy and pass@k of a model on held-out prompts"),
+    "compare": ("compare", "policies head to head on held-out prompts: win rates, Elo, examples"),
     "serve-reward": ("serve_reward", "serve the config's rewards over HTTP"),
     "submit": ("submit", "run train, sft, reward, prefer, pipeline or eval as a job on a Ray cluster"),
     "plan": ("plan", "show who would get which CPUs and GPUs, and the arithmetic of the batches"),

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -48,6 +48,7 @@ from rlhf_dist.config.schema import Config
 from rlhf_dist.data.stream import PromptStream, held_out
 from rlhf_dist.errors import RunError
 from rlhf_dist.loop import rl_training as training
+from rlhf_dist.loop.best_of_n_report import best_of_n_lines
 from rlhf_dist.loop.controller import Controller
 from rlhf_dist.loop.controller_rules import rules_of
 from rlhf_dist.loop.evaluation import evaluate as run_evaluation
@@ -62,11 +63,11 @@ from rlhf_dist.loop.shell import Shell
 from rlhf_dist.loop.train_state import put_back, read_state
 from rlhf_dist.loop.watch import CollapseWatch
 from rlhf_dist.planning.nodes import place_in
-from rlhf_dist.planning.placement import Placement, needs_reference
+from rlhf_dist.planning.placement import Machine, Placement, needs_reference
 from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.telemetry.display import Progress, make_progress, spoken
 from rlhf_dist.telemetry.run_telemetry import Telemetry
-from rlhf_dist.types import Prompt
+from rlhf_dist.types import Prompt, Sampling
 from rlhf_dist.weights.sync import WeightSync
 
 
@@ -176,27 +177,40 @@ def evaluate(config: Config) -> None:
         for doubt in (*warnings, *reward_model_doubts(config, begins=False)):
             progress.warn(doubt)
         progress.stage(f"starting Ray and vLLM (logs in {logs})")
-        with ray_session(config.cluster, logs / "ray", progress.note) as nodes, ExitStack() as stack:
-            placement = place_in(config, nodes, "eval")
-            parts = start_fleets(config, placement, source, logs, None, stack)
+        with (
+            ray_session(config.cluster, logs / "ray", progress.note) as nodes,
+            policy_at_work(config, source, nodes, logs, progress.warn) as (shell, sampling),
+        ):
             progress.stage(f"evaluating {len(prompts)} prompts")
-            rules = rules_of(config, parts.actors.reference is not None, masked=False)
             results = run_evaluation(
                 prompts,
                 config.eval,
-                rules.sampling,
+                sampling,
                 seed=config.seed,
-                shell=Shell(Controller(rules, None, parts.members, healing=parts.healing), parts.actors),
+                shell=shell,
                 gold=config.scoring.gold,
                 solved_by=solved_by(config),
             )
-            limit = config.cluster.start_timeout_s
-            if left := remove_logs(placement.worker_nodes, logs, limit, START_KEY):
-                progress.warn(left)
         if results.non_finite:
             progress.note(told(results.non_finite, config.scoring.non_finite))
     for name, value in results.metrics.items():
         print(f"{spoken(name):24} {value:z.3f}")
+    for line in best_of_n_lines(results.measured, config.scoring.gold) if config.eval.samples else ():
+        print(line)
+
+
+@contextmanager
+def policy_at_work(
+    config: Config, source: str, nodes: Sequence[Machine], logs: Path, warn: Callable[[str], None]
+) -> Iterator[tuple[Shell, Sampling]]:
+    """The engines of the policy at `source`, with their scorers, for the time of the block; and how it samples."""
+    with ExitStack() as stack:
+        placement = place_in(config, nodes, "eval")
+        parts = start_fleets(config, placement, source, logs, None, stack)
+        rules = rules_of(config, parts.actors.reference is not None, masked=False)
+        yield Shell(Controller(rules, None, parts.members, healing=parts.healing), parts.actors), rules.sampling
+        if left := remove_logs(placement.worker_nodes, logs, config.cluster.start_timeout_s, START_KEY):
+            warn(left)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf_dist.config import effects
+from rlhf_dist.config.compare_keys import CompareConfig as CompareConfig
 from rlhf_dist.config.keys import (
     ANY,
     COUNT,
@@ -68,7 +69,7 @@ class TinyConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = key("tiny", effects.needed("give `tiny`, a model directory, a hub name or a run directory"))
-    """`tiny`, a Hugging Face directory or hub name, or a run directory (its newest checkpoint)."""
+    """`tiny`, a Hugging Face directory or hub name, a run directory (its newest checkpoint), or a checkpoint in one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights on both sides; bfloat16 needs learner.zero_stage 1 or more and keeps float32 masters."""
     attention: Literal["auto", "segmented", "varlen"] = "auto"
@@ -356,6 +357,7 @@ class Config:
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig, metadata=used_by("train", "eval"))
     sft: SftConfig = field(default_factory=SftConfig, metadata=used_by("sft"))
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig, metadata=used_by("train", "eval", "sft", "prefer"))

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 from rlhf_dist.data.judgement_rows import Comparison, Judgement
 from rlhf_dist.data.judgements import WAY_OUT, FileJudgements, Judgements, Unusable
 from rlhf_dist.data.records import listed, shown
+from rlhf_dist.data.render import render
 from rlhf_dist.data.text_checks import RowTexts
 from rlhf_dist.errors import DataError
 from rlhf_dist.models.text_format import text_format
+from rlhf_dist.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,6 +57,23 @@ def require_tokens(texts: Sequence[PlacedText], tokenizer: PreTrainedTokenizerBa
     ]
     if problems:
         raise DataError(listed(problems, len({one.place for one in texts}), "take the rows out, or use another model"))
+
+
+def require_prompts_fit(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, model: str, chat: bool, limit: int
+) -> None:
+    """Refuse prompts that have more tokens than `limit`, or none, for the tokenizer of `model`, in one DataError."""
+    lengths = {prompt.uid: len(render(tokenizer, prompt.messages, chat)) for prompt in prompts}
+    if empty := [uid for uid, length in lengths.items() if not length]:
+        raise DataError(f"held-out prompt {empty[0]}: the tokenizer of {model} makes no token of it; take it out")
+    long = [uid for uid, length in lengths.items() if length > limit]
+    if long:
+        worst = max(long, key=lengths.__getitem__)
+        have = "held-out prompts have" if len(long) > 1 else "held-out prompt has"
+        raise DataError(
+            f"{len(long)} {have} more tokens than rollout.max_prompt_tokens, {limit}, with the tokenizer of {model}; "
+            f"the longest is {worst} with {lengths[worst]}: raise the key to that, or take long prompts out"
+        )
 
 
 def _without_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -35,6 +35,8 @@ class Evaluation:
     """Responses with a reward that failed or is not finite, greedy ones first."""
     version: int
     """Of the weights that sampled every token of it."""
+    measured: Sequence[Experience]
+    """What the means are of: the sampled responses, or the greedy ones where there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ def evaluate(
     shown = answers_to(prompts, greedy, sampled, dropped, gold, shell)
     shell.forget([experience.key for experience in (*greedy, *sampled)])
     answers = tuple(one.greedy.text if one.greedy else one.dropped for one in shown[:SHOWN_ANSWERS])
-    return Evaluation(metrics, answers, shown, non_finite, version_of([*greedy, *sampled]))
+    return Evaluation(metrics, answers, shown, non_finite, version_of([*greedy, *sampled]), sampled or greedy)
 
 
 def collected(prompts: Sequence[Prompt], purpose: Purpose, answers: Mapping[tuple[str, str], Answer]) -> Collected:

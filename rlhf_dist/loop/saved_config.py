@@ -33,6 +33,7 @@ CHANGEABLE = (
     "loop.best_is",
     "loop.witness",
     "eval.every",
+    "compare",
     "scoring.non_finite",
     "scoring.on_failure",
     "scoring.max_failed_share",

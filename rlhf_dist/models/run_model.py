@@ -11,6 +11,8 @@ from rlhf_dist.models.checkpoints import (
     CHECKPOINT_PREFIX,
     HF_FOLDER,
     LATEST,
+    STATE_FILE,
+    STEP_NAME,
     best_checkpoint,
     checkpoint_steps,
     latest_checkpoint,
@@ -19,14 +21,16 @@ from rlhf_dist.models.checkpoints import (
 
 
 def run_model(path: Path, key: str) -> Path | None:
-    """The Hugging Face directory of the newest checkpoint of the run at `path`, or of the best one where `path` is a
-    run's `checkpoints/BEST`; None for what is neither.
+    """The Hugging Face directory of the newest checkpoint of the run at `path`, of the best one where `path` is a run's
+    `checkpoints/BEST`, or of the checkpoint where it is one; None for what is none of them.
 
     `key` is the config key that the path stands in. Raises ModelError: a run without a checkpoint, a damaged LATEST or
     BEST.
     """
     if path.name == BEST and path.is_file():
         return _best_model(path, key)
+    if STEP_NAME.fullmatch(path.name) and (path / STATE_FILE).is_file() and (path / HF_FOLDER).is_dir():
+        return path / HF_FOLDER
     return _newest_model(path, key) if path.is_dir() else None
 
 

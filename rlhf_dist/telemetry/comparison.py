@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rlhf_dist.telemetry import names
+from rlhf_dist.telemetry import console_tables, names
+from rlhf_dist.telemetry.console_tables import printable as printable
 from rlhf_dist.telemetry.display import clock
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NONE = "-"
-PLAIN_WIDTH = 110
-"""Characters of a line in files and logs."""
 TITLE = "Models (held-out prompts)"
 ANSWERS = "Answers"
 GOLD_STD = f"{names.EVAL_GOLD}_std"
@@ -25,6 +24,23 @@ RESPONSE_LENGTH = "eval/response_length"
 ACCURACY = "accuracy"
 """Of a reward model's summary, as `best_accuracy`, which it has where the truth is known."""
 BEST_ACCURACY = "best_accuracy"
+
+
+@dataclass(frozen=True, slots=True)
+class Wins:
+    """How often a stage's model beats the one that it started from, on the held-out prompts."""
+
+    judge: str
+    """Name of the reward whose scores decide."""
+    win_rate: float
+    """Ties count half."""
+    low: float
+    """Its 95% interval."""
+    high: float
+    length_controlled: float | None
+    """The rate at equal length; None where it cannot be told."""
+    length_low: float | None
+    length_high: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +55,8 @@ class StageResult:
     """Its `summary.json`: `before` and `after`, metric -> value, and for `train` also `answers`."""
     seconds: float
     """Wall-clock time of its last start."""
+    wins: Wins | None = None
+    """Over its start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +94,8 @@ class Comparison:
     """All that is shown."""
 
     rows: tuple[Row, ...]
+    wins: Mapping[tuple[str, str], Wins]
+    """(a stage's model, the one that it started from) -> the former's wins."""
     answers: Answers
     seconds: float
     """Sum over the stages."""
@@ -98,7 +118,8 @@ def compare_stages(results: Sequence[StageResult]) -> Comparison:
         else:
             own = _metrics(starts[result.name], "before") if result.name in starts else {}
             rows[result.name] = _row(result.name, own, {}, result.seconds, _note(result.command, after))
-    return Comparison(tuple(rows.values()), _answers(results), sum(result.seconds for result in results))
+    wins = {(result.name, result.start): result.wins for result in results if result.wins is not None}
+    return Comparison(tuple(rows.values()), wins, _answers(results), sum(result.seconds for result in results))
 
 
 def _metrics(result: StageResult, when: str) -> dict[str, float]:
@@ -155,6 +176,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "seconds": round(comparison.seconds, 1),
         "models": [{name: _json_number(value) for name, value in asdict(row).items()} for row in comparison.rows],
+        "wins": [{"model": model, "start": start, **asdict(one)} for (model, start), one in comparison.wins.items()],
         "answers": {
             "prompts": list(comparison.answers.prompts),
             "by_model": {model: list(said) for model, said in comparison.answers.by_model.items()},
@@ -168,36 +190,30 @@ def _json_number(value: object) -> object:
 
 def as_text(comparison: Comparison) -> str:
     """The tables in plain text, for logs and files."""
-    from rich import box
-    from rich.console import Console
-
-    stream = io.StringIO()
-    console = Console(file=stream, width=PLAIN_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
-    for part in _parts(comparison, box.ASCII2):
-        console.print(part)
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+    return console_tables.as_text(partial(_parts, comparison))
 
 
 def show(comparison: Comparison, stream: TextIO) -> None:
     """Tables with colours where `stream` is a terminal, plain text elsewhere."""
-    if not stream.isatty():
-        print(as_text(comparison), file=stream)
-        return
-    from rich import box
-    from rich.console import Console
-
-    console = Console(file=stream, highlight=False)
-    for part in _parts(comparison, box.ROUNDED):
-        console.print(part)
+    console_tables.show(partial(_parts, comparison), stream)
 
 
 def _parts(comparison: Comparison, box: Any) -> Iterator[RenderableType]:
     from rich.text import Text
 
     yield _models(comparison, box)
+    for (model, start), wins in comparison.wins.items():
+        yield Text(f"{model} against {start}: {_wins(wins)}")
     if comparison.answers.prompts:
         yield _side_by_side(comparison.answers, box)
     yield Text(f"all stages: {clock(comparison.seconds)}")
+
+
+def _wins(wins: Wins) -> str:
+    equal = ""
+    if None not in (wins.length_controlled, wins.length_low, wins.length_high):
+        equal = f", at equal length {wins.length_controlled:.2f} [{wins.length_low:.2f}, {wins.length_high:.2f}]"
+    return f"wins {wins.win_rate:.2f} [{wins.low:.2f}, {wins.high:.2f}]{equal} (by {wins.judge})"
 
 
 def _models(comparison: Comparison, box: Any) -> Table:
@@ -232,9 +248,3 @@ def _side_by_side(answers: Answers, box: Any) -> Table:
 
 def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:z.2f}"  # z: no -0.00
-
-
-def printable(text: str) -> str:
-    """Escape what could move a terminal's cursor or cannot be encoded; line breaks stay."""
-    kept = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
-    return "".join(kept)

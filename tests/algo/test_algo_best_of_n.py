@@ -9,7 +9,14 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from rlhf_dist.algo.best_of_n import best_of_n_distribution, best_of_n_estimate, best_of_n_kl, categorical_kl
+from rlhf_dist.algo.best_of_n import (
+    best_of_n_curve,
+    best_of_n_distribution,
+    best_of_n_estimate,
+    best_of_n_kl,
+    categorical_kl,
+    sizes,
+)
 
 weights = st.lists(st.floats(0.01, 1.0), min_size=1, max_size=8)
 
@@ -93,3 +100,24 @@ def test_the_estimate_of_thousands_of_samples_is_that_of_the_distribution() -> N
     gold = torch.arange(4000, dtype=torch.float64) / 4000
     for n in (1, 10, 500):
         assert best_of_n_estimate(gold, gold, n) == pytest.approx(n / (n + 1), abs=1e-3)
+
+
+def test_a_curve_by_hand() -> None:
+    """Two prompts; the proxy's favourite of all has the lowest gold in the first, the highest in the second."""
+    proxies = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 4.0, 8.0, 2.0])]
+    golds = [torch.tensor([6.0, 3.0, 0.0]), torch.tensor([0.0, 2.0, 4.0, 2.0])]
+    curve = best_of_n_curve(proxies, golds)
+    assert [row.n for row in curve] == [1, 2, 3], "the second prompt has four samples, the first only three"
+    one, _, three = curve
+    assert (one.kl, one.proxy, one.gold) == (0.0, pytest.approx((2.0 + 3.5) / 2), pytest.approx((3.0 + 2.0) / 2))
+    # The best of 3 among 4 is the highest in three subsets of four, and the second highest in one.
+    assert (three.proxy, three.gold) == (pytest.approx((3 + (3 * 8 + 4) / 4) / 2), pytest.approx((0 + 3.5) / 2))
+    assert three.gold_error == pytest.approx(3.5 / 2), "half the difference of two prompts"
+    assert three.kl == pytest.approx(math.log(3) - 2 / 3)
+
+
+@given(st.integers(1, 40))
+def test_sizes_double_and_end_with_the_last(last: int) -> None:
+    found = list(sizes(last))
+    assert found[0] == 1 and found[-1] == last and found == sorted(set(found))
+    assert all(n & (n - 1) == 0 for n in found[:-1])

@@ -109,3 +109,12 @@ def test_the_best_model_is_taken_where_it_is_asked_for(run: Path) -> None:
             ModelError, match="BEST: names no checkpoint that is there; the folder holds step-2, step-4"
         ):
             check_run_model(str(pointer), "model.path")
+
+
+def test_a_checkpoint_is_its_own_model(run: Path) -> None:
+    older = run / "checkpoints" / "step-2"
+    assert run_model(older, "model.path") == older / "hf"
+    check_run_model(str(older), "model.path")
+    (older / "hf" / "config.json").write_text("another")
+    with pytest.raises(ModelError, match=r"config.json: has 7 bytes, and had 24; give model.path=.*step-4/hf"):
+        check_run_model(str(older), "model.path")

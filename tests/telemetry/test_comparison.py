@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
-from rlhf_dist.telemetry.comparison import StageResult, as_json, as_text, compare_stages, printable, show
+from rlhf_dist.telemetry.comparison import StageResult, Wins, as_json, as_text, compare_stages, printable, show
 
 BEFORE = {"eval/gold": 0.5, "eval/gold_std": 2.0, "eval/reward": 0.1, "eval/kl": 0.0, "eval/response_length": 5.0}
 AFTER = {"eval/gold": 4.5, "eval/gold_std": 1.0, "eval/reward": 1.9, "eval/kl": 7.0, "eval/response_length": 6.0}
@@ -35,6 +36,21 @@ def test_a_start_that_no_stage_made_has_a_row_too() -> None:
     start, rl = compare_stages([only]).rows
     assert (start.model, start.gold, start.seconds) == ("some/model", 0.5, None)
     assert (rl.model, rl.lift) == ("rl", 2.0)
+
+
+def test_a_line_says_how_often_a_model_beats_its_start() -> None:
+    ppo = replace(results()[2], wins=Wins("truth", 0.875, 0.8, 0.92, 0.86, 0.79, 0.91))
+    grpo = replace(results()[3], wins=Wins("total", 0.5, 0.4, 0.6, None, None, None))
+    found = compare_stages([*results()[:2], ppo, grpo])
+    lines = as_text(found).splitlines()
+    assert "ppo against sft: wins 0.88 [0.80, 0.92], at equal length 0.86 [0.79, 0.91] (by truth)" in lines
+    assert "grpo against sft: wins 0.50 [0.40, 0.60] (by total)" in lines
+    written = json.loads(json.dumps(as_json(found)))["wins"]
+    assert [(one["model"], one["start"], one["win_rate"]) for one in written] == [
+        ("ppo", "sft", 0.875),
+        ("grpo", "sft", 0.5),
+    ]
+    assert "against" not in as_text(compare_stages(results()))
 
 
 def test_a_start_without_spread_gives_no_lift() -> None:
