@@ -29,13 +29,14 @@ from rlhf_dist.config.schema import Config
 from rlhf_dist.errors import DataError, ResourceError
 from rlhf_dist.loop import stages as stages_on_disk
 from rlhf_dist.loop.html_report import reported
+from rlhf_dist.loop.kept_scores import won_against_start
 from rlhf_dist.loop.run_directory import write_json, write_text
 from rlhf_dist.loop.run_end import read_summary
 from rlhf_dist.loop.run_lock import require_place, take_lock
 from rlhf_dist.loop.state import fits
 from rlhf_dist.models.guarded_files import read_json
 from rlhf_dist.planning.placement import local_machine, place
-from rlhf_dist.telemetry.comparison import StageResult, as_json, as_text, compare_stages, show
+from rlhf_dist.telemetry.comparison import StageResult, Wins, as_json, as_text, compare_stages, show
 
 
 def pipeline(stages: Sequence[Stage]) -> None:
@@ -154,7 +155,17 @@ def result_of(stage: Stage, finished: stages_on_disk.Finished) -> StageResult:
     if not fits_summary(summary) or read_summary(stage.path) is None:
         raise DataError(f"{path}: is not the summary of a finished run; move {stage.path} away to rerun the stage")
     start = " ".join(stage.wired.get("model.path", (stage.config.model.path,)))
-    return StageResult(stage.name, stage.command, start, summary, finished.seconds)
+    return StageResult(stage.name, stage.command, start, summary, finished.seconds, wins_of(stage))
+
+
+def wins_of(stage: Stage) -> Wins | None:
+    """Of an RL stage over its start, from the scores that its own evaluations kept. Raises DataError."""
+    found = won_against_start(stage.path, stage.config.compare.tie_margin) if stage.command == "train" else None
+    if found is None:
+        return None
+    judge, one = found
+    controlled = one.length_controlled, one.length_low, one.length_high
+    return Wins(judge, one.win_rate, one.low, one.high, *controlled)
 
 
 def fits_summary(summary: Any) -> bool:

@@ -21,6 +21,7 @@ from rlhf_dist.loop.devices import Devices
 from rlhf_dist.loop.evaluation import Evaluation, evaluate
 from rlhf_dist.loop.events import Taken, Tell
 from rlhf_dist.loop.healing import Healing
+from rlhf_dist.loop.kept_scores import keep_scores
 from rlhf_dist.loop.kept_state import KeptState
 from rlhf_dist.loop.late_report import Report, no_report
 from rlhf_dist.loop.ledger import Ledger
@@ -283,6 +284,7 @@ def measure(run: Run, shell: Shell, step: int) -> Evaluation:
     warn_of_non_finite(run, f"evaluation at step {step}", found.non_finite)
     run.progress.eval(step, found.metrics)
     keep_answers(run.directory.path, step, found.shown)
+    keep_scores(run.directory.path, run.config, step, found.measured)
     return found
 
 

@@ -146,6 +146,24 @@ def test_the_report_shows_every_stage_and_what_was_said(pipeline: Pipeline) -> N
     assert all(f"{name} {version}" in page for name, version in versions.items())
 
 
+def test_the_table_says_how_often_each_policy_beats_its_start(pipeline: Pipeline) -> None:
+    """From the scores that the evaluations kept: no engine starts for it, and none did in the second call."""
+    written = json.loads((pipeline.path / "pipeline.json").read_text())["wins"]
+    assert [(one["model"], one["start"], one["judge"]) for one in written] == [
+        ("ppo", "sft", "truth"),
+        ("grpo", "sft", "truth"),
+    ]
+    table = (pipeline.path / "pipeline.txt").read_text()
+    for one in written:
+        assert 0 <= one["low"] <= one["win_rate"] <= one["high"] <= 1
+        assert f"{one['model']} against sft: wins {one['win_rate']:.2f} [{one['low']:.2f}, " in table
+    for name, when in (("scores-before.json", "before"), ("scores-after.json", "after")):
+        kept = json.loads((pipeline.path / "grpo" / name).read_text())["scores"]
+        values = [score for said in kept.values() for score, _ in said.values()]
+        summary = json.loads((pipeline.path / "grpo" / "summary.json").read_text())
+        assert len(values) == 12 and sum(values) / 12 == pytest.approx(summary[when]["eval/gold"], abs=1e-5)
+
+
 def test_ppo_tells_of_critic_leash_and_both_rewards(pipeline: Pipeline) -> None:
     names = {
         "critic/loss", "critic/explained_variance", "kl/reference", "kl/coef", "reward/learned", "reward/truth",
