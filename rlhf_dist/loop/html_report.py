@@ -104,7 +104,7 @@ def _tiles(run: RunFacts) -> str:
         if {name} <= before.keys() & after.keys()
     ]
     if names.EVAL_KL in after:
-        found.append((f"{after[names.EVAL_KL]:.1f} nats", "KL to the start"))
+        found.append((f"{after[names.EVAL_KL]:.1f} nats", "KL to the reference"))
     return tiles([*found, *([(_time(run), "time")] if _time(run) else [])])
 
 

@@ -24,6 +24,8 @@ POINTS = 16
 """Points of a curve over the KL, about; each is a mean over steps."""
 MOST_BINS = 50
 """Points of a calibration curve."""
+MOST_PAIRS = 1 << 53
+"""Behind one of them."""
 OPEN_PANELS = ("Reward of sampled responses", "KL to the reference", "Response length", "Held-out accuracy")
 
 
@@ -44,13 +46,13 @@ def interval(name: str, metrics: Mapping[str, float], run: RunFacts) -> tuple[fl
     ends = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
     if ends[0] is not None and ends[1] is not None:
         return ends[0], ends[1]
-    prompts = run.number("eval.prompts") - metrics.get("eval/dropped", 0.0)
-    n = prompts * max(run.number("eval.samples"), 1.0)
+    prompts = run.number("eval.prompts")
+    n = (prompts - metrics.get("eval/dropped", 0.0)) * max(run.number("eval.samples"), 1.0)
     if f"{name}_std" in metrics and n > 1:
         half = 1.96 * metrics[f"{name}_std"] / math.sqrt(n)
         return metrics[name] - half, metrics[name] + half
-    if name == names.EVAL_GREEDY and prompts >= 1 and 0 <= metrics[name] <= 1:
-        return wilson_interval(metrics[name] * prompts, int(prompts))
+    if name == names.EVAL_GREEDY and prompts >= 1 and 0 <= metrics[name] <= 1:  # of all: a dropped one is not solved
+        return wilson_interval(metrics[name] * prompts, prompts)
     return None
 
 
@@ -88,7 +90,7 @@ def _drawn(panel: Panel, run: RunFacts) -> str:
 
 
 def over_optimization(runs: Sequence[RunFacts]) -> str:
-    """Proxy and gold over the KL to the start, and where gold was highest."""
+    """Proxy and gold over the KL to the reference, and where gold was highest."""
     usable = [(run, _over_kl(run)) for run in runs]
     drawn = [(run, points) for run, points in usable if points]
     told = [
@@ -103,7 +105,7 @@ def over_optimization(runs: Sequence[RunFacts]) -> str:
     figures = []
     for title, place in (("Proxy reward (what is trained on)", 1), ("Gold reward (the truth)", 2)):
         lines = [Line(run.name, [p[0] for p in points], [p[place] for p in points]) for run, points in drawn]
-        figures.append(figure(Chart(title, lines, "KL to the start, nats per response", "mean reward")))
+        figures.append(figure(Chart(title, lines, "KL to the reference, nats per response", "mean reward")))
     why = (
         "The reward model is the proxy of the gold reward, and is right only near the answers it was trained on. Where "
         "the proxy goes on rising and gold falls, the policy exploits its mistakes."
@@ -175,7 +177,7 @@ def _bins(found: Any) -> list[tuple[float, float, int]] | None:
         bins = [(float(b["predicted"]), float(b["observed"]), int(b["count"])) for b in found or ()]
     except (TypeError, KeyError, ValueError, OverflowError):
         return None
-    right = all(0 <= predicted <= 1 and 0 <= observed <= 1 and n >= 1 for predicted, observed, n in bins)
+    right = all(0 <= predicted <= 1 and 0 <= observed <= 1 and 1 <= n < MOST_PAIRS for predicted, observed, n in bins)
     return bins[:MOST_BINS] if right else None
 
 

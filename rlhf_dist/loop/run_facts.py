@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 LARGEST = 1 << 28
 """Bytes of the events that are read."""
+MOST = 1 << 53
+"""A number of a config that is beyond it counts as none."""
 TOLD = ("warning", "failed", "stopped", "restart", "returned", "rebuilt", "resume", "early_stop")
 """Kinds of events that a report lists."""
 MOST_EVENTS = 20
@@ -89,7 +91,7 @@ class RunFacts:
     def number(self, key: str) -> float:
         """A number of the config; 0 where there is none."""
         found = self.config.get(key)
-        return float(found) if isinstance(found, int | float) else 0.0
+        return float(found) if isinstance(found, int | float) and abs(found) < MOST else 0.0
 
 
 def metrics_of(found: Any) -> dict[str, float]:

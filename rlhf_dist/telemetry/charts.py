@@ -16,6 +16,8 @@ MOST_POINTS = 200
 """Points of a drawn line; a longer one is drawn as means of neighbours."""
 MOST_LINES = 12
 """Lines of a chart; further ones are only counted."""
+MOST_DIGITS = 12
+"""Of the number at a tick."""
 LARGEST = 1e100
 """Values beyond are drawn as this, so that differences of them are finite."""
 
@@ -144,20 +146,27 @@ def decades(low: float, high: float, most: int = 5) -> list[float]:
     return [10.0**power for power in range(first, last + 1, every)] or [low, high]
 
 
-def text_of(value: float) -> str:
+def text_of(value: float, digits: int = 3) -> str:
     """A number of an axis, in few characters."""
-    return f"{value:.3g}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e") if value else "0"
+    return f"{value:.{digits}g}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e") if value else "0"
+
+
+def labelled(values: Sequence[float]) -> list[tuple[float, str]]:
+    """Each with its text, of as many digits as tell it from the others."""
+    texts = ([text_of(value, digits) for value in values] for digits in range(3, MOST_DIGITS + 1))
+    found = next((one for one in texts if len(set(one)) == len(set(values))), None)
+    return list(zip(values, found or [repr(value) for value in values], strict=True))
 
 
 def _frame(chart: Chart, x: _Axis, y: _Axis) -> Iterator[str]:
     right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
-    for value in y.ticks():
+    for value, text in labelled(y.ticks()):
         at = y.at(value)
         if TOP - 1 <= at <= floor + 1:
             yield f'<path class="grid" d="M{LEFT} {at:.1f}H{right}"/>'
-            yield f'<text x="{LEFT - 5}" y="{at + 3.5:.1f}" text-anchor="end">{text_of(value)}</text>'
-    for value in x.ticks():
-        yield f'<text x="{x.at(value):.1f}" y="{floor + 14}" text-anchor="middle">{text_of(value)}</text>'
+            yield f'<text x="{LEFT - 5}" y="{at + 3.5:.1f}" text-anchor="end">{text}</text>'
+    for value, text in labelled(x.ticks()):
+        yield f'<text x="{x.at(value):.1f}" y="{floor + 14}" text-anchor="middle">{text}</text>'
     yield f'<path class="axis" d="M{LEFT} {floor}H{right}"/>'
     yield f'<text x="{(LEFT + right) / 2:.0f}" y="{HEIGHT - 5}" text-anchor="middle">{escape(chart.x_label)}</text>'
     yield f'<text x="2" y="10">{escape(chart.y_label)}</text>'

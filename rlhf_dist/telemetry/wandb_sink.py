@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from rlhf_dist.telemetry.histograms import Histogram
 from rlhf_dist.telemetry.sinks import NONE, FragileSink, SampleRow, json_safe, one_line
 from rlhf_dist.telemetry.wandb_key import wandb_mode, why_offline
 
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 SAMPLES = "rollouts/samples"
 COLUMNS = ("step", "prompt", "response", "reward", "components")
 TABLE_ROWS = 200
@@ -119,18 +121,20 @@ class WandbSink(FragileSink):
 
 
 def without_secrets(value: Any) -> Any:
-    """A config as plain values, in which an address keeps neither user nor query: they may hold a token."""
+    """A config as plain values, in which no address, also within a text, keeps user or query: they may hold a token."""
     if isinstance(value, Mapping):
         return {key: without_secrets(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [without_secrets(inner) for inner in value]
-    if isinstance(value, str) and "://" in value:
-        try:
-            parts = urlsplit(value)
-        except ValueError:
-            return "(an address that cannot be read)"
-        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-    return value
+    return ADDRESS.sub(lambda found: _plain_address(found[0]), value) if isinstance(value, str) else value
+
+
+def _plain_address(address: str) -> str:
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return "(an address that cannot be read)"
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def _start_wandb(

@@ -10,7 +10,18 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, strategies as st
 
-from rlhf_dist.telemetry.charts import MOST_LINES, MOST_POINTS, Chart, Line, decades, figure, text_of, thinned, ticks
+from rlhf_dist.telemetry.charts import (
+    MOST_LINES,
+    MOST_POINTS,
+    Chart,
+    Line,
+    decades,
+    figure,
+    labelled,
+    text_of,
+    thinned,
+    ticks,
+)
 
 STEPS = [1.0, 2.0, 3.0, 4.0]
 
@@ -31,6 +42,12 @@ def test_ticks_are_round_numbers_within_the_axis() -> None:
     assert ticks(-0.7, 3.3) == [0, 1, 2, 3] and ticks(0.93, 0.97) == pytest.approx([0.93, 0.94, 0.95, 0.96, 0.97])
     assert decades(2e-7, 3e-3) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3]) and decades(2, 3) == [2, 3]
     assert [text_of(value) for value in (0, 0.25, 1234.0, 1e-6)] == ["0", "0.25", "1.23e3", "1e-6"]
+
+
+def test_ticks_that_are_close_have_different_texts() -> None:
+    close = [1000.0, 1000.0002, 1000.0004]
+    assert labelled(close) == [(1000.0, "1000"), (1000.0002, "1000.0002"), (1000.0004, "1000.0004")]
+    assert [text for _, text in labelled([0.0, 0.5])] == ["0", "0.5"]
 
 
 def test_a_line_is_broken_where_a_value_is_not_finite() -> None:

@@ -170,3 +170,5 @@ def test_an_address_keeps_neither_user_nor_query() -> None:
         "a": ["http://h:1/p", "no address"],
         "b": {"c": 1, "d": "https://h/p"},
     }
+    rubric = f"Is it right? Sources such as https://u:{SECRET}@h/p?k={SECRET} are good. Ten points?"
+    assert wandb_sink.without_secrets(rubric) == "Is it right? Sources such as https://h/p are good. Ten points?"
