@@ -236,7 +236,7 @@ def _ranking(row: Row, preferences: PreferencesConfig, data: DataConfig) -> Comp
         raise DataError(
             f"{row.place}: {key!r} is {shown(ranks)}; it has to be a list of {len(texts)} ranks, one for each response"
         )
-    numbers = [_number(row, f"{key}[{i}]", rank) for i, rank in enumerate(ranks)]
+    numbers = [number(row, f"{key}[{i}]", rank) for i, rank in enumerate(ranks)]
     tied = next((rank for rank in numbers if numbers.count(rank) > 1), None)
     if tied is not None:
         raise NoJudgement(
@@ -253,7 +253,7 @@ def _margin(row: Row, preferences: PreferencesConfig) -> float:
     key = preferences.margin_key
     if not key:
         return 0.0
-    margin = _number(row, repr(key), column(row, key, "margin_key"))
+    margin = number(row, repr(key), column(row, key, "margin_key"))
     if margin < 0:
         raise DataError(f"{row.place}: {key!r} is {margin:g}; a margin has to be 0 or more")
     if margin > LARGEST_MARGIN:
@@ -267,7 +267,7 @@ def _margin(row: Row, preferences: PreferencesConfig) -> float:
 def _rating(row: Row, preferences: PreferencesConfig) -> float:
     """The rating on a scale of -1 to 1."""
     key, low, high = preferences.rating_key, preferences.rating_min, preferences.rating_max
-    rating = _number(row, repr(key), column(row, key, "rating_key"))
+    rating = number(row, repr(key), column(row, key, "rating_key"))
     if not low <= rating <= high:
         raise DataError(
             f"{row.place}: {key!r} is {rating:g}; it has to be from {low:g} to {high:g}; correct the row, or set "
@@ -285,14 +285,15 @@ def _thumbs(row: Row, key: str) -> float:
     raise DataError(f"{row.place}: {key!r} is {shown(value)}; it has to be true or false, 1 or 0, 'up' or 'down'")
 
 
-def _number(row: Row, name: str, value: object) -> float:
+def number(row: Row, name: str, value: object) -> float:
+    """`value`, when it is a finite number and no bool; `name` says what it is. Raises DataError."""
     kind = "a number"
     if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         kind = "a finite number that a float can hold"
         try:
-            number = float(value)
+            found = float(value)
         except OverflowError:  # JSON sets whole numbers no limit
-            number = math.inf
-        if math.isfinite(number):
-            return number
+            found = math.inf
+        if math.isfinite(found):
+            return found
     raise DataError(f"{row.place}: {name} is {shown(value)}; it has to be {kind}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Literal, get_args
 
 from rlhf_dist.config.schema import DataConfig, PreferencesConfig
 from rlhf_dist.data.files import read_rows
-from rlhf_dist.data.judgement_rows import Comparison, NoJudgement, judgement, prompt, response, responses
+from rlhf_dist.data.judgement_rows import Comparison, NoJudgement, judgement, number, prompt, response, responses
 from rlhf_dist.data.records import Row, listed, shown
+from rlhf_dist.data.rows import checked_text
 from rlhf_dist.errors import DataError
 from rlhf_dist.labels.items import Answered
 from rlhf_dist.labels.verdicts import MOST_STARS
@@ -105,13 +105,15 @@ def _own(row: Row) -> Answered:
     if not texts:
         raise DataError(f"{row.place}: 'responses' is empty; it has to be a list of texts")
     models = _listed(row, "model" if one else "models", len(texts), one)
-    if not all(isinstance(model, str) for model in models):
-        raise DataError(f"{row.place}: models are {shown(models)}; they have to be texts")
+    names = tuple(
+        checked_text(row, f"model {place}", model) if model != "" else "" for place, model in enumerate(models, 1)
+    )
     gold = _listed(row, "gold", len(texts), one)
-    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in gold):
-        raise DataError(f"{row.place}: 'gold' is {shown(row.fields['gold'])}; it has to be numbers, higher for better")
-    names = tuple(str(model) for model in models) or ("",) * len(texts)
-    return Answered(row.place, messages, texts, names, tuple(float(str(value)) for value in gold) or None)
+    values = tuple(
+        float(value) if isinstance(value, bool) else number(row, f"gold {place} (higher for better)", value)
+        for place, value in enumerate(gold, 1)
+    )
+    return Answered(row.place, messages, texts, names or ("",) * len(texts), values or None)
 
 
 def _listed(row: Row, key: str, size: int, one: bool) -> list[object]:

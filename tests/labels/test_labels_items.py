@@ -40,6 +40,7 @@ def read(path: Path, rows: list[Any], judge: Judge, form: Form = "responses", go
         ("thumbs", {"prompt": "q", "response": "x", "rating": "down"}, "thumbs", ("x",), False),
         ("responses", {"prompt": "q", "response": "x", "model": "m", "gold": 1}, "thumbs", ("x",), True),
         ("responses", {"prompt": "q", "responses": ["x", "y"], "gold": [0, 2.5]}, "pair", ("x", "y"), 1),
+        ("responses", {"prompt": "q", "responses": ["x", "y"], "gold": [False, True]}, "pair", ("x", "y"), 1),
     ],
 )  # fmt: skip
 def test_each_form_of_file(
@@ -103,8 +104,13 @@ def test_a_ranking_has_at_most_nine_and_gold_needs_a_right_answer(tmp_path: Path
         ({"prompt": "q"}, r"f.jsonl:1: 'response' is None"),
         ({"prompt": "q", "responses": []}, "f.jsonl:1: 'responses' is empty"),
         ({"prompt": "q", "responses": ["x", "y"], "models": ["a"]}, "'models' is .* one for each of 2 responses"),
-        ({"prompt": "q", "responses": ["x", "y"], "models": [1, 2]}, "models are .*; they have to be texts"),
-        ({"prompt": "q", "responses": ["x", "y"], "gold": ["a", "b"]}, "'gold' is .* numbers, higher for better"),
+        ({"prompt": "q", "responses": ["x", "y"], "models": [1, 2]}, "f.jsonl:1: model 1 is 1 .*; it has to be text"),
+        ({"prompt": "q", "responses": ["x", "y"], "models": ["a", "\ud800"]}, "f.jsonl:1: model 2 holds half a"),
+        (
+            {"prompt": "q", "responses": ["x", "y"], "gold": ["a", "b"]},
+            r"gold 1 \(higher for better\) is 'a'; it has to be a number",
+        ),
+        ({"prompt": "q", "response": "x", "gold": 10**400}, "f.jsonl:1: gold 1 .* a finite number"),
         ({"prompt": "q", "response": "\ud800"}, "half a surrogate pair"),
     ],
 )
