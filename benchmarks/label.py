@@ -140,6 +140,7 @@ def in_chromium(address: str, token: str) -> list[float]:
 
 
 def _click(tab: Tab) -> float:
+    tab.wait("document.body.dataset.ready === document.body.dataset.shown")  # until a verdict is taken
     return tab.evaluate(
         """new Promise((done) => {
           const before = document.body.dataset.shown, start = performance.now();

@@ -68,8 +68,8 @@ def judging(tab: Tab, path: Path, items: list[Item], clock: Clock | None = None)
 
 
 def shown(tab: Tab, number: int) -> None:
-    """Wait until so many items have been on the page."""
-    tab.wait(f"document.body?.dataset.shown == '{number}'")
+    """Wait until so many items have been on the page, the last one for long enough to be judged."""
+    tab.wait(f"document.body?.dataset.ready == '{number}'")
 
 
 def saved(store: LabelStore) -> list[Decision]:
@@ -155,6 +155,23 @@ def test_stars_thumbs_and_an_empty_queue(tab: Tab, tmp_path: Path) -> None:
         tab.evaluate("document.getElementById('close').click()")
         tab.press("u")
         shown(tab, 5)
+        assert len(saved(store)) == 2
+
+
+def test_a_double_click_and_two_quick_keys_judge_one_item(tab: Tab, tmp_path: Path) -> None:
+    with judging(tab, tmp_path / "s", [item(number) for number in range(4)]) as store:
+        button = "document.querySelector('.choice')"
+        tab.evaluate(f"{button}.click()")
+        shown(tab, 2)
+        tab.evaluate(f"{button}.dispatchEvent(new MouseEvent('click', {{detail: 2}}))")
+        assert len(saved(store)) == 1
+        # Each time that an item appears, a key follows at once, in the same turn of the page.
+        tab.evaluate(
+            "new MutationObserver(() => document.dispatchEvent(new KeyboardEvent('keydown', {key: 't'})))"
+            ".observe(document.getElementById('counts'), {childList: true})"
+        )
+        tab.press("t")
+        shown(tab, 3)
         assert len(saved(store)) == 2
 
 

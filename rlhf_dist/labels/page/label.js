@@ -4,9 +4,11 @@ import { CHOICES, QUESTIONS, Ranking, keyNames, responseCard } from "/judging.js
 import { call, element, enter, themeButton, visible } from "/shared.js";
 
 const LOOK_AGAIN_MS = 15000;
+// So long after an item appears no verdict is taken: a double click, or two quick keys, would judge what nobody has seen.
+const UNSEEN_MS = 250;
 const ROLES = { system: "System", user: "User", assistant: "Assistant" };
 const at = (id) => document.getElementById(id);
-const state = { item: null, last: null, ranking: null, busy: false, again: null, renewed: 0, limit: 0, shown: 0 };
+const state = { item: null, last: null, ranking: null, busy: false, again: null, renewed: 0, limit: 0, shown: 0, since: 0 };
 
 function tell(text, again = null) {
   at("notice-text").textContent = text;
@@ -66,8 +68,11 @@ function show(answer) {
   for (const button of document.querySelectorAll(".flag")) press(button, said?.flags.includes(button.dataset.flag));
   document.activeElement?.blur();
   scrollTo(0, 0);
-  // For whoever measures: how many items have been on the screen.
-  requestAnimationFrame(() => setTimeout(() => (document.body.dataset.shown = ++state.shown), 0));
+  state.since = performance.now();
+  // For whoever measures: how many items have been on the screen, and of how many a verdict was taken.
+  const number = ++state.shown;
+  requestAnimationFrame(() => setTimeout(() => (document.body.dataset.shown = number), 0));
+  setTimeout(() => (document.body.dataset.ready = number), UNSEEN_MS + 1);
 }
 
 function turn(message, number, all) {
@@ -92,7 +97,7 @@ function choices(item, said) {
   return listed.map((choice) => {
     const hint = element("kbd", { textContent: keyNames(choice.keys.slice(0, 2)).join(" ") });
     const button = element("button", { type: "button", className: "choice" }, `${choice.label} `, hint);
-    button.addEventListener("click", () => decide(choice.verdict));
+    button.addEventListener("click", first(() => decide(choice.verdict)));
     if (choice.verdict === null) button.disabled = !state.ranking.touched;
     button.classList.toggle("before", said !== undefined && choice.verdict !== null && said.verdict === choice.verdict);
     return button;
@@ -103,8 +108,15 @@ function ready() {
   at("choices").firstChild.disabled = !state.ranking.touched;
 }
 
+// The second click of a double click does nothing.
+function first(action) {
+  return (event) => {
+    if (event.detail <= 1) action();
+  };
+}
+
 function decide(verdict) {
-  if (!state.item || state.busy) return;
+  if (!state.item || state.busy || performance.now() - state.since < UNSEEN_MS) return;
   if (verdict === null && !state.ranking.touched) {
     tell("Put the responses in order first: press their numbers from best to worst, or drag them by their handles.");
     return;
@@ -219,8 +231,8 @@ function busyHands() {
 
 enter();
 themeButton(at("theme"));
-at("skip").addEventListener("click", skip);
-at("undo").addEventListener("click", undo);
+at("skip").addEventListener("click", first(skip));
+at("undo").addEventListener("click", first(undo));
 at("comment-button").addEventListener("click", () => openComment(at("comment-row").hidden, true));
 at("comment").addEventListener("input", count);
 at("help-button").addEventListener("click", help);
