@@ -70,6 +70,8 @@ def add(argv: Sequence[str]) -> int:
         added = store.add(items, args.overlap)
     what = "gold items" if args.gold else "items"
     print(f"{args.store}: {added.new} {what} added, {added.known} were there already")
+    if added.not_gold:
+        print(f"{added.not_gold} are there already as ordinary items and do not become gold")
     return 0
 
 

@@ -66,6 +66,8 @@ class Added:
     new: int
     known: int
     """They were in the store already."""
+    not_gold: int = 0
+    """Of these: gold ones that are there as ordinary items, and stay so."""
 
 
 class LabelStore:
@@ -133,11 +135,15 @@ class LabelStore:
 
         What is there already stays as it is, so an interrupted call can be repeated. Raises DiskError.
         """
-        new = 0
+        new = not_gold = 0
         for start in range(0, len(items), BATCH):
             with self.writing() as connection:
-                new += sum(_insert(connection, item, overlap, self.clock()) for item in items[start : start + BATCH])
-        return Added(new, len(items) - new)
+                for item in items[start : start + BATCH]:
+                    if _insert(connection, item, overlap, self.clock()):
+                        new += 1
+                    else:
+                        not_gold += item.gold is not None and _is_ordinary(connection, item)
+        return Added(new, len(items) - new, not_gold)
 
 
 def create(path: Path) -> None:
@@ -220,6 +226,12 @@ def _insert(connection: sqlite3.Connection, item: Item, overlap: int, now: float
     connection.execute("INSERT INTO items_text VALUES (?, ?, ?, ?, ?, ?)", (row.lastrowid, *texts, item.place, now))
     connection.execute("UPDATE totals SET wanted = wanted + ?, golds = golds + ?", (wanted, gold is not None))
     return True
+
+
+def _is_ordinary(connection: sqlite3.Connection, item: Item) -> bool:
+    """Whether the same question is there without a right answer."""
+    row = connection.execute("SELECT gold FROM items WHERE digest = ?", (item.digest(),)).fetchone()
+    return row["gold"] is None
 
 
 def _require_sound(path: Path, connection: sqlite3.Connection) -> None:

@@ -131,3 +131,8 @@ def test_a_store_is_made_once(tmp_path: Path) -> None:
         with store.reading() as db:
             assert db.execute("SELECT COUNT(*) FROM items").fetchone()[0] == 1
     assert not list(tmp_path.glob("*.new"))
+
+
+def test_gold_that_is_there_as_an_ordinary_item_is_counted(tmp_path: Path) -> None:
+    with closing(made(tmp_path / "s", [item(1), item(2, gold=0)])) as store:
+        assert store.add([item(1, gold=0), item(2, gold=0), item(3, gold=0)], 1) == Added(1, 2, not_gold=1)
