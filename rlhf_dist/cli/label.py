@@ -13,6 +13,7 @@ from rlhf_dist.cli import arguments
 from rlhf_dist.errors import DataError, InputError
 
 USAGE = """usage: rlhf-dist label add STORE SOURCE [SOURCE ...] --judge pair|ranking|stars|thumbs [--overlap K] [--gold]
+                     [--pairs-per-prompt N]
        rlhf-dist label serve STORE [--labellers NAME,NAME] [--tokens FILE] [--host HOST] [--port PORT]
        rlhf-dist label summary STORE
        rlhf-dist label export STORE FILE --form pair|transcripts|ranking|battles|rating|thumbs
@@ -39,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
 def add(argv: Sequence[str]) -> int:
     """`label add`: read sources, and put what is to be judged into the store."""
     from rlhf_dist.labels.item_files import FORMS, Form, read_answered
-    from rlhf_dist.labels.items import Answered, items_of
+    from rlhf_dist.labels.items import PAIRS, Answered, items_of
     from rlhf_dist.labels.store import LabelStore, create
     from rlhf_dist.labels.verdicts import JUDGES
 
@@ -52,6 +53,9 @@ def add(argv: Sequence[str]) -> int:
     parser.add_argument("--form", choices=FORMS, default="responses", help="what a row of the files is (responses)")
     parser.add_argument("--overlap", type=_count, default=1, metavar="K", help="labellers that judge each item (1)")
     parser.add_argument("--gold", action="store_true", help="the right answers are known: test labellers with them")
+    parser.add_argument(
+        "--pairs-per-prompt", type=_count, default=PAIRS, metavar="N", help=f"at most, of --judge pair ({PAIRS})"
+    )
     args = parser.parse_args(list(argv))
     form: Form = args.form
     found: list[Answered] = []
@@ -60,7 +64,7 @@ def add(argv: Sequence[str]) -> int:
         answered, reasons = read_answered(source, form)
         found += answered
         left_out += reasons
-    items, reasons = items_of(found, args.judge, args.gold)
+    items, reasons = items_of(found, args.judge, args.gold, args.pairs_per_prompt)
     for reason, count in sorted((left_out + reasons).items()):
         print(f"left out: {count} ({reason})")
     if not items:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import zip_longest
 
 from rlhf_dist.labels.verdicts import MOST_RANKED, Judge, Verdict, gold_verdict
 from rlhf_dist.types import Message
@@ -52,18 +52,26 @@ class Item:
         return hashlib.sha256(json.dumps([self.judge, turns, texts]).encode()).digest()
 
 
-def items_of(answered: Iterable[Answered], judge: Judge, gold: bool) -> tuple[list[Item], Counter[str]]:
+PAIRS = 3
+"""Of the responses to one prompt, unless more are asked for."""
+
+
+def items_of(
+    answered: Iterable[Answered], judge: Judge, gold: bool, pairs: int = PAIRS
+) -> tuple[list[Item], Counter[str]]:
     """The decisions to be made, and how many responses or pairs were left out for which reason.
 
-    pair: all pairs of responses to a prompt; ranking: all of them in one item; stars, thumbs: each by itself. Single
-    responses to the same prompt are put together for the first two. `gold`: the items test the labeller.
+    pair: so many pairs of responses to a prompt as `pairs` says; ranking: all of them in one item; stars, thumbs: each
+    by itself. Single responses to the same prompt are put together for the first two. The first item of each prompt
+    comes before the second of any. `gold`: the items test the labeller.
     """
     left_out: Counter[str] = Counter()
     together = _grouped(answered) if judge in ("pair", "ranking") else answered
-    items: list[Item] = []
+    of_prompts: list[list[Item]] = []
     for one in together:
-        parts = list(_parts(one, judge, left_out))
-        items += parts if not gold else [part for part in parts if _has_gold(part, left_out)]
+        parts = list(_parts(one, judge, pairs, left_out))
+        of_prompts.append(parts if not gold else [part for part in parts if _has_gold(part, left_out)])
+    items = [item for turn in zip_longest(*of_prompts) for item in turn if item is not None]
     return (items if gold else [replace(item, gold=None) for item in items]), left_out
 
 
@@ -92,7 +100,7 @@ def _grouped(answered: Iterable[Answered]) -> Iterator[Answered]:
         )
 
 
-def _parts(one: Answered, judge: Judge, left_out: Counter[str]) -> Iterator[Item]:
+def _parts(one: Answered, judge: Judge, pairs: int, left_out: Counter[str]) -> Iterator[Item]:
     if judge in ("stars", "thumbs"):
         for index in range(len(one.responses)):
             yield _item(one, judge, (index,))
@@ -104,11 +112,38 @@ def _parts(one: Answered, judge: Judge, left_out: Counter[str]) -> Iterator[Item
     if len(different) < 2:
         left_out["the only response to its prompt"] += 1
     elif judge == "pair":
-        yield from (_item(one, judge, pair) for pair in combinations(different, 2))
+        yield from (
+            _item(one, judge, pair) for pair in chosen_pairs([one.models[i] for i in different], pairs, different)
+        )
+        beyond = len(different) * (len(different) - 1) // 2 - pairs
+        if beyond > 0:
+            left_out[f"more than {pairs} pairs of a prompt (--pairs-per-prompt)"] += beyond
     elif len(different) > MOST_RANKED:
         left_out[f"more than {MOST_RANKED} responses to one prompt"] += 1
     else:
         yield _item(one, judge, different)
+
+
+def chosen_pairs(models: Sequence[str], most: int, names: Sequence[int]) -> list[tuple[int, int]]:
+    """At most `most` pairs of responses, those of two models first, and each response as seldom as can be.
+
+    models: who wrote each response. names: what stands for each in the pairs, ascending. The same call gives the same.
+    """
+    of_model: defaultdict[str, list[int]] = defaultdict(list)
+    for place, model in enumerate(models):
+        of_model[model].append(place)
+    # The models in turn. Then neighbours, 1 apart, then 2 apart, ...: the first ones share as few responses as can be.
+    row = [place for turn in zip_longest(*of_model.values()) for place in turn if place is not None]
+    found: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+    for apart in range(1, len(row)):
+        for start in [*range(0, len(row) - apart, 2), *range(1, len(row) - apart, 2)]:
+            one, other = sorted((row[start], row[start + apart]))
+            across = models[one] != models[other]
+            if len(found[across]) < most:
+                found[across].append((one, other))
+        if len(found[len(of_model) > 1]) >= most:
+            break
+    return [(names[a], names[b]) for a, b in sorted((found[True] + found[False])[:most])]
 
 
 def _item(one: Answered, judge: Judge, chosen: Sequence[int]) -> Item:

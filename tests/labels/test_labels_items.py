@@ -11,9 +11,10 @@ import pytest
 
 from rlhf_dist.errors import DataError
 from rlhf_dist.labels.item_files import Form, read_answered
-from rlhf_dist.labels.items import Item, items_of
+from rlhf_dist.labels.items import Answered, Item, items_of
 from rlhf_dist.labels.verdicts import Judge, Verdict
 from rlhf_dist.telemetry.sinks import SampleFiles
+from rlhf_dist.types import Message
 
 CONVERSATION = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
@@ -59,6 +60,20 @@ def test_all_pairs_of_k_responses_with_their_models(tmp_path: Path) -> None:
         (("x", "y"), ("a", "b")), (("x", "z"), ("a", "c")), (("y", "z"), ("b", "c"))
     ]  # fmt: skip
     assert len(items[0].messages) == 3
+
+
+def test_pairs_are_limited_across_models_first_and_taken_in_turn_over_prompts() -> None:
+    def single(prompt: str, number: int, model: str) -> Answered:
+        return Answered("f", (Message("user", prompt),), (f"r{number}",), (model,), None)
+
+    answered = [single("q", n, "ab"[n >= 200]) for n in range(400)] + [single("r", n, "a") for n in range(3)]
+    items, left_out = items_of(answered, "pair", False)
+    assert [one.messages[0].content for one in items] == ["q", "r"] * 3
+    assert all(one.models == ("a", "b") for one in items[::2]) and left_out == {
+        "more than 3 pairs of a prompt (--pairs-per-prompt)": 79_800 - 3
+    }
+    assert items_of(answered, "pair", False)[0] == items
+    assert len(items_of(answered, "pair", False, 10)[0]) == 13
 
 
 def test_the_same_question_is_the_same_item_in_any_order_of_its_sides(tmp_path: Path) -> None:
