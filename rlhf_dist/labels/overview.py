@@ -16,6 +16,8 @@ from rlhf_dist.labels.store import LabelStore
 from rlhf_dist.labels.verdicts import BOTH_BAD, JUDGES, SKIP, TIE, Judge, Verdict, is_right
 
 AnyVote = TypeVar("AnyVote", bound=Vote)
+ByItem = defaultdict[int, list[float]]
+"""Item -> from 0 to 1, what each of its decisions or pairs gave a model."""
 GOLD_SHARE, GOLD_LEAST = 0.7, 5
 """A labeller with fewer gold items right, of at least so many, is marked."""
 COMMENTS = 50
@@ -128,29 +130,42 @@ def pair_facts(made: Sequence[Vote]) -> list[dict[str, Any]]:
 
 def model_facts(made: Sequence[Vote]) -> list[dict[str, Any]]:
     """For each model: share of comparisons won against others, ties as half, with its interval; stars; thumbs."""
-    points: defaultdict[str, list[float]] = defaultdict(list)
+    points: defaultdict[str, ByItem] = defaultdict(lambda: defaultdict(list))
     stars: defaultdict[str, list[int]] = defaultdict(list)
-    thumbs: defaultdict[str, list[int]] = defaultdict(list)
+    thumbs: defaultdict[str, ByItem] = defaultdict(lambda: defaultdict(list))
     for one in made:
         for a, b, winner in met(one):
             if one.models[a] != one.models[b]:
-                points[one.models[a]].append(0.5 if isinstance(winner, str) else float(winner == a))
-                points[one.models[b]].append(0.5 if isinstance(winner, str) else float(winner == b))
-        if one.judge in ("stars", "thumbs") and isinstance(one.verdict, int):
-            (stars if one.judge == "stars" else thumbs)[one.models[0]].append(int(one.verdict))
+                points[one.models[a]][one.item].append(0.5 if isinstance(winner, str) else float(winner == a))
+                points[one.models[b]][one.item].append(0.5 if isinstance(winner, str) else float(winner == b))
+        if one.judge == "stars" and isinstance(one.verdict, int):
+            stars[one.models[0]].append(int(one.verdict))
+        if one.judge == "thumbs" and isinstance(one.verdict, bool):
+            thumbs[one.models[0]][one.item].append(float(one.verdict))
     names = sorted({name for table in (points, stars, thumbs) for name in table if name})
     return [
-        {"name": name, "compared": len(points[name])}
+        {"name": name, "compared": sum(map(len, points[name].values()))}
         | ({"won": share(points[name])} if points[name] else {})
         | ({"stars": statistics.fmean(stars[name]), "rated": len(stars[name])} if stars[name] else {})
-        | ({"up": share(thumbs[name]), "thumbs": len(thumbs[name])} if thumbs[name] else {})
+        | ({"up": share(thumbs[name]), "thumbs": sum(map(len, thumbs[name].values()))} if thumbs[name] else {})
         for name in names
     ]
 
 
-def share(points: Sequence[float]) -> Mapping[str, float]:
-    """The mean of values from 0 to 1 with Wilson's 95% interval."""
-    n, mean = len(points), statistics.fmean(points)
-    middle = (mean + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z / (1 + Z * Z / n) * math.sqrt(mean * (1 - mean) / n + Z * Z / (4 * n * n))
-    return {"mean": mean, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}
+def share(points: ByItem) -> Mapping[str, float]:
+    """Mean over items of values from 0 to 1, with a 95% interval.
+
+    An item is one observation: what its labellers say, and the pairs of its ranking, hang together.
+
+    Wilson's interval, of as many wins or losses as the items are worth. Ties and means of several values vary less than
+    wins and losses with the same mean p: n of them say as much as n p (1 - p) / variance. Both are taken with z^2 / 2
+    wins and as many losses added (Agresti and Coull, 1998), so that items that are all the same are not certain.
+    """
+    items = [statistics.fmean(values) for values in points.values()]
+    added, size = Z * Z / 2, len(items) + Z * Z
+    mean = (sum(items) + added) / size
+    variance = (sum(value * value for value in items) + added) / size - mean * mean
+    n, won = len(items) * mean * (1 - mean) / variance, statistics.fmean(items)
+    middle = (won + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(won * (1 - won) / n + Z * Z / (4 * n * n))
+    return {"mean": won, "low": max(0.0, middle - half), "high": min(1.0, middle + half), "items": len(items)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -49,12 +50,14 @@ def test_where_alpha_says_nothing() -> None:
 
 
 def test_win_rates_with_ties_as_half() -> None:
-    made = [decision("pair", 0), decision("pair", 0), decision("pair", "tie"), decision("pair", "both_bad")]
-    made += [decision("pair", 1), decision("pair", "skip"), decision("ranking", [2, 0, 1]), decision("stars", 4)]
+    """Model 0 meets others in six items: 1, 1, 0.5, 0.5, 0, and a ranking in which it wins one of two pairs."""
+    pairs: list[Verdict] = [0, 0, "tie", "both_bad", 1, "skip"]
+    made = [decision("pair", verdict, number) for number, verdict in enumerate(pairs)]
+    made += [decision("ranking", [2, 0, 1], 7), decision("stars", 4, 8)]
     first, second, third = model_facts(made)
-    assert first["compared"] == 7 and first["won"]["mean"] == pytest.approx((2 + 0.5 + 0.5 + 0 + 0 + 1) / 7)
+    assert first["compared"] == 7 and first["won"]["mean"] == pytest.approx((1 + 1 + 0.5 + 0.5 + 0 + 0.5) / 6)
     assert (first["stars"], first["rated"]) == (4.0, 1)
-    assert second["won"]["mean"] == pytest.approx((0.5 + 0.5 + 1) / 7) and third["won"]["mean"] == 1.0
+    assert second["won"]["mean"] == pytest.approx((0.5 + 0.5 + 1) / 6) and third["won"]["mean"] == 1.0
     assert pair_facts(made)[0] == {
         "first": "model 0", "second": "model 1", "wins": 3, "losses": 1, "tie": 1, "both_bad": 1
     }  # fmt: skip
@@ -62,8 +65,26 @@ def test_win_rates_with_ties_as_half() -> None:
 
 def test_wilsons_interval() -> None:
     """8 of 10: 0.490 to 0.943."""
-    found = share([1.0] * 8 + [0.0] * 2)
+    found = share(by_item([[1.0]] * 8 + [[0.0]] * 2))
     assert (found["low"], found["high"]) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+
+def by_item(values: list[list[float]]) -> defaultdict[int, list[float]]:
+    return defaultdict(list, enumerate(values))
+
+
+def test_an_item_is_one_observation_however_many_pairs_and_labellers_it_has() -> None:
+    """One win of one: Wilson's 0.2065 to 1."""
+    one = share(by_item([[1.0]]))
+    assert (one["low"], one["high"]) == pytest.approx((0.2065, 1.0), abs=1e-4)
+    assert share(by_item([[1.0] * 8])) == one
+    again = [decision("ranking", [0, 1, 2], 1, labeller) for labeller in ("ann", "bo", "cy")]
+    best = model_facts(again)[0]
+    assert best["compared"] == 6 and best["won"] == one
+    thumbs = model_facts([decision("thumbs", True, 1, labeller) for labeller in ("ann", "bo", "cy")])
+    assert thumbs[0]["thumbs"] == 3 and thumbs[0]["up"] == one
+    ties = share(by_item([[0.5]] * 10))
+    assert ties["mean"] == 0.5 and ties["high"] - ties["low"] < 0.4
 
 
 def test_careless_clicking_shows_at_the_gold_items() -> None:

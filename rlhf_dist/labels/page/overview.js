@@ -71,7 +71,7 @@ function models(facts) {
     one.rated ? `${one.stars.toFixed(2)} of 5 (${one.rated})` : "",
     one.thumbs ? `${between(one.up)} of ${one.thumbs}` : "",
   ]);
-  const head = ["model", "won, ties as half (95%)", "comparisons", "stars", "thumbs up"];
+  const head = ["model", "won, ties as half (95%, by item)", "comparisons", "stars", "thumbs up"];
   return section("Models", head, rows, "The items do not name models, or nothing has been decided.");
 }
 
