@@ -285,13 +285,19 @@ class LabelQueue:
         self._change_open(db, item, 1)
 
     def _change_open(self, db: sqlite3.Connection, item: int, by: int) -> None:
-        """More or fewer free places of an item, but for gold. All searches begin at an item with more at the latest.
+        """More or fewer free places of an item, but for gold.
+
+        The search of a labeller who has not judged an item with more begins there at the latest. Others are not sent
+        back: they would search again what they have judged.
 
         A transaction that fails leaves them earlier than they need to be, which costs time only.
         """
         db.execute("UPDATE items SET open = open + ? WHERE id = ? AND gold IS NULL", (by, item))
         if by > 0:
-            self._from = {labeller: min(first, item) for labeller, first in self._from.items()}
+            for labeller, first in self._from.items():
+                judged = "SELECT 1 FROM standing WHERE labeller = ? AND item = ?"
+                if item < first and db.execute(judged, (labeller, item)).fetchone() is None:
+                    self._from[labeller] = item
 
 
 def _last(db: sqlite3.Connection, labeller: str) -> str | None:

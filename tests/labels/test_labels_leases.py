@@ -163,6 +163,26 @@ def test_an_item_that_was_full_and_is_free_again_comes_to_those_who_are_past_it(
         assert lent(queue.ask("ann")).messages == bo.messages
 
 
+def test_a_skip_sends_back_nobody_who_has_judged_the_item(tmp_path: Path) -> None:
+    """By the work of the database: 400 items that Ann has judged are not searched again for her."""
+    with closing(made(tmp_path / "s", [item(number) for number in range(402)], overlap=2)) as store:
+        queue, steps = queue_of(store), Counter[str]()
+        bo = lent(queue.ask("bo"))
+        with store.writing() as db:
+            rows = [(number, "ann", f"k{number}", '"tie"', "[0, 1]", "", "[]", 1.0, 1.0, 0) for number in range(1, 401)]
+            columns = "item, labeller, key, verdict, shown, comment, flags, seconds, at, late"
+            db.executemany(f"INSERT INTO votes({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            db.execute("UPDATE items SET open = open - 1 WHERE id <= 400")
+            db.execute("UPDATE totals SET done = 400")
+        ann = lent(queue.ask("ann"))  # now her search begins behind them
+        queue.decide("bo", bo.key, said("skip"))
+        with store.writing() as db:
+            db.set_progress_handler(lambda: steps.update(["done"]), 10)
+        assert lent(queue.decide("ann", ann.key, said("tie"))).messages[0].content == "question 401"
+        assert steps["done"] < 300, "some thousand operations of the database"
+        require_exact(store)
+
+
 def test_a_skipped_item_can_be_taken_back(tmp_path: Path) -> None:
     with closing(made(tmp_path / "s", [item(1)])) as store:
         queue = queue_of(store)
