@@ -29,7 +29,6 @@ class Vote:
     shown: tuple[int, ...]
     """Index of the response in each place of the page."""
     flags: tuple[str, ...]
-    comment: str
     seconds: float
     """From when the item was lent."""
     at: float
@@ -42,6 +41,7 @@ class Decision(Vote):
 
     messages: tuple[Message, ...]
     responses: tuple[str, ...]
+    comment: str
 
 
 def votes(db: sqlite3.Connection) -> Iterator[Vote]:
@@ -51,14 +51,16 @@ def votes(db: sqlite3.Connection) -> Iterator[Vote]:
 
 def decisions(db: sqlite3.Connection) -> Iterator[Decision]:
     """The same with the texts."""
-    for row in _rows(db, ", messages, responses"):
+    for row in _rows(db, ", messages, responses, comment"):
         messages = tuple(Message(*turn) for turn in json.loads(row["messages"]))
-        yield Decision(**_vote(row), messages=messages, responses=tuple(json.loads(row["responses"])))
+        texts = tuple(json.loads(row["responses"]))
+        yield Decision(**_vote(row), messages=messages, responses=texts, comment=row["comment"])
 
 
 def _rows(db: sqlite3.Connection, more: str) -> Iterator[sqlite3.Row]:
     return db.execute(
-        f"SELECT standing.*, judge, gold, models{more} FROM standing JOIN items ON items.id = standing.item"
+        "SELECT standing.item, labeller, verdict, shown, flags, seconds, standing.at, judge, gold, models"
+        f"{more} FROM standing JOIN items ON items.id = standing.item"
         " JOIN items_text ON items_text.item = standing.item ORDER BY standing.item, standing.id"
     )
 
@@ -73,7 +75,6 @@ def _vote(row: sqlite3.Row) -> dict[str, Any]:
         "verdict": _parsed(row["verdict"]),
         "shown": tuple(_parsed(row["shown"])),
         "flags": tuple(_parsed(row["flags"])),
-        "comment": row["comment"],
         "seconds": row["seconds"],
         "at": row["at"],
     }

@@ -31,6 +31,11 @@ def overview(store: LabelStore) -> dict[str, Any]:
         made = list(votes(db))
         kinds = dict(db.execute("SELECT judge, COUNT(*) FROM items GROUP BY judge").fetchall())
         totals = db.execute("SELECT * FROM totals").fetchone()
+        comments = db.execute(
+            "SELECT labeller, item, comment AS text FROM standing WHERE comment != ''"
+            " ORDER BY at DESC, id DESC LIMIT ?",
+            (COMMENTS,),
+        ).fetchall()
         late, undone, lent, left = (
             db.execute(f"SELECT {what}").fetchone()[0]
             for what in (
@@ -55,11 +60,7 @@ def overview(store: LabelStore) -> dict[str, Any]:
         "labellers": [labeller_facts(name, mine) for name, mine in sorted(by_labeller(made).items())],
         "models": model_facts(counted),
         "pairs": pair_facts(counted),
-        "comments": [
-            {"labeller": one.labeller, "item": one.item, "text": one.comment}
-            for one in sorted(made, key=lambda one: -one.at)
-            if one.comment
-        ][:COMMENTS],
+        "comments": [dict(row) for row in comments],
     }
 
 

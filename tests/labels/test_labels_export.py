@@ -30,7 +30,7 @@ def decision(
     models = tuple(f"model {place}" for place in range(size))
     messages = TURNS if item % 2 else TURNS[:1]
     order = tuple(range(size))
-    return Decision(item, judge, gold, models, labeller, verdict, order, flags, "", 2.0, 0.0, messages, texts)
+    return Decision(item, judge, gold, models, labeller, verdict, order, flags, 2.0, 0.0, messages, texts, "")
 
 
 def read(made: Sequence[Decision], form: ExportForm, path: Path) -> list[Comparison | Rating]:

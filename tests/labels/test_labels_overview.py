@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import defaultdict
 from contextlib import closing
 from dataclasses import replace
@@ -120,3 +121,24 @@ def test_the_overview_of_a_store(tmp_path: Path) -> None:
     assert [one["median_s"] for one in facts["labellers"]] == [3.0, 3.0]
     assert [one["name"] for one in facts["models"]] == list(SECRET_MODELS[:2])
     assert facts["comments"][0] == {"labeller": "bo", "item": 2, "text": "by bo"}
+
+
+def test_the_overview_reads_no_more_comments_than_it_shows(tmp_path: Path) -> None:
+    count, long = 2000, "x" * 2000
+    with closing(made(tmp_path / "s", [item(number) for number in range(count)])) as store:
+        with store.writing() as db:
+            rows = [(number, f"k{number}", f"{number} {long}", float(number)) for number in range(1, count + 1)]
+            db.executemany(
+                "INSERT INTO votes(item, labeller, key, verdict, shown, comment, flags, seconds, at, late)"
+                " VALUES (?, 'ann', ?, '0', '[0, 1]', ?, '[]', 1.0, ?, 0)",
+                rows,
+            )
+        del rows
+        tracemalloc.start()
+        try:
+            facts = overview(store)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert [one["item"] for one in facts["comments"]] == list(range(count, count - 50, -1))
+    assert peak < count * len(long) / 2
