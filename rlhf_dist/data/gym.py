@@ -76,7 +76,7 @@ def _made(name: str, settings: tuple[str, ...]) -> Any:
         raise ConfigError(f"data.task.name is {name}, which {missing}")
     with warnings.catch_warnings():  # one of the packages that it needs compares with `is`
         warnings.simplefilter("ignore", SyntaxWarning)
-        from reasoning_gym.factory import DATASETS, create_dataset
+        from reasoning_gym.factory import DATASETS, create_dataset  # pyright: ignore[reportMissingImports]
 
     task = name.removeprefix(PREFIX)
     if task not in DATASETS:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from ledgers import LedgerByUid
 
@@ -252,7 +253,10 @@ def test_the_logs_of_an_evaluation_go_unless_it_fails(
     for module in (build, trainer_ranks):
         monkeypatch.setattr(module, "ray_session", session)
     monkeypatch.setattr(build, "start_fleets", start)
-    monkeypatch.setattr(build, "run_evaluation", lambda *_, **__: Evaluation({"eval/pass_at_4": 0.5}, (), (), (), 0))
+    one: Any = SimpleNamespace(scores=SimpleNamespace(total=np.ones(1, np.float32)))
+    monkeypatch.setattr(
+        build, "run_evaluation", lambda *_, **__: Evaluation({"eval/pass_at_4": 0.5}, (), (), (), 0, [one])
+    )
     if fails:
         with pytest.raises(RunError, match="it died"):
             build.evaluate(config)

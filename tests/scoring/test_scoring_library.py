@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import closing
+import sys
+from collections.abc import Iterator
+from contextlib import closing, redirect_stderr
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -34,6 +36,16 @@ SCHEMA = {
     "additionalProperties": False,
     "$defs": {"word": {"type": "string", "pattern": "^[a-z]+$"}},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def real_stderr() -> Iterator[None]:
+    """absl, which rouge-score imports, keeps the stream that it finds, and closes it as soon as logging is configured
+    again, as a server of another test does: it must not be pytest's."""
+    with redirect_stderr(sys.__stderr__):
+        import absl.logging as logging
+    assert logging is not None
+    yield
 
 
 def value(kind: str, response: str, answer: str) -> float:
