@@ -131,6 +131,7 @@ def test_every_key_of_its_config_is_one() -> None:
 
 
 @pytest.mark.engines
+@pytest.mark.faults  # for its time
 def test_a_tiny_run_of_the_whole(tmp_path: Path) -> None:
     """Plain text is learnt first, by a model whose tokenizer has no start token."""
     data = hh_file(tmp_path / "hh.jsonl.gz", 40, bad=(3,))

@@ -37,6 +37,7 @@ def test_figures_by_hand() -> None:
 
 
 @pytest.mark.engines
+@pytest.mark.faults  # for its time
 @pytest.mark.timeout(400)
 def test_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main([*SMALL, "--out", str(tmp_path / "found.json")]) == 0

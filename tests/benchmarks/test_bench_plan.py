@@ -26,6 +26,7 @@ def test_figures_by_hand() -> None:
 
 
 @pytest.mark.engines
+@pytest.mark.faults  # for its time
 def test_the_plan_of_real_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is held between steps is exact; two ranks under ZeRO 1, whose state is shared."""
     monkeypatch.setattr(bench, "CASES", (bench.Case("3M", "float32", 2, 1, False, 1024, 64),))

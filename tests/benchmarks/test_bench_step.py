@@ -196,6 +196,7 @@ def a_work() -> _limit.Work:
 
 
 @pytest.mark.engines
+@pytest.mark.faults  # for its time
 def test_a_tiny_run_of_the_whole(tmp_path: Path) -> None:
     """With PPO: everything that GRPO's has, and three models more."""
     out = tmp_path / "step.json"

@@ -11,7 +11,9 @@ import pytest
 from conftest import Finished, SharedRun
 
 pytestmark = pytest.mark.timeout(600)
-BOTH = pytest.mark.parametrize("direct", ["broadcast", "ipc"], indirect=True)
+BROADCAST = pytest.param("broadcast", marks=pytest.mark.faults)
+"""Left out of most runs for its time: `test_netns_cluster.py` has a run with that transport."""
+BOTH = pytest.mark.parametrize("direct", ["ipc", BROADCAST], indirect=True)
 TIMES = ("time/", "goodput/", "rollout/group_s", "rollout/engine_")
 
 
@@ -59,7 +61,7 @@ def test_it_comes_to_the_same_as_by_shared_memory(shared_run: SharedRun, direct:
     assert own == other
 
 
-@pytest.mark.parametrize("direct", ["broadcast"], indirect=True)
+@pytest.mark.parametrize("direct", [BROADCAST], indirect=True)
 def test_no_weights_go_through_shared_memory(shared_run: SharedRun, direct: Direct) -> None:
     assert direct.train.code == 0 and not direct.weights
     assert shared_run.workplace.weights, "those of the other run were seen"

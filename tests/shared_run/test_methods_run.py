@@ -78,6 +78,7 @@ def learnt(steps: list[dict[str, float]]) -> bool:
     return bool(np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2)
 
 
+@pytest.mark.faults  # for its time
 def test_gspo_learns_in_several_updates_a_batch(tmp_path: Path) -> None:
     clip = ["algo.clip_low=0.02", "algo.clip_high=0.03", "learner.updates_per_batch=2"]
     steps = run(tmp_path, "algo.name=gspo", "algo.group_size=4", "loop.prompts_per_step=16", *clip)
@@ -98,6 +99,7 @@ def test_the_second_turn_of_a_conversation_is_learnt(tmp_path: Path) -> None:
     assert max(step["rollout/response_length_max"] for step in steps) > 8, "a response alone has at most 8 tokens"
 
 
+@pytest.mark.faults  # for its time
 def test_the_method_of_the_guide_learns_in_one_file_and_one_row(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     file, row = blocks
