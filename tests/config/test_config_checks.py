@@ -31,8 +31,7 @@ def config(tmp_path: Path, *overrides: str) -> Config:
 def test_every_shipped_config_passes(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(effects, "missing_library", lambda kind: "")  # what a config needs need not be installed here
     own_data = load(path, []).data.source != "task"  # then the data is the user's: any file stands for it
-    stand_in = tmp_path / "data"
-    stand_in.touch()
+    (stand_in := tmp_path / "data").touch()
     overrides = [f"data.path={stand_in}", "data.eval_path="] if own_data else []
     if load(path, overrides).pipeline.stages:
         assert load_stages(path, overrides)
