@@ -28,7 +28,7 @@ def config(tmp_path: Path, *overrides: str) -> Config:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_shipped_config_passes(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_dist.config.effects.missing_library", lambda kind: "")  # what a config needs need not be installed here
+    monkeypatch.setattr("rlhf_dist.config.effects.missing_library", lambda kind: "")  # of extras
     own_data = load(path, []).data.source != "task"  # then the data is the user's: any file stands for it
     (stand_in := tmp_path / "data").touch()
     overrides = [f"data.path={stand_in}", "data.eval_path="] if own_data else []
