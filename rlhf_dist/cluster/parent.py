@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -41,6 +42,8 @@ HALTED_LIMIT_S = 15.0
 POLL_S = 0.2
 TAIL_BYTES = 2**20
 """Of metrics.jsonl, in which its last whole line is looked for."""
+PROBE_BYTES = 2**16
+"""What a disk that is not full has room for."""
 
 
 @dataclass(slots=True)
@@ -90,6 +93,18 @@ def supervise(config: Config, words: Sequence[str]) -> int:
     require_place(config.output, config.name)
     adopt_orphans()
     return Parent(config, list(words)).run()
+
+
+def refuses(folder: Path) -> str:
+    """Why a directory takes no file, as a full disk; empty where it does, or where there is none."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(PROBE_BYTES))
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return str(error.strerror)
+    return ""
 
 
 class Parent:
@@ -192,6 +207,8 @@ class Parent:
                 found = read_json(self._path / "summary.json")
         found = found if isinstance(found, dict) else {}
         error, message = str(found.get("error", "")), str(found.get("message", ""))
+        if not found and code > 0 and (why := refuses(self._path)):
+            error, message = DiskError.__name__, f"{self._path}: nothing can be written there: {why}"
         return End(code, self._step(), error, message, killed_for_memory)
 
     def _summary_stamp(self) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from rlhf_dist.cluster import parent
 
 ROOT = Path(__file__).parents[2]
 STUB = Path(__file__).with_name("supervised_stub.py")
@@ -164,6 +167,18 @@ def test_a_child_that_somebody_else_stops_was_preempted(place: Place) -> None:
     process.communicate(timeout=LIMIT_S)
     (event,) = restarts(place)
     assert process.returncode == 0 and event["facts"]["class"] == "preempted" and place.steps() == [0, 1, 2]
+
+
+def test_a_folder_on_a_full_disk_takes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a child that could not even leave a summary has failed for the disk; see `tests/faults/test_full_disk.py`."""
+    assert parent.refuses(tmp_path) == parent.refuses(tmp_path / "nowhere") == ""
+    assert not list(tmp_path.iterdir())
+
+    def full(**_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(parent.tempfile, "TemporaryFile", full)
+    assert parent.refuses(tmp_path) == "No space left on device"
 
 
 def test_between_two_starts_nobody_else_begins_and_a_signal_ends_it(place: Place) -> None:
