@@ -124,7 +124,7 @@ def test_two_rounds_that_are_off_tell_why_and_leave_the_workers_whole(line: Line
 def test_one_that_is_gone_is_in_no_round(line: Line) -> None:
     extra = {**line.workers, "gone": start("gone")}
     direct = DirectPush({"learner rank 0": line.rank}, processes=1)
-    line.fleet = RolloutFleet(extra, line.ears.inbox, timeout_s=30.0, sync_timeout_s=3.0, direct=direct)
+    line.fleet = RolloutFleet(extra, line.ears.inbox, timeout_s=30.0, sync_timeout_s=30.0, direct=direct)
     assert line.push(3, DONE) == []
     tell(extra["gone"], "dies")
     line.push(4, DONE)  # its death is noticed here, or was before
