@@ -19,6 +19,7 @@ from rlhf_dist.labels.access import Guest, Guests
 from rlhf_dist.labels.leases import LabelQueue, Lease, NotTaken, Said
 from rlhf_dist.labels.overview import overview
 from rlhf_dist.labels.store import LabelStore
+from rlhf_dist.scoring.bound_server import counted
 
 COMMENT_CHARACTERS = 2000
 REQUEST_BYTES = 64 * 2**10
@@ -102,7 +103,7 @@ class Guarded:
             answer = JSONResponse({"detail": TOO_LARGE, "why": "large"}, 413)
             await answer(scope, receive, _with_headers(send))
             return
-        await self._app(scope, _counted(receive), _with_headers(send))
+        await self._app(scope, counted(receive, REQUEST_BYTES, TOO_LARGE), _with_headers(send))
 
 
 def _with_headers(send: Send) -> Send:
@@ -113,21 +114,6 @@ def _with_headers(send: Send) -> Send:
         await send(event)
 
     return sending
-
-
-def _counted(receive: Receive) -> Receive:
-    """Stops a body that is sent without its length."""
-    seen = 0
-
-    async def counted() -> Event:
-        nonlocal seen
-        event = await receive()
-        seen += len(event.get("body", b""))
-        if seen > REQUEST_BYTES:
-            raise HTTPException(413, TOO_LARGE)
-        return event
-
-    return counted
 
 
 def make_app(store: LabelStore, queue: LabelQueue, guests: Guests) -> FastAPI:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.types import Message as Event, Receive
 
 from rlhf_dist.errors import ResourceError
 
@@ -33,6 +35,21 @@ def bind(host: str, port: int) -> socket.socket:
             f"{host}:{port} cannot be listened at: {error.strerror}; choose another with --port or --host"
         ) from None
     return bound
+
+
+def counted(receive: Receive, most: int, too_large: str) -> Receive:
+    """Stops a body of more than `most` bytes that is sent without its length: 413, with these words."""
+    seen = 0
+
+    async def counting() -> Event:
+        nonlocal seen
+        event = await receive()
+        seen += len(event.get("body", b""))
+        if seen > most:
+            raise HTTPException(413, too_large)
+        return event
+
+    return counting
 
 
 class BoundServer(uvicorn.Server):

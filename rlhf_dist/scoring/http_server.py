@@ -6,13 +6,14 @@ import hmac
 import logging
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from starlette.types import ASGIApp, Message as Event, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rlhf_dist.errors import DataError, RlhfError
+from rlhf_dist.scoring.bound_server import counted
 from rlhf_dist.scoring.non_finite import told
 from rlhf_dist.scoring.scorer import Scorer
 from rlhf_dist.scoring.texts import Texts
@@ -96,27 +97,12 @@ class Door:
         elif int(headers.get(b"content-length", b"0")) > REQUEST_BYTES:
             problem, status = _TOO_LARGE, 413
         else:
-            await self._app(scope, _counted(receive), send)
+            await self._app(scope, counted(receive, REQUEST_BYTES, _TOO_LARGE), send)
             return
         await JSONResponse({"detail": problem}, status)(scope, receive, send)
 
 
 _TOO_LARGE = f"the request has more than {REQUEST_BYTES >> 20} MiB; send fewer responses at once"
-
-
-def _counted(receive: Receive) -> Receive:
-    """Stops a body that is sent without its length."""
-    seen = 0
-
-    async def counted() -> Event:
-        nonlocal seen
-        event = await receive()
-        seen += len(event.get("body", b""))
-        if seen > REQUEST_BYTES:
-            raise HTTPException(413, _TOO_LARGE)
-        return event
-
-    return counted
 
 
 def make_app(scorer: Scorer, token: str) -> FastAPI:
